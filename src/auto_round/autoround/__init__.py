@@ -1,0 +1,8 @@
+"""The Python face: `AutoRound` and the names that stand beside it."""
+
+from __future__ import annotations
+
+from auto_round.autoround.api import AutoRound
+from auto_round.autoround.placeholders import AutoRoundDiffusion, AutoRoundMLLM, AutoScheme
+
+__all__ = ["AutoRound", "AutoRoundDiffusion", "AutoRoundMLLM", "AutoScheme"]

@@ -1,0 +1,131 @@
+"""Quantize one block that somebody else runs: recorded calls in, rounded weights left in the block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.autoround.recorded import Recorded, record, stack
+from auto_round.calibration.observe import observe_inputs
+from auto_round.config import Options, TuneOptions
+from auto_round.models.layer import Layer, Role
+from auto_round.numerics.format import Format
+from auto_round.schemes.make import PlanRequest, make_plan
+from auto_round.tuning.config import Optimizer, TuneConfig
+from auto_round.tuning.samples import Samples, run_block
+from auto_round.tuning.sign_round import WeightTask, tune_block
+
+HELD_OUT_SHARE = 8
+"""One sample in so many is not trained on and chooses the step that is kept."""
+
+
+def quantize_one_block(
+    block: nn.Module,
+    inputs: Sequence[Any] | Tensor,
+    q_input: Sequence[Tensor] | Tensor | None,
+    options: Options,
+    device: str | torch.device | None,
+) -> tuple[Tensor, Tensor]:
+    """Tune and round a block in place; arguments and result as in `AutoRound.quantize_block`."""
+    recorded = record(inputs)
+    home = next(block.parameters()).device
+    where = home if device is None else torch.device(device)
+    block.to(where)
+    try:
+        return _quantize(block, recorded, None if q_input is None else stack(q_input), options, where)
+    finally:
+        block.to(home)
+
+
+def _quantize(
+    block: nn.Module, recorded: Recorded, q_input: Tensor | None, options: Options, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    def samples(hidden: Tensor, targets: Tensor, index: Sequence[int]) -> Samples:
+        return Samples(
+            hidden[list(index)],
+            targets[list(index)],
+            lambda rows: recorded.arguments([index[i] for i in rows], device),
+        )
+
+    def run(hidden: Tensor) -> Tensor:
+        result = torch.empty_like(hidden)
+        everything = samples(hidden, hidden, range(len(recorded)))
+        run_block(block, everything, result, batch_size=options.tune.batch_size, device=device)
+        return result
+
+    formats = _formats(block, options)
+    with observe_inputs(block, [name.removesuffix(".weight") for name in formats]) as seen:
+        out = run(recorded.hidden)
+    q_hidden = recorded.hidden if q_input is None else q_input
+    hidden = q_hidden if options.tune.enable_quanted_input else recorded.hidden
+    generator = torch.Generator()
+    generator.manual_seed(options.calibration.seed)
+    order = torch.randperm(len(recorded), generator=generator).tolist()
+    share = len(order) // HELD_OUT_SHARE
+    tuned = tune_block(
+        block,
+        {
+            name: WeightTask(
+                fmt, block.get_parameter(name).detach(), seen[name.removesuffix(".weight")].importance()
+            )
+            for name, fmt in formats.items()
+        },
+        samples(hidden, out, order[share:]),
+        samples(hidden, out, order[:share] or order),
+        tune_config(options.tune),
+        generator=generator,
+    )
+    with torch.no_grad():
+        for name, q in tuned.weights.items():
+            block.get_parameter(name).copy_(q.format.dequantize(q))
+        for name, value in tuned.others.items():
+            block.get_parameter(name).copy_(value)
+    return run(q_hidden), out
+
+
+def _formats(block: nn.Module, options: Options) -> Mapping[str, Format]:
+    """Formats of the block's linear weights, by parameter name; names in rules are those inside the block."""
+    layers = [
+        Layer(
+            name,
+            f"{name}.weight",
+            f"{name}.weight",
+            (module.out_features, module.in_features),
+            module.weight.dtype,
+            0,
+            Role.LINEAR,
+        )
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    scheme = options.scheme
+    request = PlanRequest(
+        scheme=scheme.scheme,
+        overrides=scheme.overrides(),
+        layer_config=scheme.layer_config,
+        ignore_layers=scheme.ignore_layers or None,
+    )
+    plan = make_plan(layers, request, other_names=[name for name, _ in block.named_modules()])
+    found = {layer.parameter: plan.format_of(layer.name) for layer in layers}
+    return {name: fmt for name, fmt in found.items() if fmt is not None}
+
+
+def tune_config(tune: TuneOptions) -> TuneConfig:
+    """Return the tuner's settings for what the user asked."""
+    return TuneConfig(
+        iters=tune.iters,
+        batch_size=tune.batch_size,
+        accumulate=tune.gradient_accumulate_steps,
+        optimizer=Optimizer.ADAM if tune.enable_adam else Optimizer.SIGN,
+        lr=tune.lr,
+        range_lr=tune.minmax_lr,
+        momentum=tune.momentum,
+        search=tune.disable_opt_rtn is not True,
+        tune_range=tune.enable_minmax_tuning,
+        tune_norm_bias=tune.enable_norm_bias_tuning,
+        keep_best=not tune.not_use_best_mse,
+        patience=max(0, tune.dynamic_max_gap),
+    )

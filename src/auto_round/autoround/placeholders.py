@@ -1,0 +1,30 @@
+"""Names of later work: they can be imported, and say so when used."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from auto_round.errors import UnsupportedError
+
+
+class AutoScheme:
+    """A scheme for each layer chosen from a budget of bits; not there yet."""
+
+    def __init__(self, *given: Any, **options: Any) -> NoReturn:
+        raise UnsupportedError(
+            "AutoScheme is not there yet in this version; name a scheme, with layer_config for exceptions"
+        )
+
+
+class AutoRoundMLLM:
+    """Vision-language models; not there yet."""
+
+    def __init__(self, *given: Any, **options: Any) -> NoReturn:
+        raise UnsupportedError("quantization of vision-language models is not there yet in this version")
+
+
+class AutoRoundDiffusion:
+    """Diffusion models; not there yet."""
+
+    def __init__(self, *given: Any, **options: Any) -> NoReturn:
+        raise UnsupportedError("quantization of diffusion models is not there yet in this version")

@@ -1,0 +1,121 @@
+"""The arguments of `AutoRound`, made from the option groups: signature, documentation, and reading."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from auto_round.config import (
+    GROUPS,
+    Options,
+    Setting,
+    all_settings,
+    argument_names,
+    build_options,
+    read_environment,
+    settings,
+)
+from auto_round.config.later import GRANTED, later_names, not_there_yet, split_later
+from auto_round.errors import ConfigError, nearest
+
+ORDER: Final = (
+    "platform",
+    "scheme",
+    "layer_config",
+    "dataset",
+    "iters",
+    "seqlen",
+    "nsamples",
+    "batch_size",
+    "gradient_accumulate_steps",
+    "low_gpu_mem_usage",
+    "device_map",
+    "enable_torch_compile",
+    "seed",
+)
+"""Options that may follow `model, tokenizer` by position."""
+
+OLD_ORDER: Final = ("bits", "group_size", "sym", "layer_config", "batch_size")
+"""The same in the first releases; recognised by its first value being a number."""
+
+_OWN: Final = frozenset({"model", "tokenizer", "dry_run"})
+"""Options that are no arguments by name: the first two have their own place, the last is for commands."""
+
+
+def collect(positional: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a name to every argument after `model, tokenizer`.
+
+    Raises:
+        ConfigError: an unknown or doubled argument.
+    """
+    order = OLD_ORDER if positional and isinstance(positional[0], int) else ORDER
+    if len(positional) > len(order):
+        raise ConfigError(
+            f"AutoRound() takes at most {len(order)} arguments by position after model and tokenizer"
+        )
+    given = dict(zip(order, positional, strict=False))
+    for name, value in named.items():
+        if name in given:
+            raise ConfigError(f'AutoRound() got "{name}" both by position and by name')
+        given[name] = value
+    given |= _bundle(given.pop("extra_config", None))
+    known = [name for name in (*argument_names(), *later_names(), *GRANTED) if name not in _OWN]
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f'AutoRound() got an unexpected keyword argument "{name}": {nearest(name, known)}'
+            )
+    return given
+
+
+def read_arguments(given: Mapping[str, Any], recipe: str) -> Options:
+    """Turn named arguments into options.
+
+    Raises:
+        ConfigError: a wrong value.
+        UnsupportedError: an argument of later work.
+    """
+    now, later = split_later(given)
+    if later:
+        raise not_there_yet(later)
+    return build_options(now, recipe, read_environment())
+
+
+def _bundle(extra: Any) -> dict[str, Any]:
+    """Read `extra_config`: a mapping of arguments that overrule the others."""
+    if extra is None:
+        return {}
+    if not isinstance(extra, Mapping):
+        raise ConfigError(f"extra_config must be a mapping of argument to value, got {type(extra).__name__}")
+    return dict(extra)
+
+
+def make_signature() -> inspect.Signature:
+    """Build the signature that `help()` and editors show."""
+    by_name = {setting.name: setting for setting in all_settings()}
+    either, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("model", either), inspect.Parameter("tokenizer", either, default=None)]
+    parameters += [inspect.Parameter(n, either, default=by_name[n].default) for n in ORDER]
+    rest = [s for s in by_name.values() if s.name not in ORDER and s.name not in _OWN]
+    parameters += [inspect.Parameter(s.name, named, default=s.default) for s in rest]
+    parameters += [
+        inspect.Parameter(n, named, default=d) for n, d in (("recipe", "default"), ("progress", None))
+    ]
+    return inspect.Signature(parameters)
+
+
+def make_documentation() -> str:
+    """Describe every argument, group by group."""
+    lines: list[str] = []
+    for group in GROUPS.values():
+        lines += ["", (group.__doc__ or "").strip().splitlines()[0], ""]
+        lines += [_described(setting) for setting in settings(group) if setting.name not in _OWN]
+    return "\n".join(lines)
+
+
+def _described(setting: Setting) -> str:
+    others = (*setting.spec.aliases, *(f"{name} (the opposite)" for name in setting.spec.off))
+    also = f" Also: {', '.join(others)}." if others else ""
+    choices = f" One of {', '.join(setting.spec.choices)}." if setting.spec.choices else ""
+    return f"    {setting.name} = {setting.default!r}: {setting.spec.help}.{choices}{also}"

@@ -1,0 +1,227 @@
+"""Calibration rows: token ids of one length, cut from a mixture of data sets, the same for the same seed."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from auto_round.calibration.chat import Tokenizer
+from auto_round.calibration.encode import TextOptions, encode
+from auto_round.calibration.grammar import DatasetItem, parse_dataset
+from auto_round.calibration.registry import Platform
+from auto_round.calibration.samples import Sample, samples_of
+from auto_round.calibration.shape import Reason, cut_rows, join_rows
+from auto_round.calibration.sources import Source, open_item, own_source
+from auto_round.errors import ConfigError
+from auto_round.log import logger
+
+Dataset = str | Path | Iterable[object]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRow:
+    """One calibration row.
+
+    Attributes:
+        input_ids: `[seqlen] int64`.
+        mask: `[seqlen] bool`, False for padding that no loss may count; None: every token counts.
+    """
+
+    input_ids: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CalibrationRows:
+    """What `load_rows` found.
+
+    Attributes:
+        rows: at least one row, all of the same length.
+        fingerprint: SHA-256 of all ids and masks, hexadecimal.
+        dropped: reason -> number of samples that gave no row for it.
+        summary: a sentence for each data set, for people.
+    """
+
+    rows: tuple[TokenRow, ...]
+    fingerprint: str
+    dropped: Counter[str]
+    summary: str
+
+
+def load_rows(
+    dataset: Dataset,
+    tokenizer: Tokenizer | None,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    platform: Platform = "hf",
+) -> CalibrationRows:
+    """Read, tokenize and cut calibration data.
+
+    Samples shorter than `seqlen` are dropped and longer ones cut, unless the data set is concatenated. Data
+    sets with `num=` give that many rows, the others share the rest; what one of these lacks, the others make
+    up for. A mixture is shuffled. The user's own records keep their order. Little more is tokenized than the
+    rows need.
+
+    Args:
+        dataset: a specification (see `grammar`), a path, or records (see `sources.own_source`).
+        tokenizer: may be None when the records are token ids.
+        nsamples: rows wanted; fewer come when the data holds fewer.
+        seqlen: tokens a row.
+        seed: decides which samples are taken and in which order.
+        platform: hub asked for names.
+
+    Raises:
+        ConfigError: the specification, a file or a record is wrong, or not one row could be made.
+    """
+    for name, value in (("nsamples", nsamples), ("seqlen", seqlen)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; expected at least 1")
+    streams = [
+        _Stream(source, options, tokenizer, seqlen, random.Random(f"{seed}/{index}"))
+        for index, (source, options) in enumerate(_sources(dataset, platform))
+    ]
+    rows = _mix(streams, nsamples, random.Random(seed))
+    summary = "; ".join(stream.report() for stream in streams)
+    dropped = sum((stream.dropped for stream in streams), Counter[str]())
+    if not rows:
+        raise ConfigError(
+            f"no calibration row of {seqlen} tokens could be made: {summary}. {_remedy(dropped)}"
+        )
+    if len(rows) < nsamples:
+        logger.warning(
+            "%d of %d calibration rows of %d tokens: %s. %s",
+            len(rows),
+            nsamples,
+            seqlen,
+            summary,
+            _remedy(dropped),
+        )
+    return CalibrationRows(tuple(rows), fingerprint(rows), dropped, summary)
+
+
+def fingerprint(rows: Sequence[TokenRow]) -> str:
+    """Return the SHA-256 of the rows' lengths, ids and masks, hexadecimal."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row.input_ids).to_bytes(8, "little"))
+        digest.update(row.input_ids.contiguous().numpy().astype("<i8").tobytes())
+        digest.update(b"-" if row.mask is None else b"+" + row.mask.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sources(dataset: Dataset, platform: Platform) -> Iterator[tuple[Source, DatasetItem]]:
+    if isinstance(dataset, Path):
+        item = DatasetItem(str(dataset))
+        yield open_item(item, platform), item
+    elif isinstance(dataset, str):
+        for item in parse_dataset(dataset):
+            yield open_item(item, platform), item
+    elif isinstance(dataset, Iterable):
+        records = [dataset] if isinstance(dataset, Mapping) else dataset
+        yield own_source(records), DatasetItem("the given data")
+    else:
+        raise ConfigError(
+            f"dataset is a {type(dataset).__name__}; expected a name, a path, a list of texts or token ids, "
+            "or a DataLoader"
+        )
+
+
+@dataclass(slots=True)
+class _Stream:
+    """Rows of one data set, made as they are asked for, with a count of what was read and dropped."""
+
+    source: Source
+    item: DatasetItem
+    tokenizer: Tokenizer | None
+    seqlen: int
+    shuffler: random.Random
+    dropped: Counter[str] = field(default_factory=Counter)
+    read: int = 0
+    given: int = 0
+    longest: int = 0
+    exhausted: bool = False
+    rows: Iterator[TokenRow] = field(init=False)
+
+    def __post_init__(self) -> None:
+        concat = self.source.concat if self.item.concat is None else self.item.concat
+        options = TextOptions(
+            seqlen=None if concat else self.seqlen,
+            use_template=self.item.apply_chat_template,
+            system_prompt=self.item.system_prompt,
+        )
+        tokens = encode(self._samples(), self.tokenizer, options, self.source.name)
+        shape = join_rows if concat else cut_rows
+        self.rows = (TokenRow(ids, mask) for ids, mask in shape(tokens, self.seqlen, self._drop))
+
+    def take(self, count: int) -> list[TokenRow]:
+        """Return up to `count` further rows."""
+        taken: list[TokenRow] = []
+        while len(taken) < count and not self.exhausted:
+            row = next(self.rows, None)
+            if row is None:
+                self.exhausted = True
+            else:
+                taken.append(row)
+        self.given += len(taken)
+        return taken
+
+    def report(self) -> str:
+        """Return what was kept and why the rest was dropped."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+        if Reason.SHORT in self.dropped:
+            reasons += f" (the longest of these has {self.longest})"
+        text = f"{self.source.name}: {self.given} rows from {self.read} samples"
+        return f"{text}; dropped: {reasons}" if reasons else text
+
+    def _drop(self, reason: str, length: int) -> None:
+        self.dropped[reason] += 1
+        self.longest = max(self.longest, length)
+
+    def _samples(self) -> Iterator[Sample]:
+        for index, record in self._records():
+            for sample in samples_of(record, self.source.fields, f"{self.source.name}, record {index}"):
+                self.read += 1
+                yield sample
+
+    def _records(self) -> Iterator[tuple[int, object]]:
+        records = self.source.records
+        if self.source.keep_order or not isinstance(records, Sequence):
+            yield from enumerate(records)
+            return
+        order = list(range(len(records)))
+        self.shuffler.shuffle(order)
+        for index in order:
+            yield index, records[index]
+
+
+def _mix(streams: Sequence[_Stream], nsamples: int, shuffler: random.Random) -> list[TokenRow]:
+    """Take what each stream owes; streams without `num=` share the rest and stand in for each other."""
+    rows: list[TokenRow] = []
+    for stream in streams:
+        if stream.item.num is not None:
+            rows += stream.take(stream.item.num)
+    open_streams = [stream for stream in streams if stream.item.num is None]
+    while open_streams and len(rows) < nsamples:
+        share, extra = divmod(nsamples - len(rows), len(open_streams))
+        for index, stream in enumerate(open_streams):
+            rows += stream.take(share + (index < extra))
+        open_streams = [stream for stream in open_streams if not stream.exhausted]
+    if len(streams) > 1:
+        shuffler.shuffle(rows)
+    return rows[:nsamples]
+
+
+def _remedy(dropped: Counter[str]) -> str:
+    if dropped[Reason.SHORT]:
+        return (
+            "Use a smaller seqlen, join short samples (:concat after the data set's name), or give more data."
+        )
+    return "Give more data, or ask for fewer rows (nsamples)."

@@ -1,0 +1,90 @@
+"""Where calibration records come from: a name, a path, or the user's own objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from auto_round.calibration.grammar import DatasetItem
+from auto_round.calibration.hub import Records, read_hub
+from auto_round.calibration.local import SUFFIXES, read_path
+from auto_round.calibration.python_docs import PythonDocs
+from auto_round.calibration.registry import (
+    LATER_DATASETS,
+    PYTHON_DOCS,
+    HubDataset,
+    Platform,
+    find_dataset,
+    known_names,
+)
+from auto_round.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Records and how they are meant to be read.
+
+    Attributes:
+        name: for messages.
+        records: a sequence can be read in any order; any other iterable is read from its begin.
+        fields: columns that hold the text; empty: the usual ones.
+        concat: whether its records are joined and cut unless the user says otherwise.
+        keep_order: take the records in their own order instead of a random one.
+    """
+
+    name: str
+    records: Records
+    fields: tuple[str, ...] = ()
+    concat: bool = False
+    keep_order: bool = False
+
+
+def open_item(item: DatasetItem, platform: Platform = "hf") -> Source:
+    """Return the source that one item of a data set specification names.
+
+    Looked up in this order: the built-in text, registered names, paths on this machine, `owner/name` of the
+    hub.
+
+    Args:
+        item: the parsed item.
+        platform: hub to ask.
+
+    Raises:
+        ConfigError: there is no such data set, or it cannot be read.
+    """
+    name = item.name
+    if name.casefold().replace("_", "-") == PYTHON_DOCS:
+        if item.splits:
+            raise ConfigError(
+                f"data set {PYTHON_DOCS}: it has no splits; remove split={'+'.join(item.splits)}"
+            )
+        return Source(PYTHON_DOCS, PythonDocs(), concat=True)
+    row = find_dataset(name)
+    if row is not None:
+        return Source(name, read_hub(row, item.splits, platform), row.fields)
+    path = Path(name).expanduser()
+    if path.exists() or path.suffix.lower() in SUFFIXES or name.startswith((".", "~", "/")):
+        return Source(path.name, read_path(path, item.splits), concat=path.suffix.lower() == ".txt")
+    if name in LATER_DATASETS:
+        raise ConfigError(
+            f'data set "{name}" holds images or sound, which calibration cannot use yet; use one with text'
+        )
+    if name.count("/") == 1 and all(name.split("/")) and "\\" not in name:
+        return Source(name, read_hub(HubDataset((name,), fields=()), item.splits, platform))
+    raise ConfigError(
+        f'data set "{name}" is not a registered name ({nearest(name, known_names())}), not a path that '
+        f"exists (files end in {', '.join(SUFFIXES)}) and not an owner/name of the hub"
+    )
+
+
+def own_source(records: Iterable[object]) -> Source:
+    """Return the source of the user's own records, taken in their order.
+
+    Args:
+        records: list of texts, of token ids, of mappings (`input_ids` with `attention_mask`, or text), of
+            `BatchEncoding`; a `DataLoader` of these; a tensor `[rows, tokens]`.
+    """
+    name = "the given data"
+    kept: Records = records if isinstance(records, Sequence) else iter(records)
+    return Source(name, kept, keep_order=True)

@@ -1,0 +1,202 @@
+"""Durable file operations: whole reads and writes at an offset, kernel copies, atomic files, clear errors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.errors import CheckpointError, ConfigError
+
+CHUNK_BYTES = 8 * 2**20
+"""Bytes per step where a copy has to pass through this process."""
+
+# Linux moves at most 0x7FFFF000 bytes in one call; a round number below that keeps later chunks page-aligned.
+_CALL_BYTES = 2**30
+
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_PERMISSION = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_BAD_PATH = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY}
+)
+_NO_KERNEL_COPY = frozenset(
+    {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an `OSError` raised while writing `path` into an error with a remedy.
+
+    Raises:
+        ConfigError: disk full or over quota, no permission, read-only file system, impossible path.
+        CheckpointError: any other failure of the file system.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            message = (
+                f"disk full while writing {path}: free some space and run the same command again to continue"
+            )
+            raise ConfigError(message) from error
+        if error.errno in _NO_PERMISSION:
+            message = f"no permission to write {path} ({error.strerror}): choose another output folder"
+            raise ConfigError(message) from error
+        message = f"cannot write {path}: {error.strerror or error}"
+        if error.errno in _BAD_PATH:
+            raise ConfigError(f"{message}; choose another output folder") from error
+        raise CheckpointError(message) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an `OSError` raised while reading `path` into an error with a remedy.
+
+    Raises:
+        ConfigError: no permission.
+        CheckpointError: any other failure of the file system.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise ConfigError(f"no permission to read {path}: change its mode or its owner") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Writable view of the memory of a contiguous CPU tensor, one item a byte."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_at(fd: int, view: memoryview, offset: int) -> int:
+    """Fill `view` from the file at `offset`; returns the bytes read, fewer only at the file's end."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done : done + _CALL_BYTES]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done : done + _CALL_BYTES], offset + done)
+
+
+def copy_at(source: int, source_offset: int, target: int, target_offset: int, count: int) -> int:
+    """Copy `count` bytes between files, inside the kernel where it can; returns the bytes copied.
+
+    Fewer than `count` are copied only when the source ends early.
+    """
+    done = _kernel_copy(source, source_offset, target, target_offset, count)
+    if done == count:
+        return done
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, count - done)))
+    while done < count:
+        got = read_at(source, buffer[: count - done], source_offset + done)
+        if got == 0:
+            break
+        write_at(target, buffer[:got], target_offset + done)
+        done += got
+    return done
+
+
+def _kernel_copy(source: int, source_offset: int, target: int, target_offset: int, count: int) -> int:
+    """Bytes copied by `copy_file_range` before it ended or refused; 0 where the system has none."""
+    done = 0
+    if sys.platform == "linux":
+        while done < count:
+            step = min(_CALL_BYTES, count - done)
+            try:
+                got = os.copy_file_range(source, target, step, source_offset + done, target_offset + done)
+            except OSError as error:
+                if error.errno in _NO_KERNEL_COPY:
+                    break
+                raise
+            if got == 0:  # the end, or a file system that pretends so: the caller's plain copy finds out
+                break
+            done += got
+    return done
+
+
+def reserve(fd: int, size: int) -> None:
+    """Give the file `size` bytes, with disk blocks behind them where the file system can promise that."""
+    os.ftruncate(fd, size)
+    if sys.platform == "linux" and size:
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
+def will_need(fd: int, offset: int, count: int) -> None:
+    """Ask the system to start reading a range into its page cache."""
+    if sys.platform == "linux":
+        os.posix_fadvise(fd, offset, count, os.POSIX_FADV_WILLNEED)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names inside a folder survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """Yield a descriptor whose bytes become `path` on leaving, all of them or none.
+
+    The temporary name is derived from `path` alone, so that a run continued after a crash replaces what
+    the crash left.
+
+    Raises:
+        ConfigError: disk full, no permission.
+        CheckpointError: any other failure of the file system.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            yield fd
+            os.fsync(fd)
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+
+
+def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a whole file that is either there in full or not at all, even after a power cut.
+
+    Raises:
+        ConfigError: disk full, no permission.
+        CheckpointError: any other failure of the file system.
+    """
+    with replacing(path) as fd:
+        write_at(fd, data, 0)
+
+
+def atomic_write_json(path: Path, value: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+    """Write a JSON object as `atomic_write_bytes` does: two spaces, UTF-8, newline at the end."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys)
+    atomic_write_bytes(path, (text + "\n").encode())

@@ -1,0 +1,286 @@
+"""Checkpoint folder read by byte range: no memory map, no pickle, every bound checked on opening."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from auto_round.checkpoint.disk import bytes_of, copy_at, read_at, reading, will_need
+from auto_round.checkpoint.header import MAX_JSON_BYTES, TensorInfo, parse_json_object, read_header
+from auto_round.errors import CheckpointError, ConfigError, InternalError, nearest
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_SAMPLE_BYTES = 4096
+
+
+class Checkpoint:
+    """Tensors of a folder of safetensors files.
+
+    Reads go through `pread` into fresh memory, so that resident memory holds what is asked for and nothing
+    else. All methods may be called from several threads. Use as a context manager, or call `close`.
+
+    Attributes:
+        folder: the folder.
+    """
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]) -> None:
+        self.folder = folder
+        self._tensors = tensors
+        self._fds: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._readahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="readahead")
+        self._closed = False
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Read and check the headers of every shard; no weight is read.
+
+        Raises:
+            ConfigError: no such folder, no safetensors in it, or pickled weights only.
+            CheckpointError: a shard is missing, truncated or contradicts itself or the index.
+        """
+        path = Path(folder)
+        with reading(path):
+            if not path.is_dir():
+                raise ConfigError(f"{path} is not a folder: expected one with config.json and {SINGLE_FILE}")
+            held = {file.name for file in path.iterdir()}
+        if SINGLE_FILE in held:  # first, as in Transformers
+            return cls(path, _read_file(path / SINGLE_FILE))
+        if INDEX_FILE in held:
+            return cls(path, _read_shards(path))
+        raise ConfigError(_nothing_to_read(path, sorted(held)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tensor names in the order of their bytes, shard by shard."""
+        return tuple(self._tensors)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Weight files, in order."""
+        return tuple(dict.fromkeys(info.file for info in self._tensors.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self._tensors.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        try:
+            return self._tensors[name]
+        except KeyError:
+            hint = nearest(name, self._tensors)
+            raise CheckpointError(
+                f'{self.folder}: no tensor "{name}" in its safetensors files; {hint}'
+            ) from None
+
+    def read(self, name: str) -> Tensor:
+        """Tensor in fresh CPU memory that the caller owns.
+
+        Raises:
+            CheckpointError: no such tensor, or its file ends early.
+        """
+        info = self.info(name)
+        return self._fill(name, info, torch.empty(info.shape, dtype=info.dtype), info.begin)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` (excluded) of the first axis, without reading the others.
+
+        Raises:
+            CheckpointError: no such tensor, or its file ends early.
+            InternalError: the tensor has no such rows.
+        """
+        info = self.info(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise InternalError(f'rows {start} to {stop} of tensor "{name}" of shape {list(info.shape)}')
+        row_bytes = info.nbytes // max(info.shape[0], 1)
+        rows = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
+        return self._fill(name, info, rows, info.begin + start * row_bytes)
+
+    def read_into(self, name: str, out: Tensor) -> Tensor:
+        """Like `read`, into contiguous CPU memory that is already there; returns `out`.
+
+        Raises:
+            CheckpointError: no such tensor, or its file ends early.
+            InternalError: dtype, shape, device or strides of `out` do not fit.
+        """
+        info = self.info(name)
+        fits = out.dtype == info.dtype and tuple(out.shape) == info.shape
+        if not fits or out.device.type != "cpu" or not out.is_contiguous():
+            raise InternalError(
+                f'tensor "{name}" is {info.dtype} {list(info.shape)}: cannot be read into {out.shape}'
+            )
+        return self._fill(name, info, out, info.begin)
+
+    def copy_into(self, name: str, fd: int, offset: int) -> None:
+        """Copy the bytes of a tensor to an open file without passing them through Python.
+
+        Raises:
+            CheckpointError: no such tensor, or its file ends early.
+            OSError: the target cannot be written.
+        """
+        info = self.info(name)
+        done = copy_at(self._fd(info.file), info.begin, fd, offset, info.nbytes)
+        if done != info.nbytes:
+            raise _cut_short(name, info, info.begin + done)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Start reading tensors into the system's page cache; returns at once, and is never needed."""
+        for name in names:
+            info = self.info(name)
+            self._readahead.submit(will_need, self._fd(info.file), info.begin, info.nbytes)
+
+    def fingerprint(self) -> str:
+        """Hash of every tensor's name, dtype and shape, and of up to 12 KiB of its bytes.
+
+        Tells two models apart without reading them whole: first, middle and last 4 KiB of each tensor count.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self._tensors):
+            info = self._tensors[name]
+            digest.update(f"{name}\0{info.dtype}\0{list(info.shape)}\0".encode())
+            digest.update(self._sample(name, info))
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Close all files; reading afterwards is an error."""
+        self._readahead.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            self._closed = True
+            while self._fds:
+                os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _fd(self, file: Path) -> int:
+        """Descriptor of a shard, opened at its first use."""
+        with self._lock:
+            if self._closed:
+                raise InternalError(f"{self.folder}: read after close")
+            if file not in self._fds:
+                with reading(file):
+                    self._fds[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            return self._fds[file]
+
+    def _fill(self, name: str, info: TensorInfo, out: Tensor, offset: int) -> Tensor:
+        """Fill `out` from the file of a tensor, starting at `offset`."""
+        view = bytes_of(out)
+        fd = self._fd(info.file)
+        with reading(info.file):
+            done = read_at(fd, view, offset)
+        if done != len(view):
+            raise _cut_short(name, info, offset + done)
+        return out
+
+    def _sample(self, name: str, info: TensorInfo) -> bytes:
+        """First, middle and last bytes of a tensor; all of them when it is small."""
+        if info.nbytes <= 3 * _SAMPLE_BYTES:
+            spans = [(info.begin, info.nbytes)]
+        else:
+            middle = info.begin + (info.nbytes - _SAMPLE_BYTES) // 2
+            spans = [(start, _SAMPLE_BYTES) for start in (info.begin, middle, info.end - _SAMPLE_BYTES)]
+        sample = bytearray(sum(count for _, count in spans))
+        view = memoryview(sample)
+        fd = self._fd(info.file)
+        for start, count in spans:
+            with reading(info.file):
+                done = read_at(fd, view[:count], start)
+            if done != count:
+                raise _cut_short(name, info, start + done)
+            view = view[count:]
+        return bytes(sample)
+
+
+def _cut_short(name: str, info: TensorInfo, offset: int) -> CheckpointError:
+    """Error for a file that has become shorter than its header says."""
+    return CheckpointError(
+        f'{info.file}: ends at offset {offset} inside tensor "{name}", '
+        f"which takes bytes {info.begin} to {info.end}: the file changed while it was read"
+    )
+
+
+def _read_file(file: Path) -> dict[str, TensorInfo]:
+    """Checked header of one file."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not a regular file (or a link to one that is gone); fetch it again")
+    with reading(file):
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return read_header(fd, file)
+        finally:
+            os.close(fd)
+
+
+def _read_shards(folder: Path) -> dict[str, TensorInfo]:
+    """Checked headers of all shards that an index names, in the order of their names."""
+    index = folder / INDEX_FILE
+    with reading(index):
+        if index.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{index}: longer than {MAX_JSON_BYTES} bytes")
+        weight_map = parse_json_object(index.read_bytes(), str(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+    shards: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+            raise CheckpointError(
+                f'{index}: tensor "{name}" must lie in a *.safetensors beside it, got {shard!r}'
+            )
+        shards.setdefault(shard, []).append(name)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(shards):
+        tensors.update(_read_shard(folder / shard, shards[shard], weight_map))
+    return tensors
+
+
+def _read_shard(file: Path, indexed: list[str], weight_map: dict[str, str]) -> dict[str, TensorInfo]:
+    """Tensors of one shard that the index assigns to it; index and header must agree."""
+    if not file.is_file():
+        more = f" and {len(indexed) - 1} more" if len(indexed) > 1 else ""
+        raise CheckpointError(f'{file} is missing: it holds tensor "{indexed[0]}"{more}; fetch it again')
+    found = _read_file(file)
+    for name in indexed:
+        if name not in found:
+            raise CheckpointError(f'{file}: tensor "{name}" is not in it, although {INDEX_FILE} says so')
+    for name in found:
+        if name not in weight_map:
+            raise CheckpointError(f'{file}: tensor "{name}" is in it, but not in {INDEX_FILE}')
+    return {name: info for name, info in found.items() if weight_map[name] == file.name}
+
+
+def _nothing_to_read(folder: Path, held: Sequence[str]) -> str:
+    """What to say of a folder without safetensors that holds these files."""
+    pickles = [name for name in held if name.endswith(_PICKLES)]
+    if pickles:
+        return (
+            f"{folder} holds pickled weights only ({pickles[0]}), which are refused because loading a pickle "
+            "can run any code: convert them once, in a place where that does no harm, with "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new), and pass the new folder"
+        )
+    others = [name for name in held if name.endswith(".safetensors")]
+    found = f"; it has {', '.join(others[:3])}, which are not what Transformers loads" if others else ""
+    return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}"

@@ -1,0 +1,1 @@
+"""The commands: argument reading, progress, lists and the summary."""

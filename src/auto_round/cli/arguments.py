@@ -1,0 +1,228 @@
+"""The command line: a parser made from the option groups, and the command that its words mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from auto_round.config import GROUPS, RECIPES, Setting, settings
+from auto_round.config.later import GRANTED, LATER, later_names, not_there_yet
+from auto_round.errors import ConfigError, nearest
+
+USAGE = """auto-round MODEL [options]          make MODEL small
+       auto-round list [format|scheme|dataset|backend]
+       auto-round help | --version"""
+COMMANDS = ("quantize", "list", "eval", "help")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises `ConfigError` where argparse would exit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What the user asked for.
+
+    Attributes:
+        verb: "quantize", "list", "help" or "version".
+        given: options by name, only those that were written.
+        recipe: recipe name.
+        topics: what to list.
+    """
+
+    verb: str
+    given: dict[str, Any]
+    recipe: str = "default"
+    topics: tuple[str, ...] = ()
+
+
+def parse(argv: Sequence[str], recipe: str = "default") -> Command:
+    """Read a command line.
+
+    Args:
+        argv: words after the program's name.
+        recipe: recipe that the program's name stands for; `--recipe` overrules it.
+
+    Raises:
+        ConfigError: unknown flag (with the nearest flags), a missing or a wrong value, no model.
+        UnsupportedError: a flag of later work.
+    """
+    words = [_underscored(word) for word in argv]
+    verb = words[0] if words and words[0] in COMMANDS else ""
+    if verb == "list":
+        return Command("list", {}, topics=tuple(words[1:]))
+    if not words or verb == "help" or "-h" in words or "--help" in words:
+        return Command("help", {})
+    if verb == "eval":
+        raise not_there_yet(["eval"])
+    return _quantize(words[1:] if verb else words, recipe)
+
+
+def _quantize(words: list[str], recipe: str) -> Command:
+    parser = build_parser()
+    found, unknown = parser.parse_known_args(words)
+    given = vars(found)
+    if given.pop("version", False):
+        return Command("version", {})
+    topics = given.pop("list", None)
+    if topics is not None:
+        return Command("list", {}, topics=tuple(topics))
+    if unknown:
+        raise _unknown(unknown, parser)
+    later = [name for name in later_names() if name in given]
+    if later:
+        raise not_there_yet(later, prefix="--")
+    for name in GRANTED:
+        given.pop(name, None)
+    recipe = given.pop("recipe", recipe)
+    return Command("quantize", _with_model(given), recipe)
+
+
+def _with_model(given: dict[str, Any]) -> dict[str, Any]:
+    """Bring the bare model name and `--model` together."""
+    bare = given.pop("bare_model", None)
+    named = given.get("model")
+    if bare is None and named is None:
+        raise ConfigError(
+            "no model given: write its folder or hub name, for example: auto-round path/to/model"
+        )
+    if bare is not None and named is not None and bare != named:
+        raise ConfigError(f'two models given, "{bare}" and "{named}": give one of them')
+    return {**given, "model": named if bare is None else bare}
+
+
+def _underscored(word: str) -> str:
+    """Write `--group-size=64` as `--group_size=64`; values are left alone."""
+    if not word.startswith("--") or word == "--":
+        return word
+    flag, equals, value = word[2:].partition("=")
+    return "--" + flag.replace("-", "_") + equals + value
+
+
+def _unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> ConfigError:
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if not flags:
+        return ConfigError(f'unexpected "{words[0]}": one model at a time; quote values that hold spaces')
+    known = [text for action in parser._actions for text in action.option_strings]
+    return ConfigError(f"unknown flag {flags[0]}: {nearest(flags[0], known)} (auto-round --help lists all)")
+
+
+def build_parser() -> Parser:
+    """Build the parser of the main command from the option groups."""
+    parser = Parser(
+        prog="auto-round",
+        usage=USAGE,
+        description="Round the weights of a language model to a few bits, tuned block by block against the "
+        "block's own output.",
+        epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("bare_model", metavar="MODEL", nargs="?", help="folder or hub name of the model")
+    general = parser.add_argument_group("general")
+    general.add_argument("-h", "--help", action="store_true", help="show this text and stop")
+    general.add_argument("--version", action="store_true", help="show the version and stop")
+    general.add_argument("--recipe", choices=tuple(RECIPES), help="a named set of options")
+    general.add_argument("--list", nargs="*", help="what there is: format, scheme, dataset, backend")
+    for name, group in GROUPS.items():
+        section = parser.add_argument_group(name, group.__doc__)
+        for setting in settings(group):
+            if setting.spec.cli:
+                _add(section, setting)
+    _add_later(parser)
+    return parser
+
+
+def _add(section: argparse._ArgumentGroup, setting: Setting) -> None:
+    """Add the flags of one option: the first is shown, its other spellings work unseen."""
+    shown = setting.flags[0]
+    if setting.kind != "flag":
+        for flag in setting.flags:
+            section.add_argument(
+                f"--{flag}",
+                dest=setting.name,
+                type=_reader(setting),
+                metavar=_metavar(setting),
+                help=_help(setting) if flag == shown else argparse.SUPPRESS,
+            )
+        return
+    either = section.add_mutually_exclusive_group()
+    for flag in dict.fromkeys((*setting.flags, *setting.spec.off, *(f"no_{flag}" for flag in setting.flags))):
+        either.add_argument(
+            f"--{flag}",
+            dest=setting.name,
+            action="store_const",
+            const=flag in setting.flags,
+            help=_switch_help(setting, flag) or argparse.SUPPRESS,
+        )
+
+
+def _switch_help(setting: Setting, flag: str) -> str:
+    """Return the help of one flag of a switch; empty for spellings that are not shown."""
+    if flag in setting.spec.off[:1]:
+        return setting.spec.off_help
+    shown = flag == setting.flags[0] and setting.default is not True
+    return setting.spec.help if shown else ""
+
+
+def _reader(setting: Setting) -> Callable[[str], Any]:
+    """Return the function that reads the text of an option's value."""
+    numbers: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
+
+    def read(text: str) -> Any:
+        number = numbers.get(setting.kind)
+        if number is None or setting.spec.convert is not None:
+            return setting.admit(text)
+        try:
+            value = number(text)
+        except ValueError:
+            raise setting.refuse(text, f"expected {setting.expected()}") from None
+        return setting.admit(value)
+
+    return read
+
+
+def _metavar(setting: Setting) -> str:
+    if setting.spec.choices:
+        return "{" + ",".join(setting.spec.choices) + "}"
+    if setting.spec.convert is not None:
+        return "TEXT"
+    return {"int": "N", "float": "X"}.get(setting.kind, "TEXT")
+
+
+def _help(setting: Setting) -> str:
+    shown = setting.default not in (None, "", ()) and not setting.spec.choices
+    return setting.spec.help.replace("%", "%%") + (f" [{setting.default}]" if shown else "")
+
+
+def _add_later(parser: argparse.ArgumentParser) -> None:
+    for later in LATER:
+        for name in later.switches:
+            parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
+        for name in later.values:
+            parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+        for name in later.lists:
+            parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
+    for name in GRANTED:
+        parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
+
+
+def _epilog() -> str:
+    recipes = "\n  ".join(
+        f"{name}: " + (", ".join(f"{key} {value}" for key, value in values.items()) or "the defaults above")
+        for name, values in RECIPES.items()
+    )
+    commands = ", ".join("auto-round-" + name.replace("_", "-") for name in RECIPES if name != "default")
+    return (
+        "Flags may be written with - or _ between words, and switches with --no- in front.\n"
+        f"Recipes (also commands: {commands}):\n  {recipes}\n"
+        "Known, but not there yet:\n  " + "\n  ".join(later.feature for later in LATER)
+    )

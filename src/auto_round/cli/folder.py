@@ -1,0 +1,35 @@
+"""Where the command line puts a model: a folder that says what is in it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from auto_round.config import Options
+from auto_round.schemes import QuantizationScheme, parse_scheme
+
+KEPT_BITS = 16
+
+
+def with_named_folder(options: Options) -> Options:
+    """Return the options with `output_dir/NAME` as output folder.
+
+    Raises:
+        ConfigError: the scheme is unknown.
+    """
+    scheme = parse_scheme(options.scheme.scheme, options.scheme.overrides())
+    name = folder_name(options.model.model, scheme, gguf=options.output.formats[0].startswith("gguf"))
+    folder = Path(options.output.output_dir) / name
+    return replace(options, output=replace(options.output, output_dir=str(folder)))
+
+
+def folder_name(model: str, scheme: QuantizationScheme, *, gguf: bool = False) -> str:
+    """Return `Qwen3-0.6B-w4g128` and the like; `w4a16` where groups have no size."""
+    path = Path(model).expanduser()
+    base = path.resolve().name if path.is_dir() else model.rstrip("/").rpartition("/")[2]
+    if gguf:
+        return f"{base}-gguf"
+    if scheme.group_size > 0:
+        return f"{base}-w{scheme.bits}g{scheme.group_size}"
+    floating = "fp" if (scheme.act_data_type or "").startswith("fp") else ""
+    return f"{base}-w{scheme.bits}a{floating}{scheme.act_bits or KEPT_BITS}"

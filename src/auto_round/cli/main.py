@@ -1,0 +1,114 @@
+"""The commands of the package: they read the words, do the work, and turn errors into one clear message."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+from auto_round.config import read_environment, unknown_variables
+from auto_round.errors import AutoRoundError, ConfigError, InternalError, UnsupportedError
+from auto_round.log import logger
+
+EXIT_REQUEST = 2
+"""Exit code when the request is wrong or asks for what is not there."""
+EXIT_FAILED = 1
+"""Exit code when the work failed."""
+EXIT_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `auto-round`; return the exit code."""
+    return _run(argv, "default")
+
+
+def main_best(argv: Sequence[str] | None = None) -> int:
+    """Run `auto-round-best`."""
+    return _run(argv, "best")
+
+
+def main_light(argv: Sequence[str] | None = None) -> int:
+    """Run `auto-round-light`."""
+    return _run(argv, "light")
+
+
+def main_rtn(argv: Sequence[str] | None = None) -> int:
+    """Run `auto-round-rtn`."""
+    return _run(argv, "rtn")
+
+
+def main_opt_rtn(argv: Sequence[str] | None = None) -> int:
+    """Run `auto-round-opt-rtn`."""
+    return _run(argv, "opt_rtn")
+
+
+def _run(argv: Sequence[str] | None, recipe: str) -> int:
+    """Run one command; no exception leaves, except the interpreter's own."""
+    debug = False
+    try:
+        level = read_environment().log_level
+        debug = level in {"TRACE", "DEBUG"}
+        _set_up_log(level)
+        return _dispatch(sys.argv[1:] if argv is None else argv, recipe)
+    except KeyboardInterrupt:
+        _say("interrupted: the same command continues where this run stopped")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_FAILED
+    except Exception as error:  # noqa: BLE001  the one place where every failure becomes a message
+        if debug:
+            traceback.print_exc()
+        _say(_message(error, debug=debug))
+        return EXIT_REQUEST if isinstance(error, (ConfigError, UnsupportedError)) else EXIT_FAILED
+
+
+def _dispatch(argv: Sequence[str], recipe: str) -> int:
+    from auto_round.cli import arguments
+
+    command = arguments.parse(argv, recipe)
+    if command.verb == "help":
+        print(arguments.build_parser().format_help(), end="")
+    elif command.verb == "version":
+        from auto_round.version import __version__
+
+        print(f"auto-round {__version__}")
+    elif command.verb == "list":
+        from auto_round.cli.listing import listing
+
+        print(listing(command.topics))
+    else:
+        from auto_round.cli.quantize import quantize
+
+        _warn_of_unknown_variables()
+        quantize(command.given, command.recipe)
+    return 0
+
+
+def _set_up_log(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel("DEBUG" if level == "TRACE" else level)
+
+
+def _warn_of_unknown_variables() -> None:
+    names = unknown_variables()
+    if names:
+        logger.warning("environment variable(s) without a meaning here: %s", ", ".join(names))
+
+
+def _message(error: Exception, *, debug: bool) -> str:
+    if isinstance(error, AutoRoundError) and not isinstance(error, InternalError):
+        return f"error: {error}"
+    if isinstance(error, MemoryError):
+        return "error: out of memory: try a smaller --batch_size, --seqlen or --nsamples"
+    hint = "" if debug else "; AR_LOG_LEVEL=DEBUG shows where"
+    return f"error: unexpected {type(error).__name__}: {error}{hint}"
+
+
+def _say(text: str) -> None:
+    print(f"auto-round: {text}", file=sys.stderr)

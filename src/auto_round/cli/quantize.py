@@ -1,0 +1,38 @@
+"""The main command: options in, a quantized model on disk and a summary out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from auto_round.cli.folder import with_named_folder
+from auto_round.cli.progress import drawn_progress
+from auto_round.cli.summary import summary
+from auto_round.config import build_options, read_environment
+
+
+def quantize(given: Mapping[str, Any], recipe: str) -> None:
+    """Do what the options say and print what came of it.
+
+    Raises:
+        AutoRoundError: the request is wrong, or the work failed.
+    """
+    environment = read_environment()
+    options = with_named_folder(build_options(given, recipe, environment))
+    if environment.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(environment.num_threads)
+    if options.output.dry_run:
+        from auto_round.pipeline.plan_run import dry_run
+
+        print(dry_run(options).text)
+        return
+    from auto_round.pipeline.memory import keep_freed_memory
+    from auto_round.pipeline.quantize import run
+
+    with drawn_progress() as progress:
+        if options.tune.iters > 0:
+            keep_freed_memory()
+        result = run(options, progress)
+    print(summary(result))

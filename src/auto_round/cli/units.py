@@ -1,0 +1,28 @@
+"""Numbers as people read them: bytes, seconds, losses."""
+
+from __future__ import annotations
+
+
+def size(count: float) -> str:
+    """Write a number of bytes with a unit, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as `42 s`, `3 min 05 s` or `2 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def gain(before: float, after: float) -> str:
+    """Write `0.0123 -> 0.0101 (-18 %)`."""
+    change = f" ({100 * (after - before) / before:+.0f} %)" if before > 0 else ""
+    return f"{before:.4g} -> {after:.4g}{change}"

@@ -1,0 +1,100 @@
+"""Environment variables: the table, and the only place that reads `os.environ`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from auto_round.errors import ConfigError, nearest
+
+LOG_LEVELS: Final = ("TRACE", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_YES: Final = ("1", "true", "yes", "on")
+_NO: Final = ("", "0", "false", "no", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One environment variable: name, default as text, meaning."""
+
+    name: str
+    default: str
+    help: str
+
+
+VARIABLES: Final = (
+    Variable("AR_LOG_LEVEL", "INFO", "least serious message shown: " + ", ".join(LOG_LEVELS)),
+    Variable("AR_USE_MODELSCOPE", "0", "1: download models and data from ModelScope"),
+    Variable(
+        "AR_WORK_SPACE", "", "folder for the scratch files of `AutoRound.quantize()`; empty: the system's"
+    ),
+    Variable("AR_OMP_NUM_THREADS", "", "CPU threads of the commands; empty: PyTorch's own choice"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The environment variables as values.
+
+    Attributes:
+        log_level: one of `LOG_LEVELS`.
+        use_modelscope: download from ModelScope.
+        work_space: folder for scratch files, None for the system's.
+        num_threads: CPU threads, None for PyTorch's choice.
+    """
+
+    log_level: str = "INFO"
+    use_modelscope: bool = False
+    work_space: Path | None = None
+    num_threads: int | None = None
+
+
+def read_environment(source: Mapping[str, str] | None = None) -> Environment:
+    """Read the variables of the table from `source`, by default the process environment.
+
+    Raises:
+        ConfigError: a variable holds something that it cannot mean.
+    """
+    table = os.environ if source is None else source
+    texts = {variable.name: table.get(variable.name, variable.default).strip() for variable in VARIABLES}
+    level = texts["AR_LOG_LEVEL"].upper() or "INFO"
+    if level not in LOG_LEVELS:
+        raise ConfigError(f"AR_LOG_LEVEL is {level!r}: {nearest(level, LOG_LEVELS)}")
+    space = texts["AR_WORK_SPACE"]
+    return Environment(
+        log_level=level,
+        use_modelscope=_switch("AR_USE_MODELSCOPE", texts["AR_USE_MODELSCOPE"]),
+        work_space=Path(space) if space else None,
+        num_threads=_count("AR_OMP_NUM_THREADS", texts["AR_OMP_NUM_THREADS"]),
+    )
+
+
+def unknown_variables(source: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """Return the variables named `AR_...` that are set and mean nothing here."""
+    table = os.environ if source is None else source
+    known = {variable.name for variable in VARIABLES}
+    return tuple(sorted(name for name in table if name.startswith("AR_") and name not in known))
+
+
+def environment_markdown() -> str:
+    """Return the table of environment variables for the manual."""
+    rows = [f"| `{v.name}` | {f'`{v.default}`' if v.default else ''} | {v.help} |" for v in VARIABLES]
+    return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows]) + "\n"
+
+
+def _switch(name: str, text: str) -> bool:
+    if text.lower() in _YES:
+        return True
+    if text.lower() in _NO:
+        return False
+    raise ConfigError(f"{name} is {text!r}: expected 1 or 0")
+
+
+def _count(name: str, text: str) -> int | None:
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{name} is {text!r}: expected a whole number above zero")
+    return int(text)

@@ -1,0 +1,314 @@
+"""Every option of a quantization run, grouped; flags, Python arguments and the manual come from here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from auto_round.config import values
+from auto_round.config.option import Spec, option, settle
+from auto_round.errors import ConfigError
+
+DTYPES = ("auto", "bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
+SCALE_DTYPES = ("fp16", "float16", "bf16", "bfloat16", "fp32", "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model, from where, and on which device."""
+
+    model: str = option(
+        "",
+        Spec(
+            "folder or hub name of the model to make small",
+            flags=("model", "model_name", "model_name_or_path"),
+        ),
+    )
+    tokenizer: str | None = option(
+        None, Spec("folder or hub name of the tokenizer; the model's own when not given")
+    )
+    platform: str = option("hf", Spec("hub to download from", choices=("hf", "model_scope")))
+    model_dtype: str | None = option(
+        None,
+        Spec("dtype the weights are cast to when read; the checkpoint's own when not given", choices=DTYPES),
+    )
+    trust_remote_code: bool = option(
+        False,
+        Spec(
+            "run Python code that comes with the model; off unless asked", off=("disable_trust_remote_code",)
+        ),
+    )
+    device_map: str | Mapping[str, str] = option(
+        "auto",
+        Spec(
+            'where to tune: "auto", "cpu", "0", "cuda:0", "0,1"; from Python also {module suffix: device}',
+            flags=("device_map", "device", "devices"),
+            aliases=("device",),
+            convert=values.device,
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemeOptions:
+    """How many bits, in which groups, and for which layers."""
+
+    scheme: str | Mapping[str, Any] = option(
+        "W4A16", Spec("preset name; from Python also a dict or a QuantizationScheme")
+    )
+    layer_config: Mapping[str, Any] | None = option(
+        None,
+        Spec(
+            "schemes of layers by name, part of it or pattern: {k_proj:{bits:8}}, JSON or a .json file",
+            convert=values.layer_rules,
+        ),
+    )
+    bits: int | None = option(None, Spec("bits per weight, over the scheme's", low=1, high=32))
+    group_size: int | None = option(
+        None, Spec("weights that share a scale; -1 one per output channel, 0 one per tensor", low=-1)
+    )
+    sym: bool | None = option(
+        None, Spec("symmetric grid, no zero points", off=("asym",), off_help="grid with zero points")
+    )
+    data_type: str | None = option(None, Spec("number type of the weights", flags=("data_type", "dtype")))
+    act_bits: int | None = option(None, Spec("bits per activation", low=1, high=32))
+    act_group_size: int | None = option(None, Spec("activations that share a scale", low=-1))
+    act_sym: bool | None = option(None, Spec("symmetric grid for activations", off=("act_asym",)))
+    act_data_type: str | None = option(
+        None, Spec("number type of the activations", flags=("act_data_type", "act_dtype"))
+    )
+    act_dynamic: bool | None = option(
+        None,
+        Spec(
+            "activation scales measured at run time",
+            off=("disable_act_dynamic",),
+            off_help="activation scales fixed at calibration",
+        ),
+    )
+    super_bits: int | None = option(None, Spec("bits of the scales of two-level formats", low=1, high=32))
+    super_group_size: int | None = option(None, Spec("groups in a super-block of two-level formats", low=1))
+    scale_dtype: str | None = option(
+        None, Spec("dtype the scales are stored in; fp16 when not given", choices=SCALE_DTYPES)
+    )
+    ignore_layers: tuple[str, ...] = option(
+        (),
+        Spec(
+            "layers kept at 16 bits: comma list of names, partial names or patterns",
+            flags=("ignore_layers", "fp_layers"),
+            aliases=("fp_layers",),
+            convert=values.names,
+        ),
+    )
+    quant_lm_head: bool = option(False, Spec("quantize the output head too"))
+    to_quant_block_names: tuple[str, ...] = option(
+        (), Spec("quantize only these blocks: comma list of names or prefixes", convert=values.names)
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the single scheme fields that the user set, ready for `parse_scheme`."""
+        given = {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.sym,
+            "data_type": self.data_type,
+            "act_bits": self.act_bits,
+            "act_group_size": self.act_group_size,
+            "act_sym": self.act_sym,
+            "act_data_type": self.act_data_type,
+            "act_dynamic": self.act_dynamic,
+            "super_bits": self.super_bits,
+            "super_group_size": self.super_group_size,
+            "scale_dtype": long_dtype(self.scale_dtype) if self.scale_dtype else None,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions:
+    """The text that shows what the model's inputs look like."""
+
+    dataset: str = option(
+        "NeelNanda/pile-10k",
+        Spec(
+            'data sets, comma separated, each "name:key=value:..." (split, num, concat, apply_chat_template, '
+            'system_prompt); "python-docs" needs no network; .json, .jsonl, .txt and .parquet files work too'
+        ),
+    )
+    nsamples: int = option(128, Spec("calibration rows", flags=("nsamples", "nsample"), low=1))
+    seqlen: int = option(2048, Spec("tokens per row", flags=("seqlen", "seq_len"), low=1))
+    seed: int = option(42, Spec("seed of every random choice", low=0, high=2**63 - 1))
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneOptions:
+    """How the rounding is tuned."""
+
+    iters: int = option(
+        200, Spec("tuning steps per block; 0 rounds without tuning", flags=("iters", "iter"), low=0)
+    )
+    batch_size: int = option(
+        8, Spec("rows per step", flags=("batch_size", "train_bs", "bs"), aliases=("bs", "train_bs"), low=1)
+    )
+    gradient_accumulate_steps: int = option(1, Spec("batches whose gradients are added before a step", low=1))
+    lr: float | None = option(
+        None,
+        Spec(
+            "step size of the rounding offsets; 1/iters when not given (2/iters: bits <= 3, iters >= 1000)",
+            low=0,
+        ),
+    )
+    minmax_lr: float | None = option(
+        None, Spec("step size of the range multipliers; lr when not given", low=0)
+    )
+    lr_scheduler: Callable[[int, int], float] | None = option(  # noqa: RUF009
+        None,
+        Spec("function of (step, iters) giving the factor of lr; linear to zero when not given", cli=False),
+    )
+    momentum: float = option(0.0, Spec("momentum of the sign descent", low=0, high=1))
+    nblocks: int = option(1, Spec("neighbouring blocks tuned as one", low=1))
+    enable_adam: bool = option(
+        False, Spec("AdamW instead of sign descent", flags=("enable_adam", "adam"), aliases=("adam",))
+    )
+    enable_minmax_tuning: bool = option(
+        True,
+        Spec(
+            "tune the range of each group too",
+            off=("disable_minmax_tuning",),
+            off_help="keep the range of each group",
+        ),
+    )
+    enable_norm_bias_tuning: bool = option(False, Spec("tune norm weights and biases too"))
+    enable_quanted_input: bool = option(
+        True,
+        Spec(
+            "feed each block what the quantized blocks before it give",
+            off=("disable_quanted_input",),
+            off_help="feed each block what the unquantized blocks before it give",
+        ),
+    )
+    not_use_best_mse: bool = option(False, Spec("keep the last step instead of the best one"))
+    dynamic_max_gap: int = option(
+        -1, Spec("stop a block after so many steps without a better loss; 0 or less never", low=-1)
+    )
+    amp: bool = option(
+        True, Spec("run blocks in 16 bits", off=("disable_amp",), off_help="run blocks in float32")
+    )
+    enable_torch_compile: bool | None = option(
+        None,
+        Spec(
+            "compile the blocks; decided from the job when not given",
+            off=("disable_torch_compile",),
+            off_help="do not compile the blocks",
+        ),
+    )
+    disable_opt_rtn: bool | None = option(
+        None,
+        Spec(
+            "with iters 0: plain rounding; decided from the bits when not given",
+            off=("enable_opt_rtn",),
+            off_help="with iters 0: search the scales",
+        ),
+    )
+    enable_deterministic_algorithms: bool = option(
+        False,
+        Spec(
+            "ask PyTorch for its deterministic GPU kernels as well", off=("disable_deterministic_algorithms",)
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+    def learning_rate(self, bits: int) -> float:
+        """Return the step size of the rounding offsets, in units of one code.
+
+        With linear decay an offset can travel lr * (iters + 1) / 2 codes: half a code by default, so that
+        each weight can reach either neighbour; a whole one in long runs at 2 or 3 bits.
+        """
+        if self.lr is not None:
+            return self.lr
+        if self.iters == 0:
+            return 0.0
+        return (2.0 if self.iters >= 1000 and bits <= 3 else 1.0) / self.iters
+
+    def range_learning_rate(self, bits: int) -> float:
+        """Return the step size of the range multipliers."""
+        return self.learning_rate(bits) if self.minmax_lr is None else self.minmax_lr
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryOptions:
+    """What to save memory at the cost of time."""
+
+    low_gpu_mem_usage: bool = option(False, Spec("keep activations in host memory instead of on the GPU"))
+    low_cpu_mem_usage: bool = option(
+        True,
+        Spec(
+            "hold one block in host memory and spill activations to disk when they are large",
+            off=("disable_low_cpu_mem_usage",),
+            off_help="keep everything in host memory",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputOptions:
+    """What is written, where, and what happens around the writing."""
+
+    output_dir: str = option("tmp_autoround", Spec("folder the quantized model goes under"))
+    format: str = option(
+        "auto_round", Spec("comma list of file formats", flags=("format", "formats"), aliases=("formats",))
+    )
+    max_shard_size: int = option(
+        "5GB", Spec('largest weight file, for example "5GB" or "512MiB"', convert=values.size_bytes)
+    )
+    overwrite: bool = option(False, Spec("replace an output folder that holds something else"))
+    verify: bool = option(
+        True,
+        Spec(
+            "reload what was written and compare it with the model in memory",
+            off=("no_verify",),
+            off_help="do not reload and compare",
+        ),
+    )
+    resume: bool = option(
+        True, Spec("continue an interrupted run of the same job", off=("no_resume",), off_help="begin anew")
+    )
+    dry_run: bool = option(False, Spec("print plan, memory, disk and time, then stop"))
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if not self.formats:
+            raise ConfigError('option "format" is empty: expected a comma list such as "auto_round"')
+
+    def folders(self) -> dict[str, Path]:
+        """Map each format to its folder: `output_dir` itself for one, a sub-folder each for several."""
+        root = Path(self.output_dir)
+        if len(self.formats) == 1:
+            return {self.formats[0]: root}
+        return {name: root / re.sub(r"[^a-z0-9]+", "-", name) for name in self.formats}
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Format names in the order given, lower case, with `_` between words, each once."""
+        return tuple(dict.fromkeys(name.casefold().replace("-", "_") for name in values.names(self.format)))
+
+
+def long_dtype(name: str) -> str:
+    """Return `"float16"` for `"fp16"` and so on; long names stay."""
+    return {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(name, name)

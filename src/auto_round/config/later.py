@@ -1,0 +1,159 @@
+"""What users of other versions may ask for and this one does not do yet: understood, and answered plainly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+from auto_round.errors import UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Names that belong to one piece of later work.
+
+    Attributes:
+        feature: what the names ask for, as the subject of "is not there yet".
+        switches: names that stand alone.
+        values: names that take one value.
+        lists: names that take any number of values.
+    """
+
+    feature: str
+    switches: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, without dashes."""
+        return (*self.switches, *self.values, *self.lists)
+
+
+LATER: Final = (
+    Later(
+        "evaluation on benchmark tasks",
+        switches=("eval", "eval_task_by_task", "add_bos_token", "fewshot_as_multiturn"),
+        values=(
+            "eval_bs",
+            "limit",
+            "eval_backend",
+            "vllm_args",
+            "eval_model_dtype",
+            "num_fewshot",
+            "eval_gen_kwargs",
+        ),
+        lists=("tasks", "task"),
+    ),
+    Later(
+        "AutoScheme (a scheme chosen for each layer)",
+        switches=("ignore_scale_zp_bits",),
+        values=("avg_bits", "target_bits", "options"),
+        lists=("shared_layers",),
+    ),
+    Later("the extended tuning algorithm", switches=("enable_alg_ext", "enable_lfq")),
+    Later(
+        "a choice of algorithms (AWQ, SVDQuant, rotations)",
+        switches=(
+            "awq_apply_clip",
+            "awq_clip_as_init",
+            "enable_svdquant_smooth",
+            "enable_svdquant_residual_early_stop",
+            "fuse_online_to_weight",
+            "no_fuse_online_to_weight",
+            "allow_online_rotation",
+            "no_allow_online_rotation",
+        ),
+        values=(
+            "algorithm",
+            "alg",
+            "alg_configs",
+            "awq_duo_scaling",
+            "awq_n_grid",
+            "awq_seqlen",
+            "awq_smooth_batch_size",
+            "svdquant_rank",
+            "svdquant_smooth_num_grids",
+            "svdquant_smooth_max_calibration_calls",
+            "svdquant_residual_iters",
+            "svdquant_low_rank_dtype",
+            "svdquant_target_modules",
+            "svdquant_exclude_modules",
+            "svdquant_model_adapter",
+            "rotation_config",
+            "rotation_type",
+            "rotation_backend",
+            "rotation_block_size",
+        ),
+    ),
+    Later(
+        "quantization of the key/value cache and of attention",
+        values=(
+            "static_kv_dtype",
+            "static_attention_dtype",
+            "static_kv_granularity",
+            "static_attention_granularity",
+        ),
+    ),
+    Later(
+        "quantization of vision-language models",
+        switches=("mllm", "quant_nontext_module", "vlmeval", "lmms"),
+        values=("extra_data_dir", "template", "processor", "image_processor"),
+    ),
+    Later(
+        "quantization of diffusion models",
+        values=(
+            "prompt_file",
+            "prompt",
+            "metrics",
+            "metric",
+            "image_save_dir",
+            "guidance_scale",
+            "num_inference_steps",
+            "generator_seed",
+        ),
+    ),
+)
+
+GRANTED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "model_free": "plain rounding never builds the model",
+        "disable_model_free": "the result is the same with and without the model",
+    }
+)
+"""Switches that change nothing here, and why."""
+
+
+def later_names() -> dict[str, str]:
+    """Map every name of later work to the feature it belongs to."""
+    return {name: later.feature for later in LATER for name in later.names}
+
+
+def not_there_yet(names: Iterable[str], *, prefix: str = "") -> UnsupportedError:
+    """Return the error that says which names ask for what is not there yet."""
+    features = later_names()
+    wanted: dict[str, list[str]] = {}
+    for name in names:
+        wanted.setdefault(features[name], []).append(prefix + name)
+    parts = [
+        f"{feature} is not there yet in this version (asked for by {', '.join(n)})"
+        for feature, n in wanted.items()
+    ]
+    return UnsupportedError("; ".join(parts) + ". Leave " + ("it" if len(parts) == 1 else "them") + " out.")
+
+
+def split_later(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Split arguments into those of this version and the names of later work that ask for something.
+
+    None, False and empty values ask for nothing and are dropped.
+    """
+    features = later_names()
+    now = {name: value for name, value in given.items() if name not in features and name not in GRANTED}
+    asked = [name for name, value in given.items() if name in features and not _is_nothing(value)]
+    return now, tuple(asked)
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, str) and not value)

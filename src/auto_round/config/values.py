@@ -1,0 +1,132 @@
+"""What users may write for an option that is more than one word: lists, sizes, devices, layer rules."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_TOKEN = re.compile(r"""\s*(?:(?P<mark>[{}:,])|(?P<text>"[^"]*"|'[^']*')|(?P<word>[^\s{}:,"']+))""")
+
+
+def names(value: Any) -> tuple[str, ...]:
+    """Turn `"a, b"`, `["a", "b"]` or `[["a"], ["b"]]` into `("a", "b")`."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if not isinstance(value, Iterable):
+        raise TypeError(f"expected a comma list or a list of names, got {type(value).__name__}")
+    return tuple(name for part in value for name in names(part))
+
+
+def size_bytes(value: Any) -> int:
+    """Turn `"5GB"`, `"512 MiB"` or a number of bytes into bytes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        number, unit = float(value), ""
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError('expected a size such as "5GB", "512MB" or "512MiB"')
+        number, unit = float(match[1]), match[2].upper()
+    count = int(number * _UNITS[unit])
+    if count <= 0:
+        raise ValueError('expected a size above zero such as "5GB"')
+    return count
+
+
+def device(value: Any) -> Any:
+    """Turn `0`, `"cuda:0"`, `"0,1"`, a `torch.device` or a mapping into text, or a mapping of text."""
+    if isinstance(value, Mapping):
+        return {str(key): str(device(part)) for key, part in value.items()}
+    if isinstance(value, bool):
+        raise TypeError('expected a device such as "cpu", "cuda:0" or 0')
+    return str(value)
+
+
+def layer_rules(value: Any) -> Mapping[str, Any]:
+    """Turn JSON, relaxed text such as `{k_proj:{bits:8}}`, a `.json` path or a mapping into a mapping."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if not isinstance(value, str):
+        raise TypeError("expected a mapping of layer name to scheme")
+    if value.endswith(".json"):
+        path = Path(value)
+        if not path.is_file():
+            raise ValueError("no such file")
+        value = path.read_text(encoding="utf-8")
+    try:
+        rules = json.loads(value)
+    except json.JSONDecodeError:
+        rules = _relaxed(value)
+    if not isinstance(rules, dict):
+        raise TypeError('expected {"layer name": scheme, ...}')
+    return rules
+
+
+def _relaxed(text: str) -> Any:
+    """Read JSON-like text whose words need no quotes."""
+    tokens: list[tuple[str, str, int]] = []
+    at = 0
+    text = text.rstrip()
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise ValueError(f"unclosed quote at character {at + 1}")
+        kind = match.lastgroup or ""
+        tokens.append((kind, match[kind], match.start(kind)))
+        at = match.end()
+    value, rest = _value(tokens, 0)
+    if rest != len(tokens):
+        raise ValueError(f"unexpected {tokens[rest][1]!r} at character {tokens[rest][2] + 1}")
+    return value
+
+
+def _value(tokens: list[tuple[str, str, int]], at: int) -> tuple[Any, int]:
+    if at >= len(tokens):
+        raise ValueError("the text ends too early")
+    kind, text, where = tokens[at]
+    if kind == "text":
+        return text[1:-1], at + 1
+    if kind == "word":
+        # A scheme name may hold a colon ("GGUF:Q6_K").
+        if _marks(tokens, at + 1, ":") and at + 2 < len(tokens) and tokens[at + 2][0] == "word":
+            return f"{text}:{tokens[at + 2][1]}", at + 3
+        return _word(text), at + 1
+    if text != "{":
+        raise ValueError(f"unexpected {text!r} at character {where + 1}")
+    return _mapping(tokens, at + 1)
+
+
+def _mapping(tokens: list[tuple[str, str, int]], at: int) -> tuple[Any, int]:
+    found: dict[str, Any] = {}
+    while not _marks(tokens, at, "}"):
+        if at >= len(tokens):
+            raise ValueError('a closing "}" is missing')
+        kind, key, where = tokens[at]
+        if kind == "mark" or not _marks(tokens, at + 1, ":"):
+            raise ValueError(f'expected "name: value" at character {where + 1}')
+        found[key[1:-1] if kind == "text" else key], at = _value(tokens, at + 2)
+        if _marks(tokens, at, ","):
+            at += 1
+        elif not _marks(tokens, at, "}"):
+            raise ValueError(
+                'expected "," or "}" '
+                + (f"at character {tokens[at][2] + 1}" if at < len(tokens) else "at the end")
+            )
+    return found, at + 1
+
+
+def _marks(tokens: list[tuple[str, str, int]], at: int, mark: str) -> bool:
+    return at < len(tokens) and tokens[at][:2] == ("mark", mark)
+
+
+def _word(text: str) -> Any:
+    words = {"true": True, "false": False, "null": None, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        return text

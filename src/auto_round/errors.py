@@ -1,0 +1,63 @@
+"""Errors of this package: one root, one class per kind of remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+class AutoRoundError(Exception):
+    """Root of every error raised on purpose by this package."""
+
+
+class ConfigError(AutoRoundError):
+    """The request is wrong and the user can mend it (argument, pattern, data set, folder)."""
+
+
+class CheckpointError(AutoRoundError):
+    """A file of a checkpoint is missing, truncated or contradicts itself; names file, tensor and offset."""
+
+
+class NumericsError(AutoRoundError):
+    """Numbers that cannot be quantized: non-finite weights or losses; names the tensor and the count."""
+
+
+class InternalError(AutoRoundError):
+    """A broken promise inside this package: a bug to report, never the user's fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why one part (kernel, exporter, layout) cannot do what was asked.
+
+    Attributes:
+        who: name of the part that refuses.
+        reason: what it cannot do, in one sentence.
+        remedy: what to do about it; empty when nothing helps.
+    """
+
+    who: str
+    reason: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.who}: {self.reason}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+class UnsupportedError(AutoRoundError):
+    """No part can do what was asked; carries every refusal."""
+
+    def __init__(self, message: str, refusals: Sequence[Refusal] = ()) -> None:
+        super().__init__("\n  - ".join([message, *map(str, refusals)]))
+        self.refusals = tuple(refusals)
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return a hint such as `did you mean "W4A16", "W8A16"?`, or the known names when none is near."""
+    names = list(known)
+    folded = {n.casefold(): n for n in names}
+    near = difflib.get_close_matches(name.casefold(), list(folded), n=count, cutoff=0.5)
+    if near:
+        return "did you mean " + ", ".join(f'"{folded[n]}"' for n in near) + "?"
+    return "known: " + ", ".join(f'"{n}"' for n in names[:20]) + (", ..." if len(names) > 20 else "")

@@ -1,0 +1,1 @@
+"""Measures of a model: perplexity and distance between two models' predictions."""

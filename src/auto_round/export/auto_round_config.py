@@ -1,0 +1,171 @@
+"""The `quantization_config` of the `auto_round` format, as Transformers, vLLM and SGLang read it.
+
+All three look for a layer's exact name in `extra_config` first, then for expressions that find it
+(Transformers and vLLM by `re.search`, SGLang by `re.fullmatch`), then take the fields at the top. They leave
+layers alone whose names do not begin with `block_name_to_quantize`, except those that `extra_config` names.
+
+Source: Transformers 5 `AutoRoundConfig`; vLLM `quantization/inc.py`; SGLang `quantization/auto_round.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from auto_round.errors import InternalError
+from auto_round.export.exporter import Facts
+from auto_round.models.layer import Block, Layer
+from auto_round.schemes.plan import Plan
+from auto_round.schemes.rules import Kind
+from auto_round.schemes.scheme import QuantizationScheme
+from auto_round.version import __version__
+
+KEPT: Mapping[str, Any] = {"bits": 16, "data_type": "float"}
+"""Entry of a layer inside the blocks that keeps its weights."""
+
+DEFAULT_FACTS: Mapping[str, Any] = {
+    "amp": True,
+    "batch_size": 8,
+    "enable_minmax_tuning": True,
+    "enable_norm_bias_tuning": False,
+    "enable_quanted_input": True,
+    "gradient_accumulate_steps": 1,
+    "iters": 200,
+    "low_gpu_mem_usage": False,
+    "nsamples": 128,
+    "seqlen": 2048,
+}
+"""Options that are written only when they differ from these."""
+
+_RATES = ("lr", "minmax_lr")
+
+Override = tuple[tuple[str, Any], ...]
+"""Fields of an `extra_config` entry, hashable."""
+
+
+def quantization_config(
+    packing_format: str,
+    plan: Plan,
+    layers: Sequence[Layer],
+    blocks: Sequence[Block],
+    facts: Facts | None = None,
+) -> dict[str, Any] | None:
+    """Dictionary for `config.json` and `quantization_config.json`; None when nothing is quantized.
+
+    Args:
+        packing_format: order of the stored bytes.
+        plan: what becomes of each layer.
+        layers: the layers of the plan.
+        blocks: the blocks of the model.
+        facts: options of the tuning run; those that say nothing new are left out.
+
+    Raises:
+        InternalError: a fact that would overwrite another key.
+    """
+    if not plan.quantized:
+        return None
+    base = _base(plan, layers)
+    prefixes = _prefixes(plan, layers, blocks)
+    config: dict[str, Any] = {
+        "quant_method": "auto-round",
+        "packing_format": packing_format,
+        **_fields(base),
+        "autoround_version": __version__,
+    }
+    if prefixes:
+        config["block_name_to_quantize"] = prefixes[0] if len(prefixes) == 1 else prefixes
+    extra = _extra_config(plan, layers, base, prefixes)
+    if extra:
+        config["extra_config"] = extra
+    news = _news(facts or {})
+    clash = sorted(set(news) & {*config, "extra_config", "scale_dtype"})
+    if clash:
+        raise InternalError(f"tuning facts would overwrite {clash} of the quantization_config")
+    return config | news
+
+
+def _base(plan: Plan, layers: Sequence[Layer]) -> QuantizationScheme:
+    """The plan's scheme where some layer in a block has it, else the most common one."""
+    used = Counter(s for layer in layers if layer.block is not None and (s := _scheme(plan, layer)))
+    used = used or Counter(s for layer in layers if (s := _scheme(plan, layer)))
+    return next((s for s in used if _fields(s) == _fields(plan.scheme)), used.most_common(1)[0][0])
+
+
+def _scheme(plan: Plan, layer: Layer) -> QuantizationScheme | None:
+    return plan.entries[layer.name].scheme
+
+
+def _fields(scheme: QuantizationScheme) -> dict[str, Any]:
+    """What readers need of a scheme of whole numbers; the scale's dtype only where it is not float16."""
+    fields: dict[str, Any] = {
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.sym,
+        "data_type": scheme.data_type,
+    }
+    if scheme.scale_dtype != "float16":
+        fields["scale_dtype"] = f"torch.{scheme.scale_dtype}"
+    return fields
+
+
+def _prefixes(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> list[str]:
+    """Common beginnings of the blocks that hold quantized layers, for example `model.layers`."""
+    quantized = {layer.block for layer in layers if _scheme(plan, layer) is not None}
+    disks = [block.disk for block in blocks if block.index in quantized]
+    return list(dict.fromkeys(re.sub(r"\.\d+$", "", disk) for disk in disks))
+
+
+def _extra_config(
+    plan: Plan, layers: Sequence[Layer], base: QuantizationScheme, prefixes: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Layers that differ from `base`: the user's patterns where all readers agree on them, else names."""
+    overrides = {layer.name: _override(plan, layer, base, prefixes) for layer in layers}
+    extra: dict[str, dict[str, Any]] = {}
+    covered: set[str] = set()
+    for regex, names in _patterns(plan, overrides):
+        if not covered.issuperset(names):
+            extra[regex] = dict(overrides[names[0]])
+            covered.update(names)
+    named = {name: dict(o) for name, o in overrides.items() if o and name not in covered}
+    return named | extra
+
+
+def _override(plan: Plan, layer: Layer, base: QuantizationScheme, prefixes: Sequence[str]) -> Override:
+    """Entry of one layer; empty when the fields at the top say it all."""
+    scheme = _scheme(plan, layer)
+    inside = layer.block is not None and any(layer.name.startswith(f"{p}.") for p in prefixes)
+    if scheme is None:
+        return tuple(KEPT.items()) if inside else ()
+    known = _fields(base) if inside else {}
+    fields = _fields(scheme)
+    if "scale_dtype" in known:
+        fields.setdefault("scale_dtype", "torch.float16")
+    return tuple((k, v) for k, v in fields.items() if known.get(k) != v)
+
+
+def _patterns(plan: Plan, overrides: Mapping[str, Override]) -> Iterator[tuple[str, list[str]]]:
+    """Patterns of the user that find layers of one and the same entry and nothing else, with those layers."""
+    for rule in plan.rules:
+        if rule.kind is Kind.EXACT:
+            continue
+        for regex in (f".*{re.escape(rule.key)}.*", rule.regex):
+            names = [name for name in overrides if re.search(regex, name)]
+            alike = {overrides[name] for name in names}
+            if len(alike) == 1 and all(alike) and all(re.fullmatch(regex, name) for name in names):
+                yield regex, names
+                break
+
+
+def _news(facts: Facts) -> dict[str, Any]:
+    """Facts that differ from the defaults; a learning rate of one over the steps is the default too."""
+    iters = facts.get("iters", DEFAULT_FACTS["iters"])
+    usual = 1 / iters if isinstance(iters, (int, float)) and iters > 0 else None
+    kept = {
+        k: v for k, v in facts.items() if v is not None and (k not in DEFAULT_FACTS or DEFAULT_FACTS[k] != v)
+    }
+    for rate in _RATES:
+        if rate in kept and kept[rate] in (usual, facts.get("lr") if rate == "minmax_lr" else usual):
+            del kept[rate]
+    return dict(sorted(kept.items()))

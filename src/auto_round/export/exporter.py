@@ -1,0 +1,52 @@
+"""Exporter: names, dtypes and shapes of the output tensors, and the configuration beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from auto_round.errors import Refusal
+from auto_round.layouts.layout import TensorSpec
+from auto_round.models.layer import Block, Layer
+from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QTensor
+from auto_round.schemes.plan import Plan
+
+Facts = Mapping[str, bool | int | float | str | None]
+"""How a model was tuned, by option name, for example `{"iters": 200, "nsamples": 128}`."""
+
+
+class Exporter(Protocol):
+    """One output format. Stateless: every method is a pure function of its arguments."""
+
+    @property
+    def name(self) -> str:
+        """Name on the command line, for example `auto_round`."""
+        ...
+
+    def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> Exporter:
+        """The exporter to use for this plan: where a format has variants, the one that fits.
+
+        `spec`, `encode` and `config` are asked of the result.
+        """
+        ...
+
+    def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
+        """Why this plan cannot be written in this format; asked before any tuning."""
+        ...
+
+    def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
+        """Full tensor name -> dtype and shape of what `encode` will return for this layer."""
+        ...
+
+    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
+        """Full tensor name -> stored tensor of one quantized layer."""
+        ...
+
+    def config(
+        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
+    ) -> dict[str, Any] | None:
+        """The `quantization_config` of `config.json`; None when the folder is to look unquantized."""
+        ...

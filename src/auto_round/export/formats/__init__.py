@@ -1,0 +1,1 @@
+"""Output formats, one file each; none knows of another. `export.table` lists them."""

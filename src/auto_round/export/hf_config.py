@@ -1,0 +1,134 @@
+"""The small files of a Hugging Face folder: config.json and its kin written, tokenizer files copied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from auto_round.checkpoint.disk import atomic_write_bytes, atomic_write_json, reading, writing
+from auto_round.errors import CheckpointError
+
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Files beside the weights that are copied byte for byte, as patterns relative to the folder."""
+
+_TIED = "tie_word_embeddings"
+
+_TEXT = ("text_config", "llm_config", "language_config")
+"""Nested configs of language models; some tie by default and say so nowhere."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model folder, every key as it is.
+
+    Raises:
+        CheckpointError: missing or not a JSON object.
+        ConfigError: no permission.
+    """
+    path = folder / "config.json"
+    with reading(path):
+        text = path.read_bytes()
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(config).__name__}")
+    return config
+
+
+def output_config(
+    source: Mapping[str, Any], quantization_config: Mapping[str, Any] | None, *, untied: bool = False
+) -> dict[str, Any]:
+    """`config.json` of an output: the source's, with what changed.
+
+    Args:
+        source: the source's `config.json`; its own `quantization_config` is replaced.
+        quantization_config: of the output; None for a folder that looks unquantized.
+        untied: the head has been given tensors of its own.
+    """
+    config = {key: value for key, value in source.items() if key != "quantization_config"}
+    if untied:
+        for key, value in config.items():
+            if isinstance(value, Mapping) and (key in _TEXT or _TIED in value):
+                config[key] = {**value, _TIED: False}
+        config[_TIED] = False
+    if quantization_config is not None:
+        config["quantization_config"] = dict(quantization_config)
+    return config
+
+
+def write_configs(
+    folder: Path,
+    source: Mapping[str, Any],
+    quantization_config: Mapping[str, Any] | None,
+    *,
+    untied: bool = False,
+) -> None:
+    """Write `config.json`, and `quantization_config.json` beside it where there is one.
+
+    Arguments as in `output_config`.
+
+    Raises:
+        ConfigError: disk full, no permission.
+        CheckpointError: any other failure of the file system.
+    """
+    if quantization_config is not None:
+        atomic_write_json(folder / "quantization_config.json", quantization_config)
+    atomic_write_json(folder / "config.json", output_config(source, quantization_config, untied=untied))
+
+
+def side_files(folder: Path) -> tuple[Path, ...]:
+    """Files of a model folder that an output needs too, relative to it, sorted."""
+    found = {path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
+    return tuple(sorted(path.relative_to(folder) for path in found))
+
+
+def copy_side_files(source: Path, target: Path) -> tuple[Path, ...]:
+    """Copy tokenizer, generation, processor and remote-code files byte for byte.
+
+    Args:
+        source: model folder; links in it are followed.
+        target: output folder; exists.
+
+    Returns:
+        What was copied, relative to the folders.
+
+    Raises:
+        ConfigError: disk full, no permission.
+        CheckpointError: any other failure of the file system.
+    """
+    names = side_files(source)
+    for name in names:
+        with reading(source / name):
+            data = (source / name).read_bytes()
+        with writing(target / name):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(target / name, data)
+    return names

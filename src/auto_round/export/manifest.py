@@ -1,0 +1,96 @@
+"""Manifest: every tensor of an output and where it comes from, known before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from auto_round.errors import InternalError
+from auto_round.export.exporter import Exporter
+from auto_round.layouts.layout import TensorSpec
+from auto_round.models.layer import Layer, Role
+from auto_round.schemes.plan import Plan
+
+_BEHIND = ""
+"""Place of tensors that replace none of the source's: after all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an output holds.
+
+    Attributes:
+        specs: name of each output tensor -> dtype and shape, in the order of the source.
+        copied: names of the source's tensors that are taken over byte for byte.
+        encoded: name of each quantized layer -> names of the tensors that stand for it.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    copied: tuple[str, ...]
+    encoded: Mapping[str, tuple[str, ...]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(_nbytes(spec) for spec in self.specs.values())
+
+    def layer_bytes(self) -> dict[str, int]:
+        """Name of each quantized layer -> bytes of its tensors."""
+        return {
+            layer: sum(_nbytes(self.specs[name]) for name in names) for layer, names in self.encoded.items()
+        }
+
+
+def make_manifest(
+    exporter: Exporter, plan: Plan, layers: Sequence[Layer], tensors: Mapping[str, TensorSpec]
+) -> Manifest:
+    """Manifest of an output.
+
+    Args:
+        exporter: from `for_plan`.
+        plan: what becomes of each layer.
+        layers: the layers of the plan.
+        tensors: everything in the source, by name.
+
+    Raises:
+        InternalError: two tensors of one name.
+    """
+    parts = {
+        layer.name: exporter.spec(layer, fmt)
+        for layer in layers
+        if (fmt := plan.format_of(layer.name)) is not None
+    }
+    replacing: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.name in parts:
+            place = _BEHIND if layer.tensor not in tensors or _is_tied(layer) else layer.tensor
+            replacing.setdefault(place, []).append(layer.name)
+    specs: dict[str, TensorSpec] = {}
+    for name, spec in tensors.items():
+        if name not in replacing:
+            _add(specs, {name: spec})
+        for layer_name in replacing.get(name, ()):
+            _add(specs, parts[layer_name])
+    for layer_name in replacing.get(_BEHIND, ()):
+        _add(specs, parts[layer_name])
+    copied = tuple(name for name in tensors if name not in replacing)
+    return Manifest(specs, copied, {name: tuple(spec) for name, spec in parts.items()})
+
+
+def _is_tied(layer: Layer) -> bool:
+    """A head whose weight on disk is another layer's (the embedding): that one stays."""
+    return layer.role is Role.HEAD and layer.tensor != f"{layer.name}.weight"
+
+
+def _add(specs: dict[str, TensorSpec], more: Mapping[str, TensorSpec]) -> None:
+    clash = sorted(specs.keys() & more.keys())
+    if clash:
+        raise InternalError(f"two output tensors are named {clash[0]}")
+    specs.update(more)
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    size = spec.dtype.itemsize
+    for n in spec.shape:
+        size *= n
+    return size

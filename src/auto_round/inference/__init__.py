@@ -1,0 +1,1 @@
+"""Inference: checkpoints of this package run inside Transformers."""

@@ -1,0 +1,151 @@
+"""What Transformers calls to load a quantized checkpoint: before its weights are read and after.
+
+Source: Transformers 5 `quantizers/quantizer_auto_round.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.errors import CheckpointError, ConfigError
+from auto_round.inference.disk_names import DiskNames
+from auto_round.inference.experts import PackedExperts, pack_experts
+from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.stored_formats import FLOAT_BITS, StoredFormats
+from auto_round.kernels.kernel import LinearSpec
+from auto_round.kernels.select import AUTO, select_kernel
+from auto_round.log import logger
+from auto_round.models.roles import find_blocks, is_linear
+from auto_round.numerics.format import Format
+
+
+def infer_target_device(device_map: Any = None) -> str:
+    """Kind of device that will run the quantized layers, for example `cpu` or `cuda`.
+
+    Args:
+        device_map: what the user gave to `from_pretrained`: None, a device, a number, a mapping from modules
+            to devices, or a strategy such as `auto`.
+    """
+    if device_map is None:
+        return "cpu"
+    if isinstance(device_map, Mapping):
+        kinds = [_kind(device) for device in device_map.values()]
+        return next((kind for kind in kinds if kind not in ("cpu", "disk", "meta")), "cpu")
+    return _kind(device_map)
+
+
+def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[str]]:
+    """Replace the quantized linear layers of a model by ones that can be filled from its checkpoint.
+
+    Args:
+        model: a Transformers model without weights, with `config.quantization_config`.
+        target_device: kind of device that will run them.
+
+    Returns:
+        The model, changed in place, and the names of the kernels that will run it.
+
+    Raises:
+        ConfigError: a configuration that contradicts itself or the model, or an unknown backend.
+        UnsupportedError: a format, an order of bytes or a layer that cannot be loaded, with the reasons.
+    """
+    config = _config_of(model)
+    stored = StoredFormats.read(config, _block_prefixes(model))
+    backend = str(config.get("backend") or AUTO)
+    names = DiskNames.of(model)
+    experts = pack_experts(model, stored, names)
+    used: dict[str, None] = {}
+    for name, module in list(model.named_modules()):
+        if not is_linear(module):
+            continue
+        fmt = stored.format_of((name, names.layer(name)))
+        if fmt is None or not _holds(stored, fmt, module, name):
+            continue
+        spec = LinearSpec(fmt, (module.out_features, module.in_features), module.weight.dtype, target_device)
+        kernel = select_kernel(spec, backend)
+        _replace(model, name, QuantLinear(spec, stored.layout, kernel, module.bias))
+        used[kernel.name] = None
+    if not used and not experts:
+        raise ConfigError(
+            "quantization_config names no linear layer of this model; "
+            f"quantized are layers below {list(stored.blocks)} and {list(stored.extra)}"
+        )
+    return model, list(used)
+
+
+def post_init(model: Any, used_backends: list[str] | None = None) -> None:
+    """Hand the loaded weights to the kernels; each layer's stored tensors are freed at once.
+
+    Raises:
+        CheckpointError: stored tensors that contradict the configuration, with the layer's name.
+        UnsupportedError: layers left on disk, or on a device that the chosen backend does not run on.
+    """
+    del used_backends  # decided anew where a layer ended up on another device
+    backend = str(_config_of(model).get("backend") or AUTO)
+    for name, module in list(model.named_modules()):
+        try:
+            if isinstance(module, QuantLinear):
+                _adopt(module, backend)
+            elif isinstance(module, PackedExperts):
+                _replace(model, name, module.dequantize(model))
+                _record_as_plain(model, module.layers)
+        except CheckpointError as error:
+            raise CheckpointError(f'layer "{name}": {error}') from error
+
+
+def _adopt(module: QuantLinear, backend: str) -> None:
+    device = next(iter(module.parts().values())).device.type
+    spec, kernel = module.spec, module.kernel
+    if device not in ("meta", spec.device):
+        spec = replace(spec, device=device)
+        kernel = select_kernel(spec, backend)
+    module.adopt(kernel, spec)
+
+
+def _record_as_plain(model: Any, layers: tuple[str, ...]) -> None:
+    """Note in the configuration that layers are no longer quantized, so that saving the model stays correct."""
+    config = model.config.quantization_config
+    fields = config if isinstance(config, dict) else vars(config)
+    kept = {"bits": FLOAT_BITS, "data_type": "float"}
+    fields["extra_config"] = {**(fields.get("extra_config") or {}), **dict.fromkeys(layers, kept)}
+
+
+def _kind(device: Any) -> str:
+    """Kind of one device of a device map."""
+    if isinstance(device, torch.device):
+        return device.type
+    text = str(device)
+    if text.isdigit() or text.startswith(("auto", "balanced", "sequential")):
+        best = torch.accelerator.current_accelerator(check_available=True)
+        return "cpu" if best is None else best.type
+    return text.partition(":")[0]
+
+
+def _config_of(model: Any) -> Mapping[str, Any]:
+    """`quantization_config` as a mapping."""
+    config = model.config.quantization_config
+    if isinstance(config, Mapping):
+        return config
+    return dict(vars(config))
+
+
+def _block_prefixes(model: Any) -> tuple[str, ...]:
+    """Module path of the list of decoder blocks, for example `model.layers`."""
+    return (find_blocks(model)[0].rpartition(".")[0],)
+
+
+def _holds(stored: StoredFormats, fmt: Format, module: nn.Linear, name: str) -> bool:
+    """Whether the byte order can hold a layer at all; exporters keep the others as they were."""
+    refusal = stored.layout.accepts(fmt, (module.out_features, module.in_features))
+    if refusal is not None:
+        logger.debug("%s is read as not quantized: %s", name, refusal)
+    return refusal is None
+
+
+def _replace(model: Any, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

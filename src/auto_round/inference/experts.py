@@ -1,0 +1,144 @@
+"""Fused experts of Transformers 5: stored as one packed matrix per expert and projection, run as 16-bit tensors.
+
+Transformers keeps the experts of a block in tensors `[n_experts, out, in]`, which no kernel of this version
+multiplies packed. They are therefore dequantized once, at load: the file is small, the memory is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.errors import Refusal, UnsupportedError
+from auto_round.inference.disk_names import DiskNames
+from auto_round.inference.qlinear import PackedWeight
+from auto_round.inference.stored_formats import StoredFormats
+from auto_round.models.names import Recipe
+from auto_round.models.roles import fused_experts
+
+WEIGHT = ".weight"
+
+
+class PackedExperts(nn.Module):
+    """Stands in for a module of fused experts while a checkpoint is read.
+
+    Its submodules are the packed matrices under the names that they have in the checkpoint.
+
+    Attributes:
+        layers: names on disk of the packed matrices, without `.weight`.
+    """
+
+    def __init__(
+        self, fused: nn.Module, recipes: Mapping[str, Recipe], packed: Mapping[str, tuple[str, PackedWeight]]
+    ) -> None:
+        """Take the place of `fused`.
+
+        Args:
+            fused: the module of experts.
+            recipes: parameter of it -> how tensors on disk become it, for those that are packed.
+            packed: tensor name on disk -> path below this module, and what will hold the packed matrix.
+        """
+        super().__init__()
+        self._fused = (fused,)  # in a tuple, or its parameters would be expected in the checkpoint
+        self._recipes = recipes
+        self._weights = {name: weight for name, (_, weight) in packed.items()}
+        self.layers = tuple(name.removesuffix(WEIGHT) for name in packed)
+        for path, weight in packed.values():
+            _plant(self, path, weight)
+        for name, parameter in fused.named_parameters(recurse=False):
+            if name not in recipes:
+                self.register_parameter(name, parameter)
+
+    def dequantize(self, model: Any) -> nn.Module:
+        """The module that this one stands for, with its weights.
+
+        Args:
+            model: the model that holds it.
+
+        Raises:
+            CheckpointError: stored tensors that contradict the configuration.
+        """
+        (fused,) = self._fused
+        for name, parameter in list(fused.named_parameters(recurse=False)):
+            if name in self._recipes:
+                recipe = self._recipes[name]
+                made = recipe.make(partial(self._read, dtype=parameter.dtype), model)[recipe.targets[0]]
+                parameter = nn.Parameter(made, requires_grad=False)
+            else:
+                parameter = self.get_parameter(name)
+            fused.register_parameter(name, parameter)
+        return fused
+
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        q = self._weights[name].unpack()
+        return q.format.dequantize(q, dtype)
+
+
+def pack_experts(model: Any, stored: StoredFormats, names: DiskNames) -> tuple[str, ...]:
+    """Replace modules of fused experts by ones that can be filled from a checkpoint.
+
+    Returns:
+        Paths of the replaced modules.
+
+    Raises:
+        UnsupportedError: experts of which only some are quantized, or that are stored in an unusual way.
+    """
+    found = []
+    for path, module in list(model.named_modules()):
+        recipes: dict[str, Recipe] = {}
+        packed: dict[str, tuple[str, PackedWeight]] = {}
+        for parameter, transposed in fused_experts(module).items():
+            recipe = names.recipe(f"{path}.{parameter}")
+            if recipe is None or transposed or len(recipe.targets) != 1:
+                continue
+            weights = _packed_weights(path, recipe, stored, names)
+            if weights:
+                recipes[parameter] = recipe
+                packed.update(weights)
+        if packed:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, PackedExperts(module, recipes, packed))
+            found.append(path)
+    return tuple(found)
+
+
+def _packed_weights(
+    path: str, recipe: Recipe, stored: StoredFormats, names: DiskNames
+) -> dict[str, tuple[str, PackedWeight]]:
+    """Tensor name on disk -> path below the experts' module, and holder; empty when nothing is quantized."""
+    found: dict[str, tuple[str, PackedWeight]] = {}
+    for piece in recipe.pieces:
+        layer = piece.name.removesuffix(WEIGHT)
+        inside = names.inside(layer)
+        n_out, n_in = names.disk[piece.name].shape
+        fmt = stored.format_of((inside, layer))
+        if fmt is None or stored.layout.accepts(fmt, (n_out, n_in)) is not None:
+            continue
+        if not inside.startswith(f"{path}."):
+            raise _unusual(layer, f'it would be loaded as "{inside}", outside of "{path}"')
+        found[piece.name] = (inside.removeprefix(f"{path}."), PackedWeight(fmt, stored.layout, (n_out, n_in)))
+    plain = [piece.name for piece in recipe.pieces if piece.name not in found]
+    if found and plain:
+        raise _unusual(plain[0].removesuffix(WEIGHT), "it is not quantized, but other experts beside it are")
+    return found
+
+
+def _unusual(layer: str, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f'experts of layer "{layer}" cannot be loaded',
+        [Refusal("auto_round", reason, "quantize all experts of a block alike")],
+    )
+
+
+def _plant(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Hang a module below `root`, making the modules between."""
+    *parents, child = path.split(".")
+    for name in parents:
+        if name not in dict(root.named_children()):
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(child, module)

@@ -1,0 +1,116 @@
+"""QuantLinear: a linear layer whose weight is loaded as it lies on disk and kept as its kernel wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.errors import InternalError, UnsupportedError
+from auto_round.kernels.kernel import Kernel, LinearSpec
+from auto_round.layouts.layout import Layout
+from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QTensor
+
+
+class PackedWeight(nn.Module):
+    """The tensors of one weight as a layout stores them, on the meta device until a checkpoint fills them.
+
+    Attributes:
+        fmt: numeric format of the weight.
+        layout: order of the stored bytes.
+        shape: `(out, in)`.
+    """
+
+    def __init__(self, fmt: Format, layout: Layout, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.fmt = fmt
+        self.layout = layout
+        self.shape = shape
+        for suffix, spec in layout.spec(fmt, shape).items():
+            self.register_buffer(suffix, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
+
+    def parts(self) -> dict[str, Tensor]:
+        """The stored tensors by suffix."""
+        return {suffix: self.get_buffer(suffix) for suffix in self.layout.spec(self.fmt, self.shape)}
+
+    def unpack(self) -> QTensor:
+        """The quantized weight.
+
+        Raises:
+            UnsupportedError: the tensors were left on disk or were never loaded.
+            CheckpointError: tensors that the layout would not have written.
+        """
+        parts = self.parts()
+        if any(part.is_meta for part in parts.values()):
+            raise UnsupportedError(
+                "a quantized layer has no weights in memory; give a device_map that leaves no layer on disk"
+            )
+        return self.layout.unpack(parts, self.fmt, self.shape)
+
+
+class QuantLinear(PackedWeight):
+    """A linear layer `[..., in] -> [..., out]` with a quantized weight.
+
+    It is born with the tensors of the checkpoint; `adopt` replaces them by the kernel's. The state dict always
+    holds the checkpoint's names, so that a loaded model can be saved again without any change of bytes.
+
+    Attributes:
+        in_features: inputs.
+        out_features: outputs.
+        spec: the layer as its kernel sees it.
+        kernel: what multiplies.
+        bias: `[out]` or None.
+    """
+
+    def __init__(self, spec: LinearSpec, layout: Layout, kernel: Kernel, bias: nn.Parameter | None) -> None:
+        super().__init__(spec.fmt, layout, spec.shape)
+        self.out_features, self.in_features = spec.shape
+        self.spec = spec
+        self.kernel = kernel
+        self._adopted = False
+        self.register_parameter("bias", bias)
+
+    def adopt(self, kernel: Kernel, spec: LinearSpec) -> None:
+        """Hand the loaded tensors to a kernel and keep only what it needs.
+
+        Raises:
+            UnsupportedError: the tensors were left on disk or were never loaded.
+            CheckpointError: tensors that the layout would not have written.
+        """
+        if self._adopted:
+            return
+        buffers = kernel.prepare(self.unpack(), spec)
+        for suffix in self.parts():
+            del self._buffers[suffix]
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+        self.kernel, self.spec, self._adopted = kernel, spec, True
+
+    def restore(self) -> QTensor:
+        """The quantized weight, bit for bit as it was loaded."""
+        return self.kernel.restore(self._kernel_buffers(), self.spec) if self._adopted else self.unpack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x W^T + bias` in the dtype of `x`."""
+        if not self._adopted:
+            raise InternalError("a quantized layer was used before post_init prepared it")
+        return self.kernel.linear(x, self._kernel_buffers(), self.spec, self.bias)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.fmt.name}, kernel={self.kernel.name}"
+        )
+
+    def _kernel_buffers(self) -> Mapping[str, Tensor]:
+        return self._buffers  # type: ignore[return-value]  # none of a kernel's buffers is None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._adopted:
+            for suffix, part in self.layout.pack(self.restore()).items():
+                destination[prefix + suffix] = part

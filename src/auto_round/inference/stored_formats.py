@@ -1,0 +1,171 @@
+"""In which format each layer of a checkpoint is stored: the reading side of `quantization_config`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from auto_round.errors import ConfigError, Refusal, UnsupportedError
+from auto_round.layouts.layout import Layout
+from auto_round.layouts.table import LAYOUTS, layout_for
+from auto_round.numerics.format import Format
+from auto_round.numerics.presets import INT_BITS, SCALE_DTYPES, int_format
+
+FLOAT_BITS = 16
+"""Width from which a weight counts as not quantized."""
+
+_FIELDS = ("bits", "group_size", "sym", "data_type", "act_bits", "scale_dtype")
+_BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
+_PATTERN = frozenset("*+?^$()[]{}|\\")  # a dot alone does not make a name a pattern
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFormats:
+    """What a `quantization_config` says of each layer.
+
+    A layer's exact name in `extra_config` comes first, then whether it lies in a block, then expressions found
+    in its name, then the fields at the top.
+
+    Attributes:
+        top: fields of layers that nothing else names.
+        extra: exact name or expression -> fields that differ.
+        blocks: beginnings of the names of layers that are quantized unless `extra` names them.
+        kept: parts of names of layers that are not quantized.
+        layout: order of the stored bytes.
+    """
+
+    top: Mapping[str, Any]
+    extra: Mapping[str, Mapping[str, Any]]
+    blocks: tuple[str, ...]
+    kept: tuple[str, ...]
+    layout: Layout
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], default_blocks: Sequence[str]) -> StoredFormats:
+        """Read a configuration.
+
+        Args:
+            config: `quantization_config` of `auto-round`, or of `gptq` or `awq` passed through
+                `AutoRoundConfig`.
+            default_blocks: beginnings of the blocks' names, for configurations that name none.
+
+        Raises:
+            ConfigError: an expression that is not one, or a field with an impossible value.
+            UnsupportedError: byte orders that this version does not read.
+        """
+        if config.get("desc_act"):
+            raise UnsupportedError(
+                "this checkpoint's inputs are reordered by activation (desc_act)",
+                [Refusal("auto_round", "desc_act true", "use a checkpoint with desc_act false")],
+            )
+        top = {field: config[field] for field in _FIELDS if config.get(field) is not None}
+        if "zero_point" in config:  # AWQ's own word for asymmetric
+            top["sym"] = not config["zero_point"]
+        blocks = next((found for key in _BLOCK_KEYS if (found := _names(config.get(key)))), ())
+        extra = {**_gptq_rules(config.get("dynamic") or {}), **(config.get("extra_config") or {})}
+        if config.get("lm_head") is True:
+            extra.setdefault("lm_head", {})
+        for key in extra:
+            _compiled(key)
+        return cls(
+            top,
+            extra,
+            blocks or tuple(default_blocks),
+            tuple(config.get("modules_to_not_convert") or ()),
+            _layout(config),
+        )
+
+    def format_of(self, names: Sequence[str]) -> Format | None:
+        """Format of one layer; None when it is not quantized.
+
+        Args:
+            names: the layer's names, in the module tree and on disk.
+
+        Raises:
+            ConfigError: a field with an impossible value.
+            UnsupportedError: a format that this version does not read.
+        """
+        fields = self._fields(names)
+        return None if fields is None else _format(names[0], fields)
+
+    def _fields(self, names: Sequence[str]) -> dict[str, Any] | None:
+        for name in names:
+            if name in self.extra:
+                return {**self.top, **self.extra[name]}
+        if not any(name.startswith(f"{block}.") for name in names for block in self.blocks):
+            return None
+        if any(part in name for name in names for part in self.kept):
+            return None
+        for key, fields in self.extra.items():
+            if _PATTERN.intersection(key) and any(re.search(key, name) for name in names):
+                return {**self.top, **fields}
+        return dict(self.top)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Block names of a comma list, a list, or a list of lists."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    return tuple(name for item in value for name in _names(item))
+
+
+def _gptq_rules(dynamic: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """GPTQModel's `dynamic`: `-:` keeps a layer, `+:` or nothing changes its fields."""
+    return {
+        f"(?:{key.removeprefix('-:').removeprefix('+:')})": {"bits": FLOAT_BITS}
+        if key.startswith("-:")
+        else fields
+        for key, fields in dynamic.items()
+    }
+
+
+def _compiled(key: str) -> None:
+    try:
+        re.compile(key)
+    except re.error as error:
+        raise ConfigError(
+            f'extra_config of this checkpoint has the key "{key}", expected a layer name or a regular '
+            f"expression ({error})"
+        ) from error
+
+
+def _layout(config: Mapping[str, Any]) -> Layout:
+    packing = str(config.get("packing_format", "auto_round:auto_gptq"))
+    if packing in LAYOUTS:
+        return layout_for(packing)
+    raise UnsupportedError(
+        f'weights packed as "{packing}" cannot be loaded',
+        [Refusal(packing, "not in this version yet", "loadable are " + ", ".join(LAYOUTS))],
+    )
+
+
+def _format(name: str, fields: Mapping[str, Any]) -> Format | None:
+    bits = fields.get("bits", 4)
+    if not isinstance(bits, int):
+        raise ConfigError(f'bits of layer "{name}" must be a whole number, got {bits!r}')
+    if bits >= FLOAT_BITS:
+        return None
+    data_type = str(fields.get("data_type", "int"))
+    if not data_type.startswith("int") or bits not in INT_BITS:
+        raise UnsupportedError(
+            f'layer "{name}" is stored as {data_type} of {bits} bits',
+            [Refusal("auto_round", "loads whole numbers of 2 to 8 bits in this version")],
+        )
+    if fields.get("act_bits", FLOAT_BITS) < FLOAT_BITS:
+        raise UnsupportedError(
+            f'layer "{name}" wants activations of {fields["act_bits"]} bits',
+            [Refusal("auto_round", "runs weight-only schemes in this version")],
+        )
+    size = fields.get("group_size", 128)
+    if not isinstance(size, int):
+        raise UnsupportedError(
+            f'layer "{name}" has group_size {size!r}', [Refusal("auto_round", "loads groups along the input")]
+        )
+    scale = str(fields.get("scale_dtype", "float16")).removeprefix("torch.")
+    if scale not in SCALE_DTYPES:
+        raise ConfigError(f'scale_dtype of layer "{name}" is {scale}, expected one of {list(SCALE_DTYPES)}')
+    return int_format(bits, size, sym=bool(fields.get("sym", True)), scale_dtype=SCALE_DTYPES[scale])

@@ -1,0 +1,1 @@
+"""Kernels: packed weights times activations, chosen per layer from a table."""

@@ -1,0 +1,76 @@
+"""Kernel: one way to multiply activations by a quantized weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from auto_round.errors import Refusal
+from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QTensor
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """One linear layer as a kernel sees it.
+
+    Attributes:
+        fmt: numeric format of the weight.
+        shape: `(out, in)`.
+        dtype: dtype of the activations and of the result.
+        device: kind of device that holds both, for example `cpu`.
+    """
+
+    fmt: Format
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: str
+
+
+class Kernel(Protocol):
+    """Stateless: what is kept between calls is the mapping of buffers that `prepare` returns."""
+
+    @property
+    def name(self) -> str:
+        """Name in the table, in messages and in `AutoRoundConfig(backend=...)`."""
+        ...
+
+    def refuses(self, spec: LinearSpec) -> Refusal | None:
+        """None when this kernel can run that layer on this machine, else the reason."""
+        ...
+
+    def compute_dtype(self, spec: LinearSpec) -> torch.dtype:
+        """Dtype to which weights, activations and results are rounded; sums are kept in float32.
+
+        Error: with `u` the unit roundoff of this dtype, `|y - x W^T| <= (4 u + 2 in 2^-24) |x| |W|^T + u |y|`,
+        where `|W|` also counts an offset that a kernel rounds apart from the weight.
+        """
+        ...
+
+    def prepare(self, q: QTensor, spec: LinearSpec) -> Mapping[str, Tensor]:
+        """Reorder a weight once, at load; the tensors live where `q` lives."""
+        ...
+
+    def restore(self, buffers: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
+        """Inverse of `prepare`, bit for bit: what saving a loaded model needs."""
+        ...
+
+    def linear(
+        self, x: Tensor, buffers: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None
+    ) -> Tensor:
+        """`x W^T + bias`.
+
+        Args:
+            x: `[..., in]` in `spec.dtype`.
+            buffers: at least what `prepare` returned.
+            spec: the layer.
+            bias: `[out]` or None.
+
+        Returns:
+            `[..., out]` in the dtype of `x`.
+        """
+        ...

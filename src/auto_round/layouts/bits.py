@@ -1,0 +1,142 @@
+"""Dense bit streams: `uint8` codes of 2 to 8 bits packed into `int32` words, and back.
+
+The first code takes the lowest bits of the first word; codes of 3, 5, 6 and 7 bits run across words. For 2, 4
+and 8 bits this is the word order of GPTQ, for 3 bits it is GPTQ's split of 32 codes over three words.
+
+Eight codes are one `int64` of eight byte lanes. Merging neighbouring lanes three times leaves `8 * bits`
+dense bits, which costs a few vector instructions for eight codes and works alike for every width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from auto_round.errors import InternalError
+
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+"""Widths of codes that can be packed, bits."""
+
+WORD = 32
+"""Bits in a word."""
+
+BAND = 1 << 18
+"""Codes handled at a time, so that temporaries stay in a core's cache."""
+
+_CARRIER = {2: torch.int16, 4: torch.int32}
+"""Whole-number types as wide as eight codes: conversion to them drops the empty upper bits."""
+
+
+def words(n_codes: int, bits: int) -> int:
+    """Words that `n_codes` codes of `bits` bits take.
+
+    Raises:
+        InternalError: another width, or codes that do not fill whole words.
+    """
+    if bits not in WIDTHS:
+        raise InternalError(f"codes of {bits} bits cannot be packed; expected one of {WIDTHS}")
+    if n_codes * bits % WORD:
+        raise InternalError(f"{n_codes} codes of {bits} bits do not fill whole {WORD}-bit words")
+    return n_codes * bits // WORD
+
+
+def pack_bits(codes: Tensor, bits: int, axis: int = -1) -> Tensor:
+    """Pack codes along one axis.
+
+    Args:
+        codes: uint8, each below `2**bits`; never changed.
+        bits: width of a code, 2 to 8.
+        axis: axis of consecutive codes; `n * bits` must be a multiple of 32.
+
+    Returns:
+        int32, `n * bits / 32` words along `axis`, contiguous.
+
+    Raises:
+        InternalError: other widths or lengths.
+
+    Exact: `unpack_bits(pack_bits(codes, bits), bits)` equals `codes`.
+    """
+    n_words = words(codes.shape[axis], bits)
+    last = codes.movedim(axis, -1)
+    flat = last.reshape(-1, last.shape[-1])
+    packed = torch.empty(flat.shape[0], n_words, dtype=torch.int32, device=codes.device)
+    step = _band(flat)
+    for start in range(0, flat.shape[0], step):
+        rows = slice(start, start + step)
+        packed[rows] = _pack_rows(_aligned(flat[rows]), bits)
+    return packed.reshape(*last.shape[:-1], n_words).movedim(-1, axis).contiguous()
+
+
+def unpack_bits(packed: Tensor, bits: int, axis: int = -1) -> Tensor:
+    """Inverse of `pack_bits`.
+
+    Args:
+        packed: int32 words.
+        bits: width of a code, 2 to 8.
+        axis: axis of consecutive words; their bits must be a multiple of `bits`.
+
+    Returns:
+        uint8, `n_words * 32 / bits` codes along `axis`, contiguous.
+
+    Raises:
+        InternalError: words that do not hold a whole number of codes.
+    """
+    n_codes, rest = divmod(packed.shape[axis] * WORD, bits)
+    if rest:
+        raise InternalError(f"{packed.shape[axis]} words do not hold whole codes of {bits} bits")
+    words(n_codes, bits)
+    last = packed.movedim(axis, -1)
+    flat = last.reshape(-1, last.shape[-1])
+    codes = torch.empty(flat.shape[0], n_codes, dtype=torch.uint8, device=packed.device)
+    step = _band(codes)
+    for start in range(0, flat.shape[0], step):
+        rows = slice(start, start + step)
+        codes[rows] = _unpack_rows(_aligned(flat[rows]), bits)
+    return codes.reshape(*last.shape[:-1], n_codes).movedim(-1, axis).contiguous()
+
+
+def _band(rows: Tensor) -> int:
+    """Rows to handle at a time."""
+    return max(1, BAND // max(1, rows.shape[1]))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous, at an offset that allows a view of wider elements."""
+    x = x.contiguous()
+    return x.clone() if x.storage_offset() * x.element_size() % 8 else x
+
+
+def _lanes(width: int, lane: int) -> int:
+    """Mask of the low `width` bits of every lane of `lane` bits in 64."""
+    return sum(((1 << width) - 1) << at for at in range(0, 64, lane))
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """`[rows, n]` uint8 -> `[rows, n * bits / 32]` int32."""
+    if bits == 8:
+        return codes.view(torch.int32)
+    x = codes.view(torch.int64)
+    for lane in (8, 16, 32):
+        width = bits * lane // 8
+        low = _lanes(width, 2 * lane)
+        x = (x >> (lane - width)).bitwise_and_(low << width).bitwise_or_(x & low)
+    if bits in _CARRIER:
+        return x.to(_CARRIER[bits]).view(torch.int32)
+    octets = x.view(torch.uint8).reshape(len(x), -1, 8)
+    return octets[..., :bits].reshape(len(x), -1).view(torch.int32)
+
+
+def _unpack_rows(packed: Tensor, bits: int) -> Tensor:
+    """`[rows, n * bits / 32]` int32 -> `[rows, n]` uint8."""
+    if bits == 8:
+        return packed.view(torch.uint8)
+    if bits in _CARRIER:
+        x = packed.view(_CARRIER[bits]).to(torch.int64)  # sign bits are masked below
+    else:
+        octets = packed.view(torch.uint8).reshape(len(packed), -1, bits)
+        x = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64).squeeze(-1)
+    for lane in (32, 16, 8):
+        width = bits * lane // 8
+        low = _lanes(width, 2 * lane)
+        x = (x & (low << width)).bitwise_left_shift_(lane - width).bitwise_or_(x & low)
+    return x.view(torch.uint8)

@@ -1,0 +1,108 @@
+"""GPTQ order: codes packed along the input, zero points along the output.
+
+Tensors, with `out`, `in`, `n_groups` and `bits` of the weight:
+
+* `qweight` `[in * bits / 32, out]` int32, first input in the lowest bits;
+* `qzeros` `[n_groups, out * bits / 32]` int32, first output in the lowest bits;
+* `scales` `[n_groups, out]` in the format's scale dtype.
+
+Source: AutoGPTQ 0.7 `qlinear_cuda.py` (version 1, zero points stored minus one); GPTQModel's version 2 stores
+them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from auto_round.errors import Refusal, UnsupportedError
+from auto_round.layouts import integers
+from auto_round.layouts.bits import WIDTHS, WORD, pack_bits, unpack_bits, words
+from auto_round.layouts.layout import TensorSpec
+from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QTensor
+
+
+@dataclass(frozen=True, slots=True)
+class GPTQ:
+    """GPTQ order of words.
+
+    Attributes:
+        name: name of the layout.
+        minus_one: zero points are stored minus one (version 1). A zero point of 0 then has no place.
+    """
+
+    name: str
+    minus_one: bool
+
+    def accepts(self, fmt: Format, shape: Sequence[int]) -> Refusal | None:
+        """None for whole-number formats of 2 to 8 bits with both dimensions multiples of 32."""
+        refusal = integers.refuse(self.name, fmt, shape, WIDTHS)
+        if refusal is None and any(n % WORD for n in shape):
+            return Refusal(self.name, f"needs multiples of {WORD} in both dimensions, not {list(shape)}")
+        return refusal
+
+    def spec(self, fmt: Format, shape: Sequence[int]) -> Mapping[str, TensorSpec]:
+        """`qweight`, `qzeros` and `scales`."""
+        n_out, n_in = shape
+        bits, n_groups = fmt.grid.bits, fmt.group.count(n_in)
+        return {
+            "qweight": TensorSpec(torch.int32, (words(n_in, bits), n_out)),
+            "qzeros": TensorSpec(torch.int32, (n_groups, words(n_out, bits))),
+            "scales": TensorSpec(integers.step_dtype(fmt), (n_groups, n_out)),
+        }
+
+    def pack(self, q: QTensor) -> Mapping[str, Tensor]:
+        """Stored tensors of a quantized weight.
+
+        Raises:
+            UnsupportedError: a zero point of 0 where zero points are stored minus one.
+        """
+        zero = integers.stored_zero(q)
+        if self.minus_one:
+            if not bool(zero.all()):
+                raise UnsupportedError(
+                    "a zero point of 0 cannot be stored minus one",
+                    [Refusal(self.name, f"{int((zero == 0).sum())} groups", "store zero points as they are")],
+                )
+            zero = zero - 1
+        bits = q.format.grid.bits
+        return {
+            "qweight": pack_bits(q.codes, bits).t().contiguous(),
+            "qzeros": pack_bits(zero.t(), bits),
+            "scales": q.scale.parts["step"].t().contiguous(),
+        }
+
+    def unpack(self, parts: Mapping[str, Tensor], fmt: Format, shape: Sequence[int]) -> QTensor:
+        """Inverse of `pack`.
+
+        A `g_idx` among the parts must be the plain order of groups. A version 1 zero point whose bits are all
+        ones stands for 0.
+
+        Raises:
+            CheckpointError: tensors that `pack` would not have written.
+            UnsupportedError: inputs that were reordered by activation.
+        """
+        integers.check_parts(self.name, parts, self.spec(fmt, shape))
+        self._check_order(parts, fmt, shape[1])
+        bits = fmt.grid.bits
+        zero = unpack_bits(parts["qzeros"], bits)
+        if self.minus_one:
+            zero = (zero + 1).bitwise_and_((1 << bits) - 1)
+        codes = unpack_bits(parts["qweight"].t(), bits)
+        step = parts["scales"].t().contiguous()
+        return integers.assemble(self.name, codes, step, zero.t().contiguous(), fmt)
+
+    def _check_order(self, parts: Mapping[str, Tensor], fmt: Format, n_in: int) -> None:
+        if "g_idx" not in parts:
+            return
+        order = parts["g_idx"]
+        plain = torch.arange(n_in, device=order.device) // fmt.group.width(n_in)
+        if not torch.equal(order.to(plain.dtype), plain):
+            raise UnsupportedError(
+                "the inputs of this checkpoint are reordered by activation (desc_act)",
+                [Refusal(self.name, "g_idx is not i // group_size", "use a checkpoint with desc_act false")],
+            )

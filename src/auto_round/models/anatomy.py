@@ -1,0 +1,181 @@
+"""Layers and blocks of a model: module tree, roles and disk names put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from auto_round.errors import Refusal
+from auto_round.layouts.layout import TensorSpec
+from auto_round.models.layer import Block, Layer, Role
+from auto_round.models.names import NameMap
+from auto_round.models.places import Locator
+from auto_round.models.roles import (
+    bare_matrices,
+    expert_counts,
+    find_blocks,
+    find_head,
+    fused_experts,
+    is_linear,
+    is_transposed_linear,
+    role_in_block,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What a model consists of.
+
+    Attributes:
+        layers: matrices that could be quantized: in blocks, outside, head.
+        blocks: decoder blocks.
+        head: disk name of the head's layer.
+        unsupported: matrices that stay at 16 bits because they cannot be addressed, and why.
+    """
+
+    layers: tuple[Layer, ...]
+    blocks: tuple[Block, ...]
+    head: str | None
+    unsupported: tuple[Refusal, ...]
+
+
+def dissect(model: Any, names: NameMap, disk: Mapping[str, TensorSpec], tied: Mapping[str, str]) -> Anatomy:
+    """Find the layers and blocks of a model.
+
+    Args:
+        model: the model, weights on any device.
+        names: its tensors' recipes.
+        disk: dtype and shape of every tensor on disk.
+        tied: module tensor -> module tensor whose data it shares.
+    """
+    return _Dissection(model, names, disk, tied).run()
+
+
+class _Dissection:
+    """The working state of `dissect`: tables looked at for every module, and what was refused."""
+
+    def __init__(
+        self, model: Any, names: NameMap, disk: Mapping[str, TensorSpec], tied: Mapping[str, str]
+    ) -> None:
+        self._model = model
+        self._names = names
+        self._disk = disk
+        self._tied = tied
+        self._experts = expert_counts(model.config)
+        self._locator = Locator(model, disk)
+        self._refusals: list[Refusal] = []
+
+    def run(self) -> Anatomy:
+        paths = find_blocks(self._model)
+        head = find_head(self._model)
+        layers: list[Layer] = []
+        blocks: list[Block] = []
+        for index, path in enumerate(paths):
+            block = self._model.get_submodule(path)
+            layers.extend(self._in_block(block, path, index))
+            blocks.append(Block(index, path, self._disk_prefix(path)))
+        for path, module in self._model.named_modules():
+            inside = any(path.startswith(f"{p}.") for p in paths)
+            if is_linear(module) and not inside and path != head:
+                layers.extend(self._matrices(f"{path}.weight", None, Role.OUTSIDE))
+        heads = [] if head is None else list(self._head(head))
+        return Anatomy(
+            (*layers, *heads), tuple(blocks), heads[0].name if heads else None, tuple(self._refusals)
+        )
+
+    def _in_block(self, block: nn.Module, prefix: str, index: int) -> Iterator[Layer]:
+        for path, module in block.named_modules():
+            full = f"{prefix}.{path}" if path else prefix
+            if isinstance(module, nn.Linear) and is_linear(module):
+                role = role_in_block(path, module.out_features, self._experts)
+                yield from self._matrices(f"{full}.weight", index, role)
+            elif is_transposed_linear(module):
+                self._refuse(f"{full}.weight", "a Conv1D layer stores its matrix transposed")
+            else:
+                yield from self._bare(module, full, index)
+
+    def _bare(self, module: nn.Module, path: str, index: int) -> Iterator[Layer]:
+        """Parameters of a module that is no linear layer: fused experts, or something to keep."""
+        for name, transposed in fused_experts(module).items():
+            if transposed:
+                self._refuse(f"{path}.{name}", "its experts are stored transposed")
+            else:
+                yield from self._matrices(f"{path}.{name}", index, Role.EXPERT)
+        for name in bare_matrices(module, self._experts):
+            self._refuse(f"{path}.{name}", "it is a matrix outside of a linear layer")
+
+    def _matrices(self, parameter: str, index: int | None, role: Role) -> Iterator[Layer]:
+        """Layers that make up one parameter: itself, or one per expert and projection."""
+        recipe = self._names.by_target.get(parameter)
+        if recipe is None:
+            self._refuse(parameter, "it shares the weight of another layer")
+            return
+        places = self._locator.locate(recipe)
+        if isinstance(places, str):
+            self._refuse(parameter, places)
+            return
+        if any(len(self._disk[name].shape) != 2 for name in places):
+            self._refuse(
+                parameter, "its experts lie on disk as one fused tensor, not as one matrix per expert"
+            )
+            return
+        for name, place in sorted(
+            places.items(), key=lambda item: (item[1].expert or 0, item[1].rows or (0, 0))
+        ):
+            spec = self._disk[name]
+            shape = (spec.shape[0], spec.shape[1])
+            yield Layer(
+                name=name.removesuffix(".weight"),
+                tensor=name,
+                parameter=parameter,
+                shape=shape,
+                dtype=spec.dtype,
+                block=index,
+                role=role,
+                expert=place.expert,
+                rows=place.rows,
+            )
+
+    def _head(self, path: str) -> Iterator[Layer]:
+        parameter = f"{path}.weight"
+        recipe = self._names.by_target.get(parameter) or self._names.by_target.get(
+            self._tied.get(parameter, "")
+        )
+        if recipe is None or recipe.converter is not None:
+            return
+        (piece,) = recipe.pieces
+        spec = self._disk[piece.name]
+        own = parameter in self._names.by_target
+        yield Layer(
+            name=piece.name.removesuffix(".weight") if own else path,
+            tensor=piece.name,
+            parameter=parameter,
+            shape=(spec.shape[0], spec.shape[1]),
+            dtype=spec.dtype,
+            block=None,
+            role=Role.HEAD,
+        )
+
+    def _disk_prefix(self, path: str) -> str:
+        """Common beginning of a block's names on disk, up to the block's number."""
+        recipes = (r for target, r in self._names.by_target.items() if target.startswith(f"{path}."))
+        parts = [piece.name.split(".") for recipe in recipes for piece in recipe.pieces]
+        if not parts:
+            return path
+        common: list[str] = []
+        for column in zip(*parts, strict=False):
+            if len(set(column)) > 1:
+                break
+            common.append(column[0])
+        number = path.rpartition(".")[2]
+        if number in common:
+            common = common[: len(common) - common[::-1].index(number)]
+        return ".".join(common)
+
+    def _refuse(self, parameter: str, reason: str) -> None:
+        recipe = self._names.by_target.get(parameter)
+        who = parameter if recipe is None else recipe.pieces[0].name
+        self._refusals.append(Refusal(who, reason, "kept at 16 bits"))

@@ -1,0 +1,217 @@
+"""The parts of a model source that do not depend on where the weights come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.errors import CheckpointError, Refusal, UnsupportedError
+from auto_round.layouts.layout import TensorSpec
+from auto_round.models.anatomy import Anatomy
+from auto_round.models.layer import Block, Layer
+from auto_round.models.materialize import freed_on_exit, real_copy
+from auto_round.models.names import NameMap, Recipe
+from auto_round.models.roles import find_decoder, find_head, find_towers
+from auto_round.models.skeleton import weight_dtypes
+from auto_round.models.source import CPU, Stem
+from auto_round.models.trace import Recorder, StubStem, make_stubs
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A model without weights and everything known of it.
+
+    Attributes:
+        model: the skeleton; derived buffers are real, the rest is on the meta device.
+        dtype: dtype in which it computes unless asked otherwise.
+        tensors: everything on disk.
+        names: how module tensors are made from those on disk.
+        tied: module tensor -> module tensor whose data it shares.
+        anatomy: layers and blocks.
+    """
+
+    model: Any
+    dtype: torch.dtype
+    tensors: Mapping[str, TensorSpec]
+    names: NameMap
+    tied: Mapping[str, str]
+    anatomy: Anatomy
+
+
+class AssembledSource(ABC):
+    """A `ModelSource` over a skeleton; subclasses fetch the weights."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._dtypes: dict[torch.dtype, Mapping[str, torch.dtype]] = {}
+
+    @abstractmethod
+    def read_tensor(self, name: str) -> Tensor:
+        """Any tensor of `tensors`, as it lies on disk."""
+
+    @abstractmethod
+    def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Module tensors of one recipe in fresh memory."""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path | None:
+        """The checkpoint's folder; None for a model in memory."""
+
+    @property
+    def config(self) -> Any:
+        """The model's Transformers configuration."""
+        return self._parts.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the model computes unless asked otherwise."""
+        return self._parts.dtype
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """See `ModelSource`."""
+        return self._parts.anatomy.layers
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """See `ModelSource`."""
+        return self._parts.anatomy.blocks
+
+    @property
+    def head(self) -> str | None:
+        """See `ModelSource`."""
+        return self._parts.anatomy.head
+
+    @property
+    def tied_head(self) -> bool:
+        """See `ModelSource`."""
+        head = find_head(self._parts.model)
+        pairs = self._parts.tied.items()
+        return head is not None and any(f"{head}.weight" in pair for pair in pairs)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """See `ModelSource`."""
+        return self._parts.tensors
+
+    @property
+    def unsupported(self) -> tuple[Refusal, ...]:
+        """See `ModelSource`."""
+        return self._parts.anatomy.unsupported
+
+    def read(self, layer: Layer) -> Tensor:
+        """Weight of a layer, `[out, in]`, as it lies on disk."""
+        return self.read_tensor(layer.tensor)
+
+    def disk_name(self, parameter: str) -> str:
+        """Name on disk of a parameter that is stored alone; see `ModelSource`."""
+        recipe = recipe_for(parameter, self._parts.names, self._parts.tied)
+        if recipe is None or len(recipe.pieces) != 1:
+            raise UnsupportedError(f"{parameter} is not stored as one tensor")
+        return recipe.pieces[0].name
+
+    @contextmanager
+    def block(
+        self, index: int, device: torch.device = CPU, dtype: torch.dtype | None = None
+    ) -> Iterator[nn.Module]:
+        """Block `index` with its weights, freed on exit; see `ModelSource`."""
+        path = self.blocks[index].module
+        module = self._parts.model.get_submodule(path)
+        names = [f"{path}.{name}" for name in module.state_dict()]
+        tensors = self._gather(names, device, dtype)
+        inside = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
+        real = real_copy(module, inside, device, {})
+        del tensors, inside
+        with freed_on_exit(real):
+            yield real
+
+    def prefetch(self, index: int) -> None:
+        """Start reading the weights of a block; see `ModelSource`."""
+        del index
+
+    @contextmanager
+    def stem(
+        self, device: torch.device = CPU, dtype: torch.dtype | None = None, *, head: bool = True
+    ) -> Iterator[Stem]:
+        """The model without its blocks, freed on exit; see `ModelSource`.
+
+        Encoders for images and sound are left out too: only text can be traced.
+        """
+        model = self._parts.model
+        blocks = [model.get_submodule(block.module) for block in self.blocks]
+        recorder = Recorder(len(blocks))
+        replaced: dict[int, object] = dict(make_stubs(blocks, recorder))
+        left_out = [block.module for block in self.blocks]
+        head_path = find_head(model)
+        for path in [*find_towers(model), *([head_path] if head_path and not head else [])]:
+            replaced[id(model.get_submodule(path))] = nn.Module()
+            left_out.append(path)
+        names = [n for n in model.state_dict() if not any(n.startswith(f"{p}.") for p in left_out)]
+        real = real_copy(model, self._gather(names, device, dtype), device, replaced)
+        decoder = real.get_submodule(find_decoder(real, self.blocks[0].module))
+        output = real.get_submodule(head_path) if head_path and head else None
+        with freed_on_exit(real):
+            yield StubStem(real, decoder, recorder, output)
+
+    def _gather(
+        self, names: Iterable[str], device: torch.device, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        """Values of module tensors by full name, in their dtypes and on the device.
+
+        Tied tensors are fetched once. Names that no checkpoint holds are left out: the skeleton has them.
+        """
+        dtypes = self._dtypes_for(self._parts.dtype if dtype is None else dtype)
+        made: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
+        for name in names:
+            recipe = recipe_for(name, self._parts.names, self._parts.tied)
+            if recipe is None:
+                continue
+            if recipe.key not in made:
+                fetched = self._fetch(recipe, dtypes[recipe.targets[0]])
+                made.update({target: fetched[target].to(device) for target in recipe.targets})
+                made[recipe.key] = made[recipe.targets[0]]
+            values[name] = made[name] if name in made else made[recipe.targets[0]]
+        return values
+
+    def _dtypes_for(self, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
+        if dtype not in self._dtypes:
+            self._dtypes[dtype] = weight_dtypes(self._parts.model, dtype)
+        return self._dtypes[dtype]
+
+
+def recipe_for(name: str, names: NameMap, tied: Mapping[str, str]) -> Recipe | None:
+    """The recipe of a module tensor, or of one that it is tied with."""
+    if name in names.by_target:
+        return names.by_target[name]
+    shared = tied.get(name, name)
+    family = [shared, *(target for target, source in tied.items() if source == shared)]
+    return next((names.by_target[n] for n in family if n in names.by_target), None)
+
+
+def missing_tensors(model: Any, names: NameMap, tied: Mapping[str, str]) -> set[str]:
+    """Module tensors that neither the disk nor a tied tensor provides."""
+    return {name for name in model.state_dict() if recipe_for(name, names, tied) is None}
+
+
+def check_complete(missing: Iterable[str], where: str) -> None:
+    """Refuse a checkpoint that lacks weights.
+
+    Raises:
+        CheckpointError: names them.
+    """
+    absent = sorted(missing)
+    if absent:
+        more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
+        raise CheckpointError(
+            f"{where}: {len(absent)} weights of the model are missing: {', '.join(absent[:8])}{more}; "
+            "expected all of them: a shard is missing or config.json belongs to another model"
+        )

@@ -1,0 +1,133 @@
+"""A model folder on disk, read block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.checkpoint.reader import Checkpoint
+from auto_round.layouts.layout import TensorSpec
+from auto_round.models.anatomy import dissect
+from auto_round.models.assembled import AssembledSource, Parts, check_complete, missing_tensors
+from auto_round.models.names import NameMap, Recipe, map_names
+from auto_round.models.skeleton import (
+    absent_by_design,
+    build_skeleton,
+    fill_derived,
+    read_config,
+    tied_weights,
+    untie,
+)
+
+
+class FolderSource(AssembledSource):
+    """A `ModelSource` over a folder of safetensors files.
+
+    Only what is asked for is read, so that memory holds about one block.
+
+    Attributes:
+        checkpoint: the opened files.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, parts: Parts) -> None:
+        super().__init__(parts)
+        self.checkpoint = checkpoint
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+    ) -> FolderSource:
+        """Read the configuration and the headers of the weight files.
+
+        Args:
+            path: folder with `config.json` and safetensors files.
+            trust_remote_code: run model code that lies in that folder.
+            dtype: dtype in which blocks compute; None for the configuration's, else that of the weights.
+
+        Raises:
+            ConfigError: no such folder, no configuration, or it needs code that is not trusted.
+            CheckpointError: weights are missing, damaged, or of another model than the configuration.
+            UnsupportedError: not a causal language model, or quantized already.
+        """
+        folder = Path(path)
+        checkpoint = Checkpoint.open(folder)
+        try:
+            return cls(checkpoint, _open(folder, checkpoint, trust_remote_code, dtype))
+        except BaseException:
+            checkpoint.close()
+            raise
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+        return self.checkpoint.folder
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Any tensor of `tensors`, as it lies on disk."""
+        return self.checkpoint.read(name)
+
+    def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        def read(name: str) -> Tensor:
+            return self.checkpoint.read(name).to(dtype)
+
+        return recipe.make(read, self._parts.model)
+
+    def prefetch(self, index: int) -> None:
+        """Start reading the weights of a block into the system's page cache."""
+        inside = f"{self.blocks[index].module}."
+        names = self._parts.names
+        recipes = {r.key: r for target, r in names.by_target.items() if target.startswith(inside)}
+        self.checkpoint.prefetch(piece.name for recipe in recipes.values() for piece in recipe.pieces)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> FolderSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open(folder: Path, checkpoint: Checkpoint, trust: bool, dtype: torch.dtype | None) -> Parts:
+    disk = {name: TensorSpec(i.dtype, i.shape) for name in checkpoint.names for i in [checkpoint.info(name)]}
+    config = read_config(folder, trust_remote_code=trust)
+    computing = dtype or _own_dtype(config, disk)
+    model = build_skeleton(config, computing, trust_remote_code=trust)
+    names = map_names(model, disk)
+    tied = _really_tied(model, names, checkpoint)
+    missing = missing_tensors(model, names, tied)
+    excused = absent_by_design(model, missing)
+    check_complete(missing - excused, str(folder))
+    fill_derived(model, excused)
+    return Parts(model, computing, disk, names, tied, dissect(model, names, disk, tied))
+
+
+def _own_dtype(config: Any, disk: Mapping[str, TensorSpec]) -> torch.dtype:
+    """Dtype in the configuration, else of the first weight: the order in which Transformers looks."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    return next((spec.dtype for spec in disk.values() if spec.dtype.is_floating_point), torch.float32)
+
+
+def _really_tied(model: Any, names: NameMap, checkpoint: Checkpoint) -> dict[str, str]:
+    """Tied weights, without those that the checkpoint holds twice with different values."""
+    tied = tied_weights(model)
+    for target, source in list(tied.items()):
+        pair = [names.by_target.get(n) for n in (target, source)]
+        recipes = [r for r in pair if r is not None and r.converter is None]
+        if len(recipes) < 2:
+            continue
+        first, second = (checkpoint.read(r.pieces[0].name) for r in recipes)
+        if not torch.equal(first, second):
+            del tied[target]
+            untie(model, target)
+    return tied

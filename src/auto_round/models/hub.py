@@ -1,0 +1,116 @@
+"""Model names: a local folder, or a download from Hugging Face or ModelScope."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from auto_round.errors import ConfigError, nearest
+
+Platform = Literal["hf", "model_scope"]
+PLATFORMS: tuple[Platform, ...] = ("hf", "model_scope")
+
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+# Second copies of the weights: other frameworks' folders, and Mistral's own layout beside the usual one.
+_UNWANTED = ("*/*.safetensors", "consolidated*.safetensors")
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def resolve_model(
+    name_or_path: str | Path,
+    *,
+    platform: str = "hf",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """The folder of a model, downloaded first unless it is local.
+
+    Only safetensors, configuration and tokenizer files are downloaded; Python files only with
+    `trust_remote_code`. Files in the hub's cache are used again, and found without a network.
+
+    Args:
+        name_or_path: a folder, or a name such as `Qwen/Qwen3-0.6B`.
+        platform: where names are looked up, `hf` or `model_scope`.
+        revision: branch, tag or commit; None for the main one.
+        trust_remote_code: also download the model's own code.
+
+    Raises:
+        ConfigError: no such folder or name, no access, no network, unknown platform, or the platform's
+            package is not installed.
+    """
+    if platform not in PLATFORMS:
+        raise ConfigError(f'unknown platform "{platform}"; {nearest(platform, PLATFORMS)}')
+    name = str(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if name and path.is_dir():
+        return path
+    if path.is_file():
+        raise ConfigError(f'"{name}" is a file; expected the folder that holds config.json and the weights')
+    if name.startswith((".", "/", "~")) or not _REPOSITORY.fullmatch(name):
+        raise ConfigError(f'no folder "{name}"; expected a model folder, or a name such as "Qwen/Qwen3-0.6B"')
+    patterns = [*_WANTED, *(["*.py"] if trust_remote_code else [])]
+    download = _from_hugging_face if platform == "hf" else _from_model_scope
+    return download(name, revision, patterns)
+
+
+def _from_hugging_face(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=list(_UNWANTED)
+        )
+    except GatedRepoError as error:
+        raise ConfigError(
+            f'access to "{name}" on Hugging Face is restricted; accept its terms on its page, '
+            'then log in with "hf auth login" or set HF_TOKEN'
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f'no folder and no Hugging Face model "{name}"; check the spelling, give a local folder, '
+            'or for a private model log in with "hf auth login" or set HF_TOKEN'
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f'"{name}" on Hugging Face has no revision "{revision}"') from error
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f'"{name}" is neither a folder nor in the local cache, and Hugging Face cannot be reached '
+            "(no network, or HF_HUB_OFFLINE is set); give a local folder, or download the model once with "
+            f'"hf download {name}" on a machine with a network and copy the folder'
+        ) from error
+    except (HTTPError, OSError, ValueError) as error:
+        raise ConfigError(f'cannot download "{name}" from Hugging Face: {_first_line(error)}') from error
+    return Path(folder)
+
+
+def _from_model_scope(name: str, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        from modelscope import snapshot_download
+        from modelscope.hub.errors import FileDownloadError, NotExistError, RequestError
+    except ImportError as error:
+        raise ConfigError(
+            f'cannot look up "{name}" on ModelScope: the package "modelscope" is not installed; '
+            'install it with: pip install "auto-round[modelscope]"'
+        ) from error
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=list(_UNWANTED)
+        )
+    except (NotExistError, RequestError, FileDownloadError, OSError, ValueError) as error:
+        raise ConfigError(
+            f'cannot download "{name}" from ModelScope: {_first_line(error)}; '
+            "check the name and the network, or give a local folder"
+        ) from error
+    return Path(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().split("\n", 1)[0]

@@ -1,0 +1,62 @@
+"""What the rest of the package knows of a model before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+
+class Role(Enum):
+    """What a weight does in its model; decides what the default rules do with it."""
+
+    LINEAR = "linear"
+    EXPERT = "expert"
+    SHARED_EXPERT = "shared expert"
+    ROUTER = "router"
+    HEAD = "head"
+    OUTSIDE = "outside the blocks"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One matrix that could be quantized, as it lies on disk.
+
+    Attributes:
+        name: name on disk without `.weight`, for example `model.layers.0.mlp.up_proj`; names in plans,
+            patterns, exported tensors and configs are these.
+        tensor: full tensor name on disk.
+        parameter: dotted name of the parameter inside the Transformers module tree that holds it.
+        shape: `(out, in)`.
+        dtype: dtype on disk.
+        block: index of the block that it belongs to, None outside of blocks.
+        role: what it does.
+        expert: index of the expert inside a fused `[n_experts, rows, in]` parameter; None for plain matrices.
+        rows: first and last-plus-one row of this matrix inside its (expert's) parameter; None for all rows.
+    """
+
+    name: str
+    tensor: str
+    parameter: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    block: int | None
+    role: Role
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One decoder block.
+
+    Attributes:
+        index: position in the order of execution.
+        module: dotted path in the module tree, for example `model.layers.0`.
+        disk: prefix of its tensors on disk, for example `model.layers.0`.
+    """
+
+    index: int
+    module: str
+    disk: str

@@ -1,0 +1,114 @@
+"""A model that is already in memory, served block by block and never modified."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.errors import ConfigError, Refusal, UnsupportedError
+from auto_round.layouts.layout import TensorSpec
+from auto_round.models.anatomy import dissect
+from auto_round.models.assembled import AssembledSource, Parts
+from auto_round.models.materialize import META
+from auto_round.models.names import Recipe, map_names
+from auto_round.models.skeleton import tied_weights
+
+
+class LiveSource(AssembledSource):
+    """A `ModelSource` over a Transformers model in memory.
+
+    Names on disk are those that `save_pretrained` would write. Every tensor that is handed out is a copy.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Look at the model; no weight is copied.
+
+        Args:
+            model: a causal language model of Transformers with its weights on any device.
+
+        Raises:
+            ConfigError: not a Transformers model.
+            UnsupportedError: quantized already, or without decoder blocks.
+        """
+        _check_usable(model)
+        self._state: Mapping[str, Tensor] = model.state_dict()
+        skeleton = _skeleton_of(model)
+        tied = {t: s for t, s in tied_weights(model).items() if _same(self._state[t], self._state[s])}
+        saved = {name: tensor for name, tensor in skeleton.state_dict().items() if name not in tied}
+        disk = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in _as_saved(skeleton, saved).items()}
+        names = map_names(skeleton, disk)
+        super().__init__(
+            Parts(skeleton, model.dtype, disk, names, tied, dissect(skeleton, names, disk, tied))
+        )
+        self._recipes = {piece.name: recipe for recipe in names.recipes for piece in recipe.pieces}
+        self._places = {layer.tensor: layer for layer in self.layers}
+
+    @property
+    def folder(self) -> None:
+        """None: there is no folder."""
+        return
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Any tensor of `tensors`, as it would be on disk."""
+        recipe = self._recipes[name]
+        layer = self._places.get(name)
+        if recipe.converter is None or layer is None:
+            made = _as_saved(self._parts.model, {t: self._state[t] for t in recipe.targets})
+            return made[name].detach().to("cpu", copy=True).contiguous()
+        weight = self._state[recipe.targets[0]].detach()
+        if layer.expert is not None:
+            weight = weight[layer.expert]
+        if layer.rows is not None:
+            weight = weight[slice(*layer.rows)]
+        return weight.to("cpu", copy=True).contiguous()
+
+    def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        return {t: self._state[t].detach().to(dtype, copy=True) for t in recipe.targets}
+
+
+def _check_usable(model: Any) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"got a {type(model).__name__}; expected a Transformers causal language model or a folder. "
+            "For any other module tune its blocks one by one with quantize_block"
+        )
+    if model.config.to_dict().get("quantization_config"):
+        raise UnsupportedError(
+            "this model is quantized already; expected 16- or 32-bit weights",
+            [Refusal("models", "rounding codes again loses accuracy", "start from the original weights")],
+        )
+    absent = [name for name, weight in model.named_parameters() if weight.device == META]
+    if absent:
+        raise ConfigError(
+            f'{len(absent)} weights of this model are not in memory, the first is "{absent[0]}"; '
+            "expected a fully loaded model: load it without offloading, or give its folder, which is streamed"
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+def _skeleton_of(model: nn.Module) -> Any:
+    """A copy of a model with its parameters on the meta device and its derived buffers as they are."""
+    memo: dict[int, object] = {id(config): config for config in [model.config]}
+    saved = model.state_dict().keys()
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=META), requires_grad=False)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in saved:
+            memo[id(buffer)] = torch.empty_like(buffer, device=META)
+    return copy.deepcopy(model, memo).eval()
+
+
+def _as_saved(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names and in the shapes in which `save_pretrained` would write them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))

@@ -1,0 +1,153 @@
+"""A Transformers model without weights: every parameter on the meta device, derived buffers real."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.errors import ConfigError, Refusal, UnsupportedError
+from auto_round.models import attention
+
+META = torch.device("meta")
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration in a model folder.
+
+    Raises:
+        ConfigError: there is none, it cannot be parsed, or it needs code from the folder that is not trusted.
+        UnsupportedError: the model is quantized already.
+    """
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f'no "config.json" in "{folder}": expected a folder as written by save_pretrained '
+            "or downloaded from a hub; give the folder that holds config.json and the .safetensors files"
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise ConfigError(f'cannot read "{folder / "config.json"}": {error}{_code_hint(error)}') from error
+    quantized = config.to_dict().get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "unknown method")
+        raise UnsupportedError(
+            f'the model in "{folder}" is quantized already ({method}); expected 16- or 32-bit weights',
+            [Refusal("models", "rounding codes again loses accuracy", "start from the original weights")],
+        )
+    return config
+
+
+def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """A causal language model on the meta device, in evaluation mode.
+
+    Args:
+        config: the model's configuration.
+        dtype: dtype of its weights; those that the model wants in float32 stay float32.
+        trust_remote_code: run model code that lies in the model's folder.
+
+    Raises:
+        UnsupportedError: Transformers has no causal language model for this configuration.
+        ConfigError: the model needs code from its folder that is not trusted.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with META:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, ImportError) as error:
+        if hint := _code_hint(error):
+            raise ConfigError(f'cannot build model type "{config.model_type}": {error}{hint}') from error
+        unknown = "Unrecognized configuration class" in str(error)
+        raise UnsupportedError(
+            f'cannot build a causal language model of type "{config.model_type}"',
+            [
+                Refusal(
+                    "transformers",
+                    "it has none for this type" if unknown else str(error).strip().split("\n", 1)[0],
+                    "language models only, none with images or sound; a newer Transformers may know more",
+                )
+            ],
+        ) from error
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(attention.register())
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _code_hint(error: Exception) -> str:
+    return (
+        "; to run the code in that folder, pass trust_remote_code"
+        if "trust_remote_code" in str(error)
+        else ""
+    )
+
+
+def fill_derived(model: Any, absent: Collection[str]) -> None:
+    """Give real values to everything that no checkpoint holds, as `from_pretrained` does.
+
+    Those are the buffers outside the state dict (rotary frequencies, embedding scales) and the tensors in
+    `absent`; the model's own initialisation computes them. All other tensors stay on the meta device.
+    """
+    saved = model.state_dict()
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if name not in saved or name in absent:
+            _put(model, name, torch.empty_like(buffer, device="cpu"))
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name in absent:
+            _put(model, name, nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False))
+    # Transformers' own marks: a tensor that carries one is left alone by the initialisation.
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor._is_hf_initialized = tensor.device == META
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
+
+
+def tied_weights(model: Any) -> dict[str, str]:
+    """Module names that share another one's tensor -> the name that they share."""
+    return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+def untie(model: nn.Module, name: str) -> None:
+    """Give a tied parameter a tensor of its own (for checkpoints that hold two different ones)."""
+    _put(model, name, nn.Parameter(torch.empty_like(model.get_parameter(name)), requires_grad=False))
+
+
+def absent_by_design(model: Any, missing: Collection[str]) -> set[str]:
+    """Those of the missing tensors that the model itself declares may be missing."""
+    patterns = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+    return {name for name in missing if any(p.search(name) for p in patterns)}
+
+
+def weight_dtypes(model: Any, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
+    """Dtype of every tensor when the model computes in `dtype`.
+
+    Tensors that the model makes in another dtype than its weights' keep it; a model may ask for float32 for
+    some modules when its weights are 16 bits wide.
+    """
+    keep = set(model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
+    if dtype == torch.float16:
+        keep |= set(model._keep_in_fp32_modules or ())
+    keeps = [re.compile(k.replace("*", ".*")) for k in keep]
+    own: torch.dtype = model.dtype
+
+    def choose(name: str, tensor: Tensor) -> torch.dtype:
+        if any(k.search(name) for k in keeps):
+            return torch.float32
+        return dtype if tensor.dtype == own else tensor.dtype
+
+    return {name: choose(name, tensor) for name, tensor in model.state_dict().items()}
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, tensor)

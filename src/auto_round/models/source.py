@@ -1,0 +1,173 @@
+"""What the pipeline asks of a model: layers, blocks, and weights one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.errors import Refusal
+from auto_round.layouts.layout import TensorSpec
+from auto_round.models.layer import Block, Layer
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """What one block receives beside the hidden states: `block(hidden, *args, **kwargs)`.
+
+    Caches are left out. A tensor whose first dimension is 1 in a batch of several rows is shared by all rows.
+
+    Attributes:
+        args: positional arguments after the hidden states.
+        kwargs: keyword arguments, for example `attention_mask` (None, or bool `[B, 1, L, L]`) and
+            `position_embeddings` (a pair of `[1 or B, L, D]`).
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Everything that the blocks receive for one batch, found without running any of them.
+
+    Attributes:
+        hidden: input of the first block, `[B, L, H]`.
+        calls: one entry per block in order; None where the model skips that block for this input.
+        edits: one entry per block: what the model adds to the hidden states before that block, after the
+            block before it (`[B, L, H]`); None where it adds nothing, always None for the first.
+    """
+
+    hidden: Tensor
+    calls: tuple[BlockCall | None, ...]
+    edits: tuple[Tensor | None, ...]
+
+
+class Stem(Protocol):
+    """A model without its blocks: embeddings, masks, positions before them; norm and head after them."""
+
+    def trace(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Trace:
+        """Inputs of every block.
+
+        Args:
+            input_ids: `[B, L]` int64.
+            attention_mask: `[B, L]`, 1 or True where a token counts; None when all do.
+
+        Raises:
+            UnsupportedError: the model hands state from block to block besides the hidden states.
+        """
+        ...
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Logits `[B, L, vocabulary]` from the last block's output `[B, L, H]`."""
+        ...
+
+    def finish_inputs(self, hidden: Tensor) -> Tensor:
+        """Input of the head layer, `[B, L, H]`, from the last block's output."""
+        ...
+
+
+class ModelSource(Protocol):
+    """A model whose weights are fetched piece by piece; nothing is modified or kept."""
+
+    @property
+    def config(self) -> Any:
+        """The model's Transformers configuration."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the model computes unless asked otherwise."""
+        ...
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every matrix that could be quantized: in the blocks by order of execution, outside, the head."""
+        ...
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The decoder blocks in order of execution."""
+        ...
+
+    @property
+    def tied_head(self) -> bool:
+        """True when the head shares its weight with the embedding."""
+        ...
+
+    @property
+    def head(self) -> str | None:
+        """Name of the head's layer; None when the model has no head that is a plain linear layer."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Every tensor on disk, in disk order, those without a module included."""
+        ...
+
+    @property
+    def unsupported(self) -> tuple[Refusal, ...]:
+        """Matrices that are kept at 16 bits because they cannot be addressed one by one, and why."""
+        ...
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's folder; None for a model in memory."""
+        ...
+
+    def block(
+        self, index: int, device: torch.device = CPU, dtype: torch.dtype | None = None
+    ) -> AbstractContextManager[nn.Module]:
+        """Block `index` with its weights: evaluation mode, no gradients.
+
+        On exit the memory of every weight is freed, also of those that are still referred to: clone what is
+        to be kept.
+
+        Args:
+            index: position in `blocks`.
+            device: where the weights go.
+            dtype: dtype of the weights; None for the model's own.
+
+        Raises:
+            CheckpointError: a tensor cannot be read.
+        """
+        ...
+
+    def prefetch(self, index: int) -> None:
+        """Start reading the weights of block `index`, where that helps; returns at once."""
+        ...
+
+    def read(self, layer: Layer) -> Tensor:
+        """Weight of a layer, `[out, in]`, as it lies on disk."""
+        ...
+
+    def disk_name(self, parameter: str) -> str:
+        """Name on disk of a parameter of the module tree that is stored alone.
+
+        Raises:
+            UnsupportedError: it is made from several tensors.
+        """
+        ...
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Any tensor of `tensors`, as it lies on disk."""
+        ...
+
+    def stem(
+        self, device: torch.device = CPU, dtype: torch.dtype | None = None, *, head: bool = True
+    ) -> AbstractContextManager[Stem]:
+        """The model without its blocks; weights on entry, freed on exit.
+
+        Args:
+            device: where the weights go.
+            dtype: dtype of the weights; None for the model's own.
+            head: False leaves out the output head, which saves its memory; then only `trace` works.
+        """
+        ...

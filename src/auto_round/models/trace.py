@@ -1,0 +1,205 @@
+"""Stub trace: run a model whose blocks only note what they are given, so no block is computed.
+
+The stem is the model with every block replaced by a stub that returns its own input. One run of it yields
+what each block would receive besides the hidden states (masks, rotary embeddings, per-layer inputs), and what
+the model adds to the hidden states between blocks. With the last stub returning given hidden states instead,
+the same run computes everything after the blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.errors import InternalError, Refusal, UnsupportedError
+from auto_round.models.source import BlockCall, Trace
+
+_CACHES = frozenset({"past_key_values", "past_key_value", "use_cache", "layer_past"})
+# What a model may raise when a stub returns a tensor where a tuple was expected, or the reverse.
+_WRONG_RETURN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
+
+
+class Recorder:
+    """What the stubs of one stem saw and what they return.
+
+    Attributes:
+        returns_tuple: whether stubs wrap their output in a tuple, as their blocks do.
+        last_output: what the last stub returns instead of its input; None for its input.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.returns_tuple = False
+        self.last_output: Tensor | None = None
+        self._count = count
+        self._seen: list[tuple[int, Tensor, BlockCall]] = []
+        self._version = 0
+
+    def start(self) -> None:
+        """Forget the last run."""
+        self._seen = []
+
+    def receive(self, index: int, name: str, *args: Any, **kwargs: Any) -> Any:
+        """The forward of stub `index`, whose first parameter is called `name`."""
+        hidden = args[0] if args else kwargs.pop(name)
+        if self._seen and hidden is self._seen[-1][1] and hidden._version != self._version:
+            raise _refused(f"the model changes the hidden states in place before block {index}")
+        self._version = hidden._version
+        kept = {key: value for key, value in kwargs.items() if key not in _CACHES}
+        self._seen.append((index, hidden, BlockCall(tuple(args[1:]), kept)))
+        output = hidden
+        if index == self._count - 1 and self.last_output is not None:
+            output = self.last_output
+        return (output,) if self.returns_tuple else output
+
+    def trace(self) -> Trace:
+        """What was seen since `start`.
+
+        Raises:
+            UnsupportedError: blocks ran in another order than they stand in, or hand on hidden state.
+        """
+        order = [index for index, _, _ in self._seen]
+        if not order or order != sorted(set(order)):
+            raise _refused(f"its blocks run in the order {order}, not one after another")
+        calls: list[BlockCall | None] = [None] * self._count
+        edits: list[Tensor | None] = [None] * self._count
+        before: Tensor | None = None
+        for index, hidden, call in self._seen:
+            calls[index] = call
+            if before is not None and hidden is not before and not torch.equal(hidden, before):
+                if hidden.shape != before.shape:
+                    raise _refused(f"the hidden states change shape before block {index}")
+                edits[index] = hidden - before
+            before = hidden
+        return Trace(self._seen[0][1], tuple(calls), tuple(edits))
+
+
+def _refused(reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        "cannot run this model block by block",
+        [Refusal("models", reason, "use plain rounding, which needs no calibration (iters=0, RTN)")],
+    )
+
+
+def make_stubs(blocks: Sequence[nn.Module], recorder: Recorder) -> dict[int, nn.Module]:
+    """`id` of each block -> its stub: a copy with the block's attributes whose forward is the recorder's."""
+    stubs: dict[int, nn.Module] = {}
+    for index, block in enumerate(blocks):
+        stub = copy.deepcopy(block)
+        name = next(iter(inspect.signature(block.forward).parameters))
+        stub.forward = functools.partial(recorder.receive, index, name)
+        stubs[id(block)] = stub
+    return stubs
+
+
+class StubStem:
+    """A model whose blocks are stubs; satisfies `source.Stem`."""
+
+    def __init__(self, model: Any, decoder: nn.Module, recorder: Recorder, head: nn.Module | None) -> None:
+        """Find out what the blocks return.
+
+        Args:
+            model: real weights everywhere but in the blocks, which are stubs of `recorder`.
+            decoder: the part of `model` that turns token ids into hidden states.
+            recorder: what the stubs report to.
+            head: the output head inside `model`; None when it has none.
+
+        Raises:
+            UnsupportedError: the model cannot be run block by block.
+        """
+        self._model = model
+        self._decoder = decoder
+        self._recorder = recorder
+        self._head = head
+        self._device = next(p.device for p in model.get_input_embeddings().parameters())
+        # Two rows of three tokens: any indexing into a tensor that should be a tuple changes the shape.
+        probe = torch.zeros(2, 3, dtype=torch.int64, device=self._device)
+        try:
+            self._probe(probe)
+        except _WRONG_RETURN:
+            recorder.returns_tuple = True
+            try:
+                self._probe(probe)
+            except _WRONG_RETURN as error:
+                raise _refused(f"its blocks exchange more than hidden states ({error})") from error
+
+    def trace(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Trace:
+        """Inputs of every block; see `source.Stem`."""
+        self._run_decoder(input_ids, attention_mask)
+        traced = self._recorder.trace()
+        if traced.hidden.shape[:2] != input_ids.shape or traced.hidden.dim() != 3:
+            raise _refused(
+                f"its hidden states have shape {list(traced.hidden.shape)}, not [rows, tokens, width]"
+            )
+        _check_no_state(traced.calls, self._model.config)
+        return traced
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Logits from the last block's output; see `source.Stem`."""
+        with self._ending_in(hidden):
+            logits: Tensor = self._model(input_ids=self._blank(hidden), use_cache=False).logits
+        return logits
+
+    def finish_inputs(self, hidden: Tensor) -> Tensor:
+        """Input of the head layer; see `source.Stem`."""
+        if self._head is None:
+            raise InternalError("finish_inputs needs a model with a head")
+        seen: list[Tensor] = []
+
+        def note(x: Tensor) -> Tensor:
+            seen.append(x)
+            return x[..., :1]
+
+        original = self._head.forward
+        self._head.forward = note
+        try:
+            with self._ending_in(hidden):
+                self._model(input_ids=self._blank(hidden), use_cache=False)
+        finally:
+            self._head.forward = original
+        return seen[0]
+
+    def _probe(self, input_ids: Tensor) -> None:
+        output = self._run_decoder(input_ids, None).last_hidden_state
+        if output.shape[:-1] != input_ids.shape:
+            raise ValueError(f"hidden states of shape {list(output.shape)} came out")
+        self._recorder.trace()
+
+    def _run_decoder(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
+        self._recorder.start()
+        mask = None if attention_mask is None else attention_mask.to(self._device)
+        with torch.no_grad():
+            return self._decoder(input_ids=input_ids.to(self._device), attention_mask=mask, use_cache=False)
+
+    def _blank(self, hidden: Tensor) -> Tensor:
+        return torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
+
+    @contextmanager
+    def _ending_in(self, hidden: Tensor) -> Iterator[None]:
+        self._recorder.start()
+        self._recorder.last_output = hidden
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._recorder.last_output = None
+
+
+def _check_no_state(calls: Sequence[BlockCall | None], config: Any) -> None:
+    """Refuse containers that blocks fill for later blocks: empty ones, handed to several blocks."""
+    readers: Mapping[str, Any] = config.get_text_config().to_dict()
+    if readers.get("num_kv_shared_layers") == 0:
+        return
+    seen: set[int] = set()
+    for call in calls:
+        for name, value in () if call is None else call.kwargs.items():
+            if isinstance(value, (MutableMapping, MutableSequence)) and not len(value):
+                if id(value) in seen:
+                    raise _refused(f'its blocks hand on state to later blocks in "{name}"')
+                seen.add(id(value))

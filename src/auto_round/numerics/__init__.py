@@ -1,0 +1,1 @@
+"""Numbers: grids, groups, scales, formats. Torch only; no files, no modules, no device names."""

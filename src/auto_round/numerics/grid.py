@@ -1,0 +1,81 @@
+"""Grids: the finite set of numbers that one code can stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Grid(Protocol):
+    """A finite set of numbers, each with a code of `bits` bits.
+
+    Attributes:
+        bits: width of a code.
+        lo: smallest number of the grid.
+        hi: largest number of the grid.
+    """
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        ...
+
+    @property
+    def lo(self) -> float:
+        """Smallest number."""
+        ...
+
+    @property
+    def hi(self) -> float:
+        """Largest number."""
+        ...
+
+    def snap(self, u: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Nearest grid number of `u`, plus `shift` (a whole number), saturated; float32, same shape."""
+        ...
+
+    def encode(self, u: Tensor, shift: Tensor | None = None) -> Tensor:
+        """`uint8` code of `snap(u, shift)`."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Grid number of each code, float32, exact."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class IntGrid:
+    """Whole numbers `lo ... lo + 2**bits - 1`; the code of `n` is `n - lo`.
+
+    Symmetric formats use `lo = -2**(bits-1)`, asymmetric ones `lo = 0` with a zero point.
+    """
+
+    bits: int
+    lo: int
+
+    @property
+    def hi(self) -> int:
+        """Largest number of the grid."""
+        return self.lo + (1 << self.bits) - 1
+
+    def snap(self, u: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Round to nearest, ties to even, then add `shift`, then saturate.
+
+        The shift is added after rounding: GPTQ-style files assume `round(w / s) + zero`, and adding it
+        before would move ties.
+        """
+        n = torch.round(u)
+        if shift is not None:
+            n = n + shift
+        return n.clamp_(self.lo, self.hi)
+
+    def encode(self, u: Tensor, shift: Tensor | None = None) -> Tensor:
+        """`uint8` codes of `snap(u, shift)`."""
+        return self.snap(u, shift).sub_(self.lo).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Numbers of the codes, float32."""
+        return codes.to(torch.float32) + self.lo

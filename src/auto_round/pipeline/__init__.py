@@ -1,0 +1,1 @@
+"""The main job: from a model and options to finished folders."""

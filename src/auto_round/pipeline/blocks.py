@@ -1,0 +1,216 @@
+"""One group of blocks: read, tuned, written, and both streams moved past it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from auto_round.calibration.observe import observe_inputs
+from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
+from auto_round.models.layer import Layer
+from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.scale import Scale
+from auto_round.pipeline.arguments import ArgumentTable
+from auto_round.pipeline.group import BlockGroup, GroupArguments
+from auto_round.pipeline.job import Job
+from auto_round.pipeline.streams import Streams
+from auto_round.tuning.samples import Samples, run_block
+from auto_round.tuning.sign_round import TunedBlock, WeightTask, round_to_nearest, tune_block
+
+
+@dataclass(frozen=True, slots=True)
+class GroupResult:
+    """What one group of blocks became.
+
+    Attributes:
+        layers: quantized layers by name.
+        others: retrained norm weights and biases by module parameter name.
+        tuned: losses and the step kept.
+    """
+
+    layers: Mapping[str, tuple[Layer, QTensor]]
+    others: Mapping[str, Tensor]
+    tuned: TunedBlock
+
+
+def tune_group(
+    job: Job, indices: Sequence[int], table: ArgumentTable, streams: Streams, generator: torch.Generator
+) -> GroupResult:
+    """Quantize the layers of some neighbouring blocks and move both streams past them.
+
+    Args:
+        job: the run.
+        indices: indices of the blocks, in order.
+        table: arguments of all blocks for all rows.
+        streams: hidden states before the first of these blocks; replaced by those after the last.
+        generator: order of the samples.
+
+    Raises:
+        NumericsError: a weight or the loss is not finite; names the block.
+    """
+    with ExitStack() as stack:
+        blocks = [stack.enter_context(job.source.block(i, job.device)) for i in indices]
+        group = BlockGroup(blocks)
+        formats = _formats(job, indices)
+        originals = {name: group.get_parameter(name).detach() for name in formats}
+        group.to(job.dtype)
+        arguments = GroupArguments(table, indices, job.device)
+        targets, importance = _references(job, group, formats, streams, arguments)
+        inputs = streams.quantized if job.options.tune.enable_quanted_input else streams.reference
+        tunable = streams.tuned > 0 and not any(table.skipped(i) for i in indices)
+        held_out = GroupArguments(table, indices, job.device, first_row=streams.tuned)
+        tuned = tune_block(
+            group,
+            {n: WeightTask(formats[n], originals[n], importance.get(n)) for n in formats},
+            _samples(inputs, targets, arguments, streams.masks, slice(0, streams.tuned)),
+            _samples(inputs, targets, held_out, streams.masks, slice(streams.tuned, None)),
+            job.tune if tunable else replace(job.tune, iters=0),
+            generator=generator,
+        )
+        _advance(job, group, tuned, streams, targets, arguments)
+    layers = _layers_of(job, indices, tuned.weights)
+    prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
+    others = {_outside(name, prefixes): value for name, value in tuned.others.items()}
+    return GroupResult(layers, others, tuned)
+
+
+def plain_layer(job: Job, layer: Layer, fmt: Format) -> QTensor:
+    """Round one layer to nearest, straight from disk.
+
+    Raises:
+        NumericsError: a weight is not finite; names the tensor.
+    """
+    weight = job.source.read(layer).to(job.device)
+    try:
+        return round_to_nearest(weight, fmt)
+    except NumericsError as error:
+        raise NumericsError(f"{layer.tensor}: {error}") from error
+
+
+def _samples(
+    inputs: Tensor,
+    targets: Tensor | None,
+    arguments: GroupArguments,
+    masks: Tensor | None = None,
+    rows: slice = slice(None),
+) -> Samples:
+    wanted = inputs if targets is None else targets
+    return Samples(inputs[rows], wanted[rows], arguments, None if masks is None else masks[rows])
+
+
+def _formats(job: Job, indices: Sequence[int]) -> dict[str, Format]:
+    """Parameter name inside the group -> format; one format for all matrices inside a fused parameter."""
+    found: dict[str, Format] = {}
+    kept: set[str] = set()
+    for layer in job.source.layers:
+        if layer.block not in indices:
+            continue
+        name = _inside(job, indices, layer)
+        fmt = job.plan.format_of(layer.name)
+        if fmt is None or found.setdefault(name, fmt) != fmt:
+            kept.add(name)
+    mixed = sorted(kept & found.keys())
+    if mixed:
+        reason = (
+            f"{mixed[0]} holds several matrices in one parameter, and the plan gives them different schemes"
+        )
+        raise UnsupportedError(
+            "fused experts must share one scheme",
+            [Refusal("tuning", reason, "give all experts of a layer one scheme")],
+        )
+    return found
+
+
+def _inside(job: Job, indices: Sequence[int], layer: Layer) -> str:
+    """Name of a layer's parameter inside the group."""
+    if layer.block is None:
+        raise InternalError(f"{layer.name} lies outside the blocks")
+    prefix = job.source.blocks[layer.block].module
+    return f"{list(indices).index(layer.block)}.{layer.parameter.removeprefix(prefix + '.')}"
+
+
+def _outside(name: str, prefixes: Mapping[str, str]) -> str:
+    position, _, rest = name.partition(".")
+    return f"{prefixes[position]}.{rest}"
+
+
+def _references(
+    job: Job, group: BlockGroup, formats: Mapping[str, Format], streams: Streams, arguments: GroupArguments
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Outputs of the unquantized group, and by parameter the mean square of each input channel.
+
+    The channels are observed on the unquantized stream, over the rows that are tuned on.
+    """
+    everything = _samples(streams.reference, None, arguments)
+    run = partial(run_block, group, everything, batch_size=job.tune.batch_size, device=job.device)
+    targets = torch.empty_like(streams.reference)
+    linears = []
+    if job.tune.search:
+        linears = [n.removesuffix(".weight") for n in formats if isinstance(_owner(group, n), nn.Linear)]
+    masks = streams.masks
+    with observe_inputs(group, linears, None if masks is None else lambda: masks[arguments.last]) as seen:
+        run(targets, rows=range(streams.tuned))
+    run(targets, rows=range(streams.tuned, streams.rows))
+    found = {f"{name}.weight": squares.importance() for name, squares in seen.items()}
+    return targets, {name: value for name, value in found.items() if value is not None}
+
+
+def _owner(group: BlockGroup, parameter: str) -> nn.Module:
+    return group.get_submodule(parameter.rpartition(".")[0])
+
+
+def _advance(
+    job: Job,
+    group: BlockGroup,
+    tuned: TunedBlock,
+    streams: Streams,
+    targets: Tensor,
+    arguments: GroupArguments,
+) -> None:
+    """Replace both streams by the outputs of the unquantized and of the quantized group."""
+    parameters = {n: q.format.dequantize(q, job.dtype) for n, q in tuned.weights.items()}
+    parameters.update({n: p.to(job.dtype) for n, p in tuned.others.items()})
+
+    def quantized(hidden: Tensor, *args: object) -> Tensor:
+        output: Tensor = functional_call(group, parameters, (hidden, *args))
+        return output
+
+    inputs = _samples(streams.quantized, None, arguments)
+    run_block(
+        quantized,
+        inputs,
+        streams.quantized,
+        batch_size=job.tune.batch_size,
+        device=job.device,
+        rows=range(streams.rows),
+    )
+    streams.reference.copy_(targets)
+
+
+def _layers_of(
+    job: Job, indices: Sequence[int], weights: Mapping[str, QTensor]
+) -> dict[str, tuple[Layer, QTensor]]:
+    """Quantized layers by their names on disk; fused parameters are cut into their matrices."""
+    found: dict[str, tuple[Layer, QTensor]] = {}
+    for layer in job.source.layers:
+        if layer.block in indices and job.plan.format_of(layer.name) is not None:
+            found[layer.name] = (layer, cut(weights[_inside(job, indices, layer)], layer))
+    return found
+
+
+def cut(q: QTensor, layer: Layer) -> QTensor:
+    """The part of a (fused) quantized parameter that is one layer."""
+    if layer.expert is None and layer.rows is None:
+        return q
+    rows = slice(None) if layer.rows is None else slice(*layer.rows)
+    at = (rows,) if layer.expert is None else (layer.expert, rows)
+    zero = None if q.scale.zero is None else q.scale.zero[at]
+    scale = Scale(q.scale.step[at], zero, {k: v[at] for k, v in q.scale.parts.items()})
+    return QTensor(q.codes[at], scale, q.format)

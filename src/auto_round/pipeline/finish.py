@@ -1,0 +1,155 @@
+"""The files beside the weights: configurations, tokenizer, report and model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from auto_round.checkpoint.disk import atomic_write_json
+from auto_round.checkpoint.journal import Journal
+from auto_round.checkpoint.workfolder import OURS
+from auto_round.config.groups import CalibrationOptions, TuneOptions
+from auto_round.export.exporter import Exporter
+from auto_round.export.hf_config import copy_side_files, read_config, write_configs
+from auto_round.export.model_card import CardFacts, write_model_card
+from auto_round.export.model_card import Measured as Figure
+from auto_round.pipeline.job import Job
+from auto_round.pipeline.measure import Measured
+from auto_round.version import __version__
+
+REPORT = "report.json"
+
+
+def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
+    """Everything that a loader needs beside the weights."""
+    for name, exporter in job.exporters.items():
+        folder = folders[name]
+        quantization = exporter.config(job.plan, job.source.layers, job.source.blocks, facts(job))
+        if job.source.folder is not None:
+            source = read_config(job.source.folder)
+            copy_side_files(job.source.folder, folder)
+        else:
+            source = {
+                **job.source.config.to_diff_dict(),
+                "dtype": str(job.source.dtype).removeprefix("torch."),
+            }
+            if job.tokenizer is not None:
+                job.tokenizer.save_pretrained(folder)
+        write_configs(folder, source, quantization, untied=job.plan.untie_head)
+
+
+def facts(job: Job) -> dict[str, bool | int | float | str | None]:
+    """How the model was tuned, where it differs from the defaults."""
+    found: dict[str, bool | int | float | str | None] = {}
+    options = job.options
+    for group, default in ((options.tune, TuneOptions()), (options.calibration, CalibrationOptions())):
+        for name in default.__dataclass_fields__:
+            value = getattr(group, name)
+            if (
+                value != getattr(default, name)
+                and isinstance(value, (bool, int, float, str))
+                and name != "dataset"
+            ):
+                found[name] = value
+    return found
+
+
+def build_report(
+    job: Job, journal: Journal, measured: Measured | None, nbytes: Mapping[str, int]
+) -> dict[str, Any]:
+    """What `report.json` says; no times and no dates, so that equal runs give equal files."""
+    size = job.plan.measure(job.source.layers)
+    before = sum(s.dtype.itemsize * math.prod(s.shape) for s in job.source.tensors.values())
+    report: dict[str, Any] = {
+        OURS: __version__,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "scheme": job.plan.scheme.label,
+        "formats": list(job.exporters),
+        "method": method(job),
+        "seed": job.options.calibration.seed,
+        "layers": {"quantized": len(job.plan.quantized), "kept": len(job.plan.kept)},
+        "bits_per_quantized_weight": round(size.bits_per_weight, 4),
+        "bytes_before": before,
+        "bytes_after": dict(nbytes),
+        "blocks": [{k: v for k, v in entry.items() if k != "tensors"} for entry in journal.entries],
+    }
+    if job.rows is not None:
+        report["calibration"] = {
+            "dataset": job.options.calibration.dataset,
+            "summary": job.rows.summary,
+            "fingerprint": job.rows.fingerprint,
+            "rows_tuned": job.tuned,
+            "rows_held_out": len(job.rows.rows) - job.tuned,
+            "tokens_per_row": len(job.rows.rows[0].input_ids),
+        }
+    if measured is not None:
+        c = measured.comparison
+        report["held_out"] = {
+            "positions": c.positions,
+            "perplexity_before": c.perplexity_reference,
+            "perplexity_after": c.perplexity,
+            "kl": c.kl,
+            "same_top_token": c.agreement,
+        }
+    return report
+
+
+def write_report(job: Job, folders: Mapping[str, Path], report: Mapping[str, Any], root: Path) -> None:
+    """Write `report.json` into every folder, and above them when there are several; and the model cards."""
+    for name, exporter in job.exporters.items():
+        atomic_write_json(folders[name] / REPORT, dict(report))
+        write_model_card(folders[name], _card(job, exporter, report, name))
+    if root not in folders.values():
+        atomic_write_json(root / REPORT, dict(report))
+
+
+def method(job: Job) -> str:
+    """One line for people."""
+    tune = job.tune
+    if tune.iters and job.tunes:
+        return f"SignRound, {tune.iters} steps of {tune.optimizer.value} descent a block"
+    if tune.search:
+        return (
+            "round to nearest in a range searched by importance"
+            if job.tunes
+            else "round to nearest, searched range"
+        )
+    return "plain round to nearest"
+
+
+def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) -> CardFacts:
+    kept: dict[str, int] = {}
+    for layer in job.plan.kept:
+        reason = job.plan.entries[layer].reason
+        kept[reason] = kept.get(reason, 0) + 1
+    held = report.get("held_out")
+    figures = []
+    if held is not None:
+        rows = f"{held['positions']} held-out tokens"
+        figures = [
+            Figure(f"perplexity, {rows}", held["perplexity_after"], held["perplexity_before"]),
+            Figure(f"KL from the original, nats per token, {rows}", held["kl"]),
+        ]
+    model = job.options.model.model
+    hub_id = model if model and not Path(model).exists() and model.count("/") == 1 else None
+    folder = job.source.folder
+    return CardFacts(
+        name=hub_id or (folder.name if folder is not None else type(job.source.config).__name__),
+        scheme=job.plan.scheme.label,
+        exporter=exporter.name,
+        method=method(job),
+        bits_per_weight=report["bits_per_quantized_weight"],
+        bytes_before=report["bytes_before"],
+        bytes_after=report["bytes_after"][name],
+        quantized=len(job.plan.quantized),
+        kept=[f"{count} matrices: {reason}" for reason, count in sorted(kept.items())],
+        data="" if job.rows is None else job.rows.summary,
+        measured=figures,
+        hub_id=hub_id,
+        options=facts(job),
+    )

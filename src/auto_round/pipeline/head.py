@@ -1,0 +1,47 @@
+"""Layers outside the blocks that the plan quantizes: the output head, as a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from auto_round.calibration.observe import InputSquares
+from auto_round.errors import NumericsError
+from auto_round.models.layer import Layer
+from auto_round.numerics.qtensor import QTensor
+from auto_round.pipeline.job import Job
+from auto_round.pipeline.streams import Streams
+from auto_round.tuning.sign_round import round_to_nearest
+
+
+def quantize_outside(job: Job, streams: Streams, write: Callable[[Layer, QTensor], None]) -> QTensor | None:
+    """Quantize layers that belong to no block; the head's codes are returned when it is among them.
+
+    The head is searched with the importance of its own inputs, from the unquantized stream.
+
+    Raises:
+        NumericsError: a weight is not finite.
+    """
+    head: QTensor | None = None
+    for layer, fmt in job.quantized().values():
+        if layer.block is not None:
+            continue
+        importance = None
+        if layer.name == job.source.head and job.tune.search and streams.tuned:
+            importance = _head_inputs(job, streams).importance()
+        weight = job.source.read(layer).to(job.device)
+        try:
+            q = round_to_nearest(weight, fmt, importance, job.effort)
+        except NumericsError as error:
+            raise NumericsError(f"{layer.tensor}: {error}") from error
+        write(layer, q)
+        if layer.name == job.source.head:
+            head = q
+    return head
+
+
+def _head_inputs(job: Job, streams: Streams) -> InputSquares:
+    squares = InputSquares()
+    with job.source.stem(job.device, job.dtype) as stem:
+        for i in range(streams.tuned):
+            squares.add(stem.finish_inputs(streams.reference[i : i + 1].to(job.device)))
+    return squares

@@ -1,0 +1,76 @@
+"""A job: everything decided before the first weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_round.calibration.rows import CalibrationRows
+from auto_round.config.options import Options
+from auto_round.export.exporter import Exporter
+from auto_round.models.layer import Layer
+from auto_round.models.source import ModelSource
+from auto_round.numerics.format import Format
+from auto_round.numerics.search import THOROUGH, Effort
+from auto_round.schemes.plan import Plan
+from auto_round.tuning.config import TuneConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One quantization run, ready to start.
+
+    Attributes:
+        options: what the user asked for.
+        source: the model.
+        tokenizer: its tokenizer; None when no calibration text was needed and none was given.
+        plan: what becomes of every layer.
+        exporters: output format name -> exporter with its variant decided.
+        rows: calibration rows, those held out last; None for plain rounding without data.
+        tuned: how many of the rows are tuned on; the rest are held out.
+        tune: settings of the tuning loop.
+        device: where blocks are tuned.
+        dtype: dtype in which blocks run.
+        output: folder of the result.
+    """
+
+    options: Options
+    source: ModelSource
+    tokenizer: Any
+    plan: Plan
+    exporters: Mapping[str, Exporter]
+    rows: CalibrationRows | None
+    tuned: int
+    tune: TuneConfig
+    device: torch.device
+    dtype: torch.dtype
+    output: Path
+
+    @property
+    def effort(self) -> Effort | None:
+        """Range search of optimized RTN; None for plain rounding."""
+        return THOROUGH if self.tune.search else None
+
+    @property
+    def tunes(self) -> bool:
+        """Some rows are there to tune on, or to weigh a search by."""
+        return self.rows is not None and self.tuned > 0
+
+    def quantized(self) -> dict[str, tuple[Layer, Format]]:
+        """Layers to quantize, by name, with their formats."""
+        found: dict[str, tuple[Layer, Format]] = {}
+        for layer in self.source.layers:
+            fmt = self.plan.format_of(layer.name)
+            if fmt is not None:
+                found[layer.name] = (layer, fmt)
+        return found
+
+    def folders(self, root: Path) -> dict[str, Path]:
+        """Folder of each output format under `root`: `root` itself when there is only one."""
+        if len(self.exporters) == 1:
+            return dict.fromkeys(self.exporters, root)
+        return {name: root / name.replace(":", "-") for name in self.exporters}

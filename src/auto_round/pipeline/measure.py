@@ -1,0 +1,58 @@
+"""What the held-out rows say: perplexity before and after, and logits that a reloaded folder must give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from auto_round.evaluate.logits import Comparison, positions_at_once
+from auto_round.models.source import CPU, Stem
+from auto_round.numerics.qtensor import QTensor
+from auto_round.pipeline.job import Job
+from auto_round.pipeline.streams import Streams
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Result on the held-out rows.
+
+    Attributes:
+        comparison: original against quantized model.
+        final_hidden: output of the last block of the quantized model for the held-out rows,
+            `[rows, length, width]`.
+        head: the quantized head's weight in compute dtype; None when the head is kept.
+    """
+
+    comparison: Comparison
+    final_hidden: Tensor
+    head: Tensor | None
+
+
+def measure_streams(job: Job, streams: Streams, head: QTensor | None) -> Measured:
+    """Compare both streams after the last block."""
+    rows = job.rows.rows if job.rows is not None else ()
+    comparison = Comparison()
+    weight = None if head is None else head.format.dequantize(head, job.dtype)
+    quantized = streams.quantized[streams.tuned :]
+    reference = streams.reference[streams.tuned :]
+    with job.source.stem(job.device, job.dtype) as stem:
+        for i, row in enumerate(rows[streams.tuned :]):
+            step = positions_at_once(int(job.source.config.get_text_config().vocab_size))
+            for start in range(0, len(row.input_ids) - 1, step):
+                end = min(start + step, len(row.input_ids) - 1)
+                before = stem.finish(reference[i : i + 1, start:end].to(job.device))[0]
+                after = logits(stem, quantized[i : i + 1, start:end].to(job.device), weight)[0]
+                following = row.input_ids[start + 1 : end + 1].to(before.device)
+                mask = None if row.mask is None else row.mask[start + 1 : end + 1].to(before.device)
+                comparison.add(before, after, following, mask)
+    return Measured(comparison, quantized.to(CPU), weight)
+
+
+def logits(stem: Stem, hidden: Tensor, head: Tensor | None) -> Tensor:
+    """Logits `[rows, length, vocabulary]` from the last block's output, through the given head weight."""
+    with torch.no_grad():
+        if head is None:
+            return stem.finish(hidden)
+        return torch.nn.functional.linear(stem.finish_inputs(hidden), head)

@@ -1,0 +1,205 @@
+"""From options to a job: open the model, make the plan, ask for refusals, fetch the calibration rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.calibration.rows import CalibrationRows, load_rows
+from auto_round.config.groups import CalibrationOptions, long_dtype
+from auto_round.config.options import Options
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.export.exporter import Exporter
+from auto_round.export.table import parse_formats
+from auto_round.log import logger
+from auto_round.models.folder import FolderSource
+from auto_round.models.hub import resolve_model
+from auto_round.models.live import LiveSource
+from auto_round.models.source import ModelSource
+from auto_round.pipeline.job import Job
+from auto_round.schemes.make import make_plan
+from auto_round.schemes.plan import Plan, PlanRequest
+from auto_round.tuning.config import Optimizer, TuneConfig
+
+HELD_OUT = 8
+"""Rows beyond those tuned on: they choose the step that is kept, and measure the result."""
+
+
+def prepare(
+    options: Options,
+    *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    dataset: Any = None,
+    output: Path | None = None,
+    rows: bool = True,
+) -> Job:
+    """Decide everything that can be decided without reading weights.
+
+    Args:
+        options: what the user asked for.
+        model: a model in memory instead of `options.model.model`.
+        tokenizer: its tokenizer, an object; None to load it from the model's folder.
+        dataset: calibration data as Python objects instead of `options.calibration.dataset`.
+        output: final folder; None for `options.output.output_dir`.
+        rows: fetch the calibration rows; a dry run does without.
+
+    Raises:
+        AutoRoundError: anything that would make the run fail later, as far as it can be known.
+    """
+    source = _open_source(options, model)
+    plan = _plan(options, source)
+    exporters = _exporters(options, plan, source)
+    tune = _tune_config(options, plan)
+    if tokenizer is None and (options.model.tokenizer or source.folder is not None):
+        tokenizer = _load_tokenizer(options, source)
+    calibration, tuned = (None, 0)
+    if rows:
+        calibration, tuned = _rows(options, tune, tokenizer, dataset)
+    device = _device(options)
+    return Job(
+        options=options,
+        source=source,
+        tokenizer=tokenizer,
+        plan=plan,
+        exporters=exporters,
+        rows=calibration,
+        tuned=tuned,
+        tune=tune,
+        device=device,
+        dtype=_compute_dtype(options, source, device),
+        output=output or Path(options.output.output_dir),
+    )
+
+
+def needs_rows(tune: TuneConfig) -> bool:
+    """Tuning and the weighted search need calibration rows, plain rounding does not."""
+    return tune.iters > 0 or tune.search
+
+
+def _open_source(options: Options, model: nn.Module | None) -> ModelSource:
+    if model is not None:
+        return LiveSource(model)
+    if not options.model.model:
+        raise ConfigError("no model given: name a folder or a hub id, for example --model Qwen/Qwen3-0.6B")
+    folder = resolve_model(options.model.model, platform=options.model.platform)
+    return FolderSource.open(
+        folder, trust_remote_code=options.model.trust_remote_code, dtype=_dtype(options.model.model_dtype)
+    )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None or name == "auto":
+        return None
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[long_dtype(name)]
+
+
+def _plan(options: Options, source: ModelSource) -> Plan:
+    wanted = options.scheme
+    request = PlanRequest(
+        scheme=wanted.scheme,
+        overrides=wanted.overrides(),
+        layer_config=wanted.layer_config,
+        ignore_layers=wanted.ignore_layers or None,
+        quant_lm_head=wanted.quant_lm_head,
+        to_quant_block_names=wanted.to_quant_block_names or None,
+    )
+    others = {name.rpartition(".")[0] for name in source.tensors}
+    plan = make_plan(
+        source.layers, request, blocks=source.blocks, tied_head=source.tied_head, other_names=sorted(others)
+    )
+    for warning in plan.warnings:
+        logger.warning(warning)
+    return plan
+
+
+def _exporters(options: Options, plan: Plan, source: ModelSource) -> dict[str, Exporter]:
+    exporters = {e.name: e for e in parse_formats(",".join(options.output.formats))}
+    refusals = [r for e in exporters.values() for r in e.refusals(plan, source.layers)]
+    if refusals:
+        raise UnsupportedError("this plan cannot be written as asked", refusals)
+    return {name: e.for_plan(plan, source.layers) for name, e in exporters.items()}
+
+
+def _tune_config(options: Options, plan: Plan) -> TuneConfig:
+    tune = options.tune
+    bits = min((s.bits for s in (plan.scheme_of(n) for n in plan.quantized) if s is not None), default=16)
+    plain = tune.disable_opt_rtn if tune.disable_opt_rtn is not None else bits >= 8
+    chosen = Optimizer.ADAM if tune.enable_adam else Optimizer.SIGN
+    return TuneConfig(
+        iters=tune.iters,
+        batch_size=tune.batch_size,
+        accumulate=tune.gradient_accumulate_steps,
+        optimizer=chosen,
+        lr=tune.lr,
+        range_lr=tune.minmax_lr,
+        momentum=tune.momentum,
+        search=not plain if tune.iters == 0 else tune.disable_opt_rtn is not True,
+        tune_range=tune.enable_minmax_tuning,
+        tune_norm_bias=tune.enable_norm_bias_tuning,
+        keep_best=not tune.not_use_best_mse,
+        patience=max(0, tune.dynamic_max_gap),
+    )
+
+
+def _load_tokenizer(options: Options, source: ModelSource) -> Any:
+    from transformers import AutoTokenizer
+
+    where = options.model.tokenizer or str(source.folder)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=options.model.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"no tokenizer in {where} ({error}): name one with --tokenizer") from error
+
+
+def _rows(
+    options: Options, tune: TuneConfig, tokenizer: Any, dataset: Any
+) -> tuple[CalibrationRows | None, int]:
+    """Rows to tune on and, behind them, rows to hold out."""
+    wanted = options.calibration
+    data = wanted.dataset if dataset is None else dataset
+    if not needs_rows(tune):
+        if dataset is None and wanted.dataset == CalibrationOptions().dataset:
+            return None, 0
+        return load_rows(data, tokenizer, nsamples=HELD_OUT, seqlen=wanted.seqlen, seed=wanted.seed), 0
+    rows = load_rows(
+        data, tokenizer, nsamples=wanted.nsamples + HELD_OUT, seqlen=wanted.seqlen, seed=wanted.seed
+    )
+    count = len(rows.rows)
+    held_out = min(HELD_OUT, max(1, count // 8)) if count < wanted.nsamples + HELD_OUT else HELD_OUT
+    return rows, max(1, count - held_out)
+
+
+def _device(options: Options) -> torch.device:
+    """Where blocks are tuned: the first device of the map; "auto" takes an accelerator when there is one."""
+    wanted = options.model.device_map
+    if not isinstance(wanted, str):
+        wanted = next((d for d in wanted.values() if d not in {"cpu", "disk"}), "cpu")
+    first = wanted.split(",")[0].strip()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if first in {"auto", ""} or first.isdecimal():
+        if accelerator is None:
+            if first.isdecimal() and first != "0":
+                raise ConfigError(f"device {first}: this machine has no accelerator; use --device cpu")
+            return torch.device("cpu")
+        return torch.device(accelerator.type, int(first) if first.isdecimal() else 0)
+    try:
+        device = torch.device(first)
+    except RuntimeError as error:
+        raise ConfigError(f'unknown device "{first}": use "auto", "cpu", "cuda:0" or an index') from error
+    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
+        raise ConfigError(f'device "{first}" is not there: PyTorch sees {accelerator or "no accelerator"}')
+    return device
+
+
+def _compute_dtype(options: Options, source: ModelSource, device: torch.device) -> torch.dtype:
+    """Blocks run in bfloat16 unless the model is float16 on an accelerator, or 16 bits are switched off."""
+    own = _dtype(options.model.model_dtype) or source.dtype
+    if not options.tune.amp:
+        return torch.float32
+    if own is torch.float16 and device.type != "cpu":
+        return own
+    return torch.bfloat16

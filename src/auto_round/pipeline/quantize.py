@@ -1,0 +1,184 @@
+"""The loop of the main job: trace, then block after block, then what is left, then verify and seal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.checkpoint.journal import Journal
+from auto_round.checkpoint.workfolder import OutputFolder
+from auto_round.config.options import Options
+from auto_round.log import ProgressSink, ignore_progress, logger
+from auto_round.models.layer import Layer
+from auto_round.numerics.qtensor import QTensor
+from auto_round.pipeline.blocks import GroupResult, plain_layer, tune_group
+from auto_round.pipeline.clock import Clock
+from auto_round.pipeline.finish import build_report, write_configs_and_tokenizer, write_report
+from auto_round.pipeline.head import quantize_outside
+from auto_round.pipeline.job import Job
+from auto_round.pipeline.measure import Measured, measure_streams
+from auto_round.pipeline.outputs import Outputs
+from auto_round.pipeline.prepare import prepare
+from auto_round.pipeline.result import Result
+from auto_round.pipeline.signature import signature
+from auto_round.pipeline.streams import Streams
+from auto_round.pipeline.trace import trace_rows
+from auto_round.pipeline.verify import verify_all
+
+
+def run(
+    options: Options,
+    progress: ProgressSink = ignore_progress,
+    *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    dataset: Any = None,
+    output: Path | None = None,
+) -> Result:
+    """Quantize a model and write it; the folders appear complete or not at all.
+
+    A run that was interrupted continues where it was when called again with the same arguments, and
+    gives the same bytes as if it had not been.
+
+    Args:
+        options: what to do.
+        progress: receives an event after each block.
+        model: a model in memory instead of the one that `options` names; not modified.
+        tokenizer: tokenizer object; None to load it.
+        dataset: calibration data as Python objects instead of the named data set.
+        output: final folder; None for `options.output.output_dir`.
+
+    Raises:
+        AutoRoundError: see its subclasses; nothing half-valid is left under the output's name.
+    """
+    clock = Clock()
+    job = prepare(options, model=model, tokenizer=tokenizer, dataset=dataset, output=output)
+    return run_job(job, progress, clock)
+
+
+def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
+    """Do what `run` promises, for a job that is prepared."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(OutputFolder.open(job.output, overwrite=job.options.output.overwrite))
+        if not job.options.output.resume:
+            folder.discard()
+        journal = stack.enter_context(Journal.open(folder.scratch / "journal.jsonl", signature(job)))
+        folders = job.folders(folder.folder)
+        done = [name for entry in journal.entries for name in entry["tensors"]]
+        outputs = stack.enter_context(Outputs.open(job, folders, done=done, fresh=not journal.resumed))
+        measured = _Loop(job, folder.scratch, journal, outputs, progress, clock).run()
+        progress(clock.event("write", 0, 1, "remaining tensors"))
+        outputs.copy_rest()
+        outputs.seal()
+        write_configs_and_tokenizer(job, folders)
+        report = build_report(job, journal, measured, outputs.nbytes)
+        progress(clock.event("write", 1, 1, "remaining tensors"))
+        if job.options.output.verify:
+            progress(clock.event("verify", 0, 1, "reload and compare"))
+            report["verified"] = verify_all(job, folders, measured)
+            progress(clock.event("verify", 1, 1, "reload and compare"))
+        write_report(job, folders, report, folder.folder)
+        final = folder.seal()
+    return Result(tuple(job.folders(final).values()), job.plan, report, clock.seconds, clock.peak)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """Everything that one run needs at hand while it goes through the blocks."""
+
+    job: Job
+    scratch: Path
+    journal: Journal
+    outputs: Outputs
+    progress: ProgressSink
+    clock: Clock
+
+    def run(self) -> Measured | None:
+        """Quantize all layers; returns what the held-out rows say when there are any."""
+        if self.job.rows is None:
+            self._round_layers()
+            return None
+        table, streams = trace_rows(self.job, self.scratch)
+        self.progress(self.clock.event("calibrate", 1, 1, self.job.rows.summary))
+        groups = list(_groups(self.job))
+        start = sum(1 for unit, _ in groups if unit in self._finished())
+        if start:
+            streams.restore(_saved(self.scratch, start))
+            logger.info("continuing after %s of %s", groups[start - 1][0], groups[-1][0])
+            self.clock.skip(start)
+        for number, (unit, indices) in enumerate(groups[start:], start=start + 1):
+            generator = torch.Generator().manual_seed(self.job.options.calibration.seed + indices[0])
+            result = tune_group(self.job, indices, table, streams, generator)
+            self._keep(result, unit, number, streams)
+            losses = {"loss": result.tuned.loss, "initial": result.tuned.initial_loss}
+            self.progress(self.clock.event("tune", number, len(groups), unit, **losses))
+        head = quantize_outside(self.job, streams, self._write)
+        return measure_streams(self.job, streams, head)
+
+    def _round_layers(self) -> None:
+        """Plain rounding without data: layer after layer, journaled block by block."""
+        units: dict[str, list[str]] = {}
+        layers = self.job.quantized()
+        for layer, _ in layers.values():
+            unit = layer.name if layer.block is None else self.job.source.blocks[layer.block].disk
+            units.setdefault(unit, []).append(layer.name)
+        for number, (unit, names) in enumerate(units.items(), start=1):
+            if unit not in self._finished():
+                written = [
+                    t
+                    for n in names
+                    for t in self.outputs.put(layers[n][0], plain_layer(self.job, *layers[n]))
+                ]
+                self._done(unit, written)
+            self.progress(self.clock.event("tune", number, len(units), unit))
+
+    def _keep(self, result: GroupResult, unit: str, number: int, streams: Streams) -> None:
+        """Write a finished group so that a killed run can continue after it."""
+        written = [t for layer, q in result.layers.values() for t in self.outputs.put(layer, q)]
+        for name, value in result.others.items():
+            written += self.outputs.put_plain(self.job.source.disk_name(name), value)
+        if self.job.options.output.resume:
+            streams.save(_saved(self.scratch, number))
+        self._done(unit, written, _losses(result))
+        _saved(self.scratch, number - 1).unlink(missing_ok=True)
+
+    def _write(self, layer: Layer, q: QTensor) -> None:
+        """Write a layer outside the blocks, unless an earlier run did."""
+        if layer.name not in self._finished():
+            self._done(layer.name, self.outputs.put(layer, q))
+
+    def _done(self, unit: str, tensors: list[str], figures: Mapping[str, float] | None = None) -> None:
+        self.outputs.sync()
+        self.journal.append({"unit": unit, "tensors": tensors, **(figures or {})})
+
+    def _finished(self) -> set[str]:
+        return {entry["unit"] for entry in self.journal.entries}
+
+
+def _groups(job: Job) -> Iterator[tuple[str, list[int]]]:
+    """Name and block indices of each unit that is tuned as one."""
+    size = job.options.tune.nblocks
+    blocks = job.source.blocks
+    for start in range(0, len(blocks), size):
+        members = blocks[start : start + size]
+        name = members[0].disk if len(members) == 1 else f"{members[0].disk} to {members[-1].disk}"
+        yield name, [b.index for b in members]
+
+
+def _losses(result: GroupResult) -> dict[str, float]:
+    tuned = result.tuned
+    if math.isnan(tuned.loss):  # nothing was tuned
+        return {}
+    return {"initial_loss": tuned.initial_loss, "loss": tuned.loss, "best_step": tuned.best_step}
+
+
+def _saved(scratch: Path, number: int) -> Path:
+    """File of the streams before group `number`."""
+    return scratch / f"streams-{number:04d}.safetensors"

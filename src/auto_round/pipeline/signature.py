@@ -1,0 +1,86 @@
+"""What identifies a run, so that an interrupted one is continued only by the same command."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_round.models.source import ModelSource
+from auto_round.pipeline.job import Job
+from auto_round.version import __version__
+
+_SAMPLE_BYTES = 1 << 16
+
+
+def signature(job: Job) -> dict[str, Any]:
+    """Settings, data, model and arithmetic of a run, as JSON values."""
+    tune = {f.name: _plain(getattr(job.tune, f.name)) for f in dataclasses.fields(job.tune)}
+    options = job.options
+    return {
+        "auto_round": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
+        "device": job.device.type,
+        "compute_dtype": str(job.dtype),
+        "model": model_fingerprint(job.source),
+        "plan": _plan(job),
+        "formats": {name: _plain(exporter) for name, exporter in job.exporters.items()},
+        "calibration": None
+        if job.rows is None
+        else {"rows": job.rows.fingerprint, "tuned": job.tuned, "seed": options.calibration.seed},
+        "tune": tune,
+        "nblocks": options.tune.nblocks,
+        "enable_quanted_input": options.tune.enable_quanted_input,
+        "max_shard_size": options.output.max_shard_size,
+        "keep_streams": options.output.resume,
+    }
+
+
+def _plan(job: Job) -> dict[str, Any]:
+    """The plan in short, and a digest of all of it."""
+    plan = job.plan
+    return {
+        "scheme": plan.scheme.label,
+        "layers quantized": len(plan.quantized),
+        "layers kept": len(plan.kept),
+        "rules": {rule.key: None if rule.scheme is None else rule.scheme.label for rule in plan.rules},
+        "digest": hashlib.sha256(plan.to_json().encode()).hexdigest()[:16],
+    }
+
+
+def model_fingerprint(source: ModelSource) -> str:
+    """SHA-256 over names, shapes, the configuration and samples of each weight file."""
+    digest = hashlib.sha256()
+    for name, spec in source.tensors.items():
+        digest.update(f"{name} {spec.dtype} {tuple(spec.shape)}\n".encode())
+    if source.folder is None:
+        for layer in source.layers:
+            digest.update(source.read(layer).reshape(-1)[:64].double().numpy().tobytes())
+        return digest.hexdigest()
+    for path in [*sorted(source.folder.glob("*.safetensors")), source.folder / "config.json"]:
+        digest.update(path.name.encode())
+        for piece in _samples(path):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    """Length, beginning, 14 places within and end of a file: enough to notice other weights."""
+    size = path.stat().st_size
+    yield str(size).encode()
+    with path.open("rb") as file:
+        for i in range(16):
+            file.seek(max(0, (size - _SAMPLE_BYTES) * i // 15))
+            yield file.read(_SAMPLE_BYTES)
+
+
+def _plain(value: Any) -> Any:
+    """JSON value of a setting."""
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    return str(value)

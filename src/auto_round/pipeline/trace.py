@@ -1,0 +1,45 @@
+"""The beginning of every calibrated run: what each block receives, and the streams before the first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from auto_round.models.source import CPU
+from auto_round.pipeline.arguments import ArgumentTable
+from auto_round.pipeline.job import Job
+from auto_round.pipeline.streams import Streams
+
+SPILL_BYTES = 2 << 30
+"""Streams above this size are backed by files unless `low_cpu_mem_usage` is off."""
+
+
+def trace_rows(job: Job, scratch: Path) -> tuple[ArgumentTable, Streams]:
+    """Run the model's stem over all rows.
+
+    Args:
+        job: the run; it has rows.
+        scratch: folder for streams that are too large for memory.
+
+    Returns:
+        Arguments of every block for every row, and the streams at the first block.
+    """
+    rows = () if job.rows is None else job.rows.rows
+    table = ArgumentTable()
+    hidden = []
+    with job.source.stem(CPU, job.dtype) as stem:
+        for row in rows:
+            mask = None if row.mask is None else row.mask.unsqueeze(0)
+            traced = stem.trace(row.input_ids.unsqueeze(0), mask)
+            table.add(traced.calls, traced.edits)
+            hidden.append(traced.hidden.detach().to(job.dtype))
+    size = 2 * sum(h.numel() * h.element_size() for h in hidden)
+    spill = scratch if job.options.memory.low_cpu_mem_usage and size > SPILL_BYTES else None
+    on_host = job.options.memory.low_gpu_mem_usage or spill is not None
+    masks = None
+    if any(row.mask is not None for row in rows):
+        whole = torch.ones_like(rows[0].input_ids, dtype=torch.bool)
+        masks = torch.stack([whole if row.mask is None else row.mask for row in rows])
+    device = CPU if on_host else job.device
+    return table, Streams.begin(hidden, job.tuned, device=device, masks=masks, spill=spill)

@@ -1,0 +1,195 @@
+"""Making a plan: roles give the defaults, the user's rules override them, shapes have the last word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from auto_round.errors import ConfigError
+from auto_round.schemes.condense import condense
+from auto_round.schemes.entry import LayerLike, PlanEntry
+from auto_round.schemes.plan import Plan, PlanRequest
+from auto_round.schemes.rules import (
+    BlockLike,
+    Kind,
+    Match,
+    loose_number,
+    match_blocks,
+    match_ignored,
+    match_layer_config,
+)
+from auto_round.schemes.scheme import QuantizationScheme, parse_scheme
+from auto_round.schemes.shapes import MULTIPLE, Misfit, awkward_shape, divides, refuse_misfits
+from auto_round.schemes.siblings import fused_warnings
+
+__all__ = ["KEPT_ROLES", "PlanRequest", "make_plan"]
+
+ROUTER, HEAD, OUTSIDE, EXPERT = "router", "head", "outside the blocks", "expert"
+"""Values of `models.layer.Role` that the default rules tell apart."""
+
+KEPT_ROLES = {
+    ROUTER: "router",
+    OUTSIDE: "outside the blocks",
+    HEAD: "output head (--quant_lm_head quantizes it)",
+}
+"""Role -> why its layers are kept unless the user asks for them."""
+
+
+def make_plan(
+    layers: Sequence[LayerLike],
+    request: PlanRequest,
+    *,
+    blocks: Sequence[BlockLike] = (),
+    tied_head: bool = False,
+    other_names: Iterable[str] = (),
+) -> Plan:
+    """Decide what becomes of every layer.
+
+    A layer's exact name in `layer_config` is stronger than `ignore_layers`, that stronger than partial names
+    and regular expressions. Routers, the head and layers outside of the blocks are kept by default; a pattern
+    reaches them only when it names nothing else, so that `mlp` does not quantize `mlp.gate`.
+
+    Args:
+        layers: every matrix that could be quantized, in the order of execution, the head included even when
+            it is tied.
+        request: what the user asked for.
+        blocks: every decoder block; needed for `to_quant_block_names`.
+        tied_head: the head shares its tensor with the embedding.
+        other_names: modules that are never quantized (embeddings, norms); ignoring them is no error.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, a scheme that is none, a group size that does not divide
+            the rows of a layer, `quant_lm_head` without a head.
+        UnsupportedError: a scheme that cannot be computed yet.
+    """
+    base = parse_scheme(request.scheme, request.overrides)
+    names = [layer.name for layer in layers]
+    prefixes, chosen = match_blocks(request.to_quant_block_names, blocks)
+    by_role = {role: _default(role, base, request) for role in {layer.role.value for layer in layers}}
+    skipped = _Default(PlanEntry(None, "not in to_quant_block_names"), open=False)
+    defaults = {
+        layer.name: skipped if prefixes and _outside(layer, by_role, chosen) else by_role[layer.role.value]
+        for layer in layers
+    }
+    ignored = match_ignored(request.ignore_layers, names, other_names)
+    matches = match_layer_config(request.layer_config, base, names)
+    asked = _apply(defaults, matches, ignored)
+    entries, notes = _fit_shapes(layers, asked)
+
+    head = next((layer.name for layer in layers if layer.role.value == HEAD), None)
+    if request.quant_lm_head and head is None:
+        raise ConfigError("quant_lm_head: this model has no output head; leave the option out")
+    tied = head if tied_head else None
+    return Plan(
+        scheme=base,
+        entries=entries,
+        rules=tuple(match.rule for match in matches),
+        ignored=tuple(dict.fromkeys(ignored.values())),
+        block_prefixes=prefixes,
+        tied_head=tied,
+        untie_head=tied is not None and entries[tied].scheme is not None,
+        warnings=(
+            *notes,
+            *filter(None, (loose_number(match, names) for match in matches)),
+            *_unused(matches, asked),
+            *_general(layers, base, entries),
+            *fused_warnings(entries),
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Default:
+    """What a layer gets without the user's rules; `open` layers are reached by every pattern."""
+
+    entry: PlanEntry
+    open: bool
+
+
+def _default(role: str, base: QuantizationScheme, request: PlanRequest) -> _Default:
+    if role in KEPT_ROLES and not (role == HEAD and request.quant_lm_head):
+        return _Default(PlanEntry(None, KEPT_ROLES[role]), open=False)
+    scheme = base.for_role(role)
+    reason = f"scheme {' / '.join(base.presets[:1]) or base.label}"
+    return _Default(PlanEntry(scheme if _changes(scheme) else None, reason), open=True)
+
+
+def _outside(layer: LayerLike, by_role: Mapping[str, _Default], chosen: frozenset[int]) -> bool:
+    """Whether the user's choice of blocks leaves out a layer that would be quantized; never the head."""
+    role = layer.role.value
+    return role != HEAD and by_role[role].open and layer.block not in chosen
+
+
+def _changes(scheme: QuantizationScheme) -> bool:
+    return scheme.quantized or scheme.act_quantized
+
+
+def _apply(
+    defaults: Mapping[str, _Default], matches: Sequence[Match], ignored: Mapping[str, str]
+) -> dict[str, PlanEntry]:
+    """Entries after the user's rules: exact names, then `ignore_layers`, then patterns."""
+    fixed: dict[str, PlanEntry] = {}
+    for match in matches:
+        reached = {name for name in match.names if defaults[name].open}
+        exact = match.rule.kind is Kind.EXACT
+        for name in match.names if exact else reached or match.names:
+            if exact or name not in ignored:
+                fixed.setdefault(name, PlanEntry(match.rule.scheme, _reason(match), fixed=True))
+    for name, entry in ignored.items():
+        fixed.setdefault(name, PlanEntry(None, f'ignore_layers "{entry}"', fixed=True))
+    return {name: fixed.get(name, default.entry) for name, default in defaults.items()}
+
+
+def _reason(match: Match) -> str:
+    return f'layer_config "{match.rule.key}"'
+
+
+def _fit_shapes(
+    layers: Sequence[LayerLike], asked: Mapping[str, PlanEntry]
+) -> tuple[dict[str, PlanEntry], list[str]]:
+    """Entries after the rules of shape, and what the user should know of them."""
+    entries: dict[str, PlanEntry] = {}
+    awkward: list[str] = []
+    misfits: list[Misfit] = []
+    for scheme in dict.fromkeys(entry.scheme for entry in asked.values()):
+        if scheme is not None:
+            scheme.weight_format()  # refuses what cannot be computed yet, once for each scheme
+    for layer in layers:
+        entry = asked[layer.name]
+        entries[layer.name] = entry
+        if entry.scheme is None:
+            continue
+        why = awkward_shape(layer.shape)
+        if why is not None:
+            entries[layer.name] = PlanEntry(None, why, entry.fixed)
+            awkward.append(layer.name)
+        elif not divides(entry.scheme.group_size, layer.shape[1]):
+            misfits.append(Misfit(layer.name, layer.shape[1], entry.scheme.group_size))
+    refuse_misfits(misfits)
+    if not awkward:
+        return entries, []
+    where = ", ".join(map(str, condense(awkward)))
+    return entries, [
+        f"{len(awkward)} layers keep 16 bits since packing needs multiples of {MULTIPLE}: {where}"
+    ]
+
+
+def _unused(matches: Sequence[Match], asked: Mapping[str, PlanEntry]) -> list[str]:
+    """Keys of `layer_config` that other rules leave nothing to."""
+    reasons = {entry.reason for entry in asked.values()}
+    why = "exact names, ignore_layers and earlier patterns take all of its layers"
+    return [f"{_reason(match)} has no effect: {why}" for match in matches if _reason(match) not in reasons]
+
+
+def _general(
+    layers: Sequence[LayerLike], base: QuantizationScheme, entries: Mapping[str, PlanEntry]
+) -> list[str]:
+    notes = []
+    if base.recipe is not None and all(layer.role.value != EXPERT for layer in layers):
+        widths = {entry.label for entry in entries.values() if entry.scheme is not None and not entry.fixed}
+        notes.append(
+            f"{base.recipe} is meant for routed experts, this model has none: {', '.join(sorted(widths))}"
+        )
+    if _changes(base) and all(entry.scheme is None for entry in entries.values()):
+        notes.append("no layer is quantized: every one is kept by a rule or by its shape")
+    return notes

@@ -1,0 +1,306 @@
+"""Scheme: the numbers that describe how one layer is stored, and the table of preset names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from auto_round.errors import ConfigError, Refusal, UnsupportedError, nearest
+from auto_round.schemes.vocabulary import (
+    BITS,
+    DATA_TYPES,
+    FIELD_TYPES,
+    RECIPES,
+    SCALE_DTYPES,
+    check_type,
+    spelled,
+)
+
+if TYPE_CHECKING:
+    from auto_round.numerics.format import Format
+
+_KEPT_BITS = 16
+_GROUPLESS = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizationScheme(Mapping[str, Any]):
+    """How a layer is stored. Reads like a dictionary: `scheme["bits"]`, `dict(scheme)`, `**scheme`.
+
+    Two schemes are equal when their fields are; `act_*` fields are left out of the comparison when neither
+    side quantizes activations.
+
+    Attributes:
+        bits: width of a weight's code, 2 to 8; 16 or 32 keeps the layer as it is.
+        group_size: weights that share a step; -1 one step a row (output channel), 0 one a tensor.
+        sym: signed full range without zero point, or unsigned with one.
+        data_type: family of numbers: "int", "fp", "mx_fp", "nv_fp", ...
+        act_bits: width of activations; None or 16 leaves them alone.
+        act_group_size: group of activations, as `group_size`.
+        act_sym: as `sym`, for activations.
+        act_data_type: as `data_type`, for activations.
+        act_dynamic: activation steps measured at run time rather than at calibration.
+        super_bits: width of the quantized steps of two-level formats.
+        super_group_size: groups in a super-block of two-level formats.
+        scale_dtype: dtype in which steps are stored: "float16", "bfloat16" or "float32".
+        recipe: row of `RECIPES` that gives some roles other fields; None for one scheme everywhere.
+
+    Raises:
+        ConfigError: a field of the wrong type or outside of its range.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    data_type: str = "int"
+    act_bits: int | None = None
+    act_group_size: int | None = None
+    act_sym: bool | None = None
+    act_data_type: str | None = None
+    act_dynamic: bool | None = None
+    super_bits: int | None = None
+    super_group_size: int | None = None
+    scale_dtype: str = "float16"
+    recipe: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in FIELD_TYPES:
+            check_type(name, self[name])
+        if self.bits not in BITS:
+            raise ConfigError(f"bits must be one of {', '.join(map(str, BITS))}, got {self.bits}")
+        if self.group_size < _GROUPLESS:
+            raise ConfigError(f"group_size must be -1 (row), 0 (tensor) or positive, got {self.group_size}")
+        spelled("data_type", self.data_type, DATA_TYPES)
+        if spelled("scale_dtype", self.scale_dtype, SCALE_DTYPES)["scale_dtype"] != self.scale_dtype:
+            raise ConfigError(f'scale_dtype must be spelled out here, got "{self.scale_dtype}"')
+        if self.recipe is not None:
+            spelled("recipe", self.recipe, RECIPES)
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in FIELD_TYPES:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FIELD_TYPES)
+
+    def __len__(self) -> int:
+        return len(FIELD_TYPES)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, QuantizationScheme) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[object, ...]:
+        weights = (self.bits, self.group_size, self.sym, self.data_type, self.scale_dtype, self.recipe)
+        levels = (self.super_bits, self.super_group_size)
+        if not self.act_quantized:
+            return (*weights, *levels)
+        acts = (self.act_bits, self.act_group_size, self.act_sym, self.act_data_type, self.act_dynamic)
+        return (*weights, *levels, *acts)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are stored in fewer than 16 bits."""
+        return self.bits < _KEPT_BITS
+
+    @property
+    def act_quantized(self) -> bool:
+        """Whether activations are quantized too."""
+        return self.act_bits is not None and self.act_bits < _KEPT_BITS
+
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """Names of the presets that equal this scheme, in table order."""
+        return tuple(name for name, scheme in PRESET_SCHEMES.items() if scheme == self)
+
+    @property
+    def label(self) -> str:
+        """Short description for people, for example `W4 g128 sym`."""
+        if not self.quantized:
+            return "16 bits"
+        words = [f"W{self.bits}"]
+        words += {_GROUPLESS: ["per row"], 0: ["per tensor"]}.get(self.group_size, [f"g{self.group_size}"])
+        words += [self.data_type] if self.data_type != "int" else []
+        words.append("sym" if self.sym else "asym")
+        words += [f"A{self.act_bits}"] if self.act_quantized else []
+        words += [self.scale_dtype] if self.scale_dtype != "float16" else []
+        return " ".join(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields that are set, in declaration order; JSON-ready."""
+        return {k: v for k, v in self.items() if v is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantizationScheme:
+        """Scheme of a dictionary; missing fields take their defaults.
+
+        Raises:
+            ConfigError: an unknown field, or a value of the wrong type or outside of its range.
+        """
+        return _merge(cls(), values)
+
+    def for_role(self, role: str) -> QuantizationScheme:
+        """The scheme that a layer of this role (a value of `models.layer.Role`) gets."""
+        changes = RECIPES[self.recipe].get(role, {}) if self.recipe else {}
+        return replace(self, recipe=None, **changes) if self.recipe else self
+
+    def weight_format(self) -> Format | None:
+        """Numeric format of the weights; None when they are kept as they are.
+
+        Raises:
+            UnsupportedError: the scheme is known but cannot be computed yet.
+        """
+        from auto_round.numerics.presets import SCALE_DTYPES as TORCH_DTYPES
+        from auto_round.numerics.presets import int_format
+
+        if not self.quantized and not self.act_quantized:
+            return None
+        refusal = _not_there_yet(self)
+        if refusal is not None:
+            raise UnsupportedError(
+                f"scheme {' / '.join(self.presets) or self.label} is not there yet; use one of "
+                + ", ".join(integer_presets()),
+                [refusal],
+            )
+        return int_format(
+            self.bits, self.group_size, sym=self.sym, scale_dtype=TORCH_DTYPES[self.scale_dtype]
+        )
+
+
+def _not_there_yet(scheme: QuantizationScheme) -> Refusal | None:
+    if scheme.act_quantized:
+        return Refusal("activations", f"quantizing them to {scheme.act_bits} bits is not there yet")
+    if scheme.data_type != "int":
+        what = f'data_type "{scheme.data_type}" with {scheme.bits} bits'
+        return Refusal("weights", f"{what} is not there yet, whole numbers (int) of 2 to 8 bits are")
+    if scheme.super_bits is not None or scheme.super_group_size is not None:
+        return Refusal("weights", "two-level steps (super_bits, super_group_size) are not there yet")
+    return None
+
+
+def _merge(base: QuantizationScheme, values: Mapping[str, Any]) -> QuantizationScheme:
+    """`base` with the given fields replaced; None means not given; `data_type` wins over `bits` and `sym`."""
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in FIELD_TYPES:
+            raise ConfigError(f"unknown scheme field {name!r}; {nearest(str(name), FIELD_TYPES)}")
+        if value is not None:
+            given[name] = value
+    for name, spellings in (("data_type", DATA_TYPES), ("scale_dtype", SCALE_DTYPES)):
+        if name in given:
+            given |= spelled(name, given[name], spellings)
+    if "data_type" not in given and not base.quantized and given.get("bits", _KEPT_BITS) != _KEPT_BITS:
+        given["data_type"] = "int"
+    return replace(base, **given)
+
+
+def _row(bits: int, group_size: int, data_type: str = "int", **others: Any) -> QuantizationScheme:
+    return QuantizationScheme(bits=bits, group_size=group_size, data_type=data_type, **others)
+
+
+def _dynamic(act_bits: int, act_group_size: int, act_data_type: str) -> dict[str, Any]:
+    return {
+        "act_bits": act_bits,
+        "act_group_size": act_group_size,
+        "act_sym": True,
+        "act_data_type": act_data_type,
+        "act_dynamic": True,
+    }
+
+
+_Q4_1: dict[str, Any] = {"data_type": "int_asym_float_zp", "sym": False}
+_K_ASYM: dict[str, Any] = {"data_type": "int_asym_dq", "sym": False, "super_bits": 6, "super_group_size": 8}
+_Q2_K = QuantizationScheme(2, 16, sym=False, data_type="int_asym_dq", super_bits=4, super_group_size=16)
+_Q3_K = QuantizationScheme(3, 16, data_type="int_sym_dq", super_bits=6, super_group_size=16)
+
+PRESET_SCHEMES: dict[str, QuantizationScheme] = {
+    "W4A16": _row(4, 128),
+    "W2A16": _row(2, 128),
+    "W2A16G64": _row(2, 64),
+    "W2A16G32": _row(2, 32),
+    "W3A16": _row(3, 128),
+    "W5A16": _row(5, 128),
+    "W6A16": _row(6, 128),
+    "W8A16": _row(8, 128),
+    "W4A16_MIXED": _row(4, 128, recipe="W4A16_MIXED"),
+    "BF16": _row(16, 128, "fp"),
+    # Known names of formats that are not computed yet; `weight_format` says so. FP8_BLOCK means 128 x 128.
+    "MXFP4": _row(4, 32, "mx_fp", **_dynamic(4, 32, "mx_fp")),
+    "MXFP4_RCEIL": _row(4, 32, "mx_fp", **_dynamic(4, 32, "mx_fp_rceil")),
+    "MXFP6": _row(6, 32, "mx_fp", **_dynamic(6, 32, "mx_fp")),
+    "MXFP8": _row(8, 32, "mx_fp", **_dynamic(8, 32, "mx_fp")),
+    "MXFP8_RCEIL": _row(8, 32, "mx_fp", **_dynamic(8, 32, "mx_fp_rceil")),
+    "MXINT4": _row(4, 32, "mx_int", **_dynamic(4, 32, "mx_int")),
+    "NVFP4": _row(4, 16, "nv_fp", **_dynamic(4, 16, "nv_fp4_with_static_gs")),
+    "NVFP4_E5M3": _row(4, 16, "nvfp4_v2", **_dynamic(4, 16, "nvfp4_v2")),
+    "FPW8A16": _row(8, 0, "fp"),
+    "FP8_STATIC": _row(8, -1, "fp", **_dynamic(8, 0, "fp") | {"act_dynamic": False}),
+    "FP8_BLOCK": _row(8, 128, "fp_block", **_dynamic(8, 128, "fp")),
+    "INT8": _row(8, -1, **_dynamic(8, -1, "int")),
+    "INT8_W8A8": _row(8, -1, **_dynamic(8, -1, "int")),
+    "INT4": _row(4, -1, **_dynamic(4, -1, "int")),
+    "GGUF:Q4_0": _row(4, 32, "int_gguf"),
+    "GGUF:Q4_1": _row(4, 32, **_Q4_1),
+    "GGUF:Q5_0": _row(5, 32, "int_gguf"),
+    "GGUF:Q5_1": _row(5, 32, **_Q4_1),
+    "GGUF:Q8_0": _row(8, 32, "int_gguf"),
+    "GGUF:Q2_K_S": _Q2_K,
+    "GGUF:Q2_K_MIXED": _Q2_K,
+    "GGUF:Q3_K_S": _Q3_K,
+    "GGUF:Q3_K_M": _Q3_K,
+    "GGUF:Q3_K_L": _Q3_K,
+    "GGUF:Q4_K_S": _row(4, 32, **_K_ASYM),
+    "GGUF:Q4_K_M": _row(4, 32, **_K_ASYM),
+    "GGUF:Q5_K_S": _row(5, 32, **_K_ASYM),
+    "GGUF:Q5_K_M": _row(5, 32, **_K_ASYM),
+    "GGUF:Q6_K": _row(6, 16, "int_sym_dq", super_bits=8, super_group_size=16),
+}
+"""Preset name -> scheme. A new whole-number format is one row here."""
+
+
+def integer_presets() -> tuple[str, ...]:
+    """Names of the presets that can be computed today, in table order."""
+    return tuple(n for n, s in PRESET_SCHEMES.items() if s.quantized and _not_there_yet(s) is None)
+
+
+def parse_scheme(
+    value: object,
+    overrides: Mapping[str, Any] | None = None,
+    base: QuantizationScheme | None = None,
+) -> QuantizationScheme:
+    """Scheme of what a user wrote.
+
+    Args:
+        value: preset name in any case, dictionary of scheme fields, or a scheme.
+        overrides: single fields that replace those of `value`; None values mean not given. GGUF presets keep
+            their own fields.
+        base: where missing fields of a dictionary come from; the field defaults when None.
+
+    Raises:
+        ConfigError: an unknown preset or field, or a value of the wrong type or outside of its range.
+    """
+    start = QuantizationScheme() if base is None else replace(base, recipe=None)
+    if isinstance(value, str):
+        name = value.strip().upper()
+        if name not in PRESET_SCHEMES:
+            raise ConfigError(f'unknown scheme "{value}"; {nearest(value, PRESET_SCHEMES)}')
+        if name.startswith("GGUF:"):
+            return PRESET_SCHEMES[name]
+        scheme = replace(PRESET_SCHEMES[name], scale_dtype=start.scale_dtype)
+    elif isinstance(value, QuantizationScheme):
+        scheme = value
+    elif isinstance(value, Mapping):
+        scheme = _merge(start, value)
+    else:
+        example = f'{{"bits": {value}}}' if type(value) is int else '{"bits": 4}'
+        raise ConfigError(
+            f"a scheme is a preset name, a dictionary of fields such as {example}, or a QuantizationScheme, "
+            f"got {value!r}"
+        )
+    return _merge(scheme, overrides or {})

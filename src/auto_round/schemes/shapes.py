@@ -1,0 +1,75 @@
+"""Shapes: which matrices whole-number formats can hold, and which groups divide their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from auto_round.errors import ConfigError
+from auto_round.schemes.condense import condense
+
+MULTIPLE = 32
+"""Codes are packed 32 at a time along both axes by the GPTQ layout and its kernels."""
+
+GROUP_SIZES = (16, 32, 64, 128, 256, -1)
+"""Group sizes that are offered when the asked one does not divide."""
+
+_LISTED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """A layer whose rows are not a whole number of groups.
+
+    Attributes:
+        name: name of the layer.
+        n_in: length of a row, its in_features.
+        group_size: weights in a group.
+    """
+
+    name: str
+    n_in: int
+    group_size: int
+
+
+def awkward_shape(shape: tuple[int, int]) -> str | None:
+    """Why a matrix `(out, in)` has to be kept, None when it need not."""
+    for label, size in zip(("out", "in"), shape, strict=True):
+        if size % MULTIPLE:
+            return f"{label}_features {size} is no multiple of {MULTIPLE}"
+    return None
+
+
+def divides(group_size: int, n_in: int) -> bool:
+    """Whether a row of `n_in` weights is a whole number of groups; -1 (row) and 0 (tensor) always fit."""
+    return group_size <= 0 or n_in % group_size == 0
+
+
+def refuse_misfits(misfits: Iterable[Misfit]) -> None:
+    """Refuse groups that do not divide.
+
+    Raises:
+        ConfigError: there are any; names layers, in_features, the group sizes that fit and the remedies.
+    """
+    cases: dict[tuple[int, int], list[str]] = {}
+    for misfit in misfits:
+        cases.setdefault((misfit.group_size, misfit.n_in), []).append(misfit.name)
+    if not cases:
+        return
+    lines = [_line(size, n_in, names) for (size, n_in), names in cases.items()]
+    fitting = [size for size in GROUP_SIZES if all(divides(size, n_in) for _, n_in in cases)]
+    best = max(fitting)
+    piece = next(iter(cases.values()))[0].rpartition(".")[2]
+    raise ConfigError(
+        "\n  - ".join(["the group size does not divide the rows of some layers", *lines])
+        + f"\neither use a size that fits everywhere (--group_size {best}), or keep these layers "
+        f'(--ignore_layers {piece}) or give them their own size (layer_config {{"{piece}": '
+        f'{{"group_size": {best}}}}})'
+    )
+
+
+def _line(group_size: int, n_in: int, names: list[str]) -> str:
+    sets = [str(s) for s in condense(names)]
+    where = ", ".join(sets[:_LISTED]) + (f" and {len(sets) - _LISTED} more" if len(sets) > _LISTED else "")
+    fitting = ", ".join(str(size) for size in GROUP_SIZES if divides(size, n_in))
+    return f"{where}: in_features {n_in} is no multiple of {group_size}; these sizes fit: {fitting}"

@@ -1,0 +1,160 @@
+"""Conformance of kernels: exact inputs give exact results, random ones stay within a derived bound.
+
+A kernel that passes cannot have swapped codes, shifted groups or a wrong zero point: those move exact results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from auto_round.kernels.kernel import Kernel, LinearSpec
+from auto_round.numerics.format import Format
+from auto_round.numerics.presets import int_format
+from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.scale import SignedMax
+
+TOKENS = (1, 3, 64)
+"""Tokens in a call: one while generating, a few, and enough for the path of long prompts."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+EPS32 = 2.0**-24
+"""Unit roundoff of float32."""
+
+
+def specs(device: str = "cpu") -> Iterator[LinearSpec]:
+    """Layers of every width, both kinds of zero point, several groups and shapes, for a kernel to accept or not."""
+    shapes = {32: (64, 256), 128: (96, 384), -1: (160, 192), 0: (32, 64), 96: (64, 160)}
+    for bits in range(2, 9):
+        for sym in (True, False):
+            for group_size, shape in shapes.items():
+                yield LinearSpec(int_format(bits, group_size, sym=sym), shape, torch.bfloat16, device)
+
+
+def exact_case(spec: LinearSpec, seed: int = 0) -> QTensor:
+    """A weight with steps of powers of two and every code, whose products with small whole numbers are exact."""
+    g = torch.Generator().manual_seed(seed)
+    fmt, shape = spec.fmt, spec.shape
+    codes = torch.randint(0, 1 << fmt.grid.bits, shape, generator=g, dtype=torch.uint8)
+    scales = fmt.group.scale_shape(shape)
+    sign = torch.where(torch.rand(scales, generator=g) < 0.3, -1.0, 1.0)
+    step = sign * 2.0 ** torch.randint(-2, 2, scales, generator=g)
+    parts = {"step": step.to(torch.float16)}
+    if not isinstance(fmt.rule, SignedMax):
+        parts["step"] = step.abs().to(torch.float16)
+        parts["zero"] = torch.randint(0, 1 << fmt.grid.bits, scales, generator=g, dtype=torch.uint8)
+    return QTensor(codes.to(spec.device), fmt.rule.read(_to(parts, spec.device)), fmt)
+
+
+def random_case(spec: LinearSpec, seed: int = 0) -> QTensor:
+    """A rounded random weight."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(spec.shape, generator=g) + 0.3
+    return spec.fmt.quantize((0.05 * w).to(spec.device))
+
+
+def check_exact(kernel: Kernel, spec: LinearSpec, seed: int = 0) -> None:
+    """Whole numbers as activations: the result is the exact one rounded once to the kernel's dtype.
+
+    Raises:
+        AssertionError: it is not.
+    """
+    q = exact_case(spec, seed)
+    buffers = kernel.prepare(q, spec)
+    w = spec.fmt.dequantize(q, torch.float64)
+    g = torch.Generator().manual_seed(seed + 1)
+    for tokens in TOKENS:
+        x = torch.randint(-4, 5, (tokens, spec.shape[1]), generator=g).to(spec.device, spec.dtype)
+        want = (x.double() @ w.t()).to(kernel.compute_dtype(spec)).to(spec.dtype)
+        got = kernel.linear(x, buffers, spec, None)
+        _equal(got, want, f"{kernel.name} on {spec.fmt.name} {list(spec.shape)} with {tokens} tokens")
+
+
+def check_bound(kernel: Kernel, spec: LinearSpec, seed: int = 0) -> float:
+    """Random activations and bias: the error stays below the bound of `Kernel.compute_dtype`.
+
+    Returns:
+        The largest error as a share of the bound.
+
+    Raises:
+        AssertionError: a share above 1.
+    """
+    q = random_case(spec, seed)
+    buffers = kernel.prepare(q, spec)
+    w = spec.fmt.dequantize(q).double()
+    g = torch.Generator().manual_seed(seed + 1)
+    worst = 0.0
+    for tokens in TOKENS:
+        x = torch.randn(2, tokens, spec.shape[1], generator=g).to(spec.device, spec.dtype)
+        bias = torch.randn(spec.shape[0], generator=g).to(spec.device, spec.dtype)
+        want = x.double() @ w.t() + bias.double()
+        error = (kernel.linear(x, buffers, spec, bias).double() - want).abs()
+        worst = max(worst, (error / bound(kernel, spec, q, x, want)).max().item())
+    if worst > 1:
+        raise AssertionError(f"{kernel.name} on {spec.fmt.name} errs {worst:.3g} times the bound")
+    return worst
+
+
+def bound(kernel: Kernel, spec: LinearSpec, q: QTensor, x: Tensor, y: Tensor) -> Tensor:
+    """Largest error that a kernel's dtype explains, shape of `y`."""
+    u = torch.finfo(kernel.compute_dtype(spec)).eps / 2
+    magnitude = spec.fmt.dequantize(q).double().abs() + _offset(q).expand(spec.shape)
+    sums = x.double().abs() @ magnitude.t()
+    return (4 * u + 2 * spec.shape[1] * EPS32) * sums + 4 * u * y.abs() + 1e-30
+
+
+def check_restore(kernel: Kernel, spec: LinearSpec, seed: int = 0) -> None:
+    """`restore(prepare(q))` is `q`, and what is kept is not the float weight.
+
+    Raises:
+        AssertionError: it is not.
+    """
+    for q in (exact_case(spec, seed), random_case(spec, seed)):
+        back = kernel.restore(kernel.prepare(q, spec), spec)
+        _equal(back.codes, q.codes, f"codes after {kernel.name}")
+        if set(back.scale.parts) != set(q.scale.parts):
+            raise AssertionError(f"{kernel.name} kept {set(back.scale.parts)} of {set(q.scale.parts)}")
+        for name, part in q.scale.parts.items():
+            _equal(back.scale.parts[name], part, f"{name} after {kernel.name}")
+
+
+CHECKS: tuple[Callable[[Kernel, LinearSpec], object], ...] = (check_exact, check_bound, check_restore)
+"""The kit."""
+
+
+def fails(kernel: Kernel, spec: LinearSpec) -> bool:
+    """Whether some check fails: what a deliberately wrong kernel must do."""
+    for check in CHECKS:
+        try:
+            check(kernel, spec)
+        except AssertionError:
+            return True
+    return False
+
+
+def without_zero(fmt: Format) -> bool:
+    """Whether weights of a format have no zero point."""
+    return isinstance(fmt.rule, SignedMax)
+
+
+def _offset(q: QTensor) -> Tensor:
+    """Largest offset that a kernel may round apart from the weight: 8 steps, or the zero point's distance."""
+    if q.scale.zero is None:
+        return torch.zeros(1, 1, dtype=torch.float64)
+    middle = 1 << (q.format.grid.bits - 1)
+    offset = ((q.scale.zero - middle) * q.scale.step).abs().double()
+    width = q.format.group.width(q.shape[1])
+    return offset.repeat_interleave(width, dim=1)[:, : q.shape[1]]
+
+
+def _to(parts: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: part.to(device) for name, part in parts.items()}
+
+
+def _equal(got: Tensor, want: Tensor, what: str) -> None:
+    if got.dtype != want.dtype or got.shape != want.shape or not torch.equal(got, want):
+        wrong = int((got != want).sum()) if got.shape == want.shape else got.numel()
+        raise AssertionError(f"{what}: {wrong} of {want.numel()} values are wrong")

@@ -1,0 +1,89 @@
+"""Conformance kit for layouts: any row of the table has to pass `check_layout`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from auto_round.layouts.layout import Layout
+from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.scale import MinMax
+from auto_round.testing.failure import require
+from auto_round.testing.slow_reader import PACKINGS, Stored, read_weight
+
+
+def random_qtensor(fmt: Format, shape: Sequence[int], seed: int, lowest_zero: int = 0) -> QTensor:
+    """Quantized tensor `[out, in]` with every kind of code, step (of either sign) and zero point.
+
+    Args:
+        fmt: a whole-number format with a step for each row and group.
+        shape: `[out, in]`.
+        seed: of the generator.
+        lowest_zero: smallest zero point.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    top = 1 << fmt.grid.bits
+    codes = torch.randint(0, top, tuple(shape), generator=generator).to(torch.uint8)
+    groups = fmt.group.scale_shape(shape)
+    parts = dict(fmt.quantize(torch.randn(tuple(shape), generator=generator)).scale.parts)
+    parts["step"] = torch.randn(groups, generator=generator).to(parts["step"].dtype)
+    if isinstance(fmt.rule, MinMax):
+        parts["zero"] = torch.randint(lowest_zero, top, groups, generator=generator).to(torch.uint8)
+    return QTensor(codes, fmt.rule.read(parts), fmt)
+
+
+def check_layout(
+    layout: Layout, packing_format: str, fmt: Format, shape: Sequence[int], *, seed: int = 0
+) -> None:
+    """Check every promise of a layout for one format and shape.
+
+    Args:
+        layout: the layout.
+        packing_format: name under which readers know it.
+        fmt: a format that it accepts for `shape`.
+        shape: `[out, in]`.
+        seed: of the random weight.
+
+    Raises:
+        ConformanceError: a promise is broken: `pack` returns what `spec` says, changes nothing and gives the
+            same bytes each time; `unpack` gives back the same quantized tensor; and a reader that shares no
+            code with the layout finds the same weights.
+    """
+    require(layout.accepts(fmt, shape) is None, f"{layout.name} refuses {fmt.name} {list(shape)}")
+    order, zero_offset = PACKINGS[packing_format]
+    q = random_qtensor(fmt, shape, seed, lowest_zero=zero_offset)
+    before = {"codes": q.codes.clone()} | {name: part.clone() for name, part in q.scale.parts.items()}
+    parts = layout.pack(q)
+    where = f"{layout.name} {fmt.name} {list(shape)}"
+    require(_same(before, {"codes": q.codes, **q.scale.parts}), f"{where}: pack changed its argument")
+    require(_same(parts, layout.pack(q)), f"{where}: packing twice gives other bytes")
+    _check_spec(where, parts, layout, fmt, shape)
+    back = layout.unpack(parts, fmt, shape)
+    require(torch.equal(back.codes, q.codes), f"{where}: unpack gives other codes")
+    require(back.codes.dtype == torch.uint8, f"{where}: unpacked codes are not uint8")
+    require(_same(back.scale.parts, q.scale.parts), f"{where}: unpack gives another scale")
+    require(torch.equal(back.scale.step, q.scale.step), f"{where}: unpack gives other steps")
+    require(back.format == fmt, f"{where}: unpack gives another format")
+    seen = read_weight(parts, Stored(order, zero_offset, fmt.grid.bits, fmt.group.size), shape)
+    require(torch.equal(seen, fmt.dequantize(q)), f"{where}: another reader finds other weights")
+
+
+def _check_spec(
+    where: str, parts: Mapping[str, Tensor], layout: Layout, fmt: Format, shape: Sequence[int]
+) -> None:
+    spec = layout.spec(fmt, shape)
+    require(list(parts) == list(spec), f"{where}: pack gives {list(parts)}, spec {list(spec)}")
+    for suffix, part in parts.items():
+        want = spec[suffix]
+        require(
+            (part.dtype, tuple(part.shape)) == (want.dtype, tuple(want.shape)),
+            f"{where}: {suffix} is {part.dtype} {list(part.shape)}, spec says {want}",
+        )
+        require(part.is_contiguous(), f"{where}: {suffix} is not contiguous")
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)

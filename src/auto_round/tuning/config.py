@@ -1,0 +1,61 @@
+"""Settings of the tuning loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from auto_round.errors import ConfigError
+
+
+class Optimizer(Enum):
+    """How a gradient becomes a step."""
+
+    SIGN = "sign"
+    ADAM = "adam"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneConfig:
+    """Settings of `tune_block`.
+
+    Attributes:
+        iters: optimizer steps; 0 returns the starting point (plain or searched rounding).
+        batch_size: samples in one forward pass.
+        accumulate: forward passes in one step.
+        optimizer: sign descent or Adam.
+        lr: step size of the rounding offsets, in units of the quantization step; None for the
+            optimizer's own default.
+        range_lr: step size of the range multipliers; None for a default that follows `lr`.
+        momentum: of sign descent; 0 for none.
+        search: start from the range found by an importance-weighted search instead of the measured one.
+        tune_rounding: learn rounding offsets.
+        tune_range: learn range multipliers.
+        tune_norm_bias: also learn the block's norm weights and biases.
+        keep_best: return the best parameters seen on the held-out samples, else the last ones.
+        patience: stop after this many steps without a better held-out loss; 0 never stops early.
+    """
+
+    iters: int = 200
+    batch_size: int = 8
+    accumulate: int = 1
+    optimizer: Optimizer = Optimizer.SIGN
+    lr: float | None = None
+    range_lr: float | None = None
+    momentum: float = 0.0
+    search: bool = True
+    tune_rounding: bool = True
+    tune_range: bool = True
+    tune_norm_bias: bool = False
+    keep_best: bool = True
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("iters", 0), ("batch_size", 1), ("accumulate", 1), ("patience", 0)):
+            value = int(getattr(self, name))
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        for name in ("lr", "range_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 10:
+                raise ConfigError(f"{name} must lie between 0 and 10, got {value}")

@@ -1,0 +1,83 @@
+"""Optimizers of the tuning loop: sign descent and Adam, with their schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from auto_round.tuning.config import Optimizer, TuneConfig
+
+ADAM_LR = 0.02
+"""Adam's step for rounding offsets, in quantization steps (measured: docs/LOG.md)."""
+ADAM_RANGE_LR = 0.005
+"""Adam's step for range multipliers (measured: docs/LOG.md)."""
+
+
+class Stepper(Protocol):
+    """Changes parameters in place from their gradients."""
+
+    def step(self, gradients: Sequence[Tensor | None], progress: float) -> None:
+        """Take one step; `progress` runs from 0 to 1 over the tuning."""
+        ...
+
+
+class SignDescent:
+    """`p -= lr * (1 - progress) * sign(g)`; with momentum the sign of the running sum.
+
+    Source: SignRound (arXiv 2309.05516), section 3 and algorithm 1: linear decay to 0.
+    """
+
+    def __init__(self, groups: Sequence[tuple[list[Tensor], float]], momentum: float) -> None:
+        self._items = [(p, lr) for group, lr in groups for p in group]
+        self._momentum = momentum
+        self._buffers = [torch.zeros_like(p) for p, _ in self._items] if momentum else []
+
+    def step(self, gradients: Sequence[Tensor | None], progress: float) -> None:
+        """One signed step; a parameter without gradient stays."""
+        for i, ((p, lr), g) in enumerate(zip(self._items, gradients, strict=True)):
+            if g is None:
+                continue
+            direction = g
+            if self._momentum:
+                direction = self._buffers[i].mul_(self._momentum).add_(g)
+            p.add_(direction.sign(), alpha=-lr * (1 - progress))
+
+
+class Adam:
+    """Adam (arXiv 1412.6980, algorithm 1) without weight decay, cosine decay to 0."""
+
+    def __init__(self, groups: Sequence[tuple[list[Tensor], float]]) -> None:
+        self._optimizers = [
+            (torch.optim.Adam(group, lr=lr, betas=(0.9, 0.999), foreach=True), lr)
+            for group, lr in groups
+            if group
+        ]
+
+    def step(self, gradients: Sequence[Tensor | None], progress: float) -> None:
+        """One step at the decayed rate."""
+        factor = 0.5 * (1 + math.cos(math.pi * progress))
+        pending = iter(gradients)
+        for optimizer, lr in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+                for p in group["params"]:
+                    p.grad = next(pending)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def make_stepper(
+    config: TuneConfig, offsets: list[Tensor], ranges: list[Tensor], others: list[Tensor]
+) -> Stepper:
+    """Optimizer over rounding offsets, range multipliers and other parameters (in this order)."""
+    if config.optimizer is Optimizer.ADAM:
+        lr = config.lr if config.lr is not None else ADAM_LR
+        range_lr = config.range_lr if config.range_lr is not None else ADAM_RANGE_LR
+        return Adam([(offsets, lr), (ranges, range_lr), (others, range_lr * 0.2)])
+    lr = config.lr if config.lr is not None else 1.0 / max(config.iters, 1)
+    range_lr = config.range_lr if config.range_lr is not None else lr
+    return SignDescent([(offsets, lr), (ranges, range_lr), (others, range_lr * 0.2)], config.momentum)

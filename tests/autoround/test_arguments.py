@@ -1,0 +1,176 @@
+"""`AutoRound(...)`: every known argument is read, or answered plainly."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from torch import nn
+
+import auto_round
+from auto_round import AutoRound, QuantizationScheme
+from auto_round.config import all_settings
+from auto_round.errors import ConfigError, UnsupportedError
+
+GUIDE = {
+    "platform": "hf",
+    "scheme": "w4a16",
+    "layer_config": {"k_proj": {"bits": 8}, "lm_head": "W8A16"},
+    "dataset": "NeelNanda/pile-10k",
+    "iters": 10,
+    "seqlen": 64,
+    "nsamples": 4,
+    "batch_size": 2,
+    "gradient_accumulate_steps": 2,
+    "low_gpu_mem_usage": True,
+    "device_map": {"q_proj": "cuda:1"},
+    "enable_torch_compile": False,
+    "seed": 1,
+    "enable_adam": True,
+    "extra_config": None,
+    "enable_alg_ext": False,
+    "disable_opt_rtn": None,
+    "low_cpu_mem_usage": True,
+    "bits": 4,
+    "group_size": 32,
+    "sym": False,
+    "data_type": "int",
+    "act_bits": 16,
+    "act_group_size": None,
+    "act_sym": None,
+    "act_data_type": None,
+    "act_dynamic": None,
+    "super_bits": None,
+    "super_group_size": None,
+    "model_dtype": "bf16",
+    "trust_remote_code": True,
+    "amp": True,
+    "lr": None,
+    "minmax_lr": 0.1,
+    "lr_scheduler": None,
+    "enable_minmax_tuning": True,
+    "enable_norm_bias_tuning": False,
+    "enable_quanted_input": True,
+    "not_use_best_mse": False,
+    "dynamic_max_gap": -1,
+    "nblocks": 1,
+    "to_quant_block_names": None,
+    "momentum": 0.0,
+    "enable_deterministic_algorithms": False,
+    "static_kv_dtype": None,
+    "static_attention_dtype": None,
+    "enable_opt_rtn": None,
+    "ignore_layers": "",
+    "quant_lm_head": False,
+    "scale_dtype": "fp16",
+    "device": None,
+}
+
+
+@pytest.mark.parametrize("name", GUIDE)
+def test_each_argument_alone(name):
+    AutoRound("m", **{name: GUIDE[name]})
+
+
+def test_all_arguments_together():
+    options = AutoRound("m", "t", **GUIDE).options
+    assert options.model.tokenizer == "t"
+    assert options.scheme.overrides()["sym"] is False
+    assert options.tune.minmax_lr == 0.1
+
+
+def test_older_forms():
+    named = AutoRound("m", "t", bits=3, group_size=64, sym=False).options
+    assert named == AutoRound("m", "t", 3, 64, False).options
+    assert named.scheme.overrides() == {"bits": 3, "group_size": 64, "sym": False}
+    assert AutoRound("m", fp_layers="a").options == AutoRound("m", ignore_layers=["a"]).options
+    assert AutoRound("m", device="cpu").options == AutoRound("m", device_map="cpu").options
+    assert AutoRound("m", enable_opt_rtn=True).options.tune.disable_opt_rtn is False
+
+
+def test_by_position():
+    assert AutoRound("m", None, "hf", "W8A16", None, "python-docs", 7).options == (
+        AutoRound("m", scheme="W8A16", dataset="python-docs", iters=7).options
+    )
+    scheme = QuantizationScheme(bits=3)
+    assert AutoRound("m", scheme=scheme).options.scheme.scheme == scheme
+
+
+def test_extra_config_overrules():
+    assert AutoRound("m", iters=3, extra_config={"iters": 5}).options.tune.iters == 5
+    with pytest.raises(ConfigError, match="mapping"):
+        AutoRound("m", extra_config=[1])
+
+
+def test_recipe():
+    assert AutoRound("m", recipe="light").options.tune.iters == 50
+    assert AutoRound("m", recipe="light", iters=9).options.tune.iters == 9
+
+
+@pytest.mark.parametrize(
+    ("positional", "named", "text"),
+    [
+        ((), {"iter": 5}, '"iters"'),
+        ((), {"groupsize": 5}, '"group_size"'),
+        ((), {"dry_run": True}, "unexpected keyword"),
+        (("t", "hf"), {"platform": "hf"}, "both by position"),
+        (("t", 4, 128, True, None, 8, 1), {}, "at most 5"),
+        ((), {"scheme": "W4A16", "batch_size": "8"}, "whole number"),
+    ],
+)
+def test_errors(positional, named, text):
+    with pytest.raises(ConfigError) as caught:
+        AutoRound("m", *positional, **named)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"enable_alg_ext": True},
+        {"static_kv_dtype": "fp8"},
+        {"processor": object()},
+        {"algorithm": "awq"},
+        {"quant_nontext_module": True},
+        {"guidance_scale": 7.5},
+    ],
+)
+def test_later_work_says_so(named):
+    with pytest.raises(UnsupportedError, match="not there yet") as caught:
+        AutoRound("m", **named)
+    assert next(iter(named)) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["AutoScheme", "AutoRoundMLLM", "AutoRoundDiffusion"])
+def test_later_classes_can_be_imported(name):
+    with pytest.raises(UnsupportedError, match="not there yet"):
+        getattr(auto_round, name)("anything", key=1)
+
+
+def test_a_model_in_memory_needs_a_tokenizer_unless_the_data_are_tokens():
+    with pytest.raises(ConfigError, match="tokenizer"):
+        AutoRound(nn.Linear(2, 2))
+    options = AutoRound(nn.Linear(2, 2), dataset=[[1, 2, 3]]).options
+    assert options.model.model == "Linear"
+    assert options.calibration.dataset == "list given from Python"
+
+
+def test_signature_and_documentation_name_every_option():
+    parameters = inspect.signature(AutoRound).parameters
+    for setting in all_settings():
+        if setting.name != "dry_run":
+            assert parameters[setting.name].default in (setting.default, inspect.Parameter.empty, None)
+            assert setting.name in AutoRound.__doc__
+
+
+def test_public_names():
+    for name in auto_round.__all__:
+        assert getattr(auto_round, name) is not None
+        assert name in dir(auto_round)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = auto_round.nothing
+
+
+def test_saving_before_quantizing_is_an_error():
+    with pytest.raises(ConfigError, match="call quantize"):
+        AutoRound("m").save_quantized("out")

@@ -1,0 +1,93 @@
+"""The Python calls end to end on a tiny random model: what is written is what is returned."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from auto_round import AutoRound
+from auto_round.cli.main import main_rtn
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.testing.tiny_models import save_tiny_model
+
+IDS = torch.arange(12).view(1, 12) + 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    return save_tiny_model("qwen3", path, dtype=torch.bfloat16, hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, 64, (20, 16), generator=generator).tolist()
+
+
+def quantizer(model, rows, **named):
+    settings = {"bits": 4, "group_size": 32, "nsamples": 8, "seqlen": 16, "iters": 2, "batch_size": 4}
+    return AutoRound(model, dataset=rows, **{**settings, **named})
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_quantize_then_save_in_several_formats(folder, rows, tmp_path):
+    rounder = quantizer(folder, rows)
+    with pytest.raises(ConfigError, match="call quantize"):
+        rounder.save_quantized(tmp_path / "early")
+    model, schemes = rounder.quantize()
+    assert schemes["model.layers.0.mlp.up_proj"]["bits"] == 4
+    assert "lm_head" not in schemes
+    wanted = logits(model)
+    folders = rounder.save_quantized(
+        tmp_path / "many", format="auto_round:gptqmodel,auto_round:auto_awq,auto_round"
+    )
+    assert [f.parent for f in folders] == [tmp_path / "many"] * 3
+    (fake,) = rounder.save_quantized(tmp_path / "fake", format="fake")
+    for path in folders:
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(path, dtype="auto")), wanted)
+        assert "quantization_config" in json.loads((path / "config.json").read_text())
+    rounded = logits(AutoModelForCausalLM.from_pretrained(fake, dtype="auto"))
+    assert (rounded - wanted).abs().max() < 0.05 * wanted.abs().max()
+    assert "quantization_config" not in json.loads((fake / "config.json").read_text())
+    with pytest.raises(UnsupportedError, match="gguf"):
+        rounder.save_quantized(tmp_path / "gguf", format="gguf:q4_0")
+
+
+def test_a_model_in_memory_gives_the_same_as_its_folder_and_stays_as_it_is(folder, rows, tmp_path):
+    events = []
+    live = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    before = {n: p.clone() for n, p in live.named_parameters()}
+    first, (path,) = quantizer(live, rows, progress=events.append).quantize_and_save(tmp_path / "live")
+    none, _ = quantizer(folder, rows).quantize_and_save(tmp_path / "disk", load=False)
+    assert none is None
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "disk", dtype="auto")
+    assert path == tmp_path / "live"
+    assert torch.equal(logits(first), logits(second))
+    assert all(torch.equal(p, before[n]) for n, p in live.named_parameters())
+    assert {event.stage for event in events} >= {"tune", "write"}
+    assert sum(event.stage == "tune" for event in events) == 2
+
+
+def test_an_occupied_folder_is_left_alone(folder, rows, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="mine"):
+        quantizer(folder, rows).quantize_and_save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_command_writes_a_named_folder_and_a_summary(folder, tmp_path, capsys):
+    code = main_rtn([str(folder), "--group-size", "32", "--output_dir", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert (tmp_path / "tiny-w4g32" / "config.json").is_file()
+    assert "times smaller" in out
+    assert "tuning 2/2" in err

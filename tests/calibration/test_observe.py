@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from auto_round.calibration.observe import InputSquares, observe_inputs
+from auto_round.errors import ConfigError, NumericsError
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 12)
+        self.mlp = nn.ModuleDict({"down": nn.Linear(12, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp["down"](input=self.up(x).relu())
+        return y
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_mean_squares_equal_those_of_all_inputs_at_once() -> None:
+    block, batches = Block(), [draw(2, 5, 8, seed=i) for i in range(3)]
+    with torch.no_grad(), observe_inputs(block, ["up", "mlp.down"]) as seen:
+        for x in batches:
+            block(x)
+    x = torch.cat(batches).reshape(-1, 8)
+    assert seen["up"].count == len(x) == 30
+    torch.testing.assert_close(seen["up"].importance(), x.double().square().mean(0).float())
+    inner = block.up(x).relu().detach()
+    torch.testing.assert_close(seen["mlp.down"].importance(), inner.square().mean(0))
+
+
+def test_padding_does_not_count() -> None:
+    block, x = Block(), draw(2, 5, 8)
+    mask = torch.tensor([[True, True, False, False, False], [True] * 5])
+    with torch.no_grad(), observe_inputs(block, ["up"], mask_of=lambda: mask) as seen:
+        block(torch.where(mask[..., None], x, torch.inf))
+    assert seen["up"].count == 7
+    torch.testing.assert_close(seen["up"].importance(), x[mask].square().mean(0))
+
+
+def test_a_mask_of_another_shape_is_left_aside() -> None:
+    squares = InputSquares()
+    squares.add(draw(6, 4), mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert squares.count == 6
+
+
+def test_the_block_is_left_as_it_was() -> None:
+    block = Block()
+    with pytest.raises(RuntimeError, match="stop"), observe_inputs(block, ["up"]):
+        raise RuntimeError("stop")
+    assert not block.up._forward_pre_hooks
+
+
+def test_bfloat16_squares_do_not_saturate_the_sum() -> None:
+    squares = InputSquares()
+    for _ in range(64):
+        squares.add(torch.full((4096, 3), 1.5, dtype=torch.bfloat16))
+    importance = squares.importance()
+    assert importance is not None
+    assert importance.tolist() == [2.25, 2.25, 2.25]
+    assert importance.dtype == torch.float32
+
+
+def test_nothing_seen_is_none() -> None:
+    squares = InputSquares()
+    assert squares.importance() is None
+    squares.add(torch.zeros(0, 4))
+    assert squares.importance() is None
+
+
+def test_values_that_are_not_finite_are_counted() -> None:
+    squares = InputSquares()
+    squares.add(torch.tensor([[1.0, torch.nan, torch.inf]]))
+    with pytest.raises(NumericsError, match="2 of 3"):
+        squares.importance()
+
+
+def test_unknown_modules_are_named() -> None:
+    with (
+        pytest.raises(ConfigError, match='no module "upp"; did you mean "up"'),
+        observe_inputs(Block(), ["upp"]),
+    ):
+        pass

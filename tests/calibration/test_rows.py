@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from auto_round.calibration.rows import CalibrationRows, load_rows
+from auto_round.calibration.samples import Tokens
+from auto_round.calibration.shape import Reason, cut_rows, join_rows
+from auto_round.errors import ConfigError
+from calibration.words import CountingTokenizer, make_tokenizer, words
+
+
+def write_lines(path: Path, records: Sequence[object]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def ids(found: CalibrationRows) -> list[list[int]]:
+    return [row.input_ids.tolist() for row in found.rows]
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory: pytest.TempPathFactory) -> str:
+    records = [{"text": words(i, 10 + i % 30)} for i in range(100)]
+    return write_lines(tmp_path_factory.mktemp("data") / "books.jsonl", records)
+
+
+def test_long_samples_are_cut_and_short_ones_dropped(tokenizer: PreTrainedTokenizerFast, books: str) -> None:
+    found = load_rows(books, tokenizer, nsamples=100, seqlen=20, seed=42)
+    wanted = [tokenizer(words(i, 20))["input_ids"] for i in range(100) if 10 + i % 30 >= 20]
+    assert sorted(ids(found)) == sorted(wanted)
+    assert found.dropped == {Reason.SHORT: 100 - len(wanted)}
+    assert all(row.input_ids.dtype == torch.int64 and row.mask is None for row in found.rows)
+    assert "books.jsonl: 60 rows from 100 samples; dropped: 40 shorter than seqlen" in found.summary
+
+
+def test_the_seed_decides(tokenizer: PreTrainedTokenizerFast, books: str) -> None:
+    first, again = (load_rows(books, tokenizer, nsamples=16, seqlen=16, seed=1) for _ in range(2))
+    other = load_rows(books, tokenizer, nsamples=16, seqlen=16, seed=2)
+    assert ids(first) == ids(again)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert len(first.rows) == 16
+
+
+def test_more_rows_begin_with_the_same_ones(tokenizer: PreTrainedTokenizerFast, books: str) -> None:
+    few, many = (load_rows(books, tokenizer, nsamples=n, seqlen=16, seed=1) for n in (10, 30))
+    assert ids(many)[:10] == ids(few)
+
+
+def test_no_more_is_tokenized_than_needed(books: str) -> None:
+    tokenizer = CountingTokenizer(make_tokenizer())
+    load_rows(books, tokenizer, nsamples=8, seqlen=10, seed=1)
+    assert tokenizer.texts == 16
+
+
+def test_concat_joins_everything_and_cuts(tokenizer: PreTrainedTokenizerFast, books: str) -> None:
+    found = load_rows(f"{books}:concat", tokenizer, nsamples=1000, seqlen=20, seed=42)
+    total = sum(10 + i % 30 for i in range(100))
+    assert len(found.rows) == total // 20
+    assert not found.dropped
+
+
+def test_text_files_are_joined_without_being_asked(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(words(i, 7) for i in range(100)), encoding="utf-8")
+    found = load_rows(tmp_path / "a.txt", tokenizer, nsamples=70, seqlen=10, seed=0)
+    assert [t for row in ids(found) for t in row] == tokenizer((tmp_path / "a.txt").read_text())["input_ids"]
+
+
+def test_mixture_shares(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    for name, count in (("a", 50), ("b", 50), ("c", 3)):
+        write_lines(tmp_path / f"{name}.jsonl", [f"{name} {words(i, 9)}" for i in range(count)])
+    spec = f"{tmp_path}/a.jsonl:num=8,{tmp_path}/b.jsonl,{tmp_path}/c.jsonl"
+    found = load_rows(spec, tokenizer, nsamples=20, seqlen=10, seed=3)
+    report = [part.split(" from")[0] for part in found.summary.split("; ")]
+    assert report == ["a.jsonl: 8 rows", "b.jsonl: 9 rows", "c.jsonl: 3 rows"]
+    assert len(found.rows) == 20
+    assert len(set(map(tuple, ids(found)))) == 20
+
+
+def test_num_alone_caps_and_nsamples_caps_all(tokenizer: PreTrainedTokenizerFast, books: str) -> None:
+    assert len(load_rows(f"{books}:num=5", tokenizer, nsamples=20, seqlen=10, seed=3).rows) == 5
+    assert (
+        len(load_rows(f"{books}:num=50,{books}:num=50", tokenizer, nsamples=20, seqlen=10, seed=3).rows) == 20
+    )
+
+
+def test_too_few_is_a_warning_that_says_why(
+    tokenizer: PreTrainedTokenizerFast, books: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = load_rows(books, tokenizer, nsamples=100, seqlen=38, seed=42)
+    assert len(found.rows) == 6
+    assert "6 of 100 calibration rows of 38 tokens" in caplog.text
+    assert "94 shorter than seqlen (the longest of these has 37)" in caplog.text
+    assert ":concat" in caplog.text
+
+
+def test_none_at_all_is_a_config_error_with_counts_and_remedies(
+    tokenizer: PreTrainedTokenizerFast, books: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_rows(books, tokenizer, nsamples=100, seqlen=64, seed=42)
+    for part in ("64 tokens", "100 samples", "100 shorter", "has 39", "smaller seqlen", ":concat"):
+        assert part in str(caught.value)
+
+
+def test_a_repeating_tail_is_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
+    samples = [words(0, 5) + " w9" * 5, words(0, 4) + " w9" * 6, words(0, 10)]
+    found = load_rows(samples, tokenizer, nsamples=3, seqlen=10, seed=0)
+    assert len(found.rows) == 2
+    assert found.dropped == {Reason.TAIL: 1}
+
+
+def test_own_records_keep_their_order(tokenizer: PreTrainedTokenizerFast) -> None:
+    samples = [words(i, 12) for i in range(40)]
+    found = load_rows(samples, tokenizer, nsamples=20, seqlen=10, seed=0)
+    assert ids(found) == [tokenizer(words(i, 10))["input_ids"] for i in range(20)]
+
+
+def test_own_masks_are_kept_and_full_ones_are_none() -> None:
+    records = [
+        {"input_ids": torch.arange(1, 7)[None], "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])},
+        {"input_ids": torch.arange(1, 7)[None], "attention_mask": torch.ones(1, 6)},
+        {"input_ids": list(range(1, 7)), "attention_mask": [0] * 6},
+    ]
+    found = load_rows(records, None, nsamples=4, seqlen=6, seed=0)
+    masks = [None if row.mask is None else row.mask.int().tolist() for row in found.rows]
+    assert masks == [[0, 0, 1, 1, 1, 1], None]
+    assert found.dropped == {Reason.PADDING: 1}
+
+
+def test_padding_of_own_ids_is_found_without_a_mask(tokenizer: PreTrainedTokenizerFast) -> None:
+    pad = tokenizer.pad_token_id
+    found = load_rows(
+        [[pad, pad, 9, pad, 8, pad], [9, 8, 7, 9, 8, 7]], tokenizer, nsamples=4, seqlen=6, seed=0
+    )
+    assert found.rows[0].mask is not None
+    assert found.rows[0].mask.int().tolist() == [0, 0, 1, 1, 1, 0]
+    assert found.rows[1].mask is None
+
+
+def test_the_mask_is_part_of_the_fingerprint() -> None:
+    def rows(mask: list[int]) -> str:
+        record = {"input_ids": [1, 2, 3], "attention_mask": mask}
+        return load_rows([record], None, nsamples=1, seqlen=3, seed=0).fingerprint
+
+    assert rows([1, 1, 1]) == load_rows([[1, 2, 3]], None, nsamples=1, seqlen=3, seed=0).fingerprint
+    assert len({rows([1, 1, 1]), rows([0, 1, 1]), rows([1, 1, 0])}) == 3
+
+
+def test_data_loader_and_generator(tokenizer: PreTrainedTokenizerFast) -> None:
+    data = [torch.arange(i, i + 8) + 1 for i in range(10)]
+    loader: DataLoader[Tensor] = DataLoader(data, batch_size=4)  # type: ignore[arg-type]
+    wanted = [row[:6].tolist() for row in data[:7]]
+    assert ids(load_rows(loader, tokenizer, nsamples=7, seqlen=6, seed=0)) == wanted
+
+    def endless() -> Iterator[str]:
+        index = 0
+        while True:
+            yield words(index, 10)
+            index += 1
+
+    assert len(load_rows(endless(), tokenizer, nsamples=7, seqlen=6, seed=0).rows) == 7
+
+
+def test_one_encoding_is_its_rows(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoding = tokenizer([words(0, 8), words(3, 8)])
+    assert ids(load_rows(encoding, None, nsamples=9, seqlen=8, seed=0)) == encoding["input_ids"]
+
+
+def test_a_tensor_is_its_rows() -> None:
+    data = torch.arange(1, 41).reshape(5, 8)
+    assert ids(load_rows(data, None, nsamples=9, seqlen=8, seed=0)) == data.tolist()
+
+
+def test_chat_template_and_system_prompt(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", ["w1 w2", "w1 w2"])
+    found = load_rows(f'{path}:system_prompt="w5 w6"', tokenizer, nsamples=1, seqlen=12, seed=0)
+    assert tokenizer.decode(found.rows[0].input_ids) == "system : w5 w6 eot user : w1 w2 eot assistant :"
+    plain = load_rows(f"{path}:apply_chat_template:num=1", tokenizer, nsamples=1, seqlen=7, seed=0)
+    assert tokenizer.decode(plain.rows[0].input_ids) == "user : w1 w2 eot assistant :"
+
+
+def test_conversations_use_the_template_where_there_is_one(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": talk, "prompt": "w1"}])
+    for template, wanted in ((True, "user : w1 eot assistant : w2 w3 eot"), (False, "w1 w2 w3")):
+        tokenizer = make_tokenizer() if template else make_tokenizer(template=None)
+        found = load_rows(path, tokenizer, nsamples=1, seqlen=len(wanted.split()), seed=0)
+        assert tokenizer.decode(found.rows[0].input_ids) == wanted
+
+
+def test_chat_refusals(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", ["w1"])
+    with pytest.raises(ConfigError, match="no chat template"):
+        load_rows(f"{path}:apply_chat_template", make_tokenizer(template=None), nsamples=1, seqlen=1, seed=0)
+    strict = make_tokenizer(template="{{ raise_exception('no system role') }}")
+    with pytest.raises(ConfigError, match="refuses a conversation system > user: no system role"):
+        load_rows(f"{path}:system_prompt=x", strict, nsamples=1, seqlen=1, seed=0)
+
+
+def test_a_tokenizer_that_merges_long_runs_still_fills_the_row(tmp_path: Path) -> None:
+    text = "x" * 5000 + " " + words(0, 20)
+    found = load_rows([text], make_tokenizer(), nsamples=1, seqlen=10, seed=0)
+    assert found.rows[0].input_ids.tolist()[1:] == make_tokenizer()(words(0, 9))["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words_"),
+    [
+        ("", "name is missing"),
+        ("pile10k", 'did you mean "pile-10k"'),
+        ("./none.jsonl", "no such file"),
+        ("none/such.parquet", "no such file"),
+        ("liuhaotian/llava", "images or sound"),
+        ("python-docs:train", "it has no splits"),
+        (["some text"], "needs a tokenizer"),
+        ([{"a": "x", "b": "y"}], "the given data, record 0 has the fields"),
+        ([], "0 rows from 0 samples"),
+        (3, "dataset is a int"),
+    ],
+)
+def test_bad_data_sets_are_config_errors(dataset: object, words_: str) -> None:
+    with pytest.raises(ConfigError, match=words_):
+        load_rows(dataset, None, nsamples=4, seqlen=4, seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("nsamples", "seqlen"), [(0, 4), (4, 0), (-1, 4)])
+def test_counts_are_at_least_one(nsamples: int, seqlen: int) -> None:
+    with pytest.raises(ConfigError, match="expected at least 1"):
+        load_rows([[1, 2]], None, nsamples=nsamples, seqlen=seqlen, seed=0)
+
+
+def test_python_docs_need_nothing_and_fill_long_rows(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = load_rows("python-docs", tokenizer, nsamples=4, seqlen=2048, seed=42)
+    assert [len(row.input_ids) for row in found.rows] == [2048] * 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 5), max_size=40), max_size=8), st.integers(1, 12))
+def test_shapes_against_plain_lists(samples: list[list[int]], seqlen: int) -> None:
+    def repeats(row: list[int]) -> bool:
+        run = next((i for i, token in enumerate(reversed(row)) if token != row[-1]), len(row))
+        return run > seqlen / 2
+
+    dropped: list[str] = []
+    tokens = [Tokens(torch.tensor(sample, dtype=torch.int64)) for sample in samples]
+    cut = [row.tolist() for row, _ in cut_rows(tokens, seqlen, lambda reason, _: dropped.append(reason))]
+    assert cut == [s[:seqlen] for s in samples if len(s) >= seqlen and not repeats(s[:seqlen])]
+    assert len(cut) + len(dropped) == len(samples)
+    joined = [row.tolist() for row, _ in join_rows(tokens, seqlen, lambda reason, _: None)]
+    line = [token for sample in samples for token in sample]
+    chunks = [line[i : i + seqlen] for i in range(0, len(line) - seqlen + 1, seqlen)]
+    assert joined == [chunk for chunk in chunks if not repeats(chunk)]

@@ -1,0 +1,113 @@
+"""Exit codes and messages: one clear line, no traceback unless asked."""
+
+from __future__ import annotations
+
+import pytest
+
+from auto_round.cli import main as cli
+from auto_round.errors import CheckpointError, ConfigError, InternalError, NumericsError, UnsupportedError
+
+
+@pytest.fixture
+def fail_with(monkeypatch):
+    def set_failure(error):
+        def fail(argv, recipe):
+            raise error
+
+        monkeypatch.setattr(cli, "_dispatch", fail)
+
+    return set_failure
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ConfigError("wrong word"), 2, "error: wrong word"),
+        (UnsupportedError("not there yet"), 2, "error: not there yet"),
+        (CheckpointError("file a.safetensors"), 1, "error: file a.safetensors"),
+        (NumericsError("3 NaN"), 1, "error: 3 NaN"),
+        (InternalError("promise"), 1, "AR_LOG_LEVEL=DEBUG"),
+        (ValueError("surprise"), 1, "unexpected ValueError: surprise"),
+        (MemoryError(), 1, "out of memory"),
+        (KeyboardInterrupt(), 130, "same command continues"),
+    ],
+)
+def test_failures(fail_with, capsys, monkeypatch, error, code, text):
+    monkeypatch.setenv("AR_LOG_LEVEL", "INFO")
+    fail_with(error)
+    assert cli.main(["m"]) == code
+    out, err = capsys.readouterr()
+    assert text in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_traceback_when_debugging(fail_with, capsys, monkeypatch):
+    monkeypatch.setenv("AR_LOG_LEVEL", "DEBUG")
+    fail_with(ConfigError("wrong word"))
+    assert cli.main(["m"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "error: wrong word" in err
+
+
+def test_a_bad_variable_is_an_error_like_any_other(capsys, monkeypatch):
+    monkeypatch.setenv("AR_LOG_LEVEL", "LOUD")
+    assert cli.main(["--help"]) == 2
+    assert "AR_LOG_LEVEL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["help"], []])
+def test_help(words, capsys):
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "--group_size" in out
+    assert "not there yet" in out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("auto-round 1.")
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe"),
+    [
+        (cli.main, "default"),
+        (cli.main_best, "best"),
+        (cli.main_light, "light"),
+        (cli.main_rtn, "rtn"),
+        (cli.main_opt_rtn, "opt_rtn"),
+    ],
+)
+def test_each_command_has_its_recipe(command, recipe, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "_dispatch", lambda argv, recipe: seen.append((argv, recipe)) or 0)
+    assert command(["m"]) == 0
+    assert seen == [(["m"], recipe)]
+
+
+@pytest.mark.parametrize("topic", ["format", "scheme", "dataset"])
+def test_lists(topic, capsys):
+    assert cli.main(["list", topic]) == 0
+    out = capsys.readouterr().out
+    wanted = {"format": "auto_round", "scheme": "W4A16", "dataset": "python-docs"}
+    assert wanted[topic] in out
+
+
+def test_unknown_list(capsys):
+    assert cli.main(["list", "formts"]) == 2
+    assert '"format"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["no-such/model-anywhere", "--scheme", "W5B16"],
+        ["m", "--scheme", "W4A17"],
+        ["m", "--bits", "17"],
+    ],
+)
+def test_unknown_scheme_is_refused_before_work(words, capsys):
+    assert cli.main(words) == 2
+    assert "Traceback" not in capsys.readouterr().err

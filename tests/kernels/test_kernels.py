@@ -1,0 +1,166 @@
+"""Every kernel of the table passes the kit; every kind of wrong kernel fails it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.kernels.cpu_int4 import CpuInt4Kernel
+from auto_round.kernels.kernel import LinearSpec
+from auto_round.kernels.reference import TorchKernel
+from auto_round.kernels.select import select_kernel
+from auto_round.kernels.table import KERNELS, LATER
+from auto_round.numerics.presets import int_format
+from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.scale import Scale
+from auto_round.testing import kernel_kit
+
+SPECS = list(kernel_kit.specs())
+KERNEL_SPECS = [
+    pytest.param(e.kernel, s, id=f"{n}-{s.fmt.name}")
+    for n, e in KERNELS.items()
+    for s in SPECS
+    if e.kernel.refuses(s) is None
+]
+FOUR_ASYM = LinearSpec(int_format(4, 32, sym=False), (64, 256), torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize(("kernel", "spec"), KERNEL_SPECS)
+def test_kit(kernel, spec):
+    for dtype in kernel_kit.DTYPES if spec.fmt.grid.bits in (3, 4) else (torch.bfloat16,):
+        exact = replace(spec, dtype=dtype)
+        if spec.fmt.grid.bits <= 4:  # sums of wider codes are not exact in float32 sums of bfloat16 products
+            kernel_kit.check_exact(kernel, exact)
+        kernel_kit.check_bound(kernel, exact)
+    kernel_kit.check_restore(kernel, spec)
+
+
+def test_reference_is_linear_of_the_dequantized_weight():
+    for spec in SPECS:
+        for dtype in kernel_kit.DTYPES:
+            q = kernel_kit.random_case(spec)
+            x = torch.randn(5, spec.shape[1], generator=torch.Generator().manual_seed(3)).to(dtype)
+            bias = torch.arange(spec.shape[0]).to(dtype)
+            kernel = TorchKernel()
+            want = torch.nn.functional.linear(x, spec.fmt.dequantize(q, dtype), bias)
+            assert torch.equal(kernel.linear(x, kernel.prepare(q, spec), spec, bias), want)
+
+
+def test_reference_in_bands(monkeypatch):
+    monkeypatch.setattr("auto_round.kernels.reference.BAND", 1 << 10)
+    kernel = TorchKernel()
+    for spec in SPECS:
+        q = kernel_kit.random_case(spec)
+        assert torch.equal(kernel.weight(kernel.prepare(q, spec), spec, torch.float32), spec.fmt.dequantize(q))
+
+
+def test_int4_bands_and_odd_outputs(monkeypatch):
+    monkeypatch.setattr("auto_round.kernels.cpu_int4.PACK_BAND", 1 << 14)
+    monkeypatch.setattr("auto_round.kernels.cpu_int4.DENSE_BAND", 1 << 14)
+    for fmt in (int_format(4, 64, sym=True), int_format(4, 64, sym=False), int_format(3, 0, sym=False)):
+        spec = LinearSpec(fmt, (203, 128), torch.bfloat16, "cpu")
+        for check in kernel_kit.CHECKS:
+            check(CpuInt4Kernel(), spec)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A kernel that misreads its weight."""
+
+    inner: CpuInt4Kernel | TorchKernel
+    change: str
+    name: str = "mutant"
+
+    def compute_dtype(self, spec):
+        return self.inner.compute_dtype(spec)
+
+    def prepare(self, q, spec):
+        return self.inner.prepare(_changed(q, self.change), spec)
+
+    def restore(self, buffers, spec):
+        return self.inner.restore(buffers, spec)
+
+    def linear(self, x, buffers, spec, bias):
+        return self.inner.linear(x, buffers, spec, bias)
+
+
+def _changed(q: QTensor, change: str) -> QTensor:
+    step, zero, codes = q.scale.step, q.scale.zero, q.codes
+    if change == "swap neighbours":
+        codes = codes.view(*codes.shape[:-1], -1, 2).flip(-1).flatten(-2)
+    if change == "zero off by one":
+        zero = zero + 1
+    if change == "group shifted":
+        step = step.roll(1, dims=-1)
+    if change == "step doubled":
+        step = step * 2
+    if change == "rows swapped":
+        codes = codes.roll(1, dims=0)
+    return QTensor(codes, Scale(step, zero, {"step": step.half(), "zero": zero.to(torch.uint8)}), q.format)
+
+
+@dataclass(frozen=True)
+class SkewedExactly(CpuInt4Kernel):
+    """Right in `restore`, wrong in the product alone."""
+
+    def linear(self, x, buffers, spec, bias):
+        y = super().linear(x, buffers, spec, bias)
+        return y.roll(1, dims=-1) if x.shape[0] > 32 else y
+
+
+@pytest.mark.parametrize("inner", [CpuInt4Kernel(), TorchKernel()], ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    "change", ["swap neighbours", "zero off by one", "group shifted", "step doubled", "rows swapped"]
+)
+def test_mutants_fail(inner, change):
+    assert not kernel_kit.fails(inner, FOUR_ASYM)
+    mutant = Mutant(inner, change)
+    with pytest.raises(AssertionError):
+        kernel_kit.check_exact(mutant, FOUR_ASYM)
+    with pytest.raises(AssertionError):
+        kernel_kit.check_bound(mutant, FOUR_ASYM)
+    assert kernel_kit.fails(mutant, FOUR_ASYM)
+    assert kernel_kit.fails(SkewedExactly(), FOUR_ASYM)
+
+
+def spec_of(bits=4, group_size=128, dtype=torch.bfloat16, device="cpu", shape=(64, 256)):
+    return LinearSpec(int_format(bits, group_size, sym=True), shape, dtype, device)
+
+
+def test_selection():
+    assert select_kernel(spec_of()).name == "cpu_int4"
+    assert select_kernel(spec_of(dtype=torch.float16)).name == "cpu_int4"
+    assert select_kernel(spec_of(dtype=torch.float32)).name == "torch"
+    assert select_kernel(spec_of(dtype=torch.float32), "int4pack").name == "cpu_int4"
+    assert select_kernel(spec_of(bits=8)).name == "torch"
+    assert select_kernel(spec_of(group_size=48)).name == "torch"
+    assert select_kernel(spec_of(device="cuda")).name == "torch"
+    assert select_kernel(spec_of(), "Auto_Round:Torch").name == "torch"
+
+
+def test_every_name_is_taken_once():
+    names = [n for name, e in KERNELS.items() for n in (name, *e.aliases)]
+    assert len(names) == len(set(names))
+    assert not set(names) & set(LATER)
+    assert set(LATER.values()) <= set(KERNELS)
+    assert all(name == e.kernel.name for name, e in KERNELS.items())
+
+
+def test_refusals_name_each_kernel():
+    with pytest.raises(UnsupportedError, match="(?s)cpu_int4: needs groups.*backend|no kernel") as caught:
+        select_kernel(spec_of(group_size=48), "cpu_int4")
+    assert [r.who for r in caught.value.refusals] == ["cpu_int4"]
+    with pytest.raises(UnsupportedError) as caught:
+        select_kernel(spec_of(group_size=48, dtype=torch.int32))
+    assert [r.who for r in caught.value.refusals] == ["cpu_int4", "torch"]
+
+
+def test_unknown_and_later_backends():
+    with pytest.raises(ConfigError, match="did you mean.*torch"):
+        select_kernel(spec_of(), "torhc")
+    for name in LATER:
+        with pytest.raises(UnsupportedError, match="not in this version"):
+            select_kernel(spec_of(), name)

@@ -1,7 +1,8 @@
 """Does a quantized model generate faster than its bfloat16 original on a CPU?
 
-Builds a random Llama-shaped model in memory and its twin with packed linear layers, decodes with both in turns in one
-process (so that a noisy machine slows both alike), and prints one JSON line a round and one with the medians.
+Builds a random Llama-shaped model in memory and its twin with packed linear layers, decodes with both in turns
+in one process (so that a noisy machine slows both alike), and prints one JSON line a round and one with the
+medians.
 
     python benchmarks/cpu_decode.py --layers 16 --hidden 2048 --bits 4
 """
@@ -36,6 +37,7 @@ class Shape:
     bits: int = 4
     group_size: int = 128
     asym: bool = False
+    head: bool = False
     backend: str = "auto"
 
 
@@ -69,21 +71,21 @@ def original(shape: Shape) -> LlamaForCausalLM:
 
 
 def packed_twin(model: LlamaForCausalLM, shape: Shape) -> LlamaForCausalLM:
-    """The same model with the linear layers of its blocks quantized; everything else is shared."""
+    """The same model with the linear layers of its blocks (and the head, if asked) quantized; the rest is shared."""
     with torch.device("meta"):
         twin = LlamaForCausalLM(model.config)
     twin.load_state_dict(model.state_dict(), assign=True)
     twin.model.rotary_emb = model.model.rotary_emb
     fmt = int_format(shape.bits, shape.group_size, sym=not shape.asym)
     layout = layout_for("auto_round")
-    for name, module in list(twin.model.layers.named_modules()):
-        if isinstance(module, torch.nn.Linear):
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, torch.nn.Linear) and (shape.head or name != "lm_head"):
             spec = LinearSpec(fmt, (module.out_features, module.in_features), torch.bfloat16, "cpu")
             packed = QuantLinear(spec, layout, select_kernel(spec, shape.backend), None)
             for suffix, part in layout.pack(fmt.quantize(module.weight.detach())).items():
                 packed.register_buffer(suffix, part)
             packed.adopt(packed.kernel, spec)
-            twin.model.layers.set_submodule(name, packed)
+            twin.set_submodule(name, packed)
     return twin.eval()
 
 
@@ -118,7 +120,9 @@ def error(model: LlamaForCausalLM, twin: LlamaForCausalLM) -> float:
             x = torch.randn(3, module.in_features, generator=generator).bfloat16()
             w = module.fmt.dequantize(module.restore()).double()
             with torch.inference_mode():
-                difference = (module(x).double() - x.double() @ w.t()).abs() / (x.double().abs() @ w.abs().t())
+                difference = (module(x).double() - x.double() @ w.t()).abs() / (
+                    x.double().abs() @ w.abs().t()
+                )
             worst = max(worst, difference.max().item())
     return worst
 
@@ -135,7 +139,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--threads", type=int, default=None)
     options = vars(parser.parse_args())
-    rounds, count, prompt_length, threads = (options.pop(k) for k in ("rounds", "tokens", "prompt", "threads"))
+    rounds, count, prompt_length, threads = (
+        options.pop(k) for k in ("rounds", "tokens", "prompt", "threads")
+    )
     if threads:
         torch.set_num_threads(threads)
     shape = Shape(**options)

@@ -51,6 +51,36 @@ LATER = """
 """
 
 
+GUIDE = """
+--model Qwen/Qwen3-0.6B --scheme W4A16 --format auto_gptq,auto_awq,auto_round
+--model Qwen/Qwen3-0.6B --bits 4 --group_size 128 --format auto_gptq,auto_round --output_dir ./out
+--model Qwen/Qwen3-0.6B --bits 4 --group_size 128 --low_gpu_mem_usage
+--model Qwen/Qwen3-0.6B --scheme W4A16 --device_map auto
+--model_name Qwen/Qwen3-0.6B --scheme W4A16 --quant_lm_head --format auto_round
+--model Qwen/Qwen3-0.6B --dataset ./tmp.json,NeelNanda/pile-10k:num=256,mbpp:num=128
+Qwen/Qwen3-0.6B --bs 1 --gradient_accumulate_steps 8
+"""
+GUIDE_LATER = """
+--model_name m --avg_bits 6 --options mxfp4,mxfp8 --ignore_scale_zp_bits --iters 0 --format fake
+--model Qwen/Qwen3-0.6B --bits 4 --format auto_round,auto_gptq --tasks mmlu
+--model Qwen/Qwen3-0.6B --bits 4 --format auto_round,auto_gptq --tasks mmlu --eval_backend vllm
+--model=your_model_path --eval --device_map 0,1 --tasks lambada_openai --eval_bs 16
+your_model_path --eval --device_map 0,1 --tasks lambada_openai --eval_backend vllm
+"""
+
+
+@pytest.mark.parametrize("line", GUIDE.strip().splitlines())
+def test_command_lines_of_the_guide(line):
+    command = parse(line.split())
+    build_options(command.given, command.recipe)
+
+
+@pytest.mark.parametrize("line", GUIDE_LATER.strip().splitlines())
+def test_command_lines_of_the_guide_that_come_later(line):
+    with pytest.raises(UnsupportedError, match="not there yet"):
+        parse(line.split())
+
+
 def lines(table: str) -> list[list[str]]:
     return [
         entry.split() for line in table.strip().splitlines() for entry in line.split("|") if entry.strip()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from auto_round.inference.disk_names import DiskNames
 from auto_round.layouts.table import layout_for
@@ -50,29 +51,26 @@ class Request:
 def tiny_model(request: Request) -> Any:
     """A random model, weights from one generator, in the request's dtype."""
     config = AutoConfig.for_model(request.family, **{**TINY, **dict(request.overrides)})
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=request.dtype)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" not in name:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    return model.to(request.dtype).eval()
+    return model.eval()
 
 
 def fields_of(request: Request, layer: str) -> dict[str, Any] | None:
-    """Scheme of a layer by its name on disk; None to keep it."""
-    named = dict(request.extra)
+    """Scheme of a matrix by its name on disk; None to keep it."""
+    named = dict(request.extra).get(layer)
     top = {"bits": request.bits, "group_size": request.group_size, "sym": request.sym}
-    if layer in named:
-        return None if named[layer].get("bits") == 16 else {**top, **named[layer]}
+    if named is not None:
+        return None if named.get("bits") == 16 else {**top, **named}
     if layer == "lm_head":
         return top if request.head else None
-    wanted = "layers." in layer and "_proj" in layer or ".w" in layer.rpartition(".")[0][-3:]
-    if not wanted and not ("experts" in layer):
-        return None
-    if "experts" in layer and not request.experts:
-        return None
-    return top
+    if "experts" in layer:
+        return top if request.experts else None
+    return top if "layers." in layer and layer.endswith("_proj") else None
 
 
 def write_folder(folder: Path, request: Request) -> Any:
@@ -80,11 +78,8 @@ def write_folder(folder: Path, request: Request) -> Any:
     model = tiny_model(request)
     layout = layout_for(request.packing)
     names = DiskNames.of(model)
-    source = {p.name: model for r in names.map.recipes for p in r.pieces}
-    from transformers.core_model_loading import revert_weight_conversion
-
     disk = {n: t.clone() for n, t in revert_weight_conversion(model, model.state_dict()).items()}
-    assert set(disk) == set(source)
+    assert set(disk) == {piece.name for recipe in names.map.recipes for piece in recipe.pieces}
     tensors: dict[str, torch.Tensor] = {}
     rounded = dict(disk)
     for name, w in disk.items():

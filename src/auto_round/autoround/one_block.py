@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from auto_round.autoround.recorded import Recorded, record, stack
 from auto_round.calibration.observe import observe_inputs
-from auto_round.config import Options, TuneOptions
+from auto_round.config import Options
 from auto_round.models.layer import Layer, Role
 from auto_round.numerics.format import Format
+from auto_round.pipeline.settings import tune_settings
 from auto_round.schemes.make import PlanRequest, make_plan
-from auto_round.tuning.config import Optimizer, TuneConfig
 from auto_round.tuning.samples import Samples, run_block
 from auto_round.tuning.sign_round import WeightTask, tune_block
 
@@ -75,7 +75,7 @@ def _quantize(
         },
         samples(hidden, out, order[share:]),
         samples(hidden, out, order[:share] or order),
-        tune_config(options.tune),
+        tune_settings(options.tune, min((f.grid.bits for f in formats.values()), default=16)),
         generator=generator,
     )
     with torch.no_grad():
@@ -111,21 +111,3 @@ def _formats(block: nn.Module, options: Options) -> Mapping[str, Format]:
     plan = make_plan(layers, request, other_names=[name for name, _ in block.named_modules()])
     found = {layer.parameter: plan.format_of(layer.name) for layer in layers}
     return {name: fmt for name, fmt in found.items() if fmt is not None}
-
-
-def tune_config(tune: TuneOptions) -> TuneConfig:
-    """Return the tuner's settings for what the user asked."""
-    return TuneConfig(
-        iters=tune.iters,
-        batch_size=tune.batch_size,
-        accumulate=tune.gradient_accumulate_steps,
-        optimizer=Optimizer.ADAM if tune.enable_adam else Optimizer.SIGN,
-        lr=tune.lr,
-        range_lr=tune.minmax_lr,
-        momentum=tune.momentum,
-        search=tune.disable_opt_rtn is not True,
-        tune_range=tune.enable_minmax_tuning,
-        tune_norm_bias=tune.enable_norm_bias_tuning,
-        keep_best=not tune.not_use_best_mse,
-        patience=max(0, tune.dynamic_max_gap),
-    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from auto_round.config import GROUPS, RECIPES, Setting, settings
+from auto_round.config import GROUPS, RECIPES, Setting, all_settings, settings
 from auto_round.config.later import GRANTED, LATER, later_names, not_there_yet
 from auto_round.errors import ConfigError, nearest
 
@@ -65,8 +65,7 @@ def parse(argv: Sequence[str], recipe: str = "default") -> Command:
 
 
 def _quantize(words: list[str], recipe: str) -> Command:
-    parser = build_parser()
-    found, unknown = parser.parse_known_args(words)
+    found, unknown = build_parser().parse_known_args(words)
     given = vars(found)
     if given.pop("version", False):
         return Command("version", {})
@@ -74,7 +73,7 @@ def _quantize(words: list[str], recipe: str) -> Command:
     if topics is not None:
         return Command("list", {}, topics=tuple(topics))
     if unknown:
-        raise _unknown(unknown, parser)
+        raise _unknown(unknown)
     later = [name for name in later_names() if name in given]
     if later:
         raise not_there_yet(later, prefix="--")
@@ -105,11 +104,13 @@ def _underscored(word: str) -> str:
     return "--" + flag.replace("-", "_") + equals + value
 
 
-def _unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> ConfigError:
+def _unknown(words: Sequence[str]) -> ConfigError:
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not flags:
         return ConfigError(f'unexpected "{words[0]}": one model at a time; quote values that hold spaces')
-    known = [text for action in parser._actions for text in action.option_strings]
+    known = ["--help", "--version", "--recipe", "--list"]
+    known += [f"--{flag}" for setting in all_settings() for flag in (*setting.flags, *setting.spec.off)]
+    known += [f"--{flag}" for flag in later_names()]
     return ConfigError(f"unknown flag {flags[0]}: {nearest(flags[0], known)} (auto-round --help lists all)")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,8 +32,18 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
     from auto_round.pipeline.memory import keep_freed_memory
     from auto_round.pipeline.quantize import run
 
+    _quiet()
     with drawn_progress() as progress:
         if options.tune.iters > 0:
             keep_freed_memory()
         result = run(options, progress)
     print(summary(result))
+
+
+def _quiet() -> None:
+    """Keep Transformers' own bars and advice out of the output; its errors still come through."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=UserWarning, module="transformers")

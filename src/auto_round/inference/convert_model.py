@@ -15,13 +15,18 @@ from torch import nn
 from auto_round.errors import CheckpointError, ConfigError
 from auto_round.inference.disk_names import DiskNames
 from auto_round.inference.experts import PackedExperts, pack_experts
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.qlinear import PackedWeight, QuantLinear
 from auto_round.inference.stored_formats import FLOAT_BITS, StoredFormats
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.select import AUTO, select_kernel
 from auto_round.log import logger
 from auto_round.models.roles import find_blocks, is_linear
 from auto_round.numerics.format import Format
+
+_READ_MARK = "_is_hf_initialized"
+"""What Transformers sets on every tensor that it read from a checkpoint."""
+
+_SHOWN = 8
 
 
 def infer_target_device(device_map: Any = None) -> str:
@@ -81,11 +86,12 @@ def post_init(model: Any, used_backends: list[str] | None = None) -> None:
     """Hand the loaded weights to the kernels; each layer's stored tensors are freed at once.
 
     Raises:
-        CheckpointError: stored tensors that contradict the configuration, with the layer's name.
+        CheckpointError: stored tensors that are missing or contradict the configuration, with their names.
         UnsupportedError: layers left on disk, or on a device that the chosen backend does not run on.
     """
-    del used_backends  # decided anew where a layer ended up on another device
+    del used_backends  # each layer knows its kernel
     backend = str(_config_of(model).get("backend") or AUTO)
+    _check_complete(model)
     for name, module in list(model.named_modules()):
         try:
             if isinstance(module, QuantLinear):
@@ -95,6 +101,26 @@ def post_init(model: Any, used_backends: list[str] | None = None) -> None:
                 _record_as_plain(model, module.layers)
         except CheckpointError as error:
             raise CheckpointError(f'layer "{name}": {error}') from error
+
+
+def _check_complete(model: Any) -> None:
+    """Refuse a checkpoint that lacks a packed tensor: Transformers only warns and leaves arbitrary bytes.
+
+    It marks the tensors that it has read. Tensors that were moved to several devices afterwards have lost the
+    mark, so nothing can be said of those.
+    """
+    stored = {
+        f"{name}.{suffix}": part
+        for name, module in model.named_modules()
+        if isinstance(module, PackedWeight) and not (isinstance(module, QuantLinear) and module.adopted)
+        for suffix, part in module.parts().items()
+    }
+    missing = [name for name, part in stored.items() if _READ_MARK not in vars(part)]
+    if missing and len(missing) < len(stored) and len({part.device for part in stored.values()}) == 1:
+        raise CheckpointError(
+            f"{len(missing)} of {len(stored)} packed tensors are missing from the checkpoint: "
+            f"{', '.join(missing[:_SHOWN])}; its configuration says that these layers are quantized"
+        )
 
 
 def _adopt(module: QuantLinear, backend: str) -> None:
@@ -107,7 +133,7 @@ def _adopt(module: QuantLinear, backend: str) -> None:
 
 
 def _record_as_plain(model: Any, layers: tuple[str, ...]) -> None:
-    """Note in the configuration that layers are no longer quantized, so that saving the model stays correct."""
+    """Note that layers are no longer quantized, so that the model can be saved and loaded again."""
     config = model.config.quantization_config
     fields = config if isinstance(config, dict) else vars(config)
     kept = {"bits": FLOAT_BITS, "data_type": "float"}

@@ -1,4 +1,4 @@
-"""Names under which the parameters of a model lie in its checkpoints, by Transformers' own conversion mapping."""
+"""Names of a model's parameters in its checkpoints, by Transformers' own conversion mapping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fused experts of Transformers 5: stored as one packed matrix per expert and projection, run as 16-bit tensors.
+"""Fused experts of Transformers 5: one packed matrix per expert and projection on disk, 16 bits in memory.
 
 Transformers keeps the experts of a block in tensors `[n_experts, out, in]`, which no kernel of this version
 multiplies packed. They are therefore dequantized once, at load: the file is small, the memory is not.

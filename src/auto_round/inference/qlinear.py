@@ -54,8 +54,8 @@ class PackedWeight(nn.Module):
 class QuantLinear(PackedWeight):
     """A linear layer `[..., in] -> [..., out]` with a quantized weight.
 
-    It is born with the tensors of the checkpoint; `adopt` replaces them by the kernel's. The state dict always
-    holds the checkpoint's names, so that a loaded model can be saved again without any change of bytes.
+    It is born with the tensors of the checkpoint; `adopt` replaces them by the kernel's. The state dict
+    always holds the checkpoint's tensors, so that a loaded model can be saved again without a changed byte.
 
     Attributes:
         in_features: inputs.
@@ -63,14 +63,17 @@ class QuantLinear(PackedWeight):
         spec: the layer as its kernel sees it.
         kernel: what multiplies.
         bias: `[out]` or None.
+        adopted: whether the kernel has taken over.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, spec: LinearSpec, layout: Layout, kernel: Kernel, bias: nn.Parameter | None) -> None:
         super().__init__(spec.fmt, layout, spec.shape)
         self.out_features, self.in_features = spec.shape
         self.spec = spec
         self.kernel = kernel
-        self._adopted = False
+        self.adopted = False
         self.register_parameter("bias", bias)
 
     def adopt(self, kernel: Kernel, spec: LinearSpec) -> None:
@@ -80,37 +83,35 @@ class QuantLinear(PackedWeight):
             UnsupportedError: the tensors were left on disk or were never loaded.
             CheckpointError: tensors that the layout would not have written.
         """
-        if self._adopted:
+        if self.adopted:
             return
         buffers = kernel.prepare(self.unpack(), spec)
         for suffix in self.parts():
             del self._buffers[suffix]
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
-        self.kernel, self.spec, self._adopted = kernel, spec, True
+        self.kernel, self.spec, self.adopted = kernel, spec, True
 
     def restore(self) -> QTensor:
         """The quantized weight, bit for bit as it was loaded."""
-        return self.kernel.restore(self._kernel_buffers(), self.spec) if self._adopted else self.unpack()
+        return self.kernel.restore(self._kernel_buffers(), self.spec) if self.adopted else self.unpack()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias` in the dtype of `x`."""
-        if not self._adopted:
+        if not self.adopted:
             raise InternalError("a quantized layer was used before post_init prepared it")
         return self.kernel.linear(x, self._kernel_buffers(), self.spec, self.bias)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.fmt.name}, kernel={self.kernel.name}"
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, format={self.fmt.name}, kernel={self.kernel.name}"
 
     def _kernel_buffers(self) -> Mapping[str, Tensor]:
         return self._buffers  # type: ignore[return-value]  # none of a kernel's buffers is None
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._adopted:
+        if self.adopted:
             for suffix, part in self.layout.pack(self.restore()).items():
                 destination[prefix + suffix] = part

@@ -25,8 +25,8 @@ _PATTERN = frozenset("*+?^$()[]{}|\\")  # a dot alone does not make a name a pat
 class StoredFormats:
     """What a `quantization_config` says of each layer.
 
-    A layer's exact name in `extra_config` comes first, then whether it lies in a block, then expressions found
-    in its name, then the fields at the top.
+    A layer's exact name in `extra_config` comes first, then whether it lies in a block, then expressions
+    found in its name, then the fields at the top.
 
     Attributes:
         top: fields of layers that nothing else names.

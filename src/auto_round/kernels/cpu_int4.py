@@ -1,12 +1,12 @@
 """The `cpu_int4` kernel: 2- to 4-bit weights through PyTorch's packed int4 matrices for CPUs.
 
-`torch.ops.aten._weight_int4pack_mm_for_cpu` multiplies by `(code - 8) * step + fold`, with step and fold in the dtype of
-the activations, codes unpacked in registers and sums in float32. Only its bfloat16 form is vectorised on x86
-(8192 x 4096, one token, one thread of a Xeon with AVX-512: 2.3 ms, against 51 ms in float32, 82 ms in float16 and
-5.3 ms for a bfloat16 matrix), hence everything is computed in bfloat16 here.
+`torch.ops.aten._weight_int4pack_mm_for_cpu` multiplies by `(code - 8) * step + fold`, with step and fold in
+the dtype of the activations, codes unpacked in registers and sums in float32. Only its bfloat16 form is
+vectorised on x86 (8192 x 4096, one token, one thread of a Xeon with AVX-512: 2.3 ms, against 51 ms in
+float32, 82 ms in float16 and 5.3 ms for a bfloat16 matrix), hence everything is computed in bfloat16 here.
 
-Its cost grows with every token, since weights are converted again for each. From `DENSE_TOKENS` tokens on, bands
-of the weight are unpacked to bfloat16 once and multiplied as ordinary matrices.
+Its cost grows with every token, since weights are converted again for each. From `DENSE_TOKENS` tokens on,
+bands of the weight are unpacked to bfloat16 once and multiplied as ordinary matrices.
 
 Source: PyTorch `aten/src/ATen/native/cpu/int4mm_kernel.cpp`, 2.9 to 2.13.
 """
@@ -43,9 +43,10 @@ PACK_BAND = 1 << 20
 class CpuInt4Kernel:
     """Packed int4 matrices on a CPU.
 
-    Codes are kept exactly, 2- and 3-bit ones included. Steps are rounded to bfloat16 (and, for asymmetric 4-bit
-    weights, the product of step and zero point), activations of other dtypes too: see `Kernel.compute_dtype`
-    for the bound. The steps as stored are kept beside them so that a loaded model can be saved unchanged.
+    Codes are kept exactly, 2- and 3-bit ones included. Steps are rounded to bfloat16 (and, for asymmetric
+    4-bit weights, the product of step and zero point), activations of other dtypes too: see
+    `Kernel.compute_dtype` for the bound. The steps as stored are kept beside them so that a loaded model can
+    be saved unchanged.
     """
 
     name: str = "cpu_int4"
@@ -108,7 +109,9 @@ class CpuInt4Kernel:
         flat = x.reshape(-1, n_in).to(torch.bfloat16)
         if flat.shape[0] < DENSE_TOKENS:
             width = n_in // scale_zero.shape[0]
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat.contiguous(), packed, width, scale_zero)
+            y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                flat.contiguous(), packed, width, scale_zero
+            )
         else:
             y = _dense(flat, packed, scale_zero)
         if y.shape[1] != n_out:

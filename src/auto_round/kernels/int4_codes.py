@@ -1,8 +1,8 @@
 """Whole-number formats of 2 to 4 bits as offset-binary 4-bit codes, without any rounding.
 
-PyTorch's packed matrices hold `w = (code - 8) * step + fold` with codes 0 ... 15. A format of fewer bits has room
-to move its zero point to 8 by adding a whole number to the codes of each group, so that the fold vanishes;
-only asymmetric 4-bit weights need it.
+PyTorch's packed matrices hold `w = (code - 8) * step + fold` with codes 0 ... 15. A format of fewer bits has
+room to move its zero point to 8 by adding a whole number to the codes of each group, so that the fold
+vanishes; only asymmetric 4-bit weights need it.
 """
 
 from __future__ import annotations

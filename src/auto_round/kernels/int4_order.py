@@ -1,7 +1,7 @@
-"""The order in which PyTorch packs int4 matrices on a CPU: it depends on the instruction set, so it is looked up.
+"""The order in which PyTorch packs int4 matrices on a CPU: it follows the instruction set, so it is probed.
 
-A packed matrix is a row of blocks, each of `block` outputs and all inputs: `[in, block / 2]` bytes, every byte two
-codes of the same input. Which two outputs share a byte follows from packing a block that holds their numbers.
+A packed matrix is a row of blocks, each of `block` outputs and all inputs: `[in, block / 2]` bytes, every
+byte two codes of the same input. Which two outputs share a byte follows from packing a matrix of their numbers.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Order:
 
     Attributes:
         block: outputs in a block.
-        outputs: output that each nibble of an input's bytes stands for, int64 `[block]`: first the low nibbles
-            of even bytes, then of odd bytes, then the high nibbles of even bytes, then of odd bytes.
+        outputs: output that each nibble of an input's bytes stands for, int64 `[block]`: first the low
+            nibbles of even bytes, then of odd bytes, then the high nibbles of even, then of odd bytes.
         places: place of each output among `outputs`, int64 `[block]`.
     """
 
@@ -109,7 +109,10 @@ def find_order() -> Order | None:
                 order
                 for block in BLOCKS
                 if (order := _read_order(block, packed[0], packed[1])) is not None
-                and all(torch.equal(order.unpack(p, _PROBE_IN).long(), c) for p, c in zip(packed, probes, strict=True))
+                and all(
+                    torch.equal(order.unpack(p, _PROBE_IN).long(), c)
+                    for p, c in zip(packed, probes, strict=True)
+                )
             ),
             None,
         )

@@ -46,8 +46,9 @@ class Kernel(Protocol):
     def compute_dtype(self, spec: LinearSpec) -> torch.dtype:
         """Dtype to which weights, activations and results are rounded; sums are kept in float32.
 
-        Error: with `u` the unit roundoff of this dtype, `|y - x W^T| <= (4 u + 2 in 2^-24) |x| |W|^T + u |y|`,
-        where `|W|` also counts an offset that a kernel rounds apart from the weight.
+        Error: with `u` the unit roundoff of this dtype and `y` the exact result, at most
+        `(4 u + 2 in 2^-24) |x| |W|^T + 4 u |y|`, where `|W|` also counts the distance of a zero point from
+        the middle of its codes, which a kernel may round apart from the weight.
         """
         ...
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from auto_round.calibration.registry import Platform
 from auto_round.calibration.rows import CalibrationRows, load_rows
 from auto_round.config.groups import CalibrationOptions, long_dtype
 from auto_round.config.options import Options
@@ -20,9 +22,10 @@ from auto_round.models.hub import resolve_model
 from auto_round.models.live import LiveSource
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.job import Job
+from auto_round.pipeline.settings import tune_settings
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import Plan, PlanRequest
-from auto_round.tuning.config import Optimizer, TuneConfig
+from auto_round.tuning.config import TuneConfig
 
 HELD_OUT = 8
 """Rows beyond those tuned on: they choose the step that is kept, and measure the result."""
@@ -53,7 +56,8 @@ def prepare(
     source = _open_source(options, model)
     plan = _plan(options, source)
     exporters = _exporters(options, plan, source)
-    tune = _tune_config(options, plan)
+    schemes = [plan.scheme_of(name) for name in plan.quantized]
+    tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=16))
     if tokenizer is None and (options.model.tokenizer or source.folder is not None):
         tokenizer = _load_tokenizer(options, source)
     calibration, tuned = (None, 0)
@@ -124,27 +128,6 @@ def _exporters(options: Options, plan: Plan, source: ModelSource) -> dict[str, E
     return {name: e.for_plan(plan, source.layers) for name, e in exporters.items()}
 
 
-def _tune_config(options: Options, plan: Plan) -> TuneConfig:
-    tune = options.tune
-    bits = min((s.bits for s in (plan.scheme_of(n) for n in plan.quantized) if s is not None), default=16)
-    plain = tune.disable_opt_rtn if tune.disable_opt_rtn is not None else bits >= 8
-    chosen = Optimizer.ADAM if tune.enable_adam else Optimizer.SIGN
-    return TuneConfig(
-        iters=tune.iters,
-        batch_size=tune.batch_size,
-        accumulate=tune.gradient_accumulate_steps,
-        optimizer=chosen,
-        lr=tune.lr,
-        range_lr=tune.minmax_lr,
-        momentum=tune.momentum,
-        search=not plain if tune.iters == 0 else tune.disable_opt_rtn is not True,
-        tune_range=tune.enable_minmax_tuning,
-        tune_norm_bias=tune.enable_norm_bias_tuning,
-        keep_best=not tune.not_use_best_mse,
-        patience=max(0, tune.dynamic_max_gap),
-    )
-
-
 def _load_tokenizer(options: Options, source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
@@ -161,13 +144,13 @@ def _rows(
     """Rows to tune on and, behind them, rows to hold out."""
     wanted = options.calibration
     data = wanted.dataset if dataset is None else dataset
+    platform: Platform = "model_scope" if options.model.platform == "model_scope" else "hf"
+    load = partial(load_rows, data, tokenizer, seqlen=wanted.seqlen, seed=wanted.seed, platform=platform)
     if not needs_rows(tune):
         if dataset is None and wanted.dataset == CalibrationOptions().dataset:
             return None, 0
-        return load_rows(data, tokenizer, nsamples=HELD_OUT, seqlen=wanted.seqlen, seed=wanted.seed), 0
-    rows = load_rows(
-        data, tokenizer, nsamples=wanted.nsamples + HELD_OUT, seqlen=wanted.seqlen, seed=wanted.seed
-    )
+        return load(nsamples=HELD_OUT), 0
+    rows = load(nsamples=wanted.nsamples + HELD_OUT)
     count = len(rows.rows)
     held_out = min(HELD_OUT, max(1, count // 8)) if count < wanted.nsamples + HELD_OUT else HELD_OUT
     return rows, max(1, count - held_out)

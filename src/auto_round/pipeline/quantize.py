@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from auto_round.checkpoint.journal import Journal
@@ -20,6 +19,7 @@ from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.blocks import GroupResult, plain_layer, tune_group
 from auto_round.pipeline.clock import Clock
+from auto_round.pipeline.compile import block_forward
 from auto_round.pipeline.finish import build_report, write_configs_and_tokenizer, write_report
 from auto_round.pipeline.head import quantize_outside
 from auto_round.pipeline.job import Job
@@ -113,9 +113,9 @@ class _Loop:
             streams.restore(_saved(self.scratch, start))
             logger.info("continuing after %s of %s", groups[start - 1][0], groups[-1][0])
             self.clock.skip(start)
+        forward = block_forward(self.job)
         for number, (unit, indices) in enumerate(groups[start:], start=start + 1):
-            generator = torch.Generator().manual_seed(self.job.options.calibration.seed + indices[0])
-            result = tune_group(self.job, indices, table, streams, generator)
+            result = tune_group(self.job, indices, table, streams, forward)
             self._keep(result, unit, number, streams)
             losses = {"loss": result.tuned.loss, "initial": result.tuned.initial_loss}
             self.progress(self.clock.event("tune", number, len(groups), unit, **losses))

@@ -24,6 +24,7 @@ def signature(job: Job) -> dict[str, Any]:
     return {
         "auto_round": __version__,
         "torch": torch.__version__,
+        "compile": job.options.tune.enable_torch_compile,
         "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
         "device": job.device.type,
         "compute_dtype": str(job.dtype),
@@ -83,4 +84,4 @@ def _plain(value: Any) -> Any:
     """JSON value of a setting."""
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
-    return str(value)
+    return value.__qualname__ if callable(value) else str(value)

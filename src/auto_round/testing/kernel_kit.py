@@ -1,6 +1,6 @@
 """Conformance of kernels: exact inputs give exact results, random ones stay within a derived bound.
 
-A kernel that passes cannot have swapped codes, shifted groups or a wrong zero point: those move exact results.
+A kernel that passes cannot swap codes, shift groups or move a zero point: exact results would change.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from auto_round.kernels.kernel import Kernel, LinearSpec
-from auto_round.numerics.format import Format
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import SignedMax
@@ -26,7 +25,7 @@ EPS32 = 2.0**-24
 
 
 def specs(device: str = "cpu") -> Iterator[LinearSpec]:
-    """Layers of every width, both kinds of zero point, several groups and shapes, for a kernel to accept or not."""
+    """Layers of every width, with and without zero point, of several groups and shapes."""
     shapes = {32: (64, 256), 128: (96, 384), -1: (160, 192), 0: (32, 64), 96: (64, 160)}
     for bits in range(2, 9):
         for sym in (True, False):
@@ -35,7 +34,7 @@ def specs(device: str = "cpu") -> Iterator[LinearSpec]:
 
 
 def exact_case(spec: LinearSpec, seed: int = 0) -> QTensor:
-    """A weight with steps of powers of two and every code, whose products with small whole numbers are exact."""
+    """A weight with every code and steps that are powers of two: products with whole numbers are exact."""
     g = torch.Generator().manual_seed(seed)
     fmt, shape = spec.fmt, spec.shape
     codes = torch.randint(0, 1 << fmt.grid.bits, shape, generator=g, dtype=torch.uint8)
@@ -135,13 +134,8 @@ def fails(kernel: Kernel, spec: LinearSpec) -> bool:
     return False
 
 
-def without_zero(fmt: Format) -> bool:
-    """Whether weights of a format have no zero point."""
-    return isinstance(fmt.rule, SignedMax)
-
-
 def _offset(q: QTensor) -> Tensor:
-    """Largest offset that a kernel may round apart from the weight: 8 steps, or the zero point's distance."""
+    """Offset that a kernel may round apart from each weight: its zero point's distance from the middle."""
     if q.scale.zero is None:
         return torch.zeros(1, 1, dtype=torch.float64)
     middle = 1 << (q.format.grid.bits - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -27,6 +28,8 @@ class TuneConfig:
         lr: step size of the rounding offsets, in units of the quantization step; None for the
             optimizer's own default.
         range_lr: step size of the range multipliers; None for a default that follows `lr`.
+        schedule: factor of the step size for `(step, iters)`; None for linear decay to 0 (sign descent) or
+            half a cosine (Adam).
         momentum: of sign descent; 0 for none.
         search: start from the range found by an importance-weighted search instead of the measured one.
         tune_rounding: learn rounding offsets.
@@ -42,6 +45,7 @@ class TuneConfig:
     optimizer: Optimizer = Optimizer.SIGN
     lr: float | None = None
     range_lr: float | None = None
+    schedule: Callable[[int, int], float] | None = None
     momentum: float = 0.0
     search: bool = True
     tune_rounding: bool = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,10 @@ from auto_round.numerics.search import QUICK, THOROUGH, Effort, search_knobs
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.objective import block_loss
 from auto_round.tuning.samples import Samples, first_output
-from auto_round.tuning.steps import make_stepper
+from auto_round.tuning.steps import make_stepper, step_factor
+
+Forward = Callable[[nn.Module, dict[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]
+"""Runs a module with substituted parameters: `(module, parameters, args, kwargs)`."""
 
 MAX_KNOB = 16.0
 """Range multipliers are kept inside 0 ... 16; the search never leaves it either."""
@@ -96,7 +100,7 @@ def tune_block(
     config: TuneConfig,
     *,
     generator: torch.Generator,
-    forward: Callable[..., object] | None = None,
+    forward: Forward = functional_call,
 ) -> TunedBlock:
     """Quantize the weights of one block so that its output changes least.
 
@@ -107,8 +111,7 @@ def tune_block(
         held_out: what parameters are chosen by; never trained on.
         config: settings of the loop.
         generator: source of the order of samples (on the host).
-        forward: takes `(parameters, args, kwargs)` in place of `functional_call(block, ...)`,
-            for example a compiled one.
+        forward: runs the block where gradients are wanted, for example a compiled `functional_call`.
 
     Raises:
         NumericsError: weights or the loss are not finite.
@@ -147,7 +150,7 @@ class _Loop:
         held_out: Samples,
         config: TuneConfig,
         generator: torch.Generator,
-        forward: Callable[..., object] | None,
+        forward: Forward,
     ) -> None:
         self._block, self._weights, self._config = block, weights, config
         self._samples, self._held_out, self._generator = samples, held_out, generator
@@ -172,7 +175,7 @@ class _Loop:
         for step in range(config.iters):
             gradients = self._gradients()
             with torch.no_grad():
-                stepper.step(gradients, step / config.iters)
+                stepper.step(gradients, step_factor(config, step))
                 for knob in self._ranges:
                     knob.clamp_(0.0, MAX_KNOB)
             done = step + 1
@@ -202,10 +205,8 @@ class _Loop:
         args, kwargs = samples.arguments(index)
         pick = torch.as_tensor(index)
         hidden = samples.inputs[pick].to(self._device)
-        if self._forward is None:
-            output = functional_call(self._block, parameters, (hidden, *args), dict(kwargs))
-        else:
-            output = self._forward(parameters, (hidden, *args), kwargs)
+        forward = self._forward if torch.is_grad_enabled() else functional_call
+        output = forward(self._block, parameters, (hidden, *args), dict(kwargs))
         mask = None if samples.masks is None else samples.masks[pick].to(self._device)
         return block_loss(first_output(output), samples.targets[pick].to(self._device), mask)
 

@@ -20,15 +20,15 @@ ADAM_RANGE_LR = 0.005
 class Stepper(Protocol):
     """Changes parameters in place from their gradients."""
 
-    def step(self, gradients: Sequence[Tensor | None], progress: float) -> None:
-        """Take one step; `progress` runs from 0 to 1 over the tuning."""
+    def step(self, gradients: Sequence[Tensor | None], factor: float) -> None:
+        """Take one step, its size multiplied by `factor`."""
         ...
 
 
 class SignDescent:
-    """`p -= lr * (1 - progress) * sign(g)`; with momentum the sign of the running sum.
+    """`p -= lr * sign(g)`; with momentum the sign of the running sum.
 
-    Source: SignRound (arXiv 2309.05516), section 3 and algorithm 1: linear decay to 0.
+    Source: SignRound (arXiv 2309.05516), section 3 and algorithm 1.
     """
 
     def __init__(self, groups: Sequence[tuple[list[Tensor], float]], momentum: float) -> None:
@@ -36,7 +36,7 @@ class SignDescent:
         self._momentum = momentum
         self._buffers = [torch.zeros_like(p) for p, _ in self._items] if momentum else []
 
-    def step(self, gradients: Sequence[Tensor | None], progress: float) -> None:
+    def step(self, gradients: Sequence[Tensor | None], factor: float) -> None:
         """One signed step; a parameter without gradient stays."""
         for i, ((p, lr), g) in enumerate(zip(self._items, gradients, strict=True)):
             if g is None:
@@ -44,11 +44,11 @@ class SignDescent:
             direction = g
             if self._momentum:
                 direction = self._buffers[i].mul_(self._momentum).add_(g)
-            p.add_(direction.sign(), alpha=-lr * (1 - progress))
+            p.add_(direction.sign(), alpha=-lr * factor)
 
 
 class Adam:
-    """Adam (arXiv 1412.6980, algorithm 1) without weight decay, cosine decay to 0."""
+    """Adam (arXiv 1412.6980, algorithm 1) without weight decay."""
 
     def __init__(self, groups: Sequence[tuple[list[Tensor], float]]) -> None:
         self._optimizers = [
@@ -57,9 +57,8 @@ class Adam:
             if group
         ]
 
-    def step(self, gradients: Sequence[Tensor | None], progress: float) -> None:
-        """One step at the decayed rate."""
-        factor = 0.5 * (1 + math.cos(math.pi * progress))
+    def step(self, gradients: Sequence[Tensor | None], factor: float) -> None:
+        """One step."""
         pending = iter(gradients)
         for optimizer, lr in self._optimizers:
             for group in optimizer.param_groups:
@@ -68,6 +67,14 @@ class Adam:
                     p.grad = next(pending)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+
+def step_factor(config: TuneConfig, step: int) -> float:
+    """Factor of the step size at a step: linear decay to 0, for Adam half a cosine, or the user's own."""
+    if config.schedule is not None:
+        return config.schedule(step, config.iters)
+    progress = step / config.iters
+    return 0.5 * (1 + math.cos(math.pi * progress)) if config.optimizer is Optimizer.ADAM else 1 - progress
 
 
 def make_stepper(

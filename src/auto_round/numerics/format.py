@@ -44,8 +44,7 @@ class Format:
         """
         lo, hi = torch.aminmax(self.group.split(w), dim=-1)
         if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
-            bad = int((~torch.isfinite(w)).sum())
-            raise NumericsError(f"{bad} of {w.numel()} weights are NaN or infinite")
+            raise _non_finite(w)
         return Stats(lo.float().clamp_max(0), hi.float().clamp_min(0))
 
     def quantize(self, w: Tensor, knobs: Knobs | None = None, v: Tensor | None = None) -> QTensor:
@@ -60,7 +59,10 @@ class Format:
             NumericsError: `w` holds NaN or infinities.
         """
         with torch.no_grad():
-            return _by_rows(self._quantize, self, w, knobs, v)
+            try:
+                return _by_rows(self._quantize, self, w, knobs, v)
+            except NumericsError:  # counted in one band of rows only
+                raise _non_finite(w) from None
 
     def _quantize(self, w: Tensor, knobs: Knobs | None, v: Tensor | None) -> QTensor:
         scale = self.rule.fit(self.stats(w), self.grid, knobs)
@@ -96,6 +98,11 @@ class Format:
         """Stored bits per weight of a `shape` `[..., out, in]`: codes, steps and zero points."""
         groups = math.prod(self.group.scale_shape(shape))
         return self.grid.bits + groups * self.rule.part_bits / math.prod(shape)
+
+
+def _non_finite(w: Tensor) -> NumericsError:
+    bad = int((~torch.isfinite(w)).sum())
+    return NumericsError(f"{bad} of {w.numel()} weights are NaN or infinite")
 
 
 def _last(x: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from auto_round.calibration.rows import TokenRow
 from auto_round.evaluate.logits import Comparison, positions_at_once
 from auto_round.models.source import CPU, Stem
 from auto_round.numerics.qtensor import QTensor
@@ -45,9 +46,17 @@ def measure_streams(job: Job, streams: Streams, head: QTensor | None) -> Measure
                 before = stem.finish(reference[i : i + 1, start:end].to(job.device))[0]
                 after = logits(stem, quantized[i : i + 1, start:end].to(job.device), weight)[0]
                 following = row.input_ids[start + 1 : end + 1].to(before.device)
-                mask = None if row.mask is None else row.mask[start + 1 : end + 1].to(before.device)
-                comparison.add(before, after, following, mask)
+                mask = counted(row, start, end)
+                comparison.add(before, after, following, None if mask is None else mask.to(before.device))
     return Measured(comparison, quantized.to(CPU), weight)
+
+
+def counted(row: TokenRow, start: int, end: int) -> Tensor | None:
+    """Which predictions after positions `start ... end - 1` count: `[positions]` bool; None for all.
+
+    A prediction counts when the token before it and the token it predicts are no padding.
+    """
+    return None if row.mask is None else row.mask[start:end] & row.mask[start + 1 : end + 1]
 
 
 def logits(stem: Stem, hidden: Tensor, head: Tensor | None) -> Tensor:

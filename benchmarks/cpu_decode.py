@@ -1,8 +1,8 @@
 """Does a quantized model generate faster than its bfloat16 original on a CPU?
 
-Builds a random Llama-shaped model in memory and its twin with packed linear layers, decodes with both in turns
-in one process (so that a noisy machine slows both alike), and prints one JSON line a round and one with the
-medians.
+Builds a random Llama-shaped model in memory and its twin with packed linear layers, decodes with both in
+turns in one process (so that a noisy machine slows both alike), and prints one JSON line a round and one with
+the medians. With more threads than idle cores it measures the scheduler: give --threads then.
 
     python benchmarks/cpu_decode.py --layers 16 --hidden 2048 --bits 4
 """
@@ -71,7 +71,7 @@ def original(shape: Shape) -> LlamaForCausalLM:
 
 
 def packed_twin(model: LlamaForCausalLM, shape: Shape) -> LlamaForCausalLM:
-    """The same model with the linear layers of its blocks (and the head, if asked) quantized; the rest is shared."""
+    """The same model with the linear layers of its blocks (and, if asked, its head) quantized."""
     with torch.device("meta"):
         twin = LlamaForCausalLM(model.config)
     twin.load_state_dict(model.state_dict(), assign=True)

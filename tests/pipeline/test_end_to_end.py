@@ -113,6 +113,15 @@ def test_a_head_of_its_own_is_quantized(tiny, tmp_path):
     assert "lm_head.weight" not in stored
 
 
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_a_quantized_head_whose_output_is_scaled_or_capped(tiny, tmp_path, family):
+    changes = HEADS if family == "gemma2" else {}
+    given = {"quant_lm_head": True, "scheme": "W8A16", "iters": 0}
+    result = quantize(tiny(family, **changes), tmp_path / "out", **given)
+    assert kl_of(result)["auto_round"] == 0.0
+    assert result.report["held_out"]["kl"] < 1e-2
+
+
 def test_neighbouring_blocks_as_one(tiny, tmp_path):
     result = quantize(tiny("llama"), tmp_path / "out", nblocks=2)
     assert [entry["unit"] for entry in result.report["blocks"]] == ["model.layers.0 to model.layers.1"]

@@ -29,13 +29,10 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
 
         print(dry_run(options).text)
         return
-    from auto_round.pipeline.memory import keep_freed_memory
     from auto_round.pipeline.quantize import run
 
     _quiet()
     with drawn_progress() as progress:
-        if options.tune.iters > 0:
-            keep_freed_memory()
         result = run(options, progress)
     print(summary(result))
 

@@ -1,7 +1,7 @@
 """The order in which PyTorch packs int4 matrices on a CPU: it follows the instruction set, so it is probed.
 
 A packed matrix is a row of blocks, each of `block` outputs and all inputs: `[in, block / 2]` bytes, every
-byte two codes of the same input. Which two outputs share a byte follows from packing a matrix of their numbers.
+byte two codes of the same input. Which two outputs share a byte follows from packing their numbers.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from auto_round.kernels.int4_codes import MIDDLE
+
 BLOCKS = (64, 32, 16)
 """Outputs in a block, by instruction set: AVX-512, AVX2, others."""
 
 _PROBE_IN = 32
 """Inputs of the probe."""
-
-_ONES = 0x4300
-"""bfloat16 bits of 128, where one unit of the last place is 1: or-ing a code gives 128 + code."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Scratch:
     """Memory that `Order.columns` fills again and again: fresh pages cost as much as the arithmetic.
 
     Attributes:
-        bits: int16, one element a weight.
+        bits: int16 codes, one a weight.
         weights: bfloat16, as many.
     """
 
@@ -75,13 +74,13 @@ class Order:
         bits = scratch.bits[: rows * n_in].view(n_blocks, 4, n_in, quarter)
         for at, shift in enumerate((0, 8, 4, 12)):
             torch.bitwise_right_shift(pairs, shift, out=bits[:, at])
-        bits.bitwise_and_(15).bitwise_or_(_ONES)
+        bits.bitwise_and_(15)
         w = scratch.weights[: rows * n_in].view(n_in, n_blocks, 4, quarter)
-        w.copy_(bits.view(torch.bfloat16).permute(2, 0, 1, 3))
+        w.copy_(bits.permute(2, 0, 1, 3))
         pair = scale_zero.view(n_groups, n_blocks, self.block, 2)[:, :, self.outputs]
         step, fold = pair.reshape(n_groups, 1, rows, 2).unbind(-1)
         grouped = w.view(n_groups, n_in // n_groups, rows)
-        grouped.sub_(136)  # 128 of the bit trick and 8 of offset binary; exact
+        grouped.sub_(MIDDLE)
         torch.addcmul(fold.contiguous(), grouped, step.contiguous(), out=grouped)
         return w.view(n_in, rows)
 

@@ -65,8 +65,13 @@ class Stem(Protocol):
         """
         ...
 
-    def finish(self, hidden: Tensor) -> Tensor:
-        """Logits `[B, L, vocabulary]` from the last block's output `[B, L, H]`."""
+    def finish(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
+        """Logits `[B, L, vocabulary]` from the last block's output `[B, L, H]`.
+
+        Args:
+            hidden: output of the last block.
+            head: another weight for the head, `[vocabulary, H]`; None for its own.
+        """
         ...
 
     def finish_inputs(self, hidden: Tensor) -> Tensor:

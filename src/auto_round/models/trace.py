@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,30 +140,40 @@ class StubStem:
         _check_no_state(traced.calls, self._model.config)
         return traced
 
-    def finish(self, hidden: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
         """Logits from the last block's output; see `source.Stem`."""
-        with self._ending_in(hidden):
-            logits: Tensor = self._model(input_ids=self._blank(hidden), use_cache=False).logits
-        return logits
+        if head is None:
+            return self._run_model(hidden)
+        inside = self._head_module()
+
+        def with_other_weight(x: Tensor) -> Tensor:
+            return nn.functional.linear(x, head, inside.bias)
+
+        with _forward_replaced(inside, with_other_weight):
+            return self._run_model(hidden)
 
     def finish_inputs(self, hidden: Tensor) -> Tensor:
         """Input of the head layer; see `source.Stem`."""
-        if self._head is None:
-            raise InternalError("finish_inputs needs a model with a head")
         seen: list[Tensor] = []
 
         def note(x: Tensor) -> Tensor:
             seen.append(x)
             return x[..., :1]
 
-        original = self._head.forward
-        self._head.forward = note
-        try:
-            with self._ending_in(hidden):
-                self._model(input_ids=self._blank(hidden), use_cache=False)
-        finally:
-            self._head.forward = original
+        with _forward_replaced(self._head_module(), note):
+            self._run_model(hidden)
         return seen[0]
+
+    def _head_module(self) -> Any:
+        if self._head is None:
+            raise InternalError("this stem was made without the model's head")
+        return self._head
+
+    def _run_model(self, hidden: Tensor) -> Tensor:
+        """Logits of the model whose last block gives `hidden`."""
+        with self._ending_in(hidden):
+            logits: Tensor = self._model(input_ids=self._blank(hidden), use_cache=False).logits
+        return logits
 
     def _probe(self, input_ids: Tensor) -> None:
         output = self._run_decoder(input_ids, None).last_hidden_state
@@ -189,6 +199,17 @@ class StubStem:
                 yield
         finally:
             self._recorder.last_output = None
+
+
+@contextmanager
+def _forward_replaced(module: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a module of a throw-away copy compute something else for a while."""
+    original = module.forward
+    module.forward = forward
+    try:
+        yield
+    finally:
+        module.forward = original
 
 
 def _check_no_state(calls: Sequence[BlockCall | None], config: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from auto_round.calibration.observe import observe_inputs
-from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
+from auto_round.errors import InternalError, Refusal, UnsupportedError
 from auto_round.models.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
@@ -22,7 +22,7 @@ from auto_round.pipeline.group import BlockGroup, GroupArguments
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.streams import Streams
 from auto_round.tuning.samples import Samples, run_block
-from auto_round.tuning.sign_round import Forward, TunedBlock, WeightTask, round_to_nearest, tune_block
+from auto_round.tuning.sign_round import Forward, TunedBlock, WeightTask, tune_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +80,6 @@ def tune_group(
     prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
     others = {_outside(name, prefixes): value for name, value in tuned.others.items()}
     return GroupResult(layers, others, tuned)
-
-
-def plain_layer(job: Job, layer: Layer, fmt: Format) -> QTensor:
-    """Round one layer to nearest, straight from disk.
-
-    Raises:
-        NumericsError: a weight is not finite; names the tensor.
-    """
-    weight = job.source.read(layer).to(job.device)
-    try:
-        return round_to_nearest(weight, fmt)
-    except NumericsError as error:
-        raise NumericsError(f"{layer.tensor}: {error}") from error
 
 
 def _samples(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from auto_round.calibration.rows import TokenRow
 from auto_round.evaluate.logits import Comparison, positions_at_once
-from auto_round.models.source import CPU, Stem
+from auto_round.models.source import CPU
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.streams import Streams
@@ -44,7 +43,7 @@ def measure_streams(job: Job, streams: Streams, head: QTensor | None) -> Measure
             for start in range(0, len(row.input_ids) - 1, step):
                 end = min(start + step, len(row.input_ids) - 1)
                 before = stem.finish(reference[i : i + 1, start:end].to(job.device))[0]
-                after = logits(stem, quantized[i : i + 1, start:end].to(job.device), weight)[0]
+                after = stem.finish(quantized[i : i + 1, start:end].to(job.device), weight)[0]
                 following = row.input_ids[start + 1 : end + 1].to(before.device)
                 mask = counted(row, start, end)
                 comparison.add(before, after, following, None if mask is None else mask.to(before.device))
@@ -57,11 +56,3 @@ def counted(row: TokenRow, start: int, end: int) -> Tensor | None:
     A prediction counts when the token before it and the token it predicts are no padding.
     """
     return None if row.mask is None else row.mask[start:end] & row.mask[start + 1 : end + 1]
-
-
-def logits(stem: Stem, hidden: Tensor, head: Tensor | None) -> Tensor:
-    """Logits `[rows, length, vocabulary]` from the last block's output, through the given head weight."""
-    with torch.no_grad():
-        if head is None:
-            return stem.finish(hidden)
-        return torch.nn.functional.linear(stem.finish_inputs(hidden), head)

@@ -32,7 +32,7 @@ def keep_freed_memory() -> bool:
 
     By default every tensor above 128 KiB is mapped and unmapped anew, and the page faults cost as much as
     the arithmetic: attention of 8 x 4 x 512 x 512 ran 1.8 times as fast on one core with this (docs/LOG.md).
-    Only the command line's own process calls it, and only for tuning on a CPU.
+    It holds for the whole process and changes no result; only tuning on a CPU asks for it.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
+from auto_round.checkpoint.disk import bytes_of
+from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.writer import ShardWriter
+from auto_round.errors import CheckpointError
 from auto_round.export.manifest import make_manifest
 from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.job import Job
+
+Written = dict[str, int]
+"""`<format>/<tensor>` -> CRC-32 of its bytes."""
 
 
 class Outputs:
@@ -60,21 +67,22 @@ class Outputs:
                 own = [t.partition("/")[2] for t in finished if t.partition("/")[0] == _key(name)]
                 self._writers[name] = ShardWriter.reopen(folder, specs, max_shard_bytes=size, written=own)
 
-    def put(self, layer: Layer, q: QTensor) -> list[str]:
-        """Write one quantized layer in every format; what was written, as `<format>/<tensor>`."""
-        written = []
+    def put(self, layer: Layer, q: QTensor) -> Written:
+        """Write one quantized layer in every format; what was written."""
+        written = {}
         for name, exporter in self._job.exporters.items():
             for tensor_name, tensor in exporter.encode(layer, q).items():
                 self._writers[name].put(tensor_name, tensor)
-                written.append(f"{_key(name)}/{tensor_name}")
+                written[f"{_key(name)}/{tensor_name}"] = checksum(tensor)
         return written
 
-    def put_plain(self, tensor_name: str, tensor: Tensor) -> list[str]:
+    def put_plain(self, tensor_name: str, tensor: Tensor) -> Written:
         """Write a tensor that no format encodes, in the dtype of the source."""
-        written = []
+        written = {}
+        stored = tensor.to(self._job.source.tensors[tensor_name].dtype)
         for name, writer in self._writers.items():
-            writer.put(tensor_name, tensor.to(self._job.source.tensors[tensor_name].dtype))
-            written.append(f"{_key(name)}/{tensor_name}")
+            writer.put(tensor_name, stored)
+            written[f"{_key(name)}/{tensor_name}"] = checksum(stored)
         return written
 
     def copy_rest(self) -> None:
@@ -102,6 +110,34 @@ class Outputs:
     def nbytes(self) -> dict[str, int]:
         """Format -> bytes of its weight files."""
         return {name: writer.nbytes for name, writer in self._writers.items()}
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
+    return zlib.crc32(bytes_of(tensor.detach().cpu().contiguous()))
+
+
+def check_written(journal: Journal, folders: Mapping[str, Path]) -> int:
+    """Read every journaled tensor back from disk and compare its checksum; how many were read.
+
+    Raises:
+        CheckpointError: what lies on disk is not what was written; names folder and tensor.
+    """
+    count = 0
+    for name, folder in folders.items():
+        with Checkpoint.open(folder) as checkpoint:
+            for entry in journal.entries:
+                for tensor, expected in entry["tensors"].items():
+                    key, _, tensor_name = tensor.partition("/")
+                    if key != _key(name):
+                        continue
+                    if checksum(checkpoint.read(tensor_name)) != expected:
+                        raise CheckpointError(
+                            f"{folder}: {tensor_name} on disk is not what was written: a failing disk? "
+                            "Remove the unfinished folder and run the same command again"
+                        )
+                    count += 1
+    return count
 
 
 def _key(name: str) -> str:

@@ -17,14 +17,16 @@ from auto_round.config.options import Options
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
-from auto_round.pipeline.blocks import GroupResult, plain_layer, tune_group
+from auto_round.pipeline.blocks import GroupResult, tune_group
 from auto_round.pipeline.clock import Clock
 from auto_round.pipeline.compile import block_forward
 from auto_round.pipeline.finish import build_report, write_configs_and_tokenizer, write_report
 from auto_round.pipeline.head import quantize_outside
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.measure import Measured, measure_streams
-from auto_round.pipeline.outputs import Outputs
+from auto_round.pipeline.memory import keep_freed_memory
+from auto_round.pipeline.outputs import Outputs, Written, check_written
+from auto_round.pipeline.plain import bursts, nbytes, round_layers
 from auto_round.pipeline.prepare import prepare
 from auto_round.pipeline.result import Result
 from auto_round.pipeline.signature import signature
@@ -82,6 +84,7 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
         progress(clock.event("write", 1, 1, "remaining tensors"))
         if job.options.output.verify:
             progress(clock.event("verify", 0, 1, "reload and compare"))
+            report["tensors_read_back"] = check_written(journal, folders)
             report["verified"] = verify_all(job, folders, measured)
             progress(clock.event("verify", 1, 1, "reload and compare"))
         write_report(job, folders, report, folder.folder)
@@ -114,6 +117,8 @@ class _Loop:
             logger.info("continuing after %s of %s", groups[start - 1][0], groups[-1][0])
             self.clock.skip(start)
         forward = block_forward(self.job)
+        if self.job.device.type == "cpu" and self.job.tune.iters:
+            keep_freed_memory()
         for number, (unit, indices) in enumerate(groups[start:], start=start + 1):
             result = tune_group(self.job, indices, table, streams, forward)
             self._keep(result, unit, number, streams)
@@ -123,27 +128,34 @@ class _Loop:
         return measure_streams(self.job, streams, head)
 
     def _round_layers(self) -> None:
-        """Plain rounding without data: layer after layer, journaled block by block."""
-        units: dict[str, list[str]] = {}
+        """Plain rounding without data, journaled burst by burst."""
         layers = self.job.quantized()
+        units: dict[str, list[str]] = {}
         for layer, _ in layers.values():
             unit = layer.name if layer.block is None else self.job.source.blocks[layer.block].disk
             units.setdefault(unit, []).append(layer.name)
-        for number, (unit, names) in enumerate(units.items(), start=1):
-            if unit not in self._finished():
-                written = [
-                    t
-                    for n in names
-                    for t in self.outputs.put(layers[n][0], plain_layer(self.job, *layers[n]))
-                ]
-                self._done(unit, written)
-            self.progress(self.clock.event("tune", number, len(units), unit))
+        left = {unit: names for unit, names in units.items() if unit not in self._finished()}
+        sizes = {unit: sum(nbytes(layers[n][0]) for n in names) for unit, names in left.items()}
+        done = len(units) - len(left)
+        for burst in bursts(sizes):
+            written = round_layers(
+                self.job, [layers[n] for unit in burst for n in left[unit]], self.outputs.put
+            )
+            self.outputs.sync()
+            for unit in burst:
+                self.journal.append(
+                    {"unit": unit, "tensors": dict(t for n in left[unit] for t in written[n].items())}
+                )
+                done += 1
+                self.progress(self.clock.event("tune", done, len(units), unit))
 
     def _keep(self, result: GroupResult, unit: str, number: int, streams: Streams) -> None:
         """Write a finished group so that a killed run can continue after it."""
-        written = [t for layer, q in result.layers.values() for t in self.outputs.put(layer, q)]
+        written: Written = {}
+        for layer, q in result.layers.values():
+            written |= self.outputs.put(layer, q)
         for name, value in result.others.items():
-            written += self.outputs.put_plain(self.job.source.disk_name(name), value)
+            written |= self.outputs.put_plain(self.job.source.disk_name(name), value)
         if self.job.options.output.resume:
             streams.save(_saved(self.scratch, number))
         self._done(unit, written, _losses(result))
@@ -154,7 +166,7 @@ class _Loop:
         if layer.name not in self._finished():
             self._done(layer.name, self.outputs.put(layer, q))
 
-    def _done(self, unit: str, tensors: list[str], figures: Mapping[str, float] | None = None) -> None:
+    def _done(self, unit: str, tensors: Written, figures: Mapping[str, float] | None = None) -> None:
         self.outputs.sync()
         self.journal.append({"unit": unit, "tensors": tensors, **(figures or {})})
 

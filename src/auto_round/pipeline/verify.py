@@ -12,7 +12,7 @@ from auto_round.errors import CheckpointError
 from auto_round.evaluate.logits import Comparison, positions_at_once
 from auto_round.log import logger
 from auto_round.pipeline.job import Job
-from auto_round.pipeline.measure import Measured, counted, logits
+from auto_round.pipeline.measure import Measured, counted
 from auto_round.pipeline.memory import available_bytes
 
 ROWS = 4
@@ -53,7 +53,7 @@ def verify_folder(job: Job, name: str, folder: Path, measured: Measured | None) 
             for start in range(0, length - 1, step):
                 end = min(start + step, length - 1)
                 hidden = measured.final_hidden[i : i + 1, start:end].to(job.device)
-                wanted = logits(stem, hidden, measured.head)[0]
+                wanted = stem.finish(hidden, measured.head)[0]
                 real = counted(row, start, end)
                 where = None if real is None else real.to(job.device)
                 comparison.add(wanted, reloaded[start:end], ids[0, start + 1 : end + 1], where)

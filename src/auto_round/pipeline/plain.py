@@ -1,0 +1,76 @@
+"""Plain rounding: matrices straight from disk to disk, several at a time, no model and no data."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from auto_round.errors import NumericsError
+from auto_round.models.layer import Layer
+from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QTensor
+from auto_round.pipeline.job import Job
+from auto_round.pipeline.outputs import Written
+from auto_round.tuning.sign_round import round_to_nearest
+
+BURST_BYTES = 1 << 30
+"""Source bytes between two journal entries; each entry waits for the disk."""
+MOST_WORKERS = 4
+
+
+def nbytes(layer: Layer) -> int:
+    """Bytes of a layer on disk."""
+    return math.prod(layer.shape) * layer.dtype.itemsize
+
+
+def bursts(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Units in their order, cut into bursts of about `BURST_BYTES`."""
+    burst: list[str] = []
+    filled = 0
+    for unit, size in sizes.items():
+        burst.append(unit)
+        filled += size
+        if filled >= BURST_BYTES:
+            yield burst
+            burst, filled = [], 0
+    if burst:
+        yield burst
+
+
+def round_layers(
+    job: Job, layers: Sequence[tuple[Layer, Format]], put: Callable[[Layer, QTensor], Written]
+) -> dict[str, Written]:
+    """Read, round, pack and write layers; layer name -> what was written.
+
+    Reading and writing overlap with arithmetic: as many matrices are in memory as there are workers.
+
+    Args:
+        job: the run.
+        layers: layers with their formats.
+        put: packs and writes one layer.
+
+    Raises:
+        NumericsError: a weight is not finite; names the tensor.
+    """
+
+    def work(item: tuple[Layer, Format]) -> tuple[str, Written]:
+        layer, fmt = item
+        weight = job.source.read(layer).to(job.device)
+        try:
+            return layer.name, put(layer, round_to_nearest(weight, fmt))
+        except NumericsError as error:
+            raise NumericsError(f"{layer.tensor}: {error}") from error
+
+    workers = min(MOST_WORKERS, os.cpu_count() or 1) if job.device.type == "cpu" else 1
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(
+        workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),)
+    ) as pool:
+        try:
+            return dict(pool.map(work, layers))
+        finally:
+            torch.set_num_threads(threads)

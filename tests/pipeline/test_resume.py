@@ -1,0 +1,126 @@
+"""Interrupted runs: continued byte for byte, or refused with the difference named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from auto_round.errors import ConfigError
+from pipeline.runs import SHORT, quantize, token_rows, tree
+
+HEADS = {"head_dim": 16}
+DRIVER = Path(__file__).with_name("crash_driver.py")
+
+
+class Stop(Exception):  # noqa: N818  stands for a signal
+    """The run is interrupted here."""
+
+
+def stop_after(blocks):
+    def progress(event):
+        if event.stage == "tune" and event.done == blocks:
+            raise Stop
+
+    return progress
+
+
+@pytest.fixture
+def interrupted(tiny, tmp_path):
+    """An output folder whose run was stopped after the first of two blocks."""
+    with pytest.raises(Stop):
+        quantize(tiny("qwen3", **HEADS), tmp_path / "out", progress=stop_after(1))
+    assert not (tmp_path / "out").exists()
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"format": "auto_round,fake", "enable_norm_bias_tuning": True, "max_shard_size": "64KB"},
+        {"iters": 0, "quant_lm_head": True},
+        {"iters": 0, "disable_opt_rtn": True, "dataset": None},
+    ],
+    ids=["tuned", "searched", "plain"],
+)
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_continued_run_gives_the_same_bytes_without_doing_work_twice(tiny, tmp_path, given, blocks):
+    model = tiny("qwen3", **HEADS)
+    quantize(model, tmp_path / "whole", **given)
+    with pytest.raises(Stop):
+        quantize(model, tmp_path / "out", progress=stop_after(blocks), **given)
+    seen = []
+    quantize(model, tmp_path / "out", progress=seen.append, **given)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+    if given.get("dataset", ()) is not None:
+        assert sum(event.stage == "tune" for event in seen) == 2 - blocks
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"iters": 3}, "tune.iters: 2 then, 3 now"),
+        ({"batch_size": 4}, "tune.batch_size"),
+        ({"bits": 3}, "plan.scheme"),
+        ({"ignore_layers": "v_proj"}, "plan.layers quantized"),
+        ({"seed": 7}, "calibration.seed: 42 then, 7 now"),
+        ({"dataset": token_rows(seed=9)}, "calibration.rows"),
+        ({"nsamples": 3}, "calibration.tuned"),
+        ({"nblocks": 2}, "nblocks"),
+        ({"format": "fake"}, "formats"),
+        ({"enable_quanted_input": False}, "enable_quanted_input"),
+        ({"max_shard_size": "1MB"}, "max_shard_size"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_settings_or_data_are_refused(tiny, interrupted, given, named):
+    with pytest.raises(ConfigError, match="cannot continue") as caught:
+        quantize(tiny("qwen3", **HEADS), interrupted, **given)
+    assert named in str(caught.value)
+    assert "choose another output folder" in str(caught.value)
+
+
+def test_another_model_is_refused(tiny, interrupted):
+    changed = tiny("qwen3", rope_theta=5e5, **HEADS)
+    with pytest.raises(ConfigError, match="model"):
+        quantize(changed, interrupted)
+
+
+def test_a_run_may_begin_anew(tiny, interrupted):
+    quantize(tiny("qwen3", **HEADS), interrupted, iters=3, resume=False)
+    assert (interrupted / "config.json").exists()
+
+
+def crash(model, work, rounds, timeout, **given):
+    words = [f"{key}={value}" for key, value in given.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, str(DRIVER), str(model), str(work), str(rounds), *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_killed_and_continued(tiny, tmp_path):
+    figures = crash(tiny("qwen3", **HEADS), tmp_path, 4, 60, **SHORT, rows=token_rows(), verify=False)
+    assert figures["identical"] == 4
+    assert figures["kills"]["inside a shard write"] >= 1
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments(tiny, tmp_path):
+    given = {**SHORT, "iters": 10, "format": "auto_round,fake", "max_shard_size": "64KB"}
+    model = tiny("qwen3", num_hidden_layers=4, **HEADS)
+    figures = crash(model, tmp_path, 20, 300, **given, rows=token_rows(), enable_norm_bias_tuning=True)
+    assert figures["identical"] == 20
+    assert figures["kills"]["inside a shard write"] >= 5

@@ -20,6 +20,7 @@ from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.blocks import GroupResult, tune_group
 from auto_round.pipeline.clock import Clock
 from auto_round.pipeline.compile import block_forward
+from auto_round.pipeline.determinism import deterministic_kernels
 from auto_round.pipeline.finish import build_report, write_configs_and_tokenizer, write_report
 from auto_round.pipeline.head import quantize_outside
 from auto_round.pipeline.job import Job
@@ -68,6 +69,8 @@ def run(
 def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
     """Do what `run` promises, for a job that is prepared."""
     with ExitStack() as stack:
+        exact = job.options.tune.enable_deterministic_algorithms
+        stack.enter_context(deterministic_kernels(wanted=exact))
         folder = stack.enter_context(OutputFolder.open(job.output, overwrite=job.options.output.overwrite))
         if not job.options.output.resume:
             folder.discard()

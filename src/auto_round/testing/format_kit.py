@@ -85,7 +85,9 @@ def check_grid(fmt: Format) -> None:
     grid, where = fmt.grid, f"grid of {fmt.name}"
     codes = torch.arange(1 << grid.bits).to(torch.uint8)
     numbers = grid.decode(codes)
-    require(torch.equal(grid.decode(grid.encode(numbers)), numbers), f"{where}: decode(encode) changes a number")
+    require(
+        torch.equal(grid.decode(grid.encode(numbers)), numbers), f"{where}: decode(encode) changes a number"
+    )
     low, high = float(numbers.min()), float(numbers.max())
     require((low, high) == (grid.lo, grid.hi), f"{where}: ends are {grid.lo}, {grid.hi}, not {low}, {high}")
     ladder = numbers.unique()
@@ -122,7 +124,9 @@ def _check_nearest(fmt: Format, case: Case) -> None:
     u, n = _in_steps(fmt, case.w, case.knobs)
     numbers = fmt.grid.decode(torch.arange(1 << fmt.grid.bits).to(torch.uint8)).double()
     best = (u.unsqueeze(-1) - numbers).abs().amin(-1)
-    require(bool(((u - n).abs() <= best + ROUNDING).all()), f"{fmt.name}: a weight is not rounded to the nearest")
+    require(
+        bool(((u - n).abs() <= best + ROUNDING).all()), f"{fmt.name}: a weight is not rounded to the nearest"
+    )
 
 
 def _in_steps(fmt: Format, w: Tensor, knobs: Knobs | None) -> tuple[Tensor, Tensor]:
@@ -150,7 +154,9 @@ def _check_range(fmt: Format, w: Tensor, spare: float) -> None:
     numbers = fmt.grid.decode(torch.arange(1 << fmt.grid.bits).to(torch.uint8)).double().unique()
     gap = float(numbers.diff().max())
     # The stored step differs from the ideal one by its dtype's unit roundoff, times all levels at the far end.
-    eps = max([torch.finfo(p.dtype).eps for p in q.scale.parts.values() if p.is_floating_point()], default=0.0)
+    eps = max(
+        [torch.finfo(p.dtype).eps for p in q.scale.parts.values() if p.is_floating_point()], default=0.0
+    )
     slack = eps * float(numbers[-1] - numbers[0]) / 2 + ROUNDING
     clip = gap if q.scale.zero is None else gap / 2
     require(bool(((u - n).abs() <= clip + slack).all()), f"{fmt.name}: the range does not cover the weights")
@@ -162,7 +168,9 @@ def _check_range(fmt: Format, w: Tensor, spare: float) -> None:
     require(not bool(wide.any()), f"{fmt.name}: the grid is laid wider than the weights")
     if isinstance(fmt.rule, SignedMax):
         extremes = w.abs() >= spread(fmt, torch.maximum(-stats.lo, stats.hi), q.shape)
-        require(bool((n[extremes] == numbers[0]).all()), f"{fmt.name}: an extreme is not at the lowest number")
+        require(
+            bool((n[extremes] == numbers[0]).all()), f"{fmt.name}: an extreme is not at the lowest number"
+        )
         error = (fmt.dequantize(q)[extremes] - w[extremes]).abs()
         require(bool((error <= eps / 2 * w[extremes].abs()).all()), f"{fmt.name}: an extreme is not exact")
 
@@ -182,7 +190,9 @@ def _check_fake(fmt: Format, case: Case) -> None:
                 trained = Knobs(*(k.clone().requires_grad_() for k in (knobs.lo, knobs.hi)))
                 moved = None if v is None else v.clone().requires_grad_()
                 fake = fmt.fake_quantize(case.w, stats, trained, moved)
-                require(torch.equal(fake, real), f"{where}: fake_quantize differs while gradients are recorded")
+                require(
+                    torch.equal(fake, real), f"{where}: fake_quantize differs while gradients are recorded"
+                )
     require(torch.equal(case.w, before), f"{where}: the weight was changed")
 
 
@@ -221,7 +231,9 @@ def _check_power_of_two(fmt: Format, seed: int) -> None:
         require(torch.equal(scaled.codes, q.codes), f"{fmt.name}: a power of two changes codes")
         require(torch.equal(scaled.scale.step, q.scale.step * 2.0**k), f"{fmt.name}: steps do not scale")
         if q.scale.zero is not None and scaled.scale.zero is not None:
-            require(torch.equal(scaled.scale.zero, q.scale.zero), f"{fmt.name}: a power of two moves zero points")
+            require(
+                torch.equal(scaled.scale.zero, q.scale.zero), f"{fmt.name}: a power of two moves zero points"
+            )
 
 
 def _check_rows(fmt: Format, seed: int) -> None:

@@ -36,7 +36,8 @@ class TuneConfig:
         tune_range: learn range multipliers.
         tune_norm_bias: also learn the block's norm weights and biases.
         keep_best: return the best parameters seen on the held-out samples, else the last ones.
-        patience: stop after this many steps without a better held-out loss; 0 never stops early.
+        patience: stop after this many steps without a better held-out loss, which is looked at ten times in a
+            run; 0 never stops early.
     """
 
     iters: int = 200
@@ -63,3 +64,7 @@ class TuneConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < 10:
                 raise ConfigError(f"{name} must lie between 0 and 10, got {value}")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.iters and not (self.tune_rounding or self.tune_range or self.tune_norm_bias):
+            raise ConfigError("nothing is left to tune: tune rounding or ranges, or set iters=0")

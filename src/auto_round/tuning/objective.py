@@ -16,6 +16,7 @@ def block_loss(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     difference = output.float() - target.float()
     if mask is None:
         return difference.square().mean()
-    weight = mask.unsqueeze(-1).to(difference.dtype)
-    counted = weight.sum() * difference.shape[-1]
-    return (difference.square() * weight).sum() / counted.clamp_min(1)
+    left_out = ~mask.unsqueeze(-1)
+    counted = mask.sum() * difference.shape[-1]
+    # Filled rather than multiplied: what stands at padding may be NaN, and 0 * NaN is NaN.
+    return difference.masked_fill(left_out, 0.0).square().sum() / counted.clamp_min(1)

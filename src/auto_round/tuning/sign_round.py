@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from auto_round.errors import NumericsError
+from auto_round.errors import ConfigError, NumericsError
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import Knobs, Stats
@@ -30,6 +30,8 @@ Forward = Callable[[nn.Module, dict[str, Tensor], tuple[Any, ...], dict[str, Any
 
 MAX_KNOB = 16.0
 """Range multipliers are kept inside 0 ... 16; the search never leaves it either."""
+LOOKS = 10
+"""How many times the held-out loss is looked at during a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +110,23 @@ def tune_block(
         block: any module whose first positional argument is hidden states; not modified.
         tasks: parameter name inside the block -> what to do with it.
         samples: what to tune on.
-        held_out: what parameters are chosen by; never trained on.
+        held_out: what parameters are chosen by; never trained on. Where it is empty `samples` choose.
         config: settings of the loop.
         generator: source of the order of samples (on the host).
         forward: runs the block where gradients are wanted, for example a compiled `functional_call`.
 
     Raises:
+        ConfigError: there is nothing to tune on.
         NumericsError: weights or the loss are not finite.
     """
     effort = (QUICK if config.iters else THOROUGH) if config.search else None
     weights = {name: _prepare(block, name, task, effort) for name, task in tasks.items()}
     if not config.iters or not weights:
         return TunedBlock({n: w.quantize() for n, w in weights.items()})
+    if not len(samples):
+        raise ConfigError("no samples to tune on: give some, or iters=0 to round without tuning")
     with torch.enable_grad():
-        return _Loop(block, weights, samples, held_out, config, generator, forward).run()
+        return _Loop(block, weights, samples, held_out or samples, config, generator, forward).run()
 
 
 def _prepare(block: nn.Module, name: str, task: WeightTask, effort: Effort | None) -> _Weight:
@@ -169,9 +174,10 @@ class _Loop:
     def run(self) -> TunedBlock:
         config = self._config
         stepper = make_stepper(config, self._offsets, self._ranges, list(self._others.values()))
-        best_loss = initial = self._held_out_loss()
-        best_step, best = 0, self._snapshot() if config.keep_best else None
-        look_every = max(1, config.iters // 10)
+        best_loss = loss = initial = self._held_out_loss()
+        best_step, done = 0, 0
+        best = self._snapshot() if config.keep_best else None
+        look_every = max(1, config.iters // LOOKS)
         for step in range(config.iters):
             gradients = self._gradients()
             with torch.no_grad():
@@ -182,19 +188,20 @@ class _Loop:
             if done % look_every and done != config.iters:
                 continue
             loss = self._held_out_loss()
-            if best is None or loss < best_loss:
+            if loss < best_loss:
                 best_loss, best_step = loss, done
                 best = self._snapshot() if config.keep_best else None
             elif config.patience and done - best_step >= config.patience:
                 break
         if best is not None:
             self._restore(best)
+            loss, done = best_loss, best_step
         return TunedBlock(
             {n: w.quantize() for n, w in self._weights.items()},
             {n: p.detach().to(self._block.get_parameter(n).dtype) for n, p in self._others.items()},
             initial,
-            best_loss,
-            best_step,
+            loss,
+            done,
         )
 
     def _call(self, samples: Samples, index: Sequence[int]) -> Tensor:

@@ -1,0 +1,121 @@
+"""How fast is plain rounding, beside copying the same files?
+
+    python benchmarks/plain_rounding.py [--billions 2] [--folder /where/there/is/room] [--runs 3]
+
+Makes a random Llama-shaped model on disk, then in turn copies it (`cp -r`) and rounds it to W4A16 with
+the command line, each run in a process of its own. Prints JSON lines: GB of source a second for both, their ratio,
+peak resident memory (MiB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from auto_round.checkpoint.disk import atomic_write_json
+from auto_round.checkpoint.writer import ShardWriter
+
+HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 2560, 6912, 20, 32000
+
+
+def make_model(folder: Path, billions: float) -> int:
+    """Write a random model of about this size; returns the bytes of its weights."""
+    block = {f"self_attn.{n}_proj": (HIDDEN, HIDDEN) for n in "qkvo"}
+    block |= {f"mlp.{n}_proj": (INTERMEDIATE, HIDDEN) for n in ("gate", "up")} | {
+        "mlp.down_proj": (HIDDEN, INTERMEDIATE)
+    }
+    per_block = sum(a * b for a, b in block.values())
+    layers = max(1, round((billions * 1e9 - 2 * VOCABULARY * HIDDEN) / per_block))
+    specs = {"model.embed_tokens.weight": (torch.bfloat16, (VOCABULARY, HIDDEN))}
+    for i in range(layers):
+        specs |= {f"model.layers.{i}.{n}.weight": (torch.bfloat16, shape) for n, shape in block.items()}
+        specs |= {
+            f"model.layers.{i}.{n}.weight": (torch.bfloat16, (HIDDEN,))
+            for n in ("input_layernorm", "post_attention_layernorm")
+        }
+    specs |= {
+        "model.norm.weight": (torch.bfloat16, (HIDDEN,)),
+        "lm_head.weight": (torch.bfloat16, (VOCABULARY, HIDDEN)),
+    }
+    generator = torch.Generator().manual_seed(0)
+    with ShardWriter.create(folder, specs, max_shard_bytes=2 * 10**9) as writer:
+        for name, (dtype, shape) in specs.items():
+            tensor = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
+            writer.put(name, tensor.to(dtype))
+        writer.seal()
+        size = writer.nbytes
+    atomic_write_json(
+        folder / "config.json",
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": HIDDEN,
+            "intermediate_size": INTERMEDIATE,
+            "num_hidden_layers": layers,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": HEADS,
+            "vocab_size": VOCABULARY,
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+        },
+    )
+    return size
+
+
+def timed(command: list[str]) -> tuple[float, int]:
+    """Wall seconds and peak resident MiB of a command."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{command} failed")
+    return time.perf_counter() - begin, usage.ru_maxrss // 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--billions", type=float, default=2.0)
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
+    ratios = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        source, target = Path(scratch) / "source", Path(scratch) / "target"
+        source.mkdir()
+        size = make_model(source, args.billions)
+        for _ in range(args.runs):
+            shutil.rmtree(target, ignore_errors=True)
+            copying, _ = timed(["cp", "-r", str(source), str(target)])
+            shutil.rmtree(target)
+            rounding, peak = timed(
+                [
+                    *(sys.executable, "-m", "auto_round", str(source), "--scheme", "W4A16"),
+                    *("--iters", "0", "--disable_opt_rtn", "--output_dir", str(target)),
+                ]
+            )
+            ratios.append(copying / rounding)
+            figures = {
+                "source_gb": round(size / 1e9, 2),
+                "copy_gb_s": round(size / 1e9 / copying, 3),
+                "round_gb_s": round(size / 1e9 / rounding, 3),
+                "ratio": round(ratios[-1], 3),
+                "peak_mib": peak,
+            }
+            print(json.dumps(figures), flush=True)
+    print(json.dumps({"median_ratio": round(statistics.median(ratios), 3), "runs": len(ratios)}))
+
+
+if __name__ == "__main__":
+    main()

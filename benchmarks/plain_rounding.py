@@ -3,8 +3,8 @@
     python benchmarks/plain_rounding.py [--billions 2] [--folder /where/there/is/room] [--runs 3]
 
 Makes a random Llama-shaped model on disk, then in turn copies it (`cp -r`) and rounds it to W4A16 with
-the command line, each run in a process of its own. Prints JSON lines: GB of source a second for both, their ratio,
-peak resident memory (MiB).
+the command line, each run in a process of its own. Prints JSON lines: GB of source a second for both, their
+ratio, peak resident memory (MiB).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from auto_round.calibration.python_docs import PythonDocs
 
 END_OF_TEXT = "<|endoftext|>"
-PROMPTS = ("Return the", "class collections.OrderedDict(dict)\n\n", 'The "for" statement')
+PROMPTS = ("Raise ValueError if", "class collections.OrderedDict(dict)\n\n", 'The "for" statement')
 
 
 @dataclass(frozen=True)
@@ -270,6 +270,7 @@ def main() -> None:
 
     train(model, stream, held_out, recipe)
     save(folder, model, tokenizer)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)  # measured as anyone will load it
     facts = {
         "recipe": asdict(recipe),
         "parameters": parameters,

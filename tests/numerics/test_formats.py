@@ -112,7 +112,9 @@ class ShiftBeforeRounding(IntGrid):
 class Wrapping(IntGrid):
     def encode(self, u, shift=None):
         n = torch.round(u.clamp(-1e6, 1e6))
-        return ((n if shift is None else n + shift) - self.lo).to(torch.int64).remainder(1 << self.bits).byte()
+        return (
+            ((n if shift is None else n + shift) - self.lo).to(torch.int64).remainder(1 << self.bits).byte()
+        )
 
 
 class NibbleSwapped(IntGrid):

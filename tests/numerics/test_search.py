@@ -65,7 +65,9 @@ def brute_force(fmt, w, importance):
 def test_near_the_best_of_a_fine_grid(bits, sym, weighted):
     fmt = int_format(bits, 16, sym=sym)
     w = torch.randn(24, 32, generator=torch.Generator().manual_seed(bits))
-    importance = torch.rand(32, generator=torch.Generator().manual_seed(9)).square() + 0.01 if weighted else None
+    importance = (
+        torch.rand(32, generator=torch.Generator().manual_seed(9)).square() + 0.01 if weighted else None
+    )
     best = brute_force(fmt, w, importance).sum()
     plain = errors(fmt, w, measured(fmt, w), importance).sum()
     for effort in (THOROUGH, QUICK):

@@ -35,7 +35,12 @@ def most_values(weight, group):
         ("llama", {}, {"format": "auto_round"}, "auto_round:auto_gptq"),
         ("llama", {}, {"format": "auto_round", "sym": False, "bits": 2}, "auto_round"),
         ("llama", {}, {"format": "auto_round", "sym": False}, "auto_round:auto_awq"),
-        ("llama", {}, {"format": "auto_round:gptqmodel", "bits": 8, "group_size": -1}, "auto_round:gptqmodel"),
+        (
+            "llama",
+            {},
+            {"format": "auto_round:gptqmodel", "bits": 8, "group_size": -1},
+            "auto_round:gptqmodel",
+        ),
         ("qwen3", HEADS, {"format": "auto_round", "bits": 3}, "auto_round:auto_gptq"),
         ("opt", {"word_embed_proj_dim": 64, "ffn_dim": 96}, {"iters": 0}, "auto_round:auto_gptq"),
     ],
@@ -55,7 +60,9 @@ def test_packed_folders_equal_the_rounded_weights(tiny, tmp_path, family, change
     assert len(quantized) >= 12
     for name, weight in original.items():
         if name in quantized:
-            assert most_values(rounded[name], weight.shape[1] if "group_size" in given else 32) <= 2 ** given.get("bits", 4)
+            assert most_values(
+                rounded[name], weight.shape[1] if "group_size" in given else 32
+            ) <= 2 ** given.get("bits", 4)
             assert not torch.equal(rounded[name], weight)
         else:
             assert torch.equal(rounded[name], weight), name

@@ -16,6 +16,7 @@ from auto_round.checkpoint.workfolder import OURS
 from auto_round.config.groups import CalibrationOptions, TuneOptions
 from auto_round.export.exporter import Exporter
 from auto_round.export.hf_config import copy_side_files, read_config, write_configs
+from auto_round.export.manifest import make_manifest
 from auto_round.export.model_card import CardFacts, write_model_card
 from auto_round.export.model_card import Measured as Figure
 from auto_round.pipeline.job import Job
@@ -63,7 +64,9 @@ def build_report(
     job: Job, journal: Journal, measured: Measured | None, nbytes: Mapping[str, int]
 ) -> dict[str, Any]:
     """What `report.json` says; no times and no dates, so that equal runs give equal files."""
-    size = job.plan.measure(job.source.layers)
+    first = next(iter(job.exporters.values()))
+    stored = make_manifest(first, job.plan, job.source.layers, job.source.tensors).layer_bytes()
+    size = job.plan.measure(job.source.layers, stored_bytes=stored)
     before = sum(s.dtype.itemsize * math.prod(s.shape) for s in job.source.tensors.values())
     report: dict[str, Any] = {
         OURS: __version__,

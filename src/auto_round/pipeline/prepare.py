@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,10 @@ def prepare(
     schemes = [plan.scheme_of(name) for name in plan.quantized]
     tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=16))
     if tokenizer is None and (options.model.tokenizer or source.folder is not None):
-        tokenizer = _load_tokenizer(options, source)
+        tokenizer = _load_tokenizer(options, source, required=rows and needs_rows(tune) and dataset is None)
     calibration, tuned = (None, 0)
     if rows:
+        options = _within_context(options, source)
         calibration, tuned = _rows(options, tune, tokenizer, dataset)
     device = _device(options)
     return Job(
@@ -128,13 +130,15 @@ def _exporters(options: Options, plan: Plan, source: ModelSource) -> dict[str, E
     return {name: e.for_plan(plan, source.layers) for name, e in exporters.items()}
 
 
-def _load_tokenizer(options: Options, source: ModelSource) -> Any:
+def _load_tokenizer(options: Options, source: ModelSource, *, required: bool) -> Any:
     from transformers import AutoTokenizer
 
     where = options.model.tokenizer or str(source.folder)
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=options.model.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if not required and options.model.tokenizer is None:
+            return None
         raise ConfigError(f"no tokenizer in {where} ({error}): name one with --tokenizer") from error
 
 
@@ -152,8 +156,23 @@ def _rows(
         return load(nsamples=HELD_OUT), 0
     rows = load(nsamples=wanted.nsamples + HELD_OUT)
     count = len(rows.rows)
+    if count < 2:
+        raise ConfigError(
+            f"{rows.summary}: tuning needs at least 2 rows, one to tune on and one to judge by; "
+            "give more text, a smaller --seqlen, or :concat"
+        )
     held_out = min(HELD_OUT, max(1, count // 8)) if count < wanted.nsamples + HELD_OUT else HELD_OUT
-    return rows, max(1, count - held_out)
+    return rows, count - held_out
+
+
+def _within_context(options: Options, source: ModelSource) -> Options:
+    """The same options with rows no longer than the model's context."""
+    context = vars(source.config.get_text_config()).get("max_position_embeddings")
+    wanted = options.calibration.seqlen
+    if not isinstance(context, int) or wanted <= context:
+        return options
+    logger.warning("seqlen %d is longer than the model's context: rows have %d tokens", wanted, context)
+    return replace(options, calibration=replace(options.calibration, seqlen=context))
 
 
 def _device(options: Options) -> torch.device:

@@ -1,0 +1,235 @@
+"""Estimates of memory, disk and time, from shapes alone and a short measurement of this machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from auto_round.models.layer import Layer, Role
+from auto_round.pipeline.job import Job
+from auto_round.pipeline.memory import peak_bytes
+from auto_round.pipeline.plan_table import manifests
+from auto_round.pipeline.prepare import HELD_OUT, needs_rows
+from auto_round.pipeline.trace import SPILL_BYTES
+
+TUNING_BYTES = 25
+"""Memory of a weight under tuning beside the model's own copy: offset, best offset so far and gradient in
+float32 (12), what the backward pass of the rounding keeps (9), the rounded weight and its gradient (4)."""
+ROUNDING_BYTES = 96
+"""Bytes moved for each weight in one tuning step: rounding, its gradient and the update, all in float32."""
+SEARCH_BYTES = 24
+"""Bytes moved for each weight and candidate range of the search."""
+PASSES = 3
+"""A forward and a backward pass cost three forward passes; a matrix takes two operations a weight and token."""
+LOOKS = 11
+"""Times that the held-out loss is measured while a block is tuned."""
+WORKSPACE = 256 << 20
+"""Logits, packed codes and what the C library keeps, bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Measured speed of the device that tunes.
+
+    Attributes:
+        operations: floating-point operations per second of a matrix product in the compute dtype.
+        bandwidth: bytes per second of an elementwise operation in float32.
+    """
+
+    operations: float
+    bandwidth: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the run holds in memory, bytes, and how many tokens it sees.
+
+    Attributes:
+        tokens: tokens of all rows; 0 without data.
+        batch_tokens: tokens in one forward pass.
+        stream: hidden states of all rows between two blocks.
+        block: weights of the largest block in the compute dtype.
+        block_weights: weights in the largest block.
+        outside: embeddings, head and other tensors outside the blocks, in the compute dtype.
+    """
+
+    tokens: int
+    batch_tokens: int
+    stream: int
+    block: int
+    block_weights: int
+    outside: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run is expected to take.
+
+    Attributes:
+        host_bytes: peak resident memory of the process.
+        device_bytes: peak memory on the accelerator; 0 when the CPU tunes.
+        output_bytes: all output folders together.
+        scratch_bytes: what lies beside them until the run ends: saved and spilled activations.
+        seconds: wall time.
+    """
+
+    host_bytes: int
+    device_bytes: int
+    output_bytes: int
+    scratch_bytes: int
+    seconds: float
+
+
+def estimate(job: Job, rates: Rates) -> Estimate:
+    """Estimate a run; nothing is read but shapes."""
+    sizes = measure_sizes(job)
+    output = sum(m.nbytes for m in manifests(job).values())
+    tuning = _tuning_bytes(job, sizes) + _streams_in_memory(job, sizes)
+    rest = sizes.outside + (output if job.options.output.verify and sizes.tokens else 0)
+    on_device = job.device.type != "cpu"
+    host = max(rest, sizes.outside + 3 * sizes.stream, 0 if on_device else tuning)
+    return Estimate(
+        host_bytes=peak_bytes() + WORKSPACE + host,
+        device_bytes=max(tuning, rest) + WORKSPACE if on_device else 0,
+        output_bytes=output,
+        scratch_bytes=_scratch(job, sizes),
+        seconds=_seconds(job, sizes, rates),
+    )
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Rates:
+    """Time a matrix product and an elementwise operation for a moment.
+
+    Args:
+        device: where to measure.
+        dtype: of the matrices.
+        seconds: how long in all; one of each is always timed.
+    """
+    side = 1024 if device.type == "cpu" else 8192
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    vector = torch.ones(1 << 22, device=device)
+    product = _fastest(lambda: matrix @ matrix, seconds / 2, device)
+    elementwise = _fastest(lambda: vector + vector, seconds / 2, device)
+    return Rates(2 * side**3 / product, 12 * vector.numel() / elementwise)
+
+
+def measure_sizes(job: Job) -> Sizes:
+    """Sizes of a run from its options and the shapes of the model."""
+    source, wanted = job.source, job.options.calibration
+    itemsize = job.dtype.itemsize
+    config = source.config.get_text_config()
+    rows = 0
+    if job.rows is not None:
+        rows = len(job.rows.rows)
+    elif needs_rows(job.tune):
+        rows = wanted.nsamples + HELD_OUT
+    blocks: dict[int, int] = {}
+    for layer in source.layers:
+        if layer.block is not None:
+            blocks[layer.block] = blocks.get(layer.block, 0) + math.prod(layer.shape)
+    members = max(1, job.options.tune.nblocks)
+    largest = max(blocks.values(), default=0) * members
+    total = sum(math.prod(spec.shape) for spec in source.tensors.values())
+    return Sizes(
+        tokens=rows * wanted.seqlen,
+        batch_tokens=min(job.tune.batch_size, max(1, rows)) * wanted.seqlen,
+        stream=rows * wanted.seqlen * int(config.hidden_size) * itemsize,
+        block=largest * itemsize,
+        block_weights=largest,
+        outside=max(0, total - sum(blocks.values())) * itemsize,
+    )
+
+
+def _fastest(work: object, seconds: float, device: torch.device) -> float:
+    """Seconds of the fastest of as many calls as fit into the time, after one to warm up."""
+    if not callable(work):
+        raise TypeError("expected something to call")
+    work()
+    best, began = math.inf, time.perf_counter()
+    while best is math.inf or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _tuning_bytes(job: Job, sizes: Sizes) -> int:
+    """Memory while the largest block is worked on."""
+    own = job.source.dtype
+    copies = sizes.block + (sizes.block_weights * own.itemsize if own is not job.dtype else 0)
+    if not sizes.tokens:
+        largest = max((math.prod(layer.shape) for layer in job.source.layers), default=0)
+        return largest * 16
+    activations = _activations(job, sizes)
+    if not job.tune.iters:
+        return copies + sizes.block_weights + activations // 4
+    buffers = 8 if job.tune.optimizer.value == "adam" else 4 if job.tune.momentum else 0
+    return copies + sizes.block_weights * (TUNING_BYTES + buffers) + activations
+
+
+def _activations(job: Job, sizes: Sizes) -> int:
+    """What the backward pass through the largest block keeps, bytes."""
+    config = job.source.config.get_text_config()
+    share = _active_share(job)
+    widths: dict[int, float] = {}
+    for layer in job.source.layers:
+        if layer.block is not None:
+            part = share if layer.role is Role.EXPERT else 1.0
+            widths[layer.block] = widths.get(layer.block, 0.0) + part * sum(layer.shape)
+    length, heads = job.options.calibration.seqlen, int(config.num_attention_heads)
+    each = max(widths.values(), default=0.0) * 2 + 8 * int(config.hidden_size) + heads * length
+    return int(sizes.batch_tokens * each * job.dtype.itemsize * max(1, job.options.tune.nblocks))
+
+
+def _streams_in_memory(job: Job, sizes: Sizes) -> int:
+    """Both streams and the targets; files back the streams when these are large."""
+    return sizes.stream if _spills(job, sizes) else 3 * sizes.stream
+
+
+def _spills(job: Job, sizes: Sizes) -> bool:
+    return job.options.memory.low_cpu_mem_usage and 2 * sizes.stream > SPILL_BYTES
+
+
+def _scratch(job: Job, sizes: Sizes) -> int:
+    """Both streams before and after a block, and those that back the memory."""
+    saved = 4 * sizes.stream if job.options.output.resume else 0
+    return saved + (2 * sizes.stream if _spills(job, sizes) else 0)
+
+
+def _active_share(job: Job) -> float:
+    """Share of the experts that a token passes through."""
+    values = job.source.config.get_text_config().to_dict()
+    chosen = values.get("num_experts_per_tok") or values.get("top_k_experts")
+    experts = _experts(job.source.layers)
+    return min(1.0, chosen / experts) if isinstance(chosen, int) and experts else 1.0
+
+
+def _experts(layers: Sequence[Layer]) -> int:
+    found = {layer.expert for layer in layers if layer.role is Role.EXPERT and layer.expert is not None}
+    return len(found)
+
+
+def _seconds(job: Job, sizes: Sizes, rates: Rates) -> float:
+    """Arithmetic of all blocks: reference and quantized pass, tuning steps, looks at the held-out rows."""
+    share = _active_share(job)
+    inside = [layer for layer in job.source.layers if layer.block is not None]
+    active = sum(math.prod(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in inside)
+    quantized = sum(math.prod(layer.shape) for layer, _ in job.quantized().values())
+    moved = quantized * 4.0 * job.source.dtype.itemsize
+    passes = 0.0
+    if sizes.tokens:
+        passes = 2.0 * sizes.tokens
+        candidates = 0 if job.effort is None else job.effort.points + 3 * job.effort.rounds
+        moved += quantized * SEARCH_BYTES * (candidates if not job.tune.iters else candidates // 4)
+    if sizes.tokens and job.tune.iters:
+        steps = job.tune.iters * job.tune.accumulate
+        passes += steps * PASSES * sizes.batch_tokens
+        passes += LOOKS * HELD_OUT * job.options.calibration.seqlen
+        moved += quantized * ROUNDING_BYTES * float(steps)
+    return 2 * active * passes / rates.operations + moved / rates.bandwidth

@@ -1,0 +1,147 @@
+"""Dry run: everything that can be said about a run before it starts."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from auto_round.checkpoint.workfolder import refuse_occupied
+from auto_round.config.options import Options
+from auto_round.errors import ConfigError
+from auto_round.pipeline.estimate import Estimate, Rates, estimate, measure_rates
+from auto_round.pipeline.finish import method
+from auto_round.pipeline.job import Job
+from auto_round.pipeline.memory import available_bytes
+from auto_round.pipeline.plan_table import plan_table
+from auto_round.pipeline.prepare import needs_rows, prepare
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        job: the prepared run; without calibration rows.
+        table: the plan for people.
+        rates: measured speed of the device.
+        estimate: memory, disk and time.
+        available_bytes: host memory that is free now; 0 where the system does not tell.
+        free_bytes: free space on the disk of the output.
+        blocked: why the output folder cannot be written; empty when it can.
+        unfinished: partial folder of an interrupted run there; None when there is none.
+    """
+
+    job: Job
+    table: str
+    rates: Rates
+    estimate: Estimate
+    available_bytes: int
+    free_bytes: int
+    blocked: str
+    unfinished: Path | None
+
+    @property
+    def text(self) -> str:
+        """All of it for people, a few lines after the table."""
+        expected = self.estimate
+        disk = expected.output_bytes + expected.scratch_bytes
+        lines = [self.table, ""]
+        lines += [f"method:  {_method(self.job)}", f"device:  {_device(self.job)}"]
+        memory = f"memory:  about {_size(expected.host_bytes)} at the peak"
+        if self.available_bytes:
+            memory += f", {_size(self.available_bytes)} available"
+        if expected.device_bytes:
+            memory += f"; on {self.job.device} about {_size(expected.device_bytes)}"
+        lines += [memory + _too_little(expected.host_bytes, self.available_bytes)]
+        parts = f"{_size(expected.output_bytes)} output, {_size(expected.scratch_bytes)} until it is finished"
+        lines += [
+            f"disk:    {_size(disk)} ({parts}), {_size(self.free_bytes)} free"
+            + _too_little(disk, self.free_bytes)
+        ]
+        rate = f"{self.rates.operations / 1e9:.3g} billion operations per second, measured now"
+        lines += [f"time:    about {_duration(expected.seconds)}; an estimate, from {rate}"]
+        lines += [f"output:  {', '.join(map(str, self.job.folders(self.job.output).values()))}"]
+        if self.unfinished is not None:
+            lines += [f"         an unfinished run lies in {self.unfinished}: the same command continues it"]
+        if self.blocked:
+            lines += [f"         would be refused: {self.blocked}"]
+        return "\n".join(lines)
+
+
+def dry_run(
+    options: Options, *, model: nn.Module | None = None, tokenizer: Any = None, dataset: Any = None
+) -> DryRun:
+    """Say what a run with these arguments would do; nothing is written and no calibration data fetched.
+
+    Args:
+        options: what to do.
+        model: a model in memory instead of the one that `options` names.
+        tokenizer: tokenizer object; None to load it.
+        dataset: calibration data as Python objects instead of the named data set.
+
+    Raises:
+        AutoRoundError: the run itself would be refused, except for its output folder: that is reported.
+    """
+    job = prepare(options, model=model, tokenizer=tokenizer, dataset=dataset, rows=False)
+    rates = measure_rates(job.device, job.dtype)
+    out = job.output.expanduser().resolve()
+    partial = out.with_name(out.name + ".partial")
+    blocked = ""
+    try:
+        refuse_occupied(out, overwrite=options.output.overwrite)
+    except ConfigError as error:
+        blocked = str(error)
+    return DryRun(
+        job=job,
+        table=plan_table(job),
+        rates=rates,
+        estimate=estimate(job, rates),
+        available_bytes=available_bytes(),
+        free_bytes=_free_bytes(out),
+        blocked=blocked,
+        unfinished=partial if partial.is_dir() else None,
+    )
+
+
+def _method(job: Job) -> str:
+    """The method as the report will say it, and the data that it needs."""
+    tune, wanted = job.tune, job.options.calibration
+    if not needs_rows(tune):
+        return method(job)
+    rows = f"{wanted.nsamples} rows of {wanted.seqlen} tokens from {wanted.dataset}"
+    if not tune.iters:
+        return f"round to nearest in a range searched by importance, {rows}"
+    return f"SignRound, {tune.iters} steps of {tune.optimizer.value} descent a block, {rows}"
+
+
+def _device(job: Job) -> str:
+    return f"{job.device}, blocks run in {str(job.dtype).removeprefix('torch.')}"
+
+
+def _free_bytes(path: Path) -> int:
+    """Free space where a path that may not exist yet would be."""
+    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return shutil.disk_usage(there).free
+
+
+def _too_little(needed: int, there: int) -> str:
+    return ": TOO LITTLE" if there and needed > there else ""
+
+
+def _size(count: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"

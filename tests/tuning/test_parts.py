@@ -1,0 +1,115 @@
+"""The loss, the optimizers and the sample runner, each against a few lines of plain arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tuning.blocks import Experts, Mlp, activations
+
+from auto_round.tuning.config import Optimizer, TuneConfig
+from auto_round.tuning.objective import block_loss
+from auto_round.tuning.samples import Samples, first_output, run_block
+from auto_round.tuning.steps import SignDescent, make_stepper, step_factor
+
+
+def test_the_loss_is_the_mean_over_counted_elements():
+    generator = torch.Generator().manual_seed(0)
+    output, target = torch.randn(2, 3, 5, 4, generator=generator)
+    square = (output - target).square()
+    assert block_loss(output, target, None).item() == pytest.approx(square.mean().item())
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    assert block_loss(output, target, mask).item() == pytest.approx(square[mask].mean().item())
+    assert block_loss(output, target, torch.ones_like(mask)).item() == pytest.approx(square.mean().item())
+    assert block_loss(output, target, torch.zeros_like(mask)).item() == 0
+
+
+def test_the_loss_of_half_precision_outputs_is_summed_in_float32():
+    output, target = torch.full((1, 64, 64), 300.0).half(), torch.zeros(1, 64, 64).half()
+    assert block_loss(output, target, None).item() == 90000
+    assert block_loss(output, target, None).dtype == torch.float32
+
+
+def test_masked_positions_get_no_gradient_even_where_they_are_nan():
+    output = torch.zeros(1, 2, 3, requires_grad=True)
+    target = torch.tensor([[[1.0, 2.0, 3.0], [math.nan, math.inf, 0.0]]])
+    block_loss(output, target, torch.tensor([[True, False]])).backward()
+    assert output.grad.tolist() == [[pytest.approx([-2 / 3, -4 / 3, -2]), [0, 0, 0]]]
+
+
+def test_sign_descent_by_hand():
+    p, q, untouched = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0]), torch.tensor([7.0])
+    stepper = SignDescent([([p, untouched], 0.5), ([q], 0.25)], momentum=0.0)
+    stepper.step([torch.tensor([3.0, -1e-9, 0.0]), None, torch.tensor([2.0])], 1.0)
+    stepper.step([torch.tensor([-1.0, -5.0, 0.0]), None, torch.tensor([2.0])], 0.5)
+    assert p.tolist() == [1 - 0.5 + 0.25, 1 + 0.5 + 0.25, 1]
+    assert q.tolist() == [-0.25 - 0.125]
+    assert untouched.tolist() == [7]
+
+
+def test_momentum_follows_the_sign_of_the_running_sum():
+    p = torch.tensor([0.0])
+    stepper = SignDescent([([p], 1.0)], momentum=0.5)
+    seen = []
+    for gradient in (4.0, -1.0, -0.6, -0.1):  # running sums 4, 1, -0.1, -0.15
+        stepper.step([torch.tensor([gradient])], 1.0)
+        seen.append(p.item())
+    assert seen == [-1, -2, -1, 0]
+
+
+def test_adam_by_hand_skips_what_has_no_gradient():
+    offsets, ranges, others = torch.zeros(2), torch.ones(2), torch.ones(1)
+    config = TuneConfig(optimizer=Optimizer.ADAM, lr=0.1, range_lr=0.01)
+    stepper = make_stepper(config, [offsets], [ranges], [others])
+    with torch.no_grad():
+        stepper.step([torch.tensor([5.0, -0.3]), torch.tensor([1.0, 1.0]), None], 0.5)
+    # The first step of Adam is lr * sign(g).
+    assert offsets.tolist() == pytest.approx([-0.05, 0.05], rel=1e-5)
+    assert ranges.tolist() == pytest.approx([0.995, 0.995], rel=1e-5)
+    assert others.tolist() == [1]
+
+
+def test_schedules():
+    sign, adam = TuneConfig(iters=4), TuneConfig(iters=4, optimizer=Optimizer.ADAM)
+    assert [step_factor(sign, s) for s in range(4)] == [1, 0.75, 0.5, 0.25]
+    assert [step_factor(adam, s) for s in range(4)] == pytest.approx(
+        [1, 0.5 + 0.5 * math.sqrt(0.5), 0.5, 0.5 - 0.5 * math.sqrt(0.5)]
+    )
+    own = TuneConfig(iters=4, schedule=lambda step, iters: step / iters)
+    assert [step_factor(own, s) for s in range(4)] == [0, 0.25, 0.5, 0.75]
+
+
+def test_default_sign_steps_can_move_an_offset_to_a_half():
+    for iters in (50, 200, 1000):
+        offset = torch.zeros(1)
+        config = TuneConfig(iters=iters)
+        stepper = make_stepper(config, [offset], [], [])
+        for step in range(iters):
+            stepper.step([-torch.ones(1)], step_factor(config, step))
+        assert 0.5 <= offset.item() <= 0.52
+
+
+def test_running_a_block_in_batches_in_place_and_in_part():
+    block = Mlp()
+    x = activations(7, 0)
+    want = block(x)
+    out = torch.zeros_like(x)
+    run_block(block, Samples(x, x), out, batch_size=3)
+    torch.testing.assert_close(out, want)
+    part = torch.zeros_like(x)
+    run_block(block, Samples(x, x), part, batch_size=2, rows=range(2, 5))
+    torch.testing.assert_close(part[2:5], want[2:5])
+    assert (part[:2] == 0).all()
+    assert (part[5:] == 0).all()
+    run_block(Experts(), Samples(x, x), x, batch_size=3)
+    torch.testing.assert_close(x, Experts()(activations(7, 0))[0])
+    assert not out.requires_grad
+
+
+def test_outputs_that_hold_no_tensor_are_refused():
+    x = torch.ones(2)
+    assert first_output((x, None)) is x
+    assert first_output([x]) is x
+    with pytest.raises(TypeError, match="must return a tensor"):
+        first_output({"hidden": x})

@@ -27,7 +27,7 @@ def to_half(x: Fraction) -> Fraction:
 
 
 def symmetric(group: list[Fraction], bits: int) -> tuple[list[int], Fraction]:
-    """Codes and step: the extreme of larger magnitude, the positive one if equal, goes to the lowest number."""
+    """Codes and step: the larger extreme, the positive one if equal, goes to the lowest number."""
     top = 1 << (bits - 1)
     low, high = -min(0, *group), max(0, *group)
     step = to_half((low if high < low else -high) / top)

@@ -3,8 +3,8 @@
     python crash_driver.py MODEL WORK ROUNDS [OPTION=VALUE ...]
 
 Every round begins anew and is killed once or twice: by the clock at a random moment, or inside a random
-call of `os` (half of these inside a write to a shard, which is torn in two). The children are forked, so
-that the packages are imported once. Prints one JSON object.
+call of `os` (half of these inside a write to a shard, which is torn in two). Children are forked, so that
+packages are imported once. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(model: str, work: str, rounds: str, *given: str) -> None:
         "kills": dict(sorted(trials.kills.items())),
         "blocks finished when killed": dict(sorted(trials.progress.items())),
     }
-    print(json.dumps(figures))
+    sys.stdout.write(json.dumps(figures) + "\n")
 
 
 def _value(text: str) -> Any:
@@ -83,11 +83,12 @@ class Trials:
 
     def round(self, number: int, chance: random.Random) -> None:
         """Kill, perhaps kill again, run to the end, compare."""
-        for _ in range(chance.choice([1, 1, 2])):
+        kills, wanted = 0, chance.choice([1, 1, 2])
+        while kills < wanted and not self.out.exists():
             if number % 2:
-                self._kill_by_clock(chance)
+                kills += self._kill_by_clock(chance)
             else:
-                self._kill_in_call(chance, in_shard=number % 4 == 0)
+                kills += self._kill_in_call(chance, in_shard=number % 4 == 0)
         if not self.out.exists():
             _wait(self._fork(self._job))
         same = tree(self.out) == self.expected
@@ -97,22 +98,26 @@ class Trials:
         shutil.rmtree(self.out)
         shutil.rmtree(self.work / "out.partial", ignore_errors=True)
 
-    def _kill_by_clock(self, chance: random.Random) -> None:
+    def _kill_by_clock(self, chance: random.Random) -> bool:
         child = self._fork(self._job)
-        time.sleep(chance.uniform(0.02, 0.95) * self.seconds)
+        time.sleep(chance.uniform(0.02, 0.9) * self.seconds)
         os.kill(child, signal.SIGKILL)
-        self._note("at a random moment", os.waitpid(child, 0)[1])
+        return self._note("at a random moment", os.waitpid(child, 0)[1])
 
-    def _kill_in_call(self, chance: random.Random, *, in_shard: bool) -> None:
+    def _kill_in_call(self, chance: random.Random, *, in_shard: bool) -> bool:
         step = chance.randint(1, self.shard_writes if in_shard else self.calls)
         child = self._fork(lambda: _die_at(step, self._job, in_shard=in_shard))
-        self._note("inside a shard write" if in_shard else "inside a call", os.waitpid(child, 0)[1])
+        return self._note("inside a shard write" if in_shard else "inside a call", os.waitpid(child, 0)[1])
 
-    def _note(self, kind: str, status: int) -> None:
-        self.kills[kind if os.WIFSIGNALED(status) else "ended before"] += 1
+    def _note(self, kind: str, status: int) -> bool:
+        """Count a kill; False when the run had ended before it."""
+        if not os.WIFSIGNALED(status):
+            return False
+        self.kills[kind] += 1
         journal = self.work / "out.partial" / "scratch" / "journal.jsonl"
         lines = len(journal.read_bytes().splitlines()) if journal.exists() else 0
         self.progress[str(max(0, lines - 1))] += 1
+        return True
 
     def _job(self) -> None:
         run(self.options, dataset=self.data)

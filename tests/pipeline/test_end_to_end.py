@@ -14,6 +14,7 @@ from auto_round.testing.tiny_models import tiny_config, tiny_model
 from pipeline.runs import ROWS, SIZES, kl_of, quantize, tree, weights
 
 HEADS = {"head_dim": 16}
+GPTQMODEL = "auto_round:gptqmodel"
 EXPERTS = {**HEADS, "moe_intermediate_size": 32}
 
 
@@ -38,7 +39,7 @@ def most_values(weight, group):
         (
             "llama",
             {},
-            {"format": "auto_round:gptqmodel", "bits": 8, "group_size": -1},
+            {"format": GPTQMODEL, "bits": 8, "group_size": -1},
             "auto_round:gptqmodel",
         ),
         ("qwen3", HEADS, {"format": "auto_round", "bits": 3}, "auto_round:auto_gptq"),

@@ -25,7 +25,8 @@ class Mlp(nn.Module):
         with torch.no_grad():
             for p in self.parameters():
                 noise = torch.randn(p.shape, generator=generator)
-                p.copy_(noise * p.shape[-1] ** -0.5 if p.dim() > 1 else p + 0.1 * noise)
+                p.copy_(noise * p.shape[-1] ** -0.5 if p.dim() > 1 else 0.1 * noise)
+            self.norm.weight.add_(1)
         self.to(dtype).eval().requires_grad_(False)
 
     def forward(self, x):

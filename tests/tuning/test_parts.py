@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from tuning.blocks import Experts, Mlp, activations
 
 from auto_round.tuning.config import Optimizer, TuneConfig
 from auto_round.tuning.objective import block_loss
 from auto_round.tuning.samples import Samples, first_output, run_block
 from auto_round.tuning.steps import SignDescent, make_stepper, step_factor
+from tuning.blocks import Experts, Mlp, activations
 
 
 def test_the_loss_is_the_mean_over_counted_elements():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,13 @@ ROUNDING_BYTES = 96
 SEARCH_BYTES = 24
 """Bytes moved for each weight and candidate range of the search."""
 PASSES = 3
-"""A forward and a backward pass cost three forward passes; a matrix takes two operations a weight and token."""
+"""Forward passes that cost as much as one with gradients; each takes two operations a weight and token."""
+TRAFFIC = 3
+"""Times that a forward pass moves what the backward pass would keep of it: norms, attention, activations."""
 LOOKS = 11
 """Times that the held-out loss is measured while a block is tuned."""
-WORKSPACE = 256 << 20
+MEASURED_TOKENS = 4096
+WORKSPACE = 96 << 20
 """Logits, packed codes and what the C library keeps, bytes."""
 
 
@@ -101,20 +104,22 @@ def estimate(job: Job, rates: Rates) -> Estimate:
     )
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Rates:
-    """Time a matrix product and an elementwise operation for a moment.
+def measure_rates(job: Job, seconds: float = 0.4) -> Rates:
+    """Time a matrix product of the job's shapes, and an elementwise operation, for a moment.
 
     Args:
-        device: where to measure.
-        dtype: of the matrices.
+        job: the run.
         seconds: how long in all; one of each is always timed.
     """
-    side = 1024 if device.type == "cpu" else 8192
-    matrix = torch.ones(side, side, dtype=dtype, device=device)
-    vector = torch.ones(1 << 22, device=device)
-    product = _fastest(lambda: matrix @ matrix, seconds / 2, device)
-    elementwise = _fastest(lambda: vector + vector, seconds / 2, device)
-    return Rates(2 * side**3 / product, 12 * vector.numel() / elementwise)
+    shapes = [layer.shape for layer in job.source.layers if layer.block is not None]
+    out, width = max(shapes, key=math.prod, default=(1024, 1024))
+    tokens = max(1, min(job.tune.batch_size * job.options.calibration.seqlen, MEASURED_TOKENS))
+    hidden = torch.ones(tokens, width, dtype=job.dtype, device=job.device)
+    weight = torch.ones(out, width, dtype=job.dtype, device=job.device)
+    vector = torch.ones(1 << 22, device=job.device)
+    product = _fastest(lambda: hidden @ weight.T, seconds / 2, job.device)
+    elementwise = _fastest(lambda: vector + vector, seconds / 2, job.device)
+    return Rates(2 * tokens * out * width / product, 12 * vector.numel() / elementwise)
 
 
 def measure_sizes(job: Job) -> Sizes:
@@ -144,10 +149,8 @@ def measure_sizes(job: Job) -> Sizes:
     )
 
 
-def _fastest(work: object, seconds: float, device: torch.device) -> float:
+def _fastest(work: Callable[[], object], seconds: float, device: torch.device) -> float:
     """Seconds of the fastest of as many calls as fit into the time, after one to warm up."""
-    if not callable(work):
-        raise TypeError("expected something to call")
     work()
     best, began = math.inf, time.perf_counter()
     while best is math.inf or time.perf_counter() - began < seconds:
@@ -232,4 +235,6 @@ def _seconds(job: Job, sizes: Sizes, rates: Rates) -> float:
         passes += steps * PASSES * sizes.batch_tokens
         passes += LOOKS * HELD_OUT * job.options.calibration.seqlen
         moved += quantized * ROUNDING_BYTES * float(steps)
+    kept = _activations(job, sizes) / sizes.batch_tokens / max(1, job.options.tune.nblocks)
+    moved += passes * kept * TRAFFIC * len(job.source.blocks)
     return 2 * active * passes / rates.operations + moved / rates.bandwidth

@@ -87,7 +87,7 @@ def dry_run(
         AutoRoundError: the run itself would be refused, except for its output folder: that is reported.
     """
     job = prepare(options, model=model, tokenizer=tokenizer, dataset=dataset, rows=False)
-    rates = measure_rates(job.device, job.dtype)
+    rates = measure_rates(job)
     out = job.output.expanduser().resolve()
     partial = out.with_name(out.name + ".partial")
     blocked = ""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from auto_round.errors import NumericsError
 from auto_round.numerics.format import CHUNK, Format
+from auto_round.numerics.grid import Grid
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import Knobs, SignedMax
 from auto_round.testing.failure import require
@@ -53,6 +54,17 @@ def random_case(
     return Case(random_weight(shape, seed, dtype), Knobs(lo, hi), v)
 
 
+def every_code(grid: Grid) -> Tensor:
+    """All codes of a grid, uint8."""
+    return torch.arange(1 << grid.bits).to(torch.uint8)
+
+
+def ladder(grid: Grid) -> Tensor:
+    """The distinct numbers of a grid, ascending, float32."""
+    numbers = grid.decode(every_code(grid)).sort().values
+    return torch.cat([numbers[:1], numbers[1:][numbers.diff() > 0]])
+
+
 def check_format(fmt: Format, *, seed: int = 0, spare: float = 1.0) -> None:
     """Check every promise of a format.
 
@@ -69,6 +81,7 @@ def check_format(fmt: Format, *, seed: int = 0, spare: float = 1.0) -> None:
     for shape in SHAPES:
         _check_nearest(fmt, random_case(fmt, shape, seed))
         _check_range(fmt, random_weight(shape, seed), spare)
+        _check_extremes(fmt, random_weight(shape, seed))
         _check_scale(fmt, random_case(fmt, shape, seed))
         for dtype in DTYPES:
             _check_fake(fmt, random_case(fmt, shape, seed, dtype))
@@ -83,21 +96,21 @@ def check_grid(fmt: Format) -> None:
         ConformanceError: a promise is broken.
     """
     grid, where = fmt.grid, f"grid of {fmt.name}"
-    codes = torch.arange(1 << grid.bits).to(torch.uint8)
+    codes = every_code(grid)
     numbers = grid.decode(codes)
     require(
         torch.equal(grid.decode(grid.encode(numbers)), numbers), f"{where}: decode(encode) changes a number"
     )
     low, high = float(numbers.min()), float(numbers.max())
     require((low, high) == (grid.lo, grid.hi), f"{where}: ends are {grid.lo}, {grid.hi}, not {low}, {high}")
-    ladder = numbers.unique()
-    if len(ladder) == len(codes):
+    rungs = ladder(grid)
+    if len(rungs) == len(codes):
         require(torch.equal(grid.encode(numbers), codes), f"{where}: encode(decode) changes a code")
-    middle = (ladder[:-1] + ladder[1:]) / 2
+    middle = (rungs[:-1] + rungs[1:]) / 2
     infinity = torch.full_like(middle, torch.inf)
     below, above = torch.nextafter(middle, -infinity), torch.nextafter(middle, infinity)
-    require(torch.equal(grid.snap(below), ladder[:-1]), f"{where}: rounds up below a midpoint")
-    require(torch.equal(grid.snap(above), ladder[1:]), f"{where}: rounds down above a midpoint")
+    require(torch.equal(grid.snap(below), rungs[:-1]), f"{where}: rounds up below a midpoint")
+    require(torch.equal(grid.snap(above), rungs[1:]), f"{where}: rounds down above a midpoint")
     require(bool((grid.encode(middle) % 2 == 0).all()), f"{where}: a tie does not go to the even code")
     beyond = torch.tensor([-torch.inf, -1e30, low - 0.75, high + 0.75, 1e30, torch.inf])
     ends = torch.tensor([low] * 3 + [high] * 3)
@@ -107,7 +120,7 @@ def check_grid(fmt: Format) -> None:
     require(bool((snapped.diff() >= 0).all()), f"{where}: encode is not monotone")
     require(torch.equal(grid.snap(sweep), snapped), f"{where}: snap and encode differ")
     if fmt.quantize(random_weight((2, 32), 0)).scale.zero is not None:
-        _check_shift(fmt, torch.cat([ladder, middle]))
+        _check_shift(fmt, torch.cat([rungs, middle]))
 
 
 def _check_shift(fmt: Format, u: Tensor) -> None:
@@ -122,7 +135,7 @@ def _check_shift(fmt: Format, u: Tensor) -> None:
 def _check_nearest(fmt: Format, case: Case) -> None:
     """Each weight gets the nearest of all numbers that its own group's scale can give."""
     u, n = _in_steps(fmt, case.w, case.knobs)
-    numbers = fmt.grid.decode(torch.arange(1 << fmt.grid.bits).to(torch.uint8)).double()
+    numbers = ladder(fmt.grid).double()
     best = (u.unsqueeze(-1) - numbers).abs().amin(-1)
     require(
         bool(((u - n).abs() <= best + ROUNDING).all()), f"{fmt.name}: a weight is not rounded to the nearest"
@@ -151,28 +164,38 @@ def _check_range(fmt: Format, w: Tensor, spare: float) -> None:
     """The measured range is covered, and the grid is not laid wider than it needs to be."""
     q = fmt.quantize(w)
     u, n = _in_steps(fmt, w, None)
-    numbers = fmt.grid.decode(torch.arange(1 << fmt.grid.bits).to(torch.uint8)).double().unique()
+    numbers = ladder(fmt.grid)
     gap = float(numbers.diff().max())
-    # The stored step differs from the ideal one by its dtype's unit roundoff, times all levels at the far end.
-    eps = max(
-        [torch.finfo(p.dtype).eps for p in q.scale.parts.values() if p.is_floating_point()], default=0.0
-    )
-    slack = eps * float(numbers[-1] - numbers[0]) / 2 + ROUNDING
+    eps = _step_eps(q)
+    # Rounding a step to its dtype moves each end of the grid by the unit roundoff times all levels.
+    slack = eps / 2 * float(numbers[-1] - numbers[0]) + ROUNDING
     clip = gap if q.scale.zero is None else gap / 2
     require(bool(((u - n).abs() <= clip + slack).all()), f"{fmt.name}: the range does not cover the weights")
     zero = torch.zeros_like(q.scale.step) if q.scale.zero is None else q.scale.zero
     far = torch.maximum((numbers[0] - zero).abs(), (numbers[-1] - zero).abs()) * q.scale.step.abs()
     stats = fmt.stats(w)
-    extreme = torch.maximum(-stats.lo, stats.hi) * spare
-    wide = far > extreme * (1 + eps) + q.scale.step.abs() * (gap / 2 + slack)
+    wanted = torch.maximum(-stats.lo, stats.hi) * spare
+    wide = far > wanted * (1 + eps) + q.scale.step.abs() * (gap / 2 + slack)
     require(not bool(wide.any()), f"{fmt.name}: the grid is laid wider than the weights")
-    if isinstance(fmt.rule, SignedMax):
-        extremes = w.abs() >= spread(fmt, torch.maximum(-stats.lo, stats.hi), q.shape)
-        require(
-            bool((n[extremes] == numbers[0]).all()), f"{fmt.name}: an extreme is not at the lowest number"
-        )
-        error = (fmt.dequantize(q)[extremes] - w[extremes]).abs()
-        require(bool((error <= eps / 2 * w[extremes].abs()).all()), f"{fmt.name}: an extreme is not exact")
+
+
+def _check_extremes(fmt: Format, w: Tensor) -> None:
+    """Symmetric formats map the extreme of larger magnitude to their lowest number, exactly but for the step."""
+    if not isinstance(fmt.rule, SignedMax):
+        return
+    q, stats = fmt.quantize(w), fmt.stats(w)
+    extreme = w.abs() >= spread(fmt, torch.maximum(-stats.lo, stats.hi), q.shape)
+    lowest = fmt.grid.encode(torch.tensor(fmt.grid.lo, dtype=torch.float32))
+    require(bool((q.codes[extreme] == lowest).all()), f"{fmt.name}: an extreme is not at the lowest number")
+    error = (fmt.dequantize(q)[extreme] - w[extreme]).abs()
+    exact = error <= _step_eps(q) / 2 * w[extreme].abs()
+    require(bool(exact.all()), f"{fmt.name}: an extreme is not exact")
+
+
+def _step_eps(q: QTensor) -> float:
+    """Distance of neighbouring numbers near 1 in the dtype of the stored step; 0 for exact steps."""
+    parts = [p for p in q.scale.parts.values() if p.is_floating_point()]
+    return max((torch.finfo(p.dtype).eps for p in parts), default=0.0)
 
 
 def _check_fake(fmt: Format, case: Case) -> None:

@@ -17,6 +17,7 @@ from auto_round.numerics.group import Group
 from auto_round.numerics.presets import FORMATS, int_format
 from auto_round.numerics.scale import MinMax, Scale, SignedMax
 from auto_round.numerics.search import THOROUGH
+from auto_round.schemes.scheme import parse_scheme
 from auto_round.testing.failure import ConformanceError
 from auto_round.testing.format_kit import check_format
 from auto_round.testing.layout_kit import check_layout
@@ -44,11 +45,12 @@ def test_any_whole_number_format_passes_the_kit(bits, group, sym, dtype, seed):
 
 @pytest.mark.parametrize("sym", [True, False])
 def test_a_made_up_format_is_one_row(sym):
-    """A width and a group size that no row has: the kit, rounding, search and a layout take it as it is."""
+    """A width and group size that no row has: kit, scheme, rounding, search and layouts take it as it is."""
     made_up = int_format(5, 48, sym=sym)
     table = {**FORMATS, made_up.name: made_up}
     assert len(table) == len(FORMATS) + 1
     check_format(made_up)
+    assert parse_scheme({"bits": 5, "group_size": 48, "sym": sym}).weight_format() == made_up
     w = 0.1 * torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     plain = round_to_nearest(w, made_up)
     searched = round_to_nearest(w, made_up, None, THOROUGH)

@@ -105,9 +105,10 @@ def test_the_scale_of_the_importance_does_not_matter(sym, group):
     fmt = int_format(3, group, sym=sym)
     w = random_weight((4, 64), 1)
     importance = torch.rand(64, generator=torch.Generator().manual_seed(2)) + 0.1
-    one, big = (search_knobs(fmt, w, f * importance, QUICK) for f in (1.0, 1024.0))
-    assert torch.equal(one.lo, big.lo)
-    assert torch.equal(one.hi, big.hi)
+    one, *others = (search_knobs(fmt, w, f * importance, QUICK) for f in (1.0, 2.0**10, 2.0**-40))
+    for other in others:
+        assert torch.equal(one.lo, other.lo)
+        assert torch.equal(one.hi, other.hi)
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(64), torch.full((64,), torch.nan), torch.full((64,), torch.inf)])

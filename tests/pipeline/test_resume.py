@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 
-from auto_round.errors import ConfigError
-from pipeline.runs import SHORT, quantize, token_rows, tree
+from auto_round.errors import CheckpointError, ConfigError
+from auto_round.testing.tiny_models import tiny_config, tiny_model
+from pipeline.runs import SHORT, SIZES, quantize, token_rows, tree
 
 HEADS = {"head_dim": 16}
 DRIVER = Path(__file__).with_name("crash_driver.py")
@@ -124,3 +127,45 @@ def test_killed_at_twenty_moments(tiny, tmp_path):
     figures = crash(model, tmp_path, 20, 300, **given, rows=token_rows(), enable_norm_bias_tuning=True)
     assert figures["identical"] == 20
     assert figures["kills"]["inside a shard write"] >= 5
+
+
+def test_streams_in_files_change_nothing(tiny, tmp_path, monkeypatch):
+    quantize(tiny("qwen3", **HEADS), tmp_path / "whole")
+    monkeypatch.setattr("auto_round.pipeline.trace.SPILL_BYTES", 0)
+    seen = []
+
+    def look(event):
+        if event.stage == "calibrate":
+            seen.extend(path.name for path in (tmp_path / "out.partial" / "scratch").glob("*.stream"))
+        stop_after(1)(event)
+
+    with pytest.raises(Stop):
+        quantize(tiny("qwen3", **HEADS), tmp_path / "out", progress=look)
+    assert sorted(seen) == ["quantized.stream", "reference.stream"]
+    quantize(tiny("qwen3", **HEADS), tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_model_in_memory_can_be_continued(tmp_path):
+    def live(seed=0):
+        return tiny_model(tiny_config("llama", **SIZES), dtype=torch.bfloat16, seed=seed)
+
+    quantize("", tmp_path / "whole", live=live())
+    with pytest.raises(Stop):
+        quantize("", tmp_path / "out", live=live(), progress=stop_after(1))
+    with pytest.raises(ConfigError, match="model"):
+        quantize("", tmp_path / "out", live=live(seed=1))
+    quantize("", tmp_path / "out", live=live())
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_weights_spoilt_between_the_runs_are_found(tiny, interrupted):
+    (shard,) = (interrupted.parent / "out.partial" / "output").glob("*.safetensors")
+    with safe_open(shard, "pt") as file:
+        tensor = file.get_tensor("model.layers.0.mlp.up_proj.qweight")
+    data = shard.read_bytes()
+    at = data.index(tensor.numpy().tobytes()[:64])
+    shard.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj\.qweight"):
+        quantize(tiny("qwen3", **HEADS), interrupted)
+    assert not interrupted.exists()

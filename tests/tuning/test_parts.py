@@ -25,10 +25,12 @@ def test_the_loss_is_the_mean_over_counted_elements():
     assert block_loss(output, target, torch.zeros_like(mask)).item() == 0
 
 
-def test_the_loss_of_half_precision_outputs_is_summed_in_float32():
+def test_the_loss_of_half_precision_outputs_is_taken_in_float32():
     output, target = torch.full((1, 64, 64), 300.0).half(), torch.zeros(1, 64, 64).half()
     assert block_loss(output, target, None).item() == 90000
     assert block_loss(output, target, None).dtype == torch.float32
+    near, far = torch.full((1, 1, 1), 0.5).bfloat16(), torch.full((1, 1, 1), 256.0).bfloat16()
+    assert block_loss(far, near, None).item() == 255.5**2
 
 
 def test_masked_positions_get_no_gradient_even_where_they_are_nan():

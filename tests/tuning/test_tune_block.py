@@ -203,7 +203,7 @@ def _counted(log):
     return forward
 
 
-@pytest.mark.parametrize(("patience", "steps"), [(0, 40), (1, 4), (12, 12), (13, 16), (100, 40)])
+@pytest.mark.parametrize(("patience", "steps"), [(0, 40), (1, 10), (10, 10), (11, 20), (20, 20), (100, 40)])
 @pytest.mark.parametrize("keep_best", [True, False])
 def test_patience_stops_and_the_best_or_the_last_is_kept(patience, steps, keep_best):
     block, log = Mlp(), []
@@ -238,6 +238,26 @@ def test_accumulated_batches_are_the_samples_of_the_large_batch():
     for epoch in (logs[1][:4], logs[1][4:8]):
         assert sorted(i for batch in epoch for i in batch) == list(range(32))
     assert logs[1][:4] != logs[1][4:8]
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch():
+    block = Mlp()
+    one_step = {"iters": 1, "search": False, "keep_best": False, "lr": 0.4}
+    large, small = (
+        tune(block, TuneConfig(batch_size=batch, accumulate=accumulate, **one_step)).weights
+        for batch, accumulate in ((8, 1), (2, 4))
+    )
+    for name, q in large.items():
+        assert (q.codes == small[name].codes).float().mean() > 0.995
+        assert (q.codes == rounded(block)[name].codes).float().mean() < 0.9
+
+
+def test_ranges_stay_ranges_however_large_the_steps():
+    block = Mlp()
+    wild = TuneConfig(iters=4, range_lr=9.0, tune_rounding=False, keep_best=False)
+    for q in tune(block, wild, int_format(4, 32, sym=False)).weights.values():
+        assert (q.scale.step > 0).all()
+        assert torch.isfinite(q.scale.step).all()
 
 
 def test_without_held_out_samples_the_others_choose():

@@ -151,7 +151,8 @@ class AssembledSource(ABC):
         replaced: dict[int, object] = dict(make_stubs(blocks, recorder))
         left_out = [block.module for block in self.blocks]
         head_path = find_head(model)
-        for path in [*find_towers(model), *([head_path] if head_path and not head else [])]:
+        spare = head_path if head_path and not head and not self.tied_head else None  # tied costs nothing
+        for path in [*find_towers(model), *([spare] if spare else [])]:
             replaced[id(model.get_submodule(path))] = nn.Module()
             left_out.append(path)
         names = [n for n in model.state_dict() if not any(n.startswith(f"{p}.") for p in left_out)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.layouts.layout import TensorSpec
+from auto_round.models import attention
 from auto_round.models.anatomy import dissect
 from auto_round.models.assembled import AssembledSource, Parts
 from auto_round.models.materialize import META
@@ -95,16 +96,19 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
-def _skeleton_of(model: nn.Module) -> Any:
+def _skeleton_of(model: Any) -> Any:
     """A copy of a model with its parameters on the meta device and its derived buffers as they are."""
-    memo: dict[int, object] = {id(config): config for config in [model.config]}
+    memo: dict[int, object] = {}
     saved = model.state_dict().keys()
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=META), requires_grad=False)
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if name in saved:
             memo[id(buffer)] = torch.empty_like(buffer, device=META)
-    return copy.deepcopy(model, memo).eval()
+    skeleton = copy.deepcopy(model, memo).eval()
+    if skeleton.config._attn_implementation == "sdpa":
+        skeleton.set_attn_implementation(attention.register())
+    return skeleton
 
 
 def _as_saved(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -43,8 +43,11 @@ def search_knobs(fmt: Format, w: Tensor, importance: Tensor | None, effort: Effo
     Args:
         fmt: numeric format.
         w: weight `[..., out, in]`.
-        importance: `[in]` (or broadcastable to `w`), not negative; None weighs all the same.
+        importance: `[in]`, not negative; None, or one without a finite positive mean, weighs all the same.
         effort: how long to search.
+
+    Returns:
+        Multipliers `[..., rows, n_groups]` in 0 ... 16.
     """
     with torch.no_grad():
         if w.dim() > 2:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from auto_round.calibration.observe import observe_inputs
-from auto_round.errors import InternalError, Refusal, UnsupportedError
+from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
 from auto_round.models.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
@@ -53,12 +53,14 @@ def tune_group(
         forward: runs blocks where gradients are wanted.
 
     Raises:
-        NumericsError: a weight or the loss is not finite; names the block.
+        NumericsError: a weight or the loss is not finite; names the tensor.
     """
     with ExitStack() as stack:
         blocks = [stack.enter_context(job.source.block(i, job.device)) for i in indices]
         group = BlockGroup(blocks)
         formats = _formats(job, indices)
+        prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
+        _refuse_not_finite(group, prefixes)
         originals = {name: group.get_parameter(name).detach() for name in formats}
         group.to(job.dtype)
         arguments = GroupArguments(table, indices, job.device)
@@ -77,7 +79,6 @@ def tune_group(
         )
         _advance(job, group, tuned, streams, targets, arguments)
     layers = _layers_of(job, indices, tuned.weights)
-    prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
     others = {_outside(name, prefixes): value for name, value in tuned.others.items()}
     return GroupResult(layers, others, tuned)
 
@@ -122,6 +123,17 @@ def _inside(job: Job, indices: Sequence[int], layer: Layer) -> str:
         raise InternalError(f"{layer.name} lies outside the blocks")
     prefix = job.source.blocks[layer.block].module
     return f"{list(indices).index(layer.block)}.{layer.parameter.removeprefix(prefix + '.')}"
+
+
+def _refuse_not_finite(group: BlockGroup, prefixes: Mapping[str, str]) -> None:
+    """Look at every weight before it spoils activations, whose errors would name no tensor."""
+    for name, parameter in group.named_parameters():
+        count = parameter.numel() - int(parameter.isfinite().sum())
+        if count:
+            raise NumericsError(
+                f"{_outside(name, prefixes)}: {count} of {parameter.numel()} weights are NaN or infinite; "
+                "expected finite ones: fetch the model again"
+            )
 
 
 def _outside(name: str, prefixes: Mapping[str, str]) -> str:

@@ -19,17 +19,19 @@ from auto_round.pipeline.trace import SPILL_BYTES
 TUNING_BYTES = 25
 """Memory of a weight under tuning beside the model's own copy: offset, best offset so far and gradient in
 float32 (12), what the backward pass of the rounding keeps (9), the rounded weight and its gradient (4)."""
-ROUNDING_BYTES = 96
-"""Bytes moved for each weight in one tuning step: rounding, its gradient and the update, all in float32."""
-SEARCH_BYTES = 24
+ROUNDING_BYTES = 800
+"""Bytes moved for each weight in one tuning step: rounding, its gradient and the update in float32 (fitted
+to runs of an 8-million-weight model on one core, like the next two)."""
+SEARCH_BYTES = 200
 """Bytes moved for each weight and candidate range of the search."""
 PASSES = 3
 """Forward passes that cost as much as one with gradients; each takes two operations a weight and token."""
-TRAFFIC = 3
+TRAFFIC = 8
 """Times that a forward pass moves what the backward pass would keep of it: norms, attention, activations."""
 LOOKS = 11
 """Times that the held-out loss is measured while a block is tuned."""
 MEASURED_TOKENS = 4096
+"""Most rows of the matrix product that is timed."""
 WORKSPACE = 96 << 20
 """Logits, packed codes and what the C library keeps, bytes."""
 

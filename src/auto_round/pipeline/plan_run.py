@@ -63,7 +63,7 @@ class DryRun:
             + _too_little(disk, self.free_bytes)
         ]
         rate = f"{self.rates.operations / 1e9:.3g} billion operations per second, measured now"
-        lines += [f"time:    about {_duration(expected.seconds)}; an estimate, from {rate}"]
+        lines += [f"time:    about {_duration(expected.seconds)}, a rough estimate from {rate}"]
         lines += [f"output:  {', '.join(map(str, self.job.folders(self.job.output).values()))}"]
         if self.unfinished is not None:
             lines += [f"         an unfinished run lies in {self.unfinished}: the same command continues it"]

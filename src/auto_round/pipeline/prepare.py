@@ -61,10 +61,12 @@ def prepare(
     tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=16))
     if tokenizer is None and (options.model.tokenizer or source.folder is not None):
         tokenizer = _load_tokenizer(options, source, required=rows and needs_rows(tune) and dataset is None)
+    options = _within_context(options, source)
     calibration, tuned = (None, 0)
     if rows:
-        options = _within_context(options, source)
         calibration, tuned = _rows(options, tune, tokenizer, dataset)
+        if calibration is not None:
+            _refuse_unknown_tokens(calibration, source)
     device = _device(options)
     return Job(
         options=options,
@@ -173,6 +175,17 @@ def _within_context(options: Options, source: ModelSource) -> Options:
         return options
     logger.warning("seqlen %d is longer than the model's context: rows have %d tokens", wanted, context)
     return replace(options, calibration=replace(options.calibration, seqlen=context))
+
+
+def _refuse_unknown_tokens(rows: CalibrationRows, source: ModelSource) -> None:
+    known = int(source.config.get_text_config().vocab_size)
+    largest = max(int(row.input_ids.max()) for row in rows.rows)
+    smallest = min(int(row.input_ids.min()) for row in rows.rows)
+    if largest >= known or smallest < 0:
+        raise ConfigError(
+            f"the calibration rows hold token {largest if largest >= known else smallest}, but the model's "
+            f"vocabulary has {known}: is this the model's tokenizer, or data made for another model?"
+        )
 
 
 def _device(options: Options) -> torch.device:

@@ -28,6 +28,7 @@ from auto_round.pipeline.measure import Measured, measure_streams
 from auto_round.pipeline.memory import keep_freed_memory
 from auto_round.pipeline.outputs import Outputs, Written, check_written
 from auto_round.pipeline.plain import bursts, nbytes, round_layers
+from auto_round.pipeline.plan_table import plan_table
 from auto_round.pipeline.prepare import prepare
 from auto_round.pipeline.result import Result
 from auto_round.pipeline.signature import signature
@@ -78,6 +79,7 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
         folders = job.folders(folder.folder)
         done = [name for entry in journal.entries for name in entry["tensors"]]
         outputs = stack.enter_context(Outputs.open(job, folders, done=done, fresh=not journal.resumed))
+        logger.info("plan\n%s", plan_table(job))
         measured = _Loop(job, folder.scratch, journal, outputs, progress, clock).run()
         progress(clock.event("write", 0, 1, "remaining tensors"))
         outputs.copy_rest()

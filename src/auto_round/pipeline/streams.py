@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
+from auto_round.checkpoint.disk import reserve, writing
 
 
 class Streams:
@@ -81,6 +82,6 @@ def _storage(
     for n in shape:
         count *= n
     path = spill / f"{name}.stream"
-    with path.open("wb") as file:
-        file.truncate(count * dtype.itemsize)
+    with writing(path), path.open("wb") as file:
+        reserve(file.fileno(), count * dtype.itemsize)  # a full disk must not surface while memory is written
     return torch.from_file(str(path), shared=True, size=count, dtype=dtype).reshape(*shape)

@@ -28,7 +28,7 @@ def trace_rows(job: Job, scratch: Path) -> tuple[ArgumentTable, Streams]:
     rows = () if job.rows is None else job.rows.rows
     table = ArgumentTable()
     hidden = []
-    with job.source.stem(CPU, job.dtype) as stem:
+    with job.source.stem(CPU, job.dtype, head=False) as stem:
         for row in rows:
             mask = None if row.mask is None else row.mask.unsqueeze(0)
             traced = stem.trace(row.input_ids.unsqueeze(0), mask)

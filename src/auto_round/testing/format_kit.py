@@ -43,6 +43,12 @@ def random_weight(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.
     return (0.5 * (w + center)).to(dtype)
 
 
+def large_weight(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Weight of at least 0.25 everywhere: even a group of one has a step in the normal range of float16."""
+    w = random_weight(shape, seed)
+    return w + 0.25 * w.sign()
+
+
 def random_case(
     fmt: Format, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32, reach: float = 1.0
 ) -> Case:
@@ -80,8 +86,8 @@ def check_format(fmt: Format, *, seed: int = 0, spare: float = 1.0) -> None:
     check_grid(fmt)
     for shape in SHAPES:
         _check_nearest(fmt, random_case(fmt, shape, seed))
-        _check_range(fmt, random_weight(shape, seed), spare)
-        _check_extremes(fmt, random_weight(shape, seed))
+        _check_range(fmt, large_weight(shape, seed), spare)
+        _check_extremes(fmt, large_weight(shape, seed))
         _check_scale(fmt, random_case(fmt, shape, seed))
         for dtype in DTYPES:
             _check_fake(fmt, random_case(fmt, shape, seed, dtype))
@@ -180,7 +186,7 @@ def _check_range(fmt: Format, w: Tensor, spare: float) -> None:
 
 
 def _check_extremes(fmt: Format, w: Tensor) -> None:
-    """Symmetric formats map the extreme of larger magnitude to their lowest number, exactly but for the step."""
+    """Symmetric formats map the larger extreme to their lowest number, exact but for the rounded step."""
     if not isinstance(fmt.rule, SignedMax):
         return
     q, stats = fmt.quantize(w), fmt.stats(w)
@@ -247,7 +253,7 @@ def _check_scale(fmt: Format, case: Case) -> None:
 def _check_power_of_two(fmt: Format, seed: int) -> None:
     """Weights times a power of two: the same codes and zero points, steps times that power."""
     case = random_case(fmt, (6, 80), seed)
-    w = case.w + 0.25 * case.w.sign()  # no step outside of the normal range of its dtype
+    w = large_weight((6, 80), seed)
     q = fmt.quantize(w, case.knobs, case.v)
     for k in (-2, 1, 5):
         scaled = fmt.quantize(w * 2.0**k, case.knobs, case.v)

@@ -32,6 +32,8 @@ MAX_KNOB = 16.0
 """Range multipliers are kept inside 0 ... 16; the search never leaves it either."""
 LOOKS = 10
 """How many times the held-out loss is looked at during a run."""
+STEPS_BETWEEN_LOOKS = 10
+"""Fewest steps between two looks: each costs about as much as a step. The last step is always looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,7 @@ class _Loop:
         best_loss = loss = initial = self._held_out_loss()
         best_step, done = 0, 0
         best = self._snapshot() if config.keep_best else None
-        look_every = max(1, config.iters // LOOKS)
+        look_every = max(STEPS_BETWEEN_LOOKS, config.iters // LOOKS)
         for step in range(config.iters):
             gradients = self._gradients()
             with torch.no_grad():

@@ -1,0 +1,125 @@
+"""Dry runs: true sizes, nothing written, and what stands in the way is said."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from auto_round.config import build_options
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.pipeline.estimate import Rates, estimate, measure_sizes
+from auto_round.pipeline.plan_run import dry_run
+from auto_round.pipeline.plan_table import manifests, plan_size
+from pipeline.runs import ROWS, SHORT, quantize, weights
+
+HEADS = {"head_dim": 16}
+RATES = Rates(operations=1e9, bandwidth=1e9)
+
+
+def planned(model, out, **given):
+    return dry_run(
+        build_options({**SHORT, "model": str(model), "output_dir": str(out), **given}), dataset=ROWS
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({}, {"format": "auto_round"}),
+        ({}, {"format": "auto_round", "sym": False, "bits": 3}),
+        ({"tie_word_embeddings": True}, {"format": "auto_round", "quant_lm_head": True}),
+        ({"tie_word_embeddings": True}, {"format": "fake,auto_round"}),
+    ],
+)
+def test_planned_bytes_are_those_written(tiny, tmp_path, changes, given):
+    model = tiny("qwen3", **HEADS, **changes)
+    dry = planned(model, tmp_path / "out", **given)
+    assert not list(tmp_path.iterdir())
+    result = quantize(model, tmp_path / "out", verify=False, **given)
+    for folder, (name, manifest) in zip(result.folders, manifests(dry.job).items(), strict=True):
+        stored = weights(folder)
+        size = plan_size(dry.job, dry.job.exporters[name])
+        assert manifest.nbytes == sum(t.nbytes for t in stored.values())
+        assert size.total_bytes == manifest.nbytes
+        assert size.source_bytes == sum(t.nbytes for t in weights(model).values())
+        quantized = sum(t.nbytes for n, t in stored.items() if n.rpartition(".")[0] in result.plan.quantized)
+        count = sum(math.prod(layer.shape) for layer, _ in dry.job.quantized().values())
+        assert size.bits_per_weight == pytest.approx(8 * quantized / count)
+    assert f"{size.bits_per_weight:.3f} bits per weight" in dry.text or len(dry.job.exporters) > 1
+    assert dry.estimate.output_bytes == sum(m.nbytes for m in manifests(dry.job).values())
+
+
+def test_the_text_says_what_matters(tiny, tmp_path):
+    text = planned(tiny("llama"), tmp_path / "out").text
+    for part in (
+        "model.layers.{0-1}.mlp.up_proj",
+        "W4 g32 sym",
+        "output head",
+        "SignRound, 2 steps",
+        "cpu, blocks run in bfloat16",
+        "memory:  about",
+        "disk:",
+        "a rough estimate",
+        str(tmp_path / "out"),
+    ):
+        assert part in text
+    assert "refused" not in text
+
+
+def test_what_lies_at_the_output_is_reported_and_kept(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    (tmp_path / "out.partial").mkdir()
+    dry = planned(tiny("llama"), tmp_path / "out")
+    assert "thesis.txt" in dry.blocked
+    assert "would be refused" in dry.text
+    assert "the same command continues it" in dry.text
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["out", "out.partial", "thesis.txt"]
+
+
+def test_a_run_that_would_be_refused_is_refused(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="group_size"):
+        planned(tiny("llama"), tmp_path / "out", group_size=48)
+    with pytest.raises(UnsupportedError, match="5 bits"):
+        planned(tiny("llama"), tmp_path / "out", bits=5)
+
+
+def test_estimates_grow_with_the_work(tiny, tmp_path):
+    model = tiny("llama", max_position_embeddings=4096)
+
+    def expected(**given):
+        return estimate(planned(model, tmp_path / "out", **given).job, RATES)
+
+    base = expected()
+    assert expected(iters=200).seconds > 10 * base.seconds
+    assert expected(nsamples=512, seqlen=512).scratch_bytes > 100 * base.scratch_bytes
+    large, small = expected(nsamples=512, seqlen=2048), expected(nsamples=512, seqlen=1024)
+    assert large.host_bytes > small.host_bytes
+    assert expected(resume=False).scratch_bytes == 0
+    plain = expected(iters=0, disable_opt_rtn=True)
+    assert plain.seconds < base.seconds
+    assert plain.scratch_bytes == 0
+    assert base.device_bytes == 0
+
+
+def test_only_the_chosen_experts_count_in_time(tiny, tmp_path):
+    def seconds(chosen):
+        experts = {"moe_intermediate_size": 32, "num_experts_per_tok": chosen}
+        job = planned(tiny("qwen3_moe", **HEADS, **experts), tmp_path / "out").job
+        return estimate(job, Rates(operations=1e6, bandwidth=1e12)).seconds
+
+    assert seconds(1) < seconds(2) < seconds(4)
+
+
+def test_sizes_of_the_streams(tiny, tmp_path):
+    job = planned(tiny("llama"), tmp_path / "out", nsamples=24, seqlen=16).job
+    sizes = measure_sizes(job)
+    assert sizes.tokens == 32 * 16
+    assert sizes.stream == 32 * 16 * 64 * torch.bfloat16.itemsize
+
+
+def test_rows_are_no_longer_than_the_context(tiny, tmp_path):
+    job = planned(tiny("llama"), tmp_path / "out", nsamples=24, seqlen=2048).job
+    assert measure_sizes(job).tokens == 32 * 64

@@ -103,6 +103,19 @@ def post_init(model: Any, used_backends: list[str] | None = None) -> None:
             raise CheckpointError(f'layer "{name}": {error}') from error
 
 
+def change_backend(model: Any, backend: str = AUTO) -> None:
+    """Run the quantized layers of a loaded model with other kernels, where others are chosen.
+
+    Raises:
+        UnsupportedError: the backend cannot run a layer, with the reasons.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            kernel = select_kernel(module.spec, backend)
+            if kernel is not module.kernel:
+                module.change_kernel(kernel, module.spec)
+
+
 def _check_complete(model: Any) -> None:
     """Refuse a checkpoint that lacks a packed tensor: Transformers only warns and leaves arbitrary bytes.
 

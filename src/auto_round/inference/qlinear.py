@@ -92,6 +92,15 @@ class QuantLinear(PackedWeight):
             self.register_buffer(name, buffer, persistent=False)
         self.kernel, self.spec, self.adopted = kernel, spec, True
 
+    def change_kernel(self, kernel: Kernel, spec: LinearSpec) -> None:
+        """Let another kernel take over from the one that runs the layer now; the weight stays bit for bit."""
+        buffers = kernel.prepare(self.restore(), spec)
+        for name in list(self._kernel_buffers()):
+            del self._buffers[name]
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+        self.kernel, self.spec = kernel, spec
+
     def restore(self) -> QTensor:
         """The quantized weight, bit for bit as it was loaded."""
         return self.kernel.restore(self._kernel_buffers(), self.spec) if self.adopted else self.unpack()

@@ -143,17 +143,18 @@ class _FakeQuantize(torch.autograd.Function):
         inside = (shifted >= grid.lo - 0.5) & (shifted <= grid.hi + 0.5)
         if zero is not None:
             n = n - zero.unsqueeze(-1)
-        ctx.save_for_backward(u, n, inside, step)
+        out = n * step.unsqueeze(-1)
+        ctx.save_for_backward(n.sub_(u.mul_(inside)), inside, step)
         ctx.has_zero = zero is not None
-        return n * step.unsqueeze(-1)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None]:
-        u, n, inside, step = ctx.saved_tensors
+        towards_step, inside, step = ctx.saved_tensors
         kept = grad * inside
         d_step = d_zero = d_v = None
         if ctx.needs_input_grad[1]:
-            d_step = (grad * n - kept * u).sum(-1)
+            d_step = (grad * towards_step).sum(-1)
         if ctx.has_zero and ctx.needs_input_grad[2]:
             d_zero = (kept - grad).sum(-1) * step
         if ctx.needs_input_grad[3]:

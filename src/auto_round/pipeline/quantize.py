@@ -25,7 +25,7 @@ from auto_round.pipeline.finish import build_report, write_configs_and_tokenizer
 from auto_round.pipeline.head import quantize_outside
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.measure import Measured, measure_streams
-from auto_round.pipeline.memory import keep_freed_memory
+from auto_round.pipeline.memory import keep_freed_memory, release_freed_memory
 from auto_round.pipeline.outputs import Outputs, Written, check_written
 from auto_round.pipeline.plain import bursts, nbytes, round_layers
 from auto_round.pipeline.plan_table import plan_table
@@ -129,6 +129,7 @@ class _Loop:
             self._keep(result, unit, number, streams)
             losses = {"loss": result.tuned.loss, "initial": result.tuned.initial_loss}
             self.progress(self.clock.event("tune", number, len(groups), unit, **losses))
+        release_freed_memory()
         head = quantize_outside(self.job, streams, self._write)
         return measure_streams(self.job, streams, head)
 

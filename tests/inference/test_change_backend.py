@@ -17,6 +17,7 @@ def test_change_of_kernel_keeps_codes_and_steps() -> None:
     layout = layout_for("auto_round")
     layer = QuantLinear(spec, layout, select_kernel(spec, "torch"), None)
     q = fmt.quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(1)))
+    layer.to_empty(device="cpu")
     for name, part in layout.pack(q).items():
         layer.get_buffer(name).copy_(part)
     layer.adopt(layer.kernel, spec)

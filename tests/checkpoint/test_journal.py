@@ -73,10 +73,21 @@ def test_another_run_is_refused_key_by_key(tmp_path: Path) -> None:
 
 
 def test_long_values_are_cut_in_the_message(tmp_path: Path) -> None:
-    Journal.open(tmp_path / "journal", {"text": "x" * 5000}).close()
+    with Journal.open(tmp_path / "journal", {"text": "x" * 5000}) as journal:
+        journal.append({"unit": "a"})
     with pytest.raises(ConfigError) as caught:
         Journal.open(tmp_path / "journal", {"text": "y" * 5000})
     assert len(str(caught.value)) < 900
+
+
+def test_other_settings_begin_anew_while_nothing_is_finished(tmp_path: Path) -> None:
+    Journal.open(tmp_path / "journal", {"iters": 1}).close()
+    with Journal.open(tmp_path / "journal", {"iters": 2}) as journal:
+        assert not journal.resumed
+        journal.append({"unit": "a"})
+    with Journal.open(tmp_path / "journal", {"iters": 2}) as journal:
+        assert journal.resumed
+        assert journal.entries == [{"unit": "a"}]
 
 
 def test_disk_full_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

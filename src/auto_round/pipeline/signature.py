@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -84,4 +85,4 @@ def _plain(value: Any) -> Any:
     """JSON value of a setting."""
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
-    return value.__qualname__ if callable(value) else str(value)
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, FunctionType) else repr(value)

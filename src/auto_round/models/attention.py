@@ -18,19 +18,26 @@ BANDS = 4
 
 
 class _CausalAttention(torch.autograd.Function):
-    """softmax(q k^T + causal mask) v for `[batch, heads, length, width]`; `q` comes scaled."""
+    """softmax(q k^T + causal mask) v.
+
+    `q` is `[rows, repeats, length, width]` and scaled, `k` and `v` are `[rows, length, width]`: query heads
+    that share a key head are stacked below each other, so that no key is copied and their gradients add up
+    by themselves.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        size = q.shape[2] // BANDS
+        rows, repeats, length, width = q.shape
+        size = length // BANDS
         blocked = torch.full((size, size), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
         kept, outputs = [], []
-        for start in range(0, q.shape[2], size):
+        for start in range(0, length, size):
             end = start + size
-            scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)
-            scores[..., start:].add_(blocked)
+            stacked = q[:, :, start:end].reshape(rows, repeats * size, width)
+            scores = stacked @ k[:, :end].transpose(1, 2)
+            scores.view(rows, repeats, size, end)[..., start:].add_(blocked)
             p = torch.softmax(scores, -1)
-            outputs.append(p @ v[:, :, :end])
+            outputs.append((p @ v[:, :end]).view(rows, repeats, size, width))
             kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
         return torch.cat(outputs, 2)
@@ -38,16 +45,21 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, *kept = ctx.saved_tensors
-        size = q.shape[2] // BANDS
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for i, p in enumerate(kept):
-            band, end = slice(i * size, (i + 1) * size), (i + 1) * size
-            g = grad[:, :, band]
-            dp = g @ v[:, :, :end].transpose(-1, -2)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, :, band] = ds @ k[:, :, :end]
-            dk[:, :, :end] += ds.transpose(-1, -2) @ q[:, :, band]
-            dv[:, :, :end] += p.transpose(-1, -2) @ g
+        rows, repeats, length, width = q.shape
+        size = length // BANDS
+        dq, dk, dv = torch.empty_like(q), k, v
+        for i in reversed(range(BANDS)):  # the last band reaches every key: it writes, the others add
+            p, band, end = kept[i], slice(i * size, (i + 1) * size), (i + 1) * size
+            g = grad[:, :, band].reshape(rows, repeats * size, width)
+            stacked = q[:, :, band].reshape(rows, repeats * size, width)
+            ds = torch._softmax_backward_data(g @ v[:, :end].transpose(1, 2), p, -1, p.dtype)
+            dq[:, :, band] = (ds @ k[:, :end]).view(rows, repeats, size, width)
+            to_keys, to_values = ds.transpose(1, 2) @ stacked, p.transpose(1, 2) @ g
+            if end == length:
+                dk, dv = to_keys, to_values
+            else:
+                dk[:, :end] += to_keys
+                dv[:, :end] += to_values
         return dq, dk, dv
 
 
@@ -63,11 +75,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         `[batch, heads, length, width]`.
     """
-    repeats = q.shape[1] // k.shape[1]
-    if repeats > 1:
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    attended: Tensor = _CausalAttention.apply(q * scale, k, v)  # type: ignore[no-untyped-call]
-    return attended
+    batch, heads, length, width = q.shape
+    rows = batch * k.shape[1]
+    keys, values = k.reshape(rows, length, width), v.reshape(rows, length, width)
+    stacked = (q * scale).reshape(rows, heads // k.shape[1], length, width)
+    attended: Tensor = _CausalAttention.apply(stacked, keys, values)  # type: ignore[no-untyped-call]
+    return attended.reshape(batch, heads, length, width)
 
 
 def _serves(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -11,12 +14,29 @@ def block_loss(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     Args:
         output: `[batch, length, hidden]`.
         target: same shape.
-        mask: `[batch, length]` bool, True where a position counts; None where all do.
+        mask: `[batch, length]` bool, True where a position counts; None where all do. What stands at the
+            other positions has no influence, not even NaN.
     """
-    difference = output.float() - target.float()
-    if mask is None:
-        return difference.square().mean()
-    left_out = ~mask.unsqueeze(-1)
-    counted = mask.sum() * difference.shape[-1]
-    # Filled rather than multiplied: what stands at padding may be NaN, and 0 * NaN is NaN.
-    return difference.masked_fill(left_out, 0.0).square().sum() / counted.clamp_min(1)
+    loss: Tensor = _MeanSquare.apply(output, target, mask)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Few passes over memory: the difference is formed once, in float32, and serves both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        difference = output.to(torch.float32, copy=True).sub_(target)
+        count = difference.numel()
+        if mask is not None:
+            difference.masked_fill_(~mask.unsqueeze(-1), 0.0)
+            count = max(1, int(mask.sum())) * difference.shape[-1]
+        ctx.save_for_backward(difference)
+        ctx.count, ctx.dtype = count, output.dtype
+        flat = difference.reshape(-1)
+        return torch.dot(flat, flat) / count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (difference,) = ctx.saved_tensors
+        return (difference * (grad * (2.0 / ctx.count))).to(ctx.dtype), None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from auto_round.calibration.observe import observe_inputs
 from auto_round.config import Options
 from auto_round.models.layer import Layer, Role
 from auto_round.numerics.format import Format
-from auto_round.pipeline.settings import tune_settings
-from auto_round.schemes.make import PlanRequest, make_plan
+from auto_round.pipeline.settings import plan_request, tune_settings
+from auto_round.schemes.make import make_plan
 from auto_round.tuning.samples import Samples, run_block
 from auto_round.tuning.sign_round import WeightTask, tune_block
 
@@ -101,13 +102,7 @@ def _formats(block: nn.Module, options: Options) -> Mapping[str, Format]:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    scheme = options.scheme
-    request = PlanRequest(
-        scheme=scheme.scheme,
-        overrides=scheme.overrides(),
-        layer_config=scheme.layer_config,
-        ignore_layers=scheme.ignore_layers or None,
-    )
+    request = replace(plan_request(options.scheme), quant_lm_head=False, to_quant_block_names=None)
     plan = make_plan(layers, request, other_names=[name for name, _ in block.named_modules()])
     found = {layer.parameter: plan.format_of(layer.name) for layer in layers}
     return {name: fmt for name, fmt in found.items() if fmt is not None}

@@ -23,9 +23,9 @@ from auto_round.models.hub import resolve_model
 from auto_round.models.live import LiveSource
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.job import Job
-from auto_round.pipeline.settings import tune_settings
+from auto_round.pipeline.settings import plan_request, tune_settings
 from auto_round.schemes.make import make_plan
-from auto_round.schemes.plan import Plan, PlanRequest
+from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
 
 HELD_OUT = 8
@@ -106,15 +106,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _plan(options: Options, source: ModelSource) -> Plan:
-    wanted = options.scheme
-    request = PlanRequest(
-        scheme=wanted.scheme,
-        overrides=wanted.overrides(),
-        layer_config=wanted.layer_config,
-        ignore_layers=wanted.ignore_layers or None,
-        quant_lm_head=wanted.quant_lm_head,
-        to_quant_block_names=wanted.to_quant_block_names or None,
-    )
+    request = plan_request(options.scheme)
     others = {name.rpartition(".")[0] for name in source.tensors}
     plan = make_plan(
         source.layers, request, blocks=source.blocks, tied_head=source.tied_head, other_names=sorted(others)

@@ -1,12 +1,25 @@
-"""From the user's options to the settings of the tuning loop."""
+"""From the user's options to the request for a plan and the settings of the tuning loop."""
 
 from __future__ import annotations
 
-from auto_round.config.groups import TuneOptions
+from auto_round.config.groups import SchemeOptions, TuneOptions
+from auto_round.schemes.plan import PlanRequest
 from auto_round.tuning.config import Optimizer, TuneConfig
 
 PLAIN_FROM_BITS = 8
 """From this width on, `iters=0` rounds plainly unless asked: a search gains nothing that can be measured."""
+
+
+def plan_request(wanted: SchemeOptions) -> PlanRequest:
+    """What the user asked of the plan."""
+    return PlanRequest(
+        scheme=wanted.scheme,
+        overrides=wanted.overrides(),
+        layer_config=wanted.layer_config,
+        ignore_layers=wanted.ignore_layers or None,
+        quant_lm_head=wanted.quant_lm_head,
+        to_quant_block_names=wanted.to_quant_block_names or None,
+    )
 
 
 def tune_settings(tune: TuneOptions, bits: int) -> TuneConfig:

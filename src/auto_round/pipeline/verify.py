@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,10 @@ def _load(job: Job, name: str, folder: Path) -> Any:
     if job.device.type != "cpu":
         settings["device_map"] = {"": str(job.device)}
     trust = job.options.model.trust_remote_code
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, **settings).eval()
+    with warnings.catch_warnings():
+        # Transformers warns that only the backend of what is passed will be used: that is what is meant.
+        warnings.simplefilter("ignore", UserWarning)
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, **settings).eval()
 
 
 def _generate(job: Job, model: Any, prompt: torch.Tensor) -> str:

@@ -12,7 +12,7 @@ from auto_round.numerics.presets import int_format
 from auto_round.numerics.search import QUICK, THOROUGH
 from auto_round.tuning.config import Optimizer, TuneConfig
 from auto_round.tuning.samples import Samples
-from auto_round.tuning.sign_round import WeightTask, round_to_nearest, tune_block
+from auto_round.tuning.sign_round import WeightTask, block_objective, round_to_nearest, tune_block
 from tuning.blocks import HIDDEN, W2, Experts, Mlp, activations, generator, samples, tasks
 
 QUICKLY = TuneConfig(iters=40)
@@ -196,11 +196,11 @@ def _rounding_is_perfect(block):
 
 
 def _counted(log):
-    def forward(module, parameters, args, kwargs):
+    def objective(*arguments):
         log.append(1)
-        return torch.func.functional_call(module, parameters, args, kwargs)
+        return block_objective(*arguments)
 
-    return forward
+    return objective
 
 
 @pytest.mark.parametrize(("patience", "steps"), [(0, 40), (1, 10), (10, 10), (11, 20), (20, 20), (100, 40)])
@@ -208,7 +208,7 @@ def _counted(log):
 def test_patience_stops_and_the_best_or_the_last_is_kept(patience, steps, keep_best):
     block, log = Mlp(), []
     config = TuneConfig(iters=40, search=False, patience=patience, keep_best=keep_best)
-    tuned = tune(block, config, held_out=_rounding_is_perfect(block), forward=_counted(log))
+    tuned = tune(block, config, held_out=_rounding_is_perfect(block), objective=_counted(log))
     assert len(log) == steps
     assert same_codes(tuned.weights, rounded(block)) == keep_best
     assert tuned.best_step == (0 if keep_best else steps)

@@ -22,7 +22,7 @@ from auto_round.pipeline.group import BlockGroup, GroupArguments
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.streams import Streams
 from auto_round.tuning.samples import Samples, run_block
-from auto_round.tuning.sign_round import Forward, TunedBlock, WeightTask, tune_block
+from auto_round.tuning.sign_round import Objective, TunedBlock, WeightTask, tune_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class GroupResult:
 
 
 def tune_group(
-    job: Job, indices: Sequence[int], table: ArgumentTable, streams: Streams, forward: Forward
+    job: Job, indices: Sequence[int], table: ArgumentTable, streams: Streams, objective: Objective
 ) -> GroupResult:
     """Quantize the layers of some neighbouring blocks and move both streams past them.
 
@@ -50,7 +50,7 @@ def tune_group(
         indices: indices of the blocks, in order.
         table: arguments of all blocks for all rows.
         streams: hidden states before the first of these blocks; replaced by those after the last.
-        forward: runs blocks where gradients are wanted.
+        objective: what tuning differentiates.
 
     Raises:
         NumericsError: a weight or the loss is not finite; names the tensor.
@@ -75,7 +75,7 @@ def tune_group(
             _samples(inputs, targets, held_out, streams.masks, slice(streams.tuned, None)),
             job.tune if tunable else replace(job.tune, iters=0),
             generator=torch.Generator().manual_seed(job.options.calibration.seed + indices[0]),
-            forward=forward,
+            objective=objective,
         )
         _advance(job, group, tuned, streams, targets, arguments)
     layers = _layers_of(job, indices, tuned.weights)

@@ -19,7 +19,7 @@ from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.blocks import GroupResult, tune_group
 from auto_round.pipeline.clock import Clock
-from auto_round.pipeline.compile import block_forward
+from auto_round.pipeline.compile import objective_for
 from auto_round.pipeline.determinism import deterministic_kernels
 from auto_round.pipeline.finish import build_report, write_configs_and_tokenizer, write_report
 from auto_round.pipeline.head import quantize_outside
@@ -121,11 +121,11 @@ class _Loop:
             streams.restore(_saved(self.scratch, start))
             logger.info("continuing after %s of %s", groups[start - 1][0], groups[-1][0])
             self.clock.skip(start)
-        forward = block_forward(self.job)
+        objective = objective_for(self.job)
         if self.job.device.type == "cpu" and self.job.tune.iters:
             keep_freed_memory()
         for number, (unit, indices) in enumerate(groups[start:], start=start + 1):
-            result = tune_group(self.job, indices, table, streams, forward)
+            result = tune_group(self.job, indices, table, streams, objective)
             self._keep(result, unit, number, streams)
             losses = {"loss": result.tuned.loss, "initial": result.tuned.initial_loss}
             self.progress(self.clock.event("tune", number, len(groups), unit, **losses))

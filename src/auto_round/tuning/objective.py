@@ -27,16 +27,17 @@ class _MeanSquare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         difference = output.to(torch.float32, copy=True).sub_(target)
-        count = difference.numel()
+        count = torch.full((), difference.numel(), device=output.device)
         if mask is not None:
+            # Filled rather than multiplied: what stands at padding may be NaN, and 0 * NaN is NaN.
             difference.masked_fill_(~mask.unsqueeze(-1), 0.0)
-            count = max(1, int(mask.sum())) * difference.shape[-1]
-        ctx.save_for_backward(difference)
-        ctx.count, ctx.dtype = count, output.dtype
+            count = mask.sum().clamp_min(1) * difference.shape[-1]
+        ctx.save_for_backward(difference, count)
+        ctx.dtype = output.dtype
         flat = difference.reshape(-1)
         return torch.dot(flat, flat) / count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (difference,) = ctx.saved_tensors
-        return (difference * (grad * (2.0 / ctx.count))).to(ctx.dtype), None, None
+        difference, count = ctx.saved_tensors
+        return (difference * (grad * (2.0 / count))).to(ctx.dtype), None, None

@@ -25,8 +25,8 @@ from auto_round.tuning.objective import block_loss
 from auto_round.tuning.samples import Samples, first_output
 from auto_round.tuning.steps import make_stepper, step_factor
 
-Forward = Callable[[nn.Module, dict[str, Tensor], tuple[Any, ...], dict[str, Any]], Any]
-"""Runs a module with substituted parameters: `(module, parameters, args, kwargs)`."""
+Objective = Callable[..., Tensor]
+"""`block_objective`, or something that gives the same for the same arguments."""
 
 MAX_KNOB = 16.0
 """Range multipliers are kept inside 0 ... 16; the search never leaves it either."""
@@ -79,9 +79,11 @@ class _Weight:
     stats: Stats
     knobs: Knobs
     v: Tensor
+    dtype: torch.dtype
 
-    def fake(self, dtype: torch.dtype) -> Tensor:
-        return self.format.fake_quantize(self.original, self.stats, self.knobs, self.v).to(dtype)
+    def fake(self) -> Tensor:
+        """The weight as it would come back from its codes, in the dtype that the block runs in."""
+        return self.format.fake_quantize(self.original, self.stats, self.knobs, self.v).to(self.dtype)
 
     def quantize(self) -> QTensor:
         with torch.no_grad():
@@ -96,6 +98,34 @@ def round_to_nearest(
     return fmt.quantize(w, knobs)
 
 
+def block_objective(
+    block: nn.Module,
+    weights: Mapping[str, _Weight],
+    others: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    target: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Loss of a block whose weights are fake-quantized: everything that a tuning step differentiates.
+
+    Args:
+        block: the module.
+        weights: weights under tuning by parameter name.
+        others: retrained parameters by name, float32.
+        args: hidden states `[batch, length, hidden]` and what else is positional.
+        kwargs: keyword arguments.
+        target: what the unquantized block gives.
+        mask: `[batch, length]` bool; None where every position counts.
+
+    Returns:
+        Scalar float32.
+    """
+    parameters = {name: weight.fake() for name, weight in weights.items()}
+    parameters.update({name: value.to(args[0].dtype) for name, value in others.items()})
+    return block_loss(first_output(functional_call(block, parameters, args, kwargs)), target, mask)
+
+
 def tune_block(
     block: nn.Module,
     tasks: Mapping[str, WeightTask],
@@ -104,7 +134,7 @@ def tune_block(
     config: TuneConfig,
     *,
     generator: torch.Generator,
-    forward: Forward = functional_call,
+    objective: Objective = block_objective,
 ) -> TunedBlock:
     """Quantize the weights of one block so that its output changes least.
 
@@ -115,7 +145,7 @@ def tune_block(
         held_out: what parameters are chosen by; never trained on. Where it is empty `samples` choose.
         config: settings of the loop.
         generator: source of the order of samples (on the host).
-        forward: runs the block where gradients are wanted, for example a compiled `functional_call`.
+        objective: what is differentiated, for example a compiled `block_objective`.
 
     Raises:
         ConfigError: there is nothing to tune on.
@@ -128,7 +158,7 @@ def tune_block(
     if not len(samples):
         raise ConfigError("no samples to tune on: give some, or iters=0 to round without tuning")
     with torch.enable_grad():
-        return _Loop(block, weights, samples, held_out or samples, config, generator, forward).run()
+        return _Loop(block, weights, samples, held_out or samples, config, generator, objective).run()
 
 
 def _prepare(block: nn.Module, name: str, task: WeightTask, effort: Effort | None) -> _Weight:
@@ -143,7 +173,7 @@ def _prepare(block: nn.Module, name: str, task: WeightTask, effort: Effort | Non
     else:
         knobs = search_knobs(fmt, original, task.importance, effort)
     v = torch.zeros_like(original, dtype=torch.float32)
-    return _Weight(fmt, original, stats, knobs, v)
+    return _Weight(fmt, original, stats, knobs, v, block.get_parameter(name).dtype)
 
 
 class _Loop:
@@ -157,12 +187,12 @@ class _Loop:
         held_out: Samples,
         config: TuneConfig,
         generator: torch.Generator,
-        forward: Forward,
+        objective: Objective,
     ) -> None:
         self._block, self._weights, self._config = block, weights, config
         self._samples, self._held_out, self._generator = samples, held_out, generator
         self._device = next(iter(weights.values())).original.device
-        self._forward = forward
+        self._objective = objective
         self._others = _other_parameters(block, weights) if config.tune_norm_bias else {}
         self._offsets = [w.v for w in weights.values()] if config.tune_rounding else []
         self._ranges = (
@@ -206,23 +236,24 @@ class _Loop:
             done,
         )
 
-    def _call(self, samples: Samples, index: Sequence[int]) -> Tensor:
+    def _call(self, samples: Samples, index: Sequence[int], objective: Objective) -> Tensor:
         """Loss of the block with fake-quantized weights on some samples."""
-        parameters = {n: w.fake(self._block.get_parameter(n).dtype) for n, w in self._weights.items()}
-        for name, p in self._others.items():
-            parameters[name] = p.to(self._block.get_parameter(name).dtype)
         args, kwargs = samples.arguments(index)
         pick = torch.as_tensor(index)
-        hidden = samples.inputs[pick].to(self._device)
-        forward = self._forward if torch.is_grad_enabled() else functional_call
-        output = forward(self._block, parameters, (hidden, *args), dict(kwargs))
-        mask = None if samples.masks is None else samples.masks[pick].to(self._device)
-        return block_loss(first_output(output), samples.targets[pick].to(self._device), mask)
+        return objective(
+            self._block,
+            self._weights,
+            self._others,
+            (samples.inputs[pick].to(self._device), *args),
+            dict(kwargs),
+            samples.targets[pick].to(self._device),
+            None if samples.masks is None else samples.masks[pick].to(self._device),
+        )
 
     def _gradients(self) -> list[Tensor | None]:
         total: list[Tensor | None] = [None] * len(self._trained)
         for _ in range(self._config.accumulate):
-            loss = self._call(self._samples, self._next_batch())
+            loss = self._call(self._samples, self._next_batch(), self._objective)
             self._check(float(loss.detach()))
             # A parameter that the batch did not reach (an expert without tokens) has no gradient.
             found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, self._trained, allow_unused=True)
@@ -242,7 +273,7 @@ class _Loop:
         with torch.no_grad():
             for start in range(0, len(self._held_out), self._config.batch_size):
                 index = range(start, min(start + self._config.batch_size, len(self._held_out)))
-                total += float(self._call(self._held_out, index)) * len(index)
+                total += float(self._call(self._held_out, index, block_objective)) * len(index)
         return self._check(total / max(1, len(self._held_out)))
 
     def _check(self, loss: float) -> float:

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from tuning.blocks import W2, Mlp, samples, tasks
 
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.sign_round import block_objective, tune_block
+from tuning.blocks import W2, Mlp, samples, tasks
 
 
 @pytest.mark.slow

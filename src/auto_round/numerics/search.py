@@ -92,7 +92,7 @@ class _Band:
 
     def search(self, effort: Effort) -> Knobs:
         rule = self._fmt.rule
-        for knobs in rule.starts(self._stats, effort.points):
+        for knobs in rule.starts(self._stats, self._fmt.grid, effort.points):
             self._consider(knobs)
         for i in range(effort.rounds):
             _, scale, n = self._try(self._best)

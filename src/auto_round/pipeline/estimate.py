@@ -13,7 +13,7 @@ from auto_round.models.layer import Layer, Role
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.memory import peak_bytes
 from auto_round.pipeline.plan_table import manifests
-from auto_round.pipeline.prepare import HELD_OUT, needs_rows
+from auto_round.pipeline.prepare import held_out_rows, needs_rows
 from auto_round.pipeline.trace import SPILL_BYTES
 
 TUNING_BYTES = 25
@@ -133,7 +133,7 @@ def measure_sizes(job: Job) -> Sizes:
     if job.rows is not None:
         rows = len(job.rows.rows)
     elif needs_rows(job.tune):
-        rows = wanted.nsamples + HELD_OUT
+        rows = wanted.nsamples + held_out_rows(wanted.nsamples)
     blocks: dict[int, int] = {}
     for layer in source.layers:
         if layer.block is not None:
@@ -235,7 +235,7 @@ def _seconds(job: Job, sizes: Sizes, rates: Rates) -> float:
     if sizes.tokens and job.tune.iters:
         steps = job.tune.iters * job.tune.accumulate
         passes += steps * PASSES * sizes.batch_tokens
-        passes += LOOKS * HELD_OUT * job.options.calibration.seqlen
+        passes += LOOKS * held_out_rows(job.options.calibration.nsamples) * job.options.calibration.seqlen
         moved += quantized * ROUNDING_BYTES * float(steps)
     kept = _activations(job, sizes) / sizes.batch_tokens / max(1, job.options.tune.nblocks)
     moved += passes * kept * TRAFFIC * len(job.source.blocks)

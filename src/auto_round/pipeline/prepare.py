@@ -83,6 +83,11 @@ def prepare(
     )
 
 
+def held_out_rows(nsamples: int) -> int:
+    """Rows held out beside `nsamples` tuned ones: an eighth of them, but 2 to `HELD_OUT`."""
+    return min(HELD_OUT, max(2, nsamples // 8))
+
+
 def needs_rows(tune: TuneConfig) -> bool:
     """Tuning and the weighted search need calibration rows, plain rounding does not."""
     return tune.iters > 0 or tune.search
@@ -148,15 +153,16 @@ def _rows(
         if dataset is None and wanted.dataset == CalibrationOptions().dataset:
             return None, 0
         return load(nsamples=HELD_OUT), 0
-    rows = load(nsamples=wanted.nsamples + HELD_OUT)
+    beside = held_out_rows(wanted.nsamples)
+    rows = load(nsamples=wanted.nsamples + beside)
     count = len(rows.rows)
     if count < 2:
         raise ConfigError(
             f"{rows.summary}: tuning needs at least 2 rows, one to tune on and one to judge by; "
             "give more text, a smaller --seqlen, or :concat"
         )
-    held_out = min(HELD_OUT, max(1, count // 8)) if count < wanted.nsamples + HELD_OUT else HELD_OUT
-    return rows, count - held_out
+    short = count < wanted.nsamples + beside
+    return rows, count - (min(beside, max(1, count // 8)) if short else beside)
 
 
 def _within_context(options: Options, source: ModelSource) -> Options:

@@ -97,6 +97,9 @@ def _legal(step: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(stored == 0, torch.full_like(stored, info.smallest_normal), stored)
 
 
+MAX_KNOB = 16.0
+"""Range multipliers stay inside 0 ... 16, in the search and in tuning."""
+
 _FLIPPED_BITS = 3
 """Up to this width the smaller extreme may get the extra level. At 4 bits that lowers the error of the
 weights but clips the larger extreme, and the model's KL grows by 0.6 % (docs/LOG.md)."""
@@ -163,8 +166,8 @@ def _signed(stats: Stats, size: Tensor, negative: Tensor) -> Knobs:
 
     A side that is (nearly) empty cannot be stretched that far; its multiplier stops at 16.
     """
-    lo = (size / (-stats.lo).clamp_min(1e-30)).clamp_max(16.0)
-    hi = (size / stats.hi.clamp_min(1e-30)).clamp_max(16.0)
+    lo = (size / (-stats.lo).clamp_min(1e-30)).clamp_max(MAX_KNOB)
+    hi = (size / stats.hi.clamp_min(1e-30)).clamp_max(MAX_KNOB)
     nothing = torch.zeros_like(size)
     return Knobs(torch.where(negative, lo, nothing), torch.where(negative, nothing, hi))
 
@@ -230,4 +233,4 @@ class MinMax:
         zero = torch.zeros_like(step) if scale.zero is None else scale.zero
         lo = step * (zero - grid.lo) / (-stats.lo).clamp_min(1e-30)
         hi = step * (grid.hi - zero) / stats.hi.clamp_min(1e-30)
-        return Knobs(lo.clamp(0, 16), hi.clamp(0, 16))
+        return Knobs(lo.clamp(0, MAX_KNOB), hi.clamp(0, MAX_KNOB))

@@ -87,13 +87,15 @@ class Outputs:
 
     def copy_rest(self) -> None:
         """Copy from the source what has not been written: embeddings, norms, biases, kept layers."""
-        for writer in self._writers.values():
-            with_folder = self._job.source.folder
-            checkpoint = None if with_folder is None else Checkpoint.open(with_folder)
-            for name in writer.missing:
-                if checkpoint is None:
-                    writer.put(name, self._job.source.read_tensor(name))
-                else:
+        source = self._job.source
+        if source.folder is None:
+            for writer in self._writers.values():
+                for name in writer.missing:
+                    writer.put(name, source.read_tensor(name))
+            return
+        with Checkpoint.open(source.folder) as checkpoint:
+            for writer in self._writers.values():
+                for name in writer.missing:
                     writer.copy(name, checkpoint)
 
     def sync(self) -> None:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from auto_round.errors import ConfigError, NumericsError
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import Knobs, Stats
+from auto_round.numerics.scale import MAX_KNOB, Knobs, Stats
 from auto_round.numerics.search import QUICK, THOROUGH, Effort, search_knobs
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.objective import block_loss
@@ -28,8 +28,6 @@ from auto_round.tuning.steps import make_stepper, step_factor
 Objective = Callable[..., Tensor]
 """`block_objective`, or something that gives the same for the same arguments."""
 
-MAX_KNOB = 16.0
-"""Range multipliers are kept inside 0 ... 16; the search never leaves it either."""
 LOOKS = 10
 """How many times the held-out loss is looked at during a run."""
 STEPS_BETWEEN_LOOKS = 10

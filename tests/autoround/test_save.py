@@ -57,7 +57,9 @@ def test_quantize_then_save_in_several_formats(folder, rows, tmp_path):
     rounded = logits(AutoModelForCausalLM.from_pretrained(fake, dtype="auto"))
     assert (rounded - wanted).abs().max() < 0.05 * wanted.abs().max()
     assert "quantization_config" not in json.loads((fake / "config.json").read_text())
-    with pytest.raises(UnsupportedError, match="gguf"):
+    with pytest.raises(UnsupportedError, match="mlx"):
+        rounder.save_quantized(tmp_path / "mlx", format="mlx")
+    with pytest.raises(ConfigError, match="GGUF"):
         rounder.save_quantized(tmp_path / "gguf", format="gguf:q4_0")
 
 
@@ -91,3 +93,13 @@ def test_the_command_writes_a_named_folder_and_a_summary(folder, tmp_path, capsy
     assert (tmp_path / "tiny-w4g32" / "config.json").is_file()
     assert "times smaller" in out
     assert "tuning 2/2" in err
+
+
+def test_a_gptq_folder_is_loaded_and_written_again_from_its_codes(folder, rows, tmp_path):
+    rounder = quantizer(folder, rows, format="auto_gptq", iters=0, disable_opt_rtn=True)
+    model, _ = rounder.quantize()
+    wanted = logits(model)
+    (again,) = rounder.save_quantized(tmp_path / "again", format="auto_round")
+    other = AutoModelForCausalLM.from_pretrained(again, dtype=torch.float16)
+    assert torch.equal(logits(other), wanted)
+    assert json.loads((again / "config.json").read_text())["dtype"] == "bfloat16"

@@ -83,7 +83,7 @@ def test_the_command_works_when_nothing_is_wrong(command, model, tmp_path):
     [
         (["--scheme", "W4A17"], ['"W4A16"']),
         (["--format", "auto_rond"], ['unknown format "auto_rond"', '"auto_round"']),
-        (["--format", "gguf:q4_0"], ["not there yet"]),
+        (["--format", "gguf:q4_0_x"], ["gguf:q4_0"]),
         (["--group_sise", "32"], ["--group_sise", "--group_size"]),
         (["--bits", "four"], ["bits"]),
         (["--bits", "5"], ["5 bits", "2, 3, 4 or 8"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from auto_round.errors import AutoRoundError, CheckpointError
 from auto_round.export.hf_config import copy_side_files, output_config, read_config, side_files, write_configs
@@ -43,6 +44,32 @@ def test_an_untied_head_is_said_wherever_it_was_tied():
 
 def test_a_source_that_ties_by_default_is_untied_too():
     assert output_config({"model_type": "gemma2"}, None, untied=True)["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ({"dtype": "bfloat16"}, {"dtype": "float16"}),
+        ({"torch_dtype": "float32", "a": 1}, {"torch_dtype": "float16", "a": 1}),
+        ({"model_type": "llama"}, {"model_type": "llama", "torch_dtype": "float16"}),
+        (
+            {
+                "dtype": "bfloat16",
+                "text_config": {"dtype": "bfloat16"},
+                "vision_config": {"dtype": "bfloat16"},
+            },
+            {"dtype": "float16", "text_config": {"dtype": "float16"}, "vision_config": {"dtype": "bfloat16"}},
+        ),
+        ({"model_type": "gemma2", "dtype": "bfloat16"}, {"model_type": "gemma2", "dtype": "bfloat16"}),
+        (
+            {"model_type": "gemma3", "dtype": "bfloat16", "text_config": {"model_type": "gemma3_text"}},
+            {"model_type": "gemma3", "dtype": "bfloat16", "text_config": {"model_type": "gemma3_text"}},
+        ),
+    ],
+)
+def test_readers_are_told_another_dtype_where_the_model_survives_it(source, expected):
+    assert output_config(source, None, dtype=torch.float16) == expected
+    assert output_config(source, None) == source
 
 
 def test_both_files_hold_the_same_dictionary(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pytest
+
 from auto_round.export.model_card import CardFacts, Measured, model_card, write_model_card
 
 FACTS = CardFacts(
@@ -43,6 +45,19 @@ def test_the_card_says_what_was_done_and_measured():
     assert "- lm_head: head" in text
     assert "| Option `iters` | `50` |" in text
     assert text.endswith("```\n")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_folders_of_other_tools_say_who_loads_them(method):
+    text = model_card(dataclasses.replace(FACTS, exporter="auto_awq", quant_method=method))
+    assert f"- {method}" in front_matter(text)
+    assert "vLLM, SGLang" in text
+    assert "quantization_config=AutoRoundConfig()" in text
+    assert "AutoRoundConfig" not in model_card(FACTS)
+
+
+def test_a_dense_folder_needs_no_package():
+    assert "pip install" not in model_card(dataclasses.replace(FACTS, exporter="fake", quant_method=None))
 
 
 def test_front_matter_names_the_original_only_when_it_is_on_the_hub():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.export.table import EXPORTERS, LATER, describe_formats, parse_formats
-from auto_round.layouts.table import LAYOUTS
+from auto_round.export.formats.auto_round import AutoRoundFormat
+from auto_round.export.formats.gptq import GPTQFormat
+from auto_round.export.table import EXPORTERS, GGUF, LATER, describe_formats, parse_formats
+from auto_round.layouts.table import CHECKPOINT_LAYOUTS, LAYOUTS
 
 
 def test_every_row_is_under_its_own_name():
@@ -28,7 +30,7 @@ def test_lists_of_names(text, names):
     assert [exporter.name for exporter in parse_formats(text)] == names
 
 
-@pytest.mark.parametrize("name", [*LATER, "gguf:q4_k_m", "GGUF:Q8_0", "llm-compressor"])
+@pytest.mark.parametrize("name", [*LATER, "auto-round:llm-compressor"])
 def test_later_formats_say_so(name):
     with pytest.raises(UnsupportedError, match="not there yet"):
         parse_formats(f"auto_round,{name}")
@@ -50,12 +52,18 @@ def test_no_format_is_an_error(text):
 
 def test_the_list_of_formats_and_schemes():
     described = describe_formats()
-    assert list(described) == list(EXPORTERS)
+    assert list(described) == [*EXPORTERS, *GGUF]
     integers = {"W4A16", "W3A16", "W2A16", "W2A16G32", "W2A16G64", "W8A16", "W4A16_MIXED", "BF16"}
     assert set(described["auto_round"]) == set(described["auto_round:gptqmodel"]) == integers
-    assert set(described["auto_round:auto_awq"]) == {"W4A16", "BF16"}
-    assert set(described["fake"]) == integers | {"W5A16", "W6A16"}
+    assert set(described["auto_gptq"]) == set(described["gptqmodel"]) == integers
+    assert set(described["auto_round:auto_awq"]) == set(described["auto_awq"]) == {"W4A16", "BF16"}
+    assert set(described["llm_compressor"]) == integers | {"W5A16", "W6A16", "INT8", "INT8_W8A8", "INT4"}
+    assert set(described["fake"]) >= set(described["llm_compressor"])
 
 
 def test_every_packing_that_is_written_has_a_layout():
-    assert {e.packing for n, e in EXPORTERS.items() if n != "fake" and e.packing} <= LAYOUTS.keys()
+    packings = {e.packing for e in EXPORTERS.values() if isinstance(e, AutoRoundFormat) and e.packing}
+    assert packings <= LAYOUTS.keys()
+    versions = {e.checkpoint_format for e in EXPORTERS.values() if isinstance(e, GPTQFormat)}
+    assert versions == {"gptq", "gptq_v2"}
+    assert versions <= CHECKPOINT_LAYOUTS.keys()

@@ -93,8 +93,8 @@ def test_int4_kernel_is_near_the_dequantized_model(tmp_path, name):
 def test_kernel_by_dtype(tmp_path):
     write_folder(tmp_path, Request(dtype=torch.bfloat16, extra=MIXED, packing="auto_round"))
     model = load(tmp_path)
-    assert kernels(model) == {"cpu_int4", "torch"}  # one layer has 8 bits
-    assert model.model.layers[0].mlp.down_proj.kernel.name == "torch"
+    assert kernels(model) == {"cpu_int4", "cpu_int8"}  # one layer has 8 bits
+    assert model.model.layers[0].mlp.down_proj.kernel.name == "cpu_int8"
     assert type(model.model.layers[1].self_attn.o_proj) is torch.nn.Linear
     assert kernels(load(tmp_path, dtype=torch.float32)) == {"torch"}
     assert type(model.lm_head) is torch.nn.Linear
@@ -210,7 +210,7 @@ def test_configurations_that_cannot_be_loaded(tmp_path, config, error, message):
 
 @pytest.mark.parametrize(
     ("backend", "error", "message"),
-    [("cpu_int5", ConfigError, "cpu_int4"), ("marlin", UnsupportedError, "not in this version")],
+    [("cpu_int5", ConfigError, "cpu_int4"), ("marlin", UnsupportedError, "runs on cuda")],
 )
 def test_backends_that_cannot_be_had(tmp_path, backend, error, message):
     write_folder(tmp_path, Request())

@@ -11,23 +11,35 @@ from hypothesis import strategies as st
 
 from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
 from auto_round.layouts.awq import AWQ
+from auto_round.layouts.bits import pack_bits, unpack_bits
 from auto_round.layouts.gptq import GPTQ
-from auto_round.layouts.table import AWQ_GEMM, GPTQ_PLAIN, GPTQ_V1, LAYOUTS, layout_for
+from auto_round.layouts.table import (
+    AWQ_GEMM,
+    CHECKPOINT_LAYOUTS,
+    GPTQ_PLAIN,
+    GPTQ_V1,
+    GPTQ_V1_INDEXED,
+    GPTQ_V2_INDEXED,
+    LAYOUTS,
+    layout_for,
+    layout_of,
+)
 from auto_round.numerics.presets import FORMATS, int_format
 from auto_round.testing.failure import ConformanceError
 from auto_round.testing.layout_kit import check_layout, random_qtensor
-from auto_round.testing.slow_reader import PACKINGS
+from auto_round.testing.slow_reader import PACKINGS, Stored, read_weight
 
 SHAPES = ((32, 64), (64, 96))
+ALL = LAYOUTS | CHECKPOINT_LAYOUTS
 
 
 def test_the_slow_reader_knows_every_packing_format():
-    assert PACKINGS.keys() == LAYOUTS.keys()
+    assert PACKINGS.keys() == ALL.keys()
 
 
-@pytest.mark.parametrize("packing_format", LAYOUTS)
+@pytest.mark.parametrize("packing_format", ALL)
 def test_every_layout_passes_the_kit_for_every_format_it_accepts(packing_format):
-    layout = LAYOUTS[packing_format]
+    layout = ALL[packing_format]
     accepted = [(f, s) for f in FORMATS.values() for s in SHAPES if layout.accepts(f, s) is None]
     assert accepted
     for fmt, shape in accepted:
@@ -35,7 +47,7 @@ def test_every_layout_passes_the_kit_for_every_format_it_accepts(packing_format)
 
 
 @given(
-    packing_format=st.sampled_from(list(LAYOUTS)),
+    packing_format=st.sampled_from(list(ALL)),
     bits=st.integers(2, 8),
     group=st.sampled_from([-1, 8, 32, 40, 96, 128]),
     sym=st.booleans(),
@@ -45,7 +57,7 @@ def test_every_layout_passes_the_kit_for_every_format_it_accepts(packing_format)
 )
 @settings(max_examples=60, deadline=None)
 def test_any_whole_number_format_is_refused_or_survives(packing_format, bits, group, sym, dtype, shape, seed):
-    layout = LAYOUTS[packing_format]
+    layout = ALL[packing_format]
     fmt = int_format(bits, group, sym=sym, scale_dtype=dtype)
     if layout.accepts(fmt, shape) is None:
         check_layout(layout, packing_format, fmt, shape, seed=seed)
@@ -143,9 +155,11 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("mutation", MUTATIONS)
-@pytest.mark.parametrize("packing_format", ["auto_round:auto_gptq", "auto_round", "auto_round:auto_awq"])
+@pytest.mark.parametrize(
+    "packing_format", ["auto_round:auto_gptq", "auto_round", "auto_round:auto_awq", *CHECKPOINT_LAYOUTS]
+)
 def test_mutants_fail(packing_format, mutation, sym):
-    mutant = Mutant(LAYOUTS[packing_format], *MUTATIONS[mutation])
+    mutant = Mutant(ALL[packing_format], *MUTATIONS[mutation])
     with pytest.raises(ConformanceError, match="another reader"):
         check_layout(mutant, packing_format, int_format(4, 32, sym=sym), (32, 96))
 
@@ -199,19 +213,59 @@ def test_refusals_say_why(layout, fmt, shape, reason):
     assert reason in str(refusal)
 
 
-def test_a_zero_point_of_zero_has_no_place_in_version_1():
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_zero_point_of_zero_is_stored_from_the_other_end_in_version_1(bits):
+    fmt = int_format(bits, 32, sym=False)
+    q = random_qtensor(fmt, (32, 64), 0, positive=True)
+    q.scale.parts["zero"].clamp_(min=1)[3, 1] = 0
+    q = dataclasses.replace(q, scale=fmt.rule.read(q.scale.parts))
+    parts = GPTQ_V1.pack(q)
+    turned = torch.zeros(2, 32, dtype=torch.bool)
+    turned[1, 3] = True
+    assert torch.equal(parts["scales"] < 0, turned)
+    assert torch.equal(parts["scales"].abs(), q.scale.parts["step"].t())
+    top = (1 << bits) - 1
+    assert unpack_bits(parts["qzeros"], bits).max() < top
+    codes = unpack_bits(parts["qweight"].t(), bits)
+    assert torch.equal(codes[3, 32:], top - q.codes[3, 32:])
+    seen = read_weight(parts, Stored("gptq", 1, bits, 32), (32, 64))
+    assert torch.equal(seen, fmt.dequantize(q))
+    back = GPTQ_V1.unpack(parts, fmt, (32, 64))
+    assert torch.equal(back.codes, q.codes)
+    assert torch.equal(back.scale.parts["zero"], q.scale.parts["zero"])
+
+
+def test_a_group_of_zeros_and_one_without_negative_weights_survive_version_1():
+    fmt = int_format(2, 32, sym=False)
+    w = torch.rand(32, 64, generator=torch.Generator().manual_seed(0)) + 0.5
+    w[:, 32:] = 0
+    q = fmt.quantize(w)
+    assert not q.scale.parts["zero"].any()
+    assert torch.equal(read_weight(GPTQ_V1.pack(q), Stored("gptq", 1, 2, 32), w.shape), fmt.dequantize(q))
+
+
+def test_a_wrapped_zero_point_of_someone_else_is_read_as_0():
     fmt = int_format(4, 32, sym=False)
-    q = random_qtensor(fmt, (32, 64), 0, lowest_zero=1)
-    q.scale.parts["zero"][3, 1] = 0
-    with pytest.raises(UnsupportedError, match="1 groups"):
-        GPTQ_V1.pack(q)
-    GPTQ_PLAIN.pack(q)
-    AWQ_GEMM.pack(q)
+    q = random_qtensor(fmt, (32, 64), 0, positive=True)
+    wrapped = GPTQ_PLAIN.pack(q)
+    wrapped = {**wrapped, "qzeros": pack_bits(unpack_bits(wrapped["qzeros"], 4) - 1 & 15, 4)}
+    back = GPTQ_V1.unpack(wrapped, fmt, (32, 64))
+    assert torch.equal(back.scale.parts["zero"], q.scale.parts["zero"])
+
+
+def test_a_negative_asymmetric_step_of_someone_else_means_the_same_weights():
+    fmt = int_format(3, 32, sym=False)
+    q = random_qtensor(fmt, (32, 64), 0)
+    q.scale.parts["zero"].clamp_(min=1)
+    q = dataclasses.replace(q, scale=fmt.rule.read(q.scale.parts))
+    back = GPTQ_V1.unpack(GPTQ_V1.pack(q), fmt, (32, 64))
+    assert (back.scale.step > 0).all()
+    assert torch.equal(fmt.dequantize(back), fmt.dequantize(q))
 
 
 def stored(layout=GPTQ_V1, sym=True):
     fmt = int_format(4, 32, sym=sym)
-    q = random_qtensor(fmt, (32, 64), 0, lowest_zero=1)
+    q = random_qtensor(fmt, (32, 64), 0)
     return dict(layout.pack(q)), fmt, (32, 64)
 
 
@@ -242,13 +296,55 @@ def test_zero_points_that_contradict_a_symmetric_format_are_refused(layout):
         layout.unpack(parts, fmt, shape)
 
 
-def test_group_index_must_be_in_order():
-    parts, fmt, shape = stored()
+@pytest.mark.parametrize("layout", [GPTQ_V1, GPTQ_V1_INDEXED], ids=lambda layout: layout.name)
+def test_group_index_must_be_in_order(layout):
+    parts, fmt, shape = stored(layout)
     parts["g_idx"] = torch.arange(64, dtype=torch.int32) // 32
-    GPTQ_V1.unpack(parts, fmt, shape)
+    layout.unpack(parts, fmt, shape)
     parts["g_idx"] = parts["g_idx"].flip(0)
     with pytest.raises(UnsupportedError, match="desc_act"):
-        GPTQ_V1.unpack(parts, fmt, shape)
+        layout.unpack(parts, fmt, shape)
+
+
+@pytest.mark.parametrize(("group", "index"), [(32, [0] * 32 + [1] * 32), (-1, [0] * 64)])
+def test_the_group_of_each_input_is_stored(group, index):
+    fmt = int_format(4, group, sym=True)
+    parts = GPTQ_V2_INDEXED.pack(random_qtensor(fmt, (32, 64), 0))
+    assert parts["g_idx"].tolist() == index
+    assert parts["g_idx"].dtype == torch.int32
+    del parts["g_idx"]
+    with pytest.raises(CheckpointError, match="g_idx is missing"):
+        GPTQ_V2_INDEXED.unpack(parts, fmt, (32, 64))
+
+
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}, AWQ_GEMM),
+        ({"quant_method": "auto-round"}, GPTQ_V1),
+        ({"quant_method": "gptq"}, GPTQ_V1_INDEXED),
+        ({"quant_method": "gptq", "checkpoint_format": "gptq"}, GPTQ_V1_INDEXED),
+        ({"quant_method": "gptq", "checkpoint_format": "GPTQ_V2"}, GPTQ_V2_INDEXED),
+        ({"quant_method": "awq"}, AWQ_GEMM),
+        ({"quant_method": "awq", "version": "GEMM"}, AWQ_GEMM),
+    ],
+)
+def test_the_layout_that_a_config_names(config, layout):
+    assert layout_of(config) is layout
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "gptq", "checkpoint_format": "gemm"},
+        {"quant_method": "gptq", "checkpoint_format": "marlin"},
+        {"quant_method": "awq", "version": "gemv"},
+        {"quant_method": "awq", "version": "gptq"},
+    ],
+)
+def test_orders_of_bytes_that_are_not_known(config):
+    with pytest.raises(ConfigError, match=list(config.values())[1]):
+        layout_of(config)
 
 
 def test_unknown_packing_formats_get_the_nearest_names():

@@ -14,14 +14,14 @@ from auto_round.layouts.table import LAYOUTS
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.group import Group
-from auto_round.numerics.presets import FORMATS, int_format
+from auto_round.numerics.presets import FORMATS, GGUF_FORMATS, int_format
 from auto_round.numerics.scale import MinMax, Scale, SignedMax
 from auto_round.numerics.search import THOROUGH
 from auto_round.schemes.scheme import parse_scheme
 from auto_round.testing.failure import ConformanceError
 from auto_round.testing.format_kit import check_format
 from auto_round.testing.layout_kit import check_layout
-from auto_round.tuning.sign_round import round_to_nearest
+from auto_round.tuning.weights import round_to_nearest
 
 SYM, ASYM = int_format(4, 32, sym=True), int_format(4, 32, sym=False)
 
@@ -65,6 +65,8 @@ def test_a_made_up_format_is_one_row(sym):
 
 def test_rows_are_named_after_what_they_are():
     for name, fmt in FORMATS.items():
+        if name in GGUF_FORMATS:
+            continue
         bits, group, kind, *dtype = name.split("_")
         assert bits == f"int{fmt.grid.bits}"
         assert group == f"g{fmt.group.size}"
@@ -193,9 +195,9 @@ class KnobsSwapped(MinMax):
 
 
 class FreeZeroPoint(MinMax):
-    @property
-    def part_bits(self):
-        return 16
+    def stored(self, groups):
+        parts = super().stored(groups)
+        return {**parts, "zero": dataclasses.replace(parts["zero"], bits=0)}
 
 
 class NoOffset(Format):

@@ -7,7 +7,7 @@ from torch import nn
 
 from auto_round.numerics.presets import int_format
 from auto_round.tuning.samples import Samples, run_block
-from auto_round.tuning.sign_round import WeightTask
+from auto_round.tuning.weights import WeightTask
 
 HIDDEN, LENGTH = 32, 8
 W2 = int_format(2, 16, sym=True)

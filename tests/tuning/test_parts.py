@@ -8,35 +8,40 @@ import pytest
 import torch
 
 from auto_round.tuning.config import Optimizer, TuneConfig
-from auto_round.tuning.objective import block_loss
+from auto_round.tuning.objective import block_loss, counted_elements
 from auto_round.tuning.samples import Samples, first_output, run_block
 from auto_round.tuning.steps import SignDescent, make_stepper, step_factor
 from tuning.blocks import Experts, Mlp, activations
+
+
+def loss(output, target, mask):
+    """Loss of a whole batch."""
+    return block_loss(output, target, mask, counted_elements(target, mask))
 
 
 def test_the_loss_is_the_mean_over_counted_elements():
     generator = torch.Generator().manual_seed(0)
     output, target = torch.randn(2, 3, 5, 4, generator=generator)
     square = (output - target).square()
-    assert block_loss(output, target, None).item() == pytest.approx(square.mean().item())
+    assert loss(output, target, None).item() == pytest.approx(square.mean().item())
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]], dtype=torch.bool)
-    assert block_loss(output, target, mask).item() == pytest.approx(square[mask].mean().item())
-    assert block_loss(output, target, torch.ones_like(mask)).item() == pytest.approx(square.mean().item())
-    assert block_loss(output, target, torch.zeros_like(mask)).item() == 0
+    assert loss(output, target, mask).item() == pytest.approx(square[mask].mean().item())
+    assert loss(output, target, torch.ones_like(mask)).item() == pytest.approx(square.mean().item())
+    assert loss(output, target, torch.zeros_like(mask)).item() == 0
 
 
 def test_the_loss_of_half_precision_outputs_is_taken_in_float32():
     output, target = torch.full((1, 64, 64), 300.0).half(), torch.zeros(1, 64, 64).half()
-    assert block_loss(output, target, None).item() == 90000
-    assert block_loss(output, target, None).dtype == torch.float32
+    assert loss(output, target, None).item() == 90000
+    assert loss(output, target, None).dtype == torch.float32
     near, far = torch.full((1, 1, 1), 0.5).bfloat16(), torch.full((1, 1, 1), 256.0).bfloat16()
-    assert block_loss(far, near, None).item() == 255.5**2
+    assert loss(far, near, None).item() == 255.5**2
 
 
 def test_masked_positions_get_no_gradient_even_where_they_are_nan():
     output = torch.zeros(1, 2, 3, requires_grad=True)
     target = torch.tensor([[[1.0, 2.0, 3.0], [math.nan, math.inf, 0.0]]])
-    block_loss(output, target, torch.tensor([[True, False]])).backward()
+    loss(output, target, torch.tensor([[True, False]])).backward()
     assert output.grad.tolist() == [[pytest.approx([-2 / 3, -4 / 3, -2]), [0, 0, 0]]]
 
 

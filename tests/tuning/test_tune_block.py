@@ -11,8 +11,11 @@ from auto_round.errors import ConfigError, NumericsError
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.search import QUICK, THOROUGH
 from auto_round.tuning.config import Optimizer, TuneConfig
+from auto_round.tuning.objective import Objective, block_objective
 from auto_round.tuning.samples import Samples
-from auto_round.tuning.sign_round import WeightTask, block_objective, round_to_nearest, tune_block
+from auto_round.tuning.sign_round import tune_block
+from auto_round.tuning.steps import batch_rows, held_out_looks
+from auto_round.tuning.weights import WeightTask, round_to_nearest
 from tuning.blocks import HIDDEN, W2, Experts, Mlp, activations, generator, samples, tasks
 
 QUICKLY = TuneConfig(iters=40)
@@ -200,7 +203,7 @@ def _counted(log):
         log.append(1)
         return block_objective(*arguments)
 
-    return objective
+    return Objective(loss=objective)
 
 
 @pytest.mark.parametrize(("patience", "steps"), [(0, 40), (1, 10), (10, 10), (11, 20), (20, 20), (100, 40)])
@@ -230,7 +233,7 @@ def test_accumulated_batches_are_the_samples_of_the_large_batch():
     logs = {}
     for batch, accumulate in ((8, 1), (4, 2)):
         log = logs[accumulate] = []
-        config = TuneConfig(iters=10, batch_size=batch, accumulate=accumulate)
+        config = TuneConfig(iters=10, batch_size=batch, accumulate=accumulate, growing_batch=False)
         tune(block, config, data=_logged(data, log), held_out=held_out)
     halves = [sorted(a + b) for a, b in zip(logs[2][::2], logs[2][1::2], strict=True)]
     assert halves == logs[1]
@@ -242,7 +245,7 @@ def test_accumulated_batches_are_the_samples_of_the_large_batch():
 
 def test_accumulated_gradients_are_those_of_the_large_batch():
     block = Mlp()
-    one_step = {"iters": 1, "search": False, "keep_best": False, "lr": 0.4}
+    one_step = {"iters": 1, "search": False, "keep_best": False, "lr": 0.4, "growing_batch": False}
     large, small = (
         tune(block, TuneConfig(batch_size=batch, accumulate=accumulate, **one_step)).weights
         for batch, accumulate in ((8, 1), (2, 4))
@@ -250,6 +253,46 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     for name, q in large.items():
         assert (q.codes == small[name].codes).float().mean() > 0.995
         assert (q.codes == rounded(block)[name].codes).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_batch_cut_into_passes_gives_the_gradients_of_the_whole(masked):
+    block = Mlp()
+    masks = None
+    if masked:
+        masks = torch.rand(32, 8, generator=generator()) < torch.linspace(0.1, 1, 32)[:, None]
+    data = samples(block, masks=masks)
+    one_step = {"iters": 1, "search": False, "keep_best": False, "lr": 0.4, "growing_batch": False}
+    whole, *cut = (
+        tune(block, TuneConfig(batch_size=8, rows_at_once=rows, **one_step), data=data)
+        for rows in (0, 1, 3, 8, 50)
+    )
+    for parts in cut:
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-3)
+        for name, q in whole.weights.items():
+            assert (q.codes == parts.weights[name].codes).float().mean() > 0.995
+            assert (q.codes == rounded(block)[name].codes).float().mean() < 0.9
+
+
+def test_batches_grow_and_stay_whole_where_asked():
+    block = Mlp()
+    data, held_out = samples(block), samples(block, 4, seed=2)
+    sizes = {}
+    for growing in (True, False):
+        log = []
+        config = TuneConfig(iters=10, batch_size=8, growing_batch=growing)
+        tune(block, config, data=_logged(data, log), held_out=held_out)
+        sizes[growing] = [len(batch) for batch in log]
+    assert sizes[True] == [2, 2, 2, 2, 2, 2, 4, 4, 8, 8]
+    assert sizes[False] == [8] * 10
+    assert [batch_rows(TuneConfig(iters=4, batch_size=1), step) for step in range(4)] == [1] * 4
+
+
+def test_the_held_out_loss_is_looked_at_late_or_throughout_with_patience():
+    assert held_out_looks(TuneConfig(iters=200)) == [100, 120, 140, 160, 180, 200]
+    assert held_out_looks(TuneConfig(iters=200, patience=30)) == [*range(20, 200, 20), 200]
+    assert held_out_looks(TuneConfig(iters=7)) == [7]
+    assert held_out_looks(TuneConfig(iters=40)) == [20, 30, 40]
 
 
 def test_ranges_stay_ranges_however_large_the_steps():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from auto_round.autoround.signature import collect, make_documentation, make_signature, read_arguments
 from auto_round.config import Options, OutputOptions, read_environment
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.log import ProgressSink, ignore_progress
 
 if TYPE_CHECKING:
@@ -106,11 +107,18 @@ class AutoRound:
             UnsupportedError: a format cannot hold this plan.
         """
         from auto_round.autoround.rewrite import rewrite
+        from auto_round.pipeline.gguf_request import gguf_request
 
         done = self._finished
         if done is None:
             raise ConfigError("nothing to save yet: call quantize() first, or quantize_and_save() instead")
-        job = self._prepare(self._output(output_dir, format), rows=False)
+        output = self._output(output_dir, format)
+        if gguf_request(replace(self.options, output=output)) is not None:
+            raise UnsupportedError(
+                "a GGUF file has a plan of its own",
+                [Refusal("gguf", "it is not what quantize() made", "call quantize_and_save(format=...)")],
+            )
+        job = self._prepare(output, rows=False)
         job = replace(job, rows=done.job.rows, tuned=done.job.tuned)
         return rewrite(job, done.result.folders[0], done.result.report)
 
@@ -129,7 +137,7 @@ class AutoRound:
                 sub-folder each.
             format: comma list of formats; the constructor's (`auto_round`) when not given.
             inplace: accepted; a model given in memory is not changed either way.
-            load: read the quantized model back to return it.
+            load: read the quantized model back to return it; never done with GGUF files.
 
         Returns:
             The quantized model from the last folder (None with `load=False`), and the folder of each format.
@@ -196,11 +204,22 @@ class AutoRound:
         )
 
     def _load(self, folder: Path) -> Any:
-        """Read a quantized model with Transformers."""
-        from transformers import AutoModelForCausalLM
+        """Read a quantized model with Transformers and, of GPTQ and AWQ folders too, with this package."""
+        from transformers import AutoModelForCausalLM, AutoRoundConfig
 
+        from auto_round.export.hf_config import read_config
+
+        if any(folder.glob("*.gguf")):
+            return None  # for llama.cpp and its kin
+        method = (read_config(folder).get("quantization_config") or {}).get("quant_method")
+        settings = {"quantization_config": AutoRoundConfig()} if method in ("gptq", "awq") else {}
         trust = self.options.model.trust_remote_code
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust)
+        with warnings.catch_warnings():
+            # Transformers warns that only the backend of what is passed will be used: that is what is meant.
+            warnings.simplefilter("ignore", UserWarning)
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", trust_remote_code=trust, **settings
+            )
 
 
 @dataclass(frozen=True, slots=True)

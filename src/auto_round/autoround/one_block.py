@@ -13,11 +13,15 @@ from auto_round.autoround.recorded import Recorded, record, stack
 from auto_round.calibration.observe import observe_inputs
 from auto_round.config import Options
 from auto_round.models.layer import Layer, Role
+from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
+from auto_round.pipeline.activations import activation_formats
 from auto_round.pipeline.settings import plan_request, tune_settings
 from auto_round.schemes.make import make_plan
+from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.samples import Samples, run_block
-from auto_round.tuning.sign_round import WeightTask, tune_block
+from auto_round.tuning.sign_round import tune_block
+from auto_round.tuning.weights import WeightTask
 
 HELD_OUT_SHARE = 8
 """One sample in so many is not trained on and chooses the step that is kept."""
@@ -57,7 +61,7 @@ def _quantize(
         run_block(block, everything, result, batch_size=options.tune.batch_size, device=device)
         return result
 
-    formats = _formats(block, options)
+    formats, activations = _formats(block, options)
     with observe_inputs(block, [name.removesuffix(".weight") for name in formats]) as seen:
         out = run(recorded.hidden)
     q_hidden = recorded.hidden if q_input is None else q_input
@@ -66,29 +70,35 @@ def _quantize(
     generator.manual_seed(options.calibration.seed)
     order = torch.randperm(len(recorded), generator=generator).tolist()
     share = len(order) // HELD_OUT_SHARE
-    tuned = tune_block(
-        block,
-        {
-            name: WeightTask(
-                fmt, block.get_parameter(name).detach(), seen[name.removesuffix(".weight")].importance()
-            )
-            for name, fmt in formats.items()
-        },
-        samples(hidden, out, order[share:]),
-        samples(hidden, out, order[:share] or order),
-        tune_settings(options.tune, min((f.grid.bits for f in formats.values()), default=16)),
-        generator=generator,
-    )
-    with torch.no_grad():
-        for name, q in tuned.weights.items():
-            block.get_parameter(name).copy_(q.format.dequantize(q))
-        for name, value in tuned.others.items():
-            block.get_parameter(name).copy_(value)
-    return run(q_hidden), out
+    with quantized_inputs(block, activations):
+        tuned = tune_block(
+            block,
+            {
+                name: WeightTask(
+                    fmt, block.get_parameter(name).detach(), seen[name.removesuffix(".weight")].importance()
+                )
+                for name, fmt in formats.items()
+            },
+            samples(hidden, out, order[share:]),
+            samples(hidden, out, order[:share] or order),
+            tune_settings(options.tune, min((f.grid.bits for f in formats.values()), default=16)),
+            generator=generator,
+        )
+        with torch.no_grad():
+            for name, q in tuned.weights.items():
+                block.get_parameter(name).copy_(q.format.dequantize(q))
+            for name, value in tuned.others.items():
+                block.get_parameter(name).copy_(value)
+        return run(q_hidden), out
 
 
-def _formats(block: nn.Module, options: Options) -> Mapping[str, Format]:
-    """Formats of the block's linear weights, by parameter name; names in rules are those inside the block."""
+def _formats(
+    block: nn.Module, options: Options
+) -> tuple[Mapping[str, Format], Mapping[str, ActivationFormat]]:
+    """Formats of the block's linear weights by parameter, and of their inputs by module.
+
+    Names in rules are those inside the block.
+    """
     layers = [
         Layer(
             name,
@@ -105,4 +115,5 @@ def _formats(block: nn.Module, options: Options) -> Mapping[str, Format]:
     request = replace(plan_request(options.scheme), quant_lm_head=False, to_quant_block_names=None)
     plan = make_plan(layers, request, other_names=[name for name, _ in block.named_modules()])
     found = {layer.parameter: plan.format_of(layer.name) for layer in layers}
-    return {name: fmt for name, fmt in found.items() if fmt is not None}
+    formats = {name: fmt for name, fmt in found.items() if fmt is not None}
+    return formats, activation_formats(plan, layers)

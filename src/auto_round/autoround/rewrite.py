@@ -9,9 +9,11 @@ from typing import Any
 
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.workfolder import OutputFolder
+from auto_round.consumers.lines import judge_outputs
 from auto_round.errors import ConfigError
+from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
 from auto_round.layouts.layout import Layout
-from auto_round.layouts.table import layout_for
+from auto_round.layouts.table import layout_of
 from auto_round.models.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
@@ -25,7 +27,7 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
 
     Args:
         job: model, plan, exporters and output folder.
-        folder: a finished folder of the `auto_round` format, for the same plan.
+        folder: a finished folder of packed whole numbers, for the same plan.
         report: report of the run that made it.
 
     Returns:
@@ -35,7 +37,7 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
         ConfigError: the output holds something else, or `folder` holds no codes.
         CheckpointError: a tensor cannot be read or written.
     """
-    layout = _layout(folder)
+    config = _config(folder)
     with OutputFolder.open(job.output, overwrite=job.options.output.overwrite) as output:
         output.discard()
         folders = job.folders(output.folder)
@@ -43,26 +45,37 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
             Checkpoint.open(folder) as finished,
             Outputs.open(job, folders, done=(), fresh=True) as outputs,
         ):
-            for layer, fmt in job.quantized().values():
-                outputs.put(layer, _read(finished, layer, fmt, layout))
+            quantized = job.quantized()
+            for layer, fmt in quantized.values():
+                outputs.put(layer, _read(finished, layer, fmt, _layout(config, finished, layer)))
+            codes = {f"{name}.weight" for name in quantized}  # some layouts keep the name of the weight
             for name in job.source.tensors:
-                if name in finished:
+                if name in finished and name not in codes:
                     outputs.put_plain(name, finished.read(name))
             outputs.seal()
         write_configs_and_tokenizer(job, folders)
-        own = {"formats": list(job.exporters), "bytes_after": outputs.nbytes, "verified": {}}
+        own: dict[str, Any] = {"formats": list(job.exporters), "bytes_after": outputs.nbytes, "verified": {}}
+        own["engines"] = judge_outputs(folders)
         write_report(job, folders, {**report, **own}, output.folder)
         return list(job.folders(output.seal()).values())
 
 
-def _layout(folder: Path) -> Layout:
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / "quantization_config.json"
     if not path.is_file():
         raise ConfigError(
             "only the rounded weights were kept, not their codes: to write another format, call "
             "quantize_and_save(output_dir, format=...)"
         )
-    return layout_for(json.loads(path.read_text(encoding="utf-8"))["packing_format"])
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
+def _layout(config: Mapping[str, Any], finished: Checkpoint, layer: Layer) -> Layout:
+    """Order of bytes of one layer."""
+    if config["quant_method"] != "compressed-tensors":
+        return layout_of(config)
+    return PACK_QUANTIZED if f"{layer.name}.weight_packed" in finished else INT_QUANTIZED
 
 
 def _read(finished: Checkpoint, layer: Layer, fmt: Format, layout: Layout) -> QTensor:

@@ -83,7 +83,12 @@ class ShardWriter:
 
     @classmethod
     def create(
-        cls, folder: Path, specs: Mapping[str, Spec], *, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+        cls,
+        folder: Path,
+        specs: Mapping[str, Spec],
+        *,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        shards: tuple[Shard, ...] | None = None,
     ) -> ShardWriter:
         """Write all headers and reserve the disk space of all shards, in a folder that exists.
 
@@ -91,6 +96,7 @@ class ShardWriter:
             folder: work folder; shards of an earlier attempt in it are removed.
             specs: tensor name -> (dtype, shape), in the order wanted on disk.
             max_shard_bytes: most bytes of tensors per shard.
+            shards: files of another format than safetensors, laid out by the caller; None to lay them out.
 
         Raises:
             ConfigError: not enough space on the disk, no permission.
@@ -102,7 +108,7 @@ class ShardWriter:
                 folder / INDEX_FILE,
             ):
                 stale.unlink(missing_ok=True)
-        return cls.reopen(folder, specs, max_shard_bytes=max_shard_bytes)
+        return cls.reopen(folder, specs, max_shard_bytes=max_shard_bytes, shards=shards)
 
     @classmethod
     def reopen(
@@ -112,6 +118,7 @@ class ShardWriter:
         *,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         written: Iterable[str] = (),
+        shards: tuple[Shard, ...] | None = None,
     ) -> ShardWriter:
         """Continue what `create` began with the same arguments.
 
@@ -120,12 +127,13 @@ class ShardWriter:
             specs: as for `create`.
             max_shard_bytes: as for `create`.
             written: tensors known to be on disk, from the journal.
+            shards: as for `create`.
 
         Raises:
             ConfigError: not enough space on the disk, no permission.
             CheckpointError: a shard that holds a written tensor is gone or damaged.
         """
-        writer = cls(folder, specs, lay_out(specs, max_shard_bytes))
+        writer = cls(folder, specs, shards or lay_out(specs, max_shard_bytes))
         writer.mark_written(written)
         try:
             writer._open_shards()

@@ -12,9 +12,13 @@ from auto_round.config.later import GRANTED, LATER, later_names, not_there_yet
 from auto_round.errors import ConfigError, nearest
 
 USAGE = """auto-round MODEL [options]          make MODEL small
+       auto-round inspect FOLDER [--json]
+       auto-round convert FOLDER --format FORMAT [--output DIR]
        auto-round list [format|scheme|dataset|backend]
        auto-round help | --version"""
-COMMANDS = ("quantize", "list", "eval", "help")
+FOLDER_COMMANDS = ("inspect", "convert")
+"""Commands on finished folders; each reads its own words."""
+COMMANDS = ("quantize", "list", "eval", "help", *FOLDER_COMMANDS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,10 +34,10 @@ class Command:
     """What the user asked for.
 
     Attributes:
-        verb: "quantize", "list", "help" or "version".
+        verb: "quantize", "list", "help", "version" or one of `FOLDER_COMMANDS`.
         given: options by name, only those that were written.
         recipe: recipe name.
-        topics: what to list.
+        topics: what to list; the words of a command on folders.
     """
 
     verb: str
@@ -55,8 +59,8 @@ def parse(argv: Sequence[str], recipe: str = "default") -> Command:
     """
     words = [_underscored(word) for word in argv]
     verb = words[0] if words and words[0] in COMMANDS else ""
-    if verb == "list":
-        return Command("list", {}, topics=tuple(words[1:]))
+    if verb == "list" or verb in FOLDER_COMMANDS:
+        return Command(verb, {}, topics=tuple(words[1:]))
     if not words or verb == "help" or "-h" in words or "--help" in words:
         return Command("help", {})
     if verb == "eval":

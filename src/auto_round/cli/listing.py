@@ -58,10 +58,12 @@ def _datasets() -> str:
 
 
 def _backends() -> str:
-    from auto_round.kernels.table import KERNELS, LATER
+    from auto_round.kernels.select import describe_kernels
+    from auto_round.kernels.table import ABSENT, STAND_INS
 
-    rows = {name: "also " + ", ".join(entry.aliases) for name, entry in KERNELS.items()}
-    return _table({**rows, "(not there yet)": ", ".join(LATER)})
+    rows = describe_kernels()
+    rows |= {name: f"stands for {', '.join(s.names)}: {s.reason}" for name, s in STAND_INS.items()}
+    return _table({**rows, "(not there)": ", ".join(ABSENT)})
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -79,6 +79,14 @@ def _dispatch(argv: Sequence[str], recipe: str) -> int:
         from auto_round.cli.listing import listing
 
         print(listing(command.topics))
+    elif command.verb == "inspect":
+        from auto_round.cli.inspect import inspect
+
+        print(inspect(command.topics))
+    elif command.verb == "convert":
+        from auto_round.cli.convert import convert
+
+        print(convert(command.topics))
     else:
         from auto_round.cli.quantize import quantize
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from auto_round.cli.units import duration, size
+from auto_round.consumers.lines import loading, refusing
 
 if TYPE_CHECKING:
     from auto_round.pipeline.result import Result
@@ -25,9 +26,18 @@ def _lines(result: Result) -> Iterator[tuple[str, str]]:
         yield "size", f"{size(report['bytes_before'])} -> {size(after)} ({times:.2f} times smaller)"
     yield from _quality(report)
     for name, checked in report.get("verified", {}).items():
+        if "skipped" in checked:
+            yield "reloaded", f"{name}: no, {checked['skipped']}"
+            continue
+        if "file" in checked:
+            yield "read back", f"{checked['file']}: {checked['tensors']} tensors, by {checked['reader']}"
+            continue
         yield "reloaded", f"{name}: KL {checked['kl']:.2g} from the model as tuned"
         if checked["sample"]:
             yield "it writes", repr(checked["sample"])
+    for name, verdicts in report.get("engines", {}).items():
+        yield "loads in", f"{loading(verdicts)} ({name})" if len(report["engines"]) > 1 else loading(verdicts)
+        yield from (("not in", f"{engine}: {reason}") for engine, reason in refusing(verdicts).items())
     yield "took", f"{duration(result.seconds)}, peak memory {size(result.peak_bytes)}"
 
 

@@ -94,7 +94,11 @@ class SchemeOptions:
     super_bits: int | None = option(None, Spec("bits of the scales of two-level formats", low=1, high=32))
     super_group_size: int | None = option(None, Spec("groups in a super-block of two-level formats", low=1))
     scale_dtype: str | None = option(
-        None, Spec("dtype the scales are stored in; fp16 when not given", choices=SCALE_DTYPES)
+        None,
+        Spec(
+            "dtype the scales are stored in; when not given fp16, for llm_compressor the model's",
+            choices=SCALE_DTYPES,
+        ),
     )
     ignore_layers: tuple[str, ...] = option(
         (),
@@ -142,6 +146,10 @@ class CalibrationOptions:
             'data sets, comma separated, each "name:key=value:..." (split, num, concat, apply_chat_template, '
             'system_prompt); "python-docs" needs no network; .json, .jsonl, .txt and .parquet files work too'
         ),
+    )
+    imatrix: str | None = option(
+        None,
+        Spec("importances by llama-imatrix (.gguf, .dat) that steer rounding instead of data; GGUF, iters 0"),
     )
     nsamples: int = option(128, Spec("calibration rows", flags=("nsamples", "nsample"), low=1))
     seqlen: int = option(2048, Spec("tokens per row", flags=("seqlen", "seq_len"), low=1))
@@ -273,6 +281,13 @@ class OutputOptions:
     output_dir: str = option("tmp_autoround", Spec("folder the quantized model goes under"))
     format: str = option(
         "auto_round", Spec("comma list of file formats", flags=("format", "formats"), aliases=("formats",))
+    )
+    gguf_template: str | None = option(
+        None,
+        Spec(
+            "16-bit GGUF file of the same model by llama.cpp's converter: names, metadata and tokenizer are "
+            "taken from it"
+        ),
     )
     max_shard_size: int = option(
         "5GB", Spec('largest weight file, for example "5GB" or "512MiB"', convert=values.size_bytes)

@@ -10,12 +10,12 @@ Source: Transformers 5 `AutoRoundConfig`; vLLM `quantization/inc.py`; SGLang `qu
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from auto_round.errors import InternalError
 from auto_round.export.exporter import Facts
+from auto_round.export.packed import scheme_of, top_scheme
 from auto_round.models.layer import Block, Layer
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.rules import Kind
@@ -66,7 +66,7 @@ def quantization_config(
     """
     if not plan.quantized:
         return None
-    base = _base(plan, layers)
+    base = top_scheme(plan, layers, _fields)
     prefixes = _prefixes(plan, layers, blocks)
     config: dict[str, Any] = {
         "quant_method": "auto-round",
@@ -86,17 +86,6 @@ def quantization_config(
     return config | news
 
 
-def _base(plan: Plan, layers: Sequence[Layer]) -> QuantizationScheme:
-    """The plan's scheme where some layer in a block has it, else the most common one."""
-    used = Counter(s for layer in layers if layer.block is not None and (s := _scheme(plan, layer)))
-    used = used or Counter(s for layer in layers if (s := _scheme(plan, layer)))
-    return next((s for s in used if _fields(s) == _fields(plan.scheme)), used.most_common(1)[0][0])
-
-
-def _scheme(plan: Plan, layer: Layer) -> QuantizationScheme | None:
-    return plan.entries[layer.name].scheme
-
-
 def _fields(scheme: QuantizationScheme) -> dict[str, Any]:
     """What readers need of a scheme of whole numbers; the scale's dtype only where it is not float16."""
     fields: dict[str, Any] = {
@@ -112,7 +101,7 @@ def _fields(scheme: QuantizationScheme) -> dict[str, Any]:
 
 def _prefixes(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> list[str]:
     """Common beginnings of the blocks that hold quantized layers, for example `model.layers`."""
-    quantized = {layer.block for layer in layers if _scheme(plan, layer) is not None}
+    quantized = {layer.block for layer in layers if scheme_of(plan, layer) is not None}
     disks = [block.disk for block in blocks if block.index in quantized]
     return list(dict.fromkeys(re.sub(r"\.\d+$", "", disk) for disk in disks))
 
@@ -134,8 +123,8 @@ def _extra_config(
 
 def _override(plan: Plan, layer: Layer, base: QuantizationScheme, prefixes: Sequence[str]) -> Override:
     """Entry of one layer; empty when the fields at the top say it all."""
-    scheme = _scheme(plan, layer)
-    inside = layer.block is not None and any(layer.name.startswith(f"{p}.") for p in prefixes)
+    scheme = scheme_of(plan, layer)
+    inside = any(layer.name.startswith(f"{p}.") for p in prefixes)
     if scheme is None:
         return tuple(KEPT.items()) if inside else ()
     known = _fields(base) if inside else {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
@@ -49,4 +50,23 @@ class Exporter(Protocol):
         self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
     ) -> dict[str, Any] | None:
         """The `quantization_config` of `config.json`; None when the folder is to look unquantized."""
+        ...
+
+
+@runtime_checkable
+class Recasts(Protocol):
+    """An exporter whose readers want another float dtype than the source's."""
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """Dtype of the biases of quantized layers, and of the model in `config.json`."""
+        ...
+
+
+@runtime_checkable
+class Warns(Protocol):
+    """An exporter that knows of readers that would not do well with a plan."""
+
+    def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
+        """What the user may want to change, one sentence each; asked before any tuning."""
         ...

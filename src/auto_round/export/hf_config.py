@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from auto_round.checkpoint.disk import atomic_write_bytes, atomic_write_json, reading, writing
 from auto_round.errors import CheckpointError
 
@@ -40,6 +42,13 @@ SIDE_FILES = (
 
 _TIED = "tie_word_embeddings"
 
+NOT_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4", "plamo2")
+"""`model_type`s whose activations leave the range of float16. Source: vLLM `config/model.py`,
+`_FLOAT16_NOT_SUPPORTED_MODELS`."""
+
+_DTYPE = ("dtype", "torch_dtype")
+"""Names of the model's dtype; the second in files of Transformers before 5."""
+
 _TEXT = ("text_config", "llm_config", "language_config")
 """Nested configs of language models; some tie by default and say so nowhere."""
 
@@ -64,7 +73,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def output_config(
-    source: Mapping[str, Any], quantization_config: Mapping[str, Any] | None, *, untied: bool = False
+    source: Mapping[str, Any],
+    quantization_config: Mapping[str, Any] | None,
+    *,
+    untied: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """`config.json` of an output: the source's, with what changed.
 
@@ -72,6 +85,8 @@ def output_config(
         source: the source's `config.json`; its own `quantization_config` is replaced.
         quantization_config: of the output; None for a folder that looks unquantized.
         untied: the head has been given tensors of its own.
+        dtype: in which readers of this folder should compute; None for the source's. Loaders cast the other
+            tensors to it. Where it is float16, models that do not survive that keep their own.
     """
     config = {key: value for key, value in source.items() if key != "quantization_config"}
     if untied:
@@ -79,9 +94,26 @@ def output_config(
             if isinstance(value, Mapping) and (key in _TEXT or _TIED in value):
                 config[key] = {**value, _TIED: False}
         config[_TIED] = False
+    if dtype is not None and not (dtype is torch.float16 and _needs_range(source)):
+        config = _computing_in(config, str(dtype).removeprefix("torch."))
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)
     return config
+
+
+def _needs_range(source: Mapping[str, Any]) -> bool:
+    nested = [value for key in _TEXT if isinstance(value := source.get(key), Mapping)]
+    return any(config.get("model_type") in NOT_FLOAT16 for config in (source, *nested))
+
+
+def _computing_in(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The same configuration with another dtype, in the language model's own part too."""
+    changed = {key: dtype if key in _DTYPE else value for key, value in config.items()}
+    for key in _TEXT:
+        part = changed.get(key)
+        if isinstance(part, Mapping):
+            changed[key] = {k: dtype if k in _DTYPE else value for k, value in part.items()}
+    return changed if any(key in config for key in _DTYPE) else {**changed, _DTYPE[1]: dtype}
 
 
 def write_configs(
@@ -90,6 +122,7 @@ def write_configs(
     quantization_config: Mapping[str, Any] | None,
     *,
     untied: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write `config.json`, and `quantization_config.json` beside it where there is one.
 
@@ -101,7 +134,8 @@ def write_configs(
     """
     if quantization_config is not None:
         atomic_write_json(folder / "quantization_config.json", quantization_config)
-    atomic_write_json(folder / "config.json", output_config(source, quantization_config, untied=untied))
+    config = output_config(source, quantization_config, untied=untied, dtype=dtype)
+    atomic_write_json(folder / "config.json", config)
 
 
 def side_files(folder: Path) -> tuple[Path, ...]:

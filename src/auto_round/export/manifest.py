@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from auto_round.errors import InternalError
-from auto_round.export.exporter import Exporter
+from auto_round.export.exporter import Exporter, Recasts
 from auto_round.layouts.layout import TensorSpec
 from auto_round.models.layer import Layer, Role
 from auto_round.schemes.plan import Plan
@@ -21,7 +21,8 @@ class Manifest:
 
     Attributes:
         specs: name of each output tensor -> dtype and shape, in the order of the source.
-        copied: names of the source's tensors that are taken over byte for byte.
+        copied: names of the source's tensors that are taken over: byte for byte, but for biases of quantized
+            layers, which get the dtype of their spec.
         encoded: name of each quantized layer -> names of the tensors that stand for it.
     """
 
@@ -60,6 +61,8 @@ def make_manifest(
         for layer in layers
         if (fmt := plan.format_of(layer.name)) is not None
     }
+    dtype = exporter.float_dtype if isinstance(exporter, Recasts) else None
+    biases = {f"{name}.bias" for name in parts}
     replacing: dict[str, list[str]] = {}
     for layer in layers:
         if layer.name in parts:
@@ -68,7 +71,7 @@ def make_manifest(
     specs: dict[str, TensorSpec] = {}
     for name, spec in tensors.items():
         if name not in replacing:
-            _add(specs, {name: spec})
+            _add(specs, {name: spec if dtype is None or name not in biases else replace(spec, dtype=dtype)})
         for layer_name in replacing.get(name, ()):
             _add(specs, parts[layer_name])
     for layer_name in replacing.get(_BEHIND, ()):

@@ -34,6 +34,7 @@ class CardFacts:
         name: name of the original model, for people.
         scheme: for example `W4A16`.
         exporter: name of the output format.
+        quant_method: what the folder's `config.json` calls itself; None for one that looks unquantized.
         method: one line, for example `SignRound, 200 steps a block`.
         bits_per_weight: stored bits per quantized weight: codes, steps and zero points.
         bytes_before: bytes of all tensors of the original.
@@ -45,6 +46,8 @@ class CardFacts:
         hub_id: `owner/name` of the original on the Hugging Face hub; None for a local folder.
         license: license identifier of the original; None when unknown.
         options: options of the run that differ from the defaults.
+        engines: engines that load the folder, by its configuration and headers; empty when unknown.
+        gguf_file: name of the GGUF file; None for a folder of safetensors.
     """
 
     name: str
@@ -61,6 +64,9 @@ class CardFacts:
     hub_id: str | None = None
     license: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+    quant_method: str | None = "auto-round"
+    engines: str = ""
+    gguf_file: str | None = None
 
 
 def model_card(facts: CardFacts) -> str:
@@ -85,7 +91,10 @@ def _front_matter(facts: CardFacts) -> list[str]:
         lines.append(f"license: {json.dumps(facts.license)}")
     if facts.hub_id:
         lines += [f"base_model: {json.dumps(facts.hub_id)}", "base_model_relation: quantized"]
-    lines += ["library_name: transformers", "tags:", "- auto-round", "- quantized"]
+    library = "transformers" if facts.gguf_file is None else "gguf"
+    lines += [f"library_name: {library}", "tags:", "- auto-round", "- quantized"]
+    if facts.quant_method in _PEERS:
+        lines.append(f"- {facts.quant_method}")
     return [*lines, "---", ""]
 
 
@@ -99,6 +108,7 @@ def _summary(facts: CardFacts) -> list[str]:
         "Quantized matrices": str(facts.quantized),
         "Bits per quantized weight": f"{facts.bits_per_weight:.3f}",
         "Size of all tensors": f"{_mib(facts.bytes_before)} before, {_mib(facts.bytes_after)} after",
+        **({"Loads in, by its headers": facts.engines} if facts.engines else {}),
         **{f"Option `{key}`": f"`{value}`" for key, value in sorted(facts.options.items())},
     }
     lines = [
@@ -123,16 +133,35 @@ def _measured(facts: CardFacts) -> list[str]:
     return ["## Measured", "", "| | before | after |", "|---|---|---|", *rows, ""]
 
 
+_PEERS = {"gptq": "vLLM, SGLang and GPTQModel", "awq": "vLLM, SGLang, GPTQModel and AutoAWQ"}
+"""Who loads a folder of a `quant_method` as it is, besides Transformers."""
+
+
+def _package(quant_method: str) -> str:
+    """Package that Transformers needs to load a folder."""
+    return quant_method if quant_method == "compressed-tensors" else "auto-round"
+
+
 def _usage(facts: CardFacts) -> list[str]:
-    needs = [] if facts.exporter == "fake" else ["# pip install auto-round"]
+    if facts.gguf_file is not None:
+        return ["## Use", "", "```sh", f"llama-cli -m {facts.gguf_file}", "```", ""]
+    needs = [] if facts.quant_method is None else [f"# pip install {_package(facts.quant_method)}"]
+    peers = _PEERS.get(facts.quant_method or "")
+    names, settings = "AutoModelForCausalLM, AutoTokenizer", ""
+    if peers is not None:
+        names, settings = (
+            "AutoModelForCausalLM, AutoRoundConfig, AutoTokenizer",
+            ", quantization_config=AutoRoundConfig()",
+        )
     return [
         "## Use",
         "",
+        *([f"{peers} load this folder as it is. With Transformers:", ""] if peers else []),
         "```python",
         *needs,
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {names}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{settings})',
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         "```",
         "",

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from auto_round.errors import CheckpointError, ConfigError
+from auto_round.errors import CheckpointError, ConfigError, Refusal, UnsupportedError
 from auto_round.inference.disk_names import DiskNames
 from auto_round.inference.experts import PackedExperts, pack_experts
-from auto_round.inference.qlinear import PackedWeight, QuantLinear
+from auto_round.inference.qlinear import ORDER, PackedWeight, QuantLinear, named
 from auto_round.inference.stored_formats import FLOAT_BITS, StoredFormats
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.select import AUTO, select_kernel
@@ -90,8 +90,11 @@ def post_init(model: Any, used_backends: list[str] | None = None) -> None:
         UnsupportedError: layers left on disk, or on a device that the chosen backend does not run on.
     """
     del used_backends  # each layer knows its kernel
-    backend = str(_config_of(model).get("backend") or AUTO)
+    config = _config_of(model)
+    backend = str(config.get("backend") or AUTO)
+    _drop_unread_orders(model, reordered=bool(config.get("desc_act")))
     _check_complete(model)
+    _check_devices(model)
     for name, module in list(model.named_modules()):
         try:
             if isinstance(module, QuantLinear):
@@ -101,6 +104,8 @@ def post_init(model: Any, used_backends: list[str] | None = None) -> None:
                 _record_as_plain(model, module.layers)
         except CheckpointError as error:
             raise CheckpointError(f'layer "{name}": {error}') from error
+        except UnsupportedError as error:
+            raise named(name, error) from error
 
 
 def change_backend(model: Any, backend: str = AUTO) -> None:
@@ -114,6 +119,23 @@ def change_backend(model: Any, backend: str = AUTO) -> None:
             kernel = select_kernel(module.spec, backend)
             if kernel is not module.kernel:
                 module.change_kernel(kernel, module.spec)
+
+
+def _drop_unread_orders(model: Any, *, reordered: bool) -> None:
+    """Do without `g_idx` where a GPTQ checkpoint has none, unless it says that inputs are reordered.
+
+    Raises:
+        UnsupportedError: inputs may be reordered, and the checkpoint does not say how.
+    """
+    weights = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight)]
+    if not any(_READ_MARK in vars(part) for _, m in weights for part in m.parts().values()):
+        return  # tensors that were moved have lost the mark
+    for name, module in weights:
+        if module.ordered and _READ_MARK not in vars(module.parts()[ORDER]):
+            if reordered:
+                what = "inputs are reordered by activation (desc_act), but g_idx is missing"
+                raise named(name, UnsupportedError(what, [Refusal("auto_round", "the order is not known")]))
+            module.drop_order()
 
 
 def _check_complete(model: Any) -> None:
@@ -133,6 +155,27 @@ def _check_complete(model: Any) -> None:
         raise CheckpointError(
             f"{len(missing)} of {len(stored)} packed tensors are missing from the checkpoint: "
             f"{', '.join(missing[:_SHOWN])}; its configuration says that these layers are quantized"
+        )
+
+
+def _check_devices(model: Any) -> None:
+    """Refuse quantized layers on a CPU beside others on an accelerator.
+
+    Such layers are not run on the CPU: their tensors would be copied to the accelerator for every call, by
+    names that kernels do not keep.
+
+    Raises:
+        UnsupportedError: a device map with both, with some of the layers.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear) and not module.adopted:
+            kinds.setdefault(next(iter(module.parts().values())).device.type, []).append(name)
+    if "cpu" in kinds and set(kinds) - {"cpu", "meta"}:
+        shown = ", ".join(kinds["cpu"][:_SHOWN])
+        raise UnsupportedError(
+            f"{len(kinds['cpu'])} quantized layers were left to the CPU beside an accelerator ({shown})",
+            [Refusal("auto_round", "does not offload", "give more memory per device in max_memory, or cpu")],
         )
 
 

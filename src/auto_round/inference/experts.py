@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.inference.disk_names import DiskNames
-from auto_round.inference.qlinear import PackedWeight
+from auto_round.inference.qlinear import PackedWeight, named
 from auto_round.inference.stored_formats import StoredFormats
 from auto_round.models.names import Recipe
 from auto_round.models.roles import fused_experts
@@ -74,7 +74,10 @@ class PackedExperts(nn.Module):
         return fused
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
-        q = self._weights[name].unpack()
+        try:
+            q = self._weights[name].unpack()
+        except UnsupportedError as error:
+            raise named(name.removesuffix(WEIGHT), error) from error
         return q.format.dequantize(q, dtype)
 
 

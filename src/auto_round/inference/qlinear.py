@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,18 @@ from torch import Tensor, nn
 
 from auto_round.errors import InternalError, UnsupportedError
 from auto_round.kernels.kernel import Kernel, LinearSpec
+from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
+
+ORDER = "g_idx"
+"""Tensor of GPTQ checkpoints with the group of each input, which some of them leave out."""
+
+
+def named(layer: str, error: UnsupportedError) -> UnsupportedError:
+    """The same error with the layer's name in front."""
+    return UnsupportedError(f'layer "{layer}": {str(error).splitlines()[0]}', error.refusals)
 
 
 class PackedWeight(nn.Module):
@@ -35,6 +45,17 @@ class PackedWeight(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         """The stored tensors by suffix."""
         return {suffix: self.get_buffer(suffix) for suffix in self.layout.spec(self.fmt, self.shape)}
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the stored tensors have a `g_idx`."""
+        return isinstance(self.layout, GPTQ) and self.layout.indexed
+
+    def drop_order(self) -> None:
+        """Expect the tensors without `g_idx`."""
+        if isinstance(self.layout, GPTQ):
+            self.layout = replace(self.layout, indexed=False)
+            del self._buffers[ORDER]
 
     def unpack(self) -> QTensor:
         """The quantized weight.
@@ -111,6 +132,34 @@ class QuantLinear(PackedWeight):
             raise InternalError("a quantized layer was used before post_init prepared it")
         return self.kernel.linear(x, self._kernel_buffers(), self.spec, self.bias)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """What `model.to(...)`, `.half()` and the like call: dtypes of a kernel's buffers never change.
+
+        Raises:
+            UnsupportedError: the kernel does not run with that dtype or on that device.
+        """
+        if not self.adopted:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        before = next(iter(self._kernel_buffers().values())).device
+        wanted = fn(torch.empty(0, dtype=self.spec.dtype, device=before))
+        spec = replace(self.spec, dtype=wanted.dtype)
+        if wanted.device.type not in (before.type, "meta"):
+            spec = replace(spec, device=wanted.device.type)
+        refusal = None if spec == self.spec else self.kernel.refuses(spec)
+        if refusal is not None:
+            raise UnsupportedError(
+                f"a loaded quantized layer cannot become {wanted.dtype} on {wanted.device}; give `dtype` and "
+                "`device_map` to `from_pretrained` instead",
+                [refusal],
+            )
+        moved = {name: _kept(buffer, fn(buffer)) for name, buffer in self._kernel_buffers().items()}
+        self._buffers.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers.update(moved)
+        self.spec = spec
+        return self
+
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -124,3 +173,8 @@ class QuantLinear(PackedWeight):
         if self.adopted:
             for suffix, part in self.layout.pack(self.restore()).items():
                 destination[prefix + suffix] = part
+
+
+def _kept(buffer: Tensor, changed: Tensor) -> Tensor:
+    """`changed`, or where its dtype is another, the buffer on the same device."""
+    return changed if changed.dtype == buffer.dtype else buffer.to(changed.device)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
+from auto_round.inference.foreign import (
+    dynamic_rule,
+    foreign_layout,
+    foreign_method,
+    foreign_top,
+    is_listed,
+)
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import LAYOUTS, layout_for
 from auto_round.numerics.format import Format
@@ -16,9 +23,12 @@ from auto_round.numerics.presets import INT_BITS, SCALE_DTYPES, int_format
 FLOAT_BITS = 16
 """Width from which a weight counts as not quantized."""
 
+_HEAD = "lm_head"
+_BLOCK = re.compile(r"(.+?)\.\d+\.")
 _FIELDS = ("bits", "group_size", "sym", "data_type", "act_bits", "scale_dtype")
 _BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
-_PATTERN = frozenset("*+?^$()[]{}|\\")  # a dot alone does not make a name a pattern
+PATTERN_CHARACTERS = frozenset("*+?^$()[]{}|\\")
+"""What makes a key of `extra_config` a pattern for Transformers, vLLM and SGLang; a dot alone does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +36,7 @@ class StoredFormats:
     """What a `quantization_config` says of each layer.
 
     A layer's exact name in `extra_config` comes first, then whether it lies in a block, then expressions
-    found in its name, then the fields at the top.
+    found in its name, then the fields at the top. GPTQ and AWQ checkpoints have their own lists.
 
     Attributes:
         top: fields of layers that nothing else names.
@@ -34,6 +44,11 @@ class StoredFormats:
         blocks: beginnings of the names of layers that are quantized unless `extra` names them.
         kept: parts of names of layers that are not quantized.
         layout: order of the stored bytes.
+        dynamic: GPTQModel's rules.
+        listed: the only layers that are quantized, by the ends of their names; empty for all in blocks.
+        head: the output head is quantized.
+        reordered: the checkpoint says that inputs may be reordered by activation (`desc_act`).
+        patterns: those keys of `extra` that are expressions, compiled.
     """
 
     top: Mapping[str, Any]
@@ -41,6 +56,25 @@ class StoredFormats:
     blocks: tuple[str, ...]
     kept: tuple[str, ...]
     layout: Layout
+    dynamic: Mapping[str, Any] = field(default_factory=dict)
+    listed: tuple[str, ...] = ()
+    head: bool = False
+    reordered: bool = False
+    patterns: tuple[tuple[re.Pattern[str], Mapping[str, Any]], ...] = ()
+
+    @classmethod
+    def of_folder(cls, config: Mapping[str, Any], layers: Iterable[str]) -> StoredFormats:
+        """Read the configuration of a folder without its model.
+
+        Args:
+            config: `quantization_config` as it lies on disk.
+            layers: names of its layers, which tell how its blocks are called.
+
+        Raises:
+            ConfigError, UnsupportedError: as `read`.
+        """
+        found = (_BLOCK.match(name) for name in layers)
+        return cls.read(config, tuple(dict.fromkeys(match[1] for match in found if match)))
 
     @classmethod
     def read(cls, config: Mapping[str, Any], default_blocks: Sequence[str]) -> StoredFormats:
@@ -55,26 +89,30 @@ class StoredFormats:
             ConfigError: an expression that is not one, or a field with an impossible value.
             UnsupportedError: byte orders that this version does not read.
         """
-        if config.get("desc_act"):
+        foreign = foreign_method(config)
+        if config.get("desc_act") and foreign is None:
             raise UnsupportedError(
                 "this checkpoint's inputs are reordered by activation (desc_act)",
                 [Refusal("auto_round", "desc_act true", "use a checkpoint with desc_act false")],
             )
         top = {field: config[field] for field in _FIELDS if config.get(field) is not None}
-        if "zero_point" in config:  # AWQ's own word for asymmetric
-            top["sym"] = not config["zero_point"]
+        if foreign is not None:
+            top |= foreign_top(config, foreign)
         blocks = next((found for key in _BLOCK_KEYS if (found := _names(config.get(key)))), ())
-        extra = {**_gptq_rules(config.get("dynamic") or {}), **(config.get("extra_config") or {})}
-        if config.get("lm_head") is True:
-            extra.setdefault("lm_head", {})
-        for key in extra:
-            _compiled(key)
+        extra = dict(config.get("extra_config") or {})
+        compiled = {key: _compiled(key) for key in extra}
+        patterns = ((compiled[key], extra[key]) for key in extra if PATTERN_CHARACTERS.intersection(key))
         return cls(
             top,
             extra,
             blocks or tuple(default_blocks),
-            tuple(config.get("modules_to_not_convert") or ()),
-            _layout(config),
+            _names(config.get("modules_to_not_convert")),
+            _layout(config) if foreign is None else foreign_layout(config, foreign),
+            config.get("dynamic") or {},
+            _names(config.get("modules_in_block_to_quantize")),
+            config.get("lm_head") is True,
+            bool(config.get("desc_act")),
+            tuple(patterns),
         )
 
     def format_of(self, names: Sequence[str]) -> Format | None:
@@ -90,18 +128,33 @@ class StoredFormats:
         fields = self._fields(names)
         return None if fields is None else _format(names[0], fields)
 
+    def is_symmetric(self, name: str) -> bool:
+        """Whether a quantized layer is stored without zero points of its own."""
+        return bool((self._fields((name,)) or {}).get("sym", True))
+
     def _fields(self, names: Sequence[str]) -> dict[str, Any] | None:
         for name in names:
             if name in self.extra:
                 return {**self.top, **self.extra[name]}
-        if not any(name.startswith(f"{block}.") for name in names for block in self.blocks):
+        if not self._covers(names):
             return None
-        if any(part in name for name in names for part in self.kept):
+        changes = [dynamic_rule(self.dynamic, name) for name in names]
+        if None in changes:
             return None
-        for key, fields in self.extra.items():
-            if _PATTERN.intersection(key) and any(re.search(key, name) for name in names):
+        for pattern, fields in self.patterns:
+            if any(pattern.search(name) for name in names):
                 return {**self.top, **fields}
-        return dict(self.top)
+        return {**self.top, **next((change for change in changes if change), {})}
+
+    def _covers(self, names: Sequence[str]) -> bool:
+        """Whether the fields at the top hold for a layer at all."""
+        if self.head and any(name.rpartition(".")[2] == _HEAD for name in names):
+            return True
+        if not any(name.startswith(f"{block}.") for name in names for block in self.blocks):
+            return False
+        if self.listed and not any(is_listed(name, self.listed) for name in names):
+            return False
+        return not any(part in name for name in names for part in self.kept)
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -113,19 +166,9 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(name for item in value for name in _names(item))
 
 
-def _gptq_rules(dynamic: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """GPTQModel's `dynamic`: `-:` keeps a layer, `+:` or nothing changes its fields."""
-    return {
-        f"(?:{key.removeprefix('-:').removeprefix('+:')})": {"bits": FLOAT_BITS}
-        if key.startswith("-:")
-        else fields
-        for key, fields in dynamic.items()
-    }
-
-
-def _compiled(key: str) -> None:
+def _compiled(key: str) -> re.Pattern[str]:
     try:
-        re.compile(key)
+        return re.compile(key)
     except re.error as error:
         raise ConfigError(
             f'extra_config of this checkpoint has the key "{key}", expected a layer name or a regular '

@@ -1,18 +1,20 @@
-"""The `cpu_int4` kernel: 2- to 4-bit weights through PyTorch's packed int4 matrices for CPUs.
+"""The `cpu_int4` and `cpu_int8` kernels: whole numbers through PyTorch's packed int4 matrices for CPUs.
 
 `torch.ops.aten._weight_int4pack_mm_for_cpu` multiplies by `(code - 8) * step + fold`, with step and fold in
 the dtype of the activations, codes unpacked in registers and sums in float32. Only its bfloat16 form is
 vectorised on x86 (8192 x 4096, one token, one thread of a Xeon with AVX-512: 2.3 ms, against 51 ms in
 float32, 82 ms in float16 and 5.3 ms for a bfloat16 matrix), hence everything is computed in bfloat16 here.
+Codes of 5 to 8 bits are two such matrices side by side (`kernels/int4_codes.py`).
 
-Its cost grows with every token, since weights are converted again for each. From `DENSE_TOKENS` tokens on,
-bands of the weight are unpacked to bfloat16 once and multiplied as ordinary matrices.
+Its cost grows with every token, since weights are converted again for each. From `dense_tokens` tokens on,
+bands of the weight are unpacked once and multiplied as ordinary matrices.
 
 Source: PyTorch `aten/src/ATen/native/cpu/int4mm_kernel.cpp`, 2.9 to 2.13.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -20,43 +22,54 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
-from auto_round.kernels import int4_codes
+from auto_round.kernels.int4_codes import MIDDLE, Planes, is_whole
 from auto_round.kernels.int4_order import Order, Scratch, find_order
 from auto_round.kernels.kernel import LinearSpec
+from auto_round.kernels.reference import PART
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import Scale
 
 GROUPS = (256, 128, 64, 32)
 """Group widths that the operator takes; wider groups repeat their step."""
 
-DENSE_TOKENS = 64
-"""Tokens from which unpacking to bfloat16 is faster than the operator."""
+DENSE_TOKENS_BF16 = 64
+"""Tokens from which unpacking is faster than the operator where the CPU multiplies
+bfloat16 matrices itself."""
+
+DENSE_TOKENS = 128
+"""The same for other CPUs, which multiply float32 matrices 4 times as fast as bfloat16
+ones: for 8 million weights on one thread of a Xeon with AVX-512 the operator takes 0.26 ms a token,
+unpacking 17 ms and 0.12 ms a token."""
 
 DENSE_BAND = 1 << 19
-"""Weights unpacked to bfloat16 at a time: with scratch 2 MiB, a core's second-level cache."""
+"""Weights unpacked at a time: with scratch 2.5 MiB, near a core's second-level cache."""
 
 PACK_BAND = 1 << 20
-"""Weights packed at a time; bounds the int32 temporary to 4 MiB."""
+"""Weights packed at a time; bounds temporaries to 2 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
-class CpuInt4Kernel:
+class CpuIntKernel:
     """Packed int4 matrices on a CPU.
 
-    Codes are kept exactly, 2- and 3-bit ones included. Steps are rounded to bfloat16 (and, for asymmetric
-    4-bit weights, the product of step and zero point), activations of other dtypes too: see
-    `Kernel.compute_dtype` for the bound. The steps as stored are kept beside them so that a loaded model can
-    be saved unchanged.
+    Codes are kept exactly. Steps are rounded to bfloat16 (and, for asymmetric 4- and 8-bit weights, the
+    product of step and zero point), activations of other dtypes too: see `Kernel.compute_dtype` for the
+    bound. The steps as stored are kept beside them so that a loaded model can be saved unchanged.
+
+    Attributes:
+        name: name in the table.
+        widths: widths of codes, bits.
     """
 
     name: str = "cpu_int4"
+    widths: tuple[int, ...] = (2, 3, 4)
 
     def refuses(self, spec: LinearSpec) -> Refusal | None:
-        """None for whole-number formats of 2 to 4 bits whose groups are multiples of 32, on a CPU."""
+        """None for whole-number formats of these widths whose groups are multiples of 32, on a CPU."""
         if spec.device != "cpu":
             return Refusal(self.name, f"runs on a CPU, not on {spec.device}")
-        if not int4_codes.fits(spec.fmt):
-            return Refusal(self.name, f"holds whole numbers of 2 to 4 bits, not {spec.fmt.name}")
+        if not is_whole(spec.fmt) or spec.fmt.grid.bits not in self.widths:
+            known = f"{self.widths[0]} to {self.widths[-1]}"
+            return Refusal(self.name, f"holds whole numbers of {known} bits, not {spec.fmt.name}")
         if spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return Refusal(self.name, f"takes bfloat16, float16 or float32 activations, not {spec.dtype}")
         n_in = spec.shape[1]
@@ -72,33 +85,30 @@ class CpuInt4Kernel:
         return torch.bfloat16
 
     def prepare(self, q: QTensor, spec: LinearSpec) -> Mapping[str, Tensor]:
-        """Packed codes, `[n_groups, out, 2]` bfloat16 of step and fold, and the scale's parts as stored."""
-        order, width = _order(), _width(spec)
+        """Packed codes, bfloat16 step and fold of each plane's groups, and the scale's parts as stored."""
+        order, planes = _order(), _planes(spec)
         n_out, n_in = spec.shape
         rows = -(-n_out // order.block) * order.block
-        packed = torch.zeros(rows, n_in // 2, dtype=torch.uint8)
+        packed = torch.empty(rows, planes.count * n_in // 2, dtype=torch.uint8)
         for band in _bands(n_out, order.block, PACK_BAND // n_in):
-            codes = int4_codes.to_int4(q.codes[band], _rows(q.scale, band, spec), spec.fmt)
+            codes = planes.split(q.codes[band], q.scale, band)
             missing = -codes.shape[0] % order.block
-            codes = torch.nn.functional.pad(codes, (0, 0, 0, missing), value=int4_codes.MIDDLE)
-            packed[band.start : band.start + codes.shape[0]] = (
-                torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
-            )
-        scale_zero = torch.zeros(n_in // width, rows, 2, dtype=torch.bfloat16)
-        scale_zero[:, :n_out] = _scale_zero(q.scale, spec, width)
-        return {
-            "packed": packed,
-            "scale_zero": scale_zero,
-            **{f"part_{k}": p for k, p in q.scale.parts.items()},
-        }
+            if missing:
+                codes = torch.nn.functional.pad(codes, (0, 0, 0, missing), value=MIDDLE)
+            packed[band.start : band.start + codes.shape[0]] = order.pack(codes)
+        scale_zero = planes.scale_zero(q.scale, n_out)
+        if rows != n_out:
+            scale_zero = torch.nn.functional.pad(scale_zero, (0, 0, 0, rows - n_out))
+        return {"packed": packed, "scale_zero": scale_zero, **{PART + k: p for k, p in q.scale.parts.items()}}
 
     def restore(self, buffers: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
         """Inverse of `prepare`."""
         n_out, n_in = spec.shape
-        parts = {name.removeprefix("part_"): b for name, b in buffers.items() if name.startswith("part_")}
+        planes = _planes(spec)
+        parts = {name.removeprefix(PART): b for name, b in buffers.items() if name.startswith(PART)}
         scale = spec.fmt.rule.read(parts)
-        codes = _order().unpack(buffers["packed"], n_in)[:n_out]
-        return QTensor(int4_codes.from_int4(codes, scale, spec.fmt), scale, spec.fmt)
+        codes = _order().unpack(buffers["packed"], planes.count * n_in)[:n_out]
+        return QTensor(planes.join(codes, scale), scale, spec.fmt)
 
     def linear(
         self, x: Tensor, buffers: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None
@@ -107,8 +117,11 @@ class CpuInt4Kernel:
         n_out, n_in = spec.shape
         packed, scale_zero = buffers["packed"], buffers["scale_zero"]
         flat = x.reshape(-1, n_in).to(torch.bfloat16)
-        if flat.shape[0] < DENSE_TOKENS:
-            width = n_in // scale_zero.shape[0]
+        n_planes = packed.shape[1] * 2 // n_in
+        if flat.shape[0] < dense_tokens():
+            if n_planes > 1:
+                flat = torch.cat([flat] * n_planes, dim=1)
+            width = n_planes * n_in // scale_zero.shape[0]
             y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 flat.contiguous(), packed, width, scale_zero
             )
@@ -127,17 +140,17 @@ def _group(spec: LinearSpec) -> int | None:
     return next((g for g in GROUPS if width % g == 0 and n_in % g == 0), None)
 
 
-def _width(spec: LinearSpec) -> int:
+def _planes(spec: LinearSpec) -> Planes:
     width = _group(spec)
     if width is None:
-        raise ValueError(f"cpu_int4 refuses groups of {spec.fmt.name} in rows of {spec.shape[1]}")
-    return width
+        raise ValueError(f"packed int4 matrices refuse groups of {spec.fmt.name} in rows of {spec.shape[1]}")
+    return Planes(spec.fmt, spec.shape[1], width)
 
 
 def _order() -> Order:
     order = find_order()
     if order is None:
-        raise ValueError("cpu_int4 refuses a PyTorch whose order of packed int4 matrices is not known")
+        raise ValueError("this kernel refuses a PyTorch whose order of packed int4 matrices is not known")
     return order
 
 
@@ -147,37 +160,29 @@ def _bands(n_out: int, block: int, rows: int) -> Iterator[slice]:
     return (slice(start, min(start + step, n_out)) for start in range(0, n_out, step))
 
 
-def _rows(scale: Scale, band: slice, spec: LinearSpec) -> Scale:
-    """Scale of some rows; one scale for a whole tensor is that of every row."""
-    step, zero = scale.step, scale.zero
-    if spec.fmt.group.size == 0:
-        return scale
-    return Scale(step[band], None if zero is None else zero[band])
+@functools.cache
+def _multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 matrices."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def _scale_zero(scale: Scale, spec: LinearSpec, width: int) -> Tensor:
-    """Step and fold of each group of the operator, `[n_groups, out, 2]` bfloat16.
-
-    The fold is a multiple of the rounded step, so that a weight near zero keeps a small error.
-    """
-    step = scale.step.to(torch.bfloat16)
-    units = int4_codes.fold_units(scale, spec.fmt)
-    fold = torch.zeros_like(step) if units is None else (units * step.float()).to(torch.bfloat16)
-    pair = torch.stack([step, fold], dim=-1)
-    n_out, n_in = spec.shape
-    repeats = spec.fmt.group.width(n_in) // width
-    pair = pair.expand(n_out, -1, -1).repeat_interleave(repeats, dim=1)[:, : n_in // width]
-    return pair.transpose(0, 1)
+def dense_tokens() -> int:
+    """Tokens from which weights are unpacked."""
+    return DENSE_TOKENS_BF16 if _multiplies_bf16() else DENSE_TOKENS
 
 
 def _dense(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
-    """`[tokens, in]` times the packed weight, unpacked band by band to bfloat16; `[tokens, rows]`."""
+    """`[tokens, in]` times the packed weight, unpacked band by band; `[tokens, rows]` bfloat16."""
     order = _order()
-    n_in = x.shape[1]
+    n_in, n_long = x.shape[1], packed.shape[1] * 2
     y = torch.empty(x.shape[0], packed.shape[0], dtype=torch.bfloat16)
-    rows = max(order.block, DENSE_BAND // n_in // order.block * order.block)
-    scratch = Scratch.of(rows * n_in)
+    rows = max(order.block, DENSE_BAND // n_long // order.block * order.block)
+    scratch = Scratch.of(rows * n_long)
+    dtype = torch.bfloat16 if _multiplies_bf16() else torch.float32
+    x = x.to(dtype)
     for band in _bands(packed.shape[0], order.block, rows):
-        w = order.columns(packed[band], scale_zero[:, band], scratch)
-        y[:, band] = order.sort_outputs(x @ w)
+        w = order.weights(packed[band], scale_zero[:, band], scratch)
+        if n_long != n_in:
+            w = w[:n_in].add_(w[n_in:])
+        y[:, band] = order.sort_outputs(x @ w.to(dtype))
     return y

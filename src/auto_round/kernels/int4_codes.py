@@ -1,11 +1,15 @@
-"""Whole-number formats of 2 to 4 bits as offset-binary 4-bit codes, without any rounding.
+"""Whole-number formats of 2 to 8 bits as one or two planes of offset-binary 4-bit codes, unrounded.
 
-PyTorch's packed matrices hold `w = (code - 8) * step + fold` with codes 0 ... 15. A format of fewer bits has
-room to move its zero point to 8 by adding a whole number to the codes of each group, so that the fold
-vanishes; only asymmetric 4-bit weights need it.
+PyTorch's packed matrices hold `w = (code - 8) * step + fold` with codes 0 ... 15. A format of fewer bits
+has room to move its zero point to the middle by adding a whole number to the codes of each group, so that
+the fold vanishes; only asymmetric 4-bit weights need it. Wider codes become codes of 8 bits in the same
+way, and those two planes: `code - 128 = 16 (high - 8) + (low - 8) + 8`, so that the inputs are multiplied
+by two 4-bit matrices whose steps differ by a factor of 16 and whose results are added.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,44 +18,94 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.scale import MinMax, Scale, SignedMax
 
-MIDDLE = 8
-"""Code that stands for zero in offset-binary 4-bit codes."""
+PLANE_BITS = 4
+"""Width of the codes of one plane."""
+
+MIDDLE = 1 << (PLANE_BITS - 1)
+"""Code of a plane that stands for zero."""
 
 
-def fits(fmt: Format) -> bool:
-    """Whether a format's codes can be written as 4-bit codes."""
-    return isinstance(fmt.grid, IntGrid) and fmt.grid.bits <= 4 and isinstance(fmt.rule, (SignedMax, MinMax))
+def is_whole(fmt: Format) -> bool:
+    """Whether a format has whole numbers with one step a group."""
+    return isinstance(fmt.grid, IntGrid) and isinstance(fmt.rule, (SignedMax, MinMax))
 
 
-def code_shift(scale: Scale, fmt: Format) -> Tensor | int:
-    """What is added to the codes of each group: int16 `[rows, n_groups]`, or one number for all."""
-    if scale.zero is None:
-        return MIDDLE + int(fmt.grid.lo)
-    if fmt.grid.bits == 4:
-        return 0
-    return MIDDLE - scale.zero.to(torch.int16)
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """How codes of one weight become planes.
 
+    Attributes:
+        fmt: format of the weight.
+        n_in: inputs.
+        width: weights that share a step in the planes; divides the format's groups and `n_in`.
+    """
 
-def fold_units(scale: Scale, fmt: Format) -> Tensor | None:
-    """Fold in units of the step, float32 `[rows, n_groups]`; None where it is 0 in every group."""
-    if scale.zero is None or fmt.grid.bits < 4:
-        return None
-    return MIDDLE - scale.zero
+    fmt: Format
+    n_in: int
+    width: int
 
+    @property
+    def count(self) -> int:
+        """Planes: 1 for codes of up to 4 bits, 2 for wider ones."""
+        return -(-self.fmt.grid.bits // PLANE_BITS)
 
-def to_int4(codes: Tensor, scale: Scale, fmt: Format) -> Tensor:
-    """Codes of `fmt`, `[out, in]` uint8, as 4-bit codes, int32, same shape."""
-    return _shifted(codes, code_shift(scale, fmt), fmt).to(torch.int32)
+    @property
+    def middle(self) -> int:
+        """Joined code that stands for zero."""
+        return 1 << (self.count * PLANE_BITS - 1)
 
+    @property
+    def keeps_zero(self) -> bool:
+        """Whether the codes fill the planes, so that a zero point cannot be moved."""
+        return isinstance(self.fmt.rule, MinMax) and self.fmt.grid.bits == self.count * PLANE_BITS
 
-def from_int4(codes: Tensor, scale: Scale, fmt: Format) -> Tensor:
-    """Inverse of `to_int4`; uint8."""
-    shift = code_shift(scale, fmt)
-    return _shifted(codes, -shift, fmt).to(torch.uint8)
+    def split(self, codes: Tensor, scale: Scale, rows: slice) -> Tensor:
+        """Codes `[rows, in]` uint8 of the format as `[rows, count * in]` of the planes, high plane first."""
+        joined = self._shifted(codes, self._shift(scale, codes.shape[0], rows))
+        if self.count == 1:
+            return joined
+        return torch.cat([joined >> PLANE_BITS, joined & ((1 << PLANE_BITS) - 1)], dim=1)
 
+    def join(self, planes: Tensor, scale: Scale) -> Tensor:
+        """Inverse of `split` for all rows."""
+        joined = planes
+        if self.count > 1:
+            high, low = planes[:, : self.n_in], planes[:, self.n_in :]
+            joined = (high << PLANE_BITS).bitwise_or_(low)
+        shift = self._shift(scale, planes.shape[0], slice(None))
+        return self._shifted(joined, -shift)
 
-def _shifted(codes: Tensor, shift: Tensor | int, fmt: Format) -> Tensor:
-    if isinstance(shift, int):
-        return codes.to(torch.int16) + shift
-    grouped = fmt.group.split(codes.to(torch.int16)) + shift.unsqueeze(-1)
-    return fmt.group.join(grouped, codes.shape)
+    def scale_zero(self, scale: Scale, n_out: int) -> Tensor:
+        """Step and fold of each group of the planes, `[count * in / width, out, 2]` bfloat16.
+
+        Folds are multiples of the rounded step, so that a weight near zero keeps a small error.
+        """
+        step = self.spread(scale.step, n_out).to(torch.bfloat16)
+        fold = torch.zeros_like(step)
+        if self.keeps_zero and scale.zero is not None:
+            fold = ((self.middle - self.spread(scale.zero, n_out)) * step.float()).to(torch.bfloat16)
+        if self.count > 1:  # both factors are powers of two: exact
+            fold = torch.cat([fold, step * MIDDLE], dim=1)
+            step = torch.cat([step * (1 << PLANE_BITS), step], dim=1)
+        return torch.stack([step, fold], dim=-1).transpose(0, 1).contiguous()
+
+    def spread(self, part: Tensor, n_out: int) -> Tensor:
+        """Values of the format's groups for those of the planes, `[out, in / width]`."""
+        repeats = self.fmt.group.width(self.n_in) // self.width
+        part = part.expand(n_out, -1)
+        return part if repeats == 1 else part.repeat_interleave(repeats, dim=1)[:, : self.n_in // self.width]
+
+    def _shift(self, scale: Scale, n_out: int, rows: slice) -> Tensor | int:
+        """What is added to the codes of each group: one number, or int16 `[rows, in / width]`."""
+        if scale.zero is None:
+            return self.middle + int(self.fmt.grid.lo)
+        if self.keeps_zero:
+            return 0
+        zero = scale.zero if self.fmt.group.size == 0 else scale.zero[rows]
+        return (self.middle - self.spread(zero, n_out)).to(torch.int16)
+
+    def _shifted(self, codes: Tensor, shift: Tensor | int) -> Tensor:
+        if isinstance(shift, int):
+            return codes + shift if shift else codes
+        wrapped = shift.bitwise_and(255).to(torch.uint8)  # sums of bytes wrap, so that -1 is 255
+        return (codes.view(len(codes), -1, self.width) + wrapped.unsqueeze(-1)).view_as(codes)

@@ -23,11 +23,11 @@ _PROBE_IN = 32
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory that `Order.columns` fills again and again: fresh pages cost as much as the arithmetic.
+    """Memory that `Order.weights` fills again and again: fresh pages cost as much as the arithmetic.
 
     Attributes:
-        bits: int16 codes, one a weight.
-        weights: bfloat16, as many.
+        bits: int16 codes, a quarter as many as weights.
+        weights: float32.
     """
 
     bits: Tensor
@@ -36,7 +36,7 @@ class Scratch:
     @classmethod
     def of(cls, count: int) -> Scratch:
         """Scratch for `count` weights."""
-        return cls(torch.empty(count, dtype=torch.int16), torch.empty(count, dtype=torch.bfloat16))
+        return cls(torch.empty(count // 4, dtype=torch.int16), torch.empty(count, dtype=torch.float32))
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,20 @@ class Order:
         nibbles = _nibbles(packed.reshape(-1, n_in, self.block // 2))
         return nibbles[..., self.places].transpose(1, 2).reshape(-1, n_in)
 
-    def columns(self, packed: Tensor, scale_zero: Tensor, scratch: Scratch) -> Tensor:
-        """Weights `[in, rows]` bfloat16, each rounded once, with the outputs of a block in packed order.
+    def pack(self, codes: Tensor) -> Tensor:
+        """Packed matrix `[rows, in / 2]` uint8 of codes `[rows, in]` below 16; whole blocks.
+
+        The same bytes as PyTorch's operator makes, without its 32-bit input: 1.7 against 3.5 ns a weight.
+        """
+        rows, n_in = codes.shape
+        quarter = self.block // 4
+        even_odd = self.outputs.view(2, 2, quarter).transpose(1, 2).reshape(2, -1)
+        blocks = codes.view(-1, self.block, n_in)
+        pairs = blocks[:, even_odd[1]].bitwise_left_shift_(4).bitwise_or_(blocks[:, even_odd[0]])
+        return pairs.transpose(1, 2).contiguous().view(rows, n_in // 2)
+
+    def weights(self, packed: Tensor, scale_zero: Tensor, scratch: Scratch) -> Tensor:
+        """Weights `[in, rows]` float32, with the outputs of a block in packed order.
 
         Args:
             packed: `[rows, in / 2]` uint8, whole blocks.
@@ -71,17 +83,15 @@ class Order:
         n_groups, rows, _ = scale_zero.shape
         n_blocks, quarter = rows // self.block, self.block // 4
         pairs = packed.reshape(-1).view(torch.int16).view(n_blocks, n_in, quarter)
-        bits = scratch.bits[: rows * n_in].view(n_blocks, 4, n_in, quarter)
-        for at, shift in enumerate((0, 8, 4, 12)):
-            torch.bitwise_right_shift(pairs, shift, out=bits[:, at])
-        bits.bitwise_and_(15)
+        bits = scratch.bits[: rows * n_in // 4].view(n_blocks, n_in, quarter)
         w = scratch.weights[: rows * n_in].view(n_in, n_blocks, 4, quarter)
-        w.copy_(bits.permute(2, 0, 1, 3))
-        pair = scale_zero.view(n_groups, n_blocks, self.block, 2)[:, :, self.outputs]
+        for at, shift in enumerate((0, 8, 4, 12)):
+            torch.bitwise_right_shift(pairs, shift, out=bits)
+            w[:, :, at].copy_(bits.bitwise_and_(15).transpose(0, 1))
+        pair = scale_zero.float().view(n_groups, n_blocks, self.block, 2)[:, :, self.outputs]
         step, fold = pair.reshape(n_groups, 1, rows, 2).unbind(-1)
         grouped = w.view(n_groups, n_in // n_groups, rows)
-        grouped.sub_(MIDDLE)
-        torch.addcmul(fold.contiguous(), grouped, step.contiguous(), out=grouped)
+        torch.addcmul(fold - MIDDLE * step, grouped, step.contiguous(), out=grouped)
         return w.view(n_in, rows)
 
     def sort_outputs(self, y: Tensor) -> Tensor:

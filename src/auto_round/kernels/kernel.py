@@ -39,6 +39,10 @@ class Kernel(Protocol):
         """Name in the table, in messages and in `AutoRoundConfig(backend=...)`."""
         ...
 
+    def __hash__(self) -> int:
+        """Kernels are values: results of trials are kept by kernel."""
+        ...
+
     def refuses(self, spec: LinearSpec) -> Refusal | None:
         """None when this kernel can run that layer on this machine, else the reason."""
         ...

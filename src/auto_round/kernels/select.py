@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from auto_round.errors import ConfigError, Refusal, UnsupportedError, nearest
+from auto_round.kernels.check import trial
 from auto_round.kernels.kernel import Kernel, LinearSpec
-from auto_round.kernels.table import KERNELS, LATER, Entry
+from auto_round.kernels.table import ABSENT, KERNELS, STAND_INS, Entry
+from auto_round.log import logger
 
 AUTO = "auto"
 """Backend that leaves the choice to the table."""
@@ -26,6 +30,8 @@ def select_kernel(spec: LinearSpec, backend: str = AUTO) -> Kernel:
     refusals = []
     for entry in sorted(entries, key=lambda e: -e.priority):
         refusal = entry.kernel.refuses(spec) or (_reluctance(entry, spec) if asked == AUTO else None)
+        if refusal is None and entry.tried:
+            refusal = trial(entry.kernel, spec)
         if refusal is None:
             return entry.kernel
         refusals.append(refusal)
@@ -36,27 +42,57 @@ def select_kernel(spec: LinearSpec, backend: str = AUTO) -> Kernel:
     )
 
 
+def describe_kernels() -> dict[str, str]:
+    """Kernel -> devices, widths, priority, other names, and whether it can run here, in words."""
+    rows = {}
+    for name, entry in KERNELS.items():
+        refusal = entry.kernel.refuses(entry.sample)
+        state = "can run here" if refusal is None else f"cannot run here: {refusal.reason}"
+        if refusal is not None and refusal.remedy:
+            state += f" ({refusal.remedy})"
+        if entry.named_only:
+            state += "; only when named"
+        rows[name] = (
+            f"{entry.devices}; {entry.bits} bits; priority {entry.priority}; {state}; "
+            f"also {', '.join(entry.aliases)}"
+        )
+    return rows
+
+
 def _candidates(asked: str) -> list[Entry]:
     if asked == AUTO:
         return list(KERNELS.values())
     found = [e for name, e in KERNELS.items() if asked in (name, *e.aliases)]
     if found:
         return found
-    if asked in LATER:
+    if asked in STAND_INS:
+        _tell(asked)
+        return [KERNELS[name] for name in STAND_INS[asked].names]
+    if asked in ABSENT:
+        reason, instead = ABSENT[asked]
         raise UnsupportedError(
-            f'backend "{asked}" is not in this version yet',
-            [Refusal(asked, "not in this version", f'use backend="auto" or backend="{LATER[asked]}"')],
+            f'backend "{asked}" is not in this version',
+            [Refusal(asked, reason, f'use backend="auto" or backend="{instead}"')],
         )
-    names = [AUTO, *KERNELS, *(alias for e in KERNELS.values() for alias in e.aliases)]
+    names = [AUTO, *KERNELS, *(alias for e in KERNELS.values() for alias in e.aliases), *STAND_INS]
     raise ConfigError(f'unknown backend "{asked}"; {nearest(asked, names)}')
 
 
+@functools.cache
+def _tell(asked: str) -> None:
+    """Say once in a process what stands in for a backend."""
+    logger.info('backend "%s": %s', asked, STAND_INS[asked].reason)
+
+
 def _reluctance(entry: Entry, spec: LinearSpec) -> Refusal | None:
+    name = entry.kernel.name
+    if entry.named_only:
+        return Refusal(name, entry.named_only, f'name it to use it: backend="{name}"')
     if entry.unasked is None or spec.dtype in entry.unasked:
         return None
     computed = entry.kernel.compute_dtype(spec)
     return Refusal(
-        entry.kernel.name,
+        name,
         f"computes in {computed}, which is less exact than the {spec.dtype} asked for",
-        f'name it if that will do: backend="{entry.kernel.name}"',
+        f'name it if that will do: backend="{name}"',
     )

@@ -1,4 +1,4 @@
-"""The table of kernels: priority, other names, and the names of kernels that are not there yet."""
+"""The table of kernels: priority, other names, and the names of kernels that there are no more or not yet."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from types import MappingProxyType
 
 import torch
 
-from auto_round.kernels.cpu_int4 import CpuInt4Kernel
-from auto_round.kernels.kernel import Kernel
+from auto_round.kernels.cpu_int4 import CpuIntKernel
+from auto_round.kernels.cuda_int4 import CudaInt4Kernel
+from auto_round.kernels.kernel import Kernel, LinearSpec
+from auto_round.kernels.marlin import MarlinKernel
 from auto_round.kernels.reference import TorchKernel
+from auto_round.kernels.triton_linear import TritonKernel
+from auto_round.numerics.presets import int_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,58 +25,147 @@ class Entry:
         kernel: the kernel.
         priority: the largest of those that do not refuse is taken.
         aliases: other names for `backend=`, also those of older checkpoints and guides.
+        devices: kinds of device, in words.
+        bits: widths of codes, in words.
+        sample: a layer that it is made for: whether it is refused says whether the kernel can run here.
         unasked: dtypes of activations for which it may be taken without being named; others would lose
             accuracy that the user asked for. None for all.
+        named_only: why it is never taken without being named; empty when it may be.
+        tried: whether each kind of layer is tried on the machine before the kernel is trusted with it.
     """
 
     kernel: Kernel
     priority: int
     aliases: tuple[str, ...]
+    devices: str
+    bits: str
+    sample: LinearSpec
     unasked: tuple[torch.dtype, ...] | None = None
+    named_only: str = ""
+    tried: bool = False
 
+
+def _sample(bits: int, device: str) -> LinearSpec:
+    return LinearSpec(int_format(bits, 128, sym=True), (4096, 4096), torch.bfloat16, device)
+
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 KERNELS: Mapping[str, Entry] = MappingProxyType(
     {
+        "marlin": Entry(
+            MarlinKernel(),
+            6,
+            ("gptqmodel", "gptqmodel:marlin", "gptqmodel:marlin_zp"),
+            "cuda",
+            "4, 8",
+            _sample(4, "cuda"),
+            named_only="it depends on another package with which this version was not tried",
+            tried=True,
+        ),
         "cpu_int4": Entry(
-            CpuInt4Kernel(), 5, ("int4pack", "cpu", "auto_round:cpu_int4"), (torch.bfloat16, torch.float16)
+            CpuIntKernel(),
+            5,
+            ("int4pack", "cpu", "auto_round:cpu_int4"),
+            "cpu",
+            "2-4",
+            _sample(4, "cpu"),
+            _HALVES,
+        ),
+        "cpu_int8": Entry(
+            CpuIntKernel("cpu_int8", (5, 6, 7, 8)),
+            5,
+            ("auto_round:cpu_int8",),
+            "cpu",
+            "5-8",
+            _sample(8, "cpu"),
+            _HALVES,
+        ),
+        "triton": Entry(
+            TritonKernel(),
+            2,
+            ("tritonv2", "tritonv2_zp", "auto_round:tritonv2", "auto_round:tritonv2_zp", "auto_round:triton"),
+            "cuda, xpu",
+            "2-8",
+            _sample(4, "cuda"),
+            tried=True,
+        ),
+        "torch_int4": Entry(
+            CudaInt4Kernel(),
+            1,
+            ("tinygemm", "auto_round:torch_int4"),
+            "cuda",
+            "2-4",
+            _sample(4, "cuda"),
+            tried=True,
         ),
         "torch": Entry(
             TorchKernel(),
             0,
             ("auto_round", "torch_zp", "auto_round:torch", "auto_round:torch_zp", "reference"),
+            "any",
+            "2-8",
+            _sample(4, "cpu"),
         ),
     }
 )
 """Kernels by name."""
 
-LATER: Mapping[str, str] = MappingProxyType(
+
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """Kernels that do the work of one that is not here.
+
+    Attributes:
+        names: kernels among which the choice is made.
+        reason: why not the one that was named.
+    """
+
+    names: tuple[str, ...]
+    reason: str
+
+
+_IPEX = StandIn(
+    ("cpu_int4", "cpu_int8", "triton", "torch"),
+    "the extension has ended and its programs went into PyTorch, whose kernels are used",
+)
+_ARK = StandIn(("cpu_int4", "cpu_int8", "triton", "torch"), "PyTorch's own kernels are used")
+_GAUDI = StandIn(
+    ("torch",), "the reference kernel is used, which runs on any PyTorch device; not tried on Gaudi"
+)
+
+STAND_INS: Mapping[str, StandIn] = MappingProxyType(
     {
-        "triton": "torch",
-        "tritonv2": "torch",
-        "tritonv2_zp": "torch",
-        "auto_round:tritonv2": "torch",
-        "auto_round:tritonv2_zp": "torch",
-        "marlin": "torch",
-        "gptqmodel": "torch",
-        "gptqmodel:marlin": "torch",
-        "gptqmodel:marlin_zp": "torch",
-        "gptqmodel:exllamav2": "torch",
-        "exllamav2": "torch",
-        "gptq": "torch",
-        "auto_gptq": "torch",
-        "auto_gptq:exllamav2": "torch",
-        "auto_gptq:cuda": "torch",
-        "auto_gptq:tritonv2": "torch",
-        "awq": "torch",
-        "auto_awq:gemm": "torch",
-        "ark": "cpu_int4",
-        "auto_round_kernel": "cpu_int4",
-        "ipex": "cpu_int4",
-        "ipex_gptq": "cpu_int4",
-        "ipex_awq": "cpu_int4",
-        "hpu": "torch",
-        "hpu_zp": "torch",
-        "mlx": "torch",
+        "ipex": _IPEX,
+        "ipex_gptq": _IPEX,
+        "ipex_awq": _IPEX,
+        "ark": _ARK,
+        "auto_round_kernel": _ARK,
+        "hpu": _GAUDI,
+        "hpu_zp": _GAUDI,
     }
 )
-"""Names of kernels that this version does not have -> the one to use instead."""
+"""Names that guides recommend for a device -> what runs there now."""
+
+_ENDED = "the package has ended and does not run with Transformers 5"
+_OPAQUE = (
+    "its programs keep weights where they cannot be read back, so that a loaded model could not be saved"
+)
+
+ABSENT: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "exllamav2": (_OPAQUE, "triton"),
+        "gptqmodel:exllamav2": (_OPAQUE, "triton"),
+        "gptq": (_ENDED, "triton"),
+        "gptq:cuda": (_ENDED, "triton"),
+        "gptq:exllamav2": (_ENDED, "triton"),
+        "auto_gptq": (_ENDED, "triton"),
+        "auto_gptq:exllamav2": (_ENDED, "triton"),
+        "auto_gptq:cuda": (_ENDED, "triton"),
+        "auto_gptq:tritonv2": (_ENDED, "triton"),
+        "awq": (_ENDED, "triton"),
+        "auto_awq:gemm": (_ENDED, "triton"),
+        "mlx": ("not in this version yet", "torch"),
+    }
+)
+"""Names of kernels that are not here -> why, and the one to use instead."""

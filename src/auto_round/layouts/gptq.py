@@ -4,10 +4,17 @@ Tensors, with `out`, `in`, `n_groups` and `bits` of the weight:
 
 * `qweight` `[in * bits / 32, out]` int32, first input in the lowest bits;
 * `qzeros` `[n_groups, out * bits / 32]` int32, first output in the lowest bits;
-* `scales` `[n_groups, out]` in the format's scale dtype.
+* `scales` `[n_groups, out]` in the format's scale dtype;
+* `g_idx` `[in]` int32, the group of each input, where a layout has it.
 
 Source: AutoGPTQ 0.7 `qlinear_cuda.py` (version 1, zero points stored minus one); GPTQModel's version 2 stores
 them as they are.
+
+A zero point of 0 has no place in version 1, and readers do not agree on what its wrapped bits mean: vLLM's
+exllama kernels add one and get `2**bits` (`csrc/quantization/gptq/q_gemm.cu`, `zero_offset`), GPTQModel adds
+one to whole words and the carry runs into the neighbour (`utils/model.py`,
+`convert_gptq_v1_to_v2_format_module`), others mask. So such a group is stored mirrored: codes and zero point
+counted from the other end, the step negative (`integers.mirrored`): the same weights to every reader.
 """
 
 from __future__ import annotations
@@ -32,11 +39,13 @@ class GPTQ:
 
     Attributes:
         name: name of the layout.
-        minus_one: zero points are stored minus one (version 1). A zero point of 0 then has no place.
+        minus_one: zero points are stored minus one (version 1).
+        indexed: the group of each input is stored too (`g_idx`).
     """
 
     name: str
     minus_one: bool
+    indexed: bool = False
 
     def accepts(self, fmt: Format, shape: Sequence[int]) -> Refusal | None:
         """None for whole-number formats of 2 to 8 bits with both dimensions multiples of 32."""
@@ -46,41 +55,37 @@ class GPTQ:
         return refusal
 
     def spec(self, fmt: Format, shape: Sequence[int]) -> Mapping[str, TensorSpec]:
-        """`qweight`, `qzeros` and `scales`."""
+        """`qweight`, `qzeros`, `scales` and, where groups are indexed, `g_idx`."""
         n_out, n_in = shape
         bits, n_groups = fmt.grid.bits, fmt.group.count(n_in)
-        return {
+        spec = {
             "qweight": TensorSpec(torch.int32, (words(n_in, bits), n_out)),
             "qzeros": TensorSpec(torch.int32, (n_groups, words(n_out, bits))),
             "scales": TensorSpec(integers.step_dtype(fmt), (n_groups, n_out)),
         }
+        return {**spec, "g_idx": TensorSpec(torch.int32, (n_in,))} if self.indexed else spec
 
     def pack(self, q: QTensor) -> Mapping[str, Tensor]:
-        """Stored tensors of a quantized weight.
-
-        Raises:
-            UnsupportedError: a zero point of 0 where zero points are stored minus one.
-        """
+        """Stored tensors of a quantized weight."""
+        if self.minus_one and not integers.is_symmetric(q.format):
+            q = integers.mirrored(q, q.scale.parts["zero"] == 0)
         zero = integers.stored_zero(q)
         if self.minus_one:
-            if not bool(zero.all()):
-                raise UnsupportedError(
-                    "a zero point of 0 cannot be stored minus one",
-                    [Refusal(self.name, f"{int((zero == 0).sum())} groups", "store zero points as they are")],
-                )
             zero = zero - 1
         bits = q.format.grid.bits
-        return {
+        parts = {
             "qweight": pack_bits(q.codes, bits).t().contiguous(),
             "qzeros": pack_bits(zero.t(), bits),
             "scales": q.scale.parts["step"].t().contiguous(),
         }
+        return {**parts, "g_idx": _order(q.format, q.shape[1], zero.device)} if self.indexed else parts
 
     def unpack(self, parts: Mapping[str, Tensor], fmt: Format, shape: Sequence[int]) -> QTensor:
         """Inverse of `pack`.
 
         A `g_idx` among the parts must be the plain order of groups. A version 1 zero point whose bits are all
-        ones stands for 0.
+        ones stands for 0; groups with a negative step are turned back, as the steps of asymmetric formats are
+        positive.
 
         Raises:
             CheckpointError: tensors that `pack` would not have written.
@@ -94,15 +99,22 @@ class GPTQ:
             zero = (zero + 1).bitwise_and_((1 << bits) - 1)
         codes = unpack_bits(parts["qweight"].t(), bits)
         step = parts["scales"].t().contiguous()
-        return integers.assemble(self.name, codes, step, zero.t().contiguous(), fmt)
+        q = integers.assemble(self.name, codes, step, zero.t().contiguous(), fmt)
+        if self.minus_one and not integers.is_symmetric(fmt):
+            return integers.mirrored(q, step < 0)
+        return q
 
     def _check_order(self, parts: Mapping[str, Tensor], fmt: Format, n_in: int) -> None:
         if "g_idx" not in parts:
             return
         order = parts["g_idx"]
-        plain = torch.arange(n_in, device=order.device) // fmt.group.width(n_in)
-        if not torch.equal(order.to(plain.dtype), plain):
+        if not torch.equal(order.to(torch.int32), _order(fmt, n_in, order.device)):
             raise UnsupportedError(
                 "the inputs of this checkpoint are reordered by activation (desc_act)",
                 [Refusal(self.name, "g_idx is not i // group_size", "use a checkpoint with desc_act false")],
             )
+
+
+def _order(fmt: Format, n_in: int, device: torch.device) -> Tensor:
+    """Group of each input, `[in]` int32."""
+    return torch.arange(n_in, dtype=torch.int32, device=device) // fmt.group.width(n_in)

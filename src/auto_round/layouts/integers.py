@@ -59,6 +59,24 @@ def stored_zero(q: QTensor) -> Tensor:
     return q.scale.parts["zero"]
 
 
+def mirrored(q: QTensor, groups: Tensor) -> QTensor:
+    """The same weights with some groups written the other way round: no number changes.
+
+    With codes `n`, zero point `z`, step `s` and the highest code `t`, `(n - z) * s` is
+    `((t - n) - (t - z)) * -s`, so codes and zero points change places end for end and the step its sign.
+
+    Args:
+        q: an asymmetric weight.
+        groups: which groups to turn, bool `[out, n_groups]`.
+    """
+    top = (1 << q.format.grid.bits) - 1
+    split = q.format.group.split(q.codes)
+    codes = torch.where(groups.unsqueeze(-1), top - split, split)
+    step, zero = q.scale.parts["step"], q.scale.parts["zero"]
+    parts = {"step": torch.where(groups, -step, step), "zero": torch.where(groups, top - zero, zero)}
+    return QTensor(q.format.group.join(codes, q.shape), q.format.rule.read(parts), q.format)
+
+
 def assemble(who: str, codes: Tensor, step: Tensor, zero: Tensor, fmt: Format) -> QTensor:
     """Quantized tensor of codes `[out, in]` uint8, steps and stored zero points `[out, n_groups]`.
 

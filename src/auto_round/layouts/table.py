@@ -1,6 +1,9 @@
-"""The table of layouts: which order of bytes each `packing_format` of a checkpoint means."""
+"""The table of layouts: which order of bytes the words of a `quantization_config` mean."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from auto_round.errors import ConfigError, nearest
 from auto_round.layouts.awq import AWQ
@@ -12,6 +15,12 @@ GPTQ_V1 = GPTQ("gptq_v1", minus_one=True)
 
 GPTQ_PLAIN = GPTQ("gptq_plain", minus_one=False)
 """Zero points stored as they are."""
+
+GPTQ_V1_INDEXED = GPTQ("gptq_v1_indexed", minus_one=True, indexed=True)
+"""Zero points stored minus one, with the group of each input."""
+
+GPTQ_V2_INDEXED = GPTQ("gptq_v2_indexed", minus_one=False, indexed=True)
+"""Zero points stored as they are, with the group of each input."""
 
 AWQ_GEMM = AWQ("awq_gemm")
 """4 bits, interleaved along the output."""
@@ -27,6 +36,13 @@ LAYOUTS: dict[str, Layout] = {
 }
 """Layouts by `packing_format`, with the spellings that loaders accept."""
 
+CHECKPOINT_LAYOUTS: dict[str, Layout] = {
+    "gptq": GPTQ_V1_INDEXED,
+    "gptq_v2": GPTQ_V2_INDEXED,
+    "gemm": AWQ_GEMM,
+}
+"""Layouts of folders without `packing_format`, by their `checkpoint_format` (GPTQ) or `version` (AWQ)."""
+
 
 def layout_for(packing_format: str) -> Layout:
     """Layout of a checkpoint's `packing_format`.
@@ -37,3 +53,23 @@ def layout_for(packing_format: str) -> Layout:
     if packing_format not in LAYOUTS:
         raise ConfigError(f'unknown packing_format "{packing_format}"; {nearest(packing_format, LAYOUTS)}')
     return LAYOUTS[packing_format]
+
+
+def layout_of(config: Mapping[str, Any]) -> Layout:
+    """Layout that a `quantization_config` names.
+
+    Args:
+        config: of quant_method `auto-round`, `gptq` or `awq`, as it lies on disk.
+
+    Raises:
+        ConfigError: an order of bytes that is not known.
+    """
+    method = config.get("quant_method")
+    if method not in ("gptq", "awq"):
+        return layout_for(str(config.get("packing_format", "auto_round:auto_gptq")))
+    key, usual = ("checkpoint_format", "gptq") if method == "gptq" else ("version", "gemm")
+    name = str(config.get(key, usual)).casefold()
+    known = [n for n, layout in CHECKPOINT_LAYOUTS.items() if isinstance(layout, AWQ) == (method == "awq")]
+    if name not in known:
+        raise ConfigError(f'unknown {key} "{name}" of quant_method {method}; {nearest(name, known)}')
+    return CHECKPOINT_LAYOUTS[name]

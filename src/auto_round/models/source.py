@@ -74,6 +74,10 @@ class Stem(Protocol):
         """
         ...
 
+    def embedding(self, weight: Tensor) -> AbstractContextManager[None]:
+        """Let `trace` look tokens up in another weight `[vocabulary, H]` for a while."""
+        ...
+
     def finish_inputs(self, hidden: Tensor) -> Tensor:
         """Input of the head layer, `[B, L, H]`, from the last block's output."""
         ...

@@ -152,6 +152,17 @@ class StubStem:
         with _forward_replaced(inside, with_other_weight):
             return self._run_model(hidden)
 
+    @contextmanager
+    def embedding(self, weight: Tensor) -> Iterator[None]:
+        """Another token embedding for a while; see `source.Stem`."""
+        table = self._model.get_input_embeddings()
+        own = table.weight
+        table.weight = nn.Parameter(weight.to(own.device, own.dtype), requires_grad=False)
+        try:
+            yield
+        finally:
+            table.weight = own
+
     def finish_inputs(self, hidden: Tensor) -> Tensor:
         """Input of the head layer; see `source.Stem`."""
         seen: list[Tensor] = []

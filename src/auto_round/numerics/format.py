@@ -14,7 +14,7 @@ from auto_round.errors import NumericsError
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.group import Group
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import Knobs, Scale, ScaleRule, Stats
+from auto_round.numerics.scale import Knobs, Scale, ScaleRule, Stats, stored_bits
 
 CHUNK = 1 << 18
 """Weights handled at a time outside of tuning: temporaries of 1 MiB stay in a core's cache."""
@@ -68,7 +68,7 @@ class Format:
         scale = self.rule.fit(self.stats(w), self.grid, knobs)
         grouped = self.group.split(w).to(torch.float32)
         offset = None if v is None else self.group.split(v)
-        codes = self.grid.encode(_in_steps(grouped, scale.step, offset), _last(scale.zero))
+        codes = self.grid.encode(_in_steps(grouped, scale.step, scale.floor, offset), _last(scale.zero))
         return QTensor(self.group.join(codes, w.shape), scale, self)
 
     def dequantize(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,13 +91,14 @@ class Format:
         scale = self.rule.fit(stats, self.grid, knobs)
         grouped = self.group.split(w).to(torch.float32)
         offset = None if v is None else self.group.split(v)
-        out = _FakeQuantize.apply(grouped, scale.step, scale.zero, offset, self.grid)  # type: ignore[no-untyped-call]
+        out = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
+            grouped, scale.step, scale.zero, scale.floor, offset, self.grid
+        )
         return self.group.join(out, w.shape)
 
     def bits_per_weight(self, shape: Sequence[int]) -> float:
-        """Stored bits per weight of a `shape` `[..., out, in]`: codes, steps and zero points."""
-        groups = math.prod(self.group.scale_shape(shape))
-        return self.grid.bits + groups * self.rule.part_bits / math.prod(shape)
+        """Stored bits per weight of a `shape` `[..., out, in]`: codes and all parts of the scales."""
+        return self.grid.bits + stored_bits(self.rule, self.group.scale_shape(shape)) / math.prod(shape)
 
 
 def _non_finite(w: Tensor) -> NumericsError:
@@ -109,9 +110,9 @@ def _last(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.unsqueeze(-1)
 
 
-def _in_steps(w: Tensor, step: Tensor, v: Tensor | None) -> Tensor:
-    """Weights `[..., n_groups, width]` in units of the step, plus the rounding offset."""
-    u = w / step.unsqueeze(-1)
+def _in_steps(w: Tensor, step: Tensor, floor: Tensor | None, v: Tensor | None) -> Tensor:
+    """Weights `[..., n_groups, width]` above the floor in units of the step, plus the rounding offset."""
+    u = (w if floor is None else w + floor.unsqueeze(-1)) / step.unsqueeze(-1)
     return u if v is None else u + v
 
 
@@ -119,22 +120,29 @@ def _in_weights(n: Tensor, scale: Scale) -> Tensor:
     """Grid numbers `[..., n_groups, width]` as weights, float32."""
     if scale.zero is not None:
         n = n - scale.zero.unsqueeze(-1)
-    return n * scale.step.unsqueeze(-1)
+    w = n * scale.step.unsqueeze(-1)
+    return w if scale.floor is None else w - scale.floor.unsqueeze(-1)
 
 
 class _FakeQuantize(torch.autograd.Function):
     """Quantize and dequantize in one pass, with the gradient of the straight-through estimate.
 
-    With `u = w / step` and `n` the grid number after saturation, and `inside` marking weights that did not
-    saturate: `d/dv = step * inside`, `d/dstep = (n - zero) - inside * u`,
-    `d/dzero = -step * (1 - inside)`.
+    With `u = (w + floor) / step` and `n` the grid number after saturation, and `inside` marking weights that
+    did not saturate: `d/dv = step * inside`, `d/dstep = (n - zero) - inside * u`,
+    `d/dzero = -step * (1 - inside)`, `d/dfloor = inside - 1`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, w: Tensor, step: Tensor, zero: Tensor | None, v: Tensor | None, grid: Grid
+        ctx: Any,
+        w: Tensor,
+        step: Tensor,
+        zero: Tensor | None,
+        floor: Tensor | None,
+        v: Tensor | None,
+        grid: Grid,
     ) -> Tensor:
-        u = _in_steps(w, step, None)
+        u = _in_steps(w, step, floor, None)
         shifted = u if v is None else u + v
         n = grid.snap(shifted, _last(zero))
         if zero is not None:
@@ -144,22 +152,28 @@ class _FakeQuantize(torch.autograd.Function):
         if zero is not None:
             n = n - zero.unsqueeze(-1)
         out = n * step.unsqueeze(-1)
+        if floor is not None:
+            out.sub_(floor.unsqueeze(-1))
         ctx.save_for_backward(n.sub_(u.mul_(inside)), inside, step)
-        ctx.has_zero = zero is not None
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
         towards_step, inside, step = ctx.saved_tensors
+        _, wants_step, wants_zero, wants_floor, wants_v, _ = ctx.needs_input_grad
         kept = grad * inside
-        d_step = d_zero = d_v = None
-        if ctx.needs_input_grad[1]:
+        d_step = d_zero = d_floor = d_v = None
+        if wants_step:
             d_step = (grad * towards_step).sum(-1)
-        if ctx.has_zero and ctx.needs_input_grad[2]:
+        if wants_zero:
             d_zero = (kept - grad).sum(-1) * step
-        if ctx.needs_input_grad[3]:
+        if wants_floor:
+            d_floor = (kept - grad).sum(-1)
+        if wants_v:
             d_v = kept * step.unsqueeze(-1)
-        return None, d_step, d_zero, d_v, None
+        return None, d_step, d_zero, d_floor, d_v, None
 
 
 def _by_rows(

@@ -33,8 +33,11 @@ class Grid(Protocol):
         """Largest number."""
         ...
 
-    def snap(self, u: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Nearest grid number of `u`, plus `shift` (a whole number), saturated; float32, same shape."""
+    def snap(self, u: Tensor, shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Nearest grid number of `u`, plus `shift` (a whole number), saturated; float32, same shape.
+
+        With `out` the result is put there; it may be `u`.
+        """
         ...
 
     def encode(self, u: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -61,15 +64,15 @@ class IntGrid:
         """Largest number of the grid."""
         return self.lo + (1 << self.bits) - 1
 
-    def snap(self, u: Tensor, shift: Tensor | None = None) -> Tensor:
+    def snap(self, u: Tensor, shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Round to nearest, ties to even, then add `shift`, then saturate.
 
         The shift is added after rounding: GPTQ-style files assume `round(w / s) + zero`, and adding it
         before would move ties.
         """
-        n = torch.round(u)
+        n = torch.round(u, out=out)
         if shift is not None:
-            n = n + shift
+            n = n.add_(shift)
         return n.clamp_(self.lo, self.hi)
 
     def encode(self, u: Tensor, shift: Tensor | None = None) -> Tensor:

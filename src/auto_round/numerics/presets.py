@@ -8,7 +8,9 @@ from auto_round.errors import ConfigError
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.group import Group
-from auto_round.numerics.scale import MinMax, SignedMax
+from auto_round.numerics.scale import MinMax, ScaleRule, SignedMax
+from auto_round.numerics.scale_affine import Affine
+from auto_round.numerics.scale_two_level import Multiples, SharedAffine, SharedSigned
 
 INT_BITS = (2, 3, 4, 5, 6, 7, 8)
 """Widths of whole-number codes."""
@@ -39,6 +41,34 @@ def int_format(bits: int, group_size: int, *, sym: bool, scale_dtype: torch.dtyp
     return Format(name, IntGrid(bits, 0), Group(group_size), MinMax(scale_dtype, bits))
 
 
+def _gguf(name: str, bits: int, group_size: int, rule: ScaleRule) -> Format:
+    lowest = -(1 << (bits - 1)) if isinstance(rule, (SignedMax, SharedSigned)) else 0
+    return Format(name, IntGrid(bits, lowest), Group(group_size), rule)
+
+
+def _k_affine(bits: int, per: int) -> SharedAffine:
+    return SharedAffine(Multiples(bits, per, 1), Multiples(bits, per, 0))
+
+
+GGUF_FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        _gguf("q4_0", 4, 32, SignedMax()),
+        _gguf("q4_1", 4, 32, Affine()),
+        _gguf("q5_0", 5, 32, SignedMax()),
+        _gguf("q5_1", 5, 32, Affine()),
+        _gguf("q8_0", 8, 32, SignedMax()),
+        _gguf("q2_k", 2, 16, _k_affine(4, 16)),
+        _gguf("q3_k", 3, 16, SharedSigned(Multiples(6, 16, -32))),
+        _gguf("q4_k", 4, 32, _k_affine(6, 8)),
+        _gguf("q5_k", 5, 32, _k_affine(6, 8)),
+        _gguf("q6_k", 6, 16, SharedSigned(Multiples(8, 16, -128))),
+    )
+}
+"""Block types of GGUF files by their name in llama.cpp, in lower case. Source: `ggml-common.h`.
+
+q8_0 uses all 256 codes; llama.cpp's own quantizer leaves out -128, its kernels accept it."""
+
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
@@ -48,6 +78,7 @@ FORMATS: dict[str, Format] = {
             for s in (True, False)
             for d in (torch.bfloat16, torch.float32)
         ),
+        *GGUF_FORMATS.values(),
     )
 }
 """Formats by name: what the conformance kits run over."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Protocol
@@ -42,25 +43,69 @@ class Knobs:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The scale of each group: `w = (n - zero) * step` with `n` a number of the grid.
+    """The scale of each group: `w = (n - zero) * step - floor` with `n` a number of the grid.
 
     Attributes:
         step: multiplier, `[..., rows, n_groups]` float32, exactly what `parts` decodes to; may be negative.
         zero: zero point in code units, whole numbers in float32, same shape; None where it is always 0.
         parts: what goes on disk, for example `{"step": float16, "zero": uint8}`.
+        floor: what is subtracted in units of the weights, float32, same shape; None where it is always 0.
+            A rule has a zero point or a floor, not both.
     """
 
     step: Tensor
     zero: Tensor | None
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    floor: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PartSpec:
+    """One stored part of a weight's scales.
+
+    Attributes:
+        dtype: of the tensor in `Scale.parts`.
+        shape: of that tensor.
+        bits: what one of its numbers takes on disk, bits; a narrower number than the dtype holds starts at 0,
+            or for signed dtypes at `-2**(bits-1)`.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Importance-weighted sums over each group, `[rows, n_groups]` float32; a weight `w` has the number `n`.
+
+    Numbers are those of the grid, without the zero point.
+
+    Attributes:
+        one: sum of the importance.
+        n: of `n`.
+        w: of `w`.
+        nn: of `n * n`.
+        nw: of `n * w`.
+    """
+
+    one: Tensor
+    n: Tensor
+    w: Tensor
+    nn: Tensor
+    nw: Tensor
 
 
 class ScaleRule(Protocol):
     """How a group's scale follows from its statistics and knobs."""
 
     @property
-    def part_bits(self) -> int:
-        """Bits that one group's scale takes on disk."""
+    def alone(self) -> ScaleRule:
+        """The rule of a group that shares nothing with others: itself, unless groups share a number."""
+        ...
+
+    def stored(self, groups: Sequence[int]) -> Mapping[str, PartSpec]:
+        """Stored parts of scales `[..., rows, n_groups]`: names and order of `Scale.parts`."""
         ...
 
     def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
@@ -79,14 +124,17 @@ class ScaleRule(Protocol):
         """Neighbours of `knobs` at about `radius`."""
         ...
 
-    def refit(
-        self, stats: Stats, grid: Grid, scale: Scale, w: Tensor, n: Tensor, weight: Tensor | None
-    ) -> Knobs | None:
-        """Knobs of the least-squares step for grid numbers `n` (zero point removed); None without one."""
+    def refit(self, stats: Stats, grid: Grid, scale: Scale, moments: Moments) -> Knobs | None:
+        """Knobs of the least-squares scale for the grid numbers that `scale` led to; None without one."""
         ...
 
 
-def _legal(step: Tensor, dtype: torch.dtype) -> Tensor:
+def stored_bits(rule: ScaleRule, groups: Sequence[int]) -> int:
+    """Bits that scales of shape `groups` `[..., rows, n_groups]` take on disk."""
+    return sum(math.prod(part.shape) * part.bits for part in rule.stored(groups).values())
+
+
+def legal_step(step: Tensor, dtype: torch.dtype) -> Tensor:
     """Round `step` to `dtype`, keep it finite, and replace 0 by the smallest normal number of `dtype`.
 
     A group of zeros (or of weights below the dtype's range) gets codes of 0 from any step; a normal number
@@ -120,9 +168,13 @@ class SignedMax:
     dtype: torch.dtype = torch.float16
 
     @property
-    def part_bits(self) -> int:
-        """Bits of the stored step."""
-        return torch.finfo(self.dtype).bits
+    def alone(self) -> SignedMax:
+        """Itself: groups are independent."""
+        return self
+
+    def stored(self, groups: Sequence[int]) -> Mapping[str, PartSpec]:
+        """The step."""
+        return {"step": PartSpec(self.dtype, tuple(groups), torch.finfo(self.dtype).bits)}
 
     def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
         """`step = cast(+-max(|lo|, hi) / Q)`, positive when the negative side is larger."""
@@ -130,7 +182,7 @@ class SignedMax:
         if knobs is not None:
             lo, hi = lo * knobs.lo, hi * knobs.hi
         extreme = torch.where(hi < lo, lo, -hi)
-        step = _legal(extreme / -grid.lo, self.dtype)
+        step = legal_step(extreme / -grid.lo, self.dtype)
         if step.requires_grad:
             return Scale(step, None)
         return self.read({"step": step.to(self.dtype)})
@@ -143,25 +195,22 @@ class SignedMax:
         """Sizes of the range, with the larger and, at few bits, the smaller extreme at the lowest number."""
         size = torch.maximum(-stats.lo, stats.hi)
         for m in torch.linspace(0.45, 1.15, points).tolist():
-            yield _signed(stats, size * m, -stats.lo > stats.hi)
+            yield signed_knobs(stats, size * m, -stats.lo > stats.hi)
             if grid.bits <= _FLIPPED_BITS:
-                yield _signed(stats, size * m, -stats.lo <= stats.hi)
+                yield signed_knobs(stats, size * m, -stats.lo <= stats.hi)
 
     def moves(self, knobs: Knobs, radius: float) -> Iterator[Knobs]:
         """A little wider, a little narrower."""
         for factor in (1 - radius, 1 + radius):
             yield Knobs(knobs.lo * factor, knobs.hi * factor)
 
-    def refit(
-        self, stats: Stats, grid: Grid, scale: Scale, w: Tensor, n: Tensor, weight: Tensor | None
-    ) -> Knobs | None:
+    def refit(self, stats: Stats, grid: Grid, scale: Scale, moments: Moments) -> Knobs | None:
         """Least-squares step `sum(i w n) / sum(i n n)`, keeping its sign."""
-        weighted = n if weight is None else n * weight
-        step = (weighted * w).sum(-1) / (weighted * n).sum(-1).clamp_min(1e-30)
-        return _signed(stats, step.abs() * -grid.lo, scale.step > 0)
+        step = moments.nw / moments.nn.clamp_min(1e-30)
+        return signed_knobs(stats, step.abs() * -grid.lo, scale.step > 0)
 
 
-def _signed(stats: Stats, size: Tensor, negative: Tensor) -> Knobs:
+def signed_knobs(stats: Stats, size: Tensor, negative: Tensor) -> Knobs:
     """Knobs under which the extreme of `SignedMax` is `-size` where `negative`, else `+size`.
 
     A side that is (nearly) empty cannot be stretched that far; its multiplier stops at 16.
@@ -172,8 +221,8 @@ def _signed(stats: Stats, size: Tensor, negative: Tensor) -> Knobs:
     return Knobs(torch.where(negative, lo, nothing), torch.where(negative, nothing, hi))
 
 
-_UNEVEN = (0.7, 0.85, 1.0)
-"""Sizes of single ends tried by `MinMax.starts`: 1 to 2 % less weight error at 2 and 3 bits (docs/LOG.md)."""
+UNEVEN = (0.7, 0.85, 1.0)
+"""Sizes of single ends tried by asymmetric rules: 1 to 2 % less weight error at few bits (docs/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,16 +240,23 @@ class MinMax:
     zero_bits: int
 
     @property
-    def part_bits(self) -> int:
-        """Bits of the stored step and zero point."""
-        return torch.finfo(self.dtype).bits + self.zero_bits
+    def alone(self) -> MinMax:
+        """Itself: groups are independent."""
+        return self
+
+    def stored(self, groups: Sequence[int]) -> Mapping[str, PartSpec]:
+        """Step and zero point."""
+        return {
+            "step": PartSpec(self.dtype, tuple(groups), torch.finfo(self.dtype).bits),
+            "zero": PartSpec(torch.uint8, tuple(groups), self.zero_bits),
+        }
 
     def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
         """`step = cast((hi - lo) / (2**bits - 1))`, `zero = round(-lo / step)`."""
         lo, hi = -stats.lo, stats.hi
         if knobs is not None:
             lo, hi = lo * knobs.lo, hi * knobs.hi
-        step = _legal((hi + lo) / (grid.hi - grid.lo), self.dtype)
+        step = legal_step((hi + lo) / (grid.hi - grid.lo), self.dtype)
         zero = round_ste(lo / step).clamp(grid.lo, grid.hi)
         if step.requires_grad:
             return Scale(step, zero)
@@ -215,7 +271,7 @@ class MinMax:
         for m in torch.linspace(0.45, 0.98, points).tolist():
             knob = torch.full_like(stats.lo, m)
             yield Knobs(knob, knob)
-        for lo, hi in permutations(_UNEVEN, 2):
+        for lo, hi in permutations(UNEVEN, 2):
             yield Knobs(torch.full_like(stats.lo, lo), torch.full_like(stats.hi, hi))
 
     def moves(self, knobs: Knobs, radius: float) -> Iterator[Knobs]:
@@ -224,12 +280,9 @@ class MinMax:
             yield Knobs(knobs.lo * factor, knobs.hi)
             yield Knobs(knobs.lo, knobs.hi * factor)
 
-    def refit(
-        self, stats: Stats, grid: Grid, scale: Scale, w: Tensor, n: Tensor, weight: Tensor | None
-    ) -> Knobs | None:
+    def refit(self, stats: Stats, grid: Grid, scale: Scale, moments: Moments) -> Knobs | None:
         """Least-squares step for the given numbers; both ends are moved alike."""
-        weighted = n if weight is None else n * weight
-        step = (weighted * w).sum(-1) / (weighted * n).sum(-1).clamp_min(1e-30)
+        step = moments.nw / moments.nn.clamp_min(1e-30)
         zero = torch.zeros_like(step) if scale.zero is None else scale.zero
         lo = step * (zero - grid.lo) / (-stats.lo).clamp_min(1e-30)
         hi = step * (grid.hi - zero) / stats.hi.clamp_min(1e-30)

@@ -7,13 +7,19 @@ tuning it gives the starting point.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from auto_round.numerics.format import CHUNK, Format
-from auto_round.numerics.scale import Knobs, Scale, Stats
+from auto_round.numerics.band import Band, by_place
+from auto_round.numerics.format import Format
+from auto_round.numerics.scale import Knobs, Stats
+from auto_round.numerics.scale_two_level import SharedAffine, SharedSigned
+from auto_round.numerics.search_shared import SharedSearch
+
+BAND = 1 << 18
+"""Weights searched at a time: few enough for a cache, enough to outweigh the calls on small arrays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +29,20 @@ class Effort:
     Attributes:
         points: sizes of the whole range that are tried first.
         rounds: rounds of local moves and least-squares refits after that.
+        shared_rounds: rounds over numbers that groups share.
     """
 
     points: int
     rounds: int
+    shared_rounds: int
 
 
-QUICK = Effort(points=10, rounds=2)
+FIRST_POINTS = 16
+FIRST_ROUNDS = 2
+"""The first level's effort where a second follows: more would be lost again in rounding to multiples."""
+QUICK = Effort(points=10, rounds=2, shared_rounds=1)
 """Before tuning: offsets and multipliers are learned afterwards."""
-THOROUGH = Effort(points=48, rounds=5)
+THOROUGH = Effort(points=48, rounds=5, shared_rounds=2)
 """For optimized RTN, where nothing follows."""
 
 
@@ -54,9 +65,9 @@ def search_knobs(fmt: Format, w: Tensor, importance: Tensor | None, effort: Effo
             parts = [search_knobs(fmt, m, importance, effort) for m in w.reshape(-1, *w.shape[-2:])]
             lead = w.shape[:-2]
             return Knobs(*(_stack(side, lead) for side in ([p.lo for p in parts], [p.hi for p in parts])))
-        rows = w.shape[0] if fmt.group.size == 0 else max(1, CHUNK // max(1, w.shape[-1]))
-        weight = _weights(fmt, w.shape[-1], importance, w)
-        bands = [_Band(fmt, w[i : i + rows], weight).search(effort) for i in range(0, w.shape[0], rows)]
+        rows = w.shape[0] if fmt.group.size == 0 else max(1, BAND // max(1, w.shape[-1]))
+        weight = _weights(fmt, min(rows, w.shape[0]), importance, w)
+        bands = [_search(fmt, w[i : i + rows], weight, effort) for i in range(0, w.shape[0], rows)]
         return Knobs(torch.cat([b.lo for b in bands]), torch.cat([b.hi for b in bands]))
 
 
@@ -64,59 +75,56 @@ def _stack(tensors: list[Tensor], lead: torch.Size) -> Tensor:
     return torch.stack(tensors).reshape(*lead, *tensors[0].shape)
 
 
-def _weights(fmt: Format, n_in: int, importance: Tensor | None, w: Tensor) -> Tensor | None:
-    """Importance as `[1, n_groups, width]`, mean 1, zeros lifted so that no weight is free."""
+def _weights(fmt: Format, rows: int, importance: Tensor | None, w: Tensor) -> Tensor | None:
+    """Importance of a band of `rows`, `[width, rows, n_groups]`, mean 1, zeros lifted: no weight is free."""
     if importance is None:
         return None
-    flat = importance.to(device=w.device, dtype=torch.float32).reshape(1, n_in)
+    flat = importance.to(device=w.device, dtype=torch.float32).reshape(1, -1)
     mean = flat.mean()
     if not bool(torch.isfinite(mean)) or mean <= 0:
         return None
     flat = (flat / mean).clamp_min(1e-4)
-    if fmt.group.size == 0:
-        flat = flat.expand(w.shape[0], n_in)
-    return fmt.group.split(flat)
+    return by_place(fmt.group.split(flat.expand(rows, -1)))
 
 
-class _Band:
-    """Search over a band of rows; the best knobs so far are updated in place."""
+def _search(fmt: Format, w: Tensor, weight: Tensor | None, effort: Effort) -> Knobs:
+    stats = fmt.stats(w)
+    places = by_place(fmt.group.split(w).to(torch.float32))
+    band = Band(places, None if weight is None else weight[:, : places.shape[1]].contiguous())
+    if not isinstance(fmt.rule, (SharedSigned, SharedAffine)):
+        return _Groups(fmt, stats, band).search(effort)
+    first = replace(effort, points=min(effort.points, FIRST_POINTS), rounds=FIRST_ROUNDS)
+    knobs = _Groups(replace(fmt, rule=fmt.rule.alone), stats, band).search(first)
+    return SharedSearch(fmt, fmt.rule, stats, band).search(knobs, effort.shared_rounds)
 
-    def __init__(self, fmt: Format, w: Tensor, weight: Tensor | None) -> None:
-        self._fmt = fmt
-        self._w = fmt.group.split(w).to(torch.float32)
-        self._weight = weight
-        self._stats: Stats = fmt.stats(w)
-        ones = torch.ones_like(self._stats.lo)
+
+class _Groups:
+    """Search over the groups of a band of rows, each by itself; keeps the best knobs so far."""
+
+    def __init__(self, fmt: Format, stats: Stats, band: Band) -> None:
+        self._fmt, self._stats, self._band = fmt, stats, band
+        ones = torch.ones_like(stats.lo)
         self._best = Knobs(ones.clone(), ones.clone())
-        self._error = self._try(self._best)[0]
+        self._error = self._try(self._best)
 
     def search(self, effort: Effort) -> Knobs:
-        rule = self._fmt.rule
-        for knobs in rule.starts(self._stats, self._fmt.grid, effort.points):
+        rule, grid = self._fmt.rule, self._fmt.grid
+        for knobs in rule.starts(self._stats, grid, effort.points):
             self._consider(knobs)
         for i in range(effort.rounds):
-            _, scale, n = self._try(self._best)
-            refit = rule.refit(self._stats, self._fmt.grid, scale, self._w, n, self._weight)
+            scale = rule.fit(self._stats, grid, self._best)
+            refit = rule.refit(self._stats, grid, scale, self._band.moments(grid, scale))
             if refit is not None:
                 self._consider(refit)
             for knobs in rule.moves(self._best, 0.08 / 2**i):
                 self._consider(knobs)
         return self._best
 
-    def _try(self, knobs: Knobs) -> tuple[Tensor, Scale, Tensor]:
-        """Weighted error `[rows, n_groups]`, the scale, and grid numbers without the zero point."""
-        scale = self._fmt.rule.fit(self._stats, self._fmt.grid, knobs)
-        u = self._w * (1.0 / scale.step).unsqueeze(-1)
-        n = self._fmt.grid.snap(u, None if scale.zero is None else scale.zero.unsqueeze(-1))
-        if scale.zero is not None:
-            n = n.sub_(scale.zero.unsqueeze(-1))
-        square = u.sub_(n).square_()
-        if self._weight is not None:
-            square = square.mul_(self._weight)
-        return square.sum(-1).mul_(scale.step.square()), scale, n
+    def _try(self, knobs: Knobs) -> Tensor:
+        return self._band.error(self._fmt.grid, self._fmt.rule.fit(self._stats, self._fmt.grid, knobs))
 
     def _consider(self, knobs: Knobs) -> None:
-        error = self._try(knobs)[0]
+        error = self._try(knobs)
         better = error < self._error
         self._error = torch.where(better, error, self._error)
         self._best = Knobs(

@@ -16,13 +16,16 @@ from auto_round.errors import InternalError, NumericsError, Refusal, Unsupported
 from auto_round.models.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import Scale
+from auto_round.pipeline.activations import formats_inside
 from auto_round.pipeline.arguments import ArgumentTable
 from auto_round.pipeline.group import BlockGroup, GroupArguments
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.streams import Streams
+from auto_round.tuning.objective import Objective
+from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.samples import Samples, run_block
-from auto_round.tuning.sign_round import Objective, TunedBlock, WeightTask, tune_block
+from auto_round.tuning.sign_round import TunedBlock, tune_block
+from auto_round.tuning.weights import WeightTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ def tune_group(
         group.to(job.dtype)
         arguments = GroupArguments(table, indices, job.device)
         targets, importance = _references(job, group, formats, streams, arguments)
+        stack.enter_context(quantized_inputs(group, formats_inside(job.plan, job.source.layers, prefixes)))
         inputs = streams.quantized if job.options.tune.enable_quanted_input else streams.reference
         tunable = streams.tuned > 0 and not any(table.skipped(i) for i in indices)
         held_out = GroupArguments(table, indices, job.device, first_row=streams.tuned)
@@ -149,7 +153,13 @@ def _references(
     The channels are observed on the unquantized stream, over the rows that are tuned on.
     """
     everything = _samples(streams.reference, None, arguments)
-    run = partial(run_block, group, everything, batch_size=job.tune.batch_size, device=job.device)
+    run = partial(
+        run_block,
+        group,
+        everything,
+        batch_size=job.tune.rows_at_once or job.tune.batch_size,
+        device=job.device,
+    )
     targets = torch.empty_like(streams.reference)
     linears = []
     if job.tune.search:
@@ -187,7 +197,7 @@ def _advance(
         quantized,
         inputs,
         streams.quantized,
-        batch_size=job.tune.batch_size,
+        batch_size=job.tune.rows_at_once or job.tune.batch_size,
         device=job.device,
         rows=range(streams.rows),
     )
@@ -211,6 +221,5 @@ def cut(q: QTensor, layer: Layer) -> QTensor:
         return q
     rows = slice(None) if layer.rows is None else slice(*layer.rows)
     at = (rows,) if layer.expert is None else (layer.expert, rows)
-    zero = None if q.scale.zero is None else q.scale.zero[at]
-    scale = Scale(q.scale.step[at], zero, {k: v[at] for k, v in q.scale.parts.items()})
+    scale = q.format.rule.read({name: part[at] for name, part in q.scale.parts.items()})
     return QTensor(q.codes[at], scale, q.format)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from auto_round.log import logger
+from auto_round.pipeline.activations import activation_formats
 from auto_round.pipeline.job import Job
-from auto_round.tuning.sign_round import Objective, block_objective
+from auto_round.tuning.objective import PLAIN, Objective, block_objective
+from auto_round.tuning.steps import batch_rows
+from auto_round.tuning.weights import fake_weights
 
 CPU_FLOPS = 3e11
 ACCELERATOR_FLOPS = 1e14
@@ -26,40 +29,48 @@ def objective_for(job: Job) -> Objective:
     """What the tuning steps of a job differentiate: compiled where it pays."""
     wanted = job.options.tune.enable_torch_compile
     if not job.tunes or not job.tune.iters:
-        return block_objective
+        return PLAIN
+    if activation_formats(job.plan, job.source.layers):
+        # Inputs are rounded in hooks, which compiled code of another block would not see.
+        level = logger.warning if wanted else logger.info
+        level("blocks are not compiled: activations are quantized")
+        return PLAIN
     if wanted is None:
         wanted = _seconds(job) * SAVING > COMPILE_SECONDS
     if wanted and job.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         level = logger.warning if job.options.tune.enable_torch_compile else logger.info
         level("blocks are not compiled: this machine has no C++ compiler")
-        return block_objective
-    return CompiledObjective() if wanted else block_objective
+        return PLAIN
+    return compiled_objective() if wanted else PLAIN
 
 
 def _seconds(job: Job) -> float:
     """Rough time of all tuning steps without compiling: forward, and both gradients."""
     weights = sum(math.prod(layer.shape) for layer in job.source.layers if layer.block is not None)
     tokens = 0 if job.rows is None else len(job.rows.rows[0].input_ids)
-    per_step = 6 * weights * tokens * job.tune.batch_size * job.tune.accumulate
+    rows = sum(batch_rows(job.tune, step) for step in range(job.tune.iters)) * job.tune.accumulate
     rate = CPU_FLOPS if job.device.type == "cpu" else ACCELERATOR_FLOPS
-    return per_step * job.tune.iters / rate
+    return 6 * weights * tokens * rows / rate
 
 
-class CompiledObjective:
-    """Compiled `block_objective`; blocks of one kind share the compiled code.
+def compiled_objective() -> Objective:
+    """Both functions of a tuning step, compiled; blocks of one kind share the compiled code."""
+    return Objective(_Compiled(fake_weights), _Compiled(block_objective))
 
-    When the compiler fails on a block the reason is logged and all blocks run uncompiled.
-    """
 
-    def __init__(self) -> None:
-        self._compiled: Objective | None = torch.compile(block_objective, dynamic=False)
+class _Compiled:
+    """A compiled function; when the compiler fails the reason is logged and the plain function runs."""
 
-    def __call__(self, *arguments: Any) -> Tensor:
-        """Loss of a block; arguments of `block_objective`."""
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self._plain = plain
+        self._compiled: Callable[..., Any] | None = torch.compile(plain, dynamic=False)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the plain function gives."""
         if self._compiled is not None:
             try:
                 return self._compiled(*arguments)
             except (RuntimeError, TypeError, AttributeError) as error:  # compilers raise subclasses of these
                 logger.warning("blocks are not compiled: %s", str(error).strip().split("\n")[0])
                 self._compiled = None
-        return block_objective(*arguments)
+        return self._plain(*arguments)

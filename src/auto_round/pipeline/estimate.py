@@ -15,6 +15,7 @@ from auto_round.pipeline.memory import peak_bytes
 from auto_round.pipeline.plan_table import manifests
 from auto_round.pipeline.prepare import held_out_rows, needs_rows
 from auto_round.pipeline.trace import SPILL_BYTES
+from auto_round.tuning.steps import batch_rows, held_out_looks
 
 TUNING_BYTES = 25
 """Memory of a weight under tuning beside the model's own copy: offset, best offset so far and gradient in
@@ -28,8 +29,6 @@ PASSES = 3
 """Forward passes that cost as much as one with gradients; each takes two operations a weight and token."""
 TRAFFIC = 8
 """Times that a forward pass moves what the backward pass would keep of it: norms, attention, activations."""
-LOOKS = 11
-"""Times that the held-out loss is measured while a block is tuned."""
 MEASURED_TOKENS = 4096
 """Most rows of the matrix product that is timed."""
 WORKSPACE = 96 << 20
@@ -55,7 +54,8 @@ class Sizes:
 
     Attributes:
         tokens: tokens of all rows; 0 without data.
-        batch_tokens: tokens in one forward pass.
+        batch_tokens: tokens of a whole batch.
+        pass_tokens: tokens that go through a block at once.
         stream: hidden states of all rows between two blocks.
         block: weights of the largest block in the compute dtype.
         block_weights: weights in the largest block.
@@ -64,6 +64,7 @@ class Sizes:
 
     tokens: int
     batch_tokens: int
+    pass_tokens: int
     stream: int
     block: int
     block_weights: int
@@ -139,11 +140,13 @@ def measure_sizes(job: Job) -> Sizes:
         if layer.block is not None:
             blocks[layer.block] = blocks.get(layer.block, 0) + math.prod(layer.shape)
     members = max(1, job.options.tune.nblocks)
+    batch = min(job.tune.batch_size, max(1, rows))
     largest = max(blocks.values(), default=0) * members
     total = sum(math.prod(spec.shape) for spec in source.tensors.values())
     return Sizes(
         tokens=rows * wanted.seqlen,
-        batch_tokens=min(job.tune.batch_size, max(1, rows)) * wanted.seqlen,
+        batch_tokens=batch * wanted.seqlen,
+        pass_tokens=min(job.tune.rows_at_once or batch, batch) * wanted.seqlen,
         stream=rows * wanted.seqlen * int(config.hidden_size) * itemsize,
         block=largest * itemsize,
         block_weights=largest,
@@ -189,7 +192,7 @@ def _activations(job: Job, sizes: Sizes) -> int:
             widths[layer.block] = widths.get(layer.block, 0.0) + part * sum(layer.shape)
     length, heads = job.options.calibration.seqlen, int(config.num_attention_heads)
     each = max(widths.values(), default=0.0) * 2 + 8 * int(config.hidden_size) + heads * length
-    return int(sizes.batch_tokens * each * job.dtype.itemsize * max(1, job.options.tune.nblocks))
+    return int(sizes.pass_tokens * each * job.dtype.itemsize * max(1, job.options.tune.nblocks))
 
 
 def _streams_in_memory(job: Job, sizes: Sizes) -> int:
@@ -233,10 +236,13 @@ def _seconds(job: Job, sizes: Sizes, rates: Rates) -> float:
         candidates = 0 if job.effort is None else job.effort.points + 3 * job.effort.rounds
         moved += quantized * SEARCH_BYTES * (candidates if not job.tune.iters else candidates // 4)
     if sizes.tokens and job.tune.iters:
-        steps = job.tune.iters * job.tune.accumulate
-        passes += steps * PASSES * sizes.batch_tokens
-        passes += LOOKS * held_out_rows(job.options.calibration.nsamples) * job.options.calibration.seqlen
-        moved += quantized * ROUNDING_BYTES * float(steps)
-    kept = _activations(job, sizes) / sizes.batch_tokens / max(1, job.options.tune.nblocks)
+        rows = sum(batch_rows(job.tune, step) for step in range(job.tune.iters)) * job.tune.accumulate
+        passes += PASSES * min(
+            rows * job.options.calibration.seqlen, job.tune.iters * job.tune.accumulate * sizes.batch_tokens
+        )
+        looks = 1 + len(held_out_looks(job.tune))
+        passes += looks * held_out_rows(job.options.calibration.nsamples) * job.options.calibration.seqlen
+        moved += quantized * ROUNDING_BYTES * float(job.tune.iters)
+    kept = _activations(job, sizes) / sizes.pass_tokens / max(1, job.options.tune.nblocks)
     moved += passes * kept * TRAFFIC * len(job.source.blocks)
     return 2 * active * passes / rates.operations + moved / rates.bandwidth

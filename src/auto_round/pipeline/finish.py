@@ -14,13 +14,16 @@ from auto_round.checkpoint.disk import atomic_write_json
 from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.workfolder import OURS
 from auto_round.config.groups import CalibrationOptions, TuneOptions
-from auto_round.export.exporter import Exporter
+from auto_round.consumers.lines import loading
+from auto_round.export.exporter import Exporter, Recasts
+from auto_round.export.gguf.exporter import GgufExporter
 from auto_round.export.hf_config import copy_side_files, read_config, write_configs
-from auto_round.export.manifest import make_manifest
 from auto_round.export.model_card import CardFacts, write_model_card
 from auto_round.export.model_card import Measured as Figure
+from auto_round.export.unplanned import with_unplanned
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.measure import Measured
+from auto_round.pipeline.plan_table import plan_size
 from auto_round.version import __version__
 
 REPORT = "report.json"
@@ -28,9 +31,13 @@ REPORT = "report.json"
 
 def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
     """Everything that a loader needs beside the weights."""
+    blocks = job.source.blocks
+    plan, layers = with_unplanned(job.plan, job.source.layers, blocks, job.source.tensors)
     for name, exporter in job.exporters.items():
+        if isinstance(exporter, GgufExporter):
+            continue  # the file holds all of it
         folder = folders[name]
-        quantization = exporter.config(job.plan, job.source.layers, job.source.blocks, facts(job))
+        quantization = exporter.config(plan, layers, blocks, facts(job))
         if job.source.folder is not None:
             source = read_config(job.source.folder)
             copy_side_files(job.source.folder, folder)
@@ -41,7 +48,8 @@ def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
             }
             if job.tokenizer is not None:
                 job.tokenizer.save_pretrained(folder)
-        write_configs(folder, source, quantization, untied=job.plan.untie_head)
+        dtype = exporter.float_dtype if isinstance(exporter, Recasts) and quantization is not None else None
+        write_configs(folder, source, quantization, untied=job.plan.untie_head, dtype=dtype)
 
 
 def facts(job: Job) -> dict[str, bool | int | float | str | None]:
@@ -65,8 +73,7 @@ def build_report(
 ) -> dict[str, Any]:
     """What `report.json` says; no times and no dates, so that equal runs give equal files."""
     first = next(iter(job.exporters.values()))
-    stored = make_manifest(first, job.plan, job.source.layers, job.source.tensors).layer_bytes()
-    size = job.plan.measure(job.source.layers, stored_bytes=stored)
+    size = plan_size(job, first)
     before = sum(s.dtype.itemsize * math.prod(s.shape) for s in job.source.tensors.values())
     report: dict[str, Any] = {
         OURS: __version__,
@@ -138,6 +145,7 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
             Figure(f"perplexity, {rows}", held["perplexity_after"], held["perplexity_before"]),
             Figure(f"KL from the original, nats per token, {rows}", held["kl"]),
         ]
+    config = exporter.config(job.plan, job.source.layers, job.source.blocks)
     model = job.options.model.model
     hub_id = model if model and not Path(model).exists() and model.count("/") == 1 else None
     folder = job.source.folder
@@ -145,6 +153,7 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
         name=hub_id or (folder.name if folder is not None else type(job.source.config).__name__),
         scheme=job.plan.scheme.label,
         exporter=exporter.name,
+        quant_method=None if config is None else config["quant_method"],
         method=method(job),
         bits_per_weight=report["bits_per_quantized_weight"],
         bytes_before=report["bytes_before"],
@@ -155,4 +164,6 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
         measured=figures,
         hub_id=hub_id,
         options=facts(job),
+        engines=loading(report.get("engines", {}).get(name, {})),
+        gguf_file=exporter.file if isinstance(exporter, GgufExporter) else None,
     )

@@ -10,7 +10,7 @@ from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.streams import Streams
-from auto_round.tuning.sign_round import round_to_nearest
+from auto_round.tuning.weights import round_to_nearest
 
 
 def quantize_outside(job: Job, streams: Streams, write: Callable[[Layer, QTensor], None]) -> QTensor | None:
@@ -26,7 +26,9 @@ def quantize_outside(job: Job, streams: Streams, write: Callable[[Layer, QTensor
         if layer.block is not None:
             continue
         importance = None
-        if layer.name == job.source.head and job.tune.search and streams.tuned:
+        # A head that stays the embedding has been rounded and used as such already.
+        shared = layer.name == job.plan.tied_head and not job.plan.untie_head
+        if layer.name == job.source.head and job.tune.search and streams.tuned and not shared:
             importance = _head_inputs(job, streams).importance()
         weight = job.source.read(layer).to(job.device)
         try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from auto_round.calibration.rows import CalibrationRows
 from auto_round.config.options import Options
@@ -36,6 +37,7 @@ class Job:
         device: where blocks are tuned.
         dtype: dtype in which blocks run.
         output: folder of the result.
+        importance: tensor in the source -> mean square of its inputs `[in]`, from a file; empty without one.
     """
 
     options: Options
@@ -49,6 +51,7 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     output: Path
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def effort(self) -> Effort | None:

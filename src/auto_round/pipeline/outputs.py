@@ -7,17 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from auto_round.checkpoint.disk import bytes_of
 from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.writer import ShardWriter
-from auto_round.errors import CheckpointError
-from auto_round.export.manifest import make_manifest
+from auto_round.errors import CheckpointError, NumericsError
+from auto_round.export.exporter import Exporter
+from auto_round.export.gguf.exporter import GgufExporter
 from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
+from auto_round.pipeline.gguf_output import Rest, check_gguf
 from auto_round.pipeline.job import Job
+from auto_round.pipeline.plan_table import manifest_of
 
 Written = dict[str, int]
 """`<format>/<tensor>` -> CRC-32 of its bytes."""
@@ -54,18 +58,24 @@ class Outputs:
         """
         self._job = job
         self._writers: dict[str, ShardWriter] = {}
+        self._dtypes: dict[str, dict[str, torch.dtype]] = {}
         finished = list(done)
         for name, exporter in job.exporters.items():
-            listed = make_manifest(exporter, job.plan, job.source.layers, job.source.tensors)
-            specs = {tensor: (spec.dtype, tuple(spec.shape)) for tensor, spec in listed.specs.items()}
+            specs = {
+                t: (spec.dtype, tuple(spec.shape)) for t, spec in manifest_of(job, exporter).specs.items()
+            }
+            self._dtypes[name] = {tensor: dtype for tensor, (dtype, _) in specs.items()}
+            shards = exporter.shards if isinstance(exporter, GgufExporter) else None
             folder = folders[name]
             folder.mkdir(parents=True, exist_ok=True)
             size = job.options.output.max_shard_size
             if fresh:
-                self._writers[name] = ShardWriter.create(folder, specs, max_shard_bytes=size)
+                self._writers[name] = ShardWriter.create(folder, specs, max_shard_bytes=size, shards=shards)
             else:
                 own = [t.partition("/")[2] for t in finished if t.partition("/")[0] == _key(name)]
-                self._writers[name] = ShardWriter.reopen(folder, specs, max_shard_bytes=size, written=own)
+                self._writers[name] = ShardWriter.reopen(
+                    folder, specs, max_shard_bytes=size, written=own, shards=shards
+                )
 
     def put(self, layer: Layer, q: QTensor) -> Written:
         """Write one quantized layer in every format; what was written."""
@@ -77,26 +87,68 @@ class Outputs:
         return written
 
     def put_plain(self, tensor_name: str, tensor: Tensor) -> Written:
-        """Write a tensor that no format encodes, in the dtype of the source."""
+        """Write a tensor that no format encodes, in the dtype that each format has for it."""
         written = {}
-        stored = tensor.to(self._job.source.tensors[tensor_name].dtype)
         for name, writer in self._writers.items():
-            writer.put(tensor_name, stored)
-            written[f"{_key(name)}/{tensor_name}"] = checksum(stored)
+            for part, stored in self._plain(name, tensor_name, tensor).items():
+                writer.put(part, stored)
+                written[f"{_key(name)}/{part}"] = checksum(stored)
         return written
+
+    def put_embedding(self) -> tuple[Tensor, Written] | None:
+        """Round and write the token embedding, where a format rounds it, before anything else.
+
+        Returns:
+            What it came to, `[vocabulary, width]` float32, and what was written (nothing when an earlier run
+            did); None when every format keeps it.
+        """
+        for name, writer in self._writers.items():
+            exporter = self._job.exporters[name]
+            if not isinstance(exporter, GgufExporter):
+                continue
+            found = self._rest(exporter).write_embedding(writer)
+            if found is not None:
+                weight, parts = found
+                return weight, {f"{_key(name)}/{part}": checksum(t) for part, t in parts.items()}
+        return None
+
+    def _rest(self, exporter: GgufExporter) -> Rest:
+        return Rest(exporter, self._job.source.read_tensor, self._job.effort, self._job.device)
 
     def copy_rest(self) -> None:
         """Copy from the source what has not been written: embeddings, norms, biases, kept layers."""
         source = self._job.source
+        folders = []
+        for name, writer in self._writers.items():
+            exporter = self._job.exporters[name]
+            if isinstance(exporter, GgufExporter):
+                self._rest(exporter).write(writer)
+            else:
+                self._recast(name, writer)
+                folders.append(writer)
         if source.folder is None:
-            for writer in self._writers.values():
+            for writer in folders:
                 for name in writer.missing:
                     writer.put(name, source.read_tensor(name))
             return
         with Checkpoint.open(source.folder) as checkpoint:
-            for writer in self._writers.values():
+            for writer in folders:
                 for name in writer.missing:
                     writer.copy(name, checkpoint)
+
+    def _plain(self, name: str, tensor_name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+        """What a format stores for a tensor that it does not quantize."""
+        exporter = self._job.exporters[name]
+        if isinstance(exporter, GgufExporter):
+            return exporter.encode_plain(tensor_name, tensor)
+        return {tensor_name: _cast(tensor_name, tensor, self._dtypes[name][tensor_name])}
+
+    def _recast(self, name: str, writer: ShardWriter) -> None:
+        """Write what a format stores in another dtype than the source."""
+        source, dtypes = self._job.source, self._dtypes[name]
+        for tensor in writer.missing:
+            if dtypes[tensor] != source.tensors[tensor].dtype:
+                writer.put(tensor, _cast(tensor, source.read_tensor(tensor), dtypes[tensor]))
 
     def sync(self) -> None:
         """Return when everything written so far would survive a power cut."""
@@ -114,12 +166,28 @@ class Outputs:
         return {name: writer.nbytes for name, writer in self._writers.items()}
 
 
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype.
+
+    Raises:
+        NumericsError: numbers beyond the range of that dtype.
+    """
+    stored = tensor.to(dtype)
+    lost = int((stored.isinf() & ~tensor.isinf()).sum()) if dtype != tensor.dtype else 0
+    if lost:
+        raise NumericsError(
+            f"{name}: {lost} numbers are too large for {str(dtype).removeprefix('torch.')}, in which this "
+            "output format stores them; use the format auto_round"
+        )
+    return stored
+
+
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
     return zlib.crc32(bytes_of(tensor.detach().cpu().contiguous()))
 
 
-def check_written(journal: Journal, folders: Mapping[str, Path]) -> int:
+def check_written(journal: Journal, folders: Mapping[str, Path], exporters: Mapping[str, Exporter]) -> int:
     """Read every journaled tensor back from disk and compare its checksum; how many were read.
 
     Raises:
@@ -127,6 +195,10 @@ def check_written(journal: Journal, folders: Mapping[str, Path]) -> int:
     """
     count = 0
     for name, folder in folders.items():
+        exporter = exporters[name]
+        if isinstance(exporter, GgufExporter):
+            count += check_gguf(exporter, journal, folder, _key(name))
+            continue
         with Checkpoint.open(folder) as checkpoint:
             for entry in journal.entries:
                 for tensor, expected in entry["tensors"].items():

@@ -15,7 +15,7 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.outputs import Written
-from auto_round.tuning.sign_round import round_to_nearest
+from auto_round.tuning.weights import round_to_nearest
 
 BURST_BYTES = 1 << 30
 """Source bytes between two journal entries; each entry waits for the disk."""
@@ -61,7 +61,9 @@ def round_layers(
         layer, fmt = item
         weight = job.source.read(layer).to(job.device)
         try:
-            return layer.name, put(layer, round_to_nearest(weight, fmt))
+            importance = job.importance.get(layer.tensor)
+            effort = None if importance is None else job.effort
+            return layer.name, put(layer, round_to_nearest(weight, fmt, importance, effort))
         except NumericsError as error:
             raise NumericsError(f"{layer.tensor}: {error}") from error
 

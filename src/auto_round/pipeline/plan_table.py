@@ -3,43 +3,66 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from auto_round.export.exporter import Exporter
+from auto_round.export.gguf.exporter import GgufExporter
 from auto_round.export.manifest import Manifest, make_manifest
 from auto_round.pipeline.job import Job
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.size import PlanSize
+from auto_round.schemes.table import render
 
 
 def manifests(job: Job) -> dict[str, Manifest]:
     """What each output holds, by format name."""
-    return {name: _manifest(job, exporter) for name, exporter in job.exporters.items()}
+    return {name: manifest_of(job, exporter) for name, exporter in job.exporters.items()}
 
 
 def plan_table(job: Job) -> str:
     """The plan for people, with the bytes of the first format; further formats get a line each."""
     first, *others = job.exporters.items()
     name, exporter = first
-    weights, size = _outside_of_layers(job)
-    table = job.plan.table(
-        job.source.layers,
-        other_weights=weights,
-        other_bytes=size,
-        stored_bytes=_manifest(job, exporter).layer_bytes(),
-    )
+    size = plan_size(job, exporter)
+    table = render(job.plan.entries, job.source.layers, size, job.plan.warnings)
     lines = [f"format {name}:", table] if others else [table]
-    lines += [f"format {other}: {_manifest(job, e).nbytes / 1e6:.2f} MB" for other, e in others]
+    if isinstance(exporter, GgufExporter):
+        lines += [types_of(exporter)]
+    lines += [f"format {other}: {manifest_of(job, e).nbytes / 1e6:.2f} MB" for other, e in others]
     return "\n".join(lines)
 
 
 def plan_size(job: Job, exporter: Exporter) -> PlanSize:
     """Weights and bytes before and after, as this format stores them; headers of files not included."""
-    weights, size = _outside_of_layers(job)
-    stored = _manifest(job, exporter).layer_bytes()
-    return job.plan.measure(job.source.layers, other_weights=weights, other_bytes=size, stored_bytes=stored)
+    weights, nbytes = _outside_of_layers(job)
+    listed = manifest_of(job, exporter)
+    size = job.plan.measure(
+        job.source.layers, other_weights=weights, other_bytes=nbytes, stored_bytes=listed.layer_bytes()
+    )
+    if not isinstance(exporter, GgufExporter):
+        return size
+    # Tensors that are no layers get types too, and a tied head is the embedding.
+    total = sum(count for _, count, _ in exporter.histogram().values())
+    return replace(
+        size,
+        other_weights=total - size.quantized_weights - size.kept_weights,
+        other_bytes=listed.nbytes - math.ceil(size.quantized_bytes) - size.kept_bytes,
+    )
 
 
-def _manifest(job: Job, exporter: Exporter) -> Manifest:
+def types_of(exporter: GgufExporter) -> str:
+    """Types of a GGUF file in one line: tensors and share of the weights of each, bits per weight."""
+    found = exporter.histogram()
+    weights = sum(count for _, count, _ in found.values())
+    nbytes = sum(size for _, _, size in found.values())
+    shares = (f"{name.upper()} {n} ({count / weights:.1%})" for name, (n, count, _) in found.items())
+    return f"{exporter.file}: {', '.join(shares)}; {nbytes * 8 / weights:.3f} bits per weight"
+
+
+def manifest_of(job: Job, exporter: Exporter) -> Manifest:
+    """What one output holds."""
+    if isinstance(exporter, GgufExporter):
+        return exporter.manifest(job.plan, job.source.layers)
     return make_manifest(exporter, job.plan, job.source.layers, job.source.tensors)
 
 

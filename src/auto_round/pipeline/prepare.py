@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from auto_round.calibration.registry import Platform
 from auto_round.calibration.rows import CalibrationRows, load_rows
@@ -16,14 +17,19 @@ from auto_round.config.groups import CalibrationOptions, long_dtype
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.export.exporter import Exporter
-from auto_round.export.table import parse_formats
+from auto_round.export.table import notes, parse_formats, refusals, scale_dtype
 from auto_round.log import logger
 from auto_round.models.folder import FolderSource
 from auto_round.models.hub import resolve_model
 from auto_round.models.live import LiveSource
 from auto_round.models.source import ModelSource
+from auto_round.pipeline.activations import refuse_unreachable
+from auto_round.pipeline.device import choose_device, compute_dtype, rows_at_once
+from auto_round.pipeline.gguf import prepare_gguf
+from auto_round.pipeline.gguf_request import gguf_request
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.settings import plan_request, tune_settings
+from auto_round.schemes.gguf_types import TYPES
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
@@ -54,20 +60,32 @@ def prepare(
     Raises:
         AutoRoundError: anything that would make the run fail later, as far as it can be known.
     """
+    gguf = gguf_request(options)
+    options = options if gguf is None else gguf.options
     source = _open_source(options, model)
-    plan = _plan(options, source)
-    exporters = _exporters(options, plan, source)
+    importance: Mapping[str, Tensor] = {}
+    if gguf is None:
+        plan = _plan(options, source)
+        exporters = _exporters(options, plan, source)
+    else:
+        if tokenizer is None and options.output.gguf_template is None:
+            tokenizer = _load_tokenizer(options, source, required=True)
+        steered = needs_rows(tune_settings(options.tune, TYPES[gguf.wanted.base].bits))
+        plan, exporters, importance = prepare_gguf(gguf, source, tokenizer, imatrix=steered)
     schemes = [plan.scheme_of(name) for name in plan.quantized]
     tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=16))
     if tokenizer is None and (options.model.tokenizer or source.folder is not None):
-        tokenizer = _load_tokenizer(options, source, required=rows and needs_rows(tune) and dataset is None)
+        tokenizer = _load_tokenizer(
+            options, source, required=rows and needs_rows(tune) and dataset is None and not importance
+        )
     options = _within_context(options, source)
     calibration, tuned = (None, 0)
-    if rows:
+    if rows and not importance:
         calibration, tuned = _rows(options, tune, tokenizer, dataset)
         if calibration is not None:
             _refuse_unknown_tokens(calibration, source)
-    device = _device(options)
+    device = choose_device(options.model.device_map)
+    at_once = rows_at_once(device, options.calibration.seqlen, sparing=options.memory.low_gpu_mem_usage)
     return Job(
         options=options,
         source=source,
@@ -76,10 +94,11 @@ def prepare(
         exporters=exporters,
         rows=calibration,
         tuned=tuned,
-        tune=tune,
+        tune=replace(tune, rows_at_once=at_once),
         device=device,
-        dtype=_compute_dtype(options, source, device),
+        dtype=compute_dtype(_dtype(options.model.model_dtype) or source.dtype, device, amp=options.tune.amp),
         output=output or Path(options.output.output_dir),
+        importance=importance,
     )
 
 
@@ -111,21 +130,26 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _plan(options: Options, source: ModelSource) -> Plan:
-    request = plan_request(options.scheme)
+    wanted = scale_dtype(parse_formats(",".join(options.output.formats)), source.dtype)
+    request = plan_request(options.scheme, wanted)
     others = {name.rpartition(".")[0] for name in source.tensors}
     plan = make_plan(
         source.layers, request, blocks=source.blocks, tied_head=source.tied_head, other_names=sorted(others)
     )
     for warning in plan.warnings:
         logger.warning(warning)
+    refuse_unreachable(plan, source.layers)
     return plan
 
 
 def _exporters(options: Options, plan: Plan, source: ModelSource) -> dict[str, Exporter]:
     exporters = {e.name: e for e in parse_formats(",".join(options.output.formats))}
-    refusals = [r for e in exporters.values() for r in e.refusals(plan, source.layers)]
-    if refusals:
-        raise UnsupportedError("this plan cannot be written as asked", refusals)
+    refused = [r for e in exporters.values() for r in refusals(e, plan, source.layers)]
+    if refused:
+        raise UnsupportedError("this plan cannot be written as asked", refused)
+    for exporter in exporters.values():
+        for note in notes(exporter, plan, source.layers):
+            logger.warning(note)
     return {name: e.for_plan(plan, source.layers) for name, e in exporters.items()}
 
 
@@ -184,35 +208,3 @@ def _refuse_unknown_tokens(rows: CalibrationRows, source: ModelSource) -> None:
             f"the calibration rows hold token {largest if largest >= known else smallest}, but the model's "
             f"vocabulary has {known}: is this the model's tokenizer, or data made for another model?"
         )
-
-
-def _device(options: Options) -> torch.device:
-    """Where blocks are tuned: the first device of the map; "auto" takes an accelerator when there is one."""
-    wanted = options.model.device_map
-    if not isinstance(wanted, str):
-        wanted = next((d for d in wanted.values() if d not in {"cpu", "disk"}), "cpu")
-    first = wanted.split(",")[0].strip()
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if first in {"auto", ""} or first.isdecimal():
-        if accelerator is None:
-            if first.isdecimal() and first != "0":
-                raise ConfigError(f"device {first}: this machine has no accelerator; use --device cpu")
-            return torch.device("cpu")
-        return torch.device(accelerator.type, int(first) if first.isdecimal() else 0)
-    try:
-        device = torch.device(first)
-    except RuntimeError as error:
-        raise ConfigError(f'unknown device "{first}": use "auto", "cpu", "cuda:0" or an index') from error
-    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
-        raise ConfigError(f'device "{first}" is not there: PyTorch sees {accelerator or "no accelerator"}')
-    return device
-
-
-def _compute_dtype(options: Options, source: ModelSource, device: torch.device) -> torch.dtype:
-    """Blocks run in bfloat16 unless the model is float16 on an accelerator, or 16 bits are switched off."""
-    own = _dtype(options.model.model_dtype) or source.dtype
-    if not options.tune.amp:
-        return torch.float32
-    if own is torch.float16 and device.type != "cpu":
-        return own
-    return torch.bfloat16

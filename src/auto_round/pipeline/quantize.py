@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.config.options import Options
+from auto_round.consumers.lines import judge_outputs
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
@@ -86,10 +87,11 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
         outputs.seal()
         write_configs_and_tokenizer(job, folders)
         report = build_report(job, journal, measured, outputs.nbytes)
+        report["engines"] = judge_outputs(folders)
         progress(clock.event("write", 1, 1, "remaining tensors"))
         if job.options.output.verify:
             progress(clock.event("verify", 0, 1, "reload and compare"))
-            report["tensors_read_back"] = check_written(journal, folders)
+            report["tensors_read_back"] = check_written(journal, folders, job.exporters)
             report["verified"] = verify_all(job, folders, measured)
             progress(clock.event("verify", 1, 1, "reload and compare"))
         write_report(job, folders, report, folder.folder)
@@ -113,7 +115,7 @@ class _Loop:
         if self.job.rows is None:
             self._round_layers()
             return None
-        table, streams = trace_rows(self.job, self.scratch)
+        table, streams = trace_rows(self.job, self.scratch, self._embedding())
         self.progress(self.clock.event("calibrate", 1, 1, self.job.rows.summary))
         groups = list(_groups(self.job))
         start = sum(1 for unit, _ in groups if unit in self._finished())
@@ -132,6 +134,16 @@ class _Loop:
         release_freed_memory()
         head = quantize_outside(self.job, streams, self._write)
         return measure_streams(self.job, streams, head)
+
+    def _embedding(self) -> Tensor | None:
+        """The token embedding as the output stores it, written first; None where no output rounds it."""
+        found = self.outputs.put_embedding()
+        if found is None:
+            return None
+        weight, written = found
+        if written:
+            self._done("embedding", written)
+        return weight
 
     def _round_layers(self) -> None:
         """Plain rounding without data, journaled burst by burst."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.job import Job
@@ -35,12 +36,22 @@ def signature(job: Job) -> dict[str, Any]:
         "calibration": None
         if job.rows is None
         else {"rows": job.rows.fingerprint, "tuned": job.tuned, "seed": options.calibration.seed},
+        "imatrix": _digest(job.importance) if job.importance else None,
         "tune": tune,
         "nblocks": options.tune.nblocks,
         "enable_quanted_input": options.tune.enable_quanted_input,
         "max_shard_size": options.output.max_shard_size,
         "keep_streams": options.output.resume,
     }
+
+
+def _digest(importance: Mapping[str, Tensor]) -> str:
+    """SHA-256 of importances, short."""
+    digest = hashlib.sha256()
+    for name in sorted(importance):
+        digest.update(name.encode())
+        digest.update(importance[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _plan(job: Job) -> dict[str, Any]:

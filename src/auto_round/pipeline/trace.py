@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from auto_round.models.source import CPU
 from auto_round.pipeline.arguments import ArgumentTable
@@ -15,25 +16,32 @@ SPILL_BYTES = 2 << 30
 """Streams above this size are backed by files unless `low_cpu_mem_usage` is off."""
 
 
-def trace_rows(job: Job, scratch: Path) -> tuple[ArgumentTable, Streams]:
+def trace_rows(job: Job, scratch: Path, embedding: Tensor | None = None) -> tuple[ArgumentTable, Streams]:
     """Run the model's stem over all rows.
 
     Args:
         job: the run; it has rows.
         scratch: folder for streams that are too large for memory.
+        embedding: the token embedding as the output stores it, where the quantized stream begins; None for
+            the model's own.
 
     Returns:
         Arguments of every block for every row, and the streams at the first block.
     """
     rows = () if job.rows is None else job.rows.rows
     table = ArgumentTable()
-    hidden = []
+    hidden: list[Tensor] = []
+    rounded: list[Tensor] = []
     with job.source.stem(CPU, job.dtype, head=False) as stem:
         for row in rows:
             mask = None if row.mask is None else row.mask.unsqueeze(0)
             traced = stem.trace(row.input_ids.unsqueeze(0), mask)
             table.add(traced.calls, traced.edits)
             hidden.append(traced.hidden.detach().to(job.dtype))
+            if embedding is not None:
+                with stem.embedding(embedding):
+                    again = stem.trace(row.input_ids.unsqueeze(0), mask)
+                rounded.append(again.hidden.detach().to(job.dtype))
     size = 2 * sum(h.numel() * h.element_size() for h in hidden)
     spill = scratch if job.options.memory.low_cpu_mem_usage and size > SPILL_BYTES else None
     on_host = job.options.memory.low_gpu_mem_usage or spill is not None
@@ -42,4 +50,7 @@ def trace_rows(job: Job, scratch: Path) -> tuple[ArgumentTable, Streams]:
         whole = torch.ones_like(rows[0].input_ids, dtype=torch.bool)
         masks = torch.stack([whole if row.mask is None else row.mask for row in rows])
     device = CPU if on_host else job.device
-    return table, Streams.begin(hidden, job.tuned, device=device, masks=masks, spill=spill)
+    streams = Streams.begin(hidden, job.tuned, device=device, masks=masks, spill=spill)
+    for i, row_hidden in enumerate(rounded):
+        streams.quantized[i] = row_hidden[0]
+    return table, streams

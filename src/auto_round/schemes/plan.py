@@ -15,6 +15,7 @@ from auto_round.schemes.size import PlanSize, measure
 from auto_round.schemes.table import render
 
 if TYPE_CHECKING:
+    from auto_round.numerics.activation import ActivationFormat
     from auto_round.numerics.format import Format
 
 _JSON_VERSION = 1
@@ -93,6 +94,15 @@ class Plan:
         """
         scheme = self.scheme_of(name)
         return None if scheme is None else scheme.weight_format()
+
+    def activation_of(self, name: str) -> ActivationFormat | None:
+        """What the input of a layer is rounded to; None when it is left alone.
+
+        Raises:
+            InternalError: the plan knows no such layer.
+        """
+        scheme = self.scheme_of(name)
+        return None if scheme is None else scheme.activation_format()
 
     def measure(
         self,

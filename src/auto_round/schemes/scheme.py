@@ -18,6 +18,7 @@ from auto_round.schemes.vocabulary import (
 )
 
 if TYPE_CHECKING:
+    from auto_round.numerics.activation import ActivationFormat
     from auto_round.numerics.format import Format
 
 _KEPT_BITS = 16
@@ -37,10 +38,10 @@ class QuantizationScheme(Mapping[str, Any]):
         sym: signed full range without zero point, or unsigned with one.
         data_type: family of numbers: "int", "fp", "mx_fp", "nv_fp", ...
         act_bits: width of activations; None or 16 leaves them alone.
-        act_group_size: group of activations, as `group_size`.
-        act_sym: as `sym`, for activations.
-        act_data_type: as `data_type`, for activations.
-        act_dynamic: activation steps measured at run time rather than at calibration.
+        act_group_size: activations that share a step; -1 one step a token. None for `group_size`.
+        act_sym: as `sym`, for activations; None for `sym`.
+        act_data_type: as `data_type`, for activations; None for `data_type`.
+        act_dynamic: activation steps measured at run time rather than at calibration; None for True.
         super_bits: width of the quantized steps of two-level formats.
         super_group_size: groups in a super-block of two-level formats.
         scale_dtype: dtype in which steps are stored: "float16", "bfloat16" or "float32".
@@ -124,6 +125,8 @@ class QuantizationScheme(Mapping[str, Any]):
         """Short description for people, for example `W4 g128 sym`."""
         if not self.quantized:
             return "16 bits"
+        if not self.act_quantized and self in _GGUF_NUMBERS:
+            return _GGUF_NUMBERS[self].upper()
         words = [f"W{self.bits}"]
         words += {_GROUPLESS: ["per row"], 0: ["per tensor"]}.get(self.group_size, [f"g{self.group_size}"])
         words += [self.data_type] if self.data_type != "int" else []
@@ -156,8 +159,8 @@ class QuantizationScheme(Mapping[str, Any]):
         Raises:
             UnsupportedError: the scheme is known but cannot be computed yet.
         """
+        from auto_round.numerics.presets import GGUF_FORMATS, int_format
         from auto_round.numerics.presets import SCALE_DTYPES as TORCH_DTYPES
-        from auto_round.numerics.presets import int_format
 
         if not self.quantized and not self.act_quantized:
             return None
@@ -168,14 +171,56 @@ class QuantizationScheme(Mapping[str, Any]):
                 + ", ".join(integer_presets()),
                 [refusal],
             )
+        if not self.act_quantized and self in _GGUF_NUMBERS:
+            return GGUF_FORMATS[_GGUF_NUMBERS[self]]
         return int_format(
             self.bits, self.group_size, sym=self.sym, scale_dtype=TORCH_DTYPES[self.scale_dtype]
         )
 
+    def activation_format(self) -> ActivationFormat | None:
+        """What the layer's input is rounded to; None when it is left alone.
+
+        Raises:
+            UnsupportedError: the scheme is known but cannot be computed yet.
+        """
+        from auto_round.numerics.activation import TokenInt
+
+        if self.act_bits is None or not self.act_quantized:
+            return None
+        refusal = _not_there_yet(self)
+        if refusal is not None:
+            raise UnsupportedError(f"scheme {self.label} is not there yet", [refusal])
+        return TokenInt(self.act_bits, self.sym if self.act_sym is None else self.act_sym)
+
 
 def _not_there_yet(scheme: QuantizationScheme) -> Refusal | None:
-    if scheme.act_quantized:
-        return Refusal("activations", f"quantizing them to {scheme.act_bits} bits is not there yet")
+    if not scheme.act_quantized:
+        return _weights_not_there_yet(scheme)
+    if not scheme.quantized:
+        return Refusal("activations", "they are quantized with the weights only", "give bits of 2 to 8 too")
+    return _weights_not_there_yet(scheme) or _activations_not_there_yet(scheme)
+
+
+def _activations_not_there_yet(scheme: QuantizationScheme) -> Refusal | None:
+    from auto_round.numerics.activation import ACTIVATION_BITS
+
+    group = scheme.group_size if scheme.act_group_size is None else scheme.act_group_size
+    kind = scheme.act_data_type or scheme.data_type
+    reason = remedy = ""
+    if kind != "int" or scheme.act_bits not in ACTIVATION_BITS:
+        reason = f'act_data_type "{kind}" with {scheme.act_bits} bits is not there yet'
+        remedy = "whole numbers (int) of 2 to 8 bits are"
+    elif scheme.act_dynamic is False:
+        reason, remedy = "steps fixed at calibration are not there yet", "leave out disable_act_dynamic"
+    elif group != _GROUPLESS:
+        reason = f"groups of {group} are not there yet" if group else "one step a tensor is not there yet"
+        remedy = "use act_group_size -1 (one step a token)"
+    return Refusal("activations", reason, remedy) if reason else None
+
+
+def _weights_not_there_yet(scheme: QuantizationScheme) -> Refusal | None:
+    if scheme in _GGUF_NUMBERS:
+        return None
     if scheme.data_type != "int":
         what = f'data_type "{scheme.data_type}" with {scheme.bits} bits'
         return Refusal("weights", f"{what} is not there yet, whole numbers (int) of 2 to 8 bits are")
@@ -230,6 +275,9 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
     "W8A16": _row(8, 128),
     "W4A16_MIXED": _row(4, 128, recipe="W4A16_MIXED"),
     "BF16": _row(16, 128, "fp"),
+    "INT8": _row(8, -1, **_dynamic(8, -1, "int")),
+    "INT8_W8A8": _row(8, -1, **_dynamic(8, -1, "int")),
+    "INT4": _row(4, -1, **_dynamic(4, -1, "int")),
     # Known names of formats that are not computed yet; `weight_format` says so. FP8_BLOCK means 128 x 128.
     "MXFP4": _row(4, 32, "mx_fp", **_dynamic(4, 32, "mx_fp")),
     "MXFP4_RCEIL": _row(4, 32, "mx_fp", **_dynamic(4, 32, "mx_fp_rceil")),
@@ -242,14 +290,12 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
     "FPW8A16": _row(8, 0, "fp"),
     "FP8_STATIC": _row(8, -1, "fp", **_dynamic(8, 0, "fp") | {"act_dynamic": False}),
     "FP8_BLOCK": _row(8, 128, "fp_block", **_dynamic(8, 128, "fp")),
-    "INT8": _row(8, -1, **_dynamic(8, -1, "int")),
-    "INT8_W8A8": _row(8, -1, **_dynamic(8, -1, "int")),
-    "INT4": _row(4, -1, **_dynamic(4, -1, "int")),
     "GGUF:Q4_0": _row(4, 32, "int_gguf"),
     "GGUF:Q4_1": _row(4, 32, **_Q4_1),
     "GGUF:Q5_0": _row(5, 32, "int_gguf"),
     "GGUF:Q5_1": _row(5, 32, **_Q4_1),
     "GGUF:Q8_0": _row(8, 32, "int_gguf"),
+    "GGUF:Q2_K": _Q2_K,
     "GGUF:Q2_K_S": _Q2_K,
     "GGUF:Q2_K_MIXED": _Q2_K,
     "GGUF:Q3_K_S": _Q3_K,
@@ -262,6 +308,23 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
     "GGUF:Q6_K": _row(6, 16, "int_sym_dq", super_bits=8, super_group_size=16),
 }
 """Preset name -> scheme. A new whole-number format is one row here."""
+
+_GGUF_NUMBERS = {
+    PRESET_SCHEMES[f"GGUF:{preset}"]: name
+    for preset, name in (
+        ("Q4_0", "q4_0"),
+        ("Q4_1", "q4_1"),
+        ("Q5_0", "q5_0"),
+        ("Q5_1", "q5_1"),
+        ("Q8_0", "q8_0"),
+        ("Q2_K_S", "q2_k"),
+        ("Q3_K_S", "q3_k"),
+        ("Q4_K_S", "q4_k"),
+        ("Q5_K_S", "q5_k"),
+        ("Q6_K", "q6_k"),
+    )
+}
+"""Schemes whose numbers are those of a GGUF block -> its name in `numerics.presets.GGUF_FORMATS`."""
 
 
 def integer_presets() -> tuple[str, ...]:

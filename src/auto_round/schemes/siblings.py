@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from auto_round.schemes.condense import condense
 from auto_round.schemes.entry import PlanEntry
@@ -19,7 +19,7 @@ FUSED = (
 _EXPERTS = re.compile(r"(.*\bexperts)\.")
 
 
-def fused_groups(names: Mapping[str, PlanEntry]) -> dict[str, list[str]]:
+def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
     """Container of each fused matrix -> the layers in it: q/k/v, gate/up, all experts of a block."""
     families = {last: family for family in FUSED for last in family}
     groups: dict[str, list[str]] = {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from auto_round.numerics.format import Format
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
-from auto_round.testing.config_reader import FIELDS, fields_of
+from auto_round.testing import compressed_reader
+from auto_round.testing.config_reader import FIELDS, MERGING, READERS, Found, Reader, merged_names
 from auto_round.testing.failure import require
 from auto_round.testing.slow_reader import PACKINGS, Stored, read_weight
 
@@ -45,42 +46,80 @@ def small_case(
     head: QuantizationScheme | None = None,
     tied: bool = False,
     changes: Mapping[str, QuantizationScheme | None] | None = None,
+    router: str = "gate",
 ) -> Case:
-    """Two blocks of two matrices, a router in the second, a norm, an embedding and a head.
+    """Two blocks of three matrices, a router in the second, a norm, an embedding and a head.
 
     Args:
         scheme: of all matrices but router and head.
         head: of the head; None keeps it.
         tied: the head shares the embedding.
         changes: layer name -> another scheme; None keeps that layer.
+        router: last component of the router's name; the usual one begins that of a matrix beside it.
     """
-    dtype = torch.bfloat16
-    blocks = tuple(Block(i, f"model.layers.{i}", f"model.layers.{i}") for i in range(2))
-    names = [(f"model.layers.{i}.mlp.{p}_proj", i, s) for i in range(2) for p, s in _PROJECTIONS.items()]
-    layers = [Layer(n, f"{n}.weight", f"{n}.weight", s, dtype, i, Role.LINEAR) for n, i, s in names]
-    router = "model.layers.1.mlp.gate"
-    layers.append(Layer(router, f"{router}.weight", f"{router}.weight", (32, 64), dtype, 1, Role.ROUTER))
-    embedding = "model.embed_tokens.weight"
-    layers.append(
-        Layer(
-            "lm_head",
-            embedding if tied else "lm_head.weight",
-            "lm_head.weight",
-            (96, 64),
-            dtype,
-            None,
-            Role.HEAD,
+    matrices = [
+        _matrix(f"model.layers.{i}.mlp.{p}_proj", i, shape) for i in range(2) for p, shape in _MLP.items()
+    ]
+    gate = _matrix(f"model.layers.1.mlp.{router}", 1, (32, 64), Role.ROUTER)
+    last = _matrix("lm_head", None, (96, 64), Role.HEAD)
+    layers = [*matrices, gate, replace(last, tensor=_EMBEDDING) if tied else last]
+    return _case(layers, scheme, {gate.name: None, "lm_head": head, **(changes or {})})
+
+
+def expert_case(
+    scheme: QuantizationScheme,
+    *,
+    experts: QuantizationScheme | None,
+    changes: Mapping[str, QuantizationScheme | None] | None = None,
+) -> Case:
+    """A block with a plain MLP and one with a router and two experts, both with attention and its biases.
+
+    Args:
+        scheme: of all matrices but experts, router and head.
+        experts: of the experts; None keeps them.
+        changes: layer name -> another scheme; None keeps that layer.
+    """
+    layers = [_matrix(f"model.layers.{i}.self_attn.{p}_proj", i, (64, 64)) for i in range(2) for p in "qkvo"]
+    layers += [_matrix(f"model.layers.0.mlp.{p}_proj", 0, shape) for p, shape in _MLP.items()]
+    layers += [
+        replace(
+            _matrix(f"model.layers.1.mlp.experts.{e}.{p}_proj", 1, shape, Role.EXPERT),
+            parameter=f"model.layers.1.mlp.experts.{'down_proj' if p == 'down' else 'gate_up_proj'}",
+            expert=e,
         )
-    )
-    schemes = {layer.name: scheme for layer in layers} | {router: None, "lm_head": head} | dict(changes or {})
+        for e in range(2)
+        for p, shape in _MLP.items()
+    ]
+    gate = _matrix("model.layers.1.mlp.gate", 1, (32, 64), Role.ROUTER)
+    layers += [gate, _matrix("lm_head", None, (96, 64), Role.HEAD)]
+    own = {layer.name: experts for layer in layers if layer.role is Role.EXPERT}
+    return _case(layers, scheme, {**own, gate.name: None, "lm_head": None, **(changes or {})})
+
+
+_MLP = {"gate": (96, 64), "up": (96, 64), "down": (64, 96)}
+_EMBEDDING = "model.embed_tokens.weight"
+_DTYPE = torch.bfloat16
+
+
+def _matrix(name: str, block: int | None, shape: tuple[int, int], role: Role = Role.LINEAR) -> Layer:
+    return Layer(name, f"{name}.weight", f"{name}.weight", shape, _DTYPE, block, role)
+
+
+def _case(
+    layers: Sequence[Layer], scheme: QuantizationScheme, changes: Mapping[str, QuantizationScheme | None]
+) -> Case:
+    blocks = tuple(Block(i, f"model.layers.{i}", f"model.layers.{i}") for i in range(2))
+    schemes = {layer.name: scheme for layer in layers} | dict(changes)
     plan = Plan(scheme, {name: PlanEntry(s, "asked") for name, s in schemes.items()})
-    tensors = {embedding: TensorSpec(dtype, (96, 64))}
-    tensors |= {layer.tensor: TensorSpec(dtype, layer.shape) for layer in layers}
-    tensors["model.norm.weight"] = TensorSpec(dtype, (64,))
+    tensors = {_EMBEDDING: TensorSpec(_DTYPE, (96, 64))}
+    tensors |= {layer.tensor: TensorSpec(_DTYPE, layer.shape) for layer in layers}
+    tensors |= {
+        f"{layer.name}.bias": TensorSpec(_DTYPE, layer.shape[:1])
+        for layer in layers
+        if layer.name.endswith("q_proj")
+    }
+    tensors["model.norm.weight"] = TensorSpec(_DTYPE, (64,))
     return Case(tuple(layers), blocks, plan, tensors)
-
-
-_PROJECTIONS = {"gate": (96, 64), "up": (96, 64), "down": (64, 96)}
 
 
 def check_exporter(exporter: Exporter, case: Case, *, seed: int = 0) -> None:
@@ -102,27 +141,50 @@ def check_exporter(exporter: Exporter, case: Case, *, seed: int = 0) -> None:
     )
     if config is not None:
         require(json.loads(json.dumps(config)) == config, f"{exporter.name}: config is not plain JSON")
-        _check_config(exporter.name, config, case)
+        _check_config(exporter.name, config, case, _packed(exact, case))
     taken: set[str] = set()
     generator = torch.Generator().manual_seed(seed)
     for layer in case.layers:
         fmt = case.plan.format_of(layer.name)
         if fmt is not None:
-            names = _check_layer(exact, config, layer, fmt, generator)
+            names = _check_layer(exact, config, layer, fmt, generator, _packed(exact, case))
             require(taken.isdisjoint(names), f"{exporter.name}: {layer.name} writes tensors of another layer")
             taken.update(names)
 
 
-def _check_config(who: str, config: Mapping[str, Any], case: Case) -> None:
-    for layer in case.layers:
-        scheme = case.plan.entries[layer.name].scheme
-        if scheme is None and layer.role is Role.HEAD:
-            continue  # readers skip the head unless it is named
-        want = None if scheme is None else {field: scheme[field] for field in FIELDS}
-        for full_match in (False, True):
-            got = fields_of(config, layer.name, full_match=full_match)
-            got = got and {field: got[field] for field in FIELDS}
-            require(got == want, f"{who}: readers take {layer.name} for {got}, the plan says {want}")
+def _packed(exporter: Exporter, case: Case) -> set[str]:
+    """Names of the layers that get packed tensors."""
+    listed = [(layer, case.plan.format_of(layer.name)) for layer in case.layers]
+    return {layer.name for layer, fmt in listed if fmt is not None and len(exporter.spec(layer, fmt)) > 1}
+
+
+def _check_config(who: str, config: Mapping[str, Any], case: Case, packed: Collection[str]) -> None:
+    schemes = {layer.name: case.plan.entries[layer.name].scheme for layer in case.layers}
+    method = config["quant_method"]
+    require(method in READERS, f"{who}: no reader here knows quant_method {method}")
+    for reader, read in READERS[method].items():
+        for layer in case.layers:
+            if layer.role is Role.HEAD and schemes[layer.name] is None and method == "auto-round":
+                continue  # readers skip the head unless it is named
+            _check_fields(f"{who}: {reader}", read, config, layer.name, schemes[layer.name], packed)
+        if method != "auto-round" and reader in MERGING:
+            for merged, members in merged_names(schemes).items():
+                if all(schemes[member] == schemes[members[0]] for member in members):
+                    _check_fields(f"{who}: {reader}", read, config, merged, schemes[members[0]], packed)
+
+
+def _check_fields(
+    who: str,
+    read: Reader,
+    config: Mapping[str, Any],
+    name: str,
+    scheme: QuantizationScheme | None,
+    packed: Collection[str],
+) -> None:
+    got: Found = read(config, name, packed)
+    got = got and {field: got[field] for field in FIELDS if field in got}
+    want = None if scheme is None else {field: scheme[field] for field in got or ("bits",)}
+    require(got == want, f"{who} takes {name} for {got}, the plan says {want}")
 
 
 def _check_layer(
@@ -131,6 +193,7 @@ def _check_layer(
     layer: Layer,
     fmt: Format,
     generator: torch.Generator,
+    packed: Collection[str],
 ) -> Sequence[str]:
     q = fmt.quantize(torch.randn(layer.shape, generator=generator).to(layer.dtype))
     tensors = exporter.encode(layer, q)
@@ -147,15 +210,26 @@ def _check_layer(
         require(list(tensors) == [f"{layer.name}.weight"], f"{where}: a dense format keeps the weight's name")
         require(torch.equal(tensors[f"{layer.name}.weight"], want.to(layer.dtype)), f"{where}: other weights")
     else:
-        require(torch.equal(_read(config, layer, tensors), want), f"{where}: a reader finds other weights")
+        require(
+            torch.equal(_read(config, layer, tensors, packed), want), f"{where}: a reader finds other weights"
+        )
     return list(tensors)
 
 
-def _read(config: Mapping[str, Any], layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
+_ORDER_KEYS = {"auto-round": "packing_format", "gptq": "checkpoint_format", "awq": "version"}
+
+
+def _read(
+    config: Mapping[str, Any], layer: Layer, tensors: Mapping[str, Tensor], packed: Collection[str]
+) -> Tensor:
     """Weight of a layer as someone finds it who has the folder only."""
-    fields = fields_of(config, layer.name, full_match=False)
+    method = config["quant_method"]
+    read = next(iter(READERS[method].values()))
+    fields = read(config, layer.name, packed)
     require(fields is not None, f"readers of the config leave {layer.name} alone")
     found = fields or {}
-    order, zero_offset = PACKINGS[config["packing_format"]]
     parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+    if method == "compressed-tensors":
+        return compressed_reader.read_weight(parts, found, layer.shape)
+    order, zero_offset = PACKINGS[config[_ORDER_KEYS[method]]]
     return read_weight(parts, Stored(order, zero_offset, found["bits"], found["group_size"]), layer.shape)

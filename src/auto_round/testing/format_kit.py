@@ -18,6 +18,7 @@ from auto_round.numerics.grid import Grid
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import Knobs, SignedMax
 from auto_round.testing.failure import require
+from auto_round.testing.two_level_kit import check_two_level, floor_error, step_error
 
 SHAPES = ((6, 96), (5, 80), (3, 4, 40), (2, 7))
 """Weights `[..., out, in]`: whole groups, short last groups, experts, a row shorter than a group."""
@@ -127,6 +128,9 @@ def check_grid(fmt: Format) -> None:
     require(torch.equal(grid.snap(sweep), snapped), f"{where}: snap and encode differ")
     if fmt.quantize(random_weight((2, 32), 0)).scale.zero is not None:
         _check_shift(fmt, torch.cat([rungs, middle]))
+    place = sweep.clone()
+    require(grid.snap(place, None, place) is place, f"{where}: snap does not use the place it is given")
+    require(torch.equal(place, snapped), f"{where}: snap in place differs")
 
 
 def _check_shift(fmt: Format, u: Tensor) -> None:
@@ -153,8 +157,9 @@ def _in_steps(fmt: Format, w: Tensor, knobs: Knobs | None) -> tuple[Tensor, Tens
     q = fmt.quantize(w, knobs)
     step = spread(fmt, q.scale.step, q.shape)
     zero = torch.zeros(()) if q.scale.zero is None else spread(fmt, q.scale.zero, q.shape)
+    floor = torch.zeros(()) if q.scale.floor is None else spread(fmt, q.scale.floor, q.shape)
     seen = fmt.dequantize(q, torch.float64)
-    return w.double() / step + zero, seen / step + zero
+    return (w.double() + floor) / step + zero, (seen + floor) / step + zero
 
 
 def spread(fmt: Format, per_group: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -173,15 +178,23 @@ def _check_range(fmt: Format, w: Tensor, spare: float) -> None:
     numbers = ladder(fmt.grid)
     gap = float(numbers.diff().max())
     eps = _step_eps(q)
+    step = q.scale.step.abs()
+    sided = q.scale.zero is None and q.scale.floor is None
+    floor = torch.zeros_like(step) if q.scale.floor is None else q.scale.floor
     # Rounding a step to its dtype moves each end of the grid by the unit roundoff times all levels.
-    slack = eps / 2 * float(numbers[-1] - numbers[0]) + ROUNDING
-    clip = gap if q.scale.zero is None else gap / 2
-    require(bool(((u - n).abs() <= clip + slack).all()), f"{fmt.name}: the range does not cover the weights")
-    zero = torch.zeros_like(q.scale.step) if q.scale.zero is None else q.scale.zero
-    far = torch.maximum((numbers[0] - zero).abs(), (numbers[-1] - zero).abs()) * q.scale.step.abs()
+    off = (eps / 2 * step + step_error(fmt, q)) * float(numbers[-1] - numbers[0])
+    off = off + eps / 2 * floor + floor_error(fmt, q)
+    slack = off / step + ROUNDING
+    clip = gap if sided else gap / 2
+    covered = (u - n).abs() <= clip + spread(fmt, slack, q.shape)
+    require(bool(covered.all()), f"{fmt.name}: the range does not cover the weights")
+    zero = torch.zeros_like(step) if q.scale.zero is None else q.scale.zero
+    ends = [(end - zero) * q.scale.step - floor for end in (numbers[0], numbers[-1])]
+    far = torch.maximum(ends[0].abs(), ends[1].abs())
     stats = fmt.stats(w)
     wanted = torch.maximum(-stats.lo, stats.hi) * spare
-    wide = far > wanted * (1 + eps) + q.scale.step.abs() * (gap / 2 + slack)
+    # A multiple is lifted to 1 where the nearest one is 0: as much as rounding moves others, once more.
+    wide = far > wanted * (1 + eps) + step * (gap / 2 + ROUNDING) + 2 * off
     require(not bool(wide.any()), f"{fmt.name}: the grid is laid wider than the weights")
 
 
@@ -233,7 +246,11 @@ def _check_scale(fmt: Format, case: Case) -> None:
     require(int(q.codes.max()) < 1 << fmt.grid.bits, f"{fmt.name}: a code has more than {fmt.grid.bits} bits")
     groups = fmt.group.scale_shape(q.shape)
     back = fmt.rule.read(q.scale.parts)
-    for name, given, read in (("step", q.scale.step, back.step), ("zero", q.scale.zero, back.zero)):
+    for name, given, read in (
+        ("step", q.scale.step, back.step),
+        ("zero", q.scale.zero, back.zero),
+        ("floor", q.scale.floor, back.floor),
+    ):
         if given is None or read is None:
             require(given is read, f"{fmt.name}: {name} is lost on the way to disk")
             continue
@@ -243,22 +260,42 @@ def _check_scale(fmt: Format, case: Case) -> None:
         if name in q.scale.parts:
             require(torch.equal(given, q.scale.parts[name].float()), f"{fmt.name}: {name} is read wrongly")
     require(bool((q.scale.step != 0).all()), f"{fmt.name}: a step is zero")
+    _check_parts(fmt, q)
+
+
+def _check_parts(fmt: Format, q: QTensor) -> None:
+    """Parts have the names, dtypes and shapes that were announced, and take the bits that are claimed."""
+    specs = fmt.rule.stored(fmt.group.scale_shape(q.shape))
+    found = {name: (part.dtype, tuple(part.shape)) for name, part in q.scale.parts.items()}
+    announced = {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
+    require(found == announced, f"{fmt.name}: stores {found}, announced {announced}")
     stored = q.codes.numel() * fmt.grid.bits
-    for part in q.scale.parts.values():
-        stored += part.numel() * (torch.finfo(part.dtype).bits if part.is_floating_point() else fmt.grid.bits)
-    claimed = fmt.bits_per_weight(q.shape) * case.w.numel()
+    for name, part in q.scale.parts.items():
+        bits = specs[name].bits
+        if part.is_floating_point():
+            require(bits == torch.finfo(part.dtype).bits, f"{fmt.name}: {name} does not take {bits} bits")
+        else:
+            lowest = -(1 << (bits - 1)) if torch.iinfo(part.dtype).min < 0 else 0
+            inside = (part.to(torch.int32) >= lowest) & (part.to(torch.int32) < lowest + (1 << bits))
+            require(bool(inside.all()), f"{fmt.name}: {name} does not fit {bits} bits")
+        stored += part.numel() * bits
+    claimed = fmt.bits_per_weight(q.shape) * q.codes.numel()
     require(round(claimed, 6) == stored, f"{fmt.name}: {claimed} bits are claimed and {stored} are stored")
 
 
 def _check_power_of_two(fmt: Format, seed: int) -> None:
     """Weights times a power of two: the same codes and zero points, steps times that power."""
     case = random_case(fmt, (6, 80), seed)
-    w = large_weight((6, 80), seed)
+    # Large enough for steps, and numbers that groups share, to stay in the normal range of float16.
+    w = 64 * large_weight((6, 80), seed)
     q = fmt.quantize(w, case.knobs, case.v)
-    for k in (-2, 1, 5):
+    for k in (-2, 1, 4):
         scaled = fmt.quantize(w * 2.0**k, case.knobs, case.v)
         require(torch.equal(scaled.codes, q.codes), f"{fmt.name}: a power of two changes codes")
         require(torch.equal(scaled.scale.step, q.scale.step * 2.0**k), f"{fmt.name}: steps do not scale")
+        if q.scale.floor is not None and scaled.scale.floor is not None:
+            floor = q.scale.floor * 2.0**k
+            require(torch.equal(scaled.scale.floor, floor), f"{fmt.name}: floors do not scale")
         if q.scale.zero is not None and scaled.scale.zero is not None:
             require(
                 torch.equal(scaled.scale.zero, q.scale.zero), f"{fmt.name}: a power of two moves zero points"
@@ -273,8 +310,9 @@ def _check_rows(fmt: Format, seed: int) -> None:
     q = fmt.quantize(w, None, v)
     moved = fmt.quantize(w[order], None, None if v is None else v[order])
     require(torch.equal(moved.codes, q.codes[order]), f"{fmt.name}: permuted rows get other codes")
-    step = q.scale.step if fmt.group.size == 0 else q.scale.step[order]
-    require(torch.equal(moved.scale.step, step), f"{fmt.name}: permuted rows get other steps")
+    for name, part in q.scale.parts.items():
+        wanted = part if fmt.group.size == 0 else part[order]
+        require(torch.equal(moved.scale.parts[name], wanted), f"{fmt.name}: permuted rows get other {name}")
     _same(fmt.quantize(w.t().contiguous().t(), None, v), q, f"{fmt.name}: a transposed layout")
     ones = torch.ones(fmt.group.scale_shape(w.shape))
     _same(fmt.quantize(w, Knobs(ones, ones), v), q, f"{fmt.name}: knobs of 1")
@@ -283,7 +321,8 @@ def _check_rows(fmt: Format, seed: int) -> None:
     for i, one in enumerate((w, w.flip(0))):
         alone = fmt.quantize(one)
         require(torch.equal(pair.codes[i], alone.codes), f"{fmt.name}: experts get other codes than matrices")
-        require(torch.equal(pair.scale.step[i], alone.scale.step), f"{fmt.name}: experts get other steps")
+        for name, part in alone.scale.parts.items():
+            require(torch.equal(pair.scale.parts[name][i], part), f"{fmt.name}: experts get other {name}")
 
 
 def _check_bands(fmt: Format, seed: int) -> None:
@@ -370,5 +409,6 @@ CHECKS: tuple[Callable[[Format, int], None], ...] = (
     _check_zeros,
     _check_magnitudes,
     _check_non_finite,
+    check_two_level,
 )
 """Checks that choose their own weights; each takes the format and a seed."""

@@ -10,18 +10,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from auto_round.kernels.check import error_bound
 from auto_round.kernels.kernel import Kernel, LinearSpec
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import SignedMax
 
-TOKENS = (1, 3, 64)
-"""Tokens in a call: one while generating, a few, and enough for the path of long prompts."""
+TOKENS = (1, 3, 64, 130)
+"""Tokens in a call: one while generating, a few, and enough for the paths of long prompts."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-EPS32 = 2.0**-24
-"""Unit roundoff of float32."""
 
 
 def specs(device: str = "cpu") -> Iterator[LinearSpec]:
@@ -91,18 +89,10 @@ def check_bound(kernel: Kernel, spec: LinearSpec, seed: int = 0) -> float:
         bias = torch.randn(spec.shape[0], generator=g).to(spec.device, spec.dtype)
         want = x.double() @ w.t() + bias.double()
         error = (kernel.linear(x, buffers, spec, bias).double() - want).abs()
-        worst = max(worst, (error / bound(kernel, spec, q, x, want)).max().item())
+        worst = max(worst, (error / error_bound(kernel, spec, q, x, want)).max().item())
     if worst > 1:
         raise AssertionError(f"{kernel.name} on {spec.fmt.name} errs {worst:.3g} times the bound")
     return worst
-
-
-def bound(kernel: Kernel, spec: LinearSpec, q: QTensor, x: Tensor, y: Tensor) -> Tensor:
-    """Largest error that a kernel's dtype explains, shape of `y`."""
-    u = torch.finfo(kernel.compute_dtype(spec)).eps / 2
-    magnitude = spec.fmt.dequantize(q).double().abs() + _offset(q).expand(spec.shape)
-    sums = x.double().abs() @ magnitude.t()
-    return (4 * u + 2 * spec.shape[1] * EPS32) * sums + 4 * u * y.abs() + 1e-30
 
 
 def check_restore(kernel: Kernel, spec: LinearSpec, seed: int = 0) -> None:
@@ -132,16 +122,6 @@ def fails(kernel: Kernel, spec: LinearSpec) -> bool:
         except AssertionError:
             return True
     return False
-
-
-def _offset(q: QTensor) -> Tensor:
-    """Offset that a kernel may round apart from each weight: its zero point's distance from the middle."""
-    if q.scale.zero is None:
-        return torch.zeros(1, 1, dtype=torch.float64)
-    middle = 1 << (q.format.grid.bits - 1)
-    offset = ((q.scale.zero - middle) * q.scale.step).abs().double()
-    width = q.format.group.width(q.shape[1])
-    return offset.repeat_interleave(width, dim=1)[:, : q.shape[1]]
 
 
 def _to(parts: dict[str, Tensor], device: str) -> dict[str, Tensor]:

@@ -15,23 +15,24 @@ from auto_round.testing.failure import require
 from auto_round.testing.slow_reader import PACKINGS, Stored, read_weight
 
 
-def random_qtensor(fmt: Format, shape: Sequence[int], seed: int, lowest_zero: int = 0) -> QTensor:
-    """Quantized tensor `[out, in]` with every kind of code, step (of either sign) and zero point.
+def random_qtensor(fmt: Format, shape: Sequence[int], seed: int, *, positive: bool = False) -> QTensor:
+    """Quantized tensor `[out, in]` with every kind of code, step and zero point.
 
     Args:
         fmt: a whole-number format with a step for each row and group.
         shape: `[out, in]`.
         seed: of the generator.
-        lowest_zero: smallest zero point.
+        positive: no negative steps.
     """
     generator = torch.Generator().manual_seed(seed)
     top = 1 << fmt.grid.bits
     codes = torch.randint(0, top, tuple(shape), generator=generator).to(torch.uint8)
     groups = fmt.group.scale_shape(shape)
     parts = dict(fmt.quantize(torch.randn(tuple(shape), generator=generator)).scale.parts)
-    parts["step"] = torch.randn(groups, generator=generator).to(parts["step"].dtype)
+    step = torch.randn(groups, generator=generator)
+    parts["step"] = (step.abs() if positive else step).to(parts["step"].dtype)
     if isinstance(fmt.rule, MinMax):
-        parts["zero"] = torch.randint(lowest_zero, top, groups, generator=generator).to(torch.uint8)
+        parts["zero"] = torch.randint(0, top, groups, generator=generator).to(torch.uint8)
     return QTensor(codes, fmt.rule.read(parts), fmt)
 
 
@@ -42,7 +43,7 @@ def check_layout(
 
     Args:
         layout: the layout.
-        packing_format: name under which readers know it.
+        packing_format: name under which readers know it: a key of `slow_reader.PACKINGS`.
         fmt: a format that it accepts for `shape`.
         shape: `[out, in]`.
         seed: of the random weight.
@@ -54,7 +55,21 @@ def check_layout(
     """
     require(layout.accepts(fmt, shape) is None, f"{layout.name} refuses {fmt.name} {list(shape)}")
     order, zero_offset = PACKINGS[packing_format]
-    q = random_qtensor(fmt, shape, seed, lowest_zero=zero_offset)
+    # Where zero points are stored minus one, the sign of an asymmetric step says how a group is written.
+    q = random_qtensor(fmt, shape, seed, positive=zero_offset == 1 and isinstance(fmt.rule, MinMax))
+    parts = check_round_trip(layout, q)
+    seen = read_weight(parts, Stored(order, zero_offset, fmt.grid.bits, fmt.group.size), shape)
+    where = f"{layout.name} {fmt.name} {list(shape)}"
+    require(torch.equal(seen, fmt.dequantize(q)), f"{where}: another reader finds other weights")
+
+
+def check_round_trip(layout: Layout, q: QTensor) -> Mapping[str, Tensor]:
+    """Check that a layout packs as announced and unpacks what it packed; returns what it packed.
+
+    Raises:
+        ConformanceError: it does not.
+    """
+    fmt, shape = q.format, q.shape
     before = {"codes": q.codes.clone()} | {name: part.clone() for name, part in q.scale.parts.items()}
     parts = layout.pack(q)
     where = f"{layout.name} {fmt.name} {list(shape)}"
@@ -67,8 +82,7 @@ def check_layout(
     require(_same(back.scale.parts, q.scale.parts), f"{where}: unpack gives another scale")
     require(torch.equal(back.scale.step, q.scale.step), f"{where}: unpack gives other steps")
     require(back.format == fmt, f"{where}: unpack gives another format")
-    seen = read_weight(parts, Stored(order, zero_offset, fmt.grid.bits, fmt.group.size), shape)
-    require(torch.equal(seen, fmt.dequantize(q)), f"{where}: another reader finds other weights")
+    return parts
 
 
 def _check_spec(

@@ -42,14 +42,18 @@ PACKINGS: dict[str, tuple[Order, int]] = {
     "auto_round:gptqmodel": ("gptq", 0),
     "auto_round:auto_awq": ("awq", 0),
     "auto_round:awq": ("awq", 0),
+    "gptq": ("gptq", 1),
+    "gptq_v2": ("gptq", 0),
+    "gemm": ("awq", 0),
 }
-"""`packing_format` -> order of words and offset of zero points."""
+"""`packing_format`, `checkpoint_format` or `version` -> order of words and offset of zero points."""
 
 
 def read_weight(parts: Mapping[str, Tensor], stored: Stored, shape: Sequence[int]) -> Tensor:
-    """Weight `[out, in]` float32 of the tensors `qweight`, `qzeros` and `scales`.
+    """Weight `[out, in]` float32 of the tensors `qweight`, `qzeros`, `scales` and, where it is, `g_idx`.
 
-    Exact: each weight is `(code - zero) * scale`, rounded once.
+    Exact: each weight is `(code - zero) * scale`, rounded once. The offset is added to a zero point as vLLM's
+    kernels do, without masking: a zero point that was stored wrapped is read wrong.
     """
     n_out, n_in = shape
     if stored.order == "gptq":
@@ -60,10 +64,11 @@ def read_weight(parts: Mapping[str, Tensor], stored: Stored, shape: Sequence[int
         codes = [[row[o] for row in by_input] for o in range(n_out)]
         zeros = [_awq_codes(row) for row in _words(parts["qzeros"])]
     width = n_in if stored.group_size == -1 or stored.group_size > n_in else stored.group_size
+    group = parts["g_idx"].tolist() if "g_idx" in parts else [i // width for i in range(n_in)]
     numbers = [
-        [codes[o][i] - zeros[i // width][o] - stored.zero_offset for i in range(n_in)] for o in range(n_out)
+        [codes[o][i] - zeros[group[i]][o] - stored.zero_offset for i in range(n_in)] for o in range(n_out)
     ]
-    steps = parts["scales"].to(torch.float32)[torch.arange(n_in) // width].t()
+    steps = parts["scales"].to(torch.float32)[torch.tensor(group)].t()
     return torch.tensor(numbers, dtype=torch.float32) * steps
 
 

@@ -22,8 +22,11 @@ class TuneConfig:
 
     Attributes:
         iters: optimizer steps; 0 returns the starting point (plain or searched rounding).
-        batch_size: samples in one forward pass.
-        accumulate: forward passes in one step.
+        batch_size: samples whose mean loss is differentiated.
+        growing_batch: use fewer of them in earlier steps, see `steps.batch_rows`.
+        rows_at_once: most samples in one pass through the block; a larger batch is cut, which saves memory
+            and changes nothing else. 0 passes whole batches.
+        accumulate: batches in one step.
         optimizer: sign descent or Adam.
         lr: step size of the rounding offsets, in units of the quantization step; None for the
             optimizer's own default.
@@ -42,6 +45,8 @@ class TuneConfig:
 
     iters: int = 200
     batch_size: int = 8
+    growing_batch: bool = True
+    rows_at_once: int = 0
     accumulate: int = 1
     optimizer: Optimizer = Optimizer.SIGN
     lr: float | None = None
@@ -56,7 +61,13 @@ class TuneConfig:
     patience: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("iters", 0), ("batch_size", 1), ("accumulate", 1), ("patience", 0)):
+        for name, least in (
+            ("iters", 0),
+            ("batch_size", 1),
+            ("rows_at_once", 0),
+            ("accumulate", 1),
+            ("patience", 0),
+        ):
             value = int(getattr(self, name))
             if value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")

@@ -1,43 +1,100 @@
-"""Loss of a block: mean squared difference to the unquantized block's output."""
+"""What a tuning step differentiates: rounding, and the block's squared distance to the unquantized block."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from auto_round.tuning.samples import first_output
+from auto_round.tuning.weights import fake_weights
 
 
-def block_loss(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the counted elements of the squared difference, float32 scalar.
+def block_objective(
+    block: nn.Module,
+    parameters: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    target: Tensor,
+    mask: Tensor | None,
+    count: Tensor,
+) -> Tensor:
+    """Loss of a block with other parameters; the module itself is not touched.
+
+    Args:
+        block: the module.
+        parameters: rounded weights and retrained parameters by name.
+        args: hidden states `[batch, length, hidden]` and what else is positional.
+        kwargs: keyword arguments.
+        target: what the unquantized block gives.
+        mask: `[batch, length]` bool; None where every position counts.
+        count: elements over which the loss is the mean, of which this call may hold a part; float32 scalar.
+
+    Returns:
+        Scalar float32.
+    """
+    dtype = args[0].dtype
+    values = {name: value.to(dtype) for name, value in parameters.items()}
+    return block_loss(first_output(functional_call(block, values, args, kwargs)), target, mask, count)
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The two functions of a tuning step; compiled ones may stand in.
+
+    Attributes:
+        rounding: `fake_weights`.
+        loss: `block_objective`.
+    """
+
+    rounding: Callable[..., dict[str, Tensor]] = fake_weights
+    loss: Callable[..., Tensor] = block_objective
+
+
+PLAIN = Objective()
+"""Nothing compiled."""
+
+
+def block_loss(output: Tensor, target: Tensor, mask: Tensor | None, count: Tensor) -> Tensor:
+    """Sum over the counted elements of the squared difference, divided by `count`; float32 scalar.
 
     Args:
         output: `[batch, length, hidden]`.
         target: same shape.
         mask: `[batch, length]` bool, True where a position counts; None where all do. What stands at the
             other positions has no influence, not even NaN.
+        count: float32 scalar, see `counted_elements`.
     """
-    loss: Tensor = _MeanSquare.apply(output, target, mask)  # type: ignore[no-untyped-call]
+    loss: Tensor = _SquaredDistance.apply(output, target, mask, count)  # type: ignore[no-untyped-call]
     return loss
 
 
-class _MeanSquare(torch.autograd.Function):
+def counted_elements(target: Tensor, mask: Tensor | None) -> Tensor:
+    """Elements of `[batch, length, hidden]` at positions that count (one at least); float32 scalar."""
+    if mask is None:
+        return torch.tensor(float(target.numel()), device=target.device)
+    return (mask.sum().clamp_min(1) * target.shape[-1]).to(target.device, torch.float32)
+
+
+class _SquaredDistance(torch.autograd.Function):
     """Few passes over memory: the difference is formed once, in float32, and serves both directions."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, output: Tensor, target: Tensor, mask: Tensor | None, count: Tensor) -> Tensor:
         difference = output.to(torch.float32, copy=True).sub_(target)
-        count = torch.full((), difference.numel(), device=output.device)
         if mask is not None:
             # Filled rather than multiplied: what stands at padding may be NaN, and 0 * NaN is NaN.
             difference.masked_fill_(~mask.unsqueeze(-1), 0.0)
-            count = mask.sum().clamp_min(1) * difference.shape[-1]
         ctx.save_for_backward(difference, count)
         ctx.dtype = output.dtype
         flat = difference.reshape(-1)
         return torch.dot(flat, flat) / count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         difference, count = ctx.saved_tensors
-        return (difference * (grad * (2.0 / count))).to(ctx.dtype), None, None
+        return (difference * (grad * (2.0 / count))).to(ctx.dtype), None, None, None

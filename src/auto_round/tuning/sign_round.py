@@ -7,31 +7,21 @@ The block is called with substituted weights (`torch.func.functional_call`); not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from auto_round.errors import ConfigError, NumericsError
-from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import MAX_KNOB, Knobs, Stats
-from auto_round.numerics.search import QUICK, THOROUGH, Effort, search_knobs
+from auto_round.numerics.scale import MAX_KNOB
+from auto_round.numerics.search import QUICK, THOROUGH
 from auto_round.tuning.config import TuneConfig
-from auto_round.tuning.objective import block_loss
-from auto_round.tuning.samples import Samples, first_output
-from auto_round.tuning.steps import make_stepper, step_factor
-
-Objective = Callable[..., Tensor]
-"""`block_objective`, or something that gives the same for the same arguments."""
-
-LOOKS = 10
-"""How many times the held-out loss is looked at during a run."""
-STEPS_BETWEEN_LOOKS = 10
-"""Fewest steps between two looks: each costs about as much as a step. The last step is always looked at."""
+from auto_round.tuning.objective import PLAIN, Objective, counted_elements
+from auto_round.tuning.samples import Samples
+from auto_round.tuning.steps import batch_rows, held_out_looks, make_stepper, step_factor
+from auto_round.tuning.weights import Weight, WeightTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,77 +43,6 @@ class TunedBlock:
     best_step: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class WeightTask:
-    """One weight to quantize.
-
-    Attributes:
-        format: numeric format.
-        original: the weight, where it is held more exactly than the block runs; None for the block's own.
-        importance: mean square of each input channel `[in]`, for the range search; None weighs all alike.
-    """
-
-    format: Format
-    original: Tensor | None = None
-    importance: Tensor | None = None
-
-
-@dataclass(slots=True)
-class _Weight:
-    """One weight under tuning."""
-
-    format: Format
-    original: Tensor
-    stats: Stats
-    knobs: Knobs
-    v: Tensor
-    dtype: torch.dtype
-
-    def fake(self) -> Tensor:
-        """The weight as it would come back from its codes, in the dtype that the block runs in."""
-        return self.format.fake_quantize(self.original, self.stats, self.knobs, self.v).to(self.dtype)
-
-    def quantize(self) -> QTensor:
-        with torch.no_grad():
-            return self.format.quantize(self.original, self.knobs, self.v)
-
-
-def round_to_nearest(
-    w: Tensor, fmt: Format, importance: Tensor | None = None, effort: Effort | None = None
-) -> QTensor:
-    """Quantize without tuning; with `effort`, in the range of smallest importance-weighted error."""
-    knobs = None if effort is None else search_knobs(fmt, w, importance, effort)
-    return fmt.quantize(w, knobs)
-
-
-def block_objective(
-    block: nn.Module,
-    weights: Mapping[str, _Weight],
-    others: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    target: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """Loss of a block whose weights are fake-quantized: everything that a tuning step differentiates.
-
-    Args:
-        block: the module.
-        weights: weights under tuning by parameter name.
-        others: retrained parameters by name, float32.
-        args: hidden states `[batch, length, hidden]` and what else is positional.
-        kwargs: keyword arguments.
-        target: what the unquantized block gives.
-        mask: `[batch, length]` bool; None where every position counts.
-
-    Returns:
-        Scalar float32.
-    """
-    parameters = {name: weight.fake() for name, weight in weights.items()}
-    parameters.update({name: value.to(args[0].dtype) for name, value in others.items()})
-    return block_loss(first_output(functional_call(block, parameters, args, kwargs)), target, mask)
-
-
 def tune_block(
     block: nn.Module,
     tasks: Mapping[str, WeightTask],
@@ -132,7 +51,7 @@ def tune_block(
     config: TuneConfig,
     *,
     generator: torch.Generator,
-    objective: Objective = block_objective,
+    objective: Objective = PLAIN,
 ) -> TunedBlock:
     """Quantize the weights of one block so that its output changes least.
 
@@ -143,14 +62,14 @@ def tune_block(
         held_out: what parameters are chosen by; never trained on. Where it is empty `samples` choose.
         config: settings of the loop.
         generator: source of the order of samples (on the host).
-        objective: what is differentiated, for example a compiled `block_objective`.
+        objective: what is differentiated, for example compiled.
 
     Raises:
         ConfigError: there is nothing to tune on.
         NumericsError: weights or the loss are not finite.
     """
     effort = (QUICK if config.iters else THOROUGH) if config.search else None
-    weights = {name: _prepare(block, name, task, effort) for name, task in tasks.items()}
+    weights = {name: Weight.of(block, name, task, effort) for name, task in tasks.items()}
     if not config.iters or not weights:
         return TunedBlock({n: w.quantize() for n, w in weights.items()})
     if not len(samples):
@@ -159,28 +78,13 @@ def tune_block(
         return _Loop(block, weights, samples, held_out or samples, config, generator, objective).run()
 
 
-def _prepare(block: nn.Module, name: str, task: WeightTask, effort: Effort | None) -> _Weight:
-    original = block.get_parameter(name).detach() if task.original is None else task.original
-    fmt = task.format
-    try:
-        stats = fmt.stats(original)
-    except NumericsError as error:
-        raise NumericsError(f"{name}: {error}") from None
-    if effort is None:
-        knobs = Knobs(torch.ones_like(stats.lo), torch.ones_like(stats.hi))
-    else:
-        knobs = search_knobs(fmt, original, task.importance, effort)
-    v = torch.zeros_like(original, dtype=torch.float32)
-    return _Weight(fmt, original, stats, knobs, v, block.get_parameter(name).dtype)
-
-
 class _Loop:
     """State of one tuning loop."""
 
     def __init__(
         self,
         block: nn.Module,
-        weights: dict[str, _Weight],
+        weights: dict[str, Weight],
         samples: Samples,
         held_out: Samples,
         config: TuneConfig,
@@ -207,15 +111,15 @@ class _Loop:
         best_loss = loss = initial = self._held_out_loss()
         best_step, done = 0, 0
         best = self._snapshot() if config.keep_best else None
-        look_every = max(STEPS_BETWEEN_LOOKS, config.iters // LOOKS)
+        looks = set(held_out_looks(config))
         for step in range(config.iters):
-            gradients = self._gradients()
+            gradients = self._gradients(step)
             with torch.no_grad():
                 stepper.step(gradients, step_factor(config, step))
                 for knob in self._ranges:
                     knob.clamp_(0.0, MAX_KNOB)
             done = step + 1
-            if done % look_every and done != config.iters:
+            if done not in looks:
                 continue
             loss = self._held_out_loss()
             if loss < best_loss:
@@ -234,32 +138,65 @@ class _Loop:
             done,
         )
 
-    def _call(self, samples: Samples, index: Sequence[int], objective: Objective) -> Tensor:
-        """Loss of the block with fake-quantized weights on some samples."""
+    def _gradients(self, step: int) -> list[Tensor | None]:
+        """Gradients of everything that is trained.
+
+        The weights are rounded once, whatever passes through them: losses are differentiated up to the
+        rounded weights, and the sum of those gradients goes through the rounding.
+        """
+        rounded = self._objective.rounding(self._weights)
+        values = {n: w.detach().requires_grad_() for n, w in rounded.items()} | self._others
+        reached = list(values.values())
+        total: list[Tensor | None] = [None] * len(reached)
+        for _ in range(self._config.accumulate):
+            batch, loss = self._next_batch(step), 0.0
+            for part, count in self._parts(self._samples, batch):
+                share = self._loss(self._samples, part, values, count, self._objective)
+                # A weight that the batch did not reach (an expert without tokens) has no gradient.
+                found: tuple[Tensor | None, ...] = torch.autograd.grad(share, reached, allow_unused=True)
+                total = [_add(a, b) for a, b in zip(total, found, strict=True)]
+                loss += float(share.detach())
+            self._check(loss)
+        through = [(w, g.to(w.dtype)) for w, g in zip(rounded.values(), total, strict=False) if g is not None]
+        trained = [*self._offsets, *self._ranges]
+        inner: tuple[Tensor | None, ...] = (None,) * len(trained)
+        if through and trained:
+            outputs, gradients = zip(*through, strict=True)
+            inner = torch.autograd.grad(outputs, trained, gradients, allow_unused=True)
+        return [*inner, *total[len(rounded) :]]
+
+    def _loss(
+        self,
+        samples: Samples,
+        index: Sequence[int],
+        values: Mapping[str, Tensor],
+        count: Tensor,
+        objective: Objective,
+    ) -> Tensor:
+        """Loss of the block with other parameters on some samples: their share of the mean over `count`."""
         args, kwargs = samples.arguments(index)
         pick = torch.as_tensor(index)
-        return objective(
+        return objective.loss(
             self._block,
-            self._weights,
-            self._others,
+            values,
             (samples.inputs[pick].to(self._device), *args),
             dict(kwargs),
             samples.targets[pick].to(self._device),
             None if samples.masks is None else samples.masks[pick].to(self._device),
+            count,
         )
 
-    def _gradients(self) -> list[Tensor | None]:
-        total: list[Tensor | None] = [None] * len(self._trained)
-        for _ in range(self._config.accumulate):
-            loss = self._call(self._samples, self._next_batch(), self._objective)
-            self._check(float(loss.detach()))
-            # A parameter that the batch did not reach (an expert without tokens) has no gradient.
-            found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, self._trained, allow_unused=True)
-            total = [_add(a, b) for a, b in zip(total, found, strict=True)]
-        return total
+    def _parts(self, samples: Samples, batch: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """A batch cut into what goes through the block at once, each with the elements of the whole batch."""
+        pick = torch.as_tensor(batch)
+        mask = None if samples.masks is None else samples.masks[pick]
+        count = counted_elements(samples.targets[pick], mask).to(self._device)
+        at_once = self._config.rows_at_once or len(batch)
+        for start in range(0, len(batch), at_once):
+            yield batch[start : start + at_once], count
 
-    def _next_batch(self) -> list[int]:
-        size = min(self._config.batch_size, len(self._samples))
+    def _next_batch(self, step: int) -> list[int]:
+        size = min(batch_rows(self._config, step), len(self._samples))
         if len(self._order) < size:
             self._order = torch.randperm(len(self._samples), generator=self._generator).tolist()
         batch, self._order = self._order[:size], self._order[size:]
@@ -267,11 +204,13 @@ class _Loop:
 
     def _held_out_loss(self) -> float:
         """Mean loss over all held-out samples with the parameters as they are."""
-        total = 0.0
+        total, size = 0.0, self._config.batch_size
         with torch.no_grad():
-            for start in range(0, len(self._held_out), self._config.batch_size):
-                index = range(start, min(start + self._config.batch_size, len(self._held_out)))
-                total += float(self._call(self._held_out, index, block_objective)) * len(index)
+            values = self._objective.rounding(self._weights) | self._others
+            for start in range(0, len(self._held_out), size):
+                batch = range(start, min(start + size, len(self._held_out)))
+                for part, count in self._parts(self._held_out, batch):
+                    total += float(self._loss(self._held_out, part, values, count, PLAIN)) * len(batch)
         return self._check(total / max(1, len(self._held_out)))
 
     def _check(self, loss: float) -> float:
@@ -292,12 +231,13 @@ class _Loop:
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Sum of two gradients, kept in float32: many small ones would get lost in 16 bits."""
     if a is None or b is None:
         return b if a is None else a
-    return a + b
+    return a.add_(b) if a.dtype is torch.float32 else a.float().add_(b)
 
 
-def _other_parameters(block: nn.Module, weights: Mapping[str, _Weight]) -> dict[str, Tensor]:
+def _other_parameters(block: nn.Module, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
     """Norm weights and biases (everything of one dimension) as float32 copies."""
     return {
         n: p.detach().float().clone()

@@ -1,4 +1,4 @@
-"""Optimizers of the tuning loop: sign descent and Adam, with their schedules."""
+"""Steps of the tuning loop: optimizers, step sizes, batch sizes, and when the held-out loss is looked at."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ ADAM_LR = 0.02
 """Adam's step for rounding offsets, in quantization steps (measured: docs/LOG.md)."""
 ADAM_RANGE_LR = 0.005
 """Adam's step for range multipliers (measured: docs/LOG.md)."""
+GROWTH = ((0.6, 0.25), (0.8, 0.5), (1.0, 1.0))
+"""Until which part of a run a step sees which share of the batch (measured: docs/LOG.md)."""
+LOOKS = 10
+"""How many times the held-out loss is looked at during a run."""
+STEPS_BETWEEN_LOOKS = 10
+"""Fewest steps between two looks: each costs about as much as a step. The last step is always looked at."""
 
 
 class Stepper(Protocol):
@@ -75,6 +81,29 @@ def step_factor(config: TuneConfig, step: int) -> float:
         return config.schedule(step, config.iters)
     progress = step / config.iters
     return 0.5 * (1 + math.cos(math.pi * progress)) if config.optimizer is Optimizer.ADAM else 1 - progress
+
+
+def batch_rows(config: TuneConfig, step: int) -> int:
+    """Rows of a step: a quarter of the batch at first, then half of it, all of it in the last fifth of a run.
+
+    While steps are large a noisy direction is as good as an exact one; only small steps gain from more rows.
+    Source: arXiv 1711.00489, section 3.
+    """
+    if not config.growing_batch:
+        return config.batch_size
+    share = next(share for until, share in GROWTH if step < until * config.iters)
+    return max(1, round(config.batch_size * share))
+
+
+def held_out_looks(config: TuneConfig) -> list[int]:
+    """Steps after which the held-out loss is looked at: in the second half, or throughout with `patience`.
+
+    While steps are large the loss still falls by far more than it could rise again.
+    """
+    every = max(STEPS_BETWEEN_LOOKS, config.iters // LOOKS)
+    first = every if config.patience else max(every, config.iters // 2)
+    looks = [step for step in range(every, config.iters, every) if step >= first]
+    return [*looks, config.iters]
 
 
 def make_stepper(

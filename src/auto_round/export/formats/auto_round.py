@@ -4,30 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from auto_round.errors import InternalError, Refusal
 from auto_round.export.auto_round_config import quantization_config
 from auto_round.export.exporter import Facts
+from auto_round.export.packed import gather_refusals, prefixed, quantized_layers, refuse_unloadable
 from auto_round.layouts.integers import is_symmetric
 from auto_round.layouts.layout import Layout, TensorSpec
 from auto_round.layouts.table import AWQ_GEMM, GPTQ_V1, layout_for
 from auto_round.models.layer import Block, Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
-from auto_round.schemes.condense import condense
 from auto_round.schemes.plan import Plan
 
-T = TypeVar("T")
-
-LOADABLE_BITS = (2, 3, 4, 8)
-"""Widths of codes that loaders of this format read."""
-
 AWQ_BITS = 4
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +46,15 @@ class AutoRoundFormat:
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """One refusal for each reason, with the layers that it holds for."""
-        exact = self.for_plan(plan, layers)
-        found: dict[Refusal, list[str]] = {}
-        for layer, fmt in _quantized(plan, layers):
-            refusal = exact._refusal(layer, fmt)
-            if refusal is not None:
-                found.setdefault(refusal, []).append(layer.name)
-        return [replace(r, reason=f"{r.reason}: {_some(names)}") for r, names in found.items()]
+        return gather_refusals(plan, layers, self.for_plan(plan, layers)._refusal)
 
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """`<layer>.qweight`, `<layer>.qzeros` and `<layer>.scales`."""
-        return _prefixed(layer, self._layout().spec(fmt, layer.shape))
+        return prefixed(layer, self._layout().spec(fmt, layer.shape))
 
     def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
         """The tensors of `spec`."""
-        return _prefixed(layer, self._layout().pack(q))
+        return prefixed(layer, self._layout().pack(q))
 
     def config(
         self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
@@ -84,57 +71,22 @@ class AutoRoundFormat:
         return layout_for(self.packing)
 
     def _refusal(self, layer: Layer, fmt: Format) -> Refusal | None:
-        bits = fmt.grid.bits
-        if bits not in LOADABLE_BITS:
-            return Refusal(
-                self.name,
-                f"no loader of packed whole numbers reads {bits} bits",
-                "use 2, 3, 4 or 8 bits, or the format fake",
-            )
-        if fmt.group.size == 0:
-            return Refusal(
-                self.name,
-                "Transformers does not load group_size 0 (one scale for a whole tensor)",
-                "use group_size -1 (one scale a row)",
-            )
-        if layer.shape[1] % fmt.group.width(layer.shape[1]):
-            return Refusal(
-                self.name,
-                f"group_size {fmt.group.size} does not divide {layer.shape[1]} inputs, which loaders require",
-                "choose another group_size, -1 for one scale a row, or keep these layers",
-            )
         layout = self._layout()
         if layout is GPTQ_V1 and not is_symmetric(fmt):
             return Refusal(
                 self.name,
-                "zero points are stored minus one here, so an asymmetric zero point of 0 has no place",
+                "zero points are stored minus one, and no loader of this packing takes asymmetric weights",
                 "use the format auto_round or auto_round:gptqmodel, or a symmetric scheme",
             )
-        refusal = layout.accepts(fmt, layer.shape)
-        return None if refusal is None else replace(refusal, who=self.name)
+        return refuse_unloadable(self.name, layer, fmt, layout)
 
 
 def _fitting(plan: Plan, layers: Sequence[Layer]) -> str:
     """`packing_format` for a plan."""
-    quantized = _quantized(plan, layers)
+    quantized = quantized_layers(plan, layers)
     if all(is_symmetric(fmt) for _, fmt in quantized):
         return "auto_round:auto_gptq"
     uniform = all(not is_symmetric(fmt) and fmt.grid.bits == AWQ_BITS for _, fmt in quantized)
     if uniform and all(AWQ_GEMM.accepts(fmt, layer.shape) is None for layer, fmt in quantized):
         return "auto_round:auto_awq"
     return "auto_round"
-
-
-def _quantized(plan: Plan, layers: Sequence[Layer]) -> list[tuple[Layer, Format]]:
-    return [(layer, fmt) for layer in layers if (fmt := plan.format_of(layer.name)) is not None]
-
-
-def _prefixed(layer: Layer, parts: Mapping[str, T]) -> dict[str, T]:
-    return {f"{layer.name}.{suffix}": part for suffix, part in parts.items()}
-
-
-def _some(names: Sequence[str]) -> str:
-    """For example `model.layers.{0-7}.mlp.down_proj`."""
-    sets = [str(names) for names in condense(names)]
-    rest = len(sets) - _SHOWN
-    return ", ".join(sets[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

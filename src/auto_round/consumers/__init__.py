@@ -1,0 +1,1 @@
+"""What the engines that load a finished folder demand of it, and whether it complies."""

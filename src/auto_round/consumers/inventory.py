@@ -1,0 +1,104 @@
+"""What a finished folder holds: schemes, sizes, what was kept, and what engines make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from auto_round.consumers.folder import Folder, read_folder
+from auto_round.consumers.matrices import Matrix
+from auto_round.consumers.verdict import Verdict, judge_folder
+from auto_round.errors import AutoRoundError
+from auto_round.inference.stored_formats import StoredFormats
+from auto_round.schemes.condense import condense
+from auto_round.schemes.scheme import QuantizationScheme
+
+_SHOWN = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Contents of a folder.
+
+    Attributes:
+        format: method and packing.
+        nbytes: bytes of all tensors.
+        bits_per_weight: stored bits per quantized weight, steps and zero points included; 0 where headers do
+            not tell how many weights there are.
+        schemes: scheme -> number of matrices and of weights.
+        kept: dtype -> names of the matrices that are not packed.
+        verdicts: what each engine does with it.
+    """
+
+    format: str
+    nbytes: int
+    bits_per_weight: float
+    schemes: Mapping[str, tuple[int, int]]
+    kept: Mapping[str, tuple[str, ...]]
+    verdicts: tuple[Verdict, ...]
+
+    def condensed(self, dtype: str) -> list[str]:
+        """Names of the matrices kept in a dtype, those that differ in numbers as one; the first few."""
+        sets = [str(found) for found in condense(self.kept[dtype])]
+        return sets if len(sets) <= _SHOWN else [*sets[:_SHOWN], f"{len(sets) - _SHOWN} more"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "format": self.format,
+            "bytes": self.nbytes,
+            "bits_per_quantized_weight": round(self.bits_per_weight, 4),
+            "schemes": {s: {"matrices": n, "weights": w} for s, (n, w) in self.schemes.items()},
+            "kept": {dtype: list(names) for dtype, names in self.kept.items()},
+            "engines": {verdict.engine: verdict.to_dict() for verdict in self.verdicts},
+        }
+
+
+def take_inventory(path: str | Path) -> Inventory:
+    """Read a folder's configuration and headers.
+
+    Raises:
+        ConfigError: no folder of a quantized model.
+        CheckpointError: a damaged file.
+    """
+    folder = read_folder(path)
+    labels = _labels(folder)
+    schemes: dict[str, tuple[int, int]] = {}
+    kept: dict[str, list[str]] = {}
+    for matrix in folder.matrices:
+        if matrix.packed:
+            count, weights = schemes.get(labels[matrix.name], (0, 0))
+            schemes[labels[matrix.name]] = (count + 1, weights + matrix.weights)
+        else:
+            kept.setdefault(f"{matrix.bits} bits", []).append(matrix.name)
+    known = all(matrix.bits for matrix in folder.packed)
+    weights = sum(matrix.weights for matrix in folder.packed)
+    stored = sum(matrix.nbytes for matrix in folder.packed)
+    return Inventory(
+        folder.format,
+        folder.nbytes,
+        8 * stored / weights if known else 0.0,
+        schemes,
+        {dtype: tuple(names) for dtype, names in kept.items()},
+        judge_folder(folder),
+    )
+
+
+def _labels(folder: Folder) -> dict[str, str]:
+    """Scheme of each packed matrix; bits alone where the configuration cannot be read."""
+    try:
+        stored = StoredFormats.of_folder(folder.quantization, [m.name for m in folder.matrices])
+        return {m.name: _label(stored, m) for m in folder.packed}
+    except AutoRoundError:
+        return {m.name: f"{m.bits or 'few'} bits" for m in folder.packed}
+
+
+def _label(stored: StoredFormats, matrix: Matrix) -> str:
+    fmt = stored.format_of((matrix.name,))
+    if fmt is None or fmt.grid.bits != matrix.bits:
+        return f"W{matrix.bits}, not as configured"
+    step = str(matrix.scale_dtype).removeprefix("torch.")
+    sym = stored.is_symmetric(matrix.name)
+    return QuantizationScheme(matrix.bits, fmt.group.size, sym, scale_dtype=step).label

@@ -1,0 +1,169 @@
+"""Whether each engine loads a folder, with which kernels, or why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from auto_round.consumers.engines import ENGINES, GPTQMODEL, NAMES, Engine
+from auto_round.consumers.fields import CannotReadError, Fields
+from auto_round.consumers.folder import Folder, read_folder
+from auto_round.consumers.kernels import HALF_ONLY
+from auto_round.consumers.matrices import OTHER, Matrix
+from auto_round.consumers.modules import Module
+from auto_round.consumers.ours import TRANSFORMERS, ask_ourselves
+from auto_round.schemes.condense import condense
+
+_SHOWN = 3
+_ROUTERS = ("gate", "router")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one engine does with a folder.
+
+    Attributes:
+        engine: its name.
+        loads: whether it loads the folder.
+        kernels: kernel -> modules that it multiplies; empty where the engine decides by device.
+        reasons: why it does not load.
+        notes: what one has to know or do.
+    """
+
+    engine: str
+    loads: bool
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """One line for people, without the engine's name."""
+        notes = f" ({'; '.join(self.notes)})" if self.notes else ""
+        if not self.loads:
+            return f"no: {'; '.join(self.reasons)}{notes}"
+        kernels = ", ".join(f"{name} ({count})" for name, count in self.kernels.items())
+        return f"yes{f', {kernels}' if kernels else ''}{notes}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; what is empty is left out."""
+        found = {"kernels": dict(self.kernels), "reasons": list(self.reasons), "notes": list(self.notes)}
+        return {"loads": self.loads, **{key: value for key, value in found.items() if value}}
+
+
+def judge_folder(folder: str | Path | Folder) -> tuple[Verdict, ...]:
+    """What Transformers, vLLM, SGLang and GPTQModel do with a folder, from its configuration and headers.
+
+    Raises:
+        ConfigError: no folder of a quantized model.
+        CheckpointError: a damaged file.
+    """
+    found = folder if isinstance(folder, Folder) else read_folder(folder)
+    return (_transformers(found), *(_judge(found, name) for name in NAMES))
+
+
+def _transformers(folder: Folder) -> Verdict:
+    reasons, notes = ask_ourselves(folder)
+    return Verdict(TRANSFORMERS, not reasons, {}, reasons, notes)
+
+
+def _judge(folder: Folder, name: str) -> Verdict:
+    orders = {matrix.order for matrix in folder.packed}
+    rows = [row for row in ENGINES if row.name == name and row.method == folder.method]
+    if not rows:
+        return Verdict(name, loads=False, reasons=(f"it does not read {folder.method or 'this'} folders",))
+    fitting = [row for row in rows if not row.order or orders == {row.order}]
+    if not fitting or not _order_agrees(folder, fitting[0]):
+        return Verdict(name, loads=False, reasons=(_order_text(folder, orders),))
+    return _replay(folder, fitting[0])
+
+
+def _order_agrees(folder: Folder, engine: Engine) -> bool:
+    """The engine takes the order of bytes from `packing_format`, where there is one."""
+    packing = folder.quantization.get("packing_format")
+    known = [order for order in ("gptq", "awq") if order in str(packing)]
+    return not engine.order or packing is None or not known or engine.order in known
+
+
+def _order_text(folder: Folder, orders: set[str]) -> str:
+    stated = folder.quantization.get("packing_format", folder.method)
+    if OTHER in orders:
+        return f"not known: the table of engines has no row for {stated}"
+    return f"the tensors are packed as {' and '.join(sorted(orders))}, the configuration says {stated}"
+
+
+def _replay(folder: Folder, engine: Engine) -> Verdict:
+    """Go through the engine's modules as it would itself."""
+    reasons = list(engine.demands.complaints(folder))
+    notes: list[str] = []
+    complaints: dict[str, list[str]] = {}
+    doubts: dict[str, list[str]] = {}
+    used: Counter[str] = Counter()
+    if not reasons:
+        for module in engine.modules(folder.matrices):
+            try:
+                fields = engine.read(folder, module)
+                doubtful = _compare(module, fields)
+                if doubtful:
+                    doubts.setdefault(doubtful, []).append(module.name)
+                elif fields is not None:
+                    used[engine.kernel(module, fields)] += 1
+            except CannotReadError as error:
+                complaints.setdefault(str(error).replace(module.name, "{}"), []).append(module.name)
+    reasons += [_sentence(text, names) for text, names in complaints.items()]
+    reasons += _other_reasons(folder, engine)
+    notes += [_sentence(text, names) for text, names in doubts.items()]
+    if any(kernel in HALF_ONLY for kernel in used) and folder.dtype not in ("", "float16"):
+        notes.append("its kernel computes in float16: pass --dtype float16")
+    return Verdict(engine.name, not reasons, {} if reasons else dict(used), tuple(reasons), tuple(notes))
+
+
+def _compare(module: Module, fields: Fields | None) -> str:
+    """Compare what an engine expects with what lies on disk; text of a doubt that is no refusal.
+
+    Raises:
+        CannotReadError: they differ, so that a tensor is missing or has another shape.
+    """
+    packed = [part for part in module.parts if part.packed]
+    plain = [part for part in module.parts if not part.packed]
+    if fields is None:
+        if packed:
+            raise CannotReadError("takes {} for 16 bits, but it is packed".replace("{}", module.name))
+        return ""
+    if plain and len(module.parts) == 1 and module.name.rpartition(".")[2] in _ROUTERS:
+        return "{} is not named as kept: loads only if the engine never quantizes it"
+    if plain:
+        raise CannotReadError(f"expects {fields} for {module.name}, but finds 16 bits")
+    for part in packed:
+        _compare_part(module, part, fields)
+    return ""
+
+
+def _compare_part(module: Module, part: Matrix, fields: Fields) -> None:
+    if part.bits and part.bits != fields.bits:
+        raise CannotReadError(f"expects {fields} for {module.name}, but finds {part.bits} bits")
+    if part.groups and part.groups != fields.groups(part.shape[1]):
+        raise CannotReadError(
+            f"expects {fields} for {module.name}, but finds {part.groups} groups of {part.shape[1]} inputs"
+        )
+
+
+def _other_reasons(folder: Folder, engine: Engine) -> Iterator[str]:
+    tied = folder.config.get("tie_word_embeddings")
+    heads = [matrix.name for matrix in folder.packed if matrix.name.rpartition(".")[2] == "lm_head"]
+    if heads and tied:
+        yield f"{heads[0]} is packed, but config.json ties it to the embedding"
+    asymmetric = folder.quantization.get("sym") is False
+    first = folder.quantization.get("checkpoint_format", folder.quantization.get("format", "gptq")) == "gptq"
+    if engine.name == GPTQMODEL and engine.method == "gptq" and asymmetric and first:
+        yield "it refuses zero points stored minus one; store them as gptq_v2"
+
+
+def _sentence(text: str, names: Sequence[str]) -> str:
+    sets = [str(found) for found in condense(names)]
+    rest = len(sets) - _SHOWN
+    shown = ", ".join(sets[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    return text.replace("{}", shown) if "{}" in text else f"{text}: {shown}"

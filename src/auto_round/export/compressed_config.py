@@ -1,0 +1,191 @@
+"""The `quantization_config` of the `llm_compressor` format, as compressed-tensors, vLLM and SGLang read it.
+
+A config group holds the numbers of its layers and `targets`: exact names first, then expressions (`re:`,
+found at the beginning of a name), then names of classes. `ignore` beats all of them and is written alike.
+vLLM asks about the parts of a matrix that it fuses (q/k/v, gate/up) by their own names; it wants one answer.
+
+Source: compressed-tensors 0.20 `quantization/quant_config.py`, `quant_args.py`, `utils/match.py`; vLLM
+`quantization/compressed_tensors/utils.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from auto_round.export.reader_names import module_names
+from auto_round.layouts.compressed import INT_QUANTIZED, LAYOUT_VERSION, PACK_QUANTIZED
+from auto_round.layouts.layout import Layout
+from auto_round.models.layer import Layer, Role
+from auto_round.numerics.activation import TokenInt
+from auto_round.schemes.plan import Plan
+from auto_round.schemes.scheme import QuantizationScheme
+from auto_round.version import __version__
+
+MIXED = "mixed-precision"
+"""`format` of a configuration whose groups have different ones."""
+
+_CLASS = "Linear"
+"""Target of every matrix, in Transformers and in vLLM."""
+
+_SEVERAL = 2
+"""Names that one expression has to stand for to be written instead of them."""
+
+
+def layout_of(scheme: QuantizationScheme) -> Layout:
+    """Order of bytes of a layer: packed words, or bytes where activations are quantized too.
+
+    Source: compressed-tensors `compressors/format.py: COMPRESSION_FORMAT_PRIORITY`.
+    """
+    return INT_QUANTIZED if scheme.act_quantized else PACK_QUANTIZED
+
+
+def quantization_config(plan: Plan, layers: Sequence[Layer]) -> dict[str, Any] | None:
+    """Dictionary for `config.json` and `quantization_config.json`; None when nothing is quantized.
+
+    Args:
+        plan: what becomes of each layer.
+        layers: the layers of the plan.
+    """
+    members: dict[tuple[object, ...], list[Layer]] = {}
+    described: dict[tuple[object, ...], dict[str, Any]] = {}
+    for layer in layers:
+        scheme = plan.entries[layer.name].scheme
+        if scheme is not None:
+            key = group_of(scheme)
+            members.setdefault(key, []).append(layer)
+            described.setdefault(key, _group(scheme))
+    if not members:
+        return None
+    groups = {
+        f"group_{i}": {"targets": _targets(members[key], alone=len(members) == 1), **described[key]}
+        for i, key in enumerate(members)
+    }
+    formats = list(dict.fromkeys(group["format"] for group in groups.values()))
+    config: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": formats[0] if len(formats) == 1 else MIXED,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": _ignored(plan, layers),
+        "kv_cache_scheme": None,
+        "version": LAYOUT_VERSION,
+        "provider": "auto-round",
+        "autoround_version": __version__,
+    }
+    if not all(group["weights"]["symmetric"] for group in groups.values()):
+        # Transformers 5.23 makes room for unpacked zero points only, unless it unpacks weights on loading.
+        config["dequantize"] = True
+    return config
+
+
+def group_of(scheme: QuantizationScheme) -> tuple[object, ...]:
+    """What tells config groups apart; the scale's dtype is in the tensors."""
+    return (scheme.bits, scheme.group_size, scheme.sym, scheme.activation_format())
+
+
+def _group(scheme: QuantizationScheme) -> dict[str, Any]:
+    """A config group without its targets."""
+    grouped = scheme.group_size > 0
+    weights = {
+        **_numbers(scheme.bits, sym=scheme.sym),
+        "strategy": "group" if grouped else "channel",
+        "group_size": scheme.group_size if grouped else None,
+        "dynamic": False,
+        "actorder": None,
+    }
+    activations = scheme.activation_format()
+    inputs = None
+    if isinstance(activations, TokenInt):
+        inputs = {
+            **_numbers(activations.bits, sym=activations.sym),
+            "strategy": "token",
+            "group_size": None,
+            "dynamic": True,
+        }
+    return {
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        "format": layout_of(scheme).name,
+    }
+
+
+def _numbers(bits: int, *, sym: bool) -> dict[str, Any]:
+    return {"num_bits": bits, "type": "int", "symmetric": sym}
+
+
+def _targets(members: Sequence[Layer], *, alone: bool) -> list[str]:
+    """Every matrix where there is one group, else the layers by name.
+
+    vLLM's class of the head is no `Linear`, so that its name is given in any case.
+    """
+    if alone:
+        return [*(layer.name for layer in members if layer.role is Role.HEAD), _CLASS]
+    return list(dict.fromkeys(name for layer in members for name in module_names(layer)))
+
+
+def _ignored(plan: Plan, layers: Sequence[Layer]) -> list[str]:
+    """Kept layers; those that differ in numbers only as one expression, where it finds no quantized layer."""
+    quantized = [
+        n for layer in layers if plan.entries[layer.name].scheme is not None for n in module_names(layer)
+    ]
+    alike: dict[str, list[str]] = {}
+    for layer in layers:
+        if plan.entries[layer.name].scheme is None:
+            for name in module_names(layer):
+                alike.setdefault(_pattern(name), []).append(name)
+    found: list[str] = []
+    for pattern, names in alike.items():
+        several = len(names) >= _SEVERAL and not any(re.match(pattern, name) for name in quantized)
+        found += [f"re:{pattern}"] if several else names
+    return list(dict.fromkeys(found))
+
+
+def _pattern(name: str) -> str:
+    """Expression for a name and all that differ from it in numbers only.
+
+    What stands before the container of the blocks is left open: vLLM knows some models under other prefixes.
+    """
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    tail = [r"\d+" if part.isdigit() else re.escape(part) for part in parts[max(0, first - 1) :]]
+    return (r".*\." if first > 1 else "") + r"\.".join(tail) + "$"
+
+
+def loader_notes(plan: Plan, layers: Sequence[Layer]) -> list[str]:
+    """What some loaders of such a folder cannot do with a plan, for people.
+
+    Source: `WNA16_SUPPORTED_TYPES_MAP` and `WNA16_ZP_SUPPORTED_TYPES_MAP` in `compressed_tensors_wNa16.py` of
+    vLLM and of SGLang; `_is_dynamic_token_w8a8` and `_is_dynamic_token_w4a8_int` in vLLM's
+    `compressed_tensors.py`.
+    """
+    schemes = {s for layer in layers if (s := plan.entries[layer.name].scheme) is not None}
+    return sorted({note for scheme in schemes if (note := _note(scheme))})
+
+
+_COMMON_BITS = (4, 8)
+"""Widths of weights that every loader reads."""
+
+
+def _note(scheme: QuantizationScheme) -> str:
+    activations = scheme.activation_format()
+    if activations is None:
+        if scheme.bits in _COMMON_BITS:
+            return ""
+        if scheme.sym:
+            return (
+                f"llm_compressor: symmetric weights of {scheme.bits} bits need compressed-tensors and vLLM "
+                "of the middle of 2026 or later; SGLang reads 4 and 8 bits"
+            )
+        return (
+            f"llm_compressor: asymmetric weights of {scheme.bits} bits are read by Transformers with "
+            "compressed-tensors; vLLM and SGLang read 4 and 8 bits"
+        )
+    if activations.bits == 8 and (scheme.bits == 4 or (scheme.bits == 8 and scheme.group_size == -1)):
+        return ""
+    return (
+        f"llm_compressor: {scheme.label} runs in Transformers with compressed-tensors; vLLM runs 8-bit "
+        "activations with weights of 8 bits and one step a row, or of 4 bits"
+    )

@@ -1,0 +1,104 @@
+"""The format `auto_awq`: AWQ folders of version GEMM."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.errors import Refusal
+from auto_round.export.awq_config import awq_config, clashes
+from auto_round.export.exporter import Facts
+from auto_round.export.packed import (
+    gather_refusals,
+    prefixed,
+    quantized_layers,
+    refuse_outside,
+    refuse_scale_dtype,
+    refuse_unloadable,
+)
+from auto_round.layouts.layout import TensorSpec
+from auto_round.layouts.table import AWQ_GEMM
+from auto_round.models.layer import Block, Layer, Role
+from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QTensor
+from auto_round.schemes.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class AWQFormat:
+    """4-bit whole numbers, symmetric or not, in AWQ order: `qweight`, `qzeros`, `scales`.
+
+    Attributes:
+        name: name on the command line.
+    """
+
+    name: str = "auto_awq"
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """Kernels for AWQ folders compute in float16; Transformers casts to it."""
+        return torch.float16
+
+    def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> AWQFormat:
+        """This format has no variants."""
+        return self
+
+    def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
+        """One refusal for each reason, with the layers that it holds for."""
+        return [*gather_refusals(plan, layers, self._refusal), *self._of_all(plan, layers)]
+
+    def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
+        """`<layer>.qweight`, `<layer>.qzeros` and `<layer>.scales`."""
+        return prefixed(layer, AWQ_GEMM.spec(fmt, layer.shape))
+
+    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
+        """The tensors of `spec`."""
+        return prefixed(layer, AWQ_GEMM.pack(q))
+
+    def config(
+        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
+    ) -> dict[str, Any] | None:
+        """The `quantization_config`; None when the plan quantizes nothing. Facts are left to report.json."""
+        return awq_config(plan, layers, blocks)
+
+    def _refusal(self, layer: Layer, fmt: Format) -> Refusal | None:
+        refusal = (
+            refuse_unloadable(self.name, layer, fmt, AWQ_GEMM)
+            or refuse_scale_dtype(self.name, layer, fmt)
+            or refuse_outside(self.name, layer, fmt)
+        )
+        if refusal is None and layer.role is Role.HEAD:
+            return Refusal(
+                self.name,
+                "Transformers never reads a quantized head from an AWQ folder",
+                "leave out --quant_lm_head, or use the format auto_round",
+            )
+        return refusal
+
+    def _of_all(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
+        """What no single layer is to blame for."""
+        found = []
+        sizes = Counter(fmt.group.size for _, fmt in quantized_layers(plan, layers))
+        if len(sizes) > 1:
+            listed = ", ".join(f"{size} for {count} layers" for size, count in sizes.most_common())
+            found.append(
+                Refusal(
+                    self.name,
+                    f"an AWQ folder has one group size, not {listed}",
+                    "use one group_size, keep the other layers at 16 bits, or use the format auto_round",
+                )
+            )
+        for kept, written in clashes(plan, layers)[:1]:
+            found.append(
+                Refusal(
+                    self.name,
+                    f"{kept} is kept, and vLLM would leave {written} alone too, whose name contains that",
+                    "quantize both, keep both, or use the format auto_round",
+                )
+            )
+        return found

@@ -1,0 +1,103 @@
+"""The formats `auto_gptq` and `gptqmodel`: GPTQ folders, version 1 and version 2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.errors import Refusal
+from auto_round.export.exporter import Facts
+from auto_round.export.gptq_config import gptq_config
+from auto_round.export.packed import (
+    gather_refusals,
+    prefixed,
+    quantized_layers,
+    refuse_outside,
+    refuse_scale_dtype,
+    refuse_unloadable,
+    some,
+)
+from auto_round.layouts.integers import is_symmetric
+from auto_round.layouts.layout import Layout, TensorSpec
+from auto_round.layouts.table import CHECKPOINT_LAYOUTS, GPTQ_V1_INDEXED
+from auto_round.models.layer import Block, Layer
+from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QTensor
+from auto_round.schemes.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class GPTQFormat:
+    """Packed whole numbers as GPTQ tools write them: `qweight`, `qzeros`, `scales`, `g_idx`.
+
+    Attributes:
+        name: name on the command line.
+        checkpoint_format: `gptq` (version 1) or `gptq_v2`.
+    """
+
+    name: str
+    checkpoint_format: str
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """Kernels for GPTQ folders compute in float16, some in bfloat16 too."""
+        return torch.float16
+
+    def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> GPTQFormat:
+        """This format has no variants."""
+        return self
+
+    def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
+        """One refusal for each reason, with the layers that it holds for."""
+        return gather_refusals(plan, layers, self._refusal)
+
+    def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
+        """What readers of GPTQ folders make of asymmetric weights and of several schemes."""
+        written = quantized_layers(plan, layers)
+        notes = []
+        asymmetric = [layer.name for layer, fmt in written if not is_symmetric(fmt)]
+        if asymmetric and self._layout() is GPTQ_V1_INDEXED:
+            notes.append(
+                f"{self.name}: {some(asymmetric)}: asymmetric weights in version 1 of GPTQ. Some kernels "
+                "lose much accuracy with them, most at 2 bits and with small models; GPTQModel and vLLM "
+                "refuse them. Use the format gptqmodel or auto_round, or a symmetric scheme"
+            )
+        elif asymmetric:
+            notes.append(
+                f"{self.name}: {some(asymmetric)}: asymmetric weights. GPTQModel reads them, vLLM does not: "
+                "for vLLM use auto_awq (4 bits) or a symmetric scheme"
+            )
+        if len({fmt for _, fmt in written}) > 1:
+            notes.append(
+                f"{self.name}: several schemes in one folder are read by GPTQModel and vLLM, but not by "
+                "Transformers, unless it is given quantization_config=AutoRoundConfig()"
+            )
+        return notes
+
+    def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
+        """`<layer>.qweight`, `<layer>.qzeros`, `<layer>.scales` and `<layer>.g_idx`."""
+        return prefixed(layer, self._layout().spec(fmt, layer.shape))
+
+    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
+        """The tensors of `spec`."""
+        return prefixed(layer, self._layout().pack(q))
+
+    def config(
+        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
+    ) -> dict[str, Any] | None:
+        """The `quantization_config`; None when the plan quantizes nothing. Facts are left to report.json."""
+        return gptq_config(self.checkpoint_format, plan, layers, blocks)
+
+    def _layout(self) -> Layout:
+        return CHECKPOINT_LAYOUTS[self.checkpoint_format]
+
+    def _refusal(self, layer: Layer, fmt: Format) -> Refusal | None:
+        return (
+            refuse_unloadable(self.name, layer, fmt, self._layout())
+            or refuse_scale_dtype(self.name, layer, fmt)
+            or refuse_outside(self.name, layer, fmt)
+        )

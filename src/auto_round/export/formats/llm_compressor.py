@@ -1,0 +1,96 @@
+"""The `llm_compressor` format: compressed-tensors folders, loaded by Transformers, vLLM and SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.errors import InternalError, Refusal
+from auto_round.export.compressed_config import group_of, layout_of, loader_notes, quantization_config
+from auto_round.export.exporter import Facts
+from auto_round.export.packed import gather_refusals, prefixed
+from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
+from auto_round.layouts.integers import is_symmetric, step_dtype
+from auto_round.layouts.layout import Layout, TensorSpec
+from auto_round.models.layer import Block, Layer
+from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QTensor
+from auto_round.schemes.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class LLMCompressorFormat:
+    """Whole numbers as compressed-tensors stores them.
+
+    Layers whose activations are quantized are stored as bytes (`int-quantized`), the others packed
+    (`pack-quantized`).
+
+    Attributes:
+        name: name on the command line.
+        bytewise: layers that are stored as bytes; None until a plan has decided.
+    """
+
+    name: str = "llm_compressor"
+    bytewise: tuple[str, ...] | None = None
+
+    def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> LLMCompressorFormat:
+        """This format with the order of bytes of each layer decided."""
+        schemes = {layer.name: plan.scheme_of(layer.name) for layer in layers}
+        bytewise = (name for name, s in schemes.items() if s is not None and layout_of(s) is INT_QUANTIZED)
+        return replace(self, bytewise=tuple(bytewise))
+
+    def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
+        """One refusal for each reason, with the layers that it holds for."""
+        exact = self.for_plan(plan, layers)
+        schemes = {s for layer in layers if (s := plan.scheme_of(layer.name)) is not None}
+        mixed = len({group_of(scheme) for scheme in schemes}) > 1
+        return gather_refusals(plan, layers, lambda layer, fmt: exact._refusal(layer, fmt, mixed=mixed))
+
+    def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
+        """What some loaders of such a folder cannot do with the plan."""
+        return loader_notes(plan, layers)
+
+    def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
+        """`<layer>.weight_packed` or `<layer>.weight`, `<layer>.weight_scale` and what belongs to them."""
+        return prefixed(layer, self._layout(layer).spec(fmt, layer.shape))
+
+    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
+        """The tensors of `spec`."""
+        return prefixed(layer, self._layout(layer).pack(q))
+
+    def config(
+        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
+    ) -> dict[str, Any] | None:
+        """The `quantization_config`; None when the plan quantizes nothing."""
+        return quantization_config(plan, layers)
+
+    def _layout(self, layer: Layer) -> Layout:
+        if self.bytewise is None:
+            raise InternalError(f"{self.name} has two orders of bytes: ask for_plan first")
+        return INT_QUANTIZED if layer.name in self.bytewise else PACK_QUANTIZED
+
+    def _refusal(self, layer: Layer, fmt: Format, *, mixed: bool) -> Refusal | None:
+        refusal = self._layout(layer).accepts(fmt, layer.shape)
+        if refusal is not None:
+            return replace(refusal, who=self.name)
+        if not is_symmetric(fmt) and (mixed or layer.expert is not None):
+            # Transformers 5.23 reads zero points of one scheme only and none of experts
+            # (`integrations/compressed_tensors.py`); vLLM's kernels for experts want none either.
+            where = "beside other schemes" if mixed else "of routed experts"
+            remedy = "use symmetric weights" + (", or one scheme" if mixed else "")
+            return Refusal(self.name, f"Transformers loads no zero points {where}", remedy)
+        stored = step_dtype(fmt)
+        if torch.promote_types(stored, layer.dtype) is not layer.dtype:
+            own = str(layer.dtype).removeprefix("torch.")
+            return Refusal(
+                self.name,
+                f"loaders hold scales in the model's dtype, which would round {stored} again".replace(
+                    "torch.", ""
+                ),
+                f"use --scale_dtype {own}",
+            )
+        return None

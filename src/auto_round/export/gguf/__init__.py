@@ -1,0 +1,1 @@
+"""GGUF files: names, metadata, tokenizer and bytes of llama.cpp's format."""

@@ -1,0 +1,139 @@
+"""What the formats of packed whole numbers share: layers that they write, refusals, the scheme at the top."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from auto_round.errors import Refusal
+from auto_round.layouts.integers import step_dtype
+from auto_round.layouts.layout import Layout
+from auto_round.models.layer import Layer, Role
+from auto_round.numerics.format import Format
+from auto_round.schemes.condense import condense
+from auto_round.schemes.plan import Plan
+from auto_round.schemes.scheme import QuantizationScheme
+
+T = TypeVar("T")
+
+Fields = Mapping[str, Any]
+"""What a configuration says of one layer."""
+
+LOADABLE_BITS = (2, 3, 4, 8)
+"""Widths of codes that loaders of packed whole numbers read."""
+
+_SHOWN = 3
+
+
+def quantized_layers(plan: Plan, layers: Sequence[Layer]) -> list[tuple[Layer, Format]]:
+    """Layers that the plan quantizes, with their formats."""
+    return [(layer, fmt) for layer in layers if (fmt := plan.format_of(layer.name)) is not None]
+
+
+def prefixed(layer: Layer, parts: Mapping[str, T]) -> dict[str, T]:
+    """Full tensor name -> part, for parts by suffix."""
+    return {f"{layer.name}.{suffix}": part for suffix, part in parts.items()}
+
+
+def gather_refusals(
+    plan: Plan, layers: Sequence[Layer], refuse: Callable[[Layer, Format], Refusal | None]
+) -> list[Refusal]:
+    """One refusal for each reason, with the layers that it holds for."""
+    found: dict[Refusal, list[str]] = {}
+    for layer, fmt in quantized_layers(plan, layers):
+        refusal = refuse(layer, fmt)
+        if refusal is not None:
+            found.setdefault(refusal, []).append(layer.name)
+    return [replace(r, reason=f"{r.reason}: {some(names)}") for r, names in found.items()]
+
+
+def refuse_unloadable(who: str, layer: Layer, fmt: Format, layout: Layout) -> Refusal | None:
+    """Why no loader of packed whole numbers reads a layer, or its layout cannot hold it; None if neither.
+
+    Args:
+        who: name of the output format.
+        layer: the layer.
+        fmt: its format.
+        layout: order of bytes that it would get.
+    """
+    bits, n_in = fmt.grid.bits, layer.shape[1]
+    if bits not in LOADABLE_BITS:
+        return Refusal(
+            who,
+            f"no loader of packed whole numbers reads {bits} bits",
+            "use 2, 3, 4 or 8 bits, or the format fake",
+        )
+    if fmt.group.size == 0:
+        return Refusal(
+            who,
+            "Transformers does not load group_size 0 (one scale for a whole tensor)",
+            "use group_size -1 (one scale a row)",
+        )
+    if n_in % fmt.group.width(n_in):
+        return Refusal(
+            who,
+            f"group_size {fmt.group.size} does not divide {n_in} inputs, which loaders require",
+            "choose another group_size, -1 for one scale a row, or keep these layers",
+        )
+    refusal = layout.accepts(fmt, layer.shape)
+    if refusal is None:
+        return None
+    return replace(refusal, who=who, remedy=refusal.remedy or "keep these layers, or use another format")
+
+
+def refuse_scale_dtype(who: str, layer: Layer, fmt: Format) -> Refusal | None:
+    """Why readers of GPTQ and AWQ folders would round a layer's steps again; None when they would not.
+
+    They copy the steps into tensors of the model's dtype, which is float16 in these folders.
+    """
+    if step_dtype(fmt) is torch.float16:
+        return None
+    return Refusal(
+        who,
+        f"scales are float16, not {str(step_dtype(fmt)).removeprefix('torch.')}",
+        "use scale_dtype float16",
+    )
+
+
+def refuse_outside(who: str, layer: Layer, fmt: Format) -> Refusal | None:
+    """Why readers of GPTQ and AWQ folders would not find a layer; None when they would."""
+    if layer.block is not None or layer.role is Role.HEAD:
+        return None
+    return Refusal(
+        who,
+        "GPTQModel and Transformers look for quantized layers in the blocks only",
+        "keep layers outside of them, or use the format auto_round",
+    )
+
+
+def top_scheme(
+    plan: Plan, layers: Sequence[Layer], fields: Callable[[QuantizationScheme], Fields]
+) -> QuantizationScheme:
+    """Scheme for the fields at the top of a configuration; something must be quantized.
+
+    The plan's own scheme where some layer in a block has it, else the most common one.
+
+    Args:
+        plan: what becomes of each layer.
+        layers: the layers of the plan.
+        fields: what the configuration would say of a scheme.
+    """
+    used = Counter(s for layer in layers if layer.block is not None and (s := scheme_of(plan, layer)))
+    used = used or Counter(s for layer in layers if (s := scheme_of(plan, layer)))
+    return next((s for s in used if fields(s) == fields(plan.scheme)), used.most_common(1)[0][0])
+
+
+def scheme_of(plan: Plan, layer: Layer) -> QuantizationScheme | None:
+    """Scheme of a layer; None when it is kept."""
+    return plan.entries[layer.name].scheme
+
+
+def some(names: Sequence[str]) -> str:
+    """For example `model.layers.{0-7}.mlp.down_proj`; the first few of many."""
+    sets = [str(names) for names in condense(names)]
+    rest = len(sets) - _SHOWN
+    return ", ".join(sets[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,273 @@
+"""The `triton` kernel: whole-number weights of 2 to 8 bits and groups of any width on GPUs.
+
+One token: rows are read once and summed in float32. Up to `FUSED_TOKENS` tokens: weights are unpacked in
+registers and multiplied by the matrix units. More: bands of the weight are unpacked to 16 bits and
+multiplied by cuBLAS.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from auto_round.errors import Refusal
+from auto_round.kernels import triton_table as table
+from auto_round.kernels.fields import Fields
+from auto_round.kernels.kernel import LinearSpec
+from auto_round.kernels.reference import PART
+from auto_round.layouts import integers
+from auto_round.layouts.bits import WIDTHS
+from auto_round.numerics.group import Group
+from auto_round.numerics.qtensor import QTensor
+
+DEVICES = ("cuda", "xpu")
+"""Kinds of device that Triton compiles for."""
+
+INSTALL = 'pip install "triton>=3.5" (Linux), or "triton-windows"'
+
+
+@dataclass(frozen=True, slots=True)
+class TritonKernel:
+    """Own Triton programs.
+
+    Steps and zero points stay as they are stored. Weights are computed in float32; with several tokens they
+    are rounded once to the dtype of the activations, as the reference kernel does.
+    """
+
+    name: str = "triton"
+
+    def refuses(self, spec: LinearSpec) -> Refusal | None:
+        """None for whole-number formats of 2 to 8 bits with 16-bit activations on a GPU with Triton."""
+        if spec.device not in DEVICES and not (spec.device == "cpu" and _interpreted()):
+            return Refusal(self.name, f"runs on {' or '.join(DEVICES)}, not on {spec.device}")
+        by_row = replace(spec.fmt, group=Group(-1)) if spec.fmt.group.size == 0 else spec.fmt
+        refusal = integers.refuse(self.name, by_row, spec.shape, WIDTHS)
+        if refusal is not None:
+            return refusal
+        if spec.dtype not in (torch.bfloat16, torch.float16):
+            return Refusal(self.name, f"takes bfloat16 or float16 activations, not {spec.dtype}")
+        if importlib.util.find_spec("triton") is None:
+            return Refusal(self.name, "Triton is not installed", INSTALL)
+        if spec.device != "cpu" and not _present(spec.device):
+            return Refusal(self.name, f"no {spec.device} device is here")
+        return None
+
+    def compute_dtype(self, spec: LinearSpec) -> torch.dtype:
+        """That of the activations."""
+        return spec.dtype
+
+    def prepare(self, q: QTensor, spec: LinearSpec) -> Mapping[str, Tensor]:
+        """Words in the order of `Fields` and the scale's parts as stored."""
+        words = Fields.of(spec.fmt, spec.shape[1]).pack(q.codes)
+        return {"words": words, **{PART + name: part.contiguous() for name, part in q.scale.parts.items()}}
+
+    def restore(self, buffers: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
+        """Inverse of `prepare`."""
+        codes = Fields.of(spec.fmt, spec.shape[1]).unpack(buffers["words"])
+        parts = {name.removeprefix(PART): b for name, b in buffers.items() if name.startswith(PART)}
+        return QTensor(codes, spec.fmt.rule.read(parts), spec.fmt)
+
+    def linear(
+        self, x: Tensor, buffers: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None
+    ) -> Tensor:
+        """`x W^T + bias`, sums in float32."""
+        n_out, n_in = spec.shape
+        flat = x.reshape(-1, n_in)
+        if flat.stride(-1) != 1:
+            flat = flat.contiguous()
+        n_tokens = flat.shape[0]
+        if n_tokens == 0:
+            return x.new_empty(*x.shape[:-1], n_out)
+        call = _Call.of(buffers, spec)
+        with _on(x.device):
+            if n_tokens <= table.DECODE_TOKENS:
+                y = _decode(call, flat, bias)
+            elif n_tokens <= table.FUSED_TOKENS:
+                y = _fused(call, flat, bias)
+            else:
+                y = _dense(call, flat, bias)
+        return y.view(*x.shape[:-1], n_out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What every program is told of a weight; for an absent zero point the step is given and not read."""
+
+    words: Tensor
+    step: Tensor
+    zero: Tensor
+    has_zero: bool
+    n_out: int
+    fields: Fields
+    step_row: int
+
+    @classmethod
+    def of(cls, buffers: Mapping[str, Tensor], spec: LinearSpec) -> _Call:
+        step, zero = buffers[PART + "step"], buffers.get(PART + "zero")
+        fields = Fields.of(spec.fmt, spec.shape[1])
+        row = 0 if spec.fmt.group.size == 0 else step.shape[1]
+        return cls(
+            buffers["words"],
+            step,
+            step if zero is None else zero,
+            zero is not None,
+            spec.shape[0],
+            fields,
+            row,
+        )
+
+    def constants(self) -> dict[str, int | bool]:
+        return {
+            "BITS": self.fields.bits,
+            "WIDTH": self.fields.width,
+            "SPAN": self.fields.span,
+            "FULL": self.fields.full,
+            "HAS_ZERO": self.has_zero,
+        }
+
+
+def _decode(call: _Call, x: Tensor, bias: Tensor | None) -> Tensor:
+    from auto_round.kernels.triton_code import EXPONENT, one_token
+
+    f = call.fields
+    y = torch.empty(x.shape[0], call.n_out, dtype=x.dtype, device=x.device)
+    tile = table.decode_tile(call.n_out, f.n_words)
+    one_token[(-(-call.n_out // tile.rows), x.shape[0])](
+        x,
+        call.words,
+        call.step,
+        call.zero,
+        x if bias is None else bias,
+        y,
+        call.n_out,
+        f.n_in,
+        f.n_words,
+        f.pitch,
+        call.step_row,
+        EXPONENT,
+        x.stride(0),
+        **call.constants(),
+        HAS_BIAS=bias is not None,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        PASSES=-(-f.n_words // tile.columns),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y
+
+
+def _fused(call: _Call, x: Tensor, bias: Tensor | None) -> Tensor:
+    from auto_round.kernels.triton_code import EXPONENT, several_tokens
+
+    f = call.fields
+    n_tokens = x.shape[0]
+    tile = table.prefill_tile(n_tokens)
+    grid = (-(-call.n_out // tile.rows), -(-n_tokens // tile.tokens))
+    split = table.splits(grid[0] * grid[1], -(-f.n_words // tile.columns), _processors(x.device))
+    shape, dtype = (n_tokens, call.n_out), x.dtype
+    if split > 1:
+        shape, dtype = (split * n_tokens, call.n_out), torch.float32
+    y = torch.empty(shape, dtype=dtype, device=x.device)
+    in_program = bias is not None and split == 1
+    several_tokens[(*grid, split)](
+        x,
+        call.words,
+        call.step,
+        call.zero,
+        bias if in_program else x,
+        y,
+        n_tokens,
+        call.n_out,
+        f.n_in,
+        f.n_words,
+        f.pitch,
+        call.step_row,
+        EXPONENT,
+        x.stride(0),
+        **call.constants(),
+        HAS_BIAS=in_program,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        TOKENS=tile.tokens,
+        SPLIT=split,
+        PASSES=-(-f.n_words // (tile.columns * split)),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if split == 1:
+        return y
+    total = y.view(split, n_tokens, call.n_out).sum(0)
+    return (total if bias is None else total + bias.float()).to(x.dtype)
+
+
+def _dense(call: _Call, x: Tensor, bias: Tensor | None) -> Tensor:
+    n_in = call.fields.n_in
+    rows = max(1, min(call.n_out, table.DENSE_BAND // n_in))
+    y = torch.empty(x.shape[0], call.n_out, dtype=x.dtype, device=x.device)
+    scratch = torch.empty(rows, n_in, dtype=x.dtype, device=x.device)
+    for start in range(0, call.n_out, rows):
+        stop = min(start + rows, call.n_out)
+        w = _unpacked(call, start, scratch[: stop - start])
+        y[:, start:stop] = torch.nn.functional.linear(x, w, None if bias is None else bias[start:stop])
+    return y
+
+
+def _unpacked(call: _Call, start: int, w: Tensor) -> Tensor:
+    """Fill `w` with the weights of as many rows from `start` on."""
+    from auto_round.kernels.triton_code import EXPONENT, unpacked
+
+    f, tile, rows = call.fields, table.UNPACK, slice(start, start + w.shape[0])
+    scale_rows = rows if call.step_row else slice(None)
+    columns = min(tile.columns, table.power_above(f.n_words))
+    unpacked[(-(-w.shape[0] // tile.rows), -(-f.n_words // columns))](
+        call.words[rows],
+        call.step[scale_rows],
+        call.zero[scale_rows],
+        w,
+        w.shape[0],
+        f.n_in,
+        f.n_words,
+        f.pitch,
+        call.step_row,
+        EXPONENT,
+        **call.constants(),
+        ROWS=tile.rows,
+        COLUMNS=columns,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return w
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter is on, which runs the programs on a CPU to check their numbers."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _present(device: str) -> bool:
+    best = torch.accelerator.current_accelerator(check_available=True)
+    return best is not None and best.type == device
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    if device.type == "xpu":
+        return int(torch.xpu.get_device_properties(device).gpu_subslice_count)
+    return 4
+
+
+def _on(device: torch.device) -> torch.accelerator.device_index:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.accelerator.device_index(device.index if device.type != "cpu" else None)

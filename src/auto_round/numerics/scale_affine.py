@@ -1,0 +1,101 @@
+"""Affine scales: a step and a floor in units of the weights instead of a whole zero point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from auto_round.numerics.grid import Grid
+from auto_round.numerics.scale import MAX_KNOB, UNEVEN, Knobs, Moments, PartSpec, Scale, Stats, legal_step
+from auto_round.numerics.ste import cast_ste
+
+_SIZES = 5
+"""Sizes tried at most: lines of least squares find the rest; begun from more sizes they end higher."""
+_UNEVEN_BITS = 3
+"""Up to this width single ends are tried: 2.5 % less error at 2 bits, 1 % more at 4."""
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """Asymmetric: `w = n * step + min`, the range `lo ... hi` (always containing 0) spread over the grid.
+
+    Source: llama.cpp's Q4_1 and Q5_1 (`ggml-common.h: block_q4_1`, fields `d` and `m`); arithmetic of
+    gguf-py 0.19 `quants.py`, where adding `m` and subtracting `-m` are the same operation.
+
+    Attributes:
+        dtype: stored dtype of step and minimum.
+    """
+
+    dtype: torch.dtype = torch.float16
+
+    @property
+    def alone(self) -> Affine:
+        """Itself: groups are independent."""
+        return self
+
+    def stored(self, groups: Sequence[int]) -> Mapping[str, PartSpec]:
+        """Step and minimum."""
+        part = PartSpec(self.dtype, tuple(groups), torch.finfo(self.dtype).bits)
+        return {"step": part, "min": part}
+
+    def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
+        """`step = cast((hi - lo) / (grid.hi - grid.lo))`, `min = cast(lo)`."""
+        wide, floor = step_and_floor(stats, grid, knobs)
+        step = legal_step(wide, self.dtype)
+        floor = cast_ste(floor.clamp_max(torch.finfo(self.dtype).max), self.dtype)
+        if step.requires_grad:
+            return Scale(step, None, floor=floor)
+        return self.read({"step": step.to(self.dtype), "min": -floor.to(self.dtype)})
+
+    def read(self, parts: Mapping[str, Tensor]) -> Scale:
+        """Step and floor as stored."""
+        return Scale(parts["step"].to(torch.float32), None, parts, -parts["min"].to(torch.float32))
+
+    def starts(self, stats: Stats, grid: Grid, points: int) -> Iterator[Knobs]:
+        """Sizes of the range, both ends alike; at few bits then one end shorter than the other."""
+        for m in torch.linspace(0.6, 1.0, min(points, _SIZES)).tolist():
+            knob = torch.full_like(stats.lo, m)
+            yield Knobs(knob, knob)
+        if grid.bits <= _UNEVEN_BITS:
+            for lo, hi in permutations(UNEVEN, 2):
+                yield Knobs(torch.full_like(stats.lo, lo), torch.full_like(stats.hi, hi))
+
+    def moves(self, knobs: Knobs, radius: float) -> Iterator[Knobs]:
+        """One end a little further in or out."""
+        for factor in (1 - radius, 1 + radius):
+            yield Knobs(knobs.lo * factor, knobs.hi)
+            yield Knobs(knobs.lo, knobs.hi * factor)
+
+    def refit(self, stats: Stats, grid: Grid, scale: Scale, moments: Moments) -> Knobs | None:
+        """Knobs of the line of least squares through `(n, w)`."""
+        return affine_knobs(stats, grid, *line(moments))
+
+
+def step_and_floor(stats: Stats, grid: Grid, knobs: Knobs | None) -> tuple[Tensor, Tensor]:
+    """Unrounded step and floor (both at least 0) of a range and its multipliers."""
+    lo, hi = -stats.lo, stats.hi
+    if knobs is not None:
+        lo, hi = lo * knobs.lo, hi * knobs.hi
+    return (hi + lo) / (grid.hi - grid.lo), lo
+
+
+def affine_knobs(stats: Stats, grid: Grid, step: Tensor, floor: Tensor) -> Knobs:
+    """Multipliers that lead to `step` and `floor`, inverse of `step_and_floor` within 0 ... 16."""
+    lo = floor / (-stats.lo).clamp_min(1e-30)
+    hi = (step * (grid.hi - grid.lo) - floor) / stats.hi.clamp_min(1e-30)
+    return Knobs(lo.clamp(0, MAX_KNOB), hi.clamp(0, MAX_KNOB))
+
+
+def line(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Step and floor (not negative) of the weighted least squares of `w ~ n * step - floor`."""
+    m = moments
+    free = m.one * m.nn - m.n.square()
+    slope = (m.one * m.nw - m.n * m.w) / free
+    floor = (m.n * m.nw - m.nn * m.w) / free
+    usable = (free > 1e-6 * m.one * m.nn) & (floor > 0)
+    through_zero = m.nw / m.nn.clamp_min(1e-30)
+    return torch.where(usable, slope, through_zero), torch.where(usable, floor, torch.zeros_like(floor))

@@ -1,0 +1,197 @@
+"""The plan of a GGUF file: the mixture's types for its tensors, and what they mean for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from auto_round.errors import ConfigError
+from auto_round.export.gguf.model import GgufModel
+from auto_round.export.gguf.tensors import GgufTensor
+from auto_round.models.layer import Layer, Role
+from auto_round.models.source import ModelSource
+from auto_round.pipeline.gguf_request import GgufRequest
+from auto_round.schemes.entry import PlanEntry
+from auto_round.schemes.gguf_mixture import Shape, choose_types, fitting, is_quantizable
+from auto_round.schemes.gguf_types import TYPES, type_of_scheme
+from auto_round.schemes.make import make_plan
+from auto_round.schemes.plan import Plan, PlanRequest
+from auto_round.schemes.rules import Match, match_layer_config
+from auto_round.schemes.scheme import PRESET_SCHEMES
+
+_KEPT_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+"""Dtype in the source -> type of tensors that the user wants kept."""
+
+
+def plan_gguf(
+    source: ModelSource, model: GgufModel, request: GgufRequest, asked: PlanRequest, *, imatrix: bool
+) -> tuple[Plan, dict[str, str]]:
+    """Types of all tensors, and the plan of all layers.
+
+    The mixture decides where the user does not; it counts as if the user's tensors were its own, so that a
+    rule for one layer changes nothing else.
+
+    Args:
+        source: the model.
+        model: its tensors in the file.
+        request: the file type.
+        asked: the user's rules.
+        imatrix: importances steer the rounding.
+
+    Returns:
+        The plan, and tensor name -> type name.
+
+    Raises:
+        ConfigError: a rule that cannot hold in a GGUF file.
+    """
+    outside, inside = _split_rules(asked.layer_config, source, model)
+    base = make_plan(
+        source.layers,
+        replace(asked, layer_config=inside, quant_lm_head=False),
+        blocks=source.blocks,
+        tied_head=source.tied_head,
+        other_names=sorted({name.rpartition(".")[0] for name in source.tensors}),
+    )
+    types = choose_types(replace(model.facts, imatrix=imatrix), request.wanted, model.shapes)
+    fixed = _fixed(base, source, model) | outside
+    for name, kind in fixed.items():
+        shape = next(t.shape for t in model.tensors if t.name == name)
+        types[name] = fitting(kind, shape[-1])
+    _agree(model, types)
+    entries = {
+        layer.name: _entry(layer, base.entries[layer.name], model, types, request.wanted.preset)
+        for layer in source.layers
+    }
+    plan = replace(base, entries=entries, untie_head=False, warnings=_warnings(base, model, types, request))
+    return plan, types
+
+
+def _split_rules(
+    layer_config: Mapping[str, Any] | None, source: ModelSource, model: GgufModel
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Rules for matrices that are no layers (the embedding) as tensor -> type, and the other rules."""
+    layers = {layer.tensor for layer in source.layers if layer.name != _tied_head(source)}
+    matrices = {
+        source_name.removesuffix(".weight"): [tensor.name for tensor, _ in places]
+        for source_name, places in model.places().items()
+        if source_name not in layers and all(is_quantizable(_shape(t)) for t, _ in places)
+    }
+    outside: dict[str, str] = {}
+    inside: dict[str, Any] = {}
+    names = [layer.name for layer in source.layers]
+    scheme = PRESET_SCHEMES["GGUF:Q4_K_S"]
+    for key, value in (layer_config or {}).items():
+        match = _match(key, value, scheme, [*names, *matrices])
+        reached = [n for n in matrices if n in match.names] if match else []
+        if not reached or (match and set(match.names) & set(names)):
+            inside[key] = value
+            continue
+        kind = type_of_scheme(match.rule.scheme) if match and match.rule.scheme else None
+        for name in reached:
+            dtype = source.tensors[f"{name}.weight"].dtype
+            for tensor in matrices[name]:
+                outside.setdefault(tensor, kind.name if kind else _KEPT_AS[dtype])
+    return outside, inside
+
+
+def _match(key: str, value: Any, scheme: Any, names: list[str]) -> Match | None:
+    """The rule with what it names; None when it names nothing, which the plan reports."""
+    try:
+        (match,) = match_layer_config({key: value}, scheme, names)
+    except ConfigError:
+        return None
+    return match
+
+
+def _shape(tensor: GgufTensor) -> Shape:
+    return Shape(tensor.name, tensor.shape)
+
+
+def _tied_head(source: ModelSource) -> str | None:
+    return source.head if source.tied_head else None
+
+
+def _fixed(base: Plan, source: ModelSource, model: GgufModel) -> dict[str, str]:
+    """Tensor -> type, where the user decided; what his choice of blocks leaves out is kept."""
+    places = model.places()
+    wishes: dict[str, dict[str | None, str]] = {}
+    for layer in source.layers:
+        entry = base.entries[layer.name]
+        skipped = base.block_prefixes and layer.block is not None and entry.scheme is None
+        decided = entry.fixed or (skipped and layer.role is not Role.ROUTER)
+        for tensor, _ in places.get(layer.tensor, ()):
+            wish = _type(layer, entry) if decided and _may_choose(tensor, layer, entry) else None
+            wishes.setdefault(tensor.name, {}).setdefault(wish, layer.name)
+    for name, layers in wishes.items():
+        if len(layers) > 1:
+            first, second = list(layers.values())[:2]
+            raise ConfigError(
+                f"{first} and {second} are one tensor in a GGUF file ({name}) and need one type: name all of "
+                "them in layer_config or ignore_layers, or none"
+            )
+    return {name: kind for name, layers in wishes.items() for kind in layers if kind is not None}
+
+
+def _may_choose(tensor: GgufTensor, layer: Layer, entry: PlanEntry) -> bool:
+    """Whether the user has a choice; tensors that llama.cpp reads in 32 bits only leave none."""
+    if is_quantizable(_shape(tensor)):
+        return True
+    if entry.scheme is not None:
+        raise ConfigError(
+            f"{layer.name}: {entry.reason} wants {entry.label}, but llama.cpp reads {tensor.name} in 32 bits "
+            "only; leave it out"
+        )
+    return False
+
+
+def _type(layer: Layer, entry: PlanEntry) -> str:
+    if entry.scheme is None:
+        return _KEPT_AS[layer.dtype]
+    kind = type_of_scheme(entry.scheme)
+    if kind is None:
+        raise ConfigError(f"{layer.name}: {entry.reason}: {entry.label} is no type of a GGUF file")
+    return kind.name
+
+
+def _agree(model: GgufModel, types: dict[str, str]) -> None:
+    """One type for tensors that share a layer (a template may split one): the larger."""
+    for places in model.places().values():
+        kinds = {types[tensor.name] for tensor, _ in places}
+        if len(kinds) > 1:
+            widest = max(kinds, key=lambda name: TYPES[name].block_bytes / TYPES[name].block)
+            for tensor, _ in places:
+                types[tensor.name] = widest
+
+
+def _entry(
+    layer: Layer, entry: PlanEntry, model: GgufModel, types: Mapping[str, str], preset: str
+) -> PlanEntry:
+    kinds = [types[tensor.name] for tensor, _ in model.places().get(layer.tensor, ())]
+    if not kinds:  # a head that the file stores as the embedding
+        kinds = [types["token_embd.weight"]]
+    kind = TYPES[kinds[0]]
+    if kind.scheme is None:
+        kept = entry.reason if entry.scheme is None else f"stored as {kind.name.upper()}"
+        return PlanEntry(None, kept, entry.fixed)
+    reason = entry.reason if entry.fixed else f"{kind.name.upper()} in {preset}"
+    return PlanEntry(kind.scheme, reason, entry.fixed)
+
+
+def _warnings(
+    base: Plan, model: GgufModel, types: Mapping[str, str], request: GgufRequest
+) -> tuple[str, ...]:
+    """What the user may want to change: rules without effect, and rows that K-types cannot hold."""
+    base_kind = TYPES[request.wanted.base]
+    narrow = [t.name for t in model.tensors if is_quantizable(_shape(t)) and not base_kind.fits(t.shape[-1])]
+    notes = [w for w in base.warnings if w.startswith("layer_config")]
+    if narrow:
+        share = sum(t.rows * t.shape[-1] for t in model.tensors if t.name in set(narrow))
+        total = sum(t.rows * t.shape[-1] for t in model.tensors)
+        notes.append(
+            f"{len(narrow)} tensors ({share / total:.0%} of the weights) have rows that are no multiple of "
+            f"{base_kind.block}: they get other types than {base_kind.name.upper()}, as in llama.cpp"
+        )
+    return tuple(notes)

@@ -1,0 +1,139 @@
+"""What a user who wants a GGUF file said: formats, scheme and layer rules brought into line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from auto_round.config.groups import SchemeOptions
+from auto_round.config.options import Options
+from auto_round.errors import ConfigError
+from auto_round.export.table import BESIDE_GGUF
+from auto_round.schemes.gguf_types import (
+    FILE_TYPES,
+    FORMAT_PREFIX,
+    SCHEME_PREFIX,
+    TYPES,
+    FileType,
+    file_type,
+)
+from auto_round.schemes.scheme import QuantizationScheme
+
+_OF_BITS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
+"""Type for rules that name nothing but bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufRequest:
+    """A run that writes a GGUF file.
+
+    Attributes:
+        wanted: the file type.
+        others: formats written beside it.
+        options: the user's, with scheme and layer rules of GGUF.
+    """
+
+    wanted: FileType
+    others: tuple[str, ...]
+    options: Options
+
+
+def gguf_request(options: Options) -> GgufRequest | None:
+    """The GGUF file that the options ask for, by format or by scheme; None when they ask for none.
+
+    The format names the mixture, and so does the scheme: whichever is given decides, both must agree.
+
+    Raises:
+        ConfigError: an unknown type, two mixtures, another format that needs a plan of its own, or single
+            fields of a scheme, which a mixture has none of.
+    """
+    formats = options.output.formats
+    asked = [name for name in formats if name == "gguf" or name.startswith(FORMAT_PREFIX)]
+    scheme = options.scheme.scheme
+    by_scheme = isinstance(scheme, str) and scheme.strip().upper().startswith(SCHEME_PREFIX)
+    if not asked and not (by_scheme and formats == ("auto_round",)):
+        _refuse_gguf_options(options, by_scheme=by_scheme)
+        return None
+    others = tuple(name for name in formats if name not in asked and asked)
+    refused = [name for name in others if name not in BESIDE_GGUF]
+    if refused or len(asked) > 1:
+        raise ConfigError(
+            f'format "{",".join(formats)}": a GGUF file has a plan of its own, so it is written alone (or '
+            f"with {', '.join(BESIDE_GGUF)}); run once for each format"
+        )
+    wanted = _wanted(asked, str(scheme) if by_scheme else None)
+    plain = TYPES[wanted.base].preset is None
+    if not by_scheme and scheme != SchemeOptions().scheme and not (plain and scheme == "BF16"):
+        raise ConfigError(
+            f"format {FORMAT_PREFIX}{wanted.name} with scheme {scheme!r}: leave the scheme out, or give "
+            f"{wanted.preset}"
+        )
+    fields = sorted(options.scheme.overrides())
+    if fields:
+        raise ConfigError(
+            f"{', '.join(fields)}: the type of each tensor follows from {wanted.preset}; give single layers "
+            'other types with layer_config, for example {"v_proj": "GGUF:Q8_0"}'
+        )
+    base = "BF16" if plain else wanted.preset
+    changed = replace(options.scheme, scheme=base, layer_config=_rules(options.scheme.layer_config))
+    names = (f"{FORMAT_PREFIX}{wanted.name}", *others)
+    output = replace(options.output, format=",".join(names))
+    if options.calibration.imatrix is not None and options.tune.iters:
+        raise ConfigError("imatrix steers rounding without tuning: give --iters 0 too, or leave it out")
+    tune = replace(options.tune, iters=0, disable_opt_rtn=True) if plain else options.tune
+    return GgufRequest(wanted, others, replace(options, scheme=changed, output=output, tune=tune))
+
+
+def _refuse_gguf_options(options: Options, *, by_scheme: bool) -> None:
+    """Refuse options that mean something for GGUF files only."""
+    others = [name for name in options.output.formats if name not in BESIDE_GGUF]
+    if by_scheme and others:
+        raise ConfigError(
+            f"scheme {options.scheme.scheme} belongs to GGUF files: leave out the format {', '.join(others)}"
+        )
+    given = {"gguf_template": options.output.gguf_template, "imatrix": options.calibration.imatrix}
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} belongs to GGUF files: give a format such as --format gguf:q4_k_m, or leave it out"
+            )
+
+
+def _wanted(asked: list[str], scheme: str | None) -> FileType:
+    named = asked[0] if asked and asked[0] != "gguf" else None
+    if named is None and scheme is None:
+        raise ConfigError('format "gguf" needs a type: for example --format gguf:q4_k_m')
+    wanted = file_type(named or str(scheme))
+    if named is not None and scheme is not None and file_type(scheme) != wanted:
+        raise ConfigError(f"format {named} and scheme {scheme} ask for different mixtures: give one of them")
+    return wanted
+
+
+def _rules(layer_config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Layer rules whose schemes are GGUF types; bits alone stand for the K-type of that width."""
+    if layer_config is None:
+        return None
+    return {key: _rule(key, value) for key, value in layer_config.items()}
+
+
+def _rule(key: str, value: Any) -> Any:
+    """One rule as the plan reads it: a preset with the numbers of a GGUF type, or `BF16` for kept layers."""
+    if isinstance(value, QuantizationScheme):
+        return value
+    if isinstance(value, Mapping) and set(value) == {"bits"}:
+        name = "BF16" if value["bits"] in (16, 32) else _OF_BITS.get(value["bits"], "")
+    else:
+        name = str(value).strip().upper().removeprefix(SCHEME_PREFIX)
+    if name in ("BF16", "F16", "FP16"):
+        return "BF16"
+    by_preset = {t.preset: t for t in TYPES.values() if t.preset is not None}
+    kind = by_preset.get(SCHEME_PREFIX + name) or TYPES.get(name.casefold())
+    if kind is not None and kind.preset is not None:
+        return kind.preset
+    what = "is a mixture of types" if name.casefold() in FILE_TYPES else "is no GGUF type"
+    raise ConfigError(
+        f'layer_config "{key}": {value!r} {what}; give one of '
+        f"{', '.join(SCHEME_PREFIX + t.name.upper() for t in by_preset.values())}, or bits of "
+        f"{', '.join(map(str, _OF_BITS))} or 16"
+    )

@@ -1,0 +1,92 @@
+"""Weights under tuning: what is asked of each, and its state while it is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.errors import NumericsError
+from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.scale import Knobs, Stats
+from auto_round.numerics.search import Effort, search_knobs
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTask:
+    """One weight to quantize.
+
+    Attributes:
+        format: numeric format.
+        original: the weight, where it is held more exactly than the block runs; None for the block's own.
+        importance: mean square of each input channel `[in]`, for the range search; None weighs all alike.
+    """
+
+    format: Format
+    original: Tensor | None = None
+    importance: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Weight:
+    """One weight under tuning.
+
+    Attributes:
+        format: numeric format.
+        original: the weight as the model has it.
+        stats: its measured ranges.
+        knobs: range multipliers, tuned.
+        v: rounding offsets in units of the step, tuned; shape of `original`, float32.
+        dtype: dtype in which the block runs.
+    """
+
+    format: Format
+    original: Tensor
+    stats: Stats
+    knobs: Knobs
+    v: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, block: nn.Module, name: str, task: WeightTask, effort: Effort | None) -> Weight:
+        """The starting point: no offset, and the measured range or (with `effort`) the searched one.
+
+        Raises:
+            NumericsError: the weight is not finite.
+        """
+        original = block.get_parameter(name).detach() if task.original is None else task.original
+        try:
+            stats = task.format.stats(original)
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error}") from None
+        if effort is None:
+            knobs = Knobs(torch.ones_like(stats.lo), torch.ones_like(stats.hi))
+        else:
+            knobs = search_knobs(task.format, original, task.importance, effort)
+        v = torch.zeros_like(original, dtype=torch.float32)
+        return cls(task.format, original, stats, knobs, v, block.get_parameter(name).dtype)
+
+    def fake(self) -> Tensor:
+        """The weight as it would come back from its codes, in the dtype that the block runs in."""
+        return self.format.fake_quantize(self.original, self.stats, self.knobs, self.v).to(self.dtype)
+
+    def quantize(self) -> QTensor:
+        """Codes and scale of what was tuned."""
+        with torch.no_grad():
+            return self.format.quantize(self.original, self.knobs, self.v)
+
+
+def fake_weights(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """All weights of a block as they would come back from their codes."""
+    return {name: weight.fake() for name, weight in weights.items()}
+
+
+def round_to_nearest(
+    w: Tensor, fmt: Format, importance: Tensor | None = None, effort: Effort | None = None
+) -> QTensor:
+    """Quantize without tuning; with `effort`, in the range of smallest importance-weighted error."""
+    knobs = None if effort is None else search_knobs(fmt, w, importance, effort)
+    return fmt.quantize(w, knobs)

@@ -45,9 +45,9 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     found = {}
     for tensor in gguf.GGUFReader(path).tensors:
         shape = [int(n) for n in reversed(tensor.shape)]
-        found[tensor.name] = torch.tensor(
-            gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        ).reshape(shape)
+        found[tensor.name] = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).reshape(
+            shape
+        )
     return found
 
 

@@ -221,7 +221,9 @@ def test_wrong_requests(tmp_path):
 def test_command(tmp_path, capsys):
     write(tmp_path / "a")
     assert (
-        cli.main(["convert", str(tmp_path / "a"), "--format", "auto-awq", "--output", str(tmp_path / "b")])
+        cli.main(
+            ["convert", str(tmp_path / "a"), "--format", "auto-awq", "--output_dir", str(tmp_path / "b")]
+        )
         == 0
     )
     out = capsys.readouterr().out

@@ -134,6 +134,7 @@ def test_refusals_name_the_format_before_any_work(tiny, tmp_path):
         quantize(tiny("llama"), tmp_path / "out", format="auto_gptq,auto_awq,gptqmodel", bits=3)
     assert {refusal.who for refusal in caught.value.refusals} == {"auto_awq"}
     assert "4 bits" in str(caught.value)
+    assert "auto_gptq, gptqmodel can" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

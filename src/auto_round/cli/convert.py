@@ -52,7 +52,9 @@ def _parser() -> Parser:
         help="format to write: auto_round[:auto_gptq|:gptqmodel|:auto_awq], auto_gptq, "
         "gptqmodel, auto_awq, llm_compressor",
     )
-    parser.add_argument("--output", metavar="DIR", help="new folder [FOLDER-FORMAT]")
+    parser.add_argument(
+        "--output", "--output_dir", "--output-dir", metavar="DIR", help="new folder [FOLDER-FORMAT]"
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an older output of auto-round there"
     )

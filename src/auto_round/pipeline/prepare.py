@@ -146,7 +146,9 @@ def _exporters(options: Options, plan: Plan, source: ModelSource) -> dict[str, E
     exporters = {e.name: e for e in parse_formats(",".join(options.output.formats))}
     refused = [r for e in exporters.values() for r in refusals(e, plan, source.layers)]
     if refused:
-        raise UnsupportedError("this plan cannot be written as asked", refused)
+        others = [name for name in exporters if all(r.who != name for r in refused)]
+        alone = f"; {', '.join(others)} can: run once for each format that is left" if others else ""
+        raise UnsupportedError(f"this plan cannot be written as asked{alone}", refused)
     for exporter in exporters.values():
         for note in notes(exporter, plan, source.layers):
             logger.warning(note)

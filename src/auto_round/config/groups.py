@@ -167,7 +167,13 @@ class TuneOptions:
         200, Spec("tuning steps per block; 0 rounds without tuning", flags=("iters", "iter"), low=0)
     )
     batch_size: int = option(
-        8, Spec("rows per step", flags=("batch_size", "train_bs", "bs"), aliases=("bs", "train_bs"), low=1)
+        8,
+        Spec(
+            "rows per step in the last fifth of a run; earlier, larger steps see a quarter or half of them",
+            flags=("batch_size", "train_bs", "bs"),
+            aliases=("bs", "train_bs"),
+            low=1,
+        ),
     )
     gradient_accumulate_steps: int = option(1, Spec("batches whose gradients are added before a step", low=1))
     lr: float | None = option(

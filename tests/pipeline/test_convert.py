@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from auto_round.numerics.presets import int_format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.convert import convert_folder
 from auto_round.pipeline.convert_source import open_stored
+from pipeline.runs import SHORT, quantize
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 SHAPES = {
@@ -25,6 +27,9 @@ SHAPES = {
     "self_attn.v_proj": (32, 64),
     "mlp.down_proj": (64, 96),
 }
+
+TUNED = {*SHORT, "iters", "disable_opt_rtn"} - {"group_size"}
+"""Facts about a run, which GPTQ and AWQ folders do not hold."""
 
 
 def weights(shapes=SHAPES, dtype=torch.float16):
@@ -147,6 +152,37 @@ def test_names_dtypes_and_configuration(tmp_path):
         "model.layers.1.mlp.down_proj": {"bits": 16, "data_type": "float"},
     }
     same(read(tmp_path / "back"), read(tmp_path / "a"))
+
+
+def test_configuration_says_what_a_run_would_have_said(tiny, tmp_path):
+    """Kept matrices of all kinds: in blocks, beside them, bare parameters, a router, the head."""
+    model = shutil.copytree(
+        tiny("qwen3_moe", head_dim=16, moe_intermediate_size=32), tmp_path / "model", dirs_exist_ok=True
+    )
+    further = {
+        "mtp.fc.weight": (64, 128),
+        "model.layers.0.conv.weight": (64, 1, 4),
+        "model.layers.0.mixer.experts.gate_up_proj": (4, 64, 64),
+    }
+    path = model / "model.safetensors"
+    tensors = load_file(path) | {n: torch.zeros(shape, dtype=torch.bfloat16) for n, shape in further.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    plain = {"iters": 0, "disable_opt_rtn": True, "dataset": None, "verify": False}
+    formats = ["auto_round", "auto_gptq", "auto_awq"]
+    result = quantize(model, tmp_path / "out", format=",".join(formats), ignore_layers="v_proj", **plain)
+    wanted = {name: said(folder) for name, folder in zip(formats, result.folders, strict=True)}
+    assert "-:^mtp\\.fc$" in wanted["auto_gptq"]["dynamic"]
+    assert "model.layers.0.conv" in wanted["auto_round"]["extra_config"]
+    for old, folder in zip(formats, result.folders, strict=True):
+        for new in set(formats) - {old}:
+            assert said(convert_folder(folder, new, tmp_path / f"{old}-{new}").folder) == wanted[new]
+
+
+def said(folder):
+    """What a configuration says of layers, the order of names left out."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config |= {k: sorted(v) for k, v in config.items() if k == "modules_to_not_convert"}
+    return {k: v for k, v in config.items() if k not in TUNED}
 
 
 def test_foreign_folders(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from auto_round.errors import ConfigError, InternalError, UnsupportedError
 from auto_round.models.layer import Role
 from auto_round.numerics.presets import int_format
-from auto_round.schemes.condense import condense
+from auto_round.schemes.condense import condense, some
 from auto_round.schemes.make import KEPT_ROLES, PlanRequest, make_plan
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
@@ -253,3 +253,10 @@ def test_condense_covers_exactly():
     names = [f"a.{i}.b.{j}.c" for i in range(5) for j in range(3) if (i, j) != (2, 1)] + ["a.b", "a.01"]
     assert [str(s) for s in condense(names)] == ["a.{0-1,3-4}.b.{0-2}.c", "a.2.b.{0,2}.c", "a.b", "a.01"]
     assert [s.first for s in condense(names)] == ["a.0.b.0.c", "a.2.b.0.c", "a.b", "a.01"]
+
+
+def test_some_says_how_many_sets_it_leaves_out():
+    names = ["a.0.x", "a.1.x", "b", "c", "d"]
+    assert some(names) == "a.{0-1}.x, b, c and 1 more"
+    assert some(names, most=1) == "a.{0-1}.x and 3 more"
+    assert some(names, most=4) == "a.{0-1}.x, b, c, d"

@@ -35,7 +35,7 @@ def _text(inventory: Inventory) -> str:
     for label, (count, weights) in inventory.schemes.items():
         rows.append((label, f"{count} matrices, {weights:,} weights"))
     for label, names in inventory.kept.items():
-        rows.append((label, f"{len(names)} matrices: {', '.join(inventory.condensed(label))}"))
+        rows.append((label, f"{len(names)} matrices: {inventory.condensed(label)}"))
     rows += [(verdict.engine, verdict.text) for verdict in inventory.verdicts]
     width = max(len(label) for label, _ in rows) + 2
     return "\n".join(f"{label:<{width}}{text}" for label, text in rows)

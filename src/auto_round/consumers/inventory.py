@@ -12,10 +12,8 @@ from auto_round.consumers.matrices import Matrix
 from auto_round.consumers.verdict import Verdict, judge_folder
 from auto_round.errors import AutoRoundError
 from auto_round.inference.stored_formats import StoredFormats
-from auto_round.schemes.condense import condense
+from auto_round.schemes.condense import some
 from auto_round.schemes.scheme import QuantizationScheme
-
-_SHOWN = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +37,9 @@ class Inventory:
     kept: Mapping[str, tuple[str, ...]]
     verdicts: tuple[Verdict, ...]
 
-    def condensed(self, dtype: str) -> list[str]:
+    def condensed(self, dtype: str) -> str:
         """Names of the matrices kept in a dtype, those that differ in numbers as one; the first few."""
-        sets = [str(found) for found in condense(self.kept[dtype])]
-        return sets if len(sets) <= _SHOWN else [*sets[:_SHOWN], f"{len(sets) - _SHOWN} more"]
+        return some(self.kept[dtype], most=6)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

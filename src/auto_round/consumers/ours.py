@@ -8,12 +8,11 @@ from auto_round.consumers.modules import split_modules
 from auto_round.errors import AutoRoundError
 from auto_round.inference.stored_formats import StoredFormats
 from auto_round.layouts.awq import AWQ as AWQLayout  # noqa: N811
-from auto_round.schemes.condense import condense
+from auto_round.schemes.condense import some
 
 TRANSFORMERS = "Transformers"
 
 _METHODS = ("auto-round", "gptq", "awq")
-_SHOWN = 3
 
 
 def ask_ourselves(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -30,9 +29,7 @@ def ask_ourselves(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]:
     except AutoRoundError as error:
         return (" ".join(str(error).split()),), ()
     if wrong:
-        sets = [str(found) for found in condense(wrong)]
-        more = f" and {len(sets) - _SHOWN} more" if len(sets) > _SHOWN else ""
-        return (f"the configuration and the tensors disagree on {', '.join(sets[:_SHOWN])}{more}",), ()
+        return (f"the configuration and the tensors disagree on {some(wrong)}",), ()
     notes = {
         "auto-round": "with auto-round installed",
         "gptq": "with gptqmodel and optimum, or with auto-round and quantization_config=AutoRoundConfig()",

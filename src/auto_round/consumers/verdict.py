@@ -15,9 +15,8 @@ from auto_round.consumers.kernels import HALF_ONLY
 from auto_round.consumers.matrices import OTHER, Matrix
 from auto_round.consumers.modules import Module
 from auto_round.consumers.ours import TRANSFORMERS, ask_ourselves
-from auto_round.schemes.condense import condense
+from auto_round.schemes.condense import some
 
-_SHOWN = 3
 _ROUTERS = ("gate", "router")
 
 
@@ -163,7 +162,4 @@ def _other_reasons(folder: Folder, engine: Engine) -> Iterator[str]:
 
 
 def _sentence(text: str, names: Sequence[str]) -> str:
-    sets = [str(found) for found in condense(names)]
-    rest = len(sets) - _SHOWN
-    shown = ", ".join(sets[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-    return text.replace("{}", shown) if "{}" in text else f"{text}: {shown}"
+    return text.replace("{}", some(names)) if "{}" in text else f"{text}: {some(names)}"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from auto_round.errors import Refusal
 from auto_round.layouts.integers import step_dtype
-from auto_round.layouts.layout import Layout
+from auto_round.layouts.layout import Layout, TensorSpec
 from auto_round.models.layer import Layer, Role
 from auto_round.numerics.format import Format
-from auto_round.schemes.condense import condense
+from auto_round.numerics.qtensor import QTensor
+from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
 
@@ -26,7 +29,22 @@ Fields = Mapping[str, Any]
 LOADABLE_BITS = (2, 3, 4, 8)
 """Widths of codes that loaders of packed whole numbers read."""
 
-_SHOWN = 3
+
+class OneLayout(ABC):
+    """Tensors of a format that stores all layers in one order of bytes."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def _layout(self) -> Layout: ...
+
+    def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
+        """The tensors of the layout, for example `<layer>.qweight`."""
+        return prefixed(layer, self._layout().spec(fmt, layer.shape))
+
+    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
+        """The tensors of `spec`."""
+        return prefixed(layer, self._layout().pack(q))
 
 
 def quantized_layers(plan: Plan, layers: Sequence[Layer]) -> list[tuple[Layer, Format]]:
@@ -85,7 +103,19 @@ def refuse_unloadable(who: str, layer: Layer, fmt: Format, layout: Layout) -> Re
     return replace(refusal, who=who, remedy=refusal.remedy or "keep these layers, or use another format")
 
 
-def refuse_scale_dtype(who: str, layer: Layer, fmt: Format) -> Refusal | None:
+def refuse_foreign(who: str, layer: Layer, fmt: Format, layout: Layout) -> Refusal | None:
+    """Why readers of GPTQ and AWQ folders would not load a layer as it is meant; None when they would.
+
+    Arguments as in `refuse_unloadable`.
+    """
+    return (
+        refuse_unloadable(who, layer, fmt, layout)
+        or _refuse_scale_dtype(who, layer, fmt)
+        or _refuse_outside(who, layer)
+    )
+
+
+def _refuse_scale_dtype(who: str, layer: Layer, fmt: Format) -> Refusal | None:
     """Why readers of GPTQ and AWQ folders would round a layer's steps again; None when they would not.
 
     They copy the steps into tensors of the model's dtype, which is float16 in these folders.
@@ -99,7 +129,7 @@ def refuse_scale_dtype(who: str, layer: Layer, fmt: Format) -> Refusal | None:
     )
 
 
-def refuse_outside(who: str, layer: Layer, fmt: Format) -> Refusal | None:
+def _refuse_outside(who: str, layer: Layer) -> Refusal | None:
     """Why readers of GPTQ and AWQ folders would not find a layer; None when they would."""
     if layer.block is not None or layer.role is Role.HEAD:
         return None
@@ -130,10 +160,3 @@ def top_scheme(
 def scheme_of(plan: Plan, layer: Layer) -> QuantizationScheme | None:
     """Scheme of a layer; None when it is kept."""
     return plan.entries[layer.name].scheme
-
-
-def some(names: Sequence[str]) -> str:
-    """For example `model.layers.{0-7}.mlp.down_proj`; the first few of many."""
-    sets = [str(names) for names in condense(names)]
-    rest = len(sets) - _SHOWN
-    return ", ".join(sets[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

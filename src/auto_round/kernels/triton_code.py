@@ -33,6 +33,43 @@ def _number(words: tl.tensor, exponent: tl.tensor, J: tl.constexpr, BITS: tl.con
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _tile(
+    words: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    n_out: tl.tensor,
+    n_words: tl.tensor,
+    pitch: tl.tensor,
+    step_row: tl.tensor,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Words `[row, column]`, which of them exist, where their steps lie, and their first inputs."""
+    live = (row < n_out)[:, None] & (column < n_words)[None, :]
+    word = tl.load(words + row.to(tl.int64)[:, None] * pitch + column[None, :], mask=live, other=0)
+    group = column // SPAN
+    step_at = row.to(tl.int64)[:, None] * step_row + group[None, :]
+    return word, live, step_at, group * WIDTH + column % SPAN
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scale(
+    step: tl.tensor,
+    zero: tl.tensor,
+    step_at: tl.tensor,
+    live: tl.tensor,
+    BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Steps, and how far zero points are from the middle (without zero points the steps again), float32."""
+    scale = tl.load(step + step_at, mask=live, other=0.0).to(tl.float32)
+    shift = scale
+    if HAS_ZERO:
+        shift = tl.load(zero + step_at, mask=live, other=0).to(tl.float32) - (1 << (BITS - 1))
+    return scale, shift
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _live(
     columns: tl.tensor,
     k: tl.tensor,
@@ -81,16 +118,11 @@ def one_token(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1).to(tl.int64)
     here = row < n_out
-    word_row = words + row.to(tl.int64)[:, None] * pitch
-    step_at = row.to(tl.int64)[:, None] * step_row
     x_row = x + token * stride_x
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for i in range(PASSES):
         column = i * COLUMNS + tl.arange(0, COLUMNS)
-        group = column // SPAN
-        first = group * WIDTH + column % SPAN
-        live = here[:, None] & (column < n_words)[None, :]
-        word = tl.load(word_row + column[None, :], mask=live, other=0)
+        word, live, step_at, first = _tile(words, row, column, n_out, n_words, pitch, step_row, WIDTH, SPAN)
         part = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         x_sum = tl.zeros([COLUMNS], dtype=tl.float32)
         for j in tl.static_range(32 // BITS):
@@ -100,10 +132,10 @@ def one_token(
             part += _number(word, exponent, j, BITS) * x_k[None, :]
             if HAS_ZERO:
                 x_sum += x_k
+        scale, shift = _scale(step, zero, step_at, live, BITS, HAS_ZERO)
         if HAS_ZERO:
-            z = tl.load(zero + step_at + group[None, :], mask=live, other=0).to(tl.float32)
-            part -= (z - (1 << (BITS - 1))) * x_sum[None, :]
-        total += part * tl.load(step + step_at + group[None, :], mask=live, other=0.0).to(tl.float32)
+            part -= shift * x_sum[None, :]
+        total += part * scale
     result = tl.sum(total, axis=1)
     if HAS_BIAS:
         result += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)
@@ -163,22 +195,12 @@ def several_tokens(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     here = row < n_out
-    word_row = words + row.to(tl.int64)[:, None] * pitch
-    step_at = row.to(tl.int64)[:, None] * step_row
     x_row = x + token.to(tl.int64)[None, :] * stride_x
     total = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
     for i in range(PASSES):
         column = (i * SPLIT + tl.program_id(2)) * COLUMNS + tl.arange(0, COLUMNS)
-        group = column // SPAN
-        first = group * WIDTH + column % SPAN
-        live = here[:, None] & (column < n_words)[None, :]
-        word = tl.load(word_row + column[None, :], mask=live, other=0)
-        scale = tl.load(step + step_at + group[None, :], mask=live, other=0.0).to(tl.float32)
-        shift = scale
-        if HAS_ZERO:
-            shift = tl.load(zero + step_at + group[None, :], mask=live, other=0).to(tl.float32) - (
-                1 << (BITS - 1)
-            )
+        word, live, step_at, first = _tile(words, row, column, n_out, n_words, pitch, step_row, WIDTH, SPAN)
+        scale, shift = _scale(step, zero, step_at, live, BITS, HAS_ZERO)
         for j in tl.static_range(32 // BITS):
             k = first + j * SPAN
             inside = _live(column, k, n_in, n_words, WIDTH, SPAN, FULL)
@@ -214,15 +236,8 @@ def unpacked(
     """Weights `[n_out, n_in]`, computed in float32 and rounded once to the dtype of `w`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    group = column // SPAN
-    first = group * WIDTH + column % SPAN
-    live = (row < n_out)[:, None] & (column < n_words)[None, :]
-    word = tl.load(words + row.to(tl.int64)[:, None] * pitch + column[None, :], mask=live, other=0)
-    step_at = row.to(tl.int64)[:, None] * step_row + group[None, :]
-    scale = tl.load(step + step_at, mask=live, other=0.0).to(tl.float32)
-    shift = scale
-    if HAS_ZERO:
-        shift = tl.load(zero + step_at, mask=live, other=0).to(tl.float32) - (1 << (BITS - 1))
+    word, live, step_at, first = _tile(words, row, column, n_out, n_words, pitch, step_row, WIDTH, SPAN)
+    scale, shift = _scale(step, zero, step_at, live, BITS, HAS_ZERO)
     w_row = w + row.to(tl.int64)[:, None] * n_in
     for j in tl.static_range(32 // BITS):
         k = first + j * SPAN

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,43 +122,52 @@ class _Call:
             row,
         )
 
-    def constants(self) -> dict[str, int | bool]:
+    def some_rows(self, rows: slice) -> _Call:
+        """The same of some rows of the weight."""
+        words = self.words[rows]
+        if not self.step_row:  # all rows share one step
+            return replace(self, words=words, n_out=words.shape[0])
+        return replace(self, words=words, step=self.step[rows], zero=self.zero[rows], n_out=words.shape[0])
+
+    def arguments(self, tile: table.Tile) -> dict[str, Any]:
+        """What all programs take of a weight and a tile."""
+        f = self.fields
         return {
-            "BITS": self.fields.bits,
-            "WIDTH": self.fields.width,
-            "SPAN": self.fields.span,
-            "FULL": self.fields.full,
+            "words": self.words,
+            "step": self.step,
+            "zero": self.zero,
+            "n_out": self.n_out,
+            "n_in": f.n_in,
+            "n_words": f.n_words,
+            "pitch": f.pitch,
+            "step_row": self.step_row,
+            "BITS": f.bits,
+            "WIDTH": f.width,
+            "SPAN": f.span,
+            "FULL": f.full,
             "HAS_ZERO": self.has_zero,
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
         }
 
 
 def _decode(call: _Call, x: Tensor, bias: Tensor | None) -> Tensor:
     from auto_round.kernels.triton_code import EXPONENT, one_token
 
-    f = call.fields
+    n_words = call.fields.n_words
     y = torch.empty(x.shape[0], call.n_out, dtype=x.dtype, device=x.device)
-    tile = table.decode_tile(call.n_out, f.n_words)
+    tile = table.decode_tile(call.n_out, n_words)
     one_token[(-(-call.n_out // tile.rows), x.shape[0])](
-        x,
-        call.words,
-        call.step,
-        call.zero,
-        x if bias is None else bias,
-        y,
-        call.n_out,
-        f.n_in,
-        f.n_words,
-        f.pitch,
-        call.step_row,
-        EXPONENT,
-        x.stride(0),
-        **call.constants(),
+        x=x,
+        bias=x if bias is None else bias,
+        y=y,
+        exponent=EXPONENT,
+        stride_x=x.stride(0),
+        **call.arguments(tile),
         HAS_BIAS=bias is not None,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        PASSES=-(-f.n_words // tile.columns),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        PASSES=-(-n_words // tile.columns),
     )
     return y
 
@@ -165,40 +175,27 @@ def _decode(call: _Call, x: Tensor, bias: Tensor | None) -> Tensor:
 def _fused(call: _Call, x: Tensor, bias: Tensor | None) -> Tensor:
     from auto_round.kernels.triton_code import EXPONENT, several_tokens
 
-    f = call.fields
-    n_tokens = x.shape[0]
+    n_tokens, n_words = x.shape[0], call.fields.n_words
     tile = table.prefill_tile(n_tokens)
     grid = (-(-call.n_out // tile.rows), -(-n_tokens // tile.tokens))
-    split = table.splits(grid[0] * grid[1], -(-f.n_words // tile.columns), _processors(x.device))
+    split = table.splits(grid[0] * grid[1], -(-n_words // tile.columns), _processors(x.device))
     shape, dtype = (n_tokens, call.n_out), x.dtype
     if split > 1:
         shape, dtype = (split * n_tokens, call.n_out), torch.float32
     y = torch.empty(shape, dtype=dtype, device=x.device)
     in_program = bias is not None and split == 1
     several_tokens[(*grid, split)](
-        x,
-        call.words,
-        call.step,
-        call.zero,
-        bias if in_program else x,
-        y,
-        n_tokens,
-        call.n_out,
-        f.n_in,
-        f.n_words,
-        f.pitch,
-        call.step_row,
-        EXPONENT,
-        x.stride(0),
-        **call.constants(),
+        x=x,
+        bias=bias if in_program else x,
+        y=y,
+        n_tokens=n_tokens,
+        exponent=EXPONENT,
+        stride_x=x.stride(0),
+        **call.arguments(tile),
         HAS_BIAS=in_program,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
         TOKENS=tile.tokens,
         SPLIT=split,
-        PASSES=-(-f.n_words // (tile.columns * split)),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        PASSES=-(-n_words // (tile.columns * split)),
     )
     if split == 1:
         return y
@@ -212,36 +209,20 @@ def _dense(call: _Call, x: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty(x.shape[0], call.n_out, dtype=x.dtype, device=x.device)
     scratch = torch.empty(rows, n_in, dtype=x.dtype, device=x.device)
     for start in range(0, call.n_out, rows):
-        stop = min(start + rows, call.n_out)
-        w = _unpacked(call, start, scratch[: stop - start])
-        y[:, start:stop] = torch.nn.functional.linear(x, w, None if bias is None else bias[start:stop])
+        band = slice(start, min(start + rows, call.n_out))
+        w = _unpacked(call.some_rows(band), scratch[: band.stop - start])
+        y[:, band] = torch.nn.functional.linear(x, w, None if bias is None else bias[band])
     return y
 
 
-def _unpacked(call: _Call, start: int, w: Tensor) -> Tensor:
-    """Fill `w` with the weights of as many rows from `start` on."""
+def _unpacked(call: _Call, w: Tensor) -> Tensor:
+    """Fill `w` `[out, in]` with the weights."""
     from auto_round.kernels.triton_code import EXPONENT, unpacked
 
-    f, tile, rows = call.fields, table.UNPACK, slice(start, start + w.shape[0])
-    scale_rows = rows if call.step_row else slice(None)
-    columns = min(tile.columns, table.power_above(f.n_words))
-    unpacked[(-(-w.shape[0] // tile.rows), -(-f.n_words // columns))](
-        call.words[rows],
-        call.step[scale_rows],
-        call.zero[scale_rows],
-        w,
-        w.shape[0],
-        f.n_in,
-        f.n_words,
-        f.pitch,
-        call.step_row,
-        EXPONENT,
-        **call.constants(),
-        ROWS=tile.rows,
-        COLUMNS=columns,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    n_words = call.fields.n_words
+    tile = replace(table.UNPACK, columns=min(table.UNPACK.columns, table.power_above(n_words)))
+    grid = (-(-call.n_out // tile.rows), -(-n_words // tile.columns))
+    unpacked[grid](w=w, exponent=EXPONENT, **call.arguments(tile))
     return w
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.models.layer import Layer
 from auto_round.numerics.activation import ActivationFormat
-from auto_round.schemes.condense import condense
+from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 
 _WEIGHT = ".weight"
@@ -23,13 +23,13 @@ def refuse_unreachable(plan: Plan, layers: Sequence[Layer]) -> None:
     chosen = [layer for layer in layers if plan.activation_of(layer.name) is not None]
     fused = [layer.name for layer in chosen if layer.block is not None and _module(layer) is None]
     if fused:
-        reason = f"{_some(fused)} share one parameter with others, so that their inputs cannot be told apart"
+        reason = f"{some(fused)} share one parameter with others, so that their inputs cannot be told apart"
         refusals.append(
             Refusal("activations", reason, "keep them (--ignore_layers), or give them act_bits 16")
         )
     outside = [layer.name for layer in chosen if layer.block is None]
     if outside:
-        reason = f"{_some(outside)} lies outside of the blocks, where inputs are not quantized"
+        reason = f"{some(outside)} lies outside of the blocks, where inputs are not quantized"
         remedy = f'leave it out, or layer_config {{"{outside[0]}": {{"act_bits": 16}}}}'
         refusals.append(Refusal("activations", reason, remedy))
     if refusals:
@@ -64,7 +64,3 @@ def _module(layer: Layer) -> str | None:
     if layer.expert is not None or layer.rows is not None or not layer.parameter.endswith(_WEIGHT):
         return None
     return layer.parameter.removesuffix(_WEIGHT)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(str, condense(names)))

@@ -13,7 +13,7 @@ from auto_round.log import logger
 from auto_round.pipeline.activations import activation_formats
 from auto_round.pipeline.job import Job
 from auto_round.tuning.objective import PLAIN, Objective, block_objective
-from auto_round.tuning.steps import batch_rows
+from auto_round.tuning.steps import rows_seen
 from auto_round.tuning.weights import fake_weights
 
 CPU_FLOPS = 3e11
@@ -48,9 +48,8 @@ def _seconds(job: Job) -> float:
     """Rough time of all tuning steps without compiling: forward, and both gradients."""
     weights = sum(math.prod(layer.shape) for layer in job.source.layers if layer.block is not None)
     tokens = 0 if job.rows is None else len(job.rows.rows[0].input_ids)
-    rows = sum(batch_rows(job.tune, step) for step in range(job.tune.iters)) * job.tune.accumulate
     rate = CPU_FLOPS if job.device.type == "cpu" else ACCELERATOR_FLOPS
-    return 6 * weights * tokens * rows / rate
+    return 6 * weights * tokens * rows_seen(job.tune) / rate
 
 
 def compiled_objective() -> Objective:

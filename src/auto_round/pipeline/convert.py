@@ -20,6 +20,7 @@ from auto_round.export.exporter import Exporter, Recasts
 from auto_round.export.hf_config import write_configs
 from auto_round.export.manifest import Manifest, make_manifest
 from auto_round.export.table import parse_formats, refusals
+from auto_round.export.unplanned import with_unplanned
 from auto_round.log import logger
 from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
@@ -189,7 +190,8 @@ def _exact(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write_configs(folder: Path, stored: Stored, exporter: Exporter, plan: Plan) -> None:
-    quantization = exporter.config(plan, stored.layers, stored.blocks, stored.facts)
+    plan, layers = with_unplanned(plan, stored.layers, stored.blocks, stored.tensors)
+    quantization = exporter.config(plan, layers, stored.blocks, stored.facts)
     dtype = exporter.float_dtype if isinstance(exporter, Recasts) else None
     write_configs(folder, stored.config, quantization, dtype=dtype)
 

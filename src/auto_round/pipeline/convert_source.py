@@ -43,7 +43,7 @@ class Stored:
     Attributes:
         folder: the folder.
         config: its `config.json`.
-        layers: packed matrices and the plain ones in blocks.
+        layers: packed matrices, the plain ones in blocks, and the head.
         blocks: its blocks.
         plan: schemes of the packed ones; the others are kept.
         tensors: everything on disk, packed tensors of a layer as one `weight`.
@@ -94,7 +94,7 @@ def open_stored(path: Path, checkpoint: Checkpoint) -> Stored:
         UnsupportedError: weights that are no packed whole numbers.
     """
     folder = read_folder(path)
-    matrices = [m for m in folder.matrices if m.packed or m.in_block]
+    matrices = [m for m in folder.matrices if m.packed or m.in_block or _is_head(m)]
     other = [m.name for m in folder.packed if m.order == OTHER]
     if other:
         raise UnsupportedError(
@@ -180,11 +180,14 @@ def _layers(matrices: Sequence[Matrix], dtype: torch.dtype) -> tuple[Layer, ...]
         if found is not None:
             block, role = numbers[found[1]], role_in_block(found[3], matrix.shape[0], experts)
         else:
-            last = matrix.name.rpartition(".")[2]
-            block, role = None, Role.HEAD if last == "lm_head" else Role.OUTSIDE
+            block, role = None, Role.HEAD if _is_head(matrix) else Role.OUTSIDE
         tensor = f"{matrix.name}.weight"
         made.append(Layer(matrix.name, tensor, tensor, matrix.shape, dtype, block, role))
     return tuple(made)
+
+
+def _is_head(matrix: Matrix) -> bool:
+    return matrix.name.rpartition(".")[2] == "lm_head"
 
 
 def _prefixes(matrices: Sequence[Matrix]) -> list[str]:

@@ -15,7 +15,7 @@ from auto_round.pipeline.memory import peak_bytes
 from auto_round.pipeline.plan_table import manifests
 from auto_round.pipeline.prepare import held_out_rows, needs_rows
 from auto_round.pipeline.trace import SPILL_BYTES
-from auto_round.tuning.steps import batch_rows, held_out_looks
+from auto_round.tuning.steps import held_out_looks, rows_seen
 
 TUNING_BYTES = 25
 """Memory of a weight under tuning beside the model's own copy: offset, best offset so far and gradient in
@@ -146,7 +146,7 @@ def measure_sizes(job: Job) -> Sizes:
     return Sizes(
         tokens=rows * wanted.seqlen,
         batch_tokens=batch * wanted.seqlen,
-        pass_tokens=min(job.tune.rows_at_once or batch, batch) * wanted.seqlen,
+        pass_tokens=min(job.tune.pass_rows, batch) * wanted.seqlen,
         stream=rows * wanted.seqlen * int(config.hidden_size) * itemsize,
         block=largest * itemsize,
         block_weights=largest,
@@ -236,9 +236,9 @@ def _seconds(job: Job, sizes: Sizes, rates: Rates) -> float:
         candidates = 0 if job.effort is None else job.effort.points + 3 * job.effort.rounds
         moved += quantized * SEARCH_BYTES * (candidates if not job.tune.iters else candidates // 4)
     if sizes.tokens and job.tune.iters:
-        rows = sum(batch_rows(job.tune, step) for step in range(job.tune.iters)) * job.tune.accumulate
         passes += PASSES * min(
-            rows * job.options.calibration.seqlen, job.tune.iters * job.tune.accumulate * sizes.batch_tokens
+            rows_seen(job.tune) * job.options.calibration.seqlen,
+            job.tune.iters * job.tune.accumulate * sizes.batch_tokens,
         )
         looks = 1 + len(held_out_looks(job.tune))
         passes += looks * held_out_rows(job.options.calibration.nsamples) * job.options.calibration.seqlen

@@ -40,6 +40,13 @@ def condense(names: Iterable[str]) -> list[NameSet]:
     return [NameSet(template, box) for template, tuples in rows.items() for box in _boxes(sorted(tuples))]
 
 
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The names condensed, in one line; of many sets the first `most`, and how many more there are."""
+    sets = [str(found) for found in condense(names)]
+    rest = len(sets) - most
+    return ", ".join(sets[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def _is_number(part: str) -> bool:
     return part.isascii() and part.isdigit() and (part == "0" or part[0] != "0")
 

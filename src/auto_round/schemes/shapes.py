@@ -6,15 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from auto_round.errors import ConfigError
-from auto_round.schemes.condense import condense
+from auto_round.schemes.condense import some
 
 MULTIPLE = 32
 """Codes are packed 32 at a time along both axes by the GPTQ layout and its kernels."""
 
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
 """Group sizes that are offered when the asked one does not divide."""
-
-_LISTED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,6 @@ def refuse_misfits(misfits: Iterable[Misfit]) -> None:
 
 
 def _line(group_size: int, n_in: int, names: list[str]) -> str:
-    sets = [str(s) for s in condense(names)]
-    where = ", ".join(sets[:_LISTED]) + (f" and {len(sets) - _LISTED} more" if len(sets) > _LISTED else "")
     fitting = ", ".join(str(size) for size in GROUP_SIZES if divides(size, n_in))
+    where = some(names, most=4)
     return f"{where}: in_features {n_in} is no multiple of {group_size}; these sizes fit: {fitting}"

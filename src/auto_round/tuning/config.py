@@ -60,6 +60,11 @@ class TuneConfig:
     keep_best: bool = True
     patience: int = 0
 
+    @property
+    def pass_rows(self) -> int:
+        """Most samples in one pass through the block."""
+        return self.rows_at_once or self.batch_size
+
     def __post_init__(self) -> None:
         for name, least in (
             ("iters", 0),

@@ -191,7 +191,7 @@ class _Loop:
         pick = torch.as_tensor(batch)
         mask = None if samples.masks is None else samples.masks[pick]
         count = counted_elements(samples.targets[pick], mask).to(self._device)
-        at_once = self._config.rows_at_once or len(batch)
+        at_once = self._config.pass_rows
         for start in range(0, len(batch), at_once):
             yield batch[start : start + at_once], count
 

@@ -95,6 +95,11 @@ def batch_rows(config: TuneConfig, step: int) -> int:
     return max(1, round(config.batch_size * share))
 
 
+def rows_seen(config: TuneConfig) -> int:
+    """Rows that all steps of a run see, if there are enough of them for whole batches."""
+    return sum(batch_rows(config, step) for step in range(config.iters)) * config.accumulate
+
+
 def held_out_looks(config: TuneConfig) -> list[int]:
     """Steps after which the held-out loss is looked at: in the second half, or throughout with `patience`.
 

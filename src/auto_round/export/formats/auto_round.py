@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-from torch import Tensor
 
 from auto_round.errors import InternalError, Refusal
 from auto_round.export.auto_round_config import quantization_config
 from auto_round.export.exporter import Facts
-from auto_round.export.packed import gather_refusals, prefixed, quantized_layers, refuse_unloadable
+from auto_round.export.packed import OneLayout, gather_refusals, quantized_layers, refuse_unloadable
 from auto_round.layouts.integers import is_symmetric
-from auto_round.layouts.layout import Layout, TensorSpec
+from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import AWQ_GEMM, GPTQ_V1, layout_for
 from auto_round.models.layer import Block, Layer
 from auto_round.numerics.format import Format
-from auto_round.numerics.qtensor import QTensor
 from auto_round.schemes.plan import Plan
 
 AWQ_BITS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class AutoRoundFormat:
+class AutoRoundFormat(OneLayout):
     """Packed whole numbers with one of four `packing_format`s.
 
     A quantized head that was tied to the embedding is written apart (`lm_head.qweight`, ...); the embedding
@@ -47,14 +44,6 @@ class AutoRoundFormat:
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """One refusal for each reason, with the layers that it holds for."""
         return gather_refusals(plan, layers, self.for_plan(plan, layers)._refusal)
-
-    def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
-        """`<layer>.qweight`, `<layer>.qzeros` and `<layer>.scales`."""
-        return prefixed(layer, self._layout().spec(fmt, layer.shape))
-
-    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
-        """The tensors of `spec`."""
-        return prefixed(layer, self._layout().pack(q))
 
     def config(
         self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from auto_round.errors import Refusal
 from auto_round.export.awq_config import awq_config, clashes
 from auto_round.export.exporter import Facts
-from auto_round.export.packed import (
-    gather_refusals,
-    prefixed,
-    quantized_layers,
-    refuse_outside,
-    refuse_scale_dtype,
-    refuse_unloadable,
-)
-from auto_round.layouts.layout import TensorSpec
+from auto_round.export.packed import OneLayout, gather_refusals, quantized_layers, refuse_foreign
+from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import AWQ_GEMM
 from auto_round.models.layer import Block, Layer, Role
 from auto_round.numerics.format import Format
-from auto_round.numerics.qtensor import QTensor
 from auto_round.schemes.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
-class AWQFormat:
+class AWQFormat(OneLayout):
     """4-bit whole numbers, symmetric or not, in AWQ order: `qweight`, `qzeros`, `scales`.
 
     Attributes:
@@ -52,26 +43,17 @@ class AWQFormat:
         """One refusal for each reason, with the layers that it holds for."""
         return [*gather_refusals(plan, layers, self._refusal), *self._of_all(plan, layers)]
 
-    def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
-        """`<layer>.qweight`, `<layer>.qzeros` and `<layer>.scales`."""
-        return prefixed(layer, AWQ_GEMM.spec(fmt, layer.shape))
-
-    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
-        """The tensors of `spec`."""
-        return prefixed(layer, AWQ_GEMM.pack(q))
-
     def config(
         self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
     ) -> dict[str, Any] | None:
         """The `quantization_config`; None when the plan quantizes nothing. Facts are left to report.json."""
         return awq_config(plan, layers, blocks)
 
+    def _layout(self) -> Layout:
+        return AWQ_GEMM
+
     def _refusal(self, layer: Layer, fmt: Format) -> Refusal | None:
-        refusal = (
-            refuse_unloadable(self.name, layer, fmt, AWQ_GEMM)
-            or refuse_scale_dtype(self.name, layer, fmt)
-            or refuse_outside(self.name, layer, fmt)
-        )
+        refusal = refuse_foreign(self.name, layer, fmt, AWQ_GEMM)
         if refusal is None and layer.role is Role.HEAD:
             return Refusal(
                 self.name,

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from auto_round.errors import Refusal
 from auto_round.export.exporter import Facts
 from auto_round.export.gptq_config import gptq_config
-from auto_round.export.packed import (
-    gather_refusals,
-    prefixed,
-    quantized_layers,
-    refuse_outside,
-    refuse_scale_dtype,
-    refuse_unloadable,
-    some,
-)
+from auto_round.export.packed import OneLayout, gather_refusals, quantized_layers, refuse_foreign
 from auto_round.layouts.integers import is_symmetric
-from auto_round.layouts.layout import Layout, TensorSpec
+from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import CHECKPOINT_LAYOUTS, GPTQ_V1_INDEXED
 from auto_round.models.layer import Block, Layer
 from auto_round.numerics.format import Format
-from auto_round.numerics.qtensor import QTensor
+from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
-class GPTQFormat:
+class GPTQFormat(OneLayout):
     """Packed whole numbers as GPTQ tools write them: `qweight`, `qzeros`, `scales`, `g_idx`.
 
     Attributes:
@@ -78,14 +69,6 @@ class GPTQFormat:
             )
         return notes
 
-    def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
-        """`<layer>.qweight`, `<layer>.qzeros`, `<layer>.scales` and `<layer>.g_idx`."""
-        return prefixed(layer, self._layout().spec(fmt, layer.shape))
-
-    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
-        """The tensors of `spec`."""
-        return prefixed(layer, self._layout().pack(q))
-
     def config(
         self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
     ) -> dict[str, Any] | None:
@@ -96,8 +79,4 @@ class GPTQFormat:
         return CHECKPOINT_LAYOUTS[self.checkpoint_format]
 
     def _refusal(self, layer: Layer, fmt: Format) -> Refusal | None:
-        return (
-            refuse_unloadable(self.name, layer, fmt, self._layout())
-            or refuse_scale_dtype(self.name, layer, fmt)
-            or refuse_outside(self.name, layer, fmt)
-        )
+        return refuse_foreign(self.name, layer, fmt, self._layout())

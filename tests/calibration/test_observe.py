@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from auto_round.calibration.observe import InputSquares, observe_inputs
+from auto_round.calibration.observe import InputMoments, observe_inputs
 from auto_round.errors import ConfigError, NumericsError
+from auto_round.numerics.importance import TILE
 
 
 class Block(nn.Module):
@@ -30,9 +31,25 @@ def test_mean_squares_equal_those_of_all_inputs_at_once() -> None:
             block(x)
     x = torch.cat(batches).reshape(-1, 8)
     assert seen["up"].count == len(x) == 30
-    torch.testing.assert_close(seen["up"].importance(), x.double().square().mean(0).float())
+    torch.testing.assert_close(seen["up"].importance().squares, x.double().square().mean(0).float())
     inner = block.up(x).relu().detach()
-    torch.testing.assert_close(seen["mlp.down"].importance(), inner.square().mean(0))
+    torch.testing.assert_close(seen["mlp.down"].importance().squares, inner.square().mean(0))
+
+
+def test_products_of_neighbours_are_shrunk_and_end_with_the_squares() -> None:
+    moments, x = InputMoments(), draw(1000, 300) + draw(1000, 1, seed=1)
+    for part in x.split(300):
+        moments.add(part)
+    found = moments.importance()
+    assert found is not None
+    assert found.products is not None
+    assert found.products.shape == (3, TILE, TILE)
+    padded = torch.nn.functional.pad(x, (0, 3 * TILE - 300))
+    for i, tile in enumerate(found.products):
+        part = padded[:, i * TILE : (i + 1) * TILE]
+        want = part.T @ part / (1000 + TILE)
+        want.diagonal().copy_(part.square().mean(0))
+        torch.testing.assert_close(tile, want)
 
 
 def test_padding_does_not_count() -> None:
@@ -41,13 +58,13 @@ def test_padding_does_not_count() -> None:
     with torch.no_grad(), observe_inputs(block, ["up"], mask_of=lambda: mask) as seen:
         block(torch.where(mask[..., None], x, torch.inf))
     assert seen["up"].count == 7
-    torch.testing.assert_close(seen["up"].importance(), x[mask].square().mean(0))
+    torch.testing.assert_close(seen["up"].importance().squares, x[mask].square().mean(0))
 
 
 def test_a_mask_of_another_shape_is_left_aside() -> None:
-    squares = InputSquares()
-    squares.add(draw(6, 4), mask=torch.zeros(2, 3, dtype=torch.bool))
-    assert squares.count == 6
+    moments = InputMoments()
+    moments.add(draw(6, 4), mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert moments.count == 6
 
 
 def test_the_block_is_left_as_it_was() -> None:
@@ -58,27 +75,27 @@ def test_the_block_is_left_as_it_was() -> None:
 
 
 def test_bfloat16_squares_do_not_saturate_the_sum() -> None:
-    squares = InputSquares()
+    moments = InputMoments()
     for _ in range(64):
-        squares.add(torch.full((4096, 3), 1.5, dtype=torch.bfloat16))
-    importance = squares.importance()
+        moments.add(torch.full((4096, 3), 1.5, dtype=torch.bfloat16))
+    importance = moments.importance()
     assert importance is not None
-    assert importance.tolist() == [2.25, 2.25, 2.25]
-    assert importance.dtype == torch.float32
+    assert importance.squares.tolist() == [2.25, 2.25, 2.25]
+    assert importance.squares.dtype == torch.float32
 
 
 def test_nothing_seen_is_none() -> None:
-    squares = InputSquares()
-    assert squares.importance() is None
-    squares.add(torch.zeros(0, 4))
-    assert squares.importance() is None
+    moments = InputMoments()
+    assert moments.importance() is None
+    moments.add(torch.zeros(0, 4))
+    assert moments.importance() is None
 
 
 def test_values_that_are_not_finite_are_counted() -> None:
-    squares = InputSquares()
-    squares.add(torch.tensor([[1.0, torch.nan, torch.inf]]))
+    moments = InputMoments()
+    moments.add(torch.tensor([[1.0, torch.nan, torch.inf]]))
     with pytest.raises(NumericsError, match="2 of 3"):
-        squares.importance()
+        moments.importance()
 
 
 def test_unknown_modules_are_named() -> None:

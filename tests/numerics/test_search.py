@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_round.numerics.format import CHUNK
+from auto_round.numerics.importance import Importance
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.scale import Knobs
 from auto_round.numerics.search import QUICK, THOROUGH, search_knobs
@@ -22,6 +23,10 @@ def errors(fmt, w, knobs, importance=None):
     if importance is not None:
         square = square * importance
     return fmt.group.split(square).sum(-1)
+
+
+def weighed(squares):
+    return None if squares is None else Importance(squares)
 
 
 def measured(fmt, w):
@@ -42,7 +47,7 @@ def test_never_worse_than_the_measured_range(bits, sym, group, effort, weighted,
     fmt = int_format(bits, group, sym=sym)
     w = random_weight((6, 80), seed)
     importance = torch.rand(80, generator=torch.Generator().manual_seed(seed)) + 0.01 if weighted else None
-    found = errors(fmt, w, search_knobs(fmt, w, importance, effort), importance)
+    found = errors(fmt, w, search_knobs(fmt, w, weighed(importance), effort), importance)
     plain = errors(fmt, w, measured(fmt, w), importance)
     assert (found <= plain * (1 + 1e-4) + 1e-12).all()
 
@@ -71,7 +76,7 @@ def test_near_the_best_of_a_fine_grid(bits, sym, weighted):
     best = brute_force(fmt, w, importance).sum()
     plain = errors(fmt, w, measured(fmt, w), importance).sum()
     for effort in (THOROUGH, QUICK):
-        found = errors(fmt, w, search_knobs(fmt, w, importance, effort), importance).sum()
+        found = errors(fmt, w, search_knobs(fmt, w, weighed(importance), effort), importance).sum()
         assert found <= plain
         missed = (found - best) / (plain - best)
         assert missed < (0.1 if sym else 0.4)  # measured: at most 0.05 and 0.32
@@ -87,13 +92,13 @@ def test_importance_decides_what_is_kept(sym):
     matters[5], does_not[5] = 1e3, 0.0
 
     def outlier_error(importance):
-        q = fmt.quantize(w, search_knobs(fmt, w, importance, THOROUGH))
+        q = fmt.quantize(w, search_knobs(fmt, w, weighed(importance), THOROUGH))
         return (fmt.dequantize(q) - w)[:, 5].abs().mean()
 
     assert outlier_error(matters) < 0.2
     assert outlier_error(does_not) > 1.0
     others = [i for i in range(16) if i != 5]
-    kept = fmt.dequantize(fmt.quantize(w, search_knobs(fmt, w, does_not, THOROUGH)))[:, others]
+    kept = fmt.dequantize(fmt.quantize(w, search_knobs(fmt, w, Importance(does_not), THOROUGH)))[:, others]
     lost = fmt.dequantize(fmt.quantize(w))[:, others]
     gain = (kept - w[:, others]).square().sum() / (lost - w[:, others]).square().sum()
     assert gain < (0.3 if sym else 0.6)
@@ -105,7 +110,7 @@ def test_the_scale_of_the_importance_does_not_matter(sym, group):
     fmt = int_format(3, group, sym=sym)
     w = random_weight((4, 64), 1)
     importance = torch.rand(64, generator=torch.Generator().manual_seed(2)) + 0.1
-    one, *others = (search_knobs(fmt, w, f * importance, QUICK) for f in (1.0, 2.0**10, 2.0**-40))
+    one, *others = (search_knobs(fmt, w, Importance(f * importance), QUICK) for f in (1.0, 2.0**10, 2.0**-40))
     for other in others:
         assert torch.equal(one.lo, other.lo)
         assert torch.equal(one.hi, other.hi)
@@ -115,7 +120,7 @@ def test_the_scale_of_the_importance_does_not_matter(sym, group):
 def test_importance_that_says_nothing_weighs_all_alike(bad):
     fmt = int_format(3, 32, sym=True)
     w = random_weight((4, 64), 1)
-    assert torch.equal(search_knobs(fmt, w, bad, QUICK).lo, search_knobs(fmt, w, None, QUICK).lo)
+    assert torch.equal(search_knobs(fmt, w, Importance(bad), QUICK).lo, search_knobs(fmt, w, None, QUICK).lo)
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -124,10 +129,10 @@ def test_experts_are_searched_one_by_one(sym, group):
     fmt = int_format(3, group, sym=sym)
     w = random_weight((2, 3, 4, 48), 3)
     importance = torch.rand(48, generator=torch.Generator().manual_seed(2)) + 0.1
-    knobs = search_knobs(fmt, w, importance, QUICK)
+    knobs = search_knobs(fmt, w, weighed(importance), QUICK)
     assert knobs.lo.shape == fmt.group.scale_shape(w.shape)
     for i, j in itertools.product(range(2), range(3)):
-        alone = search_knobs(fmt, w[i, j], importance, QUICK)
+        alone = search_knobs(fmt, w[i, j], weighed(importance), QUICK)
         assert torch.equal(knobs.lo[i, j], alone.lo)
         assert torch.equal(knobs.hi[i, j], alone.hi)
 
@@ -146,7 +151,7 @@ def test_zeros_and_tiny_weights_are_left_alone(sym):
     fmt = int_format(4, 32, sym=sym)
     w = random_weight((4, 64), 5)
     w[0], w[1, :32], w[2] = 0, 0, w[2] * 1e-30
-    knobs = search_knobs(fmt, w, torch.ones(64), THOROUGH)
+    knobs = search_knobs(fmt, w, Importance(torch.ones(64)), THOROUGH)
     for side in (knobs.lo, knobs.hi):
         assert torch.isfinite(side).all()
         assert ((side >= 0) & (side <= 16)).all()

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from auto_round.numerics.importance import Importance
 from auto_round.numerics.presets import GGUF_FORMATS
 from auto_round.numerics.scale import Knobs, Scale
 from auto_round.numerics.scale_two_level import Multiples, SharedAffine, SharedSigned
@@ -160,7 +161,7 @@ def test_the_search_lowers_the_error(name, effort, weighted, seed):
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(4, 512, generator=generator)
     importance = torch.rand(512, generator=generator) + 0.01 if weighted else None
-    found = search_knobs(fmt, w, importance, effort)
+    found = search_knobs(fmt, w, None if importance is None else Importance(importance), effort)
     assert all(bool(((k >= 0) & (k <= 16)).all()) for k in (found.lo, found.hi))
     assert errors(fmt, w, found, importance) < errors(fmt, w, None, importance)
 
@@ -177,7 +178,7 @@ def test_the_search_is_worth_its_time(name):
     importance = torch.rand(1024, generator=generator).square() + 0.01
     plain = errors(fmt, w, None, importance)
     quick, thorough = (
-        errors(fmt, w, search_knobs(fmt, w, importance, e), importance) for e in (QUICK, THOROUGH)
+        errors(fmt, w, search_knobs(fmt, w, Importance(importance), e), importance) for e in (QUICK, THOROUGH)
     )
     assert quick < GAIN[name] * plain
     assert thorough < 1.01 * quick
@@ -201,7 +202,7 @@ def test_rows_with_nothing_in_them_survive_the_search(name):
     w = torch.randn(5, 512, generator=torch.Generator().manual_seed(0))
     w[0], w[1, :256], w[2] = 0, 0, w[2] * 1e-30
     w[3] = w[3].abs()
-    seen = fmt.dequantize(fmt.quantize(w, search_knobs(fmt, w, torch.ones(512), THOROUGH)))
+    seen = fmt.dequantize(fmt.quantize(w, search_knobs(fmt, w, Importance(torch.ones(512)), THOROUGH)))
     assert torch.isfinite(seen).all()
     assert (seen[0] == 0).all()
     assert (seen[1, :256] == 0).all()

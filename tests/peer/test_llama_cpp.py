@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from auto_round.config import build_options
+from auto_round.export.gguf.imatrix import Importances, read_imatrix, write_imatrix
 from auto_round.pipeline.quantize import run
 from auto_round.schemes.gguf_types import FILE_TYPES
 from export.gguf.reread import reread
@@ -144,3 +145,57 @@ def test_sentencepiece_by_merges(tmp_path: Path) -> None:
     LLAMA_CPP.run("load_with_llama_cpp.py", {"jobs": [job]}, tmp_path)
     facts = json.loads((tmp_path / "answer" / "facts.json").read_text())
     assert facts["tokens"] == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+
+def _weighted_errors(file: Path, source: Path, importances: Importances) -> dict[str, float]:
+    """Error of each matrix of a file against the 16-bit file, weighted by importances."""
+    there = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    found = {}
+    for tensor in gguf.GGUFReader(source).tensors:
+        if tensor.name in importances.rows:
+            stored = there[tensor.name]
+            error = gguf.quants.dequantize(stored.data, stored.tensor_type) - tensor.data.astype(np.float32)
+            found[tensor.name] = float((error**2 * importances.rows[tensor.name].numpy()).sum())
+    return found
+
+
+def test_quantizer_takes_our_importances(tmp_path: Path) -> None:
+    """Q2_K_S is refused unless every matrix of a block has importances of the right length."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    model = save_small_model("qwen3", tmp_path / "model", **sizes)
+    rows = torch.randint(3, 250, (10, 32), generator=torch.Generator().manual_seed(2)).tolist()
+    path = tmp_path / "imatrix.gguf"
+    common = {"model": str(model), "iters": 0, "nsamples": 8, "seqlen": 32, "device_map": "cpu"}
+    ours = {
+        **common,
+        "format": "gguf:q2_k_s",
+        "output_dir": str(tmp_path / "ours"),
+        "save_imatrix": str(path),
+    }
+    run(build_options(ours), dataset=rows)
+    run(build_options({**common, "format": "gguf:f16", "output_dir": str(tmp_path / "f16")}))
+    (source,) = (tmp_path / "f16").glob("*.gguf")
+    whole = read_imatrix(path)
+    ones = Importances({n: torch.ones_like(r) for n, r in whole.rows.items()}, whole.counts)
+    fewer = {n: r for n, r in whole.rows.items() if n != "blk.1.ffn_up.weight"}
+    write_imatrix(tmp_path / "ones.gguf", ones)
+    write_imatrix(tmp_path / "fewer.gguf", Importances(fewer, whole.counts))
+    jobs = [
+        {"source": str(source), "target": str(tmp_path / f"{name}.out"), "imatrix": imatrix}
+        | {"type": FILE_TYPES["q2_k_s"].number}
+        for name, imatrix in (
+            ("ours", str(path)),
+            ("ones", str(tmp_path / "ones.gguf")),
+            ("fewer", str(tmp_path / "fewer.gguf")),
+            ("none", None),
+        )
+    ]
+    request = {"jobs": jobs, "out": str(tmp_path / "codes.json")}
+    LLAMA_CPP.run("quantize_with_llama_cpp.py", request, tmp_path)
+    steered, flat, *incomplete = json.loads((tmp_path / "codes.json").read_text())
+    assert steered == flat == 0
+    assert all(incomplete), "one matrix without importances is enough to be refused"
+    with_ours, with_ones = (
+        _weighted_errors(tmp_path / f"{name}.out", source, whole) for name in ("ours", "ones")
+    )
+    assert all(with_ours[name] < with_ones[name] for name in with_ours)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from auto_round.errors import CheckpointError, ConfigError
 from auto_round.testing.tiny_models import tiny_config, tiny_model
@@ -92,6 +94,17 @@ def test_another_model_is_refused(tiny, interrupted):
     changed = tiny("qwen3", rope_theta=5e5, **HEADS)
     with pytest.raises(ConfigError, match="model"):
         quantize(changed, interrupted)
+
+
+def test_the_same_model_with_other_weights_is_refused(tiny, tmp_path):
+    model = shutil.copytree(tiny("qwen3", **HEADS), tmp_path / "model")
+    with pytest.raises(Stop):
+        quantize(model, tmp_path / "out", progress=stop_after(1))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 5] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"cannot continue(.|\n)*- model: "):
+        quantize(model, tmp_path / "out")
 
 
 def test_a_run_may_begin_anew(tiny, interrupted):

@@ -60,7 +60,12 @@ def test_vectors_and_norms_stay_in_32_bits() -> None:
     assert not is_quantizable(Shape("blk.0.ffn_gate_inp_shexp.weight", (1, 64)))
     assert not is_quantizable(Shape("blk.0.attn_q_norm.weight", (4, 64)))
     assert not is_quantizable(Shape("blk.0.attn_q.bias", (64,)))
+    assert not is_quantizable(Shape("blk.0.shortconv.conv.weight", (64, 3)))
+    assert not is_quantizable(Shape("blk.0.ssm_conv1d.weight", (64, 4)))
+    assert not is_quantizable(Shape("per_layer_model_proj.weight", (64, 64)))
     assert is_quantizable(Shape("blk.0.ffn_down_exps.weight", (4, 1, 64)))
+    assert is_quantizable(Shape("blk.0.shortconv.in_proj.weight", (192, 64)))
+    assert is_quantizable(Shape("blk.0.time_mix_key.weight", (64, 64)))
 
 
 @pytest.mark.parametrize("name", [n for n, t in TYPES.items() if t.preset is not None])

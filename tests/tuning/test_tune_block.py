@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from auto_round.errors import ConfigError, NumericsError
+from auto_round.numerics.importance import Importance
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.search import QUICK, THOROUGH
 from auto_round.tuning.config import Optimizer, TuneConfig
@@ -116,7 +117,10 @@ def test_a_start_with_importance_and_a_weight_held_more_exactly():
         n: p.float() + 1e-3 * torch.randn(p.shape, generator=generator(5))
         for n, p in block.named_parameters()
     }
-    importance = {"up.weight": torch.linspace(0.1, 4, HIDDEN), "down.weight": torch.linspace(4, 0.1, 64)}
+    importance = {
+        "up.weight": Importance(torch.linspace(0.1, 4, HIDDEN)),
+        "down.weight": Importance(torch.linspace(4, 0.1, 64)),
+    }
     tasked = {n: WeightTask(W2, exact[n], importance[n]) for n in tasks(block)}
     data = samples(block)
     got = tune_block(block, tasked, data, data, TuneConfig(iters=0), generator=generator())

@@ -1,4 +1,4 @@
-"""What flows into linear layers: the mean square of each input channel, the weight of its rounding errors."""
+"""What flows into linear layers: second moments of the input channels, the weights of rounding errors."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, NumericsError, nearest
+from auto_round.numerics.importance import TILE, Importance
 
 MaskOf = Callable[[], Tensor | None]
 
 
-class InputSquares:
-    """Sum of squares of each input channel over all tokens seen.
+class InputMoments:
+    """Second moments of the input channels over all tokens seen.
 
     Attributes:
-        total: `[in] float64` (float32 on devices without it); None before the first token.
+        squares: sum of squares, `[in] float64` (float32 on devices without it); None before the first token.
+        products: sum of products inside of each tile, `[n_tiles, TILE, TILE] float32`; None like `squares`.
         count: tokens seen.
     """
 
     def __init__(self) -> None:
-        self.total: Tensor | None = None
+        self.squares: Tensor | None = None
+        self.products: Tensor | None = None
         self.count = 0
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Count activations.
 
         Args:
-            x: `[..., in]`, any float dtype; squared in float32.
+            x: `[..., in]`, any float dtype; multiplied in float32.
             mask: bool over the leading dimensions of `x`, False for tokens that do not count; None: all
                 count. Ignored where its shape is another, as behind a router that picked tokens.
         """
@@ -40,27 +43,40 @@ class InputSquares:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         squares = rows.square().sum(dim=0, dtype=exact)
-        self.total = squares if self.total is None else self.total + squares
+        tiles = nn.functional.pad(rows, (0, -rows.shape[-1] % TILE)).reshape(
+            len(rows), -(-rows.shape[-1] // TILE), TILE
+        )
+        products = torch.bmm(tiles.permute(1, 2, 0), tiles.permute(1, 0, 2))
+        self.squares = squares if self.squares is None else self.squares + squares
+        self.products = products if self.products is None else self.products.add_(products)
         self.count += rows.shape[0]
 
-    def importance(self) -> Tensor | None:
-        """Return the mean square of each channel, `[in] float32`; None when no token was seen.
+    def importance(self) -> Importance | None:
+        """Return the mean squares and products; None when no token was seen.
+
+        Products are shrunk as if `TILE` more tokens had been seen whose channels had nothing in common:
+        few tokens say little about them.
 
         Raises:
             NumericsError: an activation was not finite.
         """
-        if self.total is None or self.count == 0:
+        if self.squares is None or self.products is None or self.count == 0:
             return None
-        mean = (self.total / self.count).float()
-        if bad := int((~mean.isfinite()).sum()):
-            raise NumericsError(f"{bad} of {mean.numel()} input channels saw activations that are not finite")
-        return mean
+        squares = (self.squares / self.count).float()
+        if bad := int((~squares.isfinite()).sum()):
+            raise NumericsError(
+                f"{bad} of {squares.numel()} input channels saw activations that are not finite"
+            )
+        products = self.products / (self.count + TILE)
+        padded = nn.functional.pad(squares, (0, -squares.shape[0] % TILE))
+        products.diagonal(dim1=1, dim2=2).copy_(padded.reshape(-1, TILE))
+        return Importance(squares, products)
 
 
 @contextmanager
 def observe_inputs(
     block: nn.Module, names: Sequence[str], mask_of: MaskOf | None = None
-) -> Iterator[Mapping[str, InputSquares]]:
+) -> Iterator[Mapping[str, InputMoments]]:
     """Count what flows into some modules of a block while the context lasts.
 
     Args:
@@ -79,20 +95,20 @@ def observe_inputs(
         raise ConfigError(
             f'the block has no module "{missing[0]}"; {nearest(missing[0], filter(None, modules))}'
         )
-    squares = {name: InputSquares() for name in names}
+    moments = {name: InputMoments() for name in names}
     handles = [
         modules[name].register_forward_pre_hook(partial(_observe, seen, mask_of), with_kwargs=True)
-        for name, seen in squares.items()
+        for name, seen in moments.items()
     ]
     try:
-        yield squares
+        yield moments
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _observe(
-    squares: InputSquares,
+    moments: InputMoments,
     mask_of: MaskOf | None,
     module: nn.Module,
     args: tuple[Any, ...],
@@ -100,4 +116,4 @@ def _observe(
 ) -> None:
     del module
     x = args[0] if args else next(iter(kwargs.values()))
-    squares.add(x, None if mask_of is None else mask_of())
+    moments.add(x, None if mask_of is None else mask_of())

@@ -295,6 +295,10 @@ class OutputOptions:
             "taken from it"
         ),
     )
+    save_imatrix: str | None = option(
+        None,
+        Spec("GGUF: file for the importances that this run measures, which llama.cpp and --imatrix read"),
+    )
     max_shard_size: int = option(
         "5GB", Spec('largest weight file, for example "5GB" or "512MiB"', convert=values.size_bytes)
     )

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from auto_round.checkpoint.writer import Shard
 from auto_round.errors import Refusal
 from auto_round.layouts.layout import TensorSpec
 from auto_round.models.layer import Block, Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.schemes.plan import Plan
+
+if TYPE_CHECKING:
+    from auto_round.export.manifest import Manifest
 
 Facts = Mapping[str, bool | int | float | str | None]
 """How a model was tuned, by option name, for example `{"iters": 200, "nsamples": 128}`."""
@@ -69,4 +74,40 @@ class Warns(Protocol):
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
         """What the user may want to change, one sentence each; asked before any tuning."""
+        ...
+
+
+@runtime_checkable
+class OneFile(Protocol):
+    """An exporter of one file of its own kind, which holds everything that a loader needs."""
+
+    @property
+    def file(self) -> str:
+        """Name of the file inside the output folder."""
+        ...
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The file as the shard writer wants it."""
+        ...
+
+    def read_part(self, folder: Path, name: str) -> bytes:
+        """Bytes of a tensor of the manifest, as they lie in the file."""
+        ...
+
+    def histogram(self) -> Mapping[str, tuple[int, int, int]]:
+        """Type name -> number of tensors, weights and bytes."""
+        ...
+
+
+@runtime_checkable
+class StoresAll(Protocol):
+    """An exporter that stores tensors outside of quantized layers its own way too."""
+
+    def manifest(self, plan: Plan, layers: Sequence[Layer]) -> Manifest:
+        """Every tensor of the output."""
+        ...
+
+    def encode_plain(self, source: str, value: Tensor) -> Mapping[str, Tensor]:
+        """Stored tensors of one that is not quantized, given by its name and value in the source."""
         ...

@@ -1,6 +1,11 @@
-"""Weights of a band of rows as the search sees them: errors and sums of each group for any scale."""
+"""Weights of a band of rows as the search sees them: errors and sums of each group for any scale.
+
+`Band` weighs the error of each weight by itself, `CorrelatedBand` knows in addition which errors cancel.
+"""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +35,18 @@ def fold(x: Tensor, dim: int) -> Tensor:
         x.narrow(dim, 0, half).add_(x.narrow(dim, half + odd, half))
         length = half + odd
     return x.select(dim, 0)
+
+
+class Errors(Protocol):
+    """What a search asks about a band of rows."""
+
+    def error(self, grid: Grid, scale: Scale) -> Tensor:
+        """Weighted squared error of each group, `[rows, n_groups]`, when rounded with `scale`."""
+        ...
+
+    def moments(self, grid: Grid, scale: Scale) -> Moments:
+        """Sums over the numbers that `scale` leads to, zero point removed."""
+        ...
 
 
 class Band:
@@ -68,12 +85,73 @@ class Band:
         return Moments(self._one, fold(weighted, 0).clone(), self._sum, nn, nw)
 
     def _round(self, grid: Grid, scale: Scale) -> tuple[Tensor, Tensor]:
-        """Weights in units of the step, and their numbers; both without the zero point."""
-        inverse = 1.0 / scale.step
-        u = torch.mul(self._w, inverse, out=self._u)
-        if scale.floor is not None:
-            u.add_(scale.floor * inverse)
-        n = grid.snap(u, scale.zero, out=self._n)
-        if scale.zero is not None:
-            n.sub_(scale.zero)
-        return u, n
+        return _round(self._w, grid, scale, self._u, self._n)
+
+
+class CorrelatedBand:
+    """Weights of a band of rows and the products of the inputs that they are multiplied by.
+
+    Args:
+        w: `[rows, n_groups, width]` float32.
+        products: `[n_groups * k, piece, piece]` float32: each group is cut into `k` pieces, the last one of
+            a row may be filled up.
+    """
+
+    def __init__(self, w: Tensor, products: Tensor) -> None:
+        rows, self._n_groups, width = w.shape
+        count, piece, _ = products.shape
+        self._per_group = count // self._n_groups
+        if missing := self._per_group * piece - width:
+            w = torch.nn.functional.pad(w, (0, missing))
+        self._w = w.reshape(rows, count, piece).transpose(0, 1).contiguous()
+        self._products = products
+        self._u, self._n, self._cost = (torch.empty_like(self._w) for _ in range(3))
+        each = products.sum(-1)
+        self._each = each.unsqueeze(1)
+        self._one = self._by_group(each.sum(-1, keepdim=True).expand(count, rows))
+        self._sum = self._by_group((self._w * self._each).sum(-1))
+
+    def error(self, grid: Grid, scale: Scale) -> Tensor:
+        """Mean square of what each group's errors do to the output, `[rows, n_groups]`."""
+        u, n = self._round(grid, scale)
+        u.sub_(n)
+        cost = torch.bmm(u, self._products, out=self._cost).mul_(u)
+        return self._by_group(cost.sum(-1)) * scale.step.square()
+
+    def moments(self, grid: Grid, scale: Scale) -> Moments:
+        """Sums over the numbers that `scale` leads to, zero point removed."""
+        u, n = self._round(grid, scale)
+        cost = torch.bmm(n, self._products, out=self._cost)
+        nn = self._by_group(torch.mul(cost, n, out=u).sum(-1))
+        nw = self._by_group(torch.mul(cost, self._w, out=u).sum(-1))
+        return Moments(self._one, self._by_group(torch.mul(n, self._each, out=u).sum(-1)), self._sum, nn, nw)
+
+    def _round(self, grid: Grid, scale: Scale) -> tuple[Tensor, Tensor]:
+        zero, floor = scale.zero, scale.floor
+        here = Scale(
+            self._by_piece(scale.step),
+            None if zero is None else self._by_piece(zero),
+            floor=None if floor is None else self._by_piece(floor),
+        )
+        return _round(self._w, grid, here, self._u, self._n)
+
+    def _by_piece(self, x: Tensor) -> Tensor:
+        """`[rows, n_groups]` -> `[n_groups * k, rows, 1]`."""
+        return x.T.repeat_interleave(self._per_group, 0).unsqueeze(-1)
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """`[n_groups * k, rows]` -> `[rows, n_groups]`, summed."""
+        return x.reshape(self._n_groups, self._per_group, -1).sum(1).T
+
+
+def _round(w: Tensor, grid: Grid, scale: Scale, u: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights in units of the step, into `u`, and their numbers, into `n`; both without the zero point."""
+    inverse = 1.0 / scale.step
+    if scale.floor is None:
+        u = torch.mul(w, inverse, out=u)
+    else:
+        u = torch.addcmul(scale.floor * inverse, w, inverse, out=u)
+    n = grid.snap(u, scale.zero, out=n)
+    if scale.zero is not None:
+        n.sub_(scale.zero)
+    return u, n

@@ -100,7 +100,7 @@ class ScaleRule(Protocol):
     """How a group's scale follows from its statistics and knobs."""
 
     @property
-    def alone(self) -> ScaleRule:
+    def alone(self) -> SearchableRule:
         """The rule of a group that shares nothing with others: itself, unless groups share a number."""
         ...
 
@@ -115,6 +115,10 @@ class ScaleRule(Protocol):
     def read(self, parts: Mapping[str, Tensor]) -> Scale:
         """Scale of stored parts; `read(fit(...).parts)` equals `fit(...)` bit for bit."""
         ...
+
+
+class SearchableRule(ScaleRule, Protocol):
+    """A rule of groups by themselves, and which knobs a search should try."""
 
     def starts(self, stats: Stats, grid: Grid, points: int) -> Iterator[Knobs]:
         """Knobs worth trying first in a search, about `points` sizes of the range."""
@@ -221,8 +225,28 @@ def signed_knobs(stats: Stats, size: Tensor, negative: Tensor) -> Knobs:
     return Knobs(torch.where(negative, lo, nothing), torch.where(negative, nothing, hi))
 
 
-UNEVEN = (0.7, 0.85, 1.0)
+_UNEVEN = (0.7, 0.85, 1.0)
 """Sizes of single ends tried by asymmetric rules: 1 to 2 % less weight error at few bits (docs/LOG.md)."""
+
+
+def even_starts(stats: Stats, least: float, most: float, points: int) -> Iterator[Knobs]:
+    """Sizes of the whole range, both ends alike."""
+    for size in torch.linspace(least, most, points).tolist():
+        knob = torch.full_like(stats.lo, size)
+        yield Knobs(knob, knob)
+
+
+def uneven_starts(stats: Stats) -> Iterator[Knobs]:
+    """One end of the range shorter than the other."""
+    for lo, hi in permutations(_UNEVEN, 2):
+        yield Knobs(torch.full_like(stats.lo, lo), torch.full_like(stats.hi, hi))
+
+
+def end_moves(knobs: Knobs, radius: float) -> Iterator[Knobs]:
+    """One end of the range a little further in or out."""
+    for factor in (1 - radius, 1 + radius):
+        yield Knobs(knobs.lo * factor, knobs.hi)
+        yield Knobs(knobs.lo, knobs.hi * factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,17 +292,12 @@ class MinMax:
 
     def starts(self, stats: Stats, grid: Grid, points: int) -> Iterator[Knobs]:
         """Sizes of the whole range, both ends alike, then one end shorter than the other."""
-        for m in torch.linspace(0.45, 0.98, points).tolist():
-            knob = torch.full_like(stats.lo, m)
-            yield Knobs(knob, knob)
-        for lo, hi in permutations(UNEVEN, 2):
-            yield Knobs(torch.full_like(stats.lo, lo), torch.full_like(stats.hi, hi))
+        yield from even_starts(stats, 0.45, 0.98, points)
+        yield from uneven_starts(stats)
 
     def moves(self, knobs: Knobs, radius: float) -> Iterator[Knobs]:
         """One end a little further in or out."""
-        for factor in (1 - radius, 1 + radius):
-            yield Knobs(knobs.lo * factor, knobs.hi)
-            yield Knobs(knobs.lo, knobs.hi * factor)
+        yield from end_moves(knobs, radius)
 
     def refit(self, stats: Stats, grid: Grid, scale: Scale, moments: Moments) -> Knobs | None:
         """Least-squares step for the given numbers; both ends are moved alike."""

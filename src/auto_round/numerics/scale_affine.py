@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 
 import torch
 from torch import Tensor
 
 from auto_round.numerics.grid import Grid
-from auto_round.numerics.scale import MAX_KNOB, UNEVEN, Knobs, Moments, PartSpec, Scale, Stats, legal_step
+from auto_round.numerics.scale import (
+    MAX_KNOB,
+    Knobs,
+    Moments,
+    PartSpec,
+    Scale,
+    Stats,
+    end_moves,
+    even_starts,
+    legal_step,
+    uneven_starts,
+)
 from auto_round.numerics.ste import cast_ste
 
 _SIZES = 5
@@ -57,18 +67,13 @@ class Affine:
 
     def starts(self, stats: Stats, grid: Grid, points: int) -> Iterator[Knobs]:
         """Sizes of the range, both ends alike; at few bits then one end shorter than the other."""
-        for m in torch.linspace(0.6, 1.0, min(points, _SIZES)).tolist():
-            knob = torch.full_like(stats.lo, m)
-            yield Knobs(knob, knob)
+        yield from even_starts(stats, 0.6, 1.0, min(points, _SIZES))
         if grid.bits <= _UNEVEN_BITS:
-            for lo, hi in permutations(UNEVEN, 2):
-                yield Knobs(torch.full_like(stats.lo, lo), torch.full_like(stats.hi, hi))
+            yield from uneven_starts(stats)
 
     def moves(self, knobs: Knobs, radius: float) -> Iterator[Knobs]:
         """One end a little further in or out."""
-        for factor in (1 - radius, 1 + radius):
-            yield Knobs(knobs.lo * factor, knobs.hi)
-            yield Knobs(knobs.lo, knobs.hi * factor)
+        yield from end_moves(knobs, radius)
 
     def refit(self, stats: Stats, grid: Grid, scale: Scale, moments: Moments) -> Knobs | None:
         """Knobs of the line of least squares through `(n, w)`."""

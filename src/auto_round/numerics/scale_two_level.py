@@ -6,7 +6,7 @@ Source: llama.cpp's K-quants (`ggml-common.h: block_q2_K ... block_q6_K`), arith
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -177,18 +177,6 @@ class SharedSigned:
         """The extreme is the step times the lowest number."""
         return signed_knobs(stats, step.abs() * -grid.lo, step > 0)
 
-    def starts(self, stats: Stats, grid: Grid, points: int) -> Iterator[Knobs]:
-        """Those of a group alone."""
-        return self.alone.starts(stats, grid, points)
-
-    def moves(self, knobs: Knobs, radius: float) -> Iterator[Knobs]:
-        """Those of a group alone."""
-        return self.alone.moves(knobs, radius)
-
-    def refit(self, stats: Stats, grid: Grid, scale: Scale, moments: Moments) -> Knobs | None:
-        """That of a group alone."""
-        return self.alone.refit(stats, grid, scale, moments)
-
 
 @dataclass(frozen=True, slots=True)
 class SharedAffine:
@@ -241,15 +229,3 @@ class SharedAffine:
     def knobs(self, stats: Stats, grid: Grid, step: Tensor, floor: Tensor | None) -> Knobs:
         """Both ends of the range."""
         return affine_knobs(stats, grid, step, torch.zeros_like(step) if floor is None else floor)
-
-    def starts(self, stats: Stats, grid: Grid, points: int) -> Iterator[Knobs]:
-        """Those of a group alone."""
-        return self.alone.starts(stats, grid, points)
-
-    def moves(self, knobs: Knobs, radius: float) -> Iterator[Knobs]:
-        """Those of a group alone."""
-        return self.alone.moves(knobs, radius)
-
-    def refit(self, stats: Stats, grid: Grid, scale: Scale, moments: Moments) -> Knobs | None:
-        """That of a group alone."""
-        return self.alone.refit(stats, grid, scale, moments)

@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from auto_round.numerics.band import Band, by_place
+from auto_round.numerics.band import Band, CorrelatedBand, Errors, by_place
 from auto_round.numerics.format import Format
-from auto_round.numerics.scale import Knobs, Stats
+from auto_round.numerics.grid import Grid
+from auto_round.numerics.importance import Importance
+from auto_round.numerics.scale import Knobs, SearchableRule, Stats
 from auto_round.numerics.scale_two_level import SharedAffine, SharedSigned
 from auto_round.numerics.search_shared import SharedSearch
 
-BAND = 1 << 18
-"""Weights searched at a time: few enough for a cache, enough to outweigh the calls on small arrays."""
+BAND = 1 << 20
+"""Weights searched at a time: enough to outweigh the calls on small arrays, also of several threads, which
+wait for each other between calls (docs/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,31 +33,38 @@ class Effort:
         points: sizes of the whole range that are tried first.
         rounds: rounds of local moves and least-squares refits after that.
         shared_rounds: rounds over numbers that groups share.
+        distances: how far around what was found ranges are tried again, where products of inputs are known;
+            one round of moves and refits follows each six.
     """
 
     points: int
     rounds: int
     shared_rounds: int
+    distances: int
 
 
+FARTHEST = 0.45
+"""Ranges are tried again up to this share around the best one by squares alone."""
 FIRST_POINTS = 16
 FIRST_ROUNDS = 2
 """The first level's effort where a second follows: more would be lost again in rounding to multiples."""
-QUICK = Effort(points=10, rounds=2, shared_rounds=1)
+QUICK = Effort(points=10, rounds=2, shared_rounds=1, distances=6)
 """Before tuning: offsets and multipliers are learned afterwards."""
-THOROUGH = Effort(points=48, rounds=5, shared_rounds=2)
+THOROUGH = Effort(points=48, rounds=5, shared_rounds=1, distances=24)
 """For optimized RTN, where nothing follows."""
 
 
-def search_knobs(fmt: Format, w: Tensor, importance: Tensor | None, effort: Effort) -> Knobs:
+def search_knobs(fmt: Format, w: Tensor, importance: Importance | None, effort: Effort) -> Knobs:
     """Knobs of smallest `sum(importance * (w - dequantize(quantize(w)))**2)` in each group.
 
-    Never worse than the measured range: that is the first candidate.
+    Where products of inputs are known, the knobs found so are the start of a second search for the smallest
+    mean square of what the errors of a group do to the output. Never worse than the measured range: that is
+    the first candidate.
 
     Args:
         fmt: numeric format.
         w: weight `[..., out, in]`.
-        importance: `[in]`, not negative; None, or one without a finite positive mean, weighs all the same.
+        importance: second moments of the `in` inputs; None, or one that is not usable, weighs all the same.
         effort: how long to search.
 
     Returns:
@@ -66,8 +76,12 @@ def search_knobs(fmt: Format, w: Tensor, importance: Tensor | None, effort: Effo
             lead = w.shape[:-2]
             return Knobs(*(_stack(side, lead) for side in ([p.lo for p in parts], [p.hi for p in parts])))
         rows = w.shape[0] if fmt.group.size == 0 else max(1, BAND // max(1, w.shape[-1]))
-        weight = _weights(fmt, min(rows, w.shape[0]), importance, w)
-        bands = [_search(fmt, w[i : i + rows], weight, effort) for i in range(0, w.shape[0], rows)]
+        weight = products = None
+        if importance is not None and importance.usable:
+            flat = importance.weights(w.device)
+            weight = by_place(fmt.group.split(flat.expand(min(rows, w.shape[0]), -1)))
+            products = importance.pieces(fmt.group, w.device)
+        bands = [_search(fmt, w[i : i + rows], weight, products, effort) for i in range(0, w.shape[0], rows)]
         return Knobs(torch.cat([b.lo for b in bands]), torch.cat([b.hi for b in bands]))
 
 
@@ -75,53 +89,61 @@ def _stack(tensors: list[Tensor], lead: torch.Size) -> Tensor:
     return torch.stack(tensors).reshape(*lead, *tensors[0].shape)
 
 
-def _weights(fmt: Format, rows: int, importance: Tensor | None, w: Tensor) -> Tensor | None:
-    """Importance of a band of `rows`, `[width, rows, n_groups]`, mean 1, zeros lifted: no weight is free."""
-    if importance is None:
-        return None
-    flat = importance.to(device=w.device, dtype=torch.float32).reshape(1, -1)
-    mean = flat.mean()
-    if not bool(torch.isfinite(mean)) or mean <= 0:
-        return None
-    flat = (flat / mean).clamp_min(1e-4)
-    return by_place(fmt.group.split(flat.expand(rows, -1)))
-
-
-def _search(fmt: Format, w: Tensor, weight: Tensor | None, effort: Effort) -> Knobs:
-    stats = fmt.stats(w)
-    places = by_place(fmt.group.split(w).to(torch.float32))
-    band = Band(places, None if weight is None else weight[:, : places.shape[1]].contiguous())
-    if not isinstance(fmt.rule, (SharedSigned, SharedAffine)):
-        return _Groups(fmt, stats, band).search(effort)
-    first = replace(effort, points=min(effort.points, FIRST_POINTS), rounds=FIRST_ROUNDS)
-    knobs = _Groups(replace(fmt, rule=fmt.rule.alone), stats, band).search(first)
-    return SharedSearch(fmt, fmt.rule, stats, band).search(knobs, effort.shared_rounds)
+def _search(fmt: Format, w: Tensor, weight: Tensor | None, products: Tensor | None, effort: Effort) -> Knobs:
+    stats, rule, alone = fmt.stats(w), fmt.rule, fmt.rule.alone
+    shares = isinstance(rule, (SharedSigned, SharedAffine))
+    first = (
+        replace(effort, points=min(effort.points, FIRST_POINTS), rounds=FIRST_ROUNDS) if shares else effort
+    )
+    grouped = fmt.group.split(w).to(torch.float32)
+    places = by_place(grouped)
+    band: Errors = Band(places, None if weight is None else weight[:, : places.shape[1]].contiguous())
+    ones = torch.ones_like(stats.lo)
+    knobs = _Groups(fmt.grid, alone, stats, band, Knobs(ones, ones)).search(first)
+    if products is not None:
+        band = CorrelatedBand(grouped, products)
+        knobs = _Groups(fmt.grid, alone, stats, band, knobs).search_around(effort.distances)
+    if isinstance(rule, (SharedSigned, SharedAffine)):
+        return SharedSearch(fmt, rule, stats, band).search(knobs, effort.shared_rounds)
+    return knobs
 
 
 class _Groups:
     """Search over the groups of a band of rows, each by itself; keeps the best knobs so far."""
 
-    def __init__(self, fmt: Format, stats: Stats, band: Band) -> None:
-        self._fmt, self._stats, self._band = fmt, stats, band
-        ones = torch.ones_like(stats.lo)
-        self._best = Knobs(ones.clone(), ones.clone())
-        self._error = self._try(self._best)
+    def __init__(self, grid: Grid, rule: SearchableRule, stats: Stats, band: Errors, start: Knobs) -> None:
+        self._grid, self._rule, self._stats, self._band = grid, rule, stats, band
+        self._best = start
+        self._error = self._try(start)
 
     def search(self, effort: Effort) -> Knobs:
-        rule, grid = self._fmt.rule, self._fmt.grid
-        for knobs in rule.starts(self._stats, grid, effort.points):
+        """Over the rule's own starts, then by refits and ever smaller moves."""
+        for knobs in self._rule.starts(self._stats, self._grid, effort.points):
             self._consider(knobs)
         for i in range(effort.rounds):
-            scale = rule.fit(self._stats, grid, self._best)
-            refit = rule.refit(self._stats, grid, scale, self._band.moments(grid, scale))
-            if refit is not None:
-                self._consider(refit)
-            for knobs in rule.moves(self._best, 0.08 / 2**i):
-                self._consider(knobs)
+            self._improve(0.08 / 2**i)
         return self._best
 
+    def search_around(self, distances: int) -> Knobs:
+        """Around the start, as far as `FARTHEST`, then by refits and ever smaller moves."""
+        start = self._best
+        for i in range(distances):
+            for knobs in self._rule.moves(start, FARTHEST * (i + 1) / distances):
+                self._consider(knobs)
+        for i in range(distances // 6):
+            self._improve(0.03 / 2**i)
+        return self._best
+
+    def _improve(self, radius: float) -> None:
+        scale = self._rule.fit(self._stats, self._grid, self._best)
+        refit = self._rule.refit(self._stats, self._grid, scale, self._band.moments(self._grid, scale))
+        if refit is not None:
+            self._consider(refit)
+        for knobs in self._rule.moves(self._best, radius):
+            self._consider(knobs)
+
     def _try(self, knobs: Knobs) -> Tensor:
-        return self._band.error(self._fmt.grid, self._fmt.rule.fit(self._stats, self._fmt.grid, knobs))
+        return self._band.error(self._grid, self._rule.fit(self._stats, self._grid, knobs))
 
     def _consider(self, knobs: Knobs) -> None:
         error = self._try(knobs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import InternalError
-from auto_round.numerics.band import Band, fold
+from auto_round.numerics.band import Errors, fold
 from auto_round.numerics.format import Format
 from auto_round.numerics.scale import Knobs, Moments, Scale, Stats
 from auto_round.numerics.scale_two_level import Multiples, TwoLevel, gather, spread
@@ -126,7 +126,7 @@ class State:
 class SharedSearch:
     """Search over the blocks of a band of rows."""
 
-    def __init__(self, fmt: Format, rule: TwoLevel, stats: Stats, band: Band) -> None:
+    def __init__(self, fmt: Format, rule: TwoLevel, stats: Stats, band: Errors) -> None:
         self._fmt, self._rule, self._stats, self._band = fmt, rule, stats, band
 
     def search(self, knobs: Knobs, rounds: int) -> Knobs:

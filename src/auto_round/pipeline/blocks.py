@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from auto_round.calibration.observe import observe_inputs
+from auto_round.calibration.observe import InputMoments, observe_inputs
 from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
 from auto_round.models.layer import Layer
 from auto_round.numerics.format import Format
+from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.activations import formats_inside
 from auto_round.pipeline.arguments import ArgumentTable
 from auto_round.pipeline.group import BlockGroup, GroupArguments
+from auto_round.pipeline.input_squares import InputSquares
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.streams import Streams
 from auto_round.tuning.objective import Objective
@@ -36,11 +38,13 @@ class GroupResult:
         layers: quantized layers by name.
         others: retrained norm weights and biases by module parameter name.
         tuned: losses and the step kept.
+        inputs: name of a tensor in the source -> what flowed into it; empty unless that is to be written.
     """
 
     layers: Mapping[str, tuple[Layer, QTensor]]
     others: Mapping[str, Tensor]
     tuned: TunedBlock
+    inputs: Mapping[str, InputSquares]
 
 
 def tune_group(
@@ -67,7 +71,9 @@ def tune_group(
         originals = {name: group.get_parameter(name).detach() for name in formats}
         group.to(job.dtype)
         arguments = GroupArguments(table, indices, job.device)
-        targets, importance = _references(job, group, formats, streams, arguments)
+        observed = _observed(job, indices, group, formats)
+        targets, moments = _references(job, group, observed, streams, arguments)
+        importance = {n: found for n, m in moments.items() if (found := m.importance()) is not None}
         stack.enter_context(quantized_inputs(group, formats_inside(job.plan, job.source.layers, prefixes)))
         inputs = streams.quantized if job.options.tune.enable_quanted_input else streams.reference
         tunable = streams.tuned > 0 and not any(table.skipped(i) for i in indices)
@@ -84,7 +90,8 @@ def tune_group(
         _advance(job, group, tuned, streams, targets, arguments)
     layers = _layers_of(job, indices, tuned.weights)
     others = {_outside(name, prefixes): value for name, value in tuned.others.items()}
-    return GroupResult(layers, others, tuned)
+    seen = _inputs_of(job, indices, importance, moments) if job.saves_imatrix else {}
+    return GroupResult(layers, others, tuned, seen)
 
 
 def _samples(
@@ -145,10 +152,21 @@ def _outside(name: str, prefixes: Mapping[str, str]) -> str:
     return f"{prefixes[position]}.{rest}"
 
 
+def _observed(
+    job: Job, indices: Sequence[int], group: BlockGroup, formats: Mapping[str, Format]
+) -> list[str]:
+    """Linear modules whose inputs matter: quantized ones for the search, kept ones too for a file."""
+    names = list(formats) if job.tune.search else []
+    if job.saves_imatrix:
+        names = [_inside(job, indices, layer) for layer in job.source.layers if layer.block in indices]
+    unique = dict.fromkeys(n for n in names if isinstance(_owner(group, n), nn.Linear))
+    return [n.removesuffix(".weight") for n in unique]
+
+
 def _references(
-    job: Job, group: BlockGroup, formats: Mapping[str, Format], streams: Streams, arguments: GroupArguments
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Outputs of the unquantized group, and by parameter the mean square of each input channel.
+    job: Job, group: BlockGroup, observed: Sequence[str], streams: Streams, arguments: GroupArguments
+) -> tuple[Tensor, dict[str, InputMoments]]:
+    """Outputs of the unquantized group, and by parameter the second moments of its inputs.
 
     The channels are observed on the unquantized stream, over the rows that are tuned on.
     """
@@ -157,19 +175,29 @@ def _references(
         run_block,
         group,
         everything,
-        batch_size=job.tune.rows_at_once or job.tune.batch_size,
+        batch_size=job.tune.pass_rows,
         device=job.device,
     )
     targets = torch.empty_like(streams.reference)
-    linears = []
-    if job.tune.search:
-        linears = [n.removesuffix(".weight") for n in formats if isinstance(_owner(group, n), nn.Linear)]
     masks = streams.masks
-    with observe_inputs(group, linears, None if masks is None else lambda: masks[arguments.last]) as seen:
+    with observe_inputs(group, observed, None if masks is None else lambda: masks[arguments.last]) as seen:
         run(targets, rows=range(streams.tuned))
     run(targets, rows=range(streams.tuned, streams.rows))
-    found = {f"{name}.weight": squares.importance() for name, squares in seen.items()}
-    return targets, {name: value for name, value in found.items() if value is not None}
+    return targets, {f"{name}.weight": moments for name, moments in seen.items()}
+
+
+def _inputs_of(
+    job: Job,
+    indices: Sequence[int],
+    importance: Mapping[str, Importance],
+    moments: Mapping[str, InputMoments],
+) -> dict[str, InputSquares]:
+    """What flowed into each matrix of the blocks, by its name in the source."""
+    found: dict[str, InputSquares] = {}
+    for layer in job.source.layers:
+        if layer.block in indices and (name := _inside(job, indices, layer)) in importance:
+            found[layer.tensor] = InputSquares(importance[name].squares.cpu(), moments[name].count)
+    return found
 
 
 def _owner(group: BlockGroup, parameter: str) -> nn.Module:
@@ -197,7 +225,7 @@ def _advance(
         quantized,
         inputs,
         streams.quantized,
-        batch_size=job.tune.rows_at_once or job.tune.batch_size,
+        batch_size=job.tune.pass_rows,
         device=job.device,
         rows=range(streams.rows),
     )

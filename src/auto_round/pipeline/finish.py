@@ -15,8 +15,7 @@ from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.workfolder import OURS
 from auto_round.config.groups import CalibrationOptions, TuneOptions
 from auto_round.consumers.lines import loading
-from auto_round.export.exporter import Exporter, Recasts
-from auto_round.export.gguf.exporter import GgufExporter
+from auto_round.export.exporter import Exporter, OneFile, Recasts
 from auto_round.export.hf_config import copy_side_files, read_config, write_configs
 from auto_round.export.model_card import CardFacts, write_model_card
 from auto_round.export.model_card import Measured as Figure
@@ -34,7 +33,7 @@ def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
     blocks = job.source.blocks
     plan, layers = with_unplanned(job.plan, job.source.layers, blocks, job.source.tensors)
     for name, exporter in job.exporters.items():
-        if isinstance(exporter, GgufExporter):
+        if isinstance(exporter, OneFile):
             continue  # the file holds all of it
         folder = folders[name]
         quantization = exporter.config(plan, layers, blocks, facts(job))
@@ -165,5 +164,5 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
         hub_id=hub_id,
         options=facts(job),
         engines=loading(report.get("engines", {}).get(name, {})),
-        gguf_file=exporter.file if isinstance(exporter, GgufExporter) else None,
+        gguf_file=exporter.file if isinstance(exporter, OneFile) else None,
     )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.writer import ShardWriter
-from auto_round.errors import CheckpointError, InternalError, NumericsError
+from auto_round.errors import InternalError, NumericsError
 from auto_round.export.gguf.exporter import GgufExporter, Part, pack_rows
 from auto_round.layouts.gguf import GGUF_BLOCKS
 from auto_round.numerics.presets import GGUF_FORMATS
@@ -98,28 +95,3 @@ class Rest:
             raise InternalError(f"{part.tensor.name} has no source")
         given = self.exporter.model.given[part.tensor.name]
         return given.reshape(-1, given.shape[-1])
-
-
-def check_gguf(exporter: GgufExporter, journal: Journal, folder: Path, key: str) -> int:
-    """Read every journaled part back from disk and compare its checksum; how many were read.
-
-    Raises:
-        CheckpointError: what lies on disk is not what was written; names the tensor.
-    """
-    count = 0
-    for name, expected in _journaled(journal, key):
-        if zlib.crc32(exporter.read_part(folder, name)) != expected:
-            raise CheckpointError(
-                f"{folder / exporter.file}: {name} on disk is not what was written: a failing disk? Remove "
-                "the unfinished folder and run the same command again"
-            )
-        count += 1
-    return count
-
-
-def _journaled(journal: Journal, key: str) -> Iterator[tuple[str, int]]:
-    for entry in journal.entries:
-        for tensor, checksum in entry["tensors"].items():
-            owner, _, name = tensor.partition("/")
-            if owner == key:
-                yield name, checksum

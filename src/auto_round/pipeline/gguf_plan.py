@@ -56,6 +56,7 @@ def plan_gguf(
         other_names=sorted({name.rpartition(".")[0] for name in source.tensors}),
     )
     types = choose_types(replace(model.facts, imatrix=imatrix), request.wanted, model.shapes)
+    types |= model.kept
     fixed = _fixed(base, source, model) | outside
     for name, kind in fixed.items():
         shape = next(t.shape for t in model.tensors if t.name == name)
@@ -173,6 +174,8 @@ def _entry(
     if not kinds:  # a head that the file stores as the embedding
         kinds = [types["token_embd.weight"]]
     kind = TYPES[kinds[0]]
+    if layer.tensor in model.apart:
+        return PlanEntry(None, f"stored transposed, as {kind.name.upper()} without tuning", entry.fixed)
     if kind.scheme is None:
         kept = entry.reason if entry.scheme is None else f"stored as {kind.name.upper()}"
         return PlanEntry(None, kept, entry.fixed)

@@ -81,6 +81,8 @@ def gguf_request(options: Options) -> GgufRequest | None:
     output = replace(options.output, format=",".join(names))
     if options.calibration.imatrix is not None and options.tune.iters:
         raise ConfigError("imatrix steers rounding without tuning: give --iters 0 too, or leave it out")
+    if options.calibration.imatrix is not None and options.output.save_imatrix is not None:
+        raise ConfigError("save_imatrix writes what a run measures, and with imatrix it measures nothing")
     tune = replace(options.tune, iters=0, disable_opt_rtn=True) if plain else options.tune
     return GgufRequest(wanted, others, replace(options, scheme=changed, output=output, tune=tune))
 
@@ -92,7 +94,11 @@ def _refuse_gguf_options(options: Options, *, by_scheme: bool) -> None:
         raise ConfigError(
             f"scheme {options.scheme.scheme} belongs to GGUF files: leave out the format {', '.join(others)}"
         )
-    given = {"gguf_template": options.output.gguf_template, "imatrix": options.calibration.imatrix}
+    given = {
+        "gguf_template": options.output.gguf_template,
+        "imatrix": options.calibration.imatrix,
+        "save_imatrix": options.output.save_imatrix,
+    }
     for name, value in given.items():
         if value is not None:
             raise ConfigError(

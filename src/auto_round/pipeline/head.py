@@ -4,32 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from auto_round.calibration.observe import InputSquares
+from auto_round.calibration.observe import InputMoments
 from auto_round.errors import NumericsError
 from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
+from auto_round.pipeline.input_squares import InputSquares
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.streams import Streams
 from auto_round.tuning.weights import round_to_nearest
 
 
-def quantize_outside(job: Job, streams: Streams, write: Callable[[Layer, QTensor], None]) -> QTensor | None:
-    """Quantize layers that belong to no block; the head's codes are returned when it is among them.
+def quantize_outside(
+    job: Job, streams: Streams, write: Callable[[Layer, QTensor], None]
+) -> tuple[QTensor | None, dict[str, InputSquares]]:
+    """Quantize layers that belong to no block.
 
     The head is searched with the importance of its own inputs, from the unquantized stream.
+
+    Returns:
+        The head's codes when it is among them, and what flowed into it where that was measured.
 
     Raises:
         NumericsError: a weight is not finite.
     """
     head: QTensor | None = None
+    inputs: dict[str, InputSquares] = {}
     for layer, fmt in job.quantized().values():
         if layer.block is not None:
             continue
         importance = None
         # A head that stays the embedding has been rounded and used as such already.
         shared = layer.name == job.plan.tied_head and not job.plan.untie_head
-        if layer.name == job.source.head and job.tune.search and streams.tuned and not shared:
-            importance = _head_inputs(job, streams).importance()
+        measured = (job.tune.search or job.saves_imatrix) and streams.tuned
+        if layer.name == job.source.head and measured and not shared:
+            moments = _head_inputs(job, streams)
+            importance = moments.importance()
+            if importance is not None:
+                inputs[layer.tensor] = InputSquares(importance.squares.cpu(), moments.count)
         weight = job.source.read(layer).to(job.device)
         try:
             q = round_to_nearest(weight, fmt, importance, job.effort)
@@ -38,12 +49,12 @@ def quantize_outside(job: Job, streams: Streams, write: Callable[[Layer, QTensor
         write(layer, q)
         if layer.name == job.source.head:
             head = q
-    return head
+    return head, inputs
 
 
-def _head_inputs(job: Job, streams: Streams) -> InputSquares:
-    squares = InputSquares()
+def _head_inputs(job: Job, streams: Streams) -> InputMoments:
+    moments = InputMoments()
     with job.source.stem(job.device, job.dtype) as stem:
         for i in range(streams.tuned):
-            squares.add(stem.finish_inputs(streams.reference[i : i + 1].to(job.device)))
-    return squares
+            moments.add(stem.finish_inputs(streams.reference[i : i + 1].to(job.device)))
+    return moments

@@ -63,6 +63,11 @@ class Job:
         """Some rows are there to tune on, or to weigh a search by."""
         return self.rows is not None and self.tuned > 0
 
+    @property
+    def saves_imatrix(self) -> bool:
+        """Importances of inputs are written to a file at the end."""
+        return self.options.output.save_imatrix is not None
+
     def quantized(self) -> dict[str, tuple[Layer, Format]]:
         """Layers to quantize, by name, with their formats."""
         found: dict[str, tuple[Layer, Format]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.writer import ShardWriter
 from auto_round.errors import CheckpointError, NumericsError
-from auto_round.export.exporter import Exporter
+from auto_round.export.exporter import Exporter, OneFile, StoresAll
 from auto_round.export.gguf.exporter import GgufExporter
 from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
-from auto_round.pipeline.gguf_output import Rest, check_gguf
+from auto_round.pipeline.gguf_output import Rest
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.plan_table import manifest_of
 
@@ -65,7 +65,7 @@ class Outputs:
                 t: (spec.dtype, tuple(spec.shape)) for t, spec in manifest_of(job, exporter).specs.items()
             }
             self._dtypes[name] = {tensor: dtype for tensor, (dtype, _) in specs.items()}
-            shards = exporter.shards if isinstance(exporter, GgufExporter) else None
+            shards = exporter.shards if isinstance(exporter, OneFile) else None
             folder = folders[name]
             folder.mkdir(parents=True, exist_ok=True)
             size = job.options.output.max_shard_size
@@ -103,16 +103,18 @@ class Outputs:
             did); None when every format keeps it.
         """
         for name, writer in self._writers.items():
-            exporter = self._job.exporters[name]
-            if not isinstance(exporter, GgufExporter):
-                continue
-            found = self._rest(exporter).write_embedding(writer)
+            rest = self._rest(name)
+            found = None if rest is None else rest.write_embedding(writer)
             if found is not None:
                 weight, parts = found
                 return weight, {f"{_key(name)}/{part}": checksum(t) for part, t in parts.items()}
         return None
 
-    def _rest(self, exporter: GgufExporter) -> Rest:
+    def _rest(self, name: str) -> Rest | None:
+        """How to make what a GGUF file holds besides layers; None for a format that copies it."""
+        exporter = self._job.exporters[name]
+        if not isinstance(exporter, GgufExporter):
+            return None
         return Rest(exporter, self._job.source.read_tensor, self._job.effort, self._job.device)
 
     def copy_rest(self) -> None:
@@ -120,9 +122,9 @@ class Outputs:
         source = self._job.source
         folders = []
         for name, writer in self._writers.items():
-            exporter = self._job.exporters[name]
-            if isinstance(exporter, GgufExporter):
-                self._rest(exporter).write(writer)
+            rest = self._rest(name)
+            if rest is not None:
+                rest.write(writer)
             else:
                 self._recast(name, writer)
                 folders.append(writer)
@@ -139,7 +141,7 @@ class Outputs:
     def _plain(self, name: str, tensor_name: str, tensor: Tensor) -> Mapping[str, Tensor]:
         """What a format stores for a tensor that it does not quantize."""
         exporter = self._job.exporters[name]
-        if isinstance(exporter, GgufExporter):
+        if isinstance(exporter, StoresAll):
             return exporter.encode_plain(tensor_name, tensor)
         return {tensor_name: _cast(tensor_name, tensor, self._dtypes[name][tensor_name])}
 
@@ -195,23 +197,34 @@ def check_written(journal: Journal, folders: Mapping[str, Path], exporters: Mapp
     """
     count = 0
     for name, folder in folders.items():
-        exporter = exporters[name]
-        if isinstance(exporter, GgufExporter):
-            count += check_gguf(exporter, journal, folder, _key(name))
-            continue
-        with Checkpoint.open(folder) as checkpoint:
-            for entry in journal.entries:
-                for tensor, expected in entry["tensors"].items():
-                    key, _, tensor_name = tensor.partition("/")
-                    if key != _key(name):
-                        continue
-                    if checksum(checkpoint.read(tensor_name)) != expected:
-                        raise CheckpointError(
-                            f"{folder}: {tensor_name} on disk is not what was written: a failing disk? "
-                            "Remove the unfinished folder and run the same command again"
-                        )
-                    count += 1
+        with _reading_back(exporters[name], folder) as read:
+            for tensor, expected in _journaled(journal, _key(name)):
+                if read(tensor) != expected:
+                    raise CheckpointError(
+                        f"{folder}: {tensor} on disk is not what was written: a failing disk? Remove the "
+                        "unfinished folder and run the same command again"
+                    )
+                count += 1
     return count
+
+
+@contextmanager
+def _reading_back(exporter: Exporter, folder: Path) -> Iterator[Callable[[str], int]]:
+    """CRC-32 of a tensor's bytes on disk, by its name."""
+    if isinstance(exporter, OneFile):
+        yield lambda name: zlib.crc32(exporter.read_part(folder, name))
+        return
+    with Checkpoint.open(folder) as checkpoint:
+        yield lambda name: checksum(checkpoint.read(name))
+
+
+def _journaled(journal: Journal, key: str) -> Iterator[tuple[str, int]]:
+    """Names and checksums of the tensors of one format."""
+    for entry in journal.entries:
+        for tensor, expected in entry["tensors"].items():
+            owner, _, name = tensor.partition("/")
+            if owner == key:
+                yield name, expected
 
 
 def _key(name: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from auto_round.errors import NumericsError
 from auto_round.models.layer import Layer
 from auto_round.numerics.format import Format
+from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.outputs import Written
@@ -61,8 +62,8 @@ def round_layers(
         layer, fmt = item
         weight = job.source.read(layer).to(job.device)
         try:
-            importance = job.importance.get(layer.tensor)
-            effort = None if importance is None else job.effort
+            squares = job.importance.get(layer.tensor)
+            importance, effort = (None, None) if squares is None else (Importance(squares), job.effort)
             return layer.name, put(layer, round_to_nearest(weight, fmt, importance, effort))
         except NumericsError as error:
             raise NumericsError(f"{layer.tensor}: {error}") from error

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from auto_round.export.exporter import Exporter
-from auto_round.export.gguf.exporter import GgufExporter
+from auto_round.export.exporter import Exporter, OneFile, StoresAll
 from auto_round.export.manifest import Manifest, make_manifest
 from auto_round.pipeline.job import Job
 from auto_round.schemes.plan import Plan
@@ -26,7 +25,7 @@ def plan_table(job: Job) -> str:
     size = plan_size(job, exporter)
     table = render(job.plan.entries, job.source.layers, size, job.plan.warnings)
     lines = [f"format {name}:", table] if others else [table]
-    if isinstance(exporter, GgufExporter):
+    if isinstance(exporter, OneFile):
         lines += [types_of(exporter)]
     lines += [f"format {other}: {manifest_of(job, e).nbytes / 1e6:.2f} MB" for other, e in others]
     return "\n".join(lines)
@@ -39,7 +38,7 @@ def plan_size(job: Job, exporter: Exporter) -> PlanSize:
     size = job.plan.measure(
         job.source.layers, other_weights=weights, other_bytes=nbytes, stored_bytes=listed.layer_bytes()
     )
-    if not isinstance(exporter, GgufExporter):
+    if not isinstance(exporter, OneFile):
         return size
     # Tensors that are no layers get types too, and a tied head is the embedding.
     total = sum(count for _, count, _ in exporter.histogram().values())
@@ -50,8 +49,8 @@ def plan_size(job: Job, exporter: Exporter) -> PlanSize:
     )
 
 
-def types_of(exporter: GgufExporter) -> str:
-    """Types of a GGUF file in one line: tensors and share of the weights of each, bits per weight."""
+def types_of(exporter: OneFile) -> str:
+    """Types in a file in one line: tensors and share of the weights of each, bits per weight."""
     found = exporter.histogram()
     weights = sum(count for _, count, _ in found.values())
     nbytes = sum(size for _, _, size in found.values())
@@ -61,7 +60,7 @@ def types_of(exporter: GgufExporter) -> str:
 
 def manifest_of(job: Job, exporter: Exporter) -> Manifest:
     """What one output holds."""
-    if isinstance(exporter, GgufExporter):
+    if isinstance(exporter, StoresAll):
         return exporter.manifest(job.plan, job.source.layers)
     return make_manifest(exporter, job.plan, job.source.layers, job.source.tensors)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from auto_round.models.source import ModelSource
 from auto_round.pipeline.activations import refuse_unreachable
 from auto_round.pipeline.device import choose_device, compute_dtype, rows_at_once
 from auto_round.pipeline.gguf import prepare_gguf
+from auto_round.pipeline.gguf_imatrix import check_save_imatrix
 from auto_round.pipeline.gguf_request import gguf_request
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.settings import plan_request, tune_settings
@@ -65,8 +66,9 @@ def prepare(
     source = _open_source(options, model)
     importance: Mapping[str, Tensor] = {}
     if gguf is None:
-        plan = _plan(options, source)
-        exporters = _exporters(options, plan, source)
+        asked = parse_formats(",".join(options.output.formats))
+        plan = _plan(options, source, asked)
+        exporters = _exporters(asked, plan, source)
     else:
         if tokenizer is None and options.output.gguf_template is None:
             tokenizer = _load_tokenizer(options, source, required=True)
@@ -74,6 +76,8 @@ def prepare(
         plan, exporters, importance = prepare_gguf(gguf, source, tokenizer, imatrix=steered)
     schemes = [plan.scheme_of(name) for name in plan.quantized]
     tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=16))
+    where = output or Path(options.output.output_dir)
+    check_save_imatrix(options, where, calibrated=needs_rows(tune))
     if tokenizer is None and (options.model.tokenizer or source.folder is not None):
         tokenizer = _load_tokenizer(
             options, source, required=rows and needs_rows(tune) and dataset is None and not importance
@@ -97,7 +101,7 @@ def prepare(
         tune=replace(tune, rows_at_once=at_once),
         device=device,
         dtype=compute_dtype(_dtype(options.model.model_dtype) or source.dtype, device, amp=options.tune.amp),
-        output=output or Path(options.output.output_dir),
+        output=where,
         importance=importance,
     )
 
@@ -129,9 +133,8 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[long_dtype(name)]
 
 
-def _plan(options: Options, source: ModelSource) -> Plan:
-    wanted = scale_dtype(parse_formats(",".join(options.output.formats)), source.dtype)
-    request = plan_request(options.scheme, wanted)
+def _plan(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> Plan:
+    request = plan_request(options.scheme, scale_dtype(asked, source.dtype))
     others = {name.rpartition(".")[0] for name in source.tensors}
     plan = make_plan(
         source.layers, request, blocks=source.blocks, tied_head=source.tied_head, other_names=sorted(others)
@@ -142,17 +145,21 @@ def _plan(options: Options, source: ModelSource) -> Plan:
     return plan
 
 
-def _exporters(options: Options, plan: Plan, source: ModelSource) -> dict[str, Exporter]:
-    exporters = {e.name: e for e in parse_formats(",".join(options.output.formats))}
-    refused = [r for e in exporters.values() for r in refusals(e, plan, source.layers)]
+def _exporters(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> dict[str, Exporter]:
+    """Format name -> exporter with its variant decided.
+
+    Raises:
+        UnsupportedError: a format cannot hold the plan; names those that can.
+    """
+    refused = [r for e in asked for r in refusals(e, plan, source.layers)]
     if refused:
-        others = [name for name in exporters if all(r.who != name for r in refused)]
+        others = [e.name for e in asked if all(r.who != e.name for r in refused)]
         alone = f"; {', '.join(others)} can: run once for each format that is left" if others else ""
         raise UnsupportedError(f"this plan cannot be written as asked{alone}", refused)
-    for exporter in exporters.values():
+    for exporter in asked:
         for note in notes(exporter, plan, source.layers):
             logger.warning(note)
-    return {name: e.for_plan(plan, source.layers) for name, e in exporters.items()}
+    return {e.name: e.for_plan(plan, source.layers) for e in asked}
 
 
 def _load_tokenizer(options: Options, source: ModelSource, *, required: bool) -> Any:

@@ -23,7 +23,9 @@ from auto_round.pipeline.clock import Clock
 from auto_round.pipeline.compile import objective_for
 from auto_round.pipeline.determinism import deterministic_kernels
 from auto_round.pipeline.finish import build_report, write_configs_and_tokenizer, write_report
+from auto_round.pipeline.gguf_imatrix import save_imatrix
 from auto_round.pipeline.head import quantize_outside
+from auto_round.pipeline.input_squares import save_inputs
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.measure import Measured, measure_streams
 from auto_round.pipeline.memory import keep_freed_memory, release_freed_memory
@@ -95,6 +97,7 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
             report["verified"] = verify_all(job, folders, measured)
             progress(clock.event("verify", 1, 1, "reload and compare"))
         write_report(job, folders, report, folder.folder)
+        save_imatrix(job, folder.scratch, folder.folder)
         final = folder.seal()
     return Result(tuple(job.folders(final).values()), job.plan, report, clock.seconds, clock.peak)
 
@@ -132,7 +135,9 @@ class _Loop:
             losses = {"loss": result.tuned.loss, "initial": result.tuned.initial_loss}
             self.progress(self.clock.event("tune", number, len(groups), unit, **losses))
         release_freed_memory()
-        head = quantize_outside(self.job, streams, self._write)
+        head, inputs = quantize_outside(self.job, streams, self._write)
+        if inputs and self.job.saves_imatrix:
+            save_inputs(self.scratch, "head", inputs)
         return measure_streams(self.job, streams, head)
 
     def _embedding(self) -> Tensor | None:
@@ -174,6 +179,8 @@ class _Loop:
             written |= self.outputs.put(layer, q)
         for name, value in result.others.items():
             written |= self.outputs.put_plain(self.job.source.disk_name(name), value)
+        if result.inputs:
+            save_inputs(self.scratch, f"{number:04d}", result.inputs)
         if self.job.options.output.resume:
             streams.save(_saved(self.scratch, number))
         self._done(unit, written, _losses(result))

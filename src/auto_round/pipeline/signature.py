@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from auto_round.checkpoint.reader import Checkpoint
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.job import Job
 from auto_round.version import __version__
-
-_SAMPLE_BYTES = 1 << 16
 
 
 def signature(job: Job) -> dict[str, Any]:
@@ -37,6 +35,7 @@ def signature(job: Job) -> dict[str, Any]:
         if job.rows is None
         else {"rows": job.rows.fingerprint, "tuned": job.tuned, "seed": options.calibration.seed},
         "imatrix": _digest(job.importance) if job.importance else None,
+        "save_imatrix": job.saves_imatrix,
         "tune": tune,
         "nblocks": options.tune.nblocks,
         "enable_quanted_input": options.tune.enable_quanted_input,
@@ -67,7 +66,7 @@ def _plan(job: Job) -> dict[str, Any]:
 
 
 def model_fingerprint(source: ModelSource) -> str:
-    """SHA-256 over names, shapes, the configuration and samples of each weight file."""
+    """SHA-256 over names, shapes, the configuration and samples of each weight."""
     digest = hashlib.sha256()
     for name, spec in source.tensors.items():
         digest.update(f"{name} {spec.dtype} {tuple(spec.shape)}\n".encode())
@@ -75,21 +74,10 @@ def model_fingerprint(source: ModelSource) -> str:
         for layer in source.layers:
             digest.update(source.read(layer).reshape(-1)[:64].double().numpy().tobytes())
         return digest.hexdigest()
-    for path in [*sorted(source.folder.glob("*.safetensors")), source.folder / "config.json"]:
-        digest.update(path.name.encode())
-        for piece in _samples(path):
-            digest.update(piece)
+    with Checkpoint.open(source.folder) as checkpoint:
+        digest.update(checkpoint.fingerprint().encode())
+    digest.update((source.folder / "config.json").read_bytes())
     return digest.hexdigest()
-
-
-def _samples(path: Path) -> Iterator[bytes]:
-    """Length, beginning, 14 places within and end of a file: enough to notice other weights."""
-    size = path.stat().st_size
-    yield str(size).encode()
-    with path.open("rb") as file:
-        for i in range(16):
-            file.seek(max(0, (size - _SAMPLE_BYTES) * i // 15))
-            yield file.read(_SAMPLE_BYTES)
 
 
 def _plain(value: Any) -> Any:

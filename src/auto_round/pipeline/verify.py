@@ -59,7 +59,9 @@ def verify_folder(job: Job, name: str, folder: Path, measured: Measured | None) 
     if room and 2 * size > room:
         logger.warning("not verified: reloading %s needs about %d MiB of memory", folder, 2 * size >> 20)
         return None
-    missing = _missing_package(job, name)
+    config = exporter.config(job.plan, job.source.layers, job.source.blocks)
+    method = None if config is None else config["quant_method"]
+    missing = _missing_package(method)
     if missing:
         logger.warning("not verified: loading %s needs a package: pip install %s", folder, missing)
         return {"skipped": f"Transformers loads this format with the package {missing} only"}
@@ -67,8 +69,8 @@ def verify_folder(job: Job, name: str, folder: Path, measured: Measured | None) 
     ids = _prompts(job, held_out[:ROWS])
     tuned = _tuned_logits(job, measured, ids)
     release_freed_memory()
-    model = _load(job, name, folder)
-    with quantized_inputs(model, _own_activations(job, name)):
+    model = _load(job, method, folder)
+    with quantized_inputs(model, _own_activations(job, method)):
         comparison, largest = _compare(job, model, tuned, ids, held_out[:ROWS])
         limit = _largest_kl(job)
         if not comparison.kl <= limit:
@@ -146,29 +148,28 @@ _PACKAGES = {"compressed-tensors": ("compressed_tensors", "compressed-tensors")}
 """`quant_method` that Transformers loads with another package -> its module, and its name to install it."""
 
 
-def _method(job: Job, name: str) -> str | None:
-    """`quant_method` of an output; None where it looks unquantized."""
-    config = job.exporters[name].config(job.plan, job.source.layers, job.source.blocks)
-    return None if config is None else config["quant_method"]
-
-
-def _missing_package(job: Job, name: str) -> str:
+def _missing_package(method: str | None) -> str:
     """Package without which Transformers does not load an output; empty when nothing is missing."""
-    module, package = _PACKAGES.get(_method(job, name) or "", ("", ""))
+    module, package = _PACKAGES.get(method or "", ("", ""))
     return package if module and importlib.util.find_spec(module) is None else ""
 
 
-def _own_activations(job: Job, name: str) -> dict[str, ActivationFormat]:
+def _own_activations(job: Job, method: str | None) -> dict[str, ActivationFormat]:
     """Inputs that have to be rounded here since the folder does not say so: it keeps dense weights only."""
-    return {} if _method(job, name) is not None else activation_formats(job.plan, job.source.layers)
+    return {} if method is not None else activation_formats(job.plan, job.source.layers)
 
 
-def _load(job: Job, name: str, folder: Path) -> Any:
-    """The folder as a user would load it, with the reference kernel and in the dtype of tuning."""
+def _load(job: Job, method: str | None, folder: Path) -> Any:
+    """The folder as a user would load it, with the reference kernel and in the dtype of tuning.
+
+    Args:
+        job: the run.
+        method: its `quant_method`; None where it looks unquantized.
+        folder: the folder.
+    """
     from transformers import AutoModelForCausalLM, AutoRoundConfig
 
     settings: dict[str, Any] = {"dtype": job.dtype}
-    method = _method(job, name)
     if method is not None and method not in _PACKAGES:
         settings["quantization_config"] = AutoRoundConfig(backend="torch")
     if job.device.type != "cpu":

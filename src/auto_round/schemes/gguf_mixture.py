@@ -164,7 +164,28 @@ NARROWER_ROWS: Mapping[str, str] = {
 MIXED = "q2_k_mixed"
 """The one mixture that llama.cpp does not have: Q2_K for routed experts, Q4_K between, Q8_0 outside."""
 
-_KEPT_NAMES = ("_norm.weight", "ffn_gate_inp.weight")
+_KEPT_NAMES = (
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "ffn_gate_tid2eid.weight",
+    "altup",
+    "laurel",
+    "per_layer_model_proj",
+    "ssm_conv1d",
+    "shortconv.conv.weight",
+    "indexer.k_proj.weight",
+    "indexer.q_proj.weight",
+    "time_mix_first.weight",
+    *(
+        f"time_mix_{name}.weight"
+        for name in ("w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2")
+    ),
+    "time_mix_decay_w1.weight",
+    "time_mix_decay_w2.weight",
+    "time_mix_lerp_fused.weight",
+    "attn_rel_b.weight",
+)
+"""Parts of names that no mixture touches. Source: `tensor_allows_quantization` of src/llama-quant.cpp."""
 _KEPT = ("position_embd.weight", "token_types.weight")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _EXPERTS = re.compile(r"_exps\.weight$")
@@ -188,9 +209,9 @@ def category_of(name: str) -> Category:
 
 
 def is_quantizable(tensor: Shape) -> bool:
-    """Whether a tensor gets the type of a mixture; the others are stored in 32 bits.
+    """Whether a tensor gets the type of a mixture; others have 32 bits, or what a template has.
 
-    Norms, biases, routers and position embeddings are not: they are small and matter.
+    Norms, biases, routers, convolutions and position embeddings are not: they are small and matter.
     """
     name = tensor.name
     return (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import NumericsError
 from auto_round.numerics.format import Format
+from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import Knobs, Stats
 from auto_round.numerics.search import Effort, search_knobs
@@ -22,12 +23,12 @@ class WeightTask:
     Attributes:
         format: numeric format.
         original: the weight, where it is held more exactly than the block runs; None for the block's own.
-        importance: mean square of each input channel `[in]`, for the range search; None weighs all alike.
+        importance: second moments of the inputs, for the range search; None weighs all alike.
     """
 
     format: Format
     original: Tensor | None = None
-    importance: Tensor | None = None
+    importance: Importance | None = None
 
 
 @dataclass(slots=True)
@@ -85,7 +86,7 @@ def fake_weights(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
 
 
 def round_to_nearest(
-    w: Tensor, fmt: Format, importance: Tensor | None = None, effort: Effort | None = None
+    w: Tensor, fmt: Format, importance: Importance | None = None, effort: Effort | None = None
 ) -> QTensor:
     """Quantize without tuning; with `effort`, in the range of smallest importance-weighted error."""
     knobs = None if effort is None else search_knobs(fmt, w, importance, effort)

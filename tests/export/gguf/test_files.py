@@ -271,6 +271,11 @@ def test_imatrix_steers_the_rounding(llama: Path, tmp_path: Path) -> None:
         ({"format": "auto_gptq", "scheme": "GGUF:Q4_0"}, "leave out the format"),
         ({"format": "auto_round", "imatrix": "x.dat"}, "belongs to GGUF"),
         ({"format": "gguf:q4_k_m", "imatrix": "x.dat", "iters": 10}, "iters 0"),
+        ({"format": "auto_round", "save_imatrix": "x.gguf"}, "belongs to GGUF"),
+        ({"format": "gguf:q4_k_m", "save_imatrix": "x.gguf", "imatrix": "x.dat"}, "measures nothing"),
+        ({"format": "gguf:q4_k_m", "save_imatrix": "x.gguf"}, "rounds plainly"),
+        ({"format": "gguf:q8_0", "save_imatrix": "x.gguf", "disable_opt_rtn": None}, "rounds plainly"),
+        ({"format": "gguf:f16", "save_imatrix": "x.gguf", "iters": 10}, "rounds plainly"),
     ],
 )
 def test_requests_that_make_no_sense(

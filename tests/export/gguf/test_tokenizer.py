@@ -101,6 +101,23 @@ def test_sentencepiece_scores_follow_the_merges() -> None:
     assert max(scores[tokens.index(t)] for t in "abc") < min(scores[tokens.index(t)] for t in made)
 
 
+def test_a_vocabulary_without_bytes_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """llama.cpp looks `<0x0A>` up in it, and ends the process when it is not there."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer_metadata(sentencepiece_tokenizer(), CONFIG)
+    assert not caplog.records
+    vocabulary = {text: i for i, text in enumerate(["<unk>", "\u2581", "a", "b"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Replace("\u2581", " ")
+    tokenizer.add_special_tokens([AddedToken("<unk>", special=True)])
+    tokenizer_metadata(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"), CONFIG)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "line break" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["the tan", "a hint", "then", "th the  an", "e\nq"])
 def test_joining_by_score_gives_the_same_tokens(text: str) -> None:
     """SentencePiece's algorithm, as llama.cpp runs it, on our scores."""

@@ -40,6 +40,30 @@ class Importances:
     counts: Mapping[str, Tensor]
     datasets: tuple[str, ...] = ()
 
+    @classmethod
+    def of_sources(
+        cls, model: GgufModel, seen: Mapping[str, tuple[Tensor, int]], datasets: tuple[str, ...] = ()
+    ) -> Importances:
+        """Importances of the tensors of a file, those of its experts on top of each other.
+
+        Args:
+            model: names of the file's tensors.
+            seen: name of a tensor in the source -> mean squares of its inputs `[in]`, and tokens behind them.
+            datasets: what they were measured on.
+        """
+        rows: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
+        for tensor in model.tensors:
+            experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
+            number, mean = torch.zeros(experts), torch.ones(experts, tensor.shape[-1])
+            for piece in tensor.pieces:
+                if piece.source in seen:
+                    at = piece.start // (tensor.rows // experts)
+                    mean[at], number[at] = seen[piece.source]
+            if bool(number.any()):
+                rows[tensor.name], counts[tensor.name] = mean, number
+        return cls(rows, counts, datasets)
+
     def for_sources(self, model: GgufModel) -> dict[str, Tensor]:
         """Name of a tensor in the source -> importance of its inputs, `[in]`.
 

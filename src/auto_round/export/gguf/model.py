@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class GgufModel:
         tensors: every tensor of the file, in order.
         facts: what decides on the types of tensors; `imatrix` is not yet known.
         given: values of tensors that come from a template, by name.
+        kept: tensor name -> type that it has in a template and keeps, where no mixture touches it.
+        apart: tensors of the source that the file has transposed, at least in part: they are rounded to the
+            file's types, but not tuned.
     """
 
     arch: str
@@ -41,6 +44,8 @@ class GgufModel:
     tensors: tuple[GgufTensor, ...]
     facts: Facts
     given: Mapping[str, Tensor]
+    kept: Mapping[str, str] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()
 
     @property
     def shapes(self) -> tuple[Shape, ...]:

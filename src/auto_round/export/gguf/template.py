@@ -26,7 +26,7 @@ from auto_round.export.gguf.values import Value
 from auto_round.layouts.layout import TensorSpec
 from auto_round.models.layer import Layer
 from auto_round.models.source import ModelSource
-from auto_round.schemes.gguf_mixture import Facts
+from auto_round.schemes.gguf_mixture import Facts, Shape, is_quantizable
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _OWN = ("general.architecture", "general.file_type", "general.quantization_version")
@@ -48,7 +48,8 @@ def from_template(path: Path, source: ModelSource) -> GgufModel:
     """A model described by a template.
 
     Tensors whose rows are all found come from the checkpoint. Others (transposed matrices, changed norms,
-    constants) are taken from the template as they are, unless they hold a layer of the checkpoint.
+    constants) are taken from the template as they are. Layers of which some rows are found nowhere have to
+    lie in one of these, number by number: llama.cpp has half of a latent attention's matrix transposed.
 
     Args:
         path: file with 16- or 32-bit tensors.
@@ -67,14 +68,16 @@ def from_template(path: Path, source: ModelSource) -> GgufModel:
                 "make it with convert_hf_to_gguf.py --outtype f16 (or bf16, f32)"
             )
     matched = _match(plain, source)
-    tensors, given = [], {}
+    tensors, given, kept = [], {}, {}
     for name, tensor in plain.items():
         shape = tuple(int(n) for n in reversed(tensor.shape))
         pieces = matched.get(name)
         tensors.append(GgufTensor(name, shape, pieces or ()))
         if not pieces:
             given[name] = _values(tensor).reshape(shape)
-    _refuse_missing(path, source, tensors, plain)
+        if not is_quantizable(Shape(name, shape)):
+            kept[name] = tensor.tensor_type.name.lower()
+    apart = _stored_apart(path, source, tensors, plain)
     metadata = {
         key: value_of(field)
         for key, field in reader.fields.items()
@@ -83,7 +86,7 @@ def from_template(path: Path, source: ModelSource) -> GgufModel:
     version = {"general.quantization_version": Value("u32", 2)}
     arch = str(reader.get_field("general.architecture").contents())
     facts = _facts(arch, metadata)
-    return GgufModel(arch, {**metadata, **version}, tuple(tensors), facts, given)
+    return GgufModel(arch, {**metadata, **version}, tuple(tensors), facts, given, kept, apart)
 
 
 def _open(path: Path) -> Any:
@@ -187,17 +190,24 @@ def _pieces(
     return tuple(pieces)
 
 
-def _refuse_missing(
+def _stored_apart(
     path: Path, source: ModelSource, tensors: Sequence[GgufTensor], plain: Mapping[str, Any]
-) -> None:
-    """Every layer of the checkpoint has to lie in the template, row for row."""
-    rows: dict[str, int] = {}
+) -> frozenset[str]:
+    """Layers of which some rows lie in the template transposed; every other layer has to, row for row."""
+    rows: dict[str, set[int]] = {}
     for tensor in tensors:
         for piece in tensor.pieces:
-            rows[piece.source] = rows.get(piece.source, 0) + piece.rows
+            order = torch.arange(piece.rows) if piece.order is None else piece.order.indices(piece.rows)
+            rows.setdefault(piece.source, set()).update(order.tolist())
+    sums = {t.name: _sum(_values(plain[t.name])) for t in tensors if not t.pieces and len(t.shape) > 1}
+    apart: set[str] = set()
     for layer in source.layers:
+        there = rows.get(layer.tensor, set())
         again = source.tied_head and layer.name == source.head  # it may be the embedding under another name
-        if again or rows.get(layer.tensor, 0) == layer.shape[0]:
+        if again or len(there) == layer.shape[0]:
+            continue
+        if _lies_in(source, layer, there, sums, plain):
+            apart.add(layer.tensor)
             continue
         shown = _alike(layer, plain)
         raise CheckpointError(
@@ -205,6 +215,29 @@ def _refuse_missing(
             f"{list(layer.shape)} are {'not all' if layer.tensor in rows else 'not'} in it{shown}. Make it "
             "from this very checkpoint with convert_hf_to_gguf.py --outtype f16"
         )
+    return frozenset(apart)
+
+
+def _lies_in(
+    source: ModelSource, layer: Layer, there: set[int], sums: Mapping[str, int], plain: Mapping[str, Any]
+) -> bool:
+    """Whether the rows of a layer that were not found are all numbers of one tensor, in any order."""
+    missing = [i for i in range(layer.shape[0]) if i not in there]
+    count = len(missing) * layer.shape[1]
+    alike = {name: total for name, total in sums.items() if math.prod(map(int, plain[name].shape)) == count}
+    if not alike:
+        return False
+    values = source.read_tensor(layer.tensor).reshape(layer.shape)[missing].float()
+    return any(
+        _sum(values.to(_DTYPES[plain[name].tensor_type.name])) == total for name, total in alike.items()
+    )
+
+
+def _sum(values: Tensor) -> int:
+    """One number for a set of numbers: the sum of a hash of each one's bits, modulo 2**64."""
+    bits = values.contiguous().view(torch.int16 if values.element_size() == 2 else torch.int32)
+    mixed = bits.to(torch.int64) * 0x9E3779B97F4A7C1
+    return int(((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B).sum())
 
 
 def _alike(layer: Layer, plain: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.export.gguf.pretokenizers import CHECK_TEXT, name_by_hash, name_by_rules
 from auto_round.export.gguf.values import Value
+from auto_round.log import logger
 
 SPACE = "\u2581"
 """What SentencePiece writes for a blank."""
@@ -59,6 +60,11 @@ def tokenizer_metadata(tokenizer: Any, config: Any) -> dict[str, Value]:
     found["tokens"] = Value("str[]", tokens)
     if kind == "llama":
         found["scores"] = Value("f32[]", _scores(rules, tokens, types))
+        if TokenType.BYTE not in types:  # llama.cpp looks bytes up without asking whether they are there
+            logger.warning(
+                "this vocabulary has no tokens for single bytes: llama.cpp ends the process when a prompt "
+                "has a character that is not in the vocabulary, often a line break"
+            )
     found["token_type"] = Value("i32[]", tuple(int(t) for t in types))
     if kind == "gpt2":
         found["merges"] = Value("str[]", _merges(rules))

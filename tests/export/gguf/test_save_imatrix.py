@@ -1,0 +1,200 @@
+"""Runs that write the importances that they measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from auto_round.config import build_options
+from auto_round.errors import ConfigError
+from auto_round.export.gguf.imatrix import Importances, read_imatrix
+from auto_round.log import Progress, ignore_progress
+from auto_round.pipeline.quantize import run
+from export.gguf.small_models import save_small_model
+
+pytest.importorskip("gguf")
+
+TUNED, LENGTH = 6, 24
+GENERATOR = torch.Generator().manual_seed(3)
+ROWS = torch.randint(3, 250, (TUNED + 2, LENGTH), generator=GENERATOR).tolist()
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model("llama", tmp_path_factory.mktemp("llama") / "m", hidden_size=256)
+
+
+def _run(
+    model: Path, out: Path, progress: Callable[[Progress], None] = ignore_progress, **given: Any
+) -> None:
+    options = {
+        "model": str(model),
+        "output_dir": str(out),
+        "format": "gguf:q2_k",
+        "iters": 0,
+        "nsamples": TUNED,
+        "seqlen": LENGTH,
+        "batch_size": 2,
+        "device_map": "cpu",
+        "amp": False,
+        **given,
+    }
+    run(build_options(options), progress, dataset=ROWS)
+
+
+def _measured(folder: Path) -> dict[str, Tensor]:
+    """Mean squares of the inputs of all linear layers, by hooks on the whole model."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sums: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sums[name] = sums.get(name, 0) + args[0].double().square().sum(dim=(0, 1))
+
+        return add
+
+    for name, module in loaded.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        for row in ROWS[:TUNED]:
+            loaded(input_ids=torch.tensor([row]))
+    found = {"output.weight": sums["lm_head"]}
+    for block in range(2):
+        for theirs, name in NAMES.items():
+            found[f"blk.{block}.{name}.weight"] = sums[f"model.layers.{block}.{theirs}"]
+    return {name: (total / (TUNED * LENGTH)).float() for name, total in found.items()}
+
+
+def _check(found: Importances, wanted: dict[str, Tensor]) -> None:
+    assert found.rows.keys() == wanted.keys()
+    for name, mean in wanted.items():
+        torch.testing.assert_close(found.rows[name], mean.unsqueeze(0), rtol=1e-4, atol=1e-7, msg=name)
+        assert found.counts[name].tolist() == [TUNED * LENGTH]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"iters": 2, "nblocks": 2},
+        {"iters": 1, "disable_opt_rtn": True},
+        {"ignore_layers": "v_proj"},
+        {"format": "gguf:q8_0", "iters": 1},
+    ],
+    ids=["searched", "tuned", "tuned from plain", "kept layers", "eight bits"],
+)
+def test_the_file_says_what_flows_in(given: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """All linear layers, also those that stay in 16 bits: the file is for any quantizer."""
+    path = tmp_path / "not there yet" / "imatrix.gguf"
+    _run(model, tmp_path / "out", save_imatrix=str(path), **given)
+    found = read_imatrix(path)
+    _check(found, _measured(model))
+    assert sorted(path.parent.iterdir()) == [path]
+
+
+def test_writing_it_changes_nothing_else(model: Path, tmp_path: Path) -> None:
+    _run(model, tmp_path / "without")
+    _run(model, tmp_path / "with", save_imatrix=str(tmp_path / "with" / "beside" / "imatrix.gguf"))
+    without, both = (
+        {str(f.relative_to(tmp_path / d)): f.read_bytes() for f in (tmp_path / d).rglob("*") if f.is_file()}
+        for d in ("without", "with")
+    )
+    assert both.pop(str(Path("beside") / "imatrix.gguf"))[:4] == b"GGUF"
+    assert both == without
+
+
+@pytest.mark.parametrize("given", [{}, {"iters": 2}], ids=["searched", "tuned"])
+@pytest.mark.parametrize("stage", ["tune 1", "tune 2", "verify 1"])
+def test_killed_run_writes_the_same_file(
+    stage: str, given: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def die(event: Progress) -> None:
+        if f"{event.stage} {event.done}" == stage:
+            raise Killed
+
+    whole, path = tmp_path / "whole.gguf", tmp_path / "imatrix.gguf"
+    _run(model, tmp_path / "whole", save_imatrix=str(whole), **given)
+    with pytest.raises(Killed):
+        _run(model, tmp_path / "out", die, save_imatrix=str(path), **given)
+    assert not path.exists()
+    _run(model, tmp_path / "out", save_imatrix=str(path), **given)
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_a_run_that_kept_nothing_is_not_continued(model: Path, tmp_path: Path) -> None:
+    def die(event: Progress) -> None:
+        if event.stage == "tune":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(model, tmp_path / "out", die)
+    with pytest.raises(ConfigError, match="save_imatrix: false then, true now"):
+        _run(model, tmp_path / "out", save_imatrix=str(tmp_path / "imatrix.gguf"))
+
+
+def test_it_steers_a_run_of_ours(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "imatrix.gguf"
+    _run(model, tmp_path / "first", save_imatrix=str(path))
+    options = {"model": str(model), "format": "gguf:q2_k_s", "iters": 0, "device_map": "cpu"}
+    plain, steered = (
+        run(build_options({**options, "output_dir": str(tmp_path / name), **given}))
+        for name, given in (("plain", {"disable_opt_rtn": True}), ("steered", {"imatrix": str(path)}))
+    )
+    files = [next(r.folders[0].glob("*.gguf")).read_bytes() for r in (plain, steered)]
+    assert len(files[0]) == len(files[1])
+    assert files[0] != files[1]
+
+
+def test_only_importances_are_replaced(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "precious.gguf"
+    path.write_bytes(b"something else")
+    with pytest.raises(ConfigError, match="something else lies there"):
+        _run(model, tmp_path / "out", save_imatrix=str(path))
+    assert path.read_bytes() == b"something else"
+    path.unlink()
+    _run(model, tmp_path / "out", save_imatrix=str(path))
+    _run(model, tmp_path / "again", save_imatrix=str(path))
+    with pytest.raises(ConfigError, match="is a folder"):
+        _run(model, tmp_path / "more", save_imatrix=str(tmp_path))
+
+
+def test_experts_lie_on_top_of_each_other() -> None:
+    from auto_round.export.gguf.model import GgufModel
+    from auto_round.export.gguf.tensors import GgufTensor, Piece
+    from auto_round.schemes.gguf_mixture import Facts
+
+    tensors = (
+        GgufTensor("qkv.weight", (6, 8), tuple(Piece(f"{n}.weight", 2 * i, 2) for i, n in enumerate("qkv"))),
+        GgufTensor("exps.weight", (3, 2, 8), tuple(Piece(f"e{i}.weight", 2 * i, 2) for i in range(3))),
+        GgufTensor("unseen.weight", (2, 8), (Piece("u.weight", 0, 2),)),
+    )
+    described = GgufModel("llama", {}, tensors, Facts("llama", 1, 2, 2, 3), {})
+    means = {f"e{i}.weight": (torch.rand(8) + 0.1, 5 + i) for i in (0, 2)}
+    means |= {f"{name}.weight": (torch.full((8,), 2.0), 9) for name in "qkv"}
+    found = Importances.of_sources(described, means)
+    assert set(found.rows) == {"qkv.weight", "exps.weight"}
+    assert found.counts["exps.weight"].tolist() == [5.0, 0.0, 7.0]
+    assert torch.equal(found.rows["exps.weight"][2], means["e2.weight"][0])
+    again = found.for_sources(described)
+    assert torch.equal(again["e0.weight"], means["e0.weight"][0])
+    assert torch.equal(again["q.weight"], torch.full((8,), 2.0))

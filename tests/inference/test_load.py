@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoRoundConfig
 
-from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
+from auto_round.errors import CheckpointError, ConfigError, Refusal, UnsupportedError
 from auto_round.inference.qlinear import QuantLinear
+from auto_round.kernels import cpu_avx512
 from inference.folders import Request, tiny_model, write_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -90,7 +91,13 @@ def test_int4_kernel_is_near_the_dequantized_model(tmp_path, name):
     assert model.generate(IDS[:1], max_new_tokens=4, do_sample=False).shape == (1, 20)
 
 
-def test_kernel_by_dtype(tmp_path):
+@pytest.fixture
+def without_program(monkeypatch):
+    """A machine without the compiler or the instructions of `cpu_avx512`."""
+    monkeypatch.setattr(cpu_avx512, "_program", lambda: Refusal("cpu_avx512.c", "no C compiler is here"))
+
+
+def test_kernel_by_dtype(tmp_path, without_program):
     write_folder(tmp_path, Request(dtype=torch.bfloat16, extra=MIXED, packing="auto_round"))
     model = load(tmp_path)
     assert kernels(model) == {"cpu_int4", "cpu_int8"}  # one layer has 8 bits
@@ -98,6 +105,17 @@ def test_kernel_by_dtype(tmp_path):
     assert type(model.model.layers[1].self_attn.o_proj) is torch.nn.Linear
     assert kernels(load(tmp_path, dtype=torch.float32)) == {"torch"}
     assert type(model.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("name", ["gptq", "plain3-asym", "mixed"])
+def test_the_compiled_program_predicts_what_the_operator_predicts(tmp_path, name):
+    if not isinstance(cpu_avx512._program(), Refusal):
+        write_folder(tmp_path, REQUESTS[name])
+        model, other = load(tmp_path, "cpu_avx512"), load(tmp_path, "torch")
+        assert kernels(model) == {"cpu_avx512"}
+        want = logits(other)
+        assert not torch.equal(logits(model), want.flip(0))
+        assert (logits(model) - want).abs().max() < 0.05 * want.abs().max()
 
 
 def test_memory_is_that_of_the_packed_weights(tmp_path):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.errors import ConfigError, Refusal, UnsupportedError
+from auto_round.kernels import cpu_avx512
 from auto_round.kernels.check import trial
 from auto_round.kernels.cpu_int4 import CpuIntKernel
 from auto_round.kernels.kernel import LinearSpec
@@ -133,7 +134,13 @@ def spec_of(bits=4, group_size=128, dtype=torch.bfloat16, device="cpu", shape=(6
     return LinearSpec(int_format(bits, group_size, sym=True), shape, dtype, device)
 
 
-def test_selection():
+@pytest.fixture
+def without_program(monkeypatch):
+    """A machine without the compiler or the instructions of `cpu_avx512`."""
+    monkeypatch.setattr(cpu_avx512, "_program", lambda: Refusal("cpu_avx512.c", "no C compiler is here"))
+
+
+def test_selection(without_program):
     assert select_kernel(spec_of()).name == "cpu_int4"
     assert select_kernel(spec_of(dtype=torch.float16)).name == "cpu_int4"
     assert select_kernel(spec_of(dtype=torch.float32)).name == "torch"
@@ -156,7 +163,7 @@ def test_every_name_is_taken_once():
     assert all(name == e.kernel.name for name, e in KERNELS.items())
 
 
-def test_refusals_name_each_kernel():
+def test_refusals_name_each_kernel(without_program):
     with pytest.raises(
         UnsupportedError, match=r"(?s)no kernel for int4_g48_sym.*cpu_int4: needs groups"
     ) as caught:
@@ -166,6 +173,7 @@ def test_refusals_name_each_kernel():
         select_kernel(spec_of(group_size=48, dtype=torch.int32))
     assert [r.who for r in caught.value.refusals] == [
         "marlin",
+        "cpu_avx512",
         "cpu_int4",
         "cpu_int8",
         "triton",
@@ -182,7 +190,7 @@ def test_unknown_and_later_backends():
             select_kernel(spec_of(), name)
 
 
-def test_stand_ins():
+def test_stand_ins(without_program):
     assert select_kernel(spec_of(), "ipex").name == "cpu_int4"
     assert select_kernel(spec_of(bits=8), "ARK").name == "cpu_int8"
     assert select_kernel(spec_of(device="hpu"), "hpu").name == "torch"
@@ -217,7 +225,7 @@ def test_trials_find_wrong_kernels_and_failing_ones():
     assert "no such instruction" in str(trial(Failing(), FOUR_ASYM))
 
 
-def test_untried_kernels_are_not_trusted(monkeypatch):
+def test_untried_kernels_are_not_trusted(monkeypatch, without_program):
     """A kernel that is tried first and found wrong is passed over, and named in the refusal."""
     wrong = replace(KERNELS["torch"], kernel=Skewed(), priority=9, tried=True)
     monkeypatch.setattr("auto_round.kernels.select.KERNELS", {"wrong": wrong, **KERNELS})

@@ -78,6 +78,18 @@ def unknown_variables(source: Mapping[str, str] | None = None) -> tuple[str, ...
     return tuple(sorted(name for name in table if name.startswith("AR_") and name not in known))
 
 
+def cache_folder(source: Mapping[str, str] | None = None) -> Path:
+    """Return this package's folder among the user's caches: made anew when it is gone.
+
+    Source: XDG base directory specification 0.8, `XDG_CACHE_HOME`.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    table = os.environ if source is None else source
+    return Path(table.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "auto_round"
+
+
 def environment_markdown() -> str:
     """Return the table of environment variables for the manual."""
     rows = [f"| `{v.name}` | {f'`{v.default}`' if v.default else ''} | {v.help} |" for v in VARIABLES]

@@ -25,6 +25,7 @@ from auto_round.errors import Refusal
 from auto_round.kernels.int4_codes import MIDDLE, Planes, is_whole
 from auto_round.kernels.int4_order import Order, Scratch, find_order
 from auto_round.kernels.kernel import LinearSpec
+from auto_round.kernels.operators import register_operator
 from auto_round.kernels.reference import PART
 from auto_round.numerics.qtensor import QTensor
 
@@ -126,7 +127,10 @@ class CpuIntKernel:
                 flat.contiguous(), packed, width, scale_zero
             )
         else:
-            y = _dense(flat, packed, scale_zero)
+            dense = (
+                torch.ops.auto_round.packed_int4_dense if torch.compiler.is_compiling() else multiply_dense
+            )
+            y = dense(flat, packed, scale_zero)
         if y.shape[1] != n_out:
             y = y[:, :n_out]
         y = y.reshape(*x.shape[:-1], n_out).to(x.dtype)
@@ -161,9 +165,14 @@ def _bands(n_out: int, block: int, rows: int) -> Iterator[slice]:
 
 
 @functools.cache
+def _has_bf16() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # what it asks cannot be traced
 def _multiplies_bf16() -> bool:
     """Whether this CPU has instructions for products of bfloat16 matrices."""
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return _has_bf16()
 
 
 def dense_tokens() -> int:
@@ -171,7 +180,7 @@ def dense_tokens() -> int:
     return DENSE_TOKENS_BF16 if _multiplies_bf16() else DENSE_TOKENS
 
 
-def _dense(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
+def multiply_dense(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
     """`[tokens, in]` times the packed weight, unpacked band by band; `[tokens, rows]` bfloat16."""
     order = _order()
     n_in, n_long = x.shape[1], packed.shape[1] * 2
@@ -186,3 +195,13 @@ def _dense(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
             w = w[:n_in].add_(w[n_in:])
         y[:, band] = order.sort_outputs(x @ w.to(dtype))
     return y
+
+
+def _shape_of_dense(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
+    del scale_zero
+    return x.new_empty(x.shape[0], packed.shape[0], dtype=torch.bfloat16)
+
+
+register_operator(
+    "packed_int4_dense(Tensor x, Tensor packed, Tensor scale_zero) -> Tensor", multiply_dense, _shape_of_dense
+)

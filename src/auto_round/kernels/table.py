@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import torch
 
+from auto_round.kernels.cpu_avx512 import CpuAvx512Kernel
 from auto_round.kernels.cpu_int4 import CpuIntKernel
 from auto_round.kernels.cuda_int4 import CudaInt4Kernel
 from auto_round.kernels.kernel import Kernel, LinearSpec
@@ -61,6 +62,16 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
             "4, 8",
             _sample(4, "cuda"),
             named_only="it depends on another package with which this version was not tried",
+            tried=True,
+        ),
+        "cpu_avx512": Entry(
+            CpuAvx512Kernel(),
+            6,
+            ("auto_round:cpu_avx512",),
+            "cpu",
+            "2-8",
+            _sample(4, "cpu"),
+            _HALVES,
             tried=True,
         ),
         "cpu_int4": Entry(
@@ -126,10 +137,10 @@ class StandIn:
 
 
 _IPEX = StandIn(
-    ("cpu_int4", "cpu_int8", "triton", "torch"),
+    ("cpu_avx512", "cpu_int4", "cpu_int8", "triton", "torch"),
     "the extension has ended and its programs went into PyTorch, whose kernels are used",
 )
-_ARK = StandIn(("cpu_int4", "cpu_int8", "triton", "torch"), "PyTorch's own kernels are used")
+_ARK = StandIn(("cpu_avx512", "cpu_int4", "cpu_int8", "triton", "torch"), "PyTorch's own kernels are used")
 _GAUDI = StandIn(
     ("torch",), "the reference kernel is used, which runs on any PyTorch device; not tried on Gaudi"
 )

@@ -1,0 +1,76 @@
+"""C sources of this package as libraries, compiled on the machine that runs them.
+
+A library is made once and kept in the user's cache folder under a name that follows from its source and
+options. It shares the OpenMP threads of PyTorch, whose wheels bring the runtime that GCC links against; that
+is why no other compiler is asked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from auto_round.config.env import cache_folder
+from auto_round.errors import Refusal
+from auto_round.log import logger
+
+OPTIONS = ("-std=gnu11", "-O3", "-fno-strict-aliasing", "-shared", "-fPIC", "-fopenmp")
+"""What every source is compiled with."""
+
+COMPILERS = ("gcc", "cc")
+"""Names of compilers, best first."""
+
+LIMIT_S = 120
+"""Seconds after which a compiler counts as hanging; it takes about one."""
+
+
+@functools.cache
+def library(source: str, options: tuple[str, ...]) -> ctypes.CDLL | Refusal:
+    """The library of one source file, or why there is none.
+
+    Args:
+        source: name of a file of this folder, for example `cpu_avx512.c`.
+        options: further options of the compiler, such as instruction sets.
+    """
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if compiler is None:
+        return Refusal(source, "no C compiler is here", "install gcc")
+    file = Path(__file__).with_name(source)
+    try:
+        return _load((compiler, *OPTIONS, *options, str(file)), file)
+    except subprocess.CalledProcessError as error:
+        first = next((line for line in error.stderr.splitlines() if "error" in line), "no message")
+        return Refusal(source, f"{compiler} cannot compile it: {first.strip()}", "install gcc 11 or newer")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Refusal(source, f"cannot be compiled or loaded: {error}")
+
+
+def _load(command: tuple[str, ...], source: Path) -> ctypes.CDLL:
+    key = hashlib.sha256(source.read_bytes() + "\0".join(command[1:-1]).encode()).hexdigest()[:16]
+    name = f"{source.stem}-{key}.so"
+    try:
+        folder = cache_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (folder / name).exists():
+            _compile(command, folder, name)
+        return ctypes.CDLL(str(folder / name))
+    except (OSError, RuntimeError):  # no home, a full or read-only disk: compile for this process alone
+        with tempfile.TemporaryDirectory() as folder_of_process:
+            _compile(command, Path(folder_of_process), name)
+            return ctypes.CDLL(str(Path(folder_of_process) / name))
+
+
+def _compile(command: tuple[str, ...], folder: Path, name: str) -> None:
+    """Make one library under its name at once, so that processes that start together never see half of it."""
+    logger.info("compiling %s into %s, once for this machine", Path(command[-1]).name, folder)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / name
+        subprocess.run(
+            (*command, "-o", str(made)), check=True, capture_output=True, text=True, timeout=LIMIT_S
+        )
+        made.replace(folder / name)

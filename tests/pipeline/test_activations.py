@@ -51,6 +51,20 @@ def test_packed_folders_equal_the_rounded_weights(tiny, tmp_path, given):
     assert all(stored[f"{n}.weight_scale"].dtype is torch.bfloat16 for n in result.plan.quantized)
 
 
+@pytest.mark.parametrize("sym", [True, False])
+def test_folders_of_float32_models_lose_nothing(tiny, tmp_path, sym):
+    """Loaders multiply in the dtype of the scales: in float16 one weight in twenty would differ."""
+    pytest.importorskip(LIBRARY)
+    model = tiny("llama", dtype=torch.float32)
+    formats = "llm_compressor,fake,auto_round"
+    result = quantize(model, tmp_path / "out", format=formats, bits=8, sym=sym, iters=0)
+    assert kl_of(result)["llm_compressor"] < 1e-9
+    packed, dense = (logits(folder, torch.float32) for folder in result.folders[:2])
+    torch.testing.assert_close(packed, dense, rtol=1e-5, atol=1e-6)
+    stored = weights(result.folders[0])
+    assert all(stored[f"{n}.weight_scale"].dtype is torch.float32 for n in result.plan.quantized)
+
+
 @pytest.mark.parametrize("given", [{}, {"iters": 0}, {"iters": 0, "act_sym": False}], ids=str)
 def test_w8a8_folders_equal_the_tuned_model(tiny, tmp_path, given):
     pytest.importorskip(LIBRARY)

@@ -169,7 +169,8 @@ def _load(job: Job, method: str | None, folder: Path) -> Any:
     """
     from transformers import AutoModelForCausalLM, AutoRoundConfig
 
-    settings: dict[str, Any] = {"dtype": job.dtype}
+    # Other packages hold scales in the dtype of the model: one narrower than its own would round them.
+    settings: dict[str, Any] = {"dtype": "auto" if method in _PACKAGES else job.dtype}
     if method is not None and method not in _PACKAGES:
         settings["quantization_config"] = AutoRoundConfig(backend="torch")
     if job.device.type != "cpu":
@@ -178,7 +179,14 @@ def _load(job: Job, method: str | None, folder: Path) -> Any:
     with warnings.catch_warnings():
         # Transformers warns that only the backend of what is passed will be used: that is what is meant.
         warnings.simplefilter("ignore", UserWarning)
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, **settings).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, **settings).eval()
+    if model.dtype is not job.dtype:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=job.device))  # unpacks its weights
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(job.dtype)
+    return model
 
 
 def _generate(job: Job, model: Any, prompt: torch.Tensor) -> str:

@@ -21,6 +21,8 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.schemes.plan import Plan
 
+_SCALE = "weight_scale"
+
 
 @dataclass(frozen=True, slots=True)
 class LLMCompressorFormat:
@@ -55,12 +57,18 @@ class LLMCompressorFormat:
         return loader_notes(plan, layers)
 
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
-        """`<layer>.weight_packed` or `<layer>.weight`, `<layer>.weight_scale` and what belongs to them."""
-        return prefixed(layer, self._layout(layer).spec(fmt, layer.shape))
+        """`<layer>.weight_packed` or `<layer>.weight`, `<layer>.weight_scale` and what belongs to them.
+
+        Scales lie in the layer's dtype, which holds theirs exactly: compressed-tensors multiplies in
+        the dtype of the scale, and products in float16 would round the weights of a float32 model twice.
+        """
+        found = self._layout(layer).spec(fmt, layer.shape)
+        return prefixed(layer, {**found, _SCALE: replace(found[_SCALE], dtype=layer.dtype)})
 
     def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
         """The tensors of `spec`."""
-        return prefixed(layer, self._layout(layer).pack(q))
+        found = self._layout(layer).pack(q)
+        return prefixed(layer, {**found, _SCALE: found[_SCALE].to(layer.dtype)})
 
     def config(
         self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None

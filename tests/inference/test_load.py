@@ -245,3 +245,24 @@ def test_model_without_mapping_config():
     converted, used = convert_hf_model(model, "cpu")
     assert converted is model
     assert used == ["torch"]
+
+
+def test_a_folder_that_keeps_every_layer(tmp_path):
+    """auto-round 0.16.1 writes such folders for 8 bits a channel without data: 16 bits for each layer."""
+    model = tiny_model(Request())
+    model.save_pretrained(tmp_path)
+    names = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:auto_gptq",
+        "bits": 8,
+        "group_size": -1,
+        "sym": True,
+        "extra_config": {name: {"bits": 16, "data_type": "float"} for name in names},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)

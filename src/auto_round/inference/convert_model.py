@@ -64,17 +64,19 @@ def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[
     names = DiskNames.of(model)
     experts = pack_experts(model, stored, names)
     used: dict[str, None] = {}
+    kept = False
     for name, module in list(model.named_modules()):
         if not is_linear(module):
             continue
         fmt = stored.format_of((name, names.layer(name)))
         if fmt is None or not _holds(stored, fmt, module, name):
+            kept = kept or name in stored.extra or names.layer(name) in stored.extra
             continue
         spec = LinearSpec(fmt, (module.out_features, module.in_features), module.weight.dtype, target_device)
         kernel = select_kernel(spec, backend)
         _replace(model, name, QuantLinear(spec, stored.layout, kernel, module.bias))
         used[kernel.name] = None
-    if not used and not experts:
+    if not used and not experts and not kept:  # a folder may say of every layer that it stays as it was
         raise ConfigError(
             "quantization_config names no linear layer of this model; "
             f"quantized are layers below {list(stored.blocks)} and {list(stored.extra)}"

@@ -29,11 +29,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auto_round.config import build_options
-from auto_round.export.gguf.model import describe
-from auto_round.export.gguf.tensors import Change, GgufTensor, Piece
-from auto_round.models.folder import FolderSource
 from auto_round.pipeline.quantize import run
 from auto_round.schemes.gguf_types import FILE_TYPES
+from auto_round.testing.gguf_reader import read_gguf
 
 QUANTIZER = Path(__file__).parents[1] / "tests" / "peer" / "drivers" / "quantize_with_llama_cpp.py"
 PREDICT = """
@@ -63,34 +61,6 @@ for file in job["files"]:
     answers.append({"nll": nll / (length - 1) / len(job["rows"]), "generated": len(written)})
 json.dump(answers, open(job["out"], "w"))
 """
-
-
-def weights(model: Path, file: Path) -> dict[str, Tensor]:
-    """Tensors of the checkpoint by name, as a file has them."""
-    import gguf
-
-    there = {t.name: t for t in gguf.GGUFReader(file).tensors}
-    found = {}
-    with FolderSource.open(model) as source:
-        for tensor in describe(source, AutoTokenizer.from_pretrained(model), "x").tensors:
-            stored = there[tensor.name]
-            rows = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
-            rows = rows.reshape(-1, tensor.shape[-1])
-            for piece in tensor.pieces:
-                found[piece.source] = undo(tensor, piece, rows)
-    return found
-
-
-def undo(tensor: GgufTensor, piece: Piece, rows: Tensor) -> Tensor:
-    """A tensor of the checkpoint from the rows of a file."""
-    part = rows[0] if len(tensor.shape) == 1 else rows[piece.start : piece.start + piece.rows]
-    if piece.order is not None:
-        back = torch.empty_like(part)
-        back[piece.order.indices(len(part))] = part
-        part = back
-    if tensor.change is Change.PLUS_ONE:
-        part = part - 1
-    return part.T if tensor.change is Change.TRANSPOSED else part
 
 
 def token_rows(model: Path, text: str, tokens: int, seqlen: int) -> Tensor:
@@ -123,7 +93,7 @@ class Scale:
     @torch.no_grad()
     def weigh(self, file: Path) -> dict[str, float]:
         """Figures of one file."""
-        state = self.original | weights(self.model, file)
+        state = self.original | read_gguf(self.model, file)
         if self.loaded.get_output_embeddings().weight is self.loaded.get_input_embeddings().weight:
             state.pop("lm_head.weight", None)
         _, unexpected = self.loaded.load_state_dict(state, strict=False)

@@ -90,11 +90,11 @@ def _stack(tensors: list[Tensor], lead: torch.Size) -> Tensor:
 
 
 def _search(fmt: Format, w: Tensor, weight: Tensor | None, products: Tensor | None, effort: Effort) -> Knobs:
-    stats, rule, alone = fmt.stats(w), fmt.rule, fmt.rule.alone
-    shares = isinstance(rule, (SharedSigned, SharedAffine))
-    first = (
-        replace(effort, points=min(effort.points, FIRST_POINTS), rounds=FIRST_ROUNDS) if shares else effort
-    )
+    stats, alone = fmt.stats(w), fmt.rule.alone
+    shared = fmt.rule if isinstance(fmt.rule, (SharedSigned, SharedAffine)) else None
+    first = effort
+    if shared is not None:
+        first = replace(effort, points=min(effort.points, FIRST_POINTS), rounds=FIRST_ROUNDS)
     grouped = fmt.group.split(w).to(torch.float32)
     places = by_place(grouped)
     band: Errors = Band(places, None if weight is None else weight[:, : places.shape[1]].contiguous())
@@ -103,9 +103,9 @@ def _search(fmt: Format, w: Tensor, weight: Tensor | None, products: Tensor | No
     if products is not None:
         band = CorrelatedBand(grouped, products)
         knobs = _Groups(fmt.grid, alone, stats, band, knobs).search_around(effort.distances)
-    if isinstance(rule, (SharedSigned, SharedAffine)):
-        return SharedSearch(fmt, rule, stats, band).search(knobs, effort.shared_rounds)
-    return knobs
+    if shared is None:
+        return knobs
+    return SharedSearch(fmt, shared, stats, band).search(knobs, effort.shared_rounds)
 
 
 class _Groups:

@@ -90,35 +90,43 @@ def is_tie(u):
     return (u - u.trunc()).abs() == 0.5
 
 
-class AwayFromZero(IntGrid):
-    def snap(self, u, shift=None):
-        n = torch.where(is_tie(u), u.trunc() + u.sign(), torch.round(u))
-        return (n if shift is None else n + shift).clamp(self.lo, self.hi)
+class Snapping(IntGrid):
+    """Whole numbers, wrong in what a subclass says of them."""
+
+    def nearest(self, u, shift):
+        return torch.round(u) + shift
+
+    def saturated(self, n):
+        return n.clamp(self.lo, self.hi)
+
+    def snap(self, u, shift=None, out=None):
+        n = self.saturated(self.nearest(u, 0.0 if shift is None else shift))
+        return n if out is None else out.copy_(n)
 
 
-class HalfUp(IntGrid):
-    def snap(self, u, shift=None):
-        n = torch.where(is_tie(u), u.ceil(), torch.round(u))
-        return (n if shift is None else n + shift).clamp(self.lo, self.hi)
+class AwayFromZero(Snapping):
+    def nearest(self, u, shift):
+        return torch.where(is_tie(u), u.trunc() + u.sign(), torch.round(u)) + shift
 
 
-class TowardsZero(IntGrid):
-    def snap(self, u, shift=None):
-        n = u.trunc()
-        return (n if shift is None else n + shift).clamp(self.lo, self.hi)
+class HalfUp(Snapping):
+    def nearest(self, u, shift):
+        return torch.where(is_tie(u), u.ceil(), torch.round(u)) + shift
 
 
-class ShiftBeforeRounding(IntGrid):
-    def snap(self, u, shift=None):
-        return torch.round(u if shift is None else u + shift).clamp(self.lo, self.hi)
+class TowardsZero(Snapping):
+    def nearest(self, u, shift):
+        return u.trunc() + shift
 
 
-class Wrapping(IntGrid):
-    def encode(self, u, shift=None):
-        n = torch.round(u.clamp(-1e6, 1e6))
-        return (
-            ((n if shift is None else n + shift) - self.lo).to(torch.int64).remainder(1 << self.bits).byte()
-        )
+class ShiftBeforeRounding(Snapping):
+    def nearest(self, u, shift):
+        return torch.round(u + shift)
+
+
+class Wrapping(Snapping):
+    def saturated(self, n):
+        return (n.clamp(-1e6, 1e6) - self.lo).remainder(1 << self.bits) + self.lo
 
 
 class NibbleSwapped(IntGrid):

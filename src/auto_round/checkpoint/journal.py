@@ -64,24 +64,24 @@ class Journal:
             os.ftruncate(fd, good)
         return cls(path, fd, lines[1:], resumed=bool(lines))
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Record that a unit of work is complete and durable.
+    def append(self, *entries: Mapping[str, Any]) -> None:
+        """Record that units of work are complete and durable, an entry each.
 
         Raises:
             ConfigError: disk full; the journal stays as it was.
         """
-        line = _line(entry)
+        lines = b"".join(map(_line, entries))
         with writing(self.path):
             before = os.fstat(self._fd).st_size
             try:
-                view = memoryview(line)
+                view = memoryview(lines)
                 while view:
                     view = view[os.write(self._fd, view) :]
                 os.fsync(self._fd)
             except OSError:
                 os.ftruncate(self._fd, before)
                 raise
-        self.entries.append(json.loads(json.dumps(entry)))
+        self.entries.extend(json.loads(json.dumps(entries)))
 
     def close(self) -> None:
         """Close the file."""

@@ -14,7 +14,6 @@ Source: PyTorch `aten/src/ATen/native/cpu/int4mm_kernel.cpp`, 2.9 to 2.13.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -46,6 +45,10 @@ DENSE_BAND = 1 << 19
 
 PACK_BAND = 1 << 20
 """Weights packed at a time; bounds temporaries to 2 MiB."""
+
+MULTIPLIES_BF16 = bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+"""Whether this CPU has instructions for products of bfloat16 matrices; a constant, since
+`torch.compile` cannot trace the question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,20 +167,9 @@ def _bands(n_out: int, block: int, rows: int) -> Iterator[slice]:
     return (slice(start, min(start + step, n_out)) for start in range(0, n_out, step))
 
 
-@functools.cache
-def _has_bf16() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # what it asks cannot be traced
-def _multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 matrices."""
-    return _has_bf16()
-
-
 def dense_tokens() -> int:
     """Tokens from which weights are unpacked."""
-    return DENSE_TOKENS_BF16 if _multiplies_bf16() else DENSE_TOKENS
+    return DENSE_TOKENS_BF16 if MULTIPLIES_BF16 else DENSE_TOKENS
 
 
 def multiply_dense(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
@@ -187,7 +179,7 @@ def multiply_dense(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
     y = torch.empty(x.shape[0], packed.shape[0], dtype=torch.bfloat16)
     rows = max(order.block, DENSE_BAND // n_long // order.block * order.block)
     scratch = Scratch.of(rows * n_long)
-    dtype = torch.bfloat16 if _multiplies_bf16() else torch.float32
+    dtype = torch.bfloat16 if MULTIPLIES_BF16 else torch.float32
     x = x.to(dtype)
     for band in _bands(packed.shape[0], order.block, rows):
         w = order.weights(packed[band], scale_zero[:, band], scratch)

@@ -3,8 +3,9 @@
 The first code takes the lowest bits of the first word; codes of 3, 5, 6 and 7 bits run across words. For 2, 4
 and 8 bits this is the word order of GPTQ, for 3 bits it is GPTQ's split of 32 codes over three words.
 
-Eight codes are one `int64` of eight byte lanes. Merging neighbouring lanes three times leaves `8 * bits`
-dense bits, which costs a few vector instructions for eight codes and works alike for every width.
+As many codes as fill whole bytes are the byte lanes of one whole number: two of 4 bits, four of 2 bits,
+eight of an odd width. Merging neighbouring lanes until one is left makes their bits dense, which costs a few
+vector instructions and works alike for every width.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ WORD = 32
 BAND = 1 << 18
 """Codes handled at a time, so that temporaries stay in a core's cache."""
 
-_CARRIER = {2: torch.int16, 4: torch.int32}
-"""Whole-number types as wide as eight codes: conversion to them drops the empty upper bits."""
+_CARRIER = {2: torch.int32, 4: torch.int16}
+"""Whole numbers of as many bytes as there are codes in a byte; others fill `bits` bytes with eight codes."""
 
 
 def words(n_codes: int, bits: int) -> int:
@@ -63,7 +64,7 @@ def pack_bits(codes: Tensor, bits: int, axis: int = -1) -> Tensor:
     step = _band(flat)
     for start in range(0, flat.shape[0], step):
         rows = slice(start, start + step)
-        packed[rows] = _pack_rows(_aligned(flat[rows]), bits)
+        _pack_rows(_aligned(flat[rows]), bits, packed[rows])
     return packed.reshape(*last.shape[:-1], n_words).movedim(-1, axis).contiguous()
 
 
@@ -106,37 +107,47 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.storage_offset() * x.element_size() % 8 else x
 
 
-def _lanes(width: int, lane: int) -> int:
-    """Mask of the low `width` bits of every lane of `lane` bits in 64."""
-    return sum(((1 << width) - 1) << at for at in range(0, 64, lane))
-
-
-def _pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """`[rows, n]` uint8 -> `[rows, n * bits / 32]` int32."""
-    if bits == 8:
-        return codes.view(torch.int32)
-    x = codes.view(torch.int64)
+def _merges(bits: int) -> tuple[torch.dtype, list[tuple[int, int, int]]]:
+    """Whole numbers that carry the lanes, and for each merge: shift of the upper lane, masks of both."""
+    carrier = _CARRIER.get(bits, torch.int64)
+    wide = 8 * carrier.itemsize
+    merges = []
     for lane in (8, 16, 32):
-        width = bits * lane // 8
-        low = _lanes(width, 2 * lane)
-        x = (x >> (lane - width)).bitwise_and_(low << width).bitwise_or_(x & low)
-    if bits in _CARRIER:
-        return x.to(_CARRIER[bits]).view(torch.int32)
+        if lane < wide:
+            width = bits * lane // 8
+            low = sum(((1 << width) - 1) << at for at in range(0, wide, 2 * lane))
+            merges.append((lane - width, low, low << width))
+    return carrier, merges
+
+
+def _pack_rows(codes: Tensor, bits: int, packed: Tensor) -> None:
+    """`[rows, n]` uint8 -> `packed`, contiguous `[rows, n * bits / 32]` int32."""
+    if bits == 8:
+        packed.copy_(codes.view(torch.int32))
+        return
+    carrier, merges = _merges(bits)
+    x = codes.view(carrier)
+    if bits in _CARRIER:  # what is left of upper lanes never reaches the lowest byte, so no masks are needed
+        for shift, _, _ in merges:
+            x = (x >> shift).bitwise_or_(x)
+        packed.view(torch.uint8).copy_(x)
+        return
+    for shift, low, high in merges:
+        x = (x >> shift).bitwise_and_(high).bitwise_or_(x & low)
     octets = x.view(torch.uint8).reshape(len(x), -1, 8)
-    return octets[..., :bits].reshape(len(x), -1).view(torch.int32)
+    packed.view(torch.uint8).view(len(x), -1, bits).copy_(octets[..., :bits])
 
 
 def _unpack_rows(packed: Tensor, bits: int) -> Tensor:
     """`[rows, n * bits / 32]` int32 -> `[rows, n]` uint8."""
     if bits == 8:
         return packed.view(torch.uint8)
+    carrier, merges = _merges(bits)
     if bits in _CARRIER:
-        x = packed.view(_CARRIER[bits]).to(torch.int64)  # sign bits are masked below
+        x = packed.view(torch.uint8).to(carrier)
     else:
         octets = packed.view(torch.uint8).reshape(len(packed), -1, bits)
-        x = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64).squeeze(-1)
-    for lane in (32, 16, 8):
-        width = bits * lane // 8
-        low = _lanes(width, 2 * lane)
-        x = (x & (low << width)).bitwise_left_shift_(lane - width).bitwise_or_(x & low)
+        x = torch.nn.functional.pad(octets, (0, 8 - bits)).view(carrier).squeeze(-1)
+    for shift, low, high in reversed(merges):
+        x = (x & high).bitwise_left_shift_(shift).bitwise_or_(x & low)
     return x.view(torch.uint8)

@@ -9,6 +9,8 @@ from contextlib import suppress
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_MMAP_MAX = -4
+_M_ARENA_MAX = -8
 _LARGEST_THRESHOLD = 32 << 20
 
 
@@ -35,17 +37,24 @@ def release_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(*, of_any_size: bool = False) -> bool:
     """Ask glibc to reuse freed tensors instead of returning them to the system; True when it agreed.
 
     By default every tensor above 128 KiB is mapped and unmapped anew, and the page faults cost as much as
     the arithmetic: attention of 8 x 4 x 512 x 512 ran 1.8 times as fast on one core with this (docs/LOG.md).
-    It holds for the whole process and changes no result; only tuning on a CPU asks for it.
+    It holds for the whole process and changes no result; only work on a CPU asks for it.
+
+    Args:
+        of_any_size: tensors above 32 MiB too, which glibc otherwise always maps, from one heap for all
+            threads, since other heaps end at 64 MiB. For work on many tensors of few sizes: what is kept
+            serves other sizes less well.
     """
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
+        return False
+    if of_any_size and not (mallopt(_M_ARENA_MAX, 1) and mallopt(_M_MMAP_MAX, 0)):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, 1 << 30))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from auto_round.pipeline.plan_table import manifest_of
 
 Written = dict[str, int]
 """`<format>/<tensor>` -> CRC-32 of its bytes."""
+
+READERS = 2
+"""Tensors that are read back at a time."""
 
 
 class Outputs:
@@ -196,15 +200,17 @@ def check_written(journal: Journal, folders: Mapping[str, Path], exporters: Mapp
         CheckpointError: what lies on disk is not what was written; names folder and tensor.
     """
     count = 0
-    for name, folder in folders.items():
-        with _reading_back(exporters[name], folder) as read:
-            for tensor, expected in _journaled(journal, _key(name)):
-                if read(tensor) != expected:
-                    raise CheckpointError(
-                        f"{folder}: {tensor} on disk is not what was written: a failing disk? Remove the "
-                        "unfinished folder and run the same command again"
-                    )
-                count += 1
+    with ThreadPoolExecutor(READERS) as pool:
+        for name, folder in folders.items():
+            with _reading_back(exporters[name], folder) as read:
+                promised = dict(_journaled(journal, _key(name)))
+                for tensor, found in zip(promised, pool.map(read, promised), strict=True):
+                    if found != promised[tensor]:
+                        raise CheckpointError(
+                            f"{folder}: {tensor} on disk is not what was written: a failing disk? Remove the "
+                            "unfinished folder and run the same command again"
+                        )
+                    count += 1
     return count
 
 

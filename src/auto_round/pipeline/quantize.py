@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,17 +161,28 @@ class _Loop:
         left = {unit: names for unit, names in units.items() if unit not in self._finished()}
         sizes = {unit: sum(nbytes(layers[n][0]) for n in names) for unit, names in left.items()}
         done = len(units) - len(left)
-        for burst in bursts(sizes):
-            written = round_layers(
-                self.job, [layers[n] for unit in burst for n in left[unit]], self.outputs.put
-            )
-            self.outputs.sync()
-            for unit in burst:
-                self.journal.append(
-                    {"unit": unit, "tensors": dict(t for n in left[unit] for t in written[n].items())}
+        keep_freed_memory(of_any_size=True)
+        with ThreadPoolExecutor(1) as keeper:  # waits for the disk while the next burst is rounded
+            kept: Future[None] | None = None
+            for burst in bursts(sizes):
+                written = round_layers(
+                    self.job, [layers[n] for unit in burst for n in left[unit]], self.outputs.put
                 )
-                done += 1
-                self.progress(self.clock.event("tune", done, len(units), unit))
+                if kept is not None:
+                    kept.result()
+                parts = {unit: dict(t for n in left[unit] for t in written[n].items()) for unit in burst}
+                kept = keeper.submit(self._keep_burst, parts)
+                for unit in burst:
+                    done += 1
+                    self.progress(self.clock.event("tune", done, len(units), unit))
+            if kept is not None:
+                kept.result()
+        release_freed_memory()
+
+    def _keep_burst(self, parts: Mapping[str, Written]) -> None:
+        """Write down what is finished, once it is durable."""
+        self.outputs.sync()
+        self.journal.append(*({"unit": unit, "tensors": written} for unit, written in parts.items()))
 
     def _keep(self, result: GroupResult, unit: str, number: int, streams: Streams) -> None:
         """Write a finished group so that a killed run can continue after it."""

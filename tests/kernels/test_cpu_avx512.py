@@ -7,8 +7,9 @@ import subprocess
 import pytest
 import torch
 
+from auto_round import compiled
 from auto_round.errors import Refusal, UnsupportedError
-from auto_round.kernels import compiled, cpu_avx512
+from auto_round.kernels import cpu_avx512
 from auto_round.kernels.check import error_bound
 from auto_round.kernels.cpu_avx512 import CpuAvx512Kernel
 from auto_round.kernels.cpu_int4 import CpuIntKernel
@@ -165,12 +166,12 @@ def test_a_wrong_program_is_passed_over(monkeypatch):
 
 def test_refusals_say_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    refusal = compiled.library("cpu_avx512.c", ("-mno-such-thing",))
+    refusal = compiled.library(cpu_avx512.SOURCE, ("-mno-such-thing",))
     assert isinstance(refusal, Refusal)
     if "no C compiler" not in refusal.reason:
         assert "no-such-thing" in refusal.reason
     monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
-    refusal = compiled.library("cpu_avx512.c", ("-O0",))
+    refusal = compiled.library(cpu_avx512.SOURCE, ("-O0",))
     assert (refusal.reason, refusal.remedy) == ("no C compiler is here", "install gcc")
     monkeypatch.setattr(cpu_avx512, "_program", lambda: refusal)
     assert KERNELS["cpu_avx512"].kernel.refuses(spec_of()).remedy == "install gcc"
@@ -181,15 +182,15 @@ def test_libraries_are_made_once_and_also_without_a_cache(monkeypatch, tmp_path)
     options = (*(f"-mavx512{name}" for name in cpu_avx512.INSTRUCTIONS), "-mamx-tile", "-mamx-bf16")
     build = compiled.library.__wrapped__
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build("cpu_avx512.c", options).auto_round_usable()
+    assert build(cpu_avx512.SOURCE, options).auto_round_usable()
     (made,) = (tmp_path / "auto_round").iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", None)  # a second compilation would fail
-        assert build("cpu_avx512.c", options).auto_round_usable()
+        assert build(cpu_avx512.SOURCE, options).auto_round_usable()
     start = made.read_bytes()[:100]
     made.unlink()  # a loaded library must not change
     made.write_bytes(start)
-    assert build("cpu_avx512.c", options).auto_round_usable()
+    assert build(cpu_avx512.SOURCE, options).auto_round_usable()
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert build("cpu_avx512.c", options).auto_round_usable()
+    assert build(cpu_avx512.SOURCE, options).auto_round_usable()

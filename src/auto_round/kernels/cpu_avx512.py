@@ -14,18 +14,19 @@ import ctypes
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from auto_round.compiled import library
 from auto_round.errors import Refusal
-from auto_round.kernels.compiled import library
 from auto_round.kernels.cpu_int4 import CpuIntKernel, dense_tokens, multiply_dense
 from auto_round.kernels.int4_order import find_order
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.operators import register_operator
 
-SOURCE = "cpu_avx512.c"
+SOURCE = Path(__file__).with_name("cpu_avx512.c")
 
 INSTRUCTIONS = ("f", "bw", "vl", "vbmi", "bf16")
 """Extensions of AVX-512 that the program needs: Xeons since Sapphire Rapids, Zen 4 and later."""
@@ -121,16 +122,16 @@ register_operator(
 def _program() -> ctypes.CDLL | Refusal:
     """The compiled program, or why it cannot run here."""
     if not torch.cpu._is_avx512_bf16_supported():
-        return Refusal(SOURCE, "needs a processor with AVX-512 BF16")
+        return Refusal(SOURCE.name, "needs a processor with AVX-512 BF16")
     order = find_order()
     if order is None or order.block != BLOCK:
-        return Refusal(SOURCE, "this PyTorch packs int4 matrices in another order")
+        return Refusal(SOURCE.name, "this PyTorch packs int4 matrices in another order")
     options = (*(f"-mavx512{name}" for name in INSTRUCTIONS), "-mamx-tile", "-mamx-bf16")
     program = library(SOURCE, options)
     if isinstance(program, Refusal):
         return program
     if not program.auto_round_usable():
-        return Refusal(SOURCE, f"needs AVX-512 with {', '.join(INSTRUCTIONS)}")
+        return Refusal(SOURCE.name, f"needs AVX-512 with {', '.join(INSTRUCTIONS)}")
     for function in (program.auto_round_linear, program.auto_round_linear_amx):
         function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int]
     return program

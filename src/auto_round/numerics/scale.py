@@ -146,7 +146,7 @@ def legal_step(step: Tensor, dtype: torch.dtype) -> Tensor:
     """
     info = torch.finfo(dtype)
     stored = cast_ste(step.clamp(-info.max, info.max), dtype)
-    return torch.where(stored == 0, torch.full_like(stored, info.smallest_normal), stored)
+    return torch.where(stored == 0, info.smallest_normal, stored)
 
 
 MAX_KNOB = 16.0
@@ -197,11 +197,13 @@ class SignedMax:
 
     def starts(self, stats: Stats, grid: Grid, points: int) -> Iterator[Knobs]:
         """Sizes of the range, with the larger and, at few bits, the smaller extreme at the lowest number."""
-        size = torch.maximum(-stats.lo, stats.hi)
+        size, negative = torch.maximum(-stats.lo, stats.hi), -stats.lo > stats.hi
+        sides = [_signed_ratio(stats, size, negative)]
+        if grid.bits <= _FLIPPED_BITS:
+            sides.append(_signed_ratio(stats, size, ~negative))
         for m in torch.linspace(0.45, 1.15, points).tolist():
-            yield signed_knobs(stats, size * m, -stats.lo > stats.hi)
-            if grid.bits <= _FLIPPED_BITS:
-                yield signed_knobs(stats, size * m, -stats.lo <= stats.hi)
+            for side in sides:
+                yield Knobs((side.lo * m).clamp_max_(MAX_KNOB), (side.hi * m).clamp_max_(MAX_KNOB))
 
     def moves(self, knobs: Knobs, radius: float) -> Iterator[Knobs]:
         """A little wider, a little narrower."""
@@ -219,10 +221,14 @@ def signed_knobs(stats: Stats, size: Tensor, negative: Tensor) -> Knobs:
 
     A side that is (nearly) empty cannot be stretched that far; its multiplier stops at 16.
     """
-    lo = (size / (-stats.lo).clamp_min(1e-30)).clamp_max(MAX_KNOB)
-    hi = (size / stats.hi.clamp_min(1e-30)).clamp_max(MAX_KNOB)
-    nothing = torch.zeros_like(size)
-    return Knobs(torch.where(negative, lo, nothing), torch.where(negative, nothing, hi))
+    ratio = _signed_ratio(stats, size, negative)
+    return Knobs(ratio.lo.clamp_max_(MAX_KNOB), ratio.hi.clamp_max_(MAX_KNOB))
+
+
+def _signed_ratio(stats: Stats, size: Tensor, negative: Tensor) -> Knobs:
+    """As `signed_knobs`, however far a side is stretched."""
+    ratio = size / torch.where(negative, -stats.lo, stats.hi).clamp_min_(1e-30)
+    return Knobs(torch.where(negative, ratio, 0.0), torch.where(negative, 0.0, ratio))
 
 
 _UNEVEN = (0.7, 0.85, 1.0)

@@ -43,6 +43,11 @@ def gather(x: Tensor, per: int) -> Tensor:
     return x.reshape(*x.shape[:-1], -1, per)
 
 
+def join(blocks: Tensor, n_groups: int) -> Tensor:
+    """Inverse of `gather`: `[..., n_blocks, per]` -> `[..., n_groups]`."""
+    return blocks.reshape(*blocks.shape[:-2], -1)[..., :n_groups]
+
+
 @dataclass(frozen=True, slots=True)
 class Multiples:
     """How the groups of a block share one float16 number: each has a whole multiple of it.
@@ -91,10 +96,15 @@ class Multiples:
         A multiple of 0 would make all weights of the group alike; the one next to it contains that case,
         since weights are rounded to the nearest number.
         """
-        multiple = round_ste(x / spread(shared, self.per, x.shape[-1])).clamp(self.least, self.most)
+        ratio = join(gather(x, self.per) / shared.unsqueeze(-1), x.shape[-1])
+        multiple = round_ste(ratio).clamp(self.least, self.most)
         if self.signed:
             multiple = multiple + (multiple == 0)
         return multiple
+
+    def value(self, shared: Tensor, multiple: Tensor) -> Tensor:
+        """Numbers `[..., n_groups]` of shared numbers `[..., n_blocks]` and multiples, float32."""
+        return join(gather(multiple, self.per) * shared.unsqueeze(-1), multiple.shape[-1])
 
     def stored(self, names: tuple[str, str], groups: Sequence[int]) -> dict[str, PartSpec]:
         """The shared number and the multiples of scales of shape `groups`."""
@@ -106,7 +116,7 @@ class Multiples:
 
     def read(self, shared: Tensor, multiple: Tensor) -> Tensor:
         """Numbers `[..., n_groups]` float32 of stored parts."""
-        return spread(shared.to(torch.float32), self.per, multiple.shape[-1]) * multiple.to(torch.float32)
+        return self.value(shared.to(torch.float32), multiple.to(torch.float32))
 
 
 class TwoLevel(ScaleRule, Protocol):
@@ -161,7 +171,7 @@ class SharedSigned:
         d = self.steps.share(wanted)
         sc = self.steps.divide(wanted, d)
         if d.requires_grad:
-            return Scale(spread(d, self.steps.per, sc.shape[-1]) * sc, None)
+            return Scale(self.steps.value(d, sc), None)
         return self.read({"d": d.to(torch.float16), "sc": sc.to(self.steps.dtype)})
 
     def read(self, parts: Mapping[str, Tensor]) -> Scale:
@@ -205,9 +215,7 @@ class SharedAffine:
         d, dmin = self.steps.share(wanted), self.floors.share(wanted_floor)
         sc, mn = self.steps.divide(wanted, d), self.floors.divide(wanted_floor, dmin)
         if d.requires_grad:
-            n_groups = sc.shape[-1]
-            step = spread(d, self.steps.per, n_groups) * sc
-            return Scale(step, None, floor=spread(dmin, self.floors.per, n_groups) * mn)
+            return Scale(self.steps.value(d, sc), None, floor=self.floors.value(dmin, mn))
         return self.read(
             {
                 "d": d.to(torch.float16),

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from auto_round.numerics.band import Band, CorrelatedBand, Errors, by_place
+from auto_round.numerics.band import CorrelatedBand, Errors
+from auto_round.numerics.compiled_band import squares_band
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.importance import Importance
@@ -20,7 +21,7 @@ from auto_round.numerics.scale import Knobs, SearchableRule, Stats
 from auto_round.numerics.scale_two_level import SharedAffine, SharedSigned
 from auto_round.numerics.search_shared import SharedSearch
 
-BAND = 1 << 20
+BAND = 1 << 21
 """Weights searched at a time: enough to outweigh the calls on small arrays, also of several threads, which
 wait for each other between calls (docs/LOG.md)."""
 
@@ -78,8 +79,8 @@ def search_knobs(fmt: Format, w: Tensor, importance: Importance | None, effort: 
         rows = w.shape[0] if fmt.group.size == 0 else max(1, BAND // max(1, w.shape[-1]))
         weight = products = None
         if importance is not None and importance.usable:
-            flat = importance.weights(w.device)
-            weight = by_place(fmt.group.split(flat.expand(min(rows, w.shape[0]), -1)))
+            together = w.shape[0] if fmt.group.size == 0 else 1
+            weight = fmt.group.split(importance.weights(w.device).expand(together, -1))
             products = importance.pieces(fmt.group, w.device)
         bands = [_search(fmt, w[i : i + rows], weight, products, effort) for i in range(0, w.shape[0], rows)]
         return Knobs(torch.cat([b.lo for b in bands]), torch.cat([b.hi for b in bands]))
@@ -96,8 +97,7 @@ def _search(fmt: Format, w: Tensor, weight: Tensor | None, products: Tensor | No
     if shared is not None:
         first = replace(effort, points=min(effort.points, FIRST_POINTS), rounds=FIRST_ROUNDS)
     grouped = fmt.group.split(w).to(torch.float32)
-    places = by_place(grouped)
-    band: Errors = Band(places, None if weight is None else weight[:, : places.shape[1]].contiguous())
+    band = squares_band(fmt.grid, grouped, weight)
     ones = torch.ones_like(stats.lo)
     knobs = _Groups(fmt.grid, alone, stats, band, Knobs(ones, ones)).search(first)
     if products is not None:

@@ -17,7 +17,7 @@ from auto_round.errors import InternalError
 from auto_round.numerics.band import Errors, fold
 from auto_round.numerics.format import Format
 from auto_round.numerics.scale import Knobs, Moments, Scale, Stats
-from auto_round.numerics.scale_two_level import Multiples, TwoLevel, gather, spread
+from auto_round.numerics.scale_two_level import Multiples, TwoLevel, gather, join
 
 REACH = 1.2
 """Shared numbers are tried as far as moves the largest number of a block by so many multiples."""
@@ -46,15 +46,14 @@ class Level:
     @property
     def value(self) -> Tensor:
         """Step or floor of each group."""
-        return spread(self.shared, self.how.per, self.multiple.shape[-1]) * self.multiple
+        return self.how.value(self.shared, self.multiple)
 
     def where(self, better: Tensor, other: Level) -> Level:
         """Blocks of `other` where `better` `[rows, n_blocks]`, else own ones."""
-        groups = spread(better, self.how.per, self.multiple.shape[-1])
         return Level(
             self.how,
             torch.where(better, other.shared, self.shared),
-            torch.where(groups, other.multiple, self.multiple),
+            _where(self.how, better, other.multiple, self.multiple),
         )
 
     def moved(self, by: int) -> Level:
@@ -132,6 +131,7 @@ class SharedSearch:
     def search(self, knobs: Knobs, rounds: int) -> Knobs:
         """Knobs of smallest error, beginning from what each group would like."""
         state = self._read(self._rule.fit(self._stats, self._fmt.grid, knobs))
+        began = state.error
         wish = self._rule.alone.fit(self._stats, self._fmt.grid, knobs)
         for _ in range(rounds):
             moments = self._band.moments(self._fmt.grid, wish)
@@ -140,7 +140,7 @@ class SharedSearch:
             state = self._nudge(state)
             wish = state.scale
         state = self._better(state, self._refine(state))
-        return self._keep(knobs, state)
+        return self._keep(knobs, began, state)
 
     def _read(self, scale: Scale) -> State:
         rule, parts = self._rule, scale.parts
@@ -185,11 +185,10 @@ class SharedSearch:
         """The better of two states, block by block."""
         how = old.steps.how
         better = _sums(how, new.error) < _sums(how, old.error)
-        groups = spread(better, how.per, old.error.shape[-1])
         floors = old.floors
         if floors is not None and new.floors is not None:
             floors = floors.where(better, new.floors)
-        return State(old.steps.where(better, new.steps), floors, torch.where(groups, new.error, old.error))
+        return State(old.steps.where(better, new.steps), floors, _where(how, better, new.error, old.error))
 
     def _nudge(self, state: State) -> State:
         """Multiples moved by one where that lowers the error of their group."""
@@ -205,14 +204,20 @@ class SharedSearch:
             )
         return state
 
-    def _keep(self, knobs: Knobs, state: State) -> Knobs:
-        """Knobs of the state, or those it began with in blocks where these turn out better."""
+    def _keep(self, knobs: Knobs, began: Tensor, state: State) -> Knobs:
+        """Knobs of the state, or those it began with, with error `began`, where these turn out better."""
         rule, grid, how = self._rule, self._fmt.grid, state.steps.how
         scale = state.scale
         found = rule.knobs(self._stats, grid, scale.step, scale.floor)
-        errors = [_sums(how, self._band.error(grid, rule.fit(self._stats, grid, k))) for k in (knobs, found)]
-        better = spread(errors[1] < errors[0], how.per, knobs.lo.shape[-1])
-        return Knobs(torch.where(better, found.lo, knobs.lo), torch.where(better, found.hi, knobs.hi))
+        error = self._band.error(grid, rule.fit(self._stats, grid, found))
+        better = _sums(how, error) < _sums(how, began)
+        return Knobs(_where(how, better, found.lo, knobs.lo), _where(how, better, found.hi, knobs.hi))
+
+
+def _where(how: Multiples, blocks: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """`yes` in the groups of marked blocks `[rows, n_blocks]`, `no` in the others."""
+    chosen = torch.where(blocks.unsqueeze(-1), gather(yes, how.per), gather(no, how.per))
+    return join(chosen, no.shape[-1])
 
 
 def _sums(how: Multiples, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from auto_round.checkpoint.writer import ShardWriter
 from auto_round.errors import InternalError, NumericsError
 from auto_round.export.gguf.exporter import GgufExporter, Part, pack_rows
 from auto_round.layouts.gguf import GGUF_BLOCKS
+from auto_round.numerics.format import Format
 from auto_round.numerics.presets import GGUF_FORMATS
 from auto_round.numerics.search import Effort
+from auto_round.pipeline.workers import workers
 from auto_round.tuning.weights import round_to_nearest
 
 EMBEDDING = "token_embd.weight"
@@ -78,13 +81,17 @@ class Rest:
         if fmt is None:
             return rows.reshape(part.spec.shape).to(part.spec.dtype)
         try:
-            bands = [
-                pack_rows(round_to_nearest(band.to(self.device), fmt, None, self.effort)).cpu()
-                for band in torch.split(rows, max(1, BAND // rows.shape[-1]))
-            ]
+            with workers(self.device) as pool:
+                octets = list(
+                    pool.map(partial(self._round, fmt), torch.split(rows, BAND // rows.shape[-1] + 1))
+                )
         except NumericsError as error:
             raise NumericsError(f"{part.tensor.name}: {error}") from error
-        return torch.cat(bands)
+        return torch.cat(octets)
+
+    def _round(self, fmt: Format, band: Tensor) -> Tensor:
+        """Bytes of a band of rows."""
+        return pack_rows(round_to_nearest(band.to(self.device), fmt, None, self.effort)).cpu()
 
     def _rows(self, part: Part) -> Tensor:
         if part.piece is not None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-
-import torch
 
 from auto_round.errors import NumericsError
 from auto_round.models.layer import Layer
@@ -16,11 +12,11 @@ from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.outputs import Written
+from auto_round.pipeline.workers import workers
 from auto_round.tuning.weights import round_to_nearest
 
 BURST_BYTES = 1 << 30
 """Source bytes between two journal entries; each entry waits for the disk."""
-MOST_WORKERS = 4
 
 
 def nbytes(layer: Layer) -> int:
@@ -68,12 +64,7 @@ def round_layers(
         except NumericsError as error:
             raise NumericsError(f"{layer.tensor}: {error}") from error
 
-    workers = min(MOST_WORKERS, os.cpu_count() or 1) if job.device.type == "cpu" else 1
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(
-        workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),)
-    ) as pool:
-        try:
-            return dict(pool.map(work, layers))
-        finally:
-            torch.set_num_threads(threads)
+    # The largest first, so that none of them is begun when the others are at their end.
+    largest_first = sorted(layers, key=lambda item: nbytes(item[0]), reverse=True)
+    with workers(job.device) as pool:
+        return dict(pool.map(work, largest_first))

@@ -30,24 +30,23 @@ LIMIT_S = 120
 
 
 @functools.cache
-def library(source: str, options: tuple[str, ...]) -> ctypes.CDLL | Refusal:
+def library(file: Path, options: tuple[str, ...]) -> ctypes.CDLL | Refusal:
     """The library of one source file, or why there is none.
 
     Args:
-        source: name of a file of this folder, for example `cpu_avx512.c`.
+        file: the source, a file of this package.
         options: further options of the compiler, such as instruction sets.
     """
     compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if compiler is None:
-        return Refusal(source, "no C compiler is here", "install gcc")
-    file = Path(__file__).with_name(source)
+        return Refusal(file.name, "no C compiler is here", "install gcc")
     try:
         return _load((compiler, *OPTIONS, *options, str(file)), file)
     except subprocess.CalledProcessError as error:
         first = next((line for line in error.stderr.splitlines() if "error" in line), "no message")
-        return Refusal(source, f"{compiler} cannot compile it: {first.strip()}", "install gcc 11 or newer")
+        return Refusal(file.name, f"{compiler} cannot compile it: {first.strip()}", "install gcc 11 or newer")
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Refusal(source, f"cannot be compiled or loaded: {error}")
+        return Refusal(file.name, f"cannot be compiled or loaded: {error}")
 
 
 def _load(command: tuple[str, ...], source: Path) -> ctypes.CDLL:

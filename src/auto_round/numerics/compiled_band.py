@@ -1,0 +1,117 @@
+"""`Band` by a C program, on CPUs: the same numbers from one pass over the weights instead of eight."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from auto_round.compiled import library
+from auto_round.errors import Refusal
+from auto_round.log import logger
+from auto_round.numerics.band import Band, Errors, by_place
+from auto_round.numerics.grid import Grid, IntGrid
+from auto_round.numerics.scale import Moments, Scale
+
+SOURCE = Path(__file__).with_name("band.c")
+
+LANES = 16
+"""Groups in a tile of the program."""
+
+INSTRUCTIONS = {
+    "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+"""PyTorch's name of what this CPU can do -> options of the compiler. Named one by one: a home folder may be
+shared with machines that can do less."""
+
+_ROUNDING = ("-fno-math-errno", "-fno-trapping-math")
+"""Without these, C may not round by an instruction."""
+
+
+class _Request(ctypes.Structure):
+    """`Band` of the program."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("w", "importance", "step", "zero", "floor")),
+        *((name, ctypes.c_float) for name in ("lo", "hi")),
+        *((name, ctypes.c_int64) for name in ("n_groups", "period", "width")),
+        ("threads", ctypes.c_int),
+    )
+
+
+class CompiledBand:
+    """What `Band` says of weights `[rows, n_groups, width]` float32, for grids of whole numbers.
+
+    Args:
+        program: the compiled library.
+        w: the weights, on the CPU.
+        importance: of each place of a row, `[1, n_groups, width]` float32; None for 1.
+    """
+
+    def __init__(self, program: ctypes.CDLL, w: Tensor, importance: Tensor | None) -> None:
+        self._program, self._groups = program, w.shape[:2]
+        rows, n_groups, width = w.shape
+        self._count, self._width = rows * n_groups, width
+        tiles = torch.nn.functional.pad(w.reshape(-1, width), (0, 0, 0, -self._count % LANES))
+        self._w = tiles.reshape(-1, LANES, width).transpose(1, 2).contiguous()
+        each = torch.ones(n_groups, width) if importance is None else importance[0]
+        self._period = n_groups
+        self._importance = each.T.repeat(1, 1 + -(-LANES // n_groups))[:, : n_groups + LANES].contiguous()
+        self._one = each.sum(-1).expand(rows, -1)
+        self._sum = (w * each).sum(-1)
+
+    def error(self, grid: Grid, scale: Scale) -> Tensor:
+        """Weighted squared error of each group, `[rows, n_groups]`, when rounded with `scale`."""
+        return self._ask(self._program.auto_round_errors, grid, scale, 1)[0]
+
+    def moments(self, grid: Grid, scale: Scale) -> Moments:
+        """Sums over the numbers that `scale` leads to, zero point removed."""
+        n, nn, nw = self._ask(self._program.auto_round_moments, grid, scale, 3)
+        return Moments(self._one, n, self._sum, nn, nw)
+
+    def _ask(self, function: Callable[..., object], grid: Grid, scale: Scale, count: int) -> list[Tensor]:
+        parts = [None if x is None else x.contiguous() for x in (scale.step, scale.zero, scale.floor)]
+        out = [torch.empty(self._groups) for _ in range(count)]
+        request = _Request(
+            self._w.data_ptr(),
+            self._importance.data_ptr(),
+            *(None if part is None else part.data_ptr() for part in parts),
+            grid.lo,
+            grid.hi,
+            self._count,
+            self._period,
+            self._width,
+            torch.get_num_threads(),
+        )
+        function(ctypes.byref(request), *(ctypes.c_void_p(x.data_ptr()) for x in out))
+        return out
+
+
+def squares_band(grid: Grid, w: Tensor, importance: Tensor | None) -> Errors:
+    """What a search asks about weights when each error counts by itself, in the fastest way there is here.
+
+    Args:
+        grid: that the weights are to be rounded to.
+        w: `[rows, n_groups, width]` float32.
+        importance: of each place of a row, `[1, n_groups, width]` float32; None for 1.
+    """
+    program = _program() if w.device.type == "cpu" and type(grid) is IntGrid else None
+    if program is not None:
+        return CompiledBand(program, w, importance)
+    return Band(by_place(w), None if importance is None else by_place(importance.expand_as(w)))
+
+
+@functools.cache
+def _program() -> ctypes.CDLL | None:
+    """The compiled program; None where it cannot be made."""
+    options = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
+    program = library(SOURCE, (*_ROUNDING, *options))
+    if isinstance(program, Refusal):
+        logger.info("ranges are searched without a compiled program, several times slower: %s", program)
+        return None
+    return program

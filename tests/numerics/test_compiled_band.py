@@ -17,7 +17,7 @@ from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.presets import GGUF_FORMATS, int_format
 from auto_round.numerics.scale import Scale
-from auto_round.numerics.search import QUICK, THOROUGH, search_knobs
+from auto_round.numerics.search import BY_SQUARES, QUICK, THOROUGH, search_knobs
 from auto_round.testing.format_kit import random_weight
 
 PROGRAM = compiled_band._program()
@@ -38,8 +38,8 @@ def case(rows, n_groups, width, scales, seed, weighted=True):
     return w, importance, Scale(step, zero, floor=floor), IntGrid(4, -8 if scales == "step" else 0)
 
 
-def reference(w, importance):
-    return Band(by_place(w), None if importance is None else by_place(importance.expand_as(w)))
+def reference(w, importance, along=0.0):
+    return Band(by_place(w), None if importance is None else by_place(importance.expand_as(w)), along)
 
 
 def assert_same(got, want, w):
@@ -54,12 +54,13 @@ def assert_same(got, want, w):
     width=st.sampled_from([1, 7, 16, 32, 33, 128, 129, 300]),
     scales=st.sampled_from(SCALES),
     weighted=st.booleans(),
+    along=st.sampled_from([0.0, 1.5]),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=80, deadline=None)
-def test_errors_and_sums_are_those_of_the_reference(rows, n_groups, width, scales, weighted, seed):
+def test_errors_and_sums_are_those_of_the_reference(rows, n_groups, width, scales, weighted, along, seed):
     w, importance, scale, grid = case(rows, n_groups, width, scales, seed, weighted)
-    own, band = CompiledBand(PROGRAM, w, importance), reference(w, importance)
+    own, band = CompiledBand(PROGRAM, w, importance, along), reference(w, importance, along)
     assert_same(own.error(grid, scale), band.error(grid, scale), w)
     mine, theirs = own.moments(grid, scale), band.moments(grid, scale)
     for name in ("one", "n", "w", "nn", "nw"):
@@ -79,6 +80,31 @@ def test_ties_go_to_the_even_number_and_zero_points_come_after(scales):
     )
     for name in ("n", "nn", "nw"):
         assert torch.equal(getattr(mine, name), getattr(theirs, name))
+
+
+def test_errors_along_the_weights_count_in_addition():
+    """A group that comes back at nine tenths of its size: its error is all along it."""
+    w = torch.tensor([3.0, -2.0, 1.0, 2.0]).reshape(1, 1, 4)
+    for importance in (None, torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 4)):
+        weigh = torch.ones(4) if importance is None else importance.flatten()
+        shrunk = Scale(torch.full((1, 1), 0.9), None)
+        size = float((weigh * w.flatten().square()).sum())
+        for along in (0.0, 1.0, 4.0):
+            found = reference(w, importance, along).error(IntGrid(4, -8), shrunk)
+            assert found.item() == pytest.approx((1 + along) * 0.01 * size, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_0", "q6_k"])
+def test_a_search_by_squares_shrinks_less_when_that_counts(name):
+    fmt = GGUF_FORMATS[name]
+    generator = torch.Generator().manual_seed(8)
+    w, squares = torch.randn(64, 512, generator=generator), torch.rand(512, generator=generator) + 0.1
+    gain = []
+    for effort in (THOROUGH, BY_SQUARES):
+        back = fmt.dequantize(fmt.quantize(w, search_knobs(fmt, w, Importance(squares), effort)))
+        gain.append(float((back * w * squares).sum() / (w.square() * squares).sum()))
+    assert gain[0] < gain[1] < 1.001
+    assert 1 - gain[1] < 0.75 * (1 - gain[0])
 
 
 @needs_program

@@ -19,6 +19,7 @@ typedef struct {
     const float *w;          /* [n_tiles, width, LANES] */
     const float *importance; /* [width, period + LANES]: that of the groups of a row, begun again at its end */
     const float *step, *zero, *floor; /* [n_groups]; zero and floor may be null */
+    const float *along; /* [n_groups], what the square of sum(importance * error * w) counts; null for nothing */
     float lo, hi;
     int64_t n_groups, period, width;
     int threads;
@@ -61,13 +62,13 @@ static void fold(Lanes *x, int64_t length) {
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* out: [n_groups], sum of importance * (w - rounded w)^2 */
+/* out: [n_groups], sum of importance * (w - rounded w)^2, and what the errors along the weights cost */
 void auto_round_errors(const Band *b, float *out) {
     EACH_TILE(b)
     for (int64_t first = 0; first < b->n_groups; first += LANES) {
         const Scales s = scales(b, first);
         const float *w = b->w + first * b->width, *importance = b->importance + first % b->period;
-        Lanes sum = {0}, cost[PLACES];
+        Lanes sum = {0}, lean = {0}, cost[PLACES], leaning[PLACES];
         for (int64_t start = 0; start < b->width; start += PLACES) {
             const int64_t places = least(PLACES, b->width - start);
             for (int64_t k = 0; k < places; k++) {
@@ -77,13 +78,21 @@ void auto_round_errors(const Band *b, float *out) {
                     const float u = here[j] * s.inverse[j] + s.shift[j];
                     const float off = u - number(b, u, s.zero[j]);
                     cost[k][j] = off * off * weigh[j];
+                    leaning[k][j] = off * here[j] * weigh[j];
                 }
             }
             fold(cost, places);
             for (int j = 0; j < LANES; j++) sum[j] += cost[0][j];
+            if (b->along) {
+                fold(leaning, places);
+                for (int j = 0; j < LANES; j++) lean[j] += leaning[0][j];
+            }
         }
         const int64_t count = least(LANES, b->n_groups - first);
-        for (int j = 0; j < count; j++) out[first + j] = sum[j] * (s.step[j] * s.step[j]);
+        for (int j = 0; j < count; j++) {
+            const float along = b->along ? b->along[first + j] * (lean[j] * lean[j]) : 0.0f;
+            out[first + j] = (sum[j] + along) * (s.step[j] * s.step[j]);
+        }
     }
 }
 

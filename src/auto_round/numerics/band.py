@@ -53,9 +53,15 @@ class Band:
     """Weights `[width, rows, n_groups]` float32 and their importance, same shape (None for 1).
 
     All candidates are computed in the same three buffers: fresh memory costs more than the arithmetic.
+
+    Args:
+        w: the weights.
+        importance: of their errors.
+        along: how often the part of a group's error that lies along its weights counts in addition. Such
+            errors do not average out: they shrink or stretch what a layer says, the same way in every layer.
     """
 
-    def __init__(self, w: Tensor, importance: Tensor | None) -> None:
+    def __init__(self, w: Tensor, importance: Tensor | None, along: float = 0.0) -> None:
         self._w, self._importance = w, importance
         self._u, self._n, self._product = (torch.empty_like(w) for _ in range(3))
         if importance is None:
@@ -64,14 +70,25 @@ class Band:
         else:
             self._one = fold(importance.clone(), 0)
             self._sum = fold(w * importance, 0)
+        self._along = None
+        if along:
+            size = w.square() if importance is None else w.square() * importance
+            self._along = along / fold(size, 0).clamp_min(1e-30)
 
     def error(self, grid: Grid, scale: Scale) -> Tensor:
         """Weighted squared error of each group, `[rows, n_groups]`, when rounded with `scale`."""
         u, n = self._round(grid, scale)
-        square = u.sub_(n).square_()
+        off = u.sub_(n)
+        lean: Tensor | float = 0.0
+        if self._along is not None:
+            leaning = torch.mul(off, self._w, out=self._product)
+            if self._importance is not None:
+                leaning.mul_(self._importance)
+            lean = fold(leaning, 0).square() * self._along
+        square = off.square_()
         if self._importance is not None:
             square.mul_(self._importance)
-        return fold(square, 0) * scale.step.square()
+        return (fold(square, 0) + lean) * scale.step.square()
 
     def moments(self, grid: Grid, scale: Scale) -> Moments:
         """Sums over the numbers that `scale` leads to, zero point removed."""

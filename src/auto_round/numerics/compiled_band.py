@@ -37,7 +37,7 @@ class _Request(ctypes.Structure):
     """`Band` of the program."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("w", "importance", "step", "zero", "floor")),
+        *((name, ctypes.c_void_p) for name in ("w", "importance", "step", "zero", "floor", "along")),
         *((name, ctypes.c_float) for name in ("lo", "hi")),
         *((name, ctypes.c_int64) for name in ("n_groups", "period", "width")),
         ("threads", ctypes.c_int),
@@ -51,9 +51,12 @@ class CompiledBand:
         program: the compiled library.
         w: the weights, on the CPU.
         importance: of each place of a row, `[1, n_groups, width]` float32; None for 1.
+        along: as for `Band`.
     """
 
-    def __init__(self, program: ctypes.CDLL, w: Tensor, importance: Tensor | None) -> None:
+    def __init__(
+        self, program: ctypes.CDLL, w: Tensor, importance: Tensor | None, along: float = 0.0
+    ) -> None:
         self._program, self._groups = program, w.shape[:2]
         rows, n_groups, width = w.shape
         self._count, self._width = rows * n_groups, width
@@ -64,6 +67,7 @@ class CompiledBand:
         self._importance = each.T.repeat(1, 1 + -(-LANES // n_groups))[:, : n_groups + LANES].contiguous()
         self._one = each.sum(-1).expand(rows, -1)
         self._sum = (w * each).sum(-1)
+        self._along = along / (w.square() * each).sum(-1).clamp_min(1e-30) if along else None
 
     def error(self, grid: Grid, scale: Scale) -> Tensor:
         """Weighted squared error of each group, `[rows, n_groups]`, when rounded with `scale`."""
@@ -75,7 +79,9 @@ class CompiledBand:
         return Moments(self._one, n, self._sum, nn, nw)
 
     def _ask(self, function: Callable[..., object], grid: Grid, scale: Scale, count: int) -> list[Tensor]:
-        parts = [None if x is None else x.contiguous() for x in (scale.step, scale.zero, scale.floor)]
+        parts = [
+            None if x is None else x.contiguous() for x in (scale.step, scale.zero, scale.floor, self._along)
+        ]
         out = [torch.empty(self._groups) for _ in range(count)]
         request = _Request(
             self._w.data_ptr(),
@@ -92,18 +98,19 @@ class CompiledBand:
         return out
 
 
-def squares_band(grid: Grid, w: Tensor, importance: Tensor | None) -> Errors:
+def squares_band(grid: Grid, w: Tensor, importance: Tensor | None, along: float = 0.0) -> Errors:
     """What a search asks about weights when each error counts by itself, in the fastest way there is here.
 
     Args:
         grid: that the weights are to be rounded to.
         w: `[rows, n_groups, width]` float32.
         importance: of each place of a row, `[1, n_groups, width]` float32; None for 1.
+        along: as for `Band`.
     """
     program = _program() if w.device.type == "cpu" and type(grid) is IntGrid else None
     if program is not None:
-        return CompiledBand(program, w, importance)
-    return Band(by_place(w), None if importance is None else by_place(importance.expand_as(w)))
+        return CompiledBand(program, w, importance, along)
+    return Band(by_place(w), None if importance is None else by_place(importance.expand_as(w)), along)
 
 
 @functools.cache

@@ -152,10 +152,6 @@ def legal_step(step: Tensor, dtype: torch.dtype) -> Tensor:
 MAX_KNOB = 16.0
 """Range multipliers stay inside 0 ... 16, in the search and in tuning."""
 
-_FLIPPED_BITS = 3
-"""Up to this width the smaller extreme may get the extra level. At 4 bits that lowers the error of the
-weights but clips the larger extreme, and the model's KL grows by 0.6 % (docs/LOG.md)."""
-
 
 @dataclass(frozen=True, slots=True)
 class SignedMax:
@@ -167,9 +163,15 @@ class SignedMax:
 
     Attributes:
         dtype: stored dtype of the step.
+        reach: smallest and largest range that a search tries first, in units of the measured one.
+        flipped_bits: widest grid of which the smaller extreme may get the extra level. At 4 bits that lowers
+            the error of the weights but clips the larger extreme, and the model's KL grows by 0.6 %
+            (docs/LOG.md).
     """
 
     dtype: torch.dtype = torch.float16
+    reach: tuple[float, float] = (0.45, 1.15)
+    flipped_bits: int = 3
 
     @property
     def alone(self) -> SignedMax:
@@ -199,9 +201,9 @@ class SignedMax:
         """Sizes of the range, with the larger and, at few bits, the smaller extreme at the lowest number."""
         size, negative = torch.maximum(-stats.lo, stats.hi), -stats.lo > stats.hi
         sides = [_signed_ratio(stats, size, negative)]
-        if grid.bits <= _FLIPPED_BITS:
+        if grid.bits <= self.flipped_bits:
             sides.append(_signed_ratio(stats, size, ~negative))
-        for m in torch.linspace(0.45, 1.15, points).tolist():
+        for m in torch.linspace(*self.reach, points).tolist():
             for side in sides:
                 yield Knobs((side.lo * m).clamp_max_(MAX_KNOB), (side.hi * m).clamp_max_(MAX_KNOB))
 

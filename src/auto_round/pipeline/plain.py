@@ -10,6 +10,7 @@ from auto_round.models.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.search import BY_SQUARES
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.outputs import Written
 from auto_round.pipeline.workers import workers
@@ -59,7 +60,9 @@ def round_layers(
         weight = job.source.read(layer).to(job.device)
         try:
             squares = job.importance.get(layer.tensor)
-            importance, effort = (None, None) if squares is None else (Importance(squares), job.effort)
+            importance, effort = None, None
+            if squares is not None and job.effort is not None:
+                importance, effort = Importance(squares), BY_SQUARES
             return layer.name, put(layer, round_to_nearest(weight, fmt, importance, effort))
         except NumericsError as error:
             raise NumericsError(f"{layer.tensor}: {error}") from error

@@ -8,6 +8,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define LANES 16 /* groups in a tile; `LANES` of compiled_band.py */
 #define PLACES 128 /* weights of a group whose costs are kept before they are added up */
@@ -62,36 +63,62 @@ static void fold(Lanes *x, int64_t length) {
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+#define KINDS 3 /* sums that are asked for together, at most */
+#define INLINED static inline __attribute__((always_inline))
+
+/* What one weight adds to each sum. */
+typedef void Costs(const Band *b, const Scales *s, int lane, float w, float importance, float *cost);
+
+/* Sums over the weights of each group of a tile. */
+INLINED void add_up(const Band *b, const Scales *s, int64_t first, int kinds, Costs costs_of, Lanes *sums) {
+    const float *w = b->w + first * b->width, *importance = b->importance + first % b->period;
+    Lanes costs[KINDS][PLACES];
+    for (int m = 0; m < kinds; m++) memset(sums[m], 0, sizeof(Lanes));
+    for (int64_t start = 0; start < b->width; start += PLACES) {
+        const int64_t places = least(PLACES, b->width - start);
+        for (int64_t k = 0; k < places; k++) {
+            const float *here = w + (start + k) * LANES;
+            const float *weigh = importance + (start + k) * (b->period + LANES);
+            for (int j = 0; j < LANES; j++) {
+                float cost[KINDS];
+                costs_of(b, s, j, here[j], weigh[j], cost);
+                for (int m = 0; m < kinds; m++) costs[m][k][j] = cost[m];
+            }
+        }
+        for (int m = 0; m < kinds; m++) {
+            fold(costs[m], places);
+            for (int j = 0; j < LANES; j++) sums[m][j] += costs[m][0][j];
+        }
+    }
+}
+
+INLINED void error_costs(const Band *b, const Scales *s, int lane, float w, float importance, float *cost) {
+    const float u = w * s->inverse[lane] + s->shift[lane];
+    const float off = u - number(b, u, s->zero[lane]);
+    cost[0] = off * off * importance;
+    cost[1] = off * w * importance;
+}
+
+INLINED void moment_costs(const Band *b, const Scales *s, int lane, float w, float importance, float *cost) {
+    const float found = number(b, w * s->inverse[lane] + s->shift[lane], s->zero[lane]);
+    const float weighted = found * importance;
+    cost[0] = weighted;
+    cost[1] = weighted * found;
+    cost[2] = weighted * w;
+}
+
 /* out: [n_groups], sum of importance * (w - rounded w)^2, and what the errors along the weights cost */
 void auto_round_errors(const Band *b, float *out) {
     EACH_TILE(b)
     for (int64_t first = 0; first < b->n_groups; first += LANES) {
         const Scales s = scales(b, first);
-        const float *w = b->w + first * b->width, *importance = b->importance + first % b->period;
-        Lanes sum = {0}, lean = {0}, cost[PLACES], leaning[PLACES];
-        for (int64_t start = 0; start < b->width; start += PLACES) {
-            const int64_t places = least(PLACES, b->width - start);
-            for (int64_t k = 0; k < places; k++) {
-                const float *here = w + (start + k) * LANES;
-                const float *weigh = importance + (start + k) * (b->period + LANES);
-                for (int j = 0; j < LANES; j++) {
-                    const float u = here[j] * s.inverse[j] + s.shift[j];
-                    const float off = u - number(b, u, s.zero[j]);
-                    cost[k][j] = off * off * weigh[j];
-                    leaning[k][j] = off * here[j] * weigh[j];
-                }
-            }
-            fold(cost, places);
-            for (int j = 0; j < LANES; j++) sum[j] += cost[0][j];
-            if (b->along) {
-                fold(leaning, places);
-                for (int j = 0; j < LANES; j++) lean[j] += leaning[0][j];
-            }
-        }
+        Lanes sums[2];
+        if (b->along) add_up(b, &s, first, 2, error_costs, sums);
+        else add_up(b, &s, first, 1, error_costs, sums);
         const int64_t count = least(LANES, b->n_groups - first);
         for (int j = 0; j < count; j++) {
-            const float along = b->along ? b->along[first + j] * (lean[j] * lean[j]) : 0.0f;
-            out[first + j] = (sum[j] + along) * (s.step[j] * s.step[j]);
+            const float along = b->along ? b->along[first + j] * (sums[1][j] * sums[1][j]) : 0.0f;
+            out[first + j] = (sums[0][j] + along) * (s.step[j] * s.step[j]);
         }
     }
 }
@@ -101,26 +128,8 @@ void auto_round_moments(const Band *b, float *n, float *nn, float *nw) {
     EACH_TILE(b)
     for (int64_t first = 0; first < b->n_groups; first += LANES) {
         const Scales s = scales(b, first);
-        const float *w = b->w + first * b->width, *importance = b->importance + first % b->period;
-        Lanes sums[3] = {{0}}, costs[3][PLACES];
-        for (int64_t start = 0; start < b->width; start += PLACES) {
-            const int64_t places = least(PLACES, b->width - start);
-            for (int64_t k = 0; k < places; k++) {
-                const float *here = w + (start + k) * LANES;
-                const float *weigh = importance + (start + k) * (b->period + LANES);
-                for (int j = 0; j < LANES; j++) {
-                    const float found = number(b, here[j] * s.inverse[j] + s.shift[j], s.zero[j]);
-                    const float weighted = found * weigh[j];
-                    costs[0][k][j] = weighted;
-                    costs[1][k][j] = weighted * found;
-                    costs[2][k][j] = weighted * here[j];
-                }
-            }
-            for (int m = 0; m < 3; m++) {
-                fold(costs[m], places);
-                for (int j = 0; j < LANES; j++) sums[m][j] += costs[m][0][j];
-            }
-        }
+        Lanes sums[3];
+        add_up(b, &s, first, 3, moment_costs, sums);
         const int64_t count = least(LANES, b->n_groups - first);
         for (int j = 0; j < count; j++) {
             n[first + j] = sums[0][j];

@@ -119,6 +119,8 @@ def _program() -> ctypes.CDLL | None:
     options = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
     program = library(SOURCE, (*_ROUNDING, *options))
     if isinstance(program, Refusal):
-        logger.info("ranges are searched without a compiled program, several times slower: %s", program)
+        logger.info(
+            "ranges are searched without a compiled program, which takes about twice as long: %s", program
+        )
         return None
     return program

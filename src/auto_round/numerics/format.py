@@ -49,7 +49,7 @@ class Format:
             # Two passes: on CPUs `aminmax` takes four times as long over rows as short as a group.
             torch.amin(grouped, -1, out=lo[band])
             torch.amax(grouped, -1, out=hi[band])
-        if not (math.isfinite(lo.min()) and math.isfinite(hi.max())):
+        if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
             bad = int((~torch.isfinite(w)).sum())
             raise NumericsError(f"{bad} of {w.numel()} weights are NaN or infinite")
         return Stats(lo.clamp_max_(0), hi.clamp_min_(0))
@@ -71,18 +71,19 @@ class Format:
             for band, grouped in self._bands(w):
                 offset = None if v is None else self.group.split(v[band])
                 floor = None if scale.floor is None else scale.floor[band]
-                zero = None if scale.zero is None else scale.zero[band].unsqueeze(-1)
+                zero = None if scale.zero is None else scale.zero[band]
                 u = _in_steps(grouped, scale.step[band], floor, offset, out=grouped)
-                n = self.group.join(self.grid.snap(u, zero, out=u), codes[band].shape)
+                n = self.group.join(self.grid.snap(u, _last(zero), out=u), codes[band].shape)
                 self.grid.encode(n, out=codes[band])
             return QTensor(codes, scale, self)
 
     def _bands(self, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Slices of rows of `w`, each with its weights `[rows, n_groups, width]` as float32.
 
-        All bands use the same memory, small enough for a core's cache; the caller may change it.
+        All bands of about `CHUNK` weights use the same memory; the caller may change it.
         """
-        rows = len(w) if self.group.size == 0 or w.dim() != 2 else max(1, CHUNK // max(1, w.shape[1]))
+        together = self.group.size == 0 or w.dim() != 2
+        rows = max(1, len(w) if together else CHUNK // max(1, w.shape[1]))
         room: Tensor | None = None
         for start in range(0, len(w), rows):
             band = slice(start, start + rows)

@@ -29,12 +29,6 @@ from auto_round.numerics.scale_affine import Affine, affine_knobs, line, step_an
 from auto_round.numerics.ste import round_ste
 
 
-def spread(shared: Tensor, per: int, n_groups: int) -> Tensor:
-    """Each group's shared number: `[..., n_blocks]` -> `[..., n_groups]`; the last block may be short."""
-    each = shared.unsqueeze(-1).expand(*shared.shape, per)
-    return each.reshape(*shared.shape[:-1], -1)[..., :n_groups]
-
-
 def gather(x: Tensor, per: int) -> Tensor:
     """Numbers of the groups of each block: `[..., n_groups]` -> `[..., n_blocks, per]`, filled with 0."""
     missing = -x.shape[-1] % per

@@ -81,10 +81,9 @@ class Rest:
         if fmt is None:
             return rows.reshape(part.spec.shape).to(part.spec.dtype)
         try:
+            bands = torch.split(rows, max(1, BAND // rows.shape[-1]))
             with workers(self.device) as pool:
-                octets = list(
-                    pool.map(partial(self._round, fmt), torch.split(rows, BAND // rows.shape[-1] + 1))
-                )
+                octets = list(pool.map(partial(self._round, fmt), bands))
         except NumericsError as error:
             raise NumericsError(f"{part.tensor.name}: {error}") from error
         return torch.cat(octets)

@@ -161,7 +161,8 @@ class _Loop:
         left = {unit: names for unit, names in units.items() if unit not in self._finished()}
         sizes = {unit: sum(nbytes(layers[n][0]) for n in names) for unit, names in left.items()}
         done = len(units) - len(left)
-        keep_freed_memory(of_any_size=True)
+        if self.job.device.type == "cpu":
+            keep_freed_memory(of_any_size=True)
         with ThreadPoolExecutor(1) as keeper:  # waits for the disk while the next burst is rounded
             kept: Future[None] | None = None
             for burst in bursts(sizes):

@@ -127,7 +127,7 @@ def test_errors(positional, named, text):
 @pytest.mark.parametrize(
     "named",
     [
-        {"enable_alg_ext": True},
+        {"avg_bits": 5},
         {"static_kv_dtype": "fp8"},
         {"processor": object()},
         {"algorithm": "awq"},

@@ -29,11 +29,11 @@ PLAIN = """
 --disable_act_dynamic | --act_asym | --quant_lm_head | --ignore_layers a,b | --fp_layers a
 --dynamic_max_gap 5 | --layer_config {k_proj:{bits:8}} | --dry_run | --no_verify | --no_resume
 --overwrite | --max_shard_size 2GB | --model_free | --disable_model_free | --tokenizer t | --recipe best
---no_amp | --no_low_gpu_mem_usage
+--no_amp | --no_low_gpu_mem_usage | --enable_alg_ext | --enable_lfq
 """
 LATER = """
 --avg_bits 5 | --target_bits 5 | --options W4A16,W8A16 | --ignore_scale_zp_bits | --shared_layers a b
---enable_alg_ext | --enable_lfq | --static_kv_dtype fp8 | --static_attention_dtype float8_e4m3fn
+--static_kv_dtype fp8 | --static_attention_dtype float8_e4m3fn
 --tasks | --tasks mmlu,piqa | --task a b | --eval_bs 4 | --limit 0.5 | --eval_task_by_task
 --eval_backend vllm | --vllm_args=tensor_parallel_size=2,gpu_memory_utilization=0.8
 --eval_model_dtype bf16 | --add_bos_token | --eval | --num_fewshot 2 | --eval_gen_kwargs a=1

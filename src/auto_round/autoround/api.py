@@ -176,7 +176,7 @@ class AutoRound:
             `[samples, length, hidden]`.
 
         Raises:
-            ConfigError: inputs that are not of one shape.
+            ConfigError: inputs that are not of one shape, or an option that needs the whole model.
             NumericsError: weights or outputs are not finite.
         """
         from auto_round.autoround.one_block import quantize_one_block

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from auto_round.autoround.recorded import Recorded, record, stack
 from auto_round.calibration.observe import observe_inputs
 from auto_round.config import Options
+from auto_round.errors import ConfigError
 from auto_round.models.layer import Layer, Role
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
@@ -35,6 +36,11 @@ def quantize_one_block(
     device: str | torch.device | None,
 ) -> tuple[Tensor, Tensor]:
     """Tune and round a block in place; arguments and result as in `AutoRound.quantize_block`."""
+    if options.tune.enable_alg_ext:
+        raise ConfigError(
+            "enable_alg_ext judges the last block by the model's predictions, and a block alone has none: "
+            "leave it out for quantize_block"
+        )
     recorded = record(inputs)
     home = next(block.parameters()).device
     where = home if device is None else torch.device(device)

@@ -235,6 +235,14 @@ class TuneOptions:
             off_help="with iters 0: search the scales",
         ),
     )
+    enable_alg_ext: bool = option(
+        False,
+        Spec(
+            "tune the last block by what the model predicts instead of by the block's output",
+            flags=("enable_alg_ext", "enable_lfq"),
+            aliases=("enable_lfq",),
+        ),
+    )
     enable_deterministic_algorithms: bool = option(
         False,
         Spec(
@@ -244,6 +252,10 @@ class TuneOptions:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.enable_alg_ext and not self.iters:
+            raise ConfigError(
+                "enable_alg_ext extends tuning, and iters 0 does not tune: leave one of them out"
+            )
 
     def learning_rate(self, bits: int) -> float:
         """Return the step size of the rounding offsets, in units of one code.

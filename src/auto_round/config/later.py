@@ -53,7 +53,6 @@ LATER: Final = (
         values=("avg_bits", "target_bits", "options"),
         lists=("shared_layers",),
     ),
-    Later("the extended tuning algorithm", switches=("enable_alg_ext", "enable_lfq")),
     Later(
         "a choice of algorithms (AWQ, SVDQuant, rotations)",
         switches=(

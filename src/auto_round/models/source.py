@@ -66,7 +66,7 @@ class Stem(Protocol):
         ...
 
     def finish(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
-        """Logits `[B, L, vocabulary]` from the last block's output `[B, L, H]`.
+        """Logits `[B, L, vocabulary]` from the last block's output `[B, L, H]`, differentiable in it.
 
         Args:
             hidden: output of the last block.

@@ -206,8 +206,7 @@ class StubStem:
         self._recorder.start()
         self._recorder.last_output = hidden
         try:
-            with torch.no_grad():
-                yield
+            yield
         finally:
             self._recorder.last_output = None
 

@@ -22,6 +22,7 @@ from auto_round.pipeline.arguments import ArgumentTable
 from auto_round.pipeline.group import BlockGroup, GroupArguments
 from auto_round.pipeline.input_squares import InputSquares
 from auto_round.pipeline.job import Job
+from auto_round.pipeline.predictions import judged
 from auto_round.pipeline.streams import Streams
 from auto_round.tuning.objective import Objective
 from auto_round.tuning.quantized_inputs import quantized_inputs
@@ -57,7 +58,7 @@ def tune_group(
         indices: indices of the blocks, in order.
         table: arguments of all blocks for all rows.
         streams: hidden states before the first of these blocks; replaced by those after the last.
-        objective: what tuning differentiates.
+        objective: what tuning differentiates; the last block may be judged otherwise.
 
     Raises:
         NumericsError: a weight or the loss is not finite; names the tensor.
@@ -85,7 +86,7 @@ def tune_group(
             _samples(inputs, targets, held_out, streams.masks, slice(streams.tuned, None)),
             job.tune if tunable else replace(job.tune, iters=0),
             generator=torch.Generator().manual_seed(job.options.calibration.seed + indices[0]),
-            objective=objective,
+            objective=stack.enter_context(judged(job, indices, objective)),
         )
         _advance(job, group, tuned, streams, targets, arguments)
     layers = _layers_of(job, indices, tuned.weights)

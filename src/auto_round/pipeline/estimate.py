@@ -13,6 +13,7 @@ from auto_round.models.layer import Layer, Role
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.memory import peak_bytes
 from auto_round.pipeline.plan_table import manifests
+from auto_round.pipeline.predictions import logits_budget
 from auto_round.pipeline.prepare import held_out_rows, needs_rows
 from auto_round.pipeline.trace import SPILL_BYTES
 from auto_round.tuning.steps import held_out_looks, rows_seen
@@ -27,6 +28,8 @@ SEARCH_BYTES = 200
 """Bytes moved for each weight and candidate range of the search."""
 PASSES = 3
 """Forward passes that cost as much as one with gradients; each takes two operations a weight and token."""
+HEAD_PASSES = 3
+"""Products with the head where predictions are compared: the original's, the block's, and its gradient."""
 TRAFFIC = 8
 """Times that a forward pass moves what the backward pass would keep of it: norms, attention, activations."""
 MEASURED_TOKENS = 4096
@@ -95,6 +98,8 @@ def estimate(job: Job, rates: Rates) -> Estimate:
     sizes = measure_sizes(job)
     output = sum(m.nbytes for m in manifests(job).values())
     tuning = _tuning_bytes(job, sizes) + _streams_in_memory(job, sizes)
+    if job.options.tune.enable_alg_ext:
+        tuning += sizes.outside + logits_budget(job.device)
     rest = sizes.outside + (output if job.options.output.verify and sizes.tokens else 0)
     on_device = job.device.type != "cpu"
     host = max(rest, sizes.outside + 3 * sizes.stream, 0 if on_device else tuning)
@@ -243,6 +248,11 @@ def _seconds(job: Job, sizes: Sizes, rates: Rates) -> float:
         looks = 1 + len(held_out_looks(job.tune))
         passes += looks * held_out_rows(job.options.calibration.nsamples) * job.options.calibration.seqlen
         moved += quantized * ROUNDING_BYTES * float(job.tune.iters)
+    ends = 0.0
+    if job.options.tune.enable_alg_ext:
+        config = job.source.config.get_text_config()
+        seen = rows_seen(job.tune) * job.options.calibration.seqlen
+        ends = HEAD_PASSES * float(seen) * int(config.vocab_size) * int(config.hidden_size)
     kept = _activations(job, sizes) / sizes.pass_tokens / max(1, job.options.tune.nblocks)
     moved += passes * kept * TRAFFIC * len(job.source.blocks)
-    return 2 * active * passes / rates.operations + moved / rates.bandwidth
+    return 2 * (active * passes + ends) / rates.operations + moved / rates.bandwidth

@@ -44,15 +44,17 @@ def block_objective(
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """The two functions of a tuning step; compiled ones may stand in.
+    """The functions of a tuning step; compiled ones may stand in.
 
     Attributes:
         rounding: `fake_weights`.
-        loss: `block_objective`.
+        loss: what is differentiated, with the arguments of `block_objective`.
+        judge: the same loss of held-out samples, whose batches have other shapes: never compiled.
     """
 
     rounding: Callable[..., dict[str, Tensor]] = fake_weights
     loss: Callable[..., Tensor] = block_objective
+    judge: Callable[..., Tensor] = block_objective
 
 
 PLAIN = Objective()

@@ -7,7 +7,7 @@ The block is called with substituted weights (`torch.func.functional_call`); not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -151,9 +151,12 @@ class _Loop:
         for _ in range(self._config.accumulate):
             batch, loss = self._next_batch(step), 0.0
             for part, count in self._parts(self._samples, batch):
-                share = self._loss(self._samples, part, values, count, self._objective)
+                share = self._loss(self._samples, part, values, count, self._objective.loss)
+                scale = _gradient_scale(self._samples.inputs.dtype, count)
                 # A weight that the batch did not reach (an expert without tokens) has no gradient.
-                found: tuple[Tensor | None, ...] = torch.autograd.grad(share, reached, allow_unused=True)
+                found: Sequence[Tensor | None] = torch.autograd.grad(share, reached, scale, allow_unused=True)
+                if scale is not None:
+                    found = [None if g is None else g.float().div_(scale) for g in found]
                 total = [_add(a, b) for a, b in zip(total, found, strict=True)]
                 loss += float(share.detach())
             self._check(loss)
@@ -171,12 +174,12 @@ class _Loop:
         index: Sequence[int],
         values: Mapping[str, Tensor],
         count: Tensor,
-        objective: Objective,
+        loss: Callable[..., Tensor],
     ) -> Tensor:
         """Loss of the block with other parameters on some samples: their share of the mean over `count`."""
         args, kwargs = samples.arguments(index)
         pick = torch.as_tensor(index)
-        return objective.loss(
+        return loss(
             self._block,
             values,
             (samples.inputs[pick].to(self._device), *args),
@@ -210,7 +213,8 @@ class _Loop:
             for start in range(0, len(self._held_out), size):
                 batch = range(start, min(start + size, len(self._held_out)))
                 for part, count in self._parts(self._held_out, batch):
-                    total += float(self._loss(self._held_out, part, values, count, PLAIN)) * len(batch)
+                    loss = self._loss(self._held_out, part, values, count, self._objective.judge)
+                    total += float(loss) * len(batch)
         return self._check(total / max(1, len(self._held_out)))
 
     def _check(self, loss: float) -> float:
@@ -228,6 +232,15 @@ class _Loop:
         with torch.no_grad():
             for p, value in zip(self._trained, values, strict=True):
                 p.copy_(value)
+
+
+def _gradient_scale(dtype: torch.dtype, count: Tensor) -> Tensor | None:
+    """What gradients are multiplied by on their way through the block; None for 1.
+
+    Those of a mean over millions of elements are too small for float16, those of a sum may be too large: this
+    lies in between.
+    """
+    return count * 2.0**-9 if dtype is torch.float16 else None
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -5,9 +5,10 @@
 
 Makes one importance matrix of the calibration data (`--save_imatrix`) and files of each type: by llama.cpp's
 quantizer with that matrix, by us without tuning from the same matrix, by us without tuning from the data
-itself, and tuned. Their tensors, dequantized by the `gguf` package, are put into the Transformers model, so
-that only the weights differ. Files that are there already are measured with `--files`. PEER_LLAMA_CPP names a
-Python with llama-cpp-python and gguf; without it, llama.cpp is left out.
+itself, tuned, and tuned with the last block judged by predictions. Their tensors, dequantized by the `gguf`
+package, are put into the Transformers model, so that only the weights differ. Files that are there already
+are measured with `--files`. PEER_LLAMA_CPP names a Python with llama-cpp-python and gguf; without it,
+llama.cpp is left out.
 
 Prints one JSON line a file: size, perplexity, mean and 99th percentile of KL(original || file) in nats per
 token, share of equal most likely tokens; with `--predict` also the perplexity that llama.cpp itself reaches
@@ -175,6 +176,11 @@ def files(args: argparse.Namespace, python: str | None, work: Path) -> dict[str,
         found[f"ours {kind}, data"] = calibrated[kind]
     for kind in args.tuned:
         found[f"ours {kind}, {args.iters} steps"] = ours(args, work / f"tuned-{kind}", kind, iters=args.iters)
+    for kind in args.extended:
+        given = {"iters": args.iters, "enable_alg_ext": True}
+        found[f"ours {kind}, {args.iters} steps, extended"] = ours(
+            args, work / f"extended-{kind}", kind, **given
+        )
     return found
 
 
@@ -188,6 +194,12 @@ def main() -> None:
     parser.add_argument("--dataset", help="calibration data for --types and --tuned")
     parser.add_argument("--types", type=lambda s: s.split(","), default=[], help="types to make, by commas")
     parser.add_argument("--tuned", type=lambda s: s.split(","), default=[], help="types to tune as well")
+    parser.add_argument(
+        "--extended",
+        type=lambda s: s.split(","),
+        default=[],
+        help="types to tune with --enable_alg_ext",
+    )
     parser.add_argument("--iters", type=int, default=200)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)

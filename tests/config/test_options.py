@@ -198,8 +198,6 @@ def test_any_arguments_are_read_or_refused(given):
 def test_learning_rate_rule(iters, bits, lr, wanted):
     tune = TuneOptions(iters=iters, lr=lr)
     assert tune.learning_rate(bits) == wanted
-    assert tune.range_learning_rate(bits) == wanted
-    assert TuneOptions(iters=iters, lr=lr, minmax_lr=0.5).range_learning_rate(bits) == 0.5
 
 
 def test_formats_and_folders(tmp_path):

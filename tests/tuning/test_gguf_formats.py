@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from auto_round.numerics.presets import GGUF_FORMATS
+from auto_round.numerics.search import QUICK
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.samples import Samples
 from auto_round.tuning.sign_round import tune_block
+from auto_round.tuning.weights import round_to_nearest
 from tuning.blocks import generator, tasks
 
 WIDTH, LENGTH = 256, 8
@@ -57,3 +59,17 @@ def test_tuning_beats_searched_rounding(name):
 
     tuned, searched = (loss_of(block, weights(iters), unseen) for iters in (40, 0))
     assert tuned < 0.95 * searched
+
+
+@pytest.mark.parametrize(("name", "stays"), [("q2_k", True), ("q3_k", True), ("q4_1", False)])
+def test_ranges_of_groups_that_share_a_number_stay_as_searched(name, stays):
+    block, fmt = Wide(), GGUF_FORMATS[name]
+    data = samples(block, 48, 1)
+    config = TuneConfig(iters=20, batch_size=16)
+    tuned = tune_block(block, tasks(block, fmt), data, samples(block, 16, 2), config, generator=generator())
+    assert tuned.best_step > 0
+    searched = round_to_nearest(block.mix.weight, fmt, None, QUICK)
+    found = tuned.weights["mix.weight"]
+    same = [torch.equal(part, searched.scale.parts[key]) for key, part in found.scale.parts.items()]
+    assert all(same) is stays
+    assert not torch.equal(found.codes, searched.codes)

@@ -68,13 +68,33 @@ def test_momentum_follows_the_sign_of_the_running_sum():
 def test_adam_by_hand_skips_what_has_no_gradient():
     offsets, ranges, others = torch.zeros(2), torch.ones(2), torch.ones(1)
     config = TuneConfig(optimizer=Optimizer.ADAM, lr=0.1, range_lr=0.01)
-    stepper = make_stepper(config, [offsets], [ranges], [others])
+    stepper = make_stepper(config, [offsets], [(ranges, 4)], [others])
     with torch.no_grad():
         stepper.step([torch.tensor([5.0, -0.3]), torch.tensor([1.0, 1.0]), None], 0.5)
     # The first step of Adam is lr * sign(g).
     assert offsets.tolist() == pytest.approx([-0.05, 0.05], rel=1e-5)
     assert ranges.tolist() == pytest.approx([0.995, 0.995], rel=1e-5)
     assert others.tolist() == [1]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_step_of_the_range_moves_outer_weights_by_two_steps_of_an_offset(bits):
+    offset, knob, other = torch.zeros(1), torch.ones(1), torch.zeros(1)
+    stepper = make_stepper(TuneConfig(iters=200), [offset], [(knob, bits)], [other])
+    stepper.step([torch.ones(1), torch.ones(1), torch.ones(1)], 1.0)
+    outermost = 2 ** (bits - 1)  # quantization steps from zero
+    assert (knob.item() - 1) * outermost == pytest.approx(2 * offset.item(), rel=1e-3)
+    assert other.item() == pytest.approx(0.2 * offset.item())
+
+
+@pytest.mark.parametrize("optimizer", list(Optimizer))
+def test_a_range_step_that_is_given_holds_for_all_bits(optimizer):
+    config = TuneConfig(optimizer=optimizer, range_lr=0.01)
+    knobs = [torch.ones(1), torch.ones(1)]
+    stepper = make_stepper(config, [], [(knobs[0], 2), (knobs[1], 8)], [])
+    with torch.no_grad():
+        stepper.step([torch.ones(1), torch.ones(1)], 1.0)
+    assert [k.item() for k in knobs] == pytest.approx([0.99, 0.99])
 
 
 def test_schedules():

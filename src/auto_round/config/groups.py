@@ -184,7 +184,11 @@ class TuneOptions:
         ),
     )
     minmax_lr: float | None = option(
-        None, Spec("step size of the range multipliers; lr when not given", low=0)
+        None,
+        Spec(
+            "step size of the range multipliers; when not given lr at 2 bits, half of it for each bit more",
+            low=0,
+        ),
     )
     lr_scheduler: Callable[[int, int], float] | None = option(  # noqa: RUF009
         None,
@@ -268,10 +272,6 @@ class TuneOptions:
         if self.iters == 0:
             return 0.0
         return (2.0 if self.iters >= 1000 and bits <= 3 else 1.0) / self.iters
-
-    def range_learning_rate(self, bits: int) -> float:
-        """Return the step size of the range multipliers."""
-        return self.learning_rate(bits) if self.minmax_lr is None else self.minmax_lr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,6 +37,11 @@ class Format:
     group: Group
     rule: ScaleRule
 
+    @property
+    def shares(self) -> bool:
+        """Whether groups share a number, so that the range of one has a say in the scales of others."""
+        return self.rule.alone is not self.rule
+
     def stats(self, w: Tensor) -> Stats:
         """Range of each group of `w` `[..., out, in]`, float32 `[..., rows, n_groups]`.
 

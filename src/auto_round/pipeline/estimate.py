@@ -99,7 +99,7 @@ def estimate(job: Job, rates: Rates) -> Estimate:
     output = sum(m.nbytes for m in manifests(job).values())
     tuning = _tuning_bytes(job, sizes) + _streams_in_memory(job, sizes)
     if job.options.tune.enable_alg_ext:
-        tuning += sizes.outside + logits_budget(job.device)
+        tuning += sizes.outside + logits_budget(job)
     rest = sizes.outside + (output if job.options.output.verify and sizes.tokens else 0)
     on_device = job.device.type != "cpu"
     host = max(rest, sizes.outside + 3 * sizes.stream, 0 if on_device else tuning)

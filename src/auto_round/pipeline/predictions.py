@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-
 from auto_round.evaluate.logits import positions_at_once
 from auto_round.pipeline.job import Job
 from auto_round.tuning.objective import Objective
 from auto_round.tuning.predictions import Predictions
 
 LOGITS_BYTES = 256 << 20
-"""Memory for logits on a CPU while predictions are compared."""
+"""Memory for logits on a CPU, or where memory is to be spared, while predictions are compared."""
 ACCELERATOR_LOGITS_BYTES = 2 << 30
 """The same on an accelerator, which needs long matrices to be busy."""
 
 
-def logits_budget(device: torch.device) -> int:
+def logits_budget(job: Job) -> int:
     """Bytes for logits while predictions are compared."""
-    return LOGITS_BYTES if device.type == "cpu" else ACCELERATOR_LOGITS_BYTES
+    sparing = job.device.type == "cpu" or job.options.memory.low_gpu_mem_usage
+    return LOGITS_BYTES if sparing else ACCELERATOR_LOGITS_BYTES
 
 
 @contextmanager
@@ -35,8 +34,6 @@ def judged(job: Job, indices: Sequence[int], objective: Objective) -> Iterator[O
     if not job.options.tune.enable_alg_ext or indices[-1] != len(job.source.blocks) - 1:
         yield objective
         return
-    at_once = positions_at_once(
-        int(job.source.config.get_text_config().vocab_size), logits_budget(job.device)
-    )
+    at_once = positions_at_once(int(job.source.config.get_text_config().vocab_size), logits_budget(job))
     with job.source.stem(job.device, job.dtype) as stem:
         yield Predictions(stem.finish, at_once).objective

@@ -53,16 +53,14 @@ def tune_settings(tune: TuneOptions, bits: int) -> TuneConfig:
         bits >= PLAIN_FROM_BITS and tune.iters == 0 if tune.disable_opt_rtn is None else tune.disable_opt_rtn
     )
     adam = tune.enable_adam
-    rate, range_rate = tune.lr, tune.minmax_lr
-    if not adam and tune.iters:
-        rate, range_rate = tune.learning_rate(bits), tune.range_learning_rate(bits)
+    rate = tune.lr if adam or not tune.iters else tune.learning_rate(bits)
     return TuneConfig(
         iters=tune.iters,
         batch_size=tune.batch_size,
         accumulate=tune.gradient_accumulate_steps,
         optimizer=Optimizer.ADAM if adam else Optimizer.SIGN,
         lr=rate,
-        range_lr=range_rate,
+        range_lr=tune.minmax_lr,
         schedule=tune.lr_scheduler,
         momentum=tune.momentum,
         search=not plain,

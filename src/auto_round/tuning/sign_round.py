@@ -97,10 +97,11 @@ class _Loop:
         self._objective = objective
         self._others = _other_parameters(block, weights) if config.tune_norm_bias else {}
         self._offsets = [w.v for w in weights.values()] if config.tune_rounding else []
-        self._ranges = (
-            [k for w in weights.values() for k in (w.knobs.lo, w.knobs.hi)] if config.tune_range else []
-        )
-        self._trained = [*self._offsets, *self._ranges, *self._others.values()]
+        # Ranges of groups that share a number stay as searched: a step of the group that decides about the
+        # shared number moves all others too, and the offsets never settle (docs/LOG.md).
+        free = [w for w in weights.values() if config.tune_range and not w.format.shares]
+        self._ranges = [(k, w.format.grid.bits) for w in free for k in (w.knobs.lo, w.knobs.hi)]
+        self._trained = [*self._offsets, *(k for k, _ in self._ranges), *self._others.values()]
         for p in self._trained:
             p.requires_grad_(True)
         self._order: list[int] = []
@@ -116,7 +117,7 @@ class _Loop:
             gradients = self._gradients(step)
             with torch.no_grad():
                 stepper.step(gradients, step_factor(config, step))
-                for knob in self._ranges:
+                for knob, _ in self._ranges:
                     knob.clamp_(0.0, MAX_KNOB)
             done = step + 1
             if done not in looks:
@@ -161,7 +162,7 @@ class _Loop:
                 loss += float(share.detach())
             self._check(loss)
         through = [(w, g.to(w.dtype)) for w, g in zip(rounded.values(), total, strict=False) if g is not None]
-        trained = [*self._offsets, *self._ranges]
+        trained = self._trained[: len(self._trained) - len(self._others)]
         inner: tuple[Tensor | None, ...] = (None,) * len(trained)
         if through and trained:
             outputs, gradients = zip(*through, strict=True)

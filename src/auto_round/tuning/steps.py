@@ -111,14 +111,39 @@ def held_out_looks(config: TuneConfig) -> list[int]:
     return [*looks, config.iters]
 
 
-def make_stepper(
-    config: TuneConfig, offsets: list[Tensor], ranges: list[Tensor], others: list[Tensor]
-) -> Stepper:
-    """Optimizer over rounding offsets, range multipliers and other parameters (in this order)."""
+def range_rate(config: TuneConfig, bits: int) -> float:
+    """Step size of the range multipliers of groups that are rounded to so many bits.
+
+    By default a signed step moves the outermost weights of a group by two steps of an offset, whatever the
+    bits: a range of 8 quantization steps to each side needs finer ones than a range of 2 (docs/LOG.md).
+    """
+    if config.range_lr is not None:
+        return config.range_lr
     if config.optimizer is Optimizer.ADAM:
-        lr = config.lr if config.lr is not None else ADAM_LR
-        range_lr = config.range_lr if config.range_lr is not None else ADAM_RANGE_LR
-        return Adam([(offsets, lr), (ranges, range_lr), (others, range_lr * 0.2)])
-    lr = config.lr if config.lr is not None else 1.0 / max(config.iters, 1)
-    range_lr = config.range_lr if config.range_lr is not None else lr
-    return SignDescent([(offsets, lr), (ranges, range_lr), (others, range_lr * 0.2)], config.momentum)
+        return ADAM_RANGE_LR
+    return _offset_rate(config) * 2.0 ** (2 - bits)
+
+
+def make_stepper(
+    config: TuneConfig, offsets: list[Tensor], ranges: Sequence[tuple[Tensor, int]], others: list[Tensor]
+) -> Stepper:
+    """Optimizer over rounding offsets, range multipliers and other parameters (in this order).
+
+    Args:
+        config: settings of the loop.
+        offsets: rounding offsets.
+        ranges: range multipliers, each with the bits that its groups are rounded to.
+        others: norm weights and biases.
+    """
+    groups = [
+        (offsets, _offset_rate(config)),
+        *(([p], range_rate(config, bits)) for p, bits in ranges),
+        (others, range_rate(config, 2) * 0.2),
+    ]
+    return Adam(groups) if config.optimizer is Optimizer.ADAM else SignDescent(groups, config.momentum)
+
+
+def _offset_rate(config: TuneConfig) -> float:
+    if config.lr is not None:
+        return config.lr
+    return ADAM_LR if config.optimizer is Optimizer.ADAM else 1.0 / max(config.iters, 1)

@@ -186,7 +186,7 @@ class TuneOptions:
     minmax_lr: float | None = option(
         None,
         Spec(
-            "step size of the range multipliers; when not given lr at 2 bits, half of it for each bit more",
+            "step size of the range multipliers; when not given lr/2 at 2 bits, lr/4 at 3 and so on",
             low=0,
         ),
     )

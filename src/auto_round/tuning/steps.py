@@ -114,14 +114,14 @@ def held_out_looks(config: TuneConfig) -> list[int]:
 def range_rate(config: TuneConfig, bits: int) -> float:
     """Step size of the range multipliers of groups that are rounded to so many bits.
 
-    By default a signed step moves the outermost weights of a group by two steps of an offset, whatever the
-    bits: a range of 8 quantization steps to each side needs finer ones than a range of 2 (docs/LOG.md).
+    By default a signed step moves the outermost weights of a group as far as a step of an offset would,
+    whatever the bits: of 8 quantization steps to each side half a percent is more than of 2 (docs/LOG.md).
     """
     if config.range_lr is not None:
         return config.range_lr
     if config.optimizer is Optimizer.ADAM:
         return ADAM_RANGE_LR
-    return _offset_rate(config) * 2.0 ** (2 - bits)
+    return _offset_rate(config) * 2.0 ** (1 - bits)
 
 
 def make_stepper(
@@ -138,7 +138,7 @@ def make_stepper(
     groups = [
         (offsets, _offset_rate(config)),
         *(([p], range_rate(config, bits)) for p, bits in ranges),
-        (others, range_rate(config, 2) * 0.2),
+        (others, range_rate(config, 1) * 0.2),
     ]
     return Adam(groups) if config.optimizer is Optimizer.ADAM else SignDescent(groups, config.momentum)
 

@@ -384,3 +384,20 @@ def test_settings_that_leave_nothing_to_tune_are_refused():
     with pytest.raises(ConfigError, match="nothing is left to tune"):
         TuneConfig(tune_rounding=False, tune_range=False)
     TuneConfig(iters=0, tune_rounding=False, tune_range=False)
+
+
+def test_gradients_too_small_for_float16_still_tune():
+    """As those of a mean over millions of elements are: here because what the block adds is small."""
+
+    class Small(Mlp):
+        def forward(self, x):
+            hidden = torch.nn.functional.linear(x * 1e-3, self.up.weight)
+            return self.down(torch.relu(hidden))
+
+    def found(dtype):
+        block = Small(dtype)
+        return tune(block, PLAIN, data=samples(block), held_out=samples(block, 16, seed=2))
+
+    exact, half = found(torch.float32), found(torch.float16)
+    assert exact.loss < 0.8 * exact.initial_loss
+    assert half.loss == pytest.approx(exact.loss, rel=0.1)

@@ -149,15 +149,15 @@ class _Loop:
         values = {n: w.detach().requires_grad_() for n, w in rounded.items()} | self._others
         reached = list(values.values())
         total: list[Tensor | None] = [None] * len(reached)
+        half, scale = self._samples.inputs.dtype is torch.float16, None
         for _ in range(self._config.accumulate):
             batch, loss = self._next_batch(step), 0.0
             for part, count in self._parts(self._samples, batch):
                 share = self._loss(self._samples, part, values, count, self._objective.loss)
-                scale = _gradient_scale(self._samples.inputs.dtype, count)
+                if half and scale is None:
+                    scale = _gradient_scale(share, count)
                 # A weight that the batch did not reach (an expert without tokens) has no gradient.
-                found: Sequence[Tensor | None] = torch.autograd.grad(share, reached, scale, allow_unused=True)
-                if scale is not None:
-                    found = [None if g is None else g.float().div_(scale) for g in found]
+                found = torch.autograd.grad(share, reached, scale, allow_unused=True)
                 total = [_add(a, b) for a, b in zip(total, found, strict=True)]
                 loss += float(share.detach())
             self._check(loss)
@@ -167,7 +167,8 @@ class _Loop:
         if through and trained:
             outputs, gradients = zip(*through, strict=True)
             inner = torch.autograd.grad(outputs, trained, gradients, allow_unused=True)
-        return [*inner, *total[len(rounded) :]]
+        all_found = [*inner, *total[len(rounded) :]]
+        return all_found if scale is None else [None if g is None else g / scale for g in all_found]
 
     def _loss(
         self,
@@ -235,13 +236,13 @@ class _Loop:
                 p.copy_(value)
 
 
-def _gradient_scale(dtype: torch.dtype, count: Tensor) -> Tensor | None:
-    """What gradients are multiplied by on their way through the block; None for 1.
+def _gradient_scale(loss: Tensor, count: Tensor) -> Tensor:
+    """What gradients are multiplied by on their way through a block in float16.
 
-    Those of a mean over millions of elements are too small for float16, those of a sum may be too large: this
-    lies in between.
+    That type ends at 6e-8 and at 65504, and a mean over millions of elements has smaller gradients. Scaled so
+    they are about 1/64 at the block's output, which leaves room for sums over tokens.
     """
-    return count * 2.0**-9 if dtype is torch.float16 else None
+    return count * 2.0**-7 / loss.detach().sqrt().clamp_min(1e-9)
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -22,6 +22,7 @@ def test_only_the_last_block_becomes_another(tiny, tmp_path, family):
     model = tiny(family, **({"head_dim": 16} if family == "gemma2" else {}))
     plain = weights(quantize(model, tmp_path / "plain", **given).folders[0])
     result = quantize(model, tmp_path / "extended", enable_alg_ext=True, **given)
+    assert "the last one by the model's predictions" in result.report["method"]
     extended = weights(result.folders[0])
     changed = {name for name, weight in plain.items() if not torch.equal(weight, extended[name])}
     last = max(int(name.split(".")[2]) for name in result.plan.quantized)

@@ -121,7 +121,8 @@ def method(job: Job) -> str:
     """One line for people."""
     tune = job.tune
     if tune.iters and job.tunes:
-        return f"SignRound, {tune.iters} steps of {tune.optimizer.value} descent a block"
+        last = ", the last one by the model's predictions" if job.options.tune.enable_alg_ext else ""
+        return f"SignRound, {tune.iters} steps of {tune.optimizer.value} descent a block{last}"
     if tune.search:
         return (
             "round to nearest in a range searched by importance"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from auto_round.tuning.config import TuneConfig
-from auto_round.tuning.objective import counted_elements
+from auto_round.tuning.objective import Objective, counted_elements
 from auto_round.tuning.predictions import Predictions
 from auto_round.tuning.sign_round import tune_block
 from tuning.blocks import HIDDEN, W2, Mlp, generator, samples, tasks
@@ -94,16 +94,13 @@ def test_a_block_tuned_by_predictions_predicts_better_and_may_differ_more():
         made = tune_block(
             block, tasks(block, W2), data, held_out, TuneConfig(iters=60), generator=generator(), **named
         )
-        changed = copy.deepcopy(block)
-        with torch.no_grad():
-            for name, q in made.weights.items():
-                changed.get_parameter(name).copy_(q.format.dequantize(q))
-            output = changed(unseen.inputs)
+        output = _with(block, made)(unseen.inputs)
         error = (output - unseen.targets).square().mean().item()
         return divergence(finish, unseen.targets, output).item(), error, made
 
+    judge = Predictions(finish, 64)
     by_output, least_error, _ = tuned()
-    by_predictions, error, made = tuned(objective=Predictions(finish, 64).objective)
+    by_predictions, error, made = tuned(objective=Objective(loss=judge, judge=judge))
     assert by_predictions < 0.7 * by_output
     assert error > least_error
     reached = divergence(finish, held_out.targets, _with(block, made)(held_out.inputs)).item()

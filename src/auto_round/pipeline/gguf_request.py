@@ -83,8 +83,9 @@ def gguf_request(options: Options) -> GgufRequest | None:
         raise ConfigError("imatrix steers rounding without tuning: give --iters 0 too, or leave it out")
     if options.calibration.imatrix is not None and options.output.save_imatrix is not None:
         raise ConfigError("save_imatrix writes what a run measures, and with imatrix it measures nothing")
-    nothing = replace(options.tune, iters=0, disable_opt_rtn=True, enable_alg_ext=False)
-    tune = nothing if plain else options.tune
+    tune = options.tune
+    if plain:
+        tune = replace(tune, iters=0, disable_opt_rtn=True, enable_alg_ext=False)
     return GgufRequest(wanted, others, replace(options, scheme=changed, output=output, tune=tune))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from auto_round.evaluate.logits import positions_at_once
 from auto_round.pipeline.job import Job
@@ -36,4 +37,5 @@ def judged(job: Job, indices: Sequence[int], objective: Objective) -> Iterator[O
         return
     at_once = positions_at_once(int(job.source.config.get_text_config().vocab_size), logits_budget(job))
     with job.source.stem(job.device, job.dtype) as stem:
-        yield Predictions(stem.finish, at_once).objective
+        by_predictions = Predictions(stem.finish, at_once)
+        yield replace(objective, loss=by_predictions, judge=by_predictions)

@@ -37,9 +37,16 @@ def block_objective(
     Returns:
         Scalar float32.
     """
+    return block_loss(block_output(block, parameters, args, kwargs), target, mask, count)
+
+
+def block_output(
+    block: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """What a block with other parameters gives, `[batch, length, hidden]`; arguments of `block_objective`."""
     dtype = args[0].dtype
     values = {name: value.to(dtype) for name, value in parameters.items()}
-    return block_loss(first_output(functional_call(block, values, args, kwargs)), target, mask, count)
+    return first_output(functional_call(block, values, args, kwargs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from auto_round.tuning.objective import Objective
-from auto_round.tuning.samples import first_output
+from auto_round.tuning.objective import block_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +29,6 @@ class Predictions:
     finish: Callable[[Tensor], Tensor]
     at_once: int
 
-    @property
-    def objective(self) -> Objective:
-        """For the tuning loop."""
-        return Objective(loss=self, judge=self)
-
     def __call__(
         self,
         block: nn.Module,
@@ -47,9 +40,7 @@ class Predictions:
         count: Tensor,
     ) -> Tensor:
         """Mean KL(original || block with other parameters), nats per position; as `block_objective` else."""
-        dtype = args[0].dtype
-        values = {name: value.to(dtype) for name, value in parameters.items()}
-        output = first_output(functional_call(block, values, args, kwargs))
+        output = block_output(block, parameters, args, kwargs)
         width = output.shape[-1]
         where = slice(None) if mask is None else mask.reshape(-1)
         total: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]

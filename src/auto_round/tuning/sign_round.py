@@ -101,7 +101,8 @@ class _Loop:
         # shared number moves all others too, and the offsets never settle (docs/LOG.md).
         free = [w for w in weights.values() if config.tune_range and not w.format.shares]
         self._ranges = [(k, w.format.grid.bits) for w in free for k in (w.knobs.lo, w.knobs.hi)]
-        self._trained = [*self._offsets, *(k for k, _ in self._ranges), *self._others.values()]
+        self._rounding = [*self._offsets, *(k for k, _ in self._ranges)]
+        self._trained = [*self._rounding, *self._others.values()]
         for p in self._trained:
             p.requires_grad_(True)
         self._order: list[int] = []
@@ -162,11 +163,10 @@ class _Loop:
                 loss += float(share.detach())
             self._check(loss)
         through = [(w, g.to(w.dtype)) for w, g in zip(rounded.values(), total, strict=False) if g is not None]
-        trained = self._trained[: len(self._trained) - len(self._others)]
-        inner: tuple[Tensor | None, ...] = (None,) * len(trained)
-        if through and trained:
+        inner: tuple[Tensor | None, ...] = (None,) * len(self._rounding)
+        if through and self._rounding:
             outputs, gradients = zip(*through, strict=True)
-            inner = torch.autograd.grad(outputs, trained, gradients, allow_unused=True)
+            inner = torch.autograd.grad(outputs, self._rounding, gradients, allow_unused=True)
         all_found = [*inner, *total[len(rounded) :]]
         return all_found if scale is None else [None if g is None else g / scale for g in all_found]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -135,9 +136,10 @@ def make_stepper(
         ranges: range multipliers, each with the bits that its groups are rounded to.
         others: norm weights and biases.
     """
+    by_rate = groupby(ranges, key=lambda pair: range_rate(config, pair[1]))
     groups = [
         (offsets, _offset_rate(config)),
-        *(([p], range_rate(config, bits)) for p, bits in ranges),
+        *(([p for p, _ in pairs], rate) for rate, pairs in by_rate),
         (others, range_rate(config, 1) * 0.2),
     ]
     return Adam(groups) if config.optimizer is Optimizer.ADAM else SignDescent(groups, config.momentum)

@@ -17,6 +17,6 @@ def gguf() -> Any:
         import gguf as module
     except ImportError as error:
         raise ConfigError(
-            "GGUF files need the gguf package of llama.cpp: pip install gguf (or auto-round[gguf])"
+            "GGUF files need the gguf package of llama.cpp: pip install gguf"
         ) from error
     return module

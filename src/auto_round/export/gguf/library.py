@@ -16,7 +16,5 @@ def gguf() -> Any:
     try:
         import gguf as module
     except ImportError as error:
-        raise ConfigError(
-            "GGUF files need the gguf package of llama.cpp: pip install gguf"
-        ) from error
+        raise ConfigError("GGUF files need the gguf package of llama.cpp: pip install gguf") from error
     return module

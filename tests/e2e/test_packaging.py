@@ -1,4 +1,4 @@
-"""What installing takes: open versions in the package, tested ones in constraints.txt, used by every command."""
+"""What installing takes: open versions in the package, tested ones in constraints.txt."""
 
 from __future__ import annotations
 

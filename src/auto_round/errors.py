@@ -1,4 +1,8 @@
-"""Errors of this package: one root, one class per kind of remedy."""
+"""Errors of this package: one root, one class per kind of remedy.
+
+Each is also the built-in error that Python, PyTorch and Transformers raise in its place, so that code which
+expects that one still catches it.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,23 @@ class AutoRoundError(Exception):
     """Root of every error raised on purpose by this package."""
 
 
-class ConfigError(AutoRoundError):
+class ConfigError(AutoRoundError, ValueError):
     """The request is wrong and the user can mend it (argument, pattern, data set, folder)."""
 
 
-class CheckpointError(AutoRoundError):
+class ArgumentError(ConfigError, TypeError):
+    """A call has an argument that there is not, or has one twice."""
+
+
+class MissingError(ConfigError, FileNotFoundError):
+    """A file or folder that the user names is not there."""
+
+
+class CheckpointError(AutoRoundError, OSError):
     """A file of a checkpoint is missing, truncated or contradicts itself; names file, tensor and offset."""
 
 
-class NumericsError(AutoRoundError):
+class NumericsError(AutoRoundError, ArithmeticError):
     """Numbers that cannot be quantized: non-finite weights or losses; names the tensor and the count."""
 
 
@@ -45,7 +57,7 @@ class Refusal:
         return f"{self.who}: {self.reason}" + (f" ({self.remedy})" if self.remedy else "")
 
 
-class UnsupportedError(AutoRoundError):
+class UnsupportedError(AutoRoundError, NotImplementedError, ValueError):
     """No part can do what was asked; carries every refusal."""
 
     def __init__(self, message: str, refusals: Sequence[Refusal] = ()) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from auto_round.cli import main as cli
@@ -111,3 +114,40 @@ def test_unknown_list(capsys):
 def test_unknown_scheme_is_refused_before_work(words, capsys):
     assert cli.main(words) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+LAST_WORDS = """
+import sys
+from auto_round.cli.main import main
+assert main(["--version"]) == 0
+import triton
+"""
+
+
+def test_the_end_is_silent_with_triton_installed():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", LAST_WORDS], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stderr == ""
+    assert done.stdout.startswith("auto-round")
+
+
+@pytest.mark.parametrize(("module", "frozen"), [("nanobind", False), ("elsewhere", True)])
+def test_memory_is_left_to_the_system_unless_somebody_counts_it(monkeypatch, module, frozen):
+    seen = []
+    monkeypatch.setattr(cli.gc, "freeze", lambda: seen.append(True))
+    kept = type("Meta", (type,), {"__module__": module})
+    monkeypatch.setattr(cli, "type", _OnlySubclass(kept), raising=False)
+    cli._spare_the_last_collection()
+    assert bool(seen) is frozen
+
+
+class _OnlySubclass:
+    """`type` with one metaclass, whatever else this process has loaded."""
+
+    def __init__(self, kept):
+        self._kept = kept
+
+    def __subclasses__(self, of):
+        return [self._kept]

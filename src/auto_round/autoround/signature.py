@@ -17,7 +17,7 @@ from auto_round.config import (
     settings,
 )
 from auto_round.config.later import GRANTED, later_names, not_there_yet, split_later
-from auto_round.errors import ConfigError, nearest
+from auto_round.errors import ArgumentError, ConfigError, nearest
 
 ORDER: Final = (
     "platform",
@@ -51,19 +51,19 @@ def collect(positional: Sequence[Any], named: Mapping[str, Any]) -> dict[str, An
     """
     order = OLD_ORDER if positional and isinstance(positional[0], int) else ORDER
     if len(positional) > len(order):
-        raise ConfigError(
+        raise ArgumentError(
             f"AutoRound() takes at most {len(order)} arguments by position after model and tokenizer"
         )
     given = dict(zip(order, positional, strict=False))
     for name, value in named.items():
         if name in given:
-            raise ConfigError(f'AutoRound() got "{name}" both by position and by name')
+            raise ArgumentError(f'AutoRound() got "{name}" both by position and by name')
         given[name] = value
     given |= _bundle(given.pop("extra_config", None))
     known = [name for name in (*argument_names(), *later_names(), *GRANTED) if name not in _OWN]
     for name in given:
         if name not in known:
-            raise ConfigError(
+            raise ArgumentError(
                 f'AutoRound() got an unexpected keyword argument "{name}": {nearest(name, known)}'
             )
     return given

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Generic, TypeVar, overload
 
 from auto_round.calibration.registry import TEXT_FIELDS
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, MissingError
 
 SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
 TEXT_PIECE = 65_536
@@ -66,7 +66,7 @@ def read_path(path: Path, splits: Sequence[str]) -> Sequence[object]:
             raise ConfigError(f"data set {path}: no file in this folder ends in {', '.join(SUFFIXES)}")
         return chain([read_path(file, splits) for file in files])
     if not path.is_file():
-        raise ConfigError(f"data set {path}: no such file; relative paths begin at {Path.cwd()}")
+        raise MissingError(f"data set {path}: no such file; relative paths begin at {Path.cwd()}")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.errors import CheckpointError, ConfigError
+from auto_round.errors import AutoRoundError, CheckpointError, ConfigError
 
 CHUNK_BYTES = 8 * 2**20
 """Bytes per step where a copy has to pass through this process."""
@@ -42,6 +42,8 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except AutoRoundError:
+        raise
     except OSError as error:
         if error.errno in _NO_SPACE:
             message = (
@@ -67,6 +69,8 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except AutoRoundError:
+        raise
     except PermissionError as error:
         raise ConfigError(f"no permission to read {path}: change its mode or its owner") from error
     except OSError as error:

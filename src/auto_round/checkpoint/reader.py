@@ -15,7 +15,7 @@ from torch import Tensor
 
 from auto_round.checkpoint.disk import bytes_of, copy_at, read_at, reading, will_need
 from auto_round.checkpoint.header import MAX_JSON_BYTES, TensorInfo, parse_json_object, read_header
-from auto_round.errors import CheckpointError, ConfigError, InternalError, nearest
+from auto_round.errors import CheckpointError, ConfigError, InternalError, MissingError, nearest
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -52,7 +52,7 @@ class Checkpoint:
         path = Path(folder)
         with reading(path):
             if not path.is_dir():
-                raise ConfigError(f"{path} is not a folder: expected one with config.json and {SINGLE_FILE}")
+                raise MissingError(f"{path} is not a folder: expected one with config.json and {SINGLE_FILE}")
             held = {file.name for file in path.iterdir()}
         if SINGLE_FILE in held:  # first, as in Transformers
             return cls(path, _read_file(path / SINGLE_FILE))

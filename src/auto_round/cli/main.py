@@ -110,11 +110,21 @@ def _quiet_collector() -> Iterator[None]:
     """
     before = gc.get_threshold()
     gc.set_threshold(_YOUNG_OBJECTS, *before[1:])
-    atexit.register(gc.freeze)
+    atexit.register(_spare_the_last_collection)
     try:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+def _spare_the_last_collection() -> None:
+    """Leave what is in memory to the system, unless somebody looks at the end whether all of it was freed.
+
+    Programs bound by nanobind (Triton's are) print a page about leaks then. It makes classes of its own
+    metaclass, by which it is known.
+    """
+    if all(kind.__module__ != "nanobind" for kind in type.__subclasses__(type)):
+        gc.freeze()
 
 
 def _set_up_log(level: str) -> None:

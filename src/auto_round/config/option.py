@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from auto_round.errors import ConfigError, nearest
+from auto_round.errors import ConfigError, MissingError, nearest
 
 Kind = Literal["flag", "int", "float", "str", "object"]
 
@@ -30,7 +30,8 @@ class Spec:
         choices: allowed words; compared without case.
         low: smallest allowed number.
         high: largest allowed number.
-        convert: turns what a user may write (text, list, number) into the field's type; raises ValueError.
+        convert: turns what a user may write (text, list, number) into the field's type; raises TypeError,
+            ValueError or FileNotFoundError.
         cli: False for what only Python can give.
     """
 
@@ -86,6 +87,8 @@ class Setting:
             raise self.refuse(value, f"expected {self.expected()}")
         try:
             value = self.spec.convert(value) if self.spec.convert else value
+        except FileNotFoundError as error:
+            raise MissingError(self._refusal(value, str(error))) from error
         except (TypeError, ValueError) as error:
             raise self.refuse(value, str(error)) from error
         try:
@@ -119,7 +122,10 @@ class Setting:
 
     def refuse(self, value: Any, reason: str) -> ConfigError:
         """Return the error for a value that this option cannot take."""
-        return ConfigError(f'option "{self.name}" cannot be {value!r}: {reason}')
+        return ConfigError(self._refusal(value, reason))
+
+    def _refusal(self, value: Any, reason: str) -> str:
+        return f'option "{self.name}" cannot be {value!r}: {reason}'
 
 
 def _cast_flag(value: Any) -> bool:

@@ -18,7 +18,7 @@ from auto_round.config.groups import (
 )
 from auto_round.config.option import Setting, settings
 from auto_round.config.recipes import RECIPES
-from auto_round.errors import ConfigError, nearest
+from auto_round.errors import ArgumentError, ConfigError, nearest
 
 GROUPS: Final[Mapping[str, type]] = MappingProxyType(
     {
@@ -91,12 +91,12 @@ def _settled_names(given: Mapping[str, Any]) -> dict[str, Any]:
     said: dict[str, str] = {}
     for name, value in given.items():
         if name not in known:
-            raise ConfigError(f'unknown option "{name}": {nearest(name, known)}')
+            raise ArgumentError(f'unknown option "{name}": {nearest(name, known)}')
         setting, opposite = known[name]
         if value is None and (opposite or not setting.nullable):
             continue
         if setting.name in said:
-            raise ConfigError(f'"{name}" and "{said[setting.name]}" set the same option: give one of them')
+            raise ArgumentError(f'"{name}" and "{said[setting.name]}" set the same option: give one of them')
         said[setting.name] = name
         flat[setting.name] = not setting.admit(value) if opposite else value
     return flat

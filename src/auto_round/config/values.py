@@ -54,7 +54,7 @@ def layer_rules(value: Any) -> Mapping[str, Any]:
     if value.endswith(".json"):
         path = Path(value)
         if not path.is_file():
-            raise ValueError("no such file")
+            raise FileNotFoundError("no such file")
         value = path.read_text(encoding="utf-8")
     try:
         rules = json.loads(value)

@@ -11,7 +11,7 @@ from auto_round.checkpoint.disk import reading
 from auto_round.checkpoint.header import MAX_JSON_BYTES, parse_json_object
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.consumers.matrices import Matrix, find_matrices
-from auto_round.errors import CheckpointError, ConfigError
+from auto_round.errors import CheckpointError, ConfigError, MissingError
 
 CONFIG = "config.json"
 QUANTIZATION_CONFIG = "quantization_config.json"
@@ -71,9 +71,9 @@ def read_folder(path: str | Path) -> Folder:
     folder = Path(path).expanduser()
     with reading(folder):
         if not folder.is_dir():
-            raise ConfigError(f"{folder} is not a folder: give the folder of a quantized model")
+            raise MissingError(f"{folder} is not a folder: give the folder of a quantized model")
         if not (folder / CONFIG).is_file():
-            raise ConfigError(f"no {CONFIG} in {folder}: give the folder of a quantized model")
+            raise MissingError(f"no {CONFIG} in {folder}: give the folder of a quantized model")
     config = read_object(folder / CONFIG)
     quantization = config.get("quantization_config")
     if quantization is None:

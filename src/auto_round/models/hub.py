@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from auto_round.errors import ConfigError, nearest
+from auto_round.errors import ConfigError, MissingError, nearest
 
 Platform = Literal["hf", "model_scope"]
 PLATFORMS: tuple[Platform, ...] = ("hf", "model_scope")
@@ -48,7 +48,9 @@ def resolve_model(
     if path.is_file():
         raise ConfigError(f'"{name}" is a file; expected the folder that holds config.json and the weights')
     if name.startswith((".", "/", "~")) or not _REPOSITORY.fullmatch(name):
-        raise ConfigError(f'no folder "{name}"; expected a model folder, or a name such as "Qwen/Qwen3-0.6B"')
+        raise MissingError(
+            f'no folder "{name}"; expected a model folder, or a name such as "Qwen/Qwen3-0.6B"'
+        )
     patterns = [*_WANTED, *(["*.py"] if trust_remote_code else [])]
     download = _from_hugging_face if platform == "hf" else _from_model_scope
     return download(name, revision, patterns)
@@ -74,14 +76,14 @@ def _from_hugging_face(name: str, revision: str | None, patterns: list[str]) -> 
             'then log in with "hf auth login" or set HF_TOKEN'
         ) from error
     except RepositoryNotFoundError as error:
-        raise ConfigError(
+        raise MissingError(
             f'no folder and no Hugging Face model "{name}"; check the spelling, give a local folder, '
             'or for a private model log in with "hf auth login" or set HF_TOKEN'
         ) from error
     except RevisionNotFoundError as error:
         raise ConfigError(f'"{name}" on Hugging Face has no revision "{revision}"') from error
     except LocalEntryNotFoundError as error:
-        raise ConfigError(
+        raise MissingError(
             f'"{name}" is neither a folder nor in the local cache, and Hugging Face cannot be reached '
             "(no network, or HF_HUB_OFFLINE is set); give a local folder, or download the model once with "
             f'"hf download {name}" on a machine with a network and copy the folder'

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auto_round.errors import ConfigError, Refusal, UnsupportedError
+from auto_round.errors import ConfigError, MissingError, Refusal, UnsupportedError
 from auto_round.models import attention
 
 META = torch.device("meta")
@@ -26,7 +26,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise ConfigError(
+        raise MissingError(
             f'no "config.json" in "{folder}": expected a folder as written by save_pretrained '
             "or downloaded from a hub; give the folder that holds config.json and the .safetensors files"
         )

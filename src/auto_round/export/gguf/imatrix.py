@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from auto_round.checkpoint.disk import atomic_write_bytes, reading
-from auto_round.errors import CheckpointError
+from auto_round.errors import CheckpointError, MissingError
 from auto_round.export.gguf.container import make_head
 from auto_round.export.gguf.library import gguf
 from auto_round.export.gguf.model import GgufModel
@@ -98,11 +98,11 @@ def read_imatrix(path: Path) -> Importances:
 
     Raises:
         CheckpointError: not such a file, or damaged.
-        ConfigError: no permission, or the `gguf` package is missing.
+        ConfigError: no such file, no permission, or the `gguf` package is missing.
     """
     with reading(path):
         if not path.is_file():
-            raise CheckpointError(f"{path} is not a file: --imatrix names what llama-imatrix wrote")
+            raise MissingError(f"{path} is not a file: --imatrix names what llama-imatrix wrote")
         with path.open("rb") as file:
             magic = file.read(4)
     return _read_gguf(path) if magic == b"GGUF" else _read_legacy(path)

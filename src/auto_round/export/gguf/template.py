@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from auto_round.checkpoint.disk import reading
-from auto_round.errors import CheckpointError, ConfigError
+from auto_round.errors import CheckpointError, ConfigError, MissingError
 from auto_round.export.gguf.container import value_of
 from auto_round.export.gguf.library import gguf
 from auto_round.export.gguf.model import GgufModel
@@ -57,7 +57,7 @@ def from_template(path: Path, source: ModelSource) -> GgufModel:
 
     Raises:
         CheckpointError: not a GGUF file, or of another model: names the first layer that it lacks.
-        ConfigError: quantized tensors in it, or the `gguf` package is missing.
+        ConfigError: no such file, quantized tensors in it, or the `gguf` package is missing.
     """
     reader = _open(path)
     plain = {t.name: t for t in reader.tensors}
@@ -92,7 +92,7 @@ def from_template(path: Path, source: ModelSource) -> GgufModel:
 def _open(path: Path) -> Any:
     with reading(path):
         if not path.is_file():
-            raise CheckpointError(f"{path} is not a file: --gguf_template names a GGUF file")
+            raise MissingError(f"{path} is not a file: --gguf_template names a GGUF file")
     try:
         return gguf().GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from auto_round.config import build_options
 from auto_round.errors import ConfigError
-from auto_round.pipeline import device
+from auto_round.log import logger
+from auto_round.pipeline import device, prepare
 from auto_round.pipeline.device import choose_device, compute_dtype, rows_at_once
 
 CPU = torch.device("cpu")
@@ -58,13 +60,74 @@ def test_rows_at_once(where, length, sparing, rows):
     assert rows_at_once(where, length, sparing=sparing) == rows
 
 
-def test_devices_that_are_not_there_are_refused():
-    assert choose_device("cpu") == CPU
-    assert choose_device({"model": "cpu", "lm_head": "disk"}) == CPU
-    if not torch.accelerator.is_available():
-        assert choose_device("auto") == CPU
-        for name in ("cuda:0", "1", {"model": "cuda:1"}):
-            with pytest.raises(ConfigError, match="accelerator"):
-                choose_device(name)
-    with pytest.raises(ConfigError, match="unknown device"):
-        choose_device("gpu9")
+def pretend(monkeypatch, count):
+    """Make PyTorch say that there are so many CUDA devices."""
+    found = torch.device("cuda") if count else None
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: bool(count))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize("accelerators", [0, 2])
+@pytest.mark.parametrize(
+    ("wanted", "without", "with_two"),
+    [
+        ("auto", "cpu", "cuda:0"),
+        ("cpu", "cpu", "cpu"),
+        ("cpu:0", "cpu", "cpu"),
+        ("0", "cpu", "cuda:0"),
+        ({}, "cpu", "cuda:0"),
+        ({"": "0"}, "cpu", "cuda:0"),
+        ({"model": "cpu", "lm_head": "disk"}, "cpu", "cpu"),
+        ({"model": "disk"}, "cpu", "cpu"),
+        ("1", None, "cuda:1"),
+        ("0,1", None, "cuda:0"),
+        (" 1 , 0 ", None, "cuda:1"),
+        ("cuda", None, "cuda:0"),
+        ("cuda:1", None, "cuda:1"),
+        ({"model": "cpu", "lm_head": "cuda:1"}, None, "cuda:1"),
+        ("2", None, None),
+        ("cuda:2", None, None),
+        ("0,7", None, None),
+        ({"model": "cuda:0", "lm_head": "cuda:9"}, None, None),
+        ("xpu", None, None),
+        ("meta", None, None),
+        ("gpu9", None, None),
+        ("-1", None, None),
+        ("cuda:-1", None, None),
+        ("0,", None, None),
+        ("balanced", None, None),
+    ],
+)
+def test_devices(monkeypatch, accelerators, wanted, without, with_two):
+    pretend(monkeypatch, accelerators)
+    expected = with_two if accelerators else without
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"device \".*\".*auto"):
+            choose_device(wanted)
+    else:
+        assert choose_device(wanted) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count", "said"),
+    [
+        ("0", 0, "no accelerator here"),
+        ("0,1", 2, "cuda:0 is used, not cuda:1"),
+        ({"a": "cpu", "b": "1"}, 2, "cuda:1 is used, not cpu"),
+        ("0,cuda:0,cuda", 2, None),
+        ("auto", 0, None),
+        ("cpu", 2, None),
+    ],
+)
+def test_what_is_not_used_is_said(monkeypatch, caplog, wanted, count, said):
+    pretend(monkeypatch, count)
+    monkeypatch.setattr(logger, "propagate", True)
+    choose_device(wanted)
+    assert [said in message for message in caplog.messages] == [True] * (said is not None)
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_looked_up(monkeypatch):
+    monkeypatch.setattr(prepare, "resolve_model", lambda *given, **named: pytest.fail("looked up"))
+    with pytest.raises(ConfigError, match="cuda:63"):
+        prepare.prepare(build_options({"model": "some/model", "device_map": "cuda:63"}))

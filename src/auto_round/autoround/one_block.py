@@ -17,6 +17,7 @@ from auto_round.models.layer import Layer, Role
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
 from auto_round.pipeline.activations import activation_formats
+from auto_round.pipeline.device import choose_device
 from auto_round.pipeline.settings import plan_request, tune_settings
 from auto_round.schemes.make import make_plan
 from auto_round.tuning.quantized_inputs import quantized_inputs
@@ -43,7 +44,7 @@ def quantize_one_block(
         )
     recorded = record(inputs)
     home = next(block.parameters()).device
-    where = home if device is None else torch.device(device)
+    where = home if device is None else choose_device(str(device))
     block.to(where)
     try:
         return _quantize(block, recorded, None if q_input is None else stack(q_input), options, where)

@@ -78,6 +78,25 @@ def unknown_variables(source: Mapping[str, str] | None = None) -> tuple[str, ...
     return tuple(sorted(name for name in table if name.startswith("AR_") and name not in known))
 
 
+ARITHMETIC: Final = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "OPENBLAS_CORETYPE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+)
+"""Variables of PyTorch's libraries that choose among programs whose sums differ in the last bit."""
+
+
+def arithmetic_variables(source: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return those of `ARITHMETIC` that are set."""
+    table = os.environ if source is None else source
+    return {name: table[name] for name in ARITHMETIC if name in table}
+
+
 def cache_folder(source: Mapping[str, str] | None = None) -> Path:
     """Return this package's folder among the user's caches: made anew when it is gone.
 

@@ -44,7 +44,8 @@ class ModelOptions:
     device_map: str | Mapping[str, str] = option(
         "auto",
         Spec(
-            'where to tune: "auto", "cpu", "0", "cuda:0", "0,1"; from Python also {module suffix: device}',
+            'where to tune: "auto", "cpu", "0", "cuda:0"; of several ("0,1", from Python also '
+            "{module suffix: device}) the first",
             flags=("device_map", "device", "devices"),
             aliases=("device",),
             convert=values.device,
@@ -324,7 +325,12 @@ class OutputOptions:
         ),
     )
     resume: bool = option(
-        True, Spec("continue an interrupted run of the same job", off=("no_resume",), off_help="begin anew")
+        True,
+        Spec(
+            "continue an interrupted run of the same job on this machine",
+            off=("no_resume",),
+            off_help="begin anew",
+        ),
     )
     dry_run: bool = option(False, Spec("print plan, memory, disk and time, then stop"))
 

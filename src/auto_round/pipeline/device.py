@@ -14,25 +14,62 @@ TOKENS_AT_ONCE = 1024
 
 
 def choose_device(wanted: str | Mapping[str, object]) -> torch.device:
-    """Where blocks are tuned: the first device of the map; "auto" takes an accelerator when there is one."""
+    """Where blocks are tuned: the first device of the map; "auto" takes an accelerator when there is one.
+
+    Devices after the first are not used, which is said. So is that 0, the device of other versions when none
+    is named, means the CPU on a machine without an accelerator.
+
+    Raises:
+        ConfigError: a device that is not there, be it the first or not, or no device's name.
+    """
+    named = _named(wanted)
+    devices = list(dict.fromkeys(_device(name) for name in named))
+    if named[0] == "0" and devices[0].type == "cpu":
+        logger.warning("device 0: PyTorch sees no accelerator here, so blocks are tuned on the CPU")
+    if len(devices) > 1:
+        others = ", ".join(map(str, devices[1:]))
+        logger.warning("blocks are tuned on one device at a time: %s is used, not %s", devices[0], others)
+    return devices[0]
+
+
+def _named(wanted: str | Mapping[str, object]) -> list[str]:
+    """Names of devices in the order of their use; of a map the accelerators first."""
     if isinstance(wanted, str):
-        first = wanted.split(",")[0].strip()
+        named = [name.strip() for name in wanted.split(",")]
     else:
-        first = str(next((d for d in wanted.values() if d not in {"cpu", "disk"}), "cpu"))
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if first in {"auto", ""} or first.isdecimal():
-        if accelerator is None:
-            if first.isdecimal() and first != "0":
-                raise ConfigError(f"device {first}: this machine has no accelerator; use --device cpu")
-            return torch.device("cpu")
-        return torch.device(accelerator.type, int(first) if first.isdecimal() else 0)
+        named = sorted((str(name) for name in wanted.values() if name != "disk"), key=_is_cpu)
+    return named or ["auto" if not wanted else "cpu"]
+
+
+def _is_cpu(name: str) -> bool:
+    return name == "cpu"
+
+
+def _device(name: str) -> torch.device:
+    """The device of one name."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None and name in ("auto", "0"):
+        return torch.device("cpu")
+    if name == "auto":
+        name = "0"
     try:
-        device = torch.device(first)
+        device = torch.device(found.type, int(name)) if found and name.isdecimal() else torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f'unknown device "{first}": use "auto", "cpu", "cuda:0" or an index') from error
-    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
-        raise ConfigError(f'device "{first}" is not there: PyTorch sees {accelerator or "no accelerator"}')
-    return device
+        if name.isdecimal():
+            raise _not_there(name, "no accelerator") from error
+        raise ConfigError(f'unknown device "{name}": use "auto", "cpu", "cuda:0" or an index') from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if found is None or found.type != device.type:
+        raise _not_there(name, "no accelerator" if found is None else found.type)
+    count = torch.accelerator.device_count()
+    if device.index is not None and device.index >= count:
+        raise _not_there(name, f"{count} of type {device.type}")
+    return torch.device(device.type, device.index or 0)
+
+
+def _not_there(name: str, seen: str) -> ConfigError:
+    return ConfigError(f'device "{name}" is not there: PyTorch sees {seen}; use --device auto, or cpu')
 
 
 def rows_at_once(device: torch.device, length: int, *, sparing: bool) -> int:

@@ -61,6 +61,7 @@ def prepare(
     Raises:
         AutoRoundError: anything that would make the run fail later, as far as it can be known.
     """
+    device = choose_device(options.model.device_map)  # before anything is fetched
     gguf = gguf_request(options)
     options = options if gguf is None else gguf.options
     source = _open_source(options, model)
@@ -88,7 +89,6 @@ def prepare(
         calibration, tuned = _rows(options, tune, tokenizer, dataset)
         if calibration is not None:
             _refuse_unknown_tokens(calibration, source)
-    device = choose_device(options.model.device_map)
     at_once = rows_at_once(device, options.calibration.seqlen, sparing=options.memory.low_gpu_mem_usage)
     return Job(
         options=options,

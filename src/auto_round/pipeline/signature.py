@@ -5,28 +5,31 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from auto_round.checkpoint.reader import Checkpoint
+from auto_round.config.options import Options
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.job import Job
+from auto_round.pipeline.machine import machine, versions
+from auto_round.tuning.config import TuneConfig
 from auto_round.version import __version__
 
 
 def signature(job: Job) -> dict[str, Any]:
     """Settings, data, model and arithmetic of a run, as JSON values."""
-    tune = {f.name: _plain(getattr(job.tune, f.name)) for f in dataclasses.fields(job.tune)}
     options = job.options
-    return {
+    own = {
         "auto_round": __version__,
         "torch": torch.__version__,
-        "compile": job.options.tune.enable_torch_compile,
+        **versions(),
+        "machine": machine(job.device),
         "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
         "device": job.device.type,
+        "model_dtype": str(job.source.dtype),
         "compute_dtype": str(job.dtype),
         "model": model_fingerprint(job.source),
         "plan": _plan(job),
@@ -36,12 +39,30 @@ def signature(job: Job) -> dict[str, Any]:
         else {"rows": job.rows.fingerprint, "tuned": job.tuned, "seed": options.calibration.seed},
         "imatrix": _digest(job.importance) if job.importance else None,
         "save_imatrix": job.saves_imatrix,
-        "tune": tune,
-        "nblocks": options.tune.nblocks,
-        "enable_quanted_input": options.tune.enable_quanted_input,
+        "tune": _tune(job.tune),
         "max_shard_size": options.output.max_shard_size,
         "keep_streams": options.output.resume,
     }
+    return own | {name: value for name, value in _others(options).items() if name not in own["tune"]}
+
+
+def _tune(tune: TuneConfig) -> dict[str, Any]:
+    """Settings of the loop; of a schedule its values, since two functions may share a name."""
+    found = {f.name: getattr(tune, f.name) for f in dataclasses.fields(tune)}
+    if tune.schedule is not None:
+        found["schedule"] = [float(tune.schedule(step, tune.iters)) for step in range(tune.iters)]
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _others(options: Options) -> dict[str, Any]:
+    """Every option of tuning and of its data by its own name: some are recorded in the output as given.
+
+    Where data comes from is left out: the rows themselves are compared.
+    """
+    found = {f.name: getattr(options.tune, f.name) for f in dataclasses.fields(options.tune)}
+    found |= {name: getattr(options.calibration, name) for name in ("nsamples", "seqlen", "seed")}
+    del found["lr_scheduler"]
+    return {name: _plain(value) for name, value in found.items()}
 
 
 def _digest(importance: Mapping[str, Tensor]) -> str:
@@ -84,4 +105,4 @@ def _plain(value: Any) -> Any:
     """JSON value of a setting."""
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
-    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, FunctionType) else repr(value)
+    return list(value) if isinstance(value, list) else repr(value)

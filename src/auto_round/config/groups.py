@@ -72,7 +72,12 @@ class SchemeOptions:
     )
     bits: int | None = option(None, Spec("bits per weight, over the scheme's", low=1, high=32))
     group_size: int | None = option(
-        None, Spec("weights that share a scale; -1 one per output channel, 0 one per tensor", low=-1)
+        None,
+        Spec(
+            "weights that share a scale; -1 one per output channel, 0 one per tensor; when not given the "
+            "preset's, or 64 or 32 where that does not divide a row",
+            low=-1,
+        ),
     )
     sym: bool | None = option(
         None, Spec("symmetric grid, no zero points", off=("asym",), off_help="grid with zero points")

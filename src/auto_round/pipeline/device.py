@@ -47,13 +47,14 @@ def _is_cpu(name: str) -> bool:
 
 def _device(name: str) -> torch.device:
     """The device of one name."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = _accelerator()
     if found is None and name in ("auto", "0"):
         return torch.device("cpu")
     if name == "auto":
         name = "0"
     try:
-        device = torch.device(found.type, int(name)) if found and name.isdecimal() else torch.device(name)
+        full = f"{found.type}:{name}" if found is not None and name.isdecimal() else name
+        device = torch.device(full)
     except RuntimeError as error:
         if name.isdecimal():
             raise _not_there(name, "no accelerator") from error
@@ -63,9 +64,14 @@ def _device(name: str) -> torch.device:
     if found is None or found.type != device.type:
         raise _not_there(name, "no accelerator" if found is None else found.type)
     count = torch.accelerator.device_count()
-    if device.index is not None and device.index >= count:
+    index = -1 if full == device.type else device.index
+    if index >= count:
         raise _not_there(name, f"{count} of type {device.type}")
-    return torch.device(device.type, device.index or 0)
+    return torch.device(device.type, max(0, index))
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def _not_there(name: str, seen: str) -> ConfigError:

@@ -15,7 +15,7 @@ from auto_round.calibration.registry import Platform
 from auto_round.calibration.rows import CalibrationRows, load_rows
 from auto_round.config.groups import CalibrationOptions, long_dtype
 from auto_round.config.options import Options
-from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.export.exporter import Exporter
 from auto_round.export.table import notes, parse_formats, refusals, scale_dtype
 from auto_round.log import logger
@@ -136,13 +136,30 @@ def _dtype(name: str | None) -> torch.dtype | None:
 def _plan(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> Plan:
     request = plan_request(options.scheme, scale_dtype(asked, source.dtype))
     others = {name.rpartition(".")[0] for name in source.tensors}
-    plan = make_plan(
-        source.layers, request, blocks=source.blocks, tied_head=source.tied_head, other_names=sorted(others)
+    make = partial(
+        make_plan,
+        source.layers,
+        blocks=source.blocks,
+        tied_head=source.tied_head,
+        other_names=sorted(others),
     )
+    plan = make(request)
+    if objections := _objections(asked, plan, source):
+        uniform = make(replace(request, one_group_size=True))
+        plan = uniform if _objections(asked, uniform, source) < objections else plan
     for warning in plan.warnings:
         logger.warning(warning)
     refuse_unreachable(plan, source.layers)
     return plan
+
+
+def _refused(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> list[Refusal]:
+    return [r for e in asked for r in refusals(e, plan, source.layers)]
+
+
+def _objections(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> int:
+    """How much formats and their readers have against a plan."""
+    return len(_refused(asked, plan, source)) + sum(len(notes(e, plan, source.layers)) for e in asked)
 
 
 def _exporters(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> dict[str, Exporter]:
@@ -151,7 +168,7 @@ def _exporters(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> di
     Raises:
         UnsupportedError: a format cannot hold the plan; names those that can.
     """
-    refused = [r for e in asked for r in refusals(e, plan, source.layers)]
+    refused = _refused(asked, plan, source)
     if refused:
         others = [e.name for e in asked if all(r.who != e.name for r in refused)]
         alone = f"; {', '.join(others)} can: run once for each format that is left" if others else ""

@@ -53,8 +53,8 @@ def run(
     """Quantize a model and write it; the folders appear complete or not at all.
 
     A run that was interrupted continues where it was when called again with the same arguments on the same
-    machine, and gives the same bytes as if it had not been. On a processor with other instructions sums differ
-    in the last bit, so it is refused there.
+    machine, and gives the same bytes as if it had not been. On a processor with other instructions sums
+    differ in the last bit, so it is refused there.
 
     Args:
         options: what to do.

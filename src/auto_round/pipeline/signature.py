@@ -22,7 +22,7 @@ from auto_round.version import __version__
 def signature(job: Job) -> dict[str, Any]:
     """Settings, data, model and arithmetic of a run, as JSON values."""
     options = job.options
-    own = {
+    own: dict[str, Any] = {
         "auto_round": __version__,
         "torch": torch.__version__,
         **versions(),

@@ -9,6 +9,7 @@ from auto_round.errors import ConfigError
 from auto_round.schemes.condense import condense
 from auto_round.schemes.entry import LayerLike, PlanEntry
 from auto_round.schemes.plan import Plan, PlanRequest
+from auto_round.schemes.regroup import regroup, with_common_group
 from auto_round.schemes.rules import (
     BlockLike,
     Kind,
@@ -47,7 +48,8 @@ def make_plan(
 
     A layer's exact name in `layer_config` is stronger than `ignore_layers`, that stronger than partial names
     and regular expressions. Routers, the head and layers outside of the blocks are kept by default; a pattern
-    reaches them only when it names nothing else, so that `mlp` does not quantize `mlp.gate`.
+    reaches them only when it names nothing else, so that `mlp` does not quantize `mlp.gate`. Rows that are no
+    whole number of groups get smaller groups where the user named no size.
 
     Args:
         layers: every matrix that could be quantized, in the order of execution, the head included even when
@@ -58,8 +60,8 @@ def make_plan(
         other_names: modules that are never quantized (embeddings, norms); ignoring them is no error.
 
     Raises:
-        ConfigError: a pattern that matches nothing, a scheme that is none, a group size that does not divide
-            the rows of a layer, `quant_lm_head` without a head.
+        ConfigError: a pattern that matches nothing, a scheme that is none, a group size that the user named
+            and that does not divide the rows of a layer, `quant_lm_head` without a head.
         UnsupportedError: a scheme that cannot be computed yet.
     """
     base = parse_scheme(request.scheme, request.overrides)
@@ -74,7 +76,9 @@ def make_plan(
     ignored = match_ignored(request.ignore_layers, names, other_names)
     matches = match_layer_config(request.layer_config, base, names)
     asked = _apply(defaults, matches, ignored)
-    entries, notes = _fit_shapes(layers, asked)
+    fitted, regrouped = regroup(layers, asked, request, {_reason(match): match.rule for match in matches})
+    entries, notes = _fit_shapes(layers, fitted)
+    base = with_common_group(base, asked, entries)
 
     head = next((layer.name for layer in layers if layer.role.value == HEAD), None)
     if request.quant_lm_head and head is None:
@@ -90,6 +94,7 @@ def make_plan(
         untie_head=tied is not None and entries[tied].scheme is not None,
         warnings=(
             *notes,
+            *regrouped,
             *filter(None, (loose_number(match, names) for match in matches)),
             *_unused(matches, asked),
             *_general(layers, base, entries),

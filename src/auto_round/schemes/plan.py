@@ -32,6 +32,8 @@ class PlanRequest:
         ignore_layers: layers to keep, comma list or sequence.
         quant_lm_head: quantize the output head too.
         to_quant_block_names: prefixes of the blocks to quantize; None for all.
+        one_group_size: where a group size that nobody asked for does not divide all rows, every layer takes
+            the one that does, for formats that hold one only.
     """
 
     scheme: str | Mapping[str, Any] | QuantizationScheme = "W4A16"
@@ -40,6 +42,7 @@ class PlanRequest:
     ignore_layers: str | Iterable[str] | None = None
     quant_lm_head: bool = False
     to_quant_block_names: str | Iterable[Any] | None = None
+    one_group_size: bool = False
 
 
 @dataclass(frozen=True, slots=True)

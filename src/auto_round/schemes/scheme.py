@@ -229,6 +229,20 @@ def _weights_not_there_yet(scheme: QuantizationScheme) -> Refusal | None:
     return None
 
 
+def names_group_size(value: object) -> bool:
+    """Whether a scheme as a user wrote it says how large groups are.
+
+    A preset's name does where the size is in it (`W2A16G64`), or a part of the number type (GGUF, MXFP4).
+    """
+    if isinstance(value, QuantizationScheme):
+        return True
+    if isinstance(value, Mapping):
+        return value.get("group_size") is not None
+    name = str(value).strip().upper()
+    preset = PRESET_SCHEMES.get(name)
+    return preset is None or preset.data_type != "int" or name.endswith(f"G{preset.group_size}")
+
+
 def _merge(base: QuantizationScheme, values: Mapping[str, Any]) -> QuantizationScheme:
     """`base` with the given fields replaced; None means not given; `data_type` wins over `bits` and `sym`."""
     given: dict[str, Any] = {}

@@ -11,6 +11,9 @@ from auto_round.schemes.condense import some
 MULTIPLE = 32
 """Codes are packed 32 at a time along both axes by the GPTQ layout and its kernels."""
 
+READ_EVERYWHERE = (64, 32)
+"""Group sizes below 128 that the kernels of vLLM, SGLang and GPTQModel all take (`consumers.kernels`)."""
+
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
 """Group sizes that are offered when the asked one does not divide."""
 
@@ -41,6 +44,11 @@ def awkward_shape(shape: tuple[int, int]) -> str | None:
 def divides(group_size: int, n_in: int) -> bool:
     """Whether a row of `n_in` weights is a whole number of groups; -1 (row) and 0 (tensor) always fit."""
     return group_size <= 0 or n_in % group_size == 0
+
+
+def fitting_group(group_size: int, n_in: int) -> int | None:
+    """The largest group below `group_size` that divides a row of `n_in` and is read everywhere."""
+    return next((size for size in READ_EVERYWHERE if size < group_size and divides(size, n_in)), None)
 
 
 def refuse_misfits(misfits: Iterable[Misfit]) -> None:

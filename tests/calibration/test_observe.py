@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from auto_round.calibration.observe import InputMoments, observe_inputs
 from auto_round.errors import ConfigError, NumericsError
 from auto_round.numerics.importance import TILE
+from auto_round.numerics.token_weights import CAP, token_energy, token_weights
 
 
 class Block(nn.Module):
@@ -25,19 +26,47 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_mean_squares_equal_those_of_all_inputs_at_once() -> None:
-    block, batches = Block(), [draw(2, 5, 8, seed=i) for i in range(3)]
+    block, batches = Block(), [nn.functional.normalize(draw(2, 5, 8, seed=i), dim=-1) for i in range(3)]
     with torch.no_grad(), observe_inputs(block, ["up", "mlp.down"]) as seen:
         for x in batches:
             block(x)
     x = torch.cat(batches).reshape(-1, 8)
     assert seen["up"].count == len(x) == 30
     torch.testing.assert_close(seen["up"].importance().squares, x.double().square().mean(0).float())
-    inner = block.up(x).relu().detach()
-    torch.testing.assert_close(seen["mlp.down"].importance().squares, inner.square().mean(0))
+    inner = block.up(torch.cat(batches)).relu().detach()
+    weights = token_weights(token_energy(inner)).reshape(-1, 1)
+    expected = (inner.reshape(-1, 12).square() * weights).mean(0)
+    torch.testing.assert_close(seen["mlp.down"].importance().squares, expected)
+
+
+def test_a_massive_token_does_not_hide_the_others() -> None:
+    x = draw(4, 50, 8)
+    massive = x.clone()
+    massive[:, 0] = torch.tensor([3000.0] + [0.0] * 7)
+    found = []
+    for rows in (x, massive):
+        moments = InputMoments()
+        moments.add(rows)
+        importance = moments.importance()
+        assert importance is not None
+        found.append(importance.squares)
+    median = token_energy(massive).median(dim=-1).values.mean()
+    # One token of 50 counts as four of them do, all in the first channel (mean square times 8).
+    assert found[1][0] < found[0][0] + 1.1 * 8 * CAP * median / 50
+    torch.testing.assert_close(found[1][1:], found[0][1:], rtol=0.1, atol=0)
+
+
+def test_rows_do_not_know_each_other() -> None:
+    rows = draw(6, 20, 8) * torch.logspace(-3, 3, 6)[:, None, None]
+    together, apart = InputMoments(), InputMoments()
+    together.add(rows)
+    for row in rows.split(1):
+        apart.add(row)
+    torch.testing.assert_close(together.importance().squares, apart.importance().squares)
 
 
 def test_products_of_neighbours_are_shrunk_and_end_with_the_squares() -> None:
-    moments, x = InputMoments(), draw(1000, 300) + draw(1000, 1, seed=1)
+    moments, x = InputMoments(), draw(1000, 300) + draw(1000, 1, seed=1).clamp(-1, 1)
     for part in x.split(300):
         moments.add(part)
     found = moments.importance()
@@ -53,7 +82,7 @@ def test_products_of_neighbours_are_shrunk_and_end_with_the_squares() -> None:
 
 
 def test_padding_does_not_count() -> None:
-    block, x = Block(), draw(2, 5, 8)
+    block, x = Block(), nn.functional.normalize(draw(2, 5, 8), dim=-1)
     mask = torch.tensor([[True, True, False, False, False], [True] * 5])
     with torch.no_grad(), observe_inputs(block, ["up"], mask_of=lambda: mask) as seen:
         block(torch.where(mask[..., None], x, torch.inf))

@@ -61,7 +61,7 @@ def samples(block, n=32, seed=1, masks=None):
     inputs = activations(n, seed, next(block.parameters()).dtype)
     targets = torch.empty_like(inputs)
     run_block(block, Samples(inputs, inputs), targets, batch_size=8)
-    return Samples(inputs, targets, masks=masks)
+    return Samples(inputs, targets, weights=None if masks is None else masks.float())
 
 
 def tasks(block, fmt=W2):

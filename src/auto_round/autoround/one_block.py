@@ -16,6 +16,7 @@ from auto_round.errors import ConfigError
 from auto_round.models.layer import Layer, Role
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
+from auto_round.numerics.token_weights import token_energy, token_weights
 from auto_round.pipeline.activations import activation_formats
 from auto_round.pipeline.device import choose_device
 from auto_round.pipeline.settings import plan_request, tune_settings
@@ -56,10 +57,12 @@ def _quantize(
     block: nn.Module, recorded: Recorded, q_input: Tensor | None, options: Options, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     def samples(hidden: Tensor, targets: Tensor, index: Sequence[int]) -> Samples:
+        wanted = targets[list(index)]
         return Samples(
             hidden[list(index)],
-            targets[list(index)],
+            wanted,
             lambda rows: recorded.arguments([index[i] for i in rows], device),
+            token_weights(token_energy(wanted)),
         )
 
     def run(hidden: Tensor) -> Tensor:

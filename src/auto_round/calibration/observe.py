@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, NumericsError, nearest
 from auto_round.numerics.importance import TILE, Importance
+from auto_round.numerics.token_weights import token_energy, token_weights
 
 MaskOf = Callable[[], Tensor | None]
 
 
 class InputMoments:
     """Second moments of the input channels over all tokens seen.
+
+    Each token is scaled down to what `token_weights` lets it count: one massive activation would hide what
+    the other tokens need.
 
     Attributes:
         squares: sum of squares, `[in] float64` (float32 on devices without it); None before the first token.
@@ -38,9 +42,12 @@ class InputMoments:
             mask: bool over the leading dimensions of `x`, False for tokens that do not count; None: all
                 count. Ignored where its shape is another, as behind a router that picked tokens.
         """
-        if mask is not None and mask.shape == x.shape[:-1]:
-            x = x[mask.to(x.device)]
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if mask is not None:
+            mask = mask.to(x.device) if mask.shape == x.shape[:-1] else None
+        weights = token_weights(token_energy(x), mask)
+        if mask is not None:
+            x, weights = x[mask], weights[mask]
+        rows = x.detach().reshape(-1, x.shape[-1]).float() * weights.reshape(-1, 1).sqrt()
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         squares = rows.square().sum(dim=0, dtype=exact)
         tiles = nn.functional.pad(rows, (0, -rows.shape[-1] % TILE)).reshape(

@@ -11,6 +11,9 @@ from auto_round.consumers.lines import loading, refusing
 if TYPE_CHECKING:
     from auto_round.pipeline.result import Result
 
+MANY_BITS = 4
+"""Runs below are advised to give 4 bits to their worst layers, others 8."""
+
 
 def summary(result: Result) -> str:
     """Say in a few lines what a run gave; what was not measured is left out."""
@@ -49,3 +52,43 @@ def _quality(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     before, after = held_out["perplexity_before"], held_out["perplexity_after"]
     yield "perplexity", f"{before:.4g} -> {after:.4g} ({100 * (after / before - 1):+.2f} %) on held-out rows"
     yield "KL", f"{held_out['kl']:.4g} nats per token from the original's predictions"
+    hard = report.get("hard_cases", {})
+    yield from _hard_cases(hard)
+    if "far_from_the_original" in hard:
+        yield "far off", _far(hard["far_from_the_original"], report["bits_per_quantized_weight"])
+
+
+def _hard_cases(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if massive := found.get("massive_activations"):
+        units = massive["units"]
+        tokens, energy = (max(unit[name] for unit in units) for name in ("tokens", "energy"))
+        yield (
+            "massive",
+            f"activations in {len(units)} of {massive['of']} blocks: up to {100 * tokens:.2g} % of the "
+            f"tokens hold up to {100 * energy:.3g} % of the energy; their errors count as others do",
+        )
+    if kept := found.get("kept_as_started"):
+        yield (
+            "unchanged",
+            f"{len(kept['units'])} of {kept['of']} blocks were kept as they started: no step made them "
+            "better on rows that are not tuned on (more rows may help: --nsamples)",
+        )
+
+
+def _far(far: Mapping[str, Any], bits: float) -> str:
+    """Say that a model differs much from its original, and what to do about it.
+
+    Args:
+        far: what the report says of it.
+        bits: bits per quantized weight of the run.
+    """
+    words = f"a KL above {far['bound']} means that the model says other things than the original"
+    errors = far["largest_errors"]
+    if not errors:
+        return f"{words}; give it more bits"
+    named = ", ".join(f"{kind} {100 * error:.2g} %" for kind, error in errors.items())
+    first = next(iter(errors))
+    return (
+        f"{words}. Rounding changed most in {named} (share of their outputs); give those layers more bits "
+        f"(--layer_config '{{{first}: {{bits: {4 if bits < MANY_BITS else 8}}}}}'), or all layers"
+    )

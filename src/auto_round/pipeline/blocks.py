@@ -17,9 +17,11 @@ from auto_round.models.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.token_weights import Massive, massive_tokens, token_energy, token_weights
 from auto_round.pipeline.activations import formats_inside
 from auto_round.pipeline.arguments import ArgumentTable
 from auto_round.pipeline.group import BlockGroup, GroupArguments
+from auto_round.pipeline.hard_cases import by_kind, relative_error
 from auto_round.pipeline.input_squares import InputSquares
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.predictions import judged
@@ -40,12 +42,16 @@ class GroupResult:
         others: retrained norm weights and biases by module parameter name.
         tuned: losses and the step kept.
         inputs: name of a tensor in the source -> what flowed into it; empty unless that is to be written.
+        massive: tokens with massive activations in the unquantized output.
+        errors: kind of layer -> share of its output that rounding changed, see `hard_cases`.
     """
 
     layers: Mapping[str, tuple[Layer, QTensor]]
     others: Mapping[str, Tensor]
     tuned: TunedBlock
     inputs: Mapping[str, InputSquares]
+    massive: Massive
+    errors: Mapping[str, float]
 
 
 def tune_group(
@@ -74,6 +80,8 @@ def tune_group(
         arguments = GroupArguments(table, indices, job.device)
         observed = _observed(job, indices, group, formats)
         targets, moments = _references(job, group, observed, streams, arguments)
+        energy = torch.stack([token_energy(row) for row in targets])
+        weights = token_weights(energy, streams.masks)
         importance = {n: found for n, m in moments.items() if (found := m.importance()) is not None}
         stack.enter_context(quantized_inputs(group, formats_inside(job.plan, job.source.layers, prefixes)))
         inputs = streams.quantized if job.options.tune.enable_quanted_input else streams.reference
@@ -82,28 +90,37 @@ def tune_group(
         tuned = tune_block(
             group,
             {n: WeightTask(formats[n], originals[n], importance.get(n)) for n in formats},
-            _samples(inputs, targets, arguments, streams.masks, slice(0, streams.tuned)),
-            _samples(inputs, targets, held_out, streams.masks, slice(streams.tuned, None)),
+            _samples(inputs, targets, arguments, weights, slice(0, streams.tuned)),
+            _samples(inputs, targets, held_out, weights, slice(streams.tuned, None)),
             job.tune if tunable else replace(job.tune, iters=0),
             generator=torch.Generator().manual_seed(job.options.calibration.seed + indices[0]),
             objective=stack.enter_context(judged(job, indices, objective)),
         )
-        _advance(job, group, tuned, streams, targets, arguments)
+        parameters = {n: q.format.dequantize(q, job.dtype) for n, q in tuned.weights.items()}
+        errors = {
+            name: relative_error(
+                rounded, originals[name], importance[name].squares if name in importance else None
+            )
+            for name, rounded in parameters.items()
+        }
+        parameters.update({n: p.to(job.dtype) for n, p in tuned.others.items()})
+        _advance(job, group, parameters, streams, targets, arguments)
     layers = _layers_of(job, indices, tuned.weights)
     others = {_outside(name, prefixes): value for name, value in tuned.others.items()}
     seen = _inputs_of(job, indices, importance, moments) if job.saves_imatrix else {}
-    return GroupResult(layers, others, tuned, seen)
+    massive = massive_tokens(energy, streams.masks)
+    return GroupResult(layers, others, tuned, seen, massive, by_kind(errors))
 
 
 def _samples(
     inputs: Tensor,
     targets: Tensor | None,
     arguments: GroupArguments,
-    masks: Tensor | None = None,
+    weights: Tensor | None = None,
     rows: slice = slice(None),
 ) -> Samples:
     wanted = inputs if targets is None else targets
-    return Samples(inputs[rows], wanted[rows], arguments, None if masks is None else masks[rows])
+    return Samples(inputs[rows], wanted[rows], arguments, None if weights is None else weights[rows])
 
 
 def _formats(job: Job, indices: Sequence[int]) -> dict[str, Format]:
@@ -208,17 +225,15 @@ def _owner(group: BlockGroup, parameter: str) -> nn.Module:
 def _advance(
     job: Job,
     group: BlockGroup,
-    tuned: TunedBlock,
+    parameters: Mapping[str, Tensor],
     streams: Streams,
     targets: Tensor,
     arguments: GroupArguments,
 ) -> None:
     """Replace both streams by the outputs of the unquantized and of the quantized group."""
-    parameters = {n: q.format.dequantize(q, job.dtype) for n, q in tuned.weights.items()}
-    parameters.update({n: p.to(job.dtype) for n, p in tuned.others.items()})
 
     def quantized(hidden: Tensor, *args: object) -> Tensor:
-        output: Tensor = functional_call(group, parameters, (hidden, *args))
+        output: Tensor = functional_call(group, dict(parameters), (hidden, *args))
         return output
 
     inputs = _samples(streams.quantized, None, arguments)

@@ -20,6 +20,7 @@ from auto_round.export.hf_config import copy_side_files, read_config, write_conf
 from auto_round.export.model_card import CardFacts, write_model_card
 from auto_round.export.model_card import Measured as Figure
 from auto_round.export.unplanned import with_unplanned
+from auto_round.pipeline.hard_cases import hard_cases
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.measure import Measured
 from auto_round.pipeline.plan_table import plan_size
@@ -105,6 +106,9 @@ def build_report(
             "kl": c.kl,
             "same_top_token": c.agreement,
         }
+    hard = hard_cases(journal.entries, None if measured is None else measured.comparison.kl)
+    if hard:
+        report["hard_cases"] = hard
     return report
 
 

@@ -197,7 +197,7 @@ class _Loop:
             save_inputs(self.scratch, f"{number:04d}", result.inputs)
         if self.job.options.output.resume:
             streams.save(_saved(self.scratch, number))
-        self._done(unit, written, _losses(result))
+        self._done(unit, written, _figures(result))
         _saved(self.scratch, number - 1).unlink(missing_ok=True)
 
     def _write(self, layer: Layer, q: QTensor) -> None:
@@ -205,7 +205,7 @@ class _Loop:
         if layer.name not in self._finished():
             self._done(layer.name, self.outputs.put(layer, q))
 
-    def _done(self, unit: str, tensors: Written, figures: Mapping[str, float] | None = None) -> None:
+    def _done(self, unit: str, tensors: Written, figures: Mapping[str, Any] | None = None) -> None:
         self.outputs.sync()
         self.journal.append({"unit": unit, "tensors": tensors, **(figures or {})})
 
@@ -223,11 +223,15 @@ def _groups(job: Job) -> Iterator[tuple[str, list[int]]]:
         yield name, [b.index for b in members]
 
 
-def _losses(result: GroupResult) -> dict[str, float]:
-    tuned = result.tuned
-    if math.isnan(tuned.loss):  # nothing was tuned
-        return {}
-    return {"initial_loss": tuned.initial_loss, "loss": tuned.loss, "best_step": tuned.best_step}
+def _figures(result: GroupResult) -> dict[str, Any]:
+    """What a report says about a group of blocks; `best_step` and losses only where it was tuned."""
+    tuned, massive = result.tuned, result.massive
+    found: dict[str, Any] = {}
+    if not math.isnan(tuned.loss):
+        found = {"initial_loss": tuned.initial_loss, "loss": tuned.loss, "best_step": tuned.best_step}
+    if massive.tokens:
+        found |= {"massive_tokens": massive.tokens, "massive_energy": massive.energy}
+    return found | {"errors": dict(result.errors)}
 
 
 def _saved(scratch: Path, number: int) -> Path:

@@ -20,7 +20,7 @@ def block_objective(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     target: Tensor,
-    mask: Tensor | None,
+    weights: Tensor | None,
     count: Tensor,
 ) -> Tensor:
     """Loss of a block with other parameters; the module itself is not touched.
@@ -31,13 +31,14 @@ def block_objective(
         args: hidden states `[batch, length, hidden]` and what else is positional.
         kwargs: keyword arguments.
         target: what the unquantized block gives.
-        mask: `[batch, length]` bool; None where every position counts.
+        weights: `[batch, length]` float32, how much the error of each position counts, 0 at padding; None:
+            all alike.
         count: elements over which the loss is the mean, of which this call may hold a part; float32 scalar.
 
     Returns:
         Scalar float32.
     """
-    return block_loss(block_output(block, parameters, args, kwargs), target, mask, count)
+    return block_loss(block_output(block, parameters, args, kwargs), target, weights, count)
 
 
 def block_output(
@@ -68,42 +69,44 @@ PLAIN = Objective()
 """Nothing compiled."""
 
 
-def block_loss(output: Tensor, target: Tensor, mask: Tensor | None, count: Tensor) -> Tensor:
-    """Sum over the counted elements of the squared difference, divided by `count`; float32 scalar.
+def block_loss(output: Tensor, target: Tensor, weights: Tensor | None, count: Tensor) -> Tensor:
+    """Sum over all elements of the weighted squared difference, divided by `count`; float32 scalar.
 
     Args:
         output: `[batch, length, hidden]`.
         target: same shape.
-        mask: `[batch, length]` bool, True where a position counts; None where all do. What stands at the
-            other positions has no influence, not even NaN.
+        weights: `[batch, length]` float32; None for 1 everywhere. What stands at positions of weight 0 has
+            no influence, not even NaN.
         count: float32 scalar, see `counted_elements`.
     """
-    loss: Tensor = _SquaredDistance.apply(output, target, mask, count)  # type: ignore[no-untyped-call]
+    loss: Tensor = _SquaredDistance.apply(output, target, weights, count)  # type: ignore[no-untyped-call]
     return loss
 
 
-def counted_elements(target: Tensor, mask: Tensor | None) -> Tensor:
-    """Elements of `[batch, length, hidden]` at positions that count (one at least); float32 scalar."""
-    if mask is None:
+def counted_elements(target: Tensor, weights: Tensor | None) -> Tensor:
+    """Elements of `[batch, length, hidden]` at positions of any weight (one at least); float32 scalar."""
+    if weights is None:
         return torch.tensor(float(target.numel()), device=target.device)
-    return (mask.sum().clamp_min(1) * target.shape[-1]).to(target.device, torch.float32)
+    return ((weights > 0).sum().clamp_min(1) * target.shape[-1]).to(target.device, torch.float32)
 
 
 class _SquaredDistance(torch.autograd.Function):
     """Few passes over memory: the difference is formed once, in float32, and serves both directions."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, target: Tensor, mask: Tensor | None, count: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, target: Tensor, weights: Tensor | None, count: Tensor) -> Tensor:
         difference = output.to(torch.float32, copy=True).sub_(target)
-        if mask is not None:
+        weighted = difference
+        if weights is not None:
+            each = weights.unsqueeze(-1)
             # Filled rather than multiplied: what stands at padding may be NaN, and 0 * NaN is NaN.
-            difference.masked_fill_(~mask.unsqueeze(-1), 0.0)
-        ctx.save_for_backward(difference, count)
+            difference.masked_fill_(each == 0, 0.0)
+            weighted = difference * each
+        ctx.save_for_backward(weighted, count)
         ctx.dtype = output.dtype
-        flat = difference.reshape(-1)
-        return torch.dot(flat, flat) / count
+        return torch.dot(difference.reshape(-1), weighted.reshape(-1)) / count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        difference, count = ctx.saved_tensors
-        return (difference * (grad * (2.0 / count))).to(ctx.dtype), None, None, None
+        weighted, count = ctx.saved_tensors
+        return (weighted * (grad * (2.0 / count))).to(ctx.dtype), None, None, None

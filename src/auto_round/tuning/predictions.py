@@ -36,13 +36,17 @@ class Predictions:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         target: Tensor,
-        mask: Tensor | None,
+        weights: Tensor | None,
         count: Tensor,
     ) -> Tensor:
-        """Mean KL(original || block with other parameters), nats per position; as `block_objective` else."""
+        """Mean KL(original || block with other parameters), nats per position; as `block_objective` else.
+
+        A divergence is bounded by what the model says, whatever an activation's size: every position counts
+        alike unless its weight is 0.
+        """
         output = block_output(block, parameters, args, kwargs)
         width = output.shape[-1]
-        where = slice(None) if mask is None else mask.reshape(-1)
+        where = slice(None) if weights is None else weights.reshape(-1) > 0
         total: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
             output.reshape(-1, width)[where], target.reshape(-1, width)[where], self.finish, self.at_once
         )

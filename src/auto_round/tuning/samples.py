@@ -26,13 +26,14 @@ class Samples:
         inputs: hidden states `[n, ..., hidden]`, one entry a sample; may live on the host.
         targets: outputs of the unquantized block, same layout.
         arguments: further arguments of the block for the given samples.
-        masks: `[n, length]` bool, True where a position counts; None where all do.
+        weights: `[n, length]` float32, how much the error of each position counts, 0 at padding; None: all
+            alike. See `numerics.token_weights`.
     """
 
     inputs: Tensor
     targets: Tensor
     arguments: Callable[[Sequence[int]], BlockCall] = no_arguments
-    masks: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.inputs.shape[0])

@@ -187,15 +187,15 @@ class _Loop:
             (samples.inputs[pick].to(self._device), *args),
             dict(kwargs),
             samples.targets[pick].to(self._device),
-            None if samples.masks is None else samples.masks[pick].to(self._device),
+            None if samples.weights is None else samples.weights[pick].to(self._device),
             count,
         )
 
     def _parts(self, samples: Samples, batch: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
         """A batch cut into what goes through the block at once, each with the elements of the whole batch."""
         pick = torch.as_tensor(batch)
-        mask = None if samples.masks is None else samples.masks[pick]
-        count = counted_elements(samples.targets[pick], mask).to(self._device)
+        weights = None if samples.weights is None else samples.weights[pick]
+        count = counted_elements(samples.targets[pick], weights).to(self._device)
         at_once = self._config.pass_rows
         for start in range(0, len(batch), at_once):
             yield batch[start : start + at_once], count

@@ -1,0 +1,95 @@
+"""What was hard in a run, said plainly: massive activations, blocks that no step improved, a model far off.
+
+Everything here is read from the journal's entries, so a run that was continued says the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FAR_KL = 0.3
+"""Nats per token from which on a run says that the model has become another one, and what would help. It is
+a rise of the perplexity by about a third."""
+WORST = 3
+"""Kinds of layers that are named then."""
+AT_ONCE = 1 << 22
+"""Weights compared at a time."""
+
+
+def relative_error(rounded: Tensor, original: Tensor, squares: Tensor | None) -> float:
+    """Share of a matrix' output that rounding changed, channels taken as independent.
+
+    Args:
+        rounded: `[..., out, in]`, as it would come back from its codes.
+        original: the same before rounding.
+        squares: mean square of each input channel, `[in]` float32; None weighs all alike.
+
+    Returns:
+        `sum(squares * (rounded - original)**2) / sum(squares * original**2)`; 0 for a matrix of zeros.
+    """
+    width = original.shape[-1]
+    weights = torch.ones(width, device=original.device) if squares is None else squares.to(original.device)
+    error = energy = 0.0
+    rows = max(1, AT_ONCE // width)
+    pairs = zip(
+        torch.split(rounded.reshape(-1, width), rows),
+        torch.split(original.reshape(-1, width), rows),
+        strict=True,
+    )
+    for after, before in pairs:
+        exact = before.float()
+        error += float((after.float() - exact).square().sum(dim=0) @ weights)
+        energy += float(exact.square().sum(dim=0) @ weights)
+    return error / energy if energy > 0 else 0.0
+
+
+def by_kind(errors: Mapping[str, float]) -> dict[str, float]:
+    """Mean over the matrices of each kind.
+
+    Args:
+        errors: parameter name -> its error.
+
+    Returns:
+        Last module name (`down_proj`; for fused experts the parameter's own) -> mean error.
+    """
+    found: dict[str, list[float]] = {}
+    for name, error in errors.items():
+        found.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(error)
+    return {kind: sum(values) / len(values) for kind, values in found.items()}
+
+
+def hard_cases(entries: Sequence[Mapping[str, Any]], kl: float | None) -> dict[str, Any]:
+    """What a report says about them; empty where nothing was hard.
+
+    Args:
+        entries: of the journal, one a group of blocks or a layer.
+        kl: divergence from the original on held-out rows, nats per token; None where it is not known.
+    """
+    tuned = [entry for entry in entries if "best_step" in entry]
+    found: dict[str, Any] = {}
+    if kept := [entry["unit"] for entry in tuned if entry["best_step"] == 0]:
+        found["kept_as_started"] = {"units": kept, "of": len(tuned)}
+    if massive := [
+        {"unit": e["unit"], "tokens": e["massive_tokens"], "energy": e["massive_energy"]}
+        for e in entries
+        if e.get("massive_tokens")
+    ]:
+        found["massive_activations"] = {"units": massive, "of": sum("errors" in e for e in entries)}
+    if kl is not None and not kl <= FAR_KL:
+        found["far_from_the_original"] = {"kl": kl, "bound": FAR_KL, "largest_errors": _largest(entries)}
+    return found
+
+
+def _largest(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The kinds of layers whose outputs changed most, mean over all blocks, largest first."""
+    kinds: dict[str, list[float]] = {}
+    for entry in entries:
+        for kind, error in entry.get("errors", {}).items():
+            kinds.setdefault(kind, []).append(error)
+    means = {kind: sum(values) / len(values) for kind, values in kinds.items()}
+    ranked = sorted(means.items(), key=lambda pair: -pair[1])
+    return {kind: round(error, 4) for kind, error in ranked[:WORST]}

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from auto_round.checkpoint import disk
+from auto_round.checkpoint.open_files import MOST_OPEN
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.writer import ShardWriter, lay_out
 from auto_round.errors import CheckpointError, ConfigError, InternalError
@@ -183,3 +186,40 @@ def test_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.Monkey
     writer.put("b", tensors["b"])
     writer.seal()
     assert contents(tmp_path / "full") == contents(tmp_path / "plain")
+
+
+def test_few_shards_are_open_at_a_time(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((4,), float(i)) for i in range(3 * MOST_OPEN)}
+    with ShardWriter.create(tmp_path, specs_of(tensors), max_shard_bytes=16) as writer:
+        for name, tensor in tensors.items():
+            writer.put(name, tensor)
+            links = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+            assert sum(link.parent == tmp_path for link in links) <= MOST_OPEN
+        writer.seal()
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert all(raw(checkpoint.read(name)) == raw(tensor) for name, tensor in tensors.items())
+
+
+def test_files_of_systems_that_know_no_offsets(
+    tmp_path: Path, zoo: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_AT_OFFSETS", False)
+    monkeypatch.setattr(disk, "_kernel_copy", lambda *_: 0)
+    monkeypatch.setattr(disk, "CHUNK_BYTES", 7)
+    for folder in ("put", "copied"):
+        (tmp_path / folder).mkdir()
+    with ShardWriter.create(tmp_path / "put", specs_of(zoo)) as writer, ThreadPoolExecutor(4) as pool:
+        list(pool.map(writer.put, zoo, zoo.values()))
+        writer.seal()
+    with (
+        Checkpoint.open(tmp_path / "put") as checkpoint,
+        ShardWriter.create(tmp_path / "copied", specs_of(zoo)) as writer,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        list(pool.map(lambda name: writer.copy(name, checkpoint), zoo))
+        writer.seal()
+    put, copied = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("put", "copied"))
+    assert put == copied
+    monkeypatch.undo()
+    with Checkpoint.open(tmp_path / "put") as checkpoint:
+        assert all(raw(checkpoint.read(name)) == raw(tensor) for name, tensor in zoo.items())

@@ -56,6 +56,15 @@ def test_a_number_never_matches_a_part_of_a_longer_one():
         matched("layers.1", ["model.layers.10.k_proj"])
 
 
+def test_names_are_not_searched_one_by_one():
+    class Names(list):
+        def __contains__(self, name):
+            raise AssertionError("20,000 names would be compared with each of 20,000")
+
+    match = matched("b.c", Names(["a.c", "b.c"]))
+    assert (match.rule.kind, match.names) == (Kind.EXACT, {"b.c"})
+
+
 def test_stronger_kinds_come_first(names):
     config = {"layers.*k_proj": "W2A16", "k_proj": "W3A16", names[1]: "W8A16", "v_proj": "W2A16"}
     kinds = [match.rule.kind for match in match_layer_config(config, BASE, names)]

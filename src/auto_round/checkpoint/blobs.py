@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from auto_round.checkpoint.disk import bytes_of, read_at, reading, replacing, write_at
+from auto_round.checkpoint.disk import bytes_of, open_file, read_at, reading, replacing, write_at
 from auto_round.checkpoint.header import build_header, read_header
 from auto_round.errors import CheckpointError
 
@@ -37,7 +37,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     with reading(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_file(path, os.O_RDONLY)
         try:
             for name, info in read_header(fd, path).items():
                 tensor = torch.empty(info.shape, dtype=info.dtype)

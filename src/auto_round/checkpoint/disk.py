@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ CHUNK_BYTES = 8 * 2**20
 
 # Linux moves at most 0x7FFFF000 bytes in one call; a round number below that keeps later chunks page-aligned.
 _CALL_BYTES = 2**30
+
+_BINARY = getattr(os, "O_BINARY", 0)
+"""Windows would translate line ends without it."""
+
+_AT_OFFSETS = hasattr(os, "preadv") and hasattr(os, "pwrite")
+"""Whether the system reads and writes at offsets; Windows has one position for all users of a descriptor."""
+
+_SEEKING = threading.Lock()
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_PERMISSION = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -82,11 +91,16 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
+def open_file(path: Path, flags: int) -> int:
+    """Descriptor of a file of bytes that no child process inherits; flags as for `os.open`."""
+    return os.open(path, flags | _BINARY, 0o666)
+
+
 def read_at(fd: int, view: memoryview, offset: int) -> int:
     """Fill `view` from the file at `offset`; returns the bytes read, fewer only at the file's end."""
     done = 0
     while done < len(view):
-        count = os.preadv(fd, [view[done : done + _CALL_BYTES]], offset + done)
+        count = _read_some(fd, view[done : done + _CALL_BYTES], offset + done)
         if count == 0:
             break
         done += count
@@ -98,7 +112,27 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data)
     done = 0
     while done < len(view):
-        done += os.pwrite(fd, view[done : done + _CALL_BYTES], offset + done)
+        done += _write_some(fd, view[done : done + _CALL_BYTES], offset + done)
+
+
+def _read_some(fd: int, view: memoryview, offset: int) -> int:
+    """Read once at an offset; returns the bytes read."""
+    if _AT_OFFSETS:
+        return os.preadv(fd, [view], offset)
+    with _SEEKING:
+        os.lseek(fd, offset, os.SEEK_SET)
+        found = os.read(fd, min(len(view), CHUNK_BYTES))
+    view[: len(found)] = found
+    return len(found)
+
+
+def _write_some(fd: int, view: memoryview, offset: int) -> int:
+    """Write once at an offset; returns the bytes written."""
+    if _AT_OFFSETS:
+        return os.pwrite(fd, view, offset)
+    with _SEEKING:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, view[:CHUNK_BYTES])
 
 
 def copy_at(source: int, source_offset: int, target: int, target_offset: int, count: int) -> int:
@@ -154,8 +188,19 @@ def will_need(fd: int, offset: int, count: int) -> None:
         os.posix_fadvise(fd, offset, count, os.POSIX_FADV_WILLNEED)
 
 
+def sync_file(path: Path) -> None:
+    """Make the bytes of a file survive a power cut."""
+    fd = open_file(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows asks for the right to write
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names inside a folder survive a power cut."""
+    if os.name == "nt":  # its folders cannot be opened, and its file system keeps a log of names
+        return
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -176,17 +221,18 @@ def replacing(path: Path) -> Iterator[int]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        fd = open_file(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
-            yield fd
-            os.fsync(fd)
+            try:
+                yield fd
+                os.fsync(fd)
+            finally:
+                os.close(fd)  # before the file gets its name: Windows renames no open file
             temporary.replace(path)
             sync_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        finally:
-            os.close(fd)
 
 
 def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:

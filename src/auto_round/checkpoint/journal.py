@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from auto_round.checkpoint.disk import atomic_write_bytes, reading, writing
+from auto_round.checkpoint.disk import atomic_write_bytes, open_file, reading, writing
 from auto_round.errors import CheckpointError, ConfigError
 
 _SHOWN_CHARACTERS = 160
@@ -60,7 +60,7 @@ class Journal:
             atomic_write_bytes(path, head)
             good = len(head)
         with writing(path):
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            fd = open_file(path, os.O_WRONLY | os.O_APPEND)
             os.ftruncate(fd, good)
         return cls(path, fd, lines[1:], resumed=bool(lines))
 

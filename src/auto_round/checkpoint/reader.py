@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from auto_round.checkpoint.disk import bytes_of, copy_at, read_at, reading, will_need
-from auto_round.checkpoint.header import MAX_JSON_BYTES, TensorInfo, parse_json_object, read_header
+from auto_round.checkpoint.header import TensorInfo
+from auto_round.checkpoint.open_files import OpenFiles
+from auto_round.checkpoint.shards import INDEX_FILE, SINGLE_FILE, read_file, read_shards
 from auto_round.errors import CheckpointError, ConfigError, InternalError, MissingError, nearest
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SAMPLE_BYTES = 4096
 
@@ -31,15 +31,15 @@ class Checkpoint:
 
     Attributes:
         folder: the folder.
+        mistakes: what the index says that the shards do not bear out, for people; none of it does harm.
     """
 
-    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], mistakes: tuple[str, ...] = ()) -> None:
         self.folder = folder
+        self.mistakes = mistakes
         self._tensors = tensors
-        self._fds: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._files = OpenFiles(os.O_RDONLY)
         self._readahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="readahead")
-        self._closed = False
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -55,9 +55,9 @@ class Checkpoint:
                 raise MissingError(f"{path} is not a folder: expected one with config.json and {SINGLE_FILE}")
             held = {file.name for file in path.iterdir()}
         if SINGLE_FILE in held:  # first, as in Transformers
-            return cls(path, _read_file(path / SINGLE_FILE))
+            return cls(path, read_file(path / SINGLE_FILE))
         if INDEX_FILE in held:
-            return cls(path, _read_shards(path))
+            return cls(path, *read_shards(path))
         raise ConfigError(_nothing_to_read(path, sorted(held)))
 
     @property
@@ -138,15 +138,15 @@ class Checkpoint:
             OSError: the target cannot be written.
         """
         info = self.info(name)
-        done = copy_at(self._fd(info.file), info.begin, fd, offset, info.nbytes)
+        with self._opened(info.file) as source:
+            done = copy_at(source, info.begin, fd, offset, info.nbytes)
         if done != info.nbytes:
             raise _cut_short(name, info, info.begin + done)
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Start reading tensors into the system's page cache; returns at once, and is never needed."""
         for name in names:
-            info = self.info(name)
-            self._readahead.submit(will_need, self._fd(info.file), info.begin, info.nbytes)
+            self._readahead.submit(self._read_ahead, self.info(name))
 
     def fingerprint(self) -> str:
         """Hash of every tensor's name, dtype and shape, and of up to 12 KiB of its bytes.
@@ -163,10 +163,7 @@ class Checkpoint:
     def close(self) -> None:
         """Close all files; reading afterwards is an error."""
         self._readahead.shutdown(wait=True, cancel_futures=True)
-        with self._lock:
-            self._closed = True
-            while self._fds:
-                os.close(self._fds.popitem()[1])
+        self._files.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -176,21 +173,22 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _fd(self, file: Path) -> int:
-        """Descriptor of a shard, opened at its first use."""
-        with self._lock:
-            if self._closed:
-                raise InternalError(f"{self.folder}: read after close")
-            if file not in self._fds:
-                with reading(file):
-                    self._fds[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            return self._fds[file]
+    @contextmanager
+    def _opened(self, file: Path) -> Iterator[int]:
+        """Descriptor of a shard while the context lasts."""
+        with ExitStack() as stack:
+            with reading(file):
+                fd = stack.enter_context(self._files.use(file))
+            yield fd
+
+    def _read_ahead(self, info: TensorInfo) -> None:
+        with self._opened(info.file) as fd:
+            will_need(fd, info.begin, info.nbytes)
 
     def _fill(self, name: str, info: TensorInfo, out: Tensor, offset: int) -> Tensor:
         """Fill `out` from the file of a tensor, starting at `offset`."""
         view = bytes_of(out)
-        fd = self._fd(info.file)
-        with reading(info.file):
+        with self._opened(info.file) as fd, reading(info.file):
             done = read_at(fd, view, offset)
         if done != len(view):
             raise _cut_short(name, info, offset + done)
@@ -205,13 +203,13 @@ class Checkpoint:
             spans = [(start, _SAMPLE_BYTES) for start in (info.begin, middle, info.end - _SAMPLE_BYTES)]
         sample = bytearray(sum(count for _, count in spans))
         view = memoryview(sample)
-        fd = self._fd(info.file)
-        for start, count in spans:
-            with reading(info.file):
-                done = read_at(fd, view[:count], start)
-            if done != count:
-                raise _cut_short(name, info, start + done)
-            view = view[count:]
+        with self._opened(info.file) as fd:
+            for start, count in spans:
+                with reading(info.file):
+                    done = read_at(fd, view[:count], start)
+                if done != count:
+                    raise _cut_short(name, info, start + done)
+                view = view[count:]
         return bytes(sample)
 
 
@@ -221,55 +219,6 @@ def _cut_short(name: str, info: TensorInfo, offset: int) -> CheckpointError:
         f'{info.file}: ends at offset {offset} inside tensor "{name}", '
         f"which takes bytes {info.begin} to {info.end}: the file changed while it was read"
     )
-
-
-def _read_file(file: Path) -> dict[str, TensorInfo]:
-    """Checked header of one file."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} is not a regular file (or a link to one that is gone); fetch it again")
-    with reading(file):
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return read_header(fd, file)
-        finally:
-            os.close(fd)
-
-
-def _read_shards(folder: Path) -> dict[str, TensorInfo]:
-    """Checked headers of all shards that an index names, in the order of their names."""
-    index = folder / INDEX_FILE
-    with reading(index):
-        if index.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{index}: longer than {MAX_JSON_BYTES} bytes")
-        weight_map = parse_json_object(index.read_bytes(), str(index)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
-    shards: dict[str, list[str]] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
-            raise CheckpointError(
-                f'{index}: tensor "{name}" must lie in a *.safetensors beside it, got {shard!r}'
-            )
-        shards.setdefault(shard, []).append(name)
-    tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(shards):
-        tensors.update(_read_shard(folder / shard, shards[shard], weight_map))
-    return tensors
-
-
-def _read_shard(file: Path, indexed: list[str], weight_map: dict[str, str]) -> dict[str, TensorInfo]:
-    """Tensors of one shard that the index assigns to it; index and header must agree."""
-    if not file.is_file():
-        more = f" and {len(indexed) - 1} more" if len(indexed) > 1 else ""
-        raise CheckpointError(f'{file} is missing: it holds tensor "{indexed[0]}"{more}; fetch it again')
-    found = _read_file(file)
-    for name in indexed:
-        if name not in found:
-            raise CheckpointError(f'{file}: tensor "{name}" is not in it, although {INDEX_FILE} says so')
-    for name in found:
-        if name not in weight_map:
-            raise CheckpointError(f'{file}: tensor "{name}" is in it, but not in {INDEX_FILE}')
-    return {name: info for name, info in found.items() if weight_map[name] == file.name}
 
 
 def _nothing_to_read(folder: Path, held: Sequence[str]) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
 from types import TracebackType
 
-from auto_round.checkpoint.disk import sync_folder, writing
+from auto_round.checkpoint.disk import open_file, sync_file, sync_folder, writing
+from auto_round.checkpoint.lock import HELD, try_lock
 from auto_round.errors import ConfigError, InternalError
 
 OURS = "autoround_version"
@@ -88,10 +87,14 @@ class OutputFolder:
             if self.out.is_dir() and any(self.out.iterdir()):
                 _remove(self.partial / _REPLACED)
                 self.out.rename(self.partial / _REPLACED)
+            elif self.out.is_dir():
+                self.out.rmdir()  # Windows renames nothing onto an empty folder
             self.folder.rename(self.out)
             sync_folder(self.out.parent)
         shutil.rmtree(self.partial, ignore_errors=True)  # the output is whole, whatever remains here
         self.close()
+        if os.name == "nt":  # which removes no open file, and the lock was one until now
+            shutil.rmtree(self.partial, ignore_errors=True)
         return self.out
 
     def discard(self) -> None:
@@ -175,14 +178,14 @@ def _take_lock(partial: Path) -> int:
                 raise ConfigError(
                     f'{partial} is not an unfinished output ("{strange[0]}" is in it): move it away'
                 )
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fd = open_file(path, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try_lock(fd)
             if _same_file(fd, path):
                 return fd
         except OSError as error:
             os.close(fd)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            if error.errno in HELD:
                 message = f"another run is writing {partial}: wait for it, or choose another output folder"
                 raise ConfigError(message) from None
             raise ConfigError(
@@ -203,11 +206,7 @@ def _sync_tree(folder: Path) -> None:
     """Make all files and names below a folder survive a power cut."""
     for inside in sorted(folder.rglob("*")):
         if inside.is_file() and not inside.is_symlink():
-            fd = os.open(inside, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync_file(inside)
         elif inside.is_dir():
             sync_folder(inside)
     sync_folder(folder)

@@ -12,9 +12,19 @@ from types import TracebackType
 
 from torch import Tensor
 
-from auto_round.checkpoint.disk import atomic_write_json, bytes_of, reserve, sync_folder, write_at, writing
+from auto_round.checkpoint.disk import (
+    atomic_write_json,
+    bytes_of,
+    read_at,
+    reserve,
+    sync_folder,
+    write_at,
+    writing,
+)
 from auto_round.checkpoint.header import Spec, build_header, nbytes_of
-from auto_round.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
+from auto_round.checkpoint.open_files import OpenFiles
+from auto_round.checkpoint.reader import Checkpoint
+from auto_round.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from auto_round.errors import CheckpointError, ConfigError, InternalError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -76,7 +86,7 @@ class ShardWriter:
         self.shards = shards
         self._specs = dict(specs)
         self._home = {name: shard for shard in shards for name in shard.begins}
-        self._fds: dict[str, int] = {}
+        self._files = OpenFiles(os.O_RDWR | os.O_CREAT, durable=True)
         self._written: set[str] = set()
         self._dirty: set[str] = set()
         self._lock = threading.Lock()
@@ -162,8 +172,9 @@ class ShardWriter:
         self._check(name, (tensor.dtype, tensor.shape))
         shard = self._home[name]
         data = bytes_of(tensor.detach().cpu().contiguous())
-        with writing(self.folder / shard.file):
-            write_at(self._fds[shard.file], data, shard.begins[name])
+        path = self.folder / shard.file
+        with writing(path), self._files.use(path) as fd:
+            write_at(fd, data, shard.begins[name])
         self._wrote(name, shard)
 
     def copy(self, name: str, checkpoint: Checkpoint, source_name: str | None = None) -> None:
@@ -177,8 +188,9 @@ class ShardWriter:
         source = checkpoint.info(source_name or name)
         self._check(name, (source.dtype, source.shape))
         shard = self._home[name]
-        with writing(self.folder / shard.file):
-            checkpoint.copy_into(source_name or name, self._fds[shard.file], shard.begins[name])
+        path = self.folder / shard.file
+        with writing(path), self._files.use(path) as fd:
+            checkpoint.copy_into(source_name or name, fd, shard.begins[name])
         self._wrote(name, shard)
 
     def mark_written(self, names: Iterable[str]) -> None:
@@ -197,8 +209,9 @@ class ShardWriter:
         with self._lock:
             dirty, self._dirty = sorted(self._dirty), set()
         for file in dirty:
-            with writing(self.folder / file):
-                os.fsync(self._fds[file])
+            path = self.folder / file
+            with writing(path), self._files.use(path) as fd:
+                os.fsync(fd)
 
     def seal(self) -> None:
         """Check that nothing is missing, make all of it durable, write the index, close.
@@ -223,8 +236,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close all files; what was put stays, and `reopen` continues."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        self._files.close()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -254,16 +266,15 @@ class ShardWriter:
         anew = []
         for shard in self.shards:
             path = self.folder / shard.file
-            with writing(path):
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            self._fds[shard.file] = fd
-            if not _intact(fd, shard):
+            with writing(path), self._files.use(path) as fd:
+                intact = _intact(fd, shard)
+            if not intact:
                 self._refuse_loss(shard)
                 anew.append(shard)
         self._refuse_full_disk(anew)
         for shard in anew:
-            with writing(self.folder / shard.file):
-                fd = self._fds[shard.file]
+            path = self.folder / shard.file
+            with writing(path), self._files.use(path) as fd:
                 os.ftruncate(fd, 0)
                 reserve(fd, shard.size)
                 write_at(fd, shard.head, 0)
@@ -294,4 +305,6 @@ class ShardWriter:
 
 def _intact(fd: int, shard: Shard) -> bool:
     """True when the file has the length and the header of this shard."""
-    return os.fstat(fd).st_size == shard.size and os.pread(fd, len(shard.head), 0) == shard.head
+    head = bytearray(len(shard.head))
+    read_at(fd, memoryview(head), 0)
+    return os.fstat(fd).st_size == shard.size and head == shard.head

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.layouts.layout import TensorSpec
+from auto_round.log import logger
 from auto_round.models.anatomy import dissect
 from auto_round.models.assembled import AssembledSource, Parts, check_complete, missing_tensors
 from auto_round.models.names import NameMap, Recipe, map_names
@@ -56,6 +57,8 @@ class FolderSource(AssembledSource):
         """
         folder = Path(path)
         checkpoint = Checkpoint.open(folder)
+        for mistake in checkpoint.mistakes:
+            logger.warning(mistake)
         try:
             return cls(checkpoint, _open(folder, checkpoint, trust_remote_code, dtype))
         except BaseException:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from auto_round.checkpoint.disk import copy_at, reading, replacing, writing
-from auto_round.checkpoint.reader import INDEX_FILE, Checkpoint
+from auto_round.checkpoint.reader import Checkpoint
+from auto_round.checkpoint.shards import INDEX_FILE
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.checkpoint.writer import ShardWriter
 from auto_round.consumers.folder import CONFIG, QUANTIZATION_CONFIG

@@ -10,17 +10,20 @@ import torch
 
 from auto_round.errors import ConfigError
 from auto_round.export.gguf.model import GgufModel
-from auto_round.export.gguf.tensors import GgufTensor
+from auto_round.export.gguf.tensors import GgufTensor, Piece
 from auto_round.models.layer import Layer, Role
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.gguf_request import GgufRequest
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.gguf_mixture import Shape, choose_types, fitting, is_quantizable
-from auto_round.schemes.gguf_types import TYPES, type_of_scheme
+from auto_round.schemes.gguf_types import TYPES, GgufType, type_of_scheme
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import Plan, PlanRequest
-from auto_round.schemes.rules import Match, match_layer_config
+from auto_round.schemes.rules import Match, match_rule
 from auto_round.schemes.scheme import PRESET_SCHEMES
+
+_Places = Mapping[str, tuple[tuple[GgufTensor, Piece], ...]]
+"""Tensor of the source -> the tensors and pieces that it becomes. Made once, there may be 20,000."""
 
 _KEPT_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 """Dtype in the source -> type of tensors that the user wants kept."""
@@ -47,7 +50,8 @@ def plan_gguf(
     Raises:
         ConfigError: a rule that cannot hold in a GGUF file.
     """
-    outside, inside = _split_rules(asked.layer_config, source, model)
+    places = model.places()
+    outside, inside = _split_rules(asked.layer_config, source, places)
     base = make_plan(
         source.layers,
         replace(asked, layer_config=inside, quant_lm_head=False),
@@ -57,37 +61,40 @@ def plan_gguf(
     )
     types = choose_types(replace(model.facts, imatrix=imatrix), request.wanted, model.shapes)
     types |= model.kept
-    fixed = _fixed(base, source, model) | outside
-    for name, kind in fixed.items():
-        shape = next(t.shape for t in model.tensors if t.name == name)
-        types[name] = fitting(kind, shape[-1])
-    _agree(model, types)
-    entries = {
-        layer.name: _entry(layer, base.entries[layer.name], model, types, request.wanted.preset)
-        for layer in source.layers
-    }
+    fixed = _fixed(base, source, places) | outside
+    types |= {t.name: fitting(fixed[t.name], t.shape[-1]) for t in model.tensors if t.name in fixed}
+    _agree(places, types)
+    entries = {}
+    for layer in source.layers:
+        kinds = [types[tensor.name] for tensor, _ in places.get(layer.tensor, ())]
+        kind = TYPES[
+            kinds[0] if kinds else types["token_embd.weight"]
+        ]  # a head that the file stores as the embedding
+        apart = layer.tensor in model.apart
+        entries[layer.name] = _entry(base.entries[layer.name], kind, request.wanted.preset, apart=apart)
     plan = replace(base, entries=entries, untie_head=False, warnings=_warnings(base, model, types, request))
     return plan, types
 
 
 def _split_rules(
-    layer_config: Mapping[str, Any] | None, source: ModelSource, model: GgufModel
+    layer_config: Mapping[str, Any] | None, source: ModelSource, places: _Places
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Rules for matrices that are no layers (the embedding) as tensor -> type, and the other rules."""
     layers = {layer.tensor for layer in source.layers if layer.name != _tied_head(source)}
     matrices = {
-        source_name.removesuffix(".weight"): [tensor.name for tensor, _ in places]
-        for source_name, places in model.places().items()
-        if source_name not in layers and all(is_quantizable(_shape(t)) for t, _ in places)
+        source_name.removesuffix(".weight"): [tensor.name for tensor, _ in found]
+        for source_name, found in places.items()
+        if source_name not in layers and all(is_quantizable(_shape(t)) for t, _ in found)
     }
     outside: dict[str, str] = {}
     inside: dict[str, Any] = {}
-    names = [layer.name for layer in source.layers]
+    names = dict.fromkeys(layer.name for layer in source.layers)
+    known = dict.fromkeys((*names, *matrices))
     scheme = PRESET_SCHEMES["GGUF:Q4_K_S"]
     for key, value in (layer_config or {}).items():
-        match = _match(key, value, scheme, [*names, *matrices])
+        match = _match(key, value, scheme, known)
         reached = [n for n in matrices if n in match.names] if match else []
-        if not reached or (match and set(match.names) & set(names)):
+        if not reached or (match and any(name in names for name in match.names)):
             inside[key] = value
             continue
         kind = type_of_scheme(match.rule.scheme) if match and match.rule.scheme else None
@@ -98,13 +105,12 @@ def _split_rules(
     return outside, inside
 
 
-def _match(key: str, value: Any, scheme: Any, names: list[str]) -> Match | None:
+def _match(key: str, value: Any, scheme: Any, known: Mapping[str, None]) -> Match | None:
     """The rule with what it names; None when it names nothing, which the plan reports."""
     try:
-        (match,) = match_layer_config({key: value}, scheme, names)
+        return match_rule(key, value, scheme, known)
     except ConfigError:
         return None
-    return match
 
 
 def _shape(tensor: GgufTensor) -> Shape:
@@ -115,9 +121,8 @@ def _tied_head(source: ModelSource) -> str | None:
     return source.head if source.tied_head else None
 
 
-def _fixed(base: Plan, source: ModelSource, model: GgufModel) -> dict[str, str]:
+def _fixed(base: Plan, source: ModelSource, places: _Places) -> dict[str, str]:
     """Tensor -> type, where the user decided; what his choice of blocks leaves out is kept."""
-    places = model.places()
     wishes: dict[str, dict[str | None, str]] = {}
     for layer in source.layers:
         entry = base.entries[layer.name]
@@ -157,24 +162,18 @@ def _type(layer: Layer, entry: PlanEntry) -> str:
     return kind.name
 
 
-def _agree(model: GgufModel, types: dict[str, str]) -> None:
+def _agree(places: _Places, types: dict[str, str]) -> None:
     """One type for tensors that share a layer (a template may split one): the larger."""
-    for places in model.places().values():
-        kinds = {types[tensor.name] for tensor, _ in places}
+    for found in places.values():
+        kinds = {types[tensor.name] for tensor, _ in found}
         if len(kinds) > 1:
             widest = max(kinds, key=lambda name: TYPES[name].block_bytes / TYPES[name].block)
-            for tensor, _ in places:
+            for tensor, _ in found:
                 types[tensor.name] = widest
 
 
-def _entry(
-    layer: Layer, entry: PlanEntry, model: GgufModel, types: Mapping[str, str], preset: str
-) -> PlanEntry:
-    kinds = [types[tensor.name] for tensor, _ in model.places().get(layer.tensor, ())]
-    if not kinds:  # a head that the file stores as the embedding
-        kinds = [types["token_embd.weight"]]
-    kind = TYPES[kinds[0]]
-    if layer.tensor in model.apart:
+def _entry(entry: PlanEntry, kind: GgufType, preset: str, *, apart: bool) -> PlanEntry:
+    if apart:
         return PlanEntry(None, f"stored transposed, as {kind.name.upper()} without tuning", entry.fixed)
     if kind.scheme is None:
         kept = entry.reason if entry.scheme is None else f"stored as {kind.name.upper()}"
@@ -188,10 +187,10 @@ def _warnings(
 ) -> tuple[str, ...]:
     """What the user may want to change: rules without effect, and rows that K-types cannot hold."""
     base_kind = TYPES[request.wanted.base]
-    narrow = [t.name for t in model.tensors if is_quantizable(_shape(t)) and not base_kind.fits(t.shape[-1])]
+    narrow = [t for t in model.tensors if is_quantizable(_shape(t)) and not base_kind.fits(t.shape[-1])]
     notes = [w for w in base.warnings if w.startswith("layer_config")]
     if narrow:
-        share = sum(t.rows * t.shape[-1] for t in model.tensors if t.name in set(narrow))
+        share = sum(t.rows * t.shape[-1] for t in narrow)
         total = sum(t.rows * t.shape[-1] for t in model.tensors)
         notes.append(
             f"{len(narrow)} tensors ({share / total:.0%} of the weights) have rows that are no multiple of "

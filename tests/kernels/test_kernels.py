@@ -217,12 +217,18 @@ def test_trials_find_wrong_kernels_and_failing_ones():
         assert trial(CpuIntKernel(), FOUR_ASYM) is None
     assert "wrong results" in str(trial(Mutant(CpuIntKernel(), "zero off by one"), FOUR_ASYM))
 
+    class OutOfResourcesError(Exception):  # as Triton has it
+        pass
+
     @dataclass(frozen=True)
     class Failing(CpuIntKernel):
-        def linear(self, x, buffers, spec, bias):
-            raise RuntimeError("no such instruction")
+        error: type[Exception] = RuntimeError
 
-    assert "no such instruction" in str(trial(Failing(), FOUR_ASYM))
+        def linear(self, x, buffers, spec, bias):
+            raise self.error("no such instruction")
+
+    for error in (RuntimeError, OutOfResourcesError):
+        assert "no such instruction" in str(trial(Failing(error=error), FOUR_ASYM))
 
 
 def test_untried_kernels_are_not_trusted(monkeypatch, without_program):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from auto_round.kernels import triton_table
+from auto_round.kernels.fields import Fields
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.triton_linear import TritonKernel
 from auto_round.numerics.presets import int_format
@@ -67,15 +69,29 @@ def test_words_hold_what_was_promised():
     assert words[:, 6:].eq(0).all()
 
 
-def test_programs_compile_for_a_gpu():
-    """Triton compiles for a GPU that is not here, which finds what its interpreter lets pass."""
-    pytest.importorskip("triton")
+def compiled_for(program, given, capability=90, **options):
+    """A program as Triton compiles it for a GPU that is not here."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
+    pointers = {"words": "*i32", "step": "*fp16", "zero": "*u8"}
+    kinds, known = {}, {}
+    for place, name in enumerate(program.arg_names):
+        is_pointer = name in pointers or name in "xyw bias"
+        kinds[name] = pointers.get(name, "*bf16" if is_pointer else "i32")
+        if name in given:
+            kinds[name] = "constexpr"
+        elif name != "n_tokens":  # what launches find out: addresses and sizes are multiples of 16
+            known[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(program, kinds, constexprs=given, attrs=known)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def test_programs_compile_for_a_gpu():
+    """Compiling finds what the interpreter lets pass."""
+    pytest.importorskip("triton")
     from auto_round.kernels import triton_code
 
-    pointers = {"words": "*i32", "step": "*fp16", "zero": "*u8"}
     constants = {
         "BITS": 4,
         "WIDTH": 32,
@@ -91,12 +107,48 @@ def test_programs_compile_for_a_gpu():
         triton_code.unpacked: {},
     }
     for program, others in more.items():
-        given = {**constants, **others}
-        kinds = {
-            name: "constexpr"
-            if name in given
-            else pointers.get(name, "*bf16" if name in "xyw bias" else "i32")
-            for name in program.arg_names
-        }
-        source = ASTSource(program, kinds, constexprs=given)
-        assert "ptx" in compile(source, target=GPUTarget("cuda", 90, 32)).asm
+        assert "ptx" in compiled_for(program, {**constants, **others}).asm
+
+
+H100, RTX_4090 = 227 << 10, 99 << 10
+"""Shared memory of a program, bytes."""
+
+
+def test_tiles_take_the_loads_in_flight_that_there_is_room_for():
+    for tokens in (2, 17, 64):
+        for bits in range(2, 9):
+            wanted = next(tile for most, tile in triton_table.PREFILL if tokens <= most)
+            assert triton_table.prefill_tile(tokens, 32 // bits, H100) == wanted
+            fitting = triton_table.prefill_tile(tokens, 32 // bits, RTX_4090)
+            assert triton_table.shared_bytes(fitting, 32 // bits) <= RTX_4090
+    assert triton_table.prefill_tile(64, 16, RTX_4090).stages < triton_table.prefill_tile(64, 16, H100).stages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "shared"), [(90, H100), (89, RTX_4090)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("tokens", [2, 17, 64])
+def test_programs_fit_into_shared_memory(capability, shared, bits, tokens):
+    """A program that asks for more than there is fails when it is launched, on that card only."""
+    pytest.importorskip("triton")
+    from auto_round.kernels import triton_code
+
+    fields = Fields(bits, 4096, 128)
+    tile = triton_table.prefill_tile(tokens, fields.per_word, shared)
+    given = {
+        "BITS": bits,
+        "WIDTH": 128,
+        "SPAN": fields.span,
+        "FULL": fields.full,
+        "HAS_ZERO": True,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "HAS_BIAS": False,
+        "PASSES": -(-fields.n_words // tile.columns),
+        "TOKENS": tile.tokens,
+        "SPLIT": 1,
+    }
+    program = compiled_for(
+        triton_code.several_tokens, given, capability, num_warps=tile.warps, num_stages=tile.stages
+    )
+    assert program.metadata.shared <= triton_table.shared_bytes(tile, fields.per_word) <= shared

@@ -52,7 +52,7 @@ def trial(kernel: Kernel, spec: LinearSpec) -> Refusal | None:
     try:
         with torch.device("cpu"), torch.no_grad():  # models are built under another default device
             right = _is_right(kernel, replace(spec, shape=(min(spec.shape[0], TRIAL_ROWS), spec.shape[1])))
-    except (RuntimeError, ImportError, OSError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 - compilers and drivers raise classes of their own
         first = str(error).strip().partition("\n")[0]
         return Refusal(kernel.name, f"fails on this machine: {type(error).__name__}: {first}")
     return None if right else Refusal(kernel.name, f"gives wrong results for {spec.fmt.name} on this machine")

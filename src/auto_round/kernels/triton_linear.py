@@ -20,6 +20,7 @@ from auto_round.errors import Refusal
 from auto_round.kernels import triton_table as table
 from auto_round.kernels.fields import Fields
 from auto_round.kernels.kernel import LinearSpec
+from auto_round.kernels.operators import ANY_DEVICE, register_operator
 from auto_round.kernels.reference import PART
 from auto_round.layouts import integers
 from auto_round.layouts.bits import WIDTHS
@@ -77,22 +78,19 @@ class TritonKernel:
         self, x: Tensor, buffers: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None
     ) -> Tensor:
         """`x W^T + bias`, sums in float32."""
-        n_out, n_in = spec.shape
-        flat = x.reshape(-1, n_in)
-        if flat.stride(-1) != 1:
-            flat = flat.contiguous()
-        n_tokens = flat.shape[0]
-        if n_tokens == 0:
-            return x.new_empty(*x.shape[:-1], n_out)
-        call = _Call.of(buffers, spec)
-        with _on(x.device):
-            if n_tokens <= table.DECODE_TOKENS:
-                y = _decode(call, flat, bias)
-            elif n_tokens <= table.FUSED_TOKENS:
-                y = _fused(call, flat, bias)
-            else:
-                y = _dense(call, flat, bias)
-        return y.view(*x.shape[:-1], n_out)
+        fields = Fields.of(spec.fmt, spec.shape[1])
+        multiply = torch.ops.auto_round.triton_linear if torch.compiler.is_compiling() else _multiply
+        y: Tensor = multiply(
+            x,
+            buffers["words"],
+            buffers[PART + "step"],
+            buffers.get(PART + "zero"),
+            bias,
+            spec.shape[0],
+            fields.bits,
+            fields.width,
+        )
+        return y
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,21 +104,6 @@ class _Call:
     n_out: int
     fields: Fields
     step_row: int
-
-    @classmethod
-    def of(cls, buffers: Mapping[str, Tensor], spec: LinearSpec) -> _Call:
-        step, zero = buffers[PART + "step"], buffers.get(PART + "zero")
-        fields = Fields.of(spec.fmt, spec.shape[1])
-        row = 0 if spec.fmt.group.size == 0 else step.shape[1]
-        return cls(
-            buffers["words"],
-            step,
-            step if zero is None else zero,
-            zero is not None,
-            spec.shape[0],
-            fields,
-            row,
-        )
 
     def some_rows(self, rows: slice) -> _Call:
         """The same of some rows of the weight."""
@@ -153,6 +136,51 @@ class _Call:
         }
 
 
+def _multiply(
+    x: Tensor,
+    words: Tensor,
+    step: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    *layer: int,
+) -> Tensor:
+    """`x W^T + bias` of a prepared weight; `layer` is its outputs, bits and the width of its groups."""
+    n_out, bits, width = layer
+    fields = Fields(bits, x.shape[-1], width)
+    flat = x.reshape(-1, fields.n_in)
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    n_tokens = flat.shape[0]
+    if n_tokens == 0:
+        return x.new_empty(*x.shape[:-1], n_out)
+    row = step.shape[1] if step.shape[0] == n_out else 0
+    call = _Call(words, step, step if zero is None else zero, zero is not None, n_out, fields, row)
+    with _on(x.device):
+        if n_tokens <= table.DECODE_TOKENS:
+            y = _decode(call, flat, bias)
+        elif n_tokens <= table.FUSED_TOKENS:
+            y = _fused(call, flat, bias)
+        else:
+            y = _dense(call, flat, bias)
+    return y.view(*x.shape[:-1], n_out)
+
+
+def _shape_of(
+    x: Tensor, words: Tensor, step: Tensor, zero: Tensor | None, bias: Tensor | None, *layer: int
+) -> Tensor:
+    del words, step, zero, bias
+    return x.new_empty(*x.shape[:-1], layer[0])
+
+
+register_operator(
+    "triton_linear(Tensor x, Tensor words, Tensor step, Tensor? zero, Tensor? bias, SymInt n_out, int bits, "
+    "int width) -> Tensor",
+    _multiply,
+    _shape_of,
+    ANY_DEVICE,
+)
+
+
 def _decode(call: _Call, x: Tensor, bias: Tensor | None) -> Tensor:
     from auto_round.kernels.triton_code import EXPONENT, one_token
 
@@ -176,7 +204,7 @@ def _fused(call: _Call, x: Tensor, bias: Tensor | None) -> Tensor:
     from auto_round.kernels.triton_code import EXPONENT, several_tokens
 
     n_tokens, n_words = x.shape[0], call.fields.n_words
-    tile = table.prefill_tile(n_tokens)
+    tile = table.prefill_tile(n_tokens, call.fields.per_word, _shared_memory(x.device))
     grid = (-(-call.n_out // tile.rows), -(-n_tokens // tile.tokens))
     split = table.splits(grid[0] * grid[1], -(-n_words // tile.columns), _processors(x.device))
     shape, dtype = (n_tokens, call.n_out), x.dtype
@@ -205,7 +233,7 @@ def _fused(call: _Call, x: Tensor, bias: Tensor | None) -> Tensor:
 
 def _dense(call: _Call, x: Tensor, bias: Tensor | None) -> Tensor:
     n_in = call.fields.n_in
-    rows = max(1, min(call.n_out, table.DENSE_BAND // n_in))
+    rows = min(call.n_out, max(1, table.DENSE_BAND // n_in // table.DENSE_ROWS) * table.DENSE_ROWS)
     y = torch.empty(x.shape[0], call.n_out, dtype=x.dtype, device=x.device)
     scratch = torch.empty(rows, n_in, dtype=x.dtype, device=x.device)
     for start in range(0, call.n_out, rows):
@@ -247,6 +275,16 @@ def _processors(device: torch.device) -> int:
     if device.type == "xpu":
         return int(torch.xpu.get_device_properties(device).gpu_subslice_count)
     return 4
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Shared memory that one program may take, bytes."""
+    if device.type == "cpu":  # the interpreter has no limit
+        return 1 << 30
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 def _on(device: torch.device) -> torch.accelerator.device_index:

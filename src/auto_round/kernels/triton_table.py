@@ -8,7 +8,7 @@ stay in registers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,9 @@ DENSE_BAND = 1 << 24
 """Weights unpacked at a time: 32 MiB, so that they are still in the second-level cache
 (50 MiB) when multiplied."""
 
+DENSE_ROWS = 128
+"""Bands have a multiple of so many rows: the tiles of cuBLAS, and 16-byte addresses in the result."""
+
 WAVES = 2
 """Programs wanted for each multiprocessor; fewer are split along the inputs."""
 
@@ -73,9 +76,27 @@ def decode_tile(n_out: int, n_words: int) -> Tile:
     return Tile(tile.rows, columns, 1, max(1, min(tile.warps, columns // 32)), tile.stages)
 
 
-def prefill_tile(n_tokens: int) -> Tile:
-    """Tile of `several_tokens`."""
-    return next(tile for most, tile in PREFILL if n_tokens <= most)
+def prefill_tile(n_tokens: int, per_word: int, shared: int) -> Tile:
+    """Tile of `several_tokens`, with as many loads in flight as there is room for.
+
+    Args:
+        n_tokens: tokens of the call.
+        per_word: codes of a word.
+        shared: shared memory that a program may take, bytes: 227 KiB on an H100, 99 KiB on an RTX 4090.
+    """
+    tile = next(tile for most, tile in PREFILL if n_tokens <= most)
+    fitting = (replace(tile, stages=n) for n in range(tile.stages, 1, -1))
+    return next((t for t in fitting if shared_bytes(t, per_word) <= shared), replace(tile, stages=1))
+
+
+def shared_bytes(tile: Tile, per_word: int) -> int:
+    """Most shared memory that `several_tokens` takes, bytes.
+
+    The activations of each field in every pass in flight, and the words and 16-bit steps of all but the one
+    that is worked on. Compiled by Triton 3.6 for compute capability 9.0 it is that or 4 KiB less.
+    """
+    activations = per_word * tile.columns * tile.tokens * 2
+    return tile.stages * activations + (tile.stages - 1) * tile.rows * tile.columns * 6
 
 
 def splits(programs: int, passes: int, processors: int) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.format import Format
 
 WORD_BITS = 32
@@ -23,11 +24,8 @@ PITCH = 16
 """Rows are filled to a multiple of this many words, 64 bytes, so that every row can be read 16
 bytes at a time."""
 
-BAND = {"cpu": 1 << 18}
-"""Codes handled at a time, by device; on a CPU the temporaries stay in a core's cache."""
-
-BAND_ELSEWHERE = 1 << 26
-"""Codes handled at a time on other devices: few launches, temporaries below 512 MiB."""
+BAND = 1 << 18
+"""Codes handled at a time on a CPU: the temporaries stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,5 +112,5 @@ class Fields:
         return codes
 
     def _bands(self, codes: Tensor) -> Iterator[slice]:
-        step = max(1, BAND.get(codes.device.type, BAND_ELSEWHERE) // max(1, self.n_in))
+        step = max(1, weights_at_once(codes.device, BAND) // max(1, self.n_in))
         return (slice(start, start + step) for start in range(0, codes.shape[0], step))

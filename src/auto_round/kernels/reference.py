@@ -11,11 +11,12 @@ from torch import Tensor
 from auto_round.errors import Refusal
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.layouts.bits import WIDTHS, WORD, pack_bits, unpack_bits
+from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.group import Group
 from auto_round.numerics.qtensor import QTensor
 
 BAND = 1 << 18
-"""Weights dequantized at a time, so that float32 temporaries stay in a core's cache."""
+"""Weights dequantized at a time on a CPU, so that float32 temporaries stay in a core's cache."""
 
 PART = "part_"
 """Prefix of the buffers that hold a scale's stored parts."""
@@ -62,7 +63,7 @@ class TorchKernel:
         """Dequantized weight `[out, in]` in `dtype`."""
         n_out, n_in = spec.shape
         codes = buffers["codes"]
-        rows = max(1, BAND // n_in)
+        rows = max(1, weights_at_once(codes.device, BAND) // n_in)
         if rows >= n_out or spec.fmt.group == Group(0):
             return spec.fmt.dequantize(self.restore(buffers, spec), dtype)
         w = torch.empty(spec.shape, dtype=dtype, device=codes.device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import InternalError
+from auto_round.numerics.at_once import weights_at_once
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 """Widths of codes that can be packed, bits."""
@@ -22,7 +23,7 @@ WORD = 32
 """Bits in a word."""
 
 BAND = 1 << 18
-"""Codes handled at a time, so that temporaries stay in a core's cache."""
+"""Codes handled at a time on a CPU, so that temporaries stay in a core's cache."""
 
 _CARRIER = {2: torch.int32, 4: torch.int16}
 """Whole numbers of as many bytes as there are codes in a byte; others fill `bits` bytes with eight codes."""
@@ -98,7 +99,7 @@ def unpack_bits(packed: Tensor, bits: int, axis: int = -1) -> Tensor:
 
 def _band(rows: Tensor) -> int:
     """Rows to handle at a time."""
-    return max(1, BAND // max(1, rows.shape[1]))
+    return max(1, weights_at_once(rows.device, BAND) // max(1, rows.shape[1]))
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import NumericsError
+from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.group import Group
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import Knobs, Scale, ScaleRule, Stats, stored_bits
 
 CHUNK = 1 << 21
-"""Weights handled at a time outside of tuning. An eighth would fit a core's cache better, but two threads
-would wait for each other's turn in Python: 2.0 against 1.7 ns a weight (docs/LOG.md)."""
+"""Weights handled at a time on a CPU outside of tuning. An eighth would fit a core's cache better, but two
+threads would wait for each other's turn in Python: 2.0 against 1.7 ns a weight (docs/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Format:
         All bands of about `CHUNK` weights use the same memory; the caller may change it.
         """
         together = self.group.size == 0 or w.dim() != 2
-        rows = max(1, len(w) if together else CHUNK // max(1, w.shape[1]))
+        rows = max(1, len(w) if together else weights_at_once(w.device, CHUNK) // max(1, w.shape[1]))
         room: Tensor | None = None
         for start in range(0, len(w), rows):
             band = slice(start, start + rows)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.band import CorrelatedBand, Errors
 from auto_round.numerics.compiled_band import squares_band
 from auto_round.numerics.format import Format
@@ -22,8 +23,8 @@ from auto_round.numerics.scale_two_level import SharedAffine, SharedSigned
 from auto_round.numerics.search_shared import SharedSearch
 
 BAND = 1 << 21
-"""Weights searched at a time: enough to outweigh the calls on small arrays, also of several threads, which
-wait for each other between calls (docs/LOG.md)."""
+"""Weights searched at a time on a CPU: enough to outweigh the calls on small arrays, also of several threads,
+which wait for each other between calls (docs/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,9 @@ def search_knobs(fmt: Format, w: Tensor, importance: Importance | None, effort: 
             parts = [search_knobs(fmt, m, importance, effort) for m in w.reshape(-1, *w.shape[-2:])]
             lead = w.shape[:-2]
             return Knobs(*(_stack(side, lead) for side in ([p.lo for p in parts], [p.hi for p in parts])))
-        rows = w.shape[0] if fmt.group.size == 0 else max(1, BAND // max(1, w.shape[-1]))
+        rows = max(1, weights_at_once(w.device, BAND) // max(1, w.shape[-1]))
+        if fmt.group.size == 0:
+            rows = w.shape[0]
         weight = products = None
         if importance is not None and importance.usable:
             together = w.shape[0] if fmt.group.size == 0 else 1

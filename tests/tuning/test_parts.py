@@ -16,7 +16,7 @@ from tuning.blocks import Experts, Mlp, activations
 
 def loss(output, target, mask):
     """Loss of a whole batch."""
-    return block_loss(output, target, mask, counted_elements(target, mask))
+    return block_loss(output, target, mask, counted_elements(target.shape, mask, target.device))
 
 
 def test_the_loss_is_the_mean_over_counted_elements():

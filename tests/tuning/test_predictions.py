@@ -37,7 +37,7 @@ def divergence(finish, target, output, mask=None):
 
 
 def loss(predictions, block, parameters, data, mask=None):
-    count = counted_elements(data.targets, mask)
+    count = counted_elements(data.targets.shape, mask, data.targets.device)
     return predictions(block, parameters, (data.inputs,), {}, data.targets, mask, count)
 
 
@@ -78,7 +78,7 @@ def test_parts_of_a_batch_add_up():
     block, finish = Mlp(), tail()
     data = samples(block, 6)
     predictions, other = Predictions(finish, 16), {"down.weight": shaken(block)}
-    count = counted_elements(data.targets, None)
+    count = counted_elements(data.targets.shape, None, data.targets.device)
     parts = [
         predictions(block, other, (data.inputs[i : i + 2],), {}, data.targets[i : i + 2], None, count)
         for i in (0, 2, 4)

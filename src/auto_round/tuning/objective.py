@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +84,11 @@ def block_loss(output: Tensor, target: Tensor, weights: Tensor | None, count: Te
     return loss
 
 
-def counted_elements(target: Tensor, weights: Tensor | None) -> Tensor:
+def counted_elements(shape: Sequence[int], weights: Tensor | None, device: torch.device) -> Tensor:
     """Elements of `[batch, length, hidden]` at positions of any weight (one at least); float32 scalar."""
     if weights is None:
-        return torch.tensor(float(target.numel()), device=target.device)
-    return ((weights > 0).sum().clamp_min(1) * target.shape[-1]).to(target.device, torch.float32)
+        return torch.full((), math.prod(shape), dtype=torch.float32, device=device)
+    return ((weights > 0).sum().clamp_min(1) * shape[-1]).to(device, torch.float32)
 
 
 class _SquaredDistance(torch.autograd.Function):

@@ -193,9 +193,8 @@ class _Loop:
 
     def _parts(self, samples: Samples, batch: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
         """A batch cut into what goes through the block at once, each with the elements of the whole batch."""
-        pick = torch.as_tensor(batch)
-        weights = None if samples.weights is None else samples.weights[pick]
-        count = counted_elements(samples.targets[pick], weights).to(self._device)
+        weights = None if samples.weights is None else samples.weights[torch.as_tensor(batch)]
+        count = counted_elements((len(batch), *samples.targets.shape[1:]), weights, self._device)
         at_once = self._config.pass_rows
         for start in range(0, len(batch), at_once):
             yield batch[start : start + at_once], count

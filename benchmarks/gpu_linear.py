@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
@@ -25,17 +26,25 @@ from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.select import select_kernel
 from auto_round.numerics.presets import int_format
 
-CACHE = 256 << 20
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where everything runs; the CPU serves to rehearse the programs."""
+
+CACHE = 256 << 20 if DEVICE == "cuda" else 0
 """Bytes of weights to rotate through: several times the second-level cache."""
 
 
 def microseconds(calls: list[Callable[[], object]], repeats: int) -> float:
-    """Median time of one call, from CUDA events around rounds through all calls, recorded as one graph."""
+    """Median time of one call, from rounds through all calls.
+
+    On a GPU between CUDA events, and recorded as one graph: without the host's time between launches.
+    """
     for call in calls:
         call()
+    if DEVICE == "cpu":
+        return host_microseconds(calls, repeats)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # without the host's time between launches
+    with torch.cuda.graph(graph):
         for call in calls:
             call()
     times = []
@@ -49,9 +58,22 @@ def microseconds(calls: list[Callable[[], object]], repeats: int) -> float:
     return statistics.median(times)
 
 
-def copy_bandwidth(repeats: int) -> float:
-    """Bytes per second of a copy, read and written bytes counted."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+def host_microseconds(calls: list[Callable[[], object]], repeats: int) -> float:
+    """Median time of one call on the host's clock, launches included."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e6 * (time.perf_counter() - start) / len(calls))
+    return statistics.median(times)
+
+
+def copy_bandwidth(repeats: int, size: int = 1 << 30) -> float:
+    """Bytes per second of a copy of `size` bytes, read and written bytes counted."""
+    source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / (1e-6 * microseconds([lambda: target.copy_(source)], repeats))
 
@@ -59,7 +81,7 @@ def copy_bandwidth(repeats: int) -> float:
 def packed_calls(spec: LinearSpec, backend: str, x: torch.Tensor) -> tuple[list[Callable[[], object]], int]:
     """One call for each copy of a packed weight, and the bytes of one that are read."""
     kernel = select_kernel(spec, backend)
-    q = spec.fmt.quantize(torch.randn(spec.shape, device="cuda"))
+    q = spec.fmt.quantize(torch.randn(spec.shape, device=DEVICE))
     one = kernel.prepare(q, spec)
     size = sum(b.numel() * b.element_size() for b in one.values())
     weights = [{k: b.clone() for k, b in one.items()} for _ in range(max(1, CACHE // size))]
@@ -68,7 +90,7 @@ def packed_calls(spec: LinearSpec, backend: str, x: torch.Tensor) -> tuple[list[
 
 def bf16_calls(shape: tuple[int, int], x: torch.Tensor) -> list[Callable[[], object]]:
     """One call for each copy of a matrix."""
-    one = torch.randn(shape, device="cuda").to(x.dtype)
+    one = torch.randn(shape, device=DEVICE).to(x.dtype)
     weights = [one.clone() for _ in range(max(1, CACHE // (2 * one.numel())))]
     return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
 
@@ -86,7 +108,7 @@ def candidates(tokens: int) -> Iterator[table.Tile]:
 
 def tune(spec: LinearSpec, tokens: int, repeats: int) -> None:
     """Print the time of each candidate, fastest last."""
-    x = torch.randn(tokens, spec.shape[1], device="cuda").to(spec.dtype)
+    x = torch.randn(tokens, spec.shape[1], device=DEVICE).to(spec.dtype)
     kept = table.DECODE, table.PREFILL, table.FUSED_TOKENS
     found = []
     for tile in candidates(tokens):
@@ -94,13 +116,13 @@ def tune(spec: LinearSpec, tokens: int, repeats: int) -> None:
         try:
             calls, _ = packed_calls(spec, "triton", x)
             found.append((microseconds(calls, repeats), tile))
-        except (UnsupportedError, RuntimeError) as error:  # too much shared memory, say
+        except Exception as error:  # noqa: BLE001 - too much shared memory, say: a class of Triton's own
             print(json.dumps({"what": "skipped", **asdict(tile), "why": str(error).partition("\n")[0]}))
     table.DECODE, table.PREFILL, table.FUSED_TOKENS = kept
-    for time, tile in sorted(found, key=lambda f: -f[0]):
+    for spent, tile in sorted(found, key=lambda f: -f[0]):
         print(
             json.dumps(
-                {"what": "tile", "shape": spec.shape, "tokens": tokens, "us": round(time, 2), **asdict(tile)}
+                {"what": "tile", "shape": spec.shape, "tokens": tokens, "us": round(spent, 2), **asdict(tile)}
             )
         )
 
@@ -132,7 +154,7 @@ def main() -> None:
     counts = [int(n) for n in options.tokens.split(",")]
     dtype = getattr(torch, options.dtype)
     for shape, tokens in itertools.product(shapes, counts):
-        x = torch.randn(tokens, shape[1], device="cuda").to(dtype)
+        x = torch.randn(tokens, shape[1], device=DEVICE).to(dtype)
         plain = microseconds(bf16_calls(shape, x), options.repeats)
         for bits in (int(b) for b in options.bits.split(",")):
             spec = LinearSpec(
@@ -145,7 +167,7 @@ def main() -> None:
                 row = {"what": "linear", "out_in": shape, "tokens": tokens, "bits": bits, "backend": backend}
                 try:
                     calls, size = packed_calls(spec, backend, x)
-                    time = microseconds(calls, options.repeats)
+                    spent = microseconds(calls, options.repeats)
                 except (UnsupportedError, RuntimeError) as error:
                     print(json.dumps({**row, "skipped": str(error).splitlines()[-1].strip(" -")}))
                     continue
@@ -154,10 +176,10 @@ def main() -> None:
                     json.dumps(
                         {
                             **row,
-                            "us": round(time, 2),
+                            "us": round(spent, 2),
                             "bf16_us": round(plain, 2),
-                            "times_bf16": round(plain / time, 3),
-                            "share_of_copy": round(traffic / (1e-6 * time) / bandwidth, 3),
+                            "times_bf16": round(plain / spent, 3),
+                            "share_of_copy": round(traffic / (1e-6 * spent) / bandwidth, 3),
                         }
                     )
                 )

@@ -112,6 +112,19 @@ def estimate(job: Job, rates: Rates) -> Estimate:
     )
 
 
+def operations(job: Job, sizes: Sizes) -> float:
+    """Floating-point operations with the weights: reference and quantized pass, tuning steps, and looks."""
+    share = _active_share(job)
+    inside = [layer for layer in job.source.layers if layer.block is not None]
+    active = sum(math.prod(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in inside)
+    ends = 0.0
+    if job.options.tune.enable_alg_ext:
+        config = job.source.config.get_text_config()
+        seen = rows_seen(job.tune) * job.options.calibration.seqlen
+        ends = HEAD_PASSES * float(seen) * int(config.vocab_size) * int(config.hidden_size)
+    return 2 * (active * _passes(job, sizes) + ends)
+
+
 def measure_rates(job: Job, seconds: float = 0.4) -> Rates:
     """Time a matrix product of the job's shapes, and an elementwise operation, for a moment.
 
@@ -228,31 +241,30 @@ def _experts(layers: Sequence[Layer]) -> int:
     return len(found)
 
 
-def _seconds(job: Job, sizes: Sizes, rates: Rates) -> float:
-    """Arithmetic of all blocks: reference and quantized pass, tuning steps, looks at the held-out rows."""
-    share = _active_share(job)
-    inside = [layer for layer in job.source.layers if layer.block is not None]
-    active = sum(math.prod(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in inside)
-    quantized = sum(math.prod(layer.shape) for layer, _ in job.quantized().values())
-    moved = quantized * 4.0 * job.source.dtype.itemsize
-    passes = 0.0
-    if sizes.tokens:
-        passes = 2.0 * sizes.tokens
-        candidates = 0 if job.effort is None else job.effort.points + 3 * job.effort.rounds
-        moved += quantized * SEARCH_BYTES * (candidates if not job.tune.iters else candidates // 4)
-    if sizes.tokens and job.tune.iters:
+def _passes(job: Job, sizes: Sizes) -> float:
+    """Tokens that go through all blocks; those whose gradients are wanted count `PASSES` times."""
+    if not sizes.tokens:
+        return 0.0
+    passes = 2.0 * sizes.tokens
+    if job.tune.iters:
         passes += PASSES * min(
             rows_seen(job.tune) * job.options.calibration.seqlen,
             job.tune.iters * job.tune.accumulate * sizes.batch_tokens,
         )
         looks = 1 + len(held_out_looks(job.tune))
         passes += looks * held_out_rows(job.options.calibration.nsamples) * job.options.calibration.seqlen
+    return passes
+
+
+def _seconds(job: Job, sizes: Sizes, rates: Rates) -> float:
+    """Arithmetic with the weights, and what is moved for rounding, searching and between operations."""
+    quantized = sum(math.prod(layer.shape) for layer, _ in job.quantized().values())
+    moved = quantized * 4.0 * job.source.dtype.itemsize
+    if sizes.tokens:
+        candidates = 0 if job.effort is None else job.effort.points + 3 * job.effort.rounds
+        moved += quantized * SEARCH_BYTES * (candidates if not job.tune.iters else candidates // 4)
+    if sizes.tokens and job.tune.iters:
         moved += quantized * ROUNDING_BYTES * float(job.tune.iters)
-    ends = 0.0
-    if job.options.tune.enable_alg_ext:
-        config = job.source.config.get_text_config()
-        seen = rows_seen(job.tune) * job.options.calibration.seqlen
-        ends = HEAD_PASSES * float(seen) * int(config.vocab_size) * int(config.hidden_size)
     kept = _activations(job, sizes) / sizes.pass_tokens / max(1, job.options.tune.nblocks)
-    moved += passes * kept * TRAFFIC * len(job.source.blocks)
-    return 2 * (active * passes + ends) / rates.operations + moved / rates.bandwidth
+    moved += _passes(job, sizes) * kept * TRAFFIC * len(job.source.blocks)
+    return operations(job, sizes) / rates.operations + moved / rates.bandwidth

@@ -16,14 +16,14 @@ from tuning.blocks import Mlp, generator, samples, tasks
 pytestmark = NEEDED
 
 
-def tuned(dtype, *, home=DEVICE, objective=PLAIN, size=1.0, masks=None):
+def tuned(dtype, *, home=DEVICE, objective=PLAIN, size=1.0, weights=None):
     """A block on the device under test, its rows at home there or on the host."""
     block = Mlp(dtype)
     with torch.no_grad():
         block.down.weight.mul_(size)
     data = samples(block)
     block.to(DEVICE)
-    given = Samples(data.inputs.to(home), data.targets.to(home), masks=masks)
+    given = Samples(data.inputs.to(home), data.targets.to(home), weights=weights)
     result = tune_block(
         block,
         tasks(block),
@@ -48,9 +48,10 @@ def test_blocks_of_16_bits(dtype, size):
 
 
 def test_rows_on_the_host():
-    """Where rows and masks lie changes nothing."""
-    masks = torch.rand(32, 8, generator=generator(3)) > 0.2
-    here, there = (tuned(torch.float32, home=home, masks=masks) for home in ("cpu", DEVICE))
+    """Where rows and their weights lie changes nothing."""
+    weights = (torch.rand(32, 8, generator=generator(3)) - 0.2).clamp_min(0)
+    here = tuned(torch.float32, home="cpu", weights=weights)
+    there = tuned(torch.float32, weights=weights.to(DEVICE))
     assert here.loss == pytest.approx(there.loss, rel=1e-3)
 
 

@@ -47,12 +47,13 @@ def token_weights(energy: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         energy: mean squares, `[..., tokens]` float32.
-        mask: bool of the same shape, False for tokens that do not count; None: all count.
+        mask: bool of the same shape on any device, False for tokens that do not count; None: all count.
 
     Returns:
         `[..., tokens]` float32 in 0 ... 1; 0 exactly where the mask is False, 1 for all tokens of a row most
         of whose tokens are 0.
     """
+    mask = _beside(energy, mask)
     limit = CAP * _median(energy, mask)
     weights = torch.where((energy > limit) & (limit > 0), limit / energy, 1.0)
     return weights if mask is None else weights.masked_fill(~mask, 0.0)
@@ -60,6 +61,7 @@ def token_weights(energy: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def massive_tokens(energy: Tensor, mask: Tensor | None = None) -> Massive:
     """How many tokens are massive, and how much of the sum of squares they hold; arguments as above."""
+    mask = _beside(energy, mask)
     counted = torch.ones_like(energy, dtype=torch.bool) if mask is None else mask
     median = _median(energy, mask)
     massive = (energy > MASSIVE * median) & (median > 0) & counted
@@ -74,4 +76,12 @@ def _median(energy: Tensor, mask: Tensor | None) -> Tensor:
     if not energy.shape[-1]:
         return energy.new_full((*energy.shape[:-1], 1), torch.nan)
     counted = energy if mask is None else energy.masked_fill(~mask, torch.nan)
-    return counted.nanmedian(dim=-1, keepdim=True).values
+    # Sorted, NaN last: PyTorch's median on GPUs is not deterministic, and refused where that is asked for.
+    ordered = counted.sort(dim=-1).values
+    middle = ((~counted.isnan()).sum(dim=-1, keepdim=True) - 1).clamp_min(0) // 2
+    return ordered.gather(-1, middle)
+
+
+def _beside(energy: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask where the energies are: rows may lie on an accelerator, masks lie on the host."""
+    return None if mask is None else mask.to(energy.device)

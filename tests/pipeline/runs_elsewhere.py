@@ -1,0 +1,60 @@
+"""Whole runs on a device apart from the host; `test_other_devices.py` runs this in its own process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import stand_in_device as device
+from pipeline.runs import ROWS, quantize
+
+PADDED = [
+    {"input_ids": ids[: 16 - i] + [0] * i, "attention_mask": [1] * (16 - i) + [0] * i}
+    for i, ids in zip([0, 3, 5, 0, 1, 2, 7, 4] * 2, ROWS, strict=False)
+]
+slow = pytest.mark.slow
+
+
+def test_the_device_keeps_apart_from_the_host():
+    with device.OnDevice():
+        x = torch.ones(3, 4).to(device.DEVICE)
+        assert x.device == device.DEVICE
+        assert (x.sum() + torch.tensor(1.0)).item() == 13
+        assert x[torch.tensor([0, 2])].device == device.DEVICE
+        for wrong in (
+            lambda: x + torch.ones(3, 4),
+            lambda: torch.ones(3, 4) @ x.t(),
+            lambda: x[0] * torch.ones(1),
+        ):
+            with pytest.raises(RuntimeError, match="same device"):
+                wrong()
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        pytest.param("qwen3", {"dataset": PADDED}, id="padded"),
+        pytest.param("llama", {"low_gpu_mem_usage": True}, marks=slow),
+        pytest.param("llama", {"enable_alg_ext": True, "dataset": PADDED}, marks=slow),
+        pytest.param("llama", {"iters": 0}, marks=slow),
+        pytest.param("llama", {"iters": 0, "disable_opt_rtn": True}, marks=slow),
+        pytest.param(
+            "llama",
+            {"bits": 2, "sym": False, "quant_lm_head": True, "enable_norm_bias_tuning": True, "nblocks": 2},
+            marks=slow,
+        ),
+        pytest.param("llama", {"group_size": 0, "enable_adam": True}, marks=slow),
+        pytest.param("llama", {"scheme": "INT8", "group_size": None, "format": "fake"}, marks=slow),
+        pytest.param("llama", {"format": "gguf:q4_0", "group_size": None}, marks=slow),
+        pytest.param("gemma3_text", {"save_imatrix": True}, marks=slow),
+        pytest.param("qwen3_moe", {}, marks=slow),
+    ],
+)
+def test_runs(tiny, tmp_path, family, given):
+    folder = tiny(family)
+    if given.get("save_imatrix"):
+        given = {"save_imatrix": str(tmp_path / "imatrix.gguf")}
+    with device.OnDevice():
+        result = quantize(folder, tmp_path / "out", device_map="auto", **given)
+    assert result.report["device"].startswith(device.NAME) if "device" in result.report else True
+    assert all(figures["kl"] < 0.03 for figures in result.report["verified"].values() if "kl" in figures)

@@ -1,9 +1,9 @@
 """A device that is no GPU but keeps apart from the host as one: its tensors do not mix with those of the CPU.
 
-They hold their numbers in a tensor of the CPU, and whatever is asked of them is computed there. What CUDA would
-refuse, a tensor of the host beside one of the device, is refused here, so that a run finds where code forgets
-to move something. It is PyTorch's `PrivateUse1` device, which a process keeps once it has it: tests that use
-it run in a process of their own.
+They hold their numbers in a tensor of the CPU, and whatever is asked of them is computed there. What CUDA
+would refuse, a tensor of the host beside one of the device, is refused here, so that a run finds where code
+forgets to move something. It is PyTorch's `PrivateUse1` device, which a process keeps once it has it: tests
+that use it run in a process of their own.
 """
 
 from __future__ import annotations

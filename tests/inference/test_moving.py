@@ -18,7 +18,7 @@ def loaded(backend):
     spec = LinearSpec(fmt, (64, 128), torch.bfloat16, "cpu")
     layout = layout_for("auto_round")
     bias = torch.nn.Parameter(torch.arange(64).bfloat16(), requires_grad=False)
-    layer = QuantLinear(spec, layout, select_kernel(spec, backend), bias)
+    layer = QuantLinear(spec, layout, select_kernel(spec, backend), bias, backend)
     q = fmt.quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(1)))
     for name, part in layout.pack(q).items():
         layer.register_buffer(name, part)
@@ -52,6 +52,34 @@ def test_what_the_kernel_does_not_take_is_refused():
     with pytest.raises(UnsupportedError, match=r"(?s)device_map.*takes bfloat16"):
         layer.to(torch.float64)
     assert all(torch.equal(b, dict(layer.named_buffers())[n]) for n, b in before.items())
+
+
+def test_without_a_named_backend_the_kernel_is_chosen_anew():
+    """As if it had been loaded so: float32 is not computed in bfloat16, and nothing is refused."""
+    layer, q = loaded("auto")
+    first = layer.kernel
+    for dtype in (torch.float32, torch.float64):
+        layer.to(dtype)
+        assert layer.kernel.name == "torch"
+        x = torch.randn(3, 128, dtype=dtype)
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.dequantize(), layer.bias))
+    layer.to(torch.bfloat16)
+    assert layer.kernel == first
+    assert torch.equal(layer.restore().codes, q.codes)
+    assert torch.equal(layer.restore().scale.step, q.scale.step)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_to_a_gpu_and_back(backend):
+    layer, q = loaded("auto")
+    layer.backend = backend
+    layer.to("cuda")
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    want = x.double() @ q.format.dequantize(q).double().t() + layer.bias.cpu().double()
+    assert (layer(x.cuda()).cpu().double() - want).abs().max() < 0.02 * want.abs().max()
+    layer.backend = "auto"
+    assert torch.equal(layer.to("cpu").restore().codes, q.codes)
 
 
 def test_before_loading_tensors_move_freely():

@@ -100,17 +100,6 @@ def test_inputs_in_any_order_of_memory():
     assert torch.equal(kernel.linear(turned, buffers, spec, None), want)
 
 
-@needs_program
-def test_gradients_are_not_lost():
-    """A call that must be differentiated takes the way of `cpu_int4`."""
-    kernel, spec = CpuAvx512Kernel(), spec_of(4)
-    q = kernel_kit.exact_case(spec)
-    x = torch.ones(200, 256, dtype=torch.bfloat16, requires_grad=True)
-    kernel.linear(x, kernel.prepare(q, spec), spec, None).float().sum().backward()
-    want = spec.fmt.dequantize(q).sum(0)
-    assert torch.allclose(x.grad[0].float(), want, rtol=0.02, atol=1)
-
-
 @pytest.mark.parametrize("kernel", [CpuAvx512Kernel(), CpuIntKernel()], ids=lambda k: k.name)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_models_see_one_operator(kernel, dynamic):

@@ -12,9 +12,11 @@ import itertools
 import pytest
 import torch
 
+from auto_round.inference.qlinear import QuantLinear
 from auto_round.kernels import triton_table
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.triton_linear import TritonKernel
+from auto_round.layouts.table import layout_for
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.testing import kernel_kit
@@ -103,6 +105,30 @@ def test_shapes_of_activations(path):
         assert torch.equal(KERNEL.linear(given, buffers, spec, None), want)
     wide = torch.cat([x, x + 1], dim=-1)
     assert torch.equal(KERNEL.linear(wide[..., :64], buffers, spec, None), (x.float() @ w.t()).half())
+
+
+def test_gradients_reach_adapters(path):
+    """An adapter of PEFT around a layer learns as it would around the dequantized one."""
+    peft = pytest.importorskip("peft")
+    spec = LinearSpec(int_format(4, 32, sym=False), (32, 64), torch.float16, "cpu")
+    layout, q = layout_for("auto_round"), kernel_kit.exact_case(spec)
+    layer = QuantLinear(spec, layout, KERNEL, None, "triton").to_empty(device="cpu")
+    for name, part in layout.pack(q).items():
+        layer.get_buffer(name).copy_(part)
+    layer.adopt(KERNEL, spec)
+    dense = torch.nn.Linear(64, 32, bias=False, dtype=torch.float16)
+    dense.weight.data = spec.fmt.dequantize(q, torch.float16)
+    found = []
+    for inner in (layer, dense):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        model = peft.get_peft_model(torch.nn.Sequential(inner), config, autocast_adapter_dtype=False)
+        x = torch.arange(3 * 64).view(3, 64).remainder(3).half().requires_grad_()
+        model(x).float().square().mean().backward()
+        found.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for got, want in zip(*found, strict=True):
+        assert bool(want.abs().sum() > 0)
+        assert torch.allclose(got, want, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("change", ["codes", "step", "zero"])

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from auto_round.errors import CheckpointError, ConfigError, Refusal, UnsupportedError
-from auto_round.inference.disk_names import DiskNames
-from auto_round.inference.experts import PackedExperts, pack_experts
+from auto_round.inference.disk_names import ConfigNames, DiskNames
+from auto_round.inference.experts import PackedExperts, expert_names, pack_experts
 from auto_round.inference.qlinear import ORDER, PackedWeight, QuantLinear, named
 from auto_round.inference.stored_formats import FLOAT_BITS, StoredFormats
 from auto_round.kernels.kernel import LinearSpec
@@ -61,20 +61,21 @@ def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[
     config = _config_of(model)
     stored = StoredFormats.read(config, _block_prefixes(model))
     backend = str(config.get("backend") or AUTO)
-    names = DiskNames.of(model)
+    names = ConfigNames.of(DiskNames.of(model), stored.exact, stored.blocks)
+    linear = {path: names.of_layer(path) for path, module in model.named_modules() if is_linear(module)}
+    stored = stored.among([*linear.values(), *expert_names(model, names)])
     experts = pack_experts(model, stored, names)
     used: dict[str, None] = {}
     kept = False
-    for name, module in list(model.named_modules()):
-        if not is_linear(module):
-            continue
-        fmt = stored.format_of((name, names.layer(name)))
-        if fmt is None or not _holds(stored, fmt, module, name):
-            kept = kept or name in stored.extra or names.layer(name) in stored.extra
+    for path, known in linear.items():
+        module = model.get_submodule(path)
+        fmt = stored.format_of(known)
+        if fmt is None or not _holds(stored, fmt, module, path):
+            kept = kept or any(name in stored.extra for name in known)
             continue
         spec = LinearSpec(fmt, (module.out_features, module.in_features), module.weight.dtype, target_device)
         kernel = select_kernel(spec, backend)
-        _replace(model, name, QuantLinear(spec, stored.layout, kernel, module.bias))
+        _replace(model, path, QuantLinear(spec, stored.layout, kernel, module.bias, backend))
         used[kernel.name] = None
     if not used and not experts and not kept:  # a folder may say of every layer that it stays as it was
         raise ConfigError(
@@ -108,6 +109,7 @@ def post_init(model: Any, used_backends: list[str] | None = None) -> None:
             raise CheckpointError(f'layer "{name}": {error}') from error
         except UnsupportedError as error:
             raise named(name, error) from error
+    _answer_for(model)
 
 
 def change_backend(model: Any, backend: str = AUTO) -> None:
@@ -119,6 +121,7 @@ def change_backend(model: Any, backend: str = AUTO) -> None:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             kernel = select_kernel(module.spec, backend)
+            module.backend = backend
             if kernel is not module.kernel:
                 module.change_kernel(kernel, module.spec)
 
@@ -179,6 +182,12 @@ def _check_devices(model: Any) -> None:
             f"{len(kinds['cpu'])} quantized layers were left to the CPU beside an accelerator ({shown})",
             [Refusal("auto_round", "does not offload", "give more memory per device in max_memory, or cpu")],
         )
+
+
+def _answer_for(model: Any) -> None:
+    from auto_round.inference.loaded import answer_for  # Transformers' quantizers are slow to import
+
+    answer_for(model)
 
 
 def _adopt(module: QuantLinear, backend: str) -> None:

@@ -6,7 +6,7 @@ multiplies packed. They are therefore dequantized once, at load: the file is sma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import Refusal, UnsupportedError
-from auto_round.inference.disk_names import DiskNames
+from auto_round.inference.disk_names import ConfigNames
 from auto_round.inference.qlinear import PackedWeight, named
 from auto_round.inference.stored_formats import StoredFormats
 from auto_round.models.names import Recipe
@@ -81,7 +81,20 @@ class PackedExperts(nn.Module):
         return q.format.dequantize(q, dtype)
 
 
-def pack_experts(model: Any, stored: StoredFormats, names: DiskNames) -> tuple[str, ...]:
+def expert_names(model: Any, names: ConfigNames) -> Iterator[tuple[str, ...]]:
+    """All names of every matrix of fused experts."""
+    for path, module in model.named_modules():
+        for parameter in fused_experts(module):
+            recipe = names.disk.recipe(f"{path}.{parameter}")
+            for piece in () if recipe is None else recipe.pieces:
+                yield _names_of(piece.name.removesuffix(WEIGHT), names)
+
+
+def _names_of(layer: str, names: ConfigNames) -> tuple[str, ...]:
+    return names.disk.inside(layer), *names.of_layer(layer)
+
+
+def pack_experts(model: Any, stored: StoredFormats, names: ConfigNames) -> tuple[str, ...]:
     """Replace modules of fused experts by ones that can be filled from a checkpoint.
 
     Returns:
@@ -95,7 +108,7 @@ def pack_experts(model: Any, stored: StoredFormats, names: DiskNames) -> tuple[s
         recipes: dict[str, Recipe] = {}
         packed: dict[str, tuple[str, PackedWeight]] = {}
         for parameter, transposed in fused_experts(module).items():
-            recipe = names.recipe(f"{path}.{parameter}")
+            recipe = names.disk.recipe(f"{path}.{parameter}")
             if recipe is None or transposed or len(recipe.targets) != 1:
                 continue
             weights = _packed_weights(path, recipe, stored, names)
@@ -110,15 +123,15 @@ def pack_experts(model: Any, stored: StoredFormats, names: DiskNames) -> tuple[s
 
 
 def _packed_weights(
-    path: str, recipe: Recipe, stored: StoredFormats, names: DiskNames
+    path: str, recipe: Recipe, stored: StoredFormats, names: ConfigNames
 ) -> dict[str, tuple[str, PackedWeight]]:
     """Tensor name on disk -> path below the experts' module, and holder; empty when nothing is quantized."""
     found: dict[str, tuple[str, PackedWeight]] = {}
     for piece in recipe.pieces:
         layer = piece.name.removesuffix(WEIGHT)
-        inside = names.inside(layer)
-        n_out, n_in = names.disk[piece.name].shape
-        fmt = stored.format_of((inside, layer))
+        inside = names.disk.inside(layer)
+        n_out, n_in = names.disk.disk[piece.name].shape
+        fmt = stored.format_of(_names_of(layer, names))
         if fmt is None or stored.layout.accepts(fmt, (n_out, n_in)) is not None:
             continue
         if not inside.startswith(f"{path}."):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from auto_round.errors import InternalError, UnsupportedError
+from auto_round.errors import CheckpointError, InternalError, UnsupportedError
+from auto_round.inference.dense_weight import DenseWeight
 from auto_round.kernels.kernel import Kernel, LinearSpec
+from auto_round.kernels.select import AUTO, select_kernel
 from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
@@ -35,7 +38,7 @@ class PackedWeight(nn.Module):
     """
 
     def __init__(self, fmt: Format, layout: Layout, shape: tuple[int, int]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a subclass is a linear layer too, whose weight is not to be made
         self.fmt = fmt
         self.layout = layout
         self.shape = shape
@@ -72,30 +75,54 @@ class PackedWeight(nn.Module):
         return self.layout.unpack(parts, self.fmt, self.shape)
 
 
-class QuantLinear(PackedWeight):
+class QuantLinear(PackedWeight, nn.Linear):
     """A linear layer `[..., in] -> [..., out]` with a quantized weight.
 
     It is born with the tensors of the checkpoint; `adopt` replaces them by the kernel's. The state dict
     always holds the checkpoint's tensors, so that a loaded model can be saved again without a changed byte.
+    It is an `nn.Linear` to those who look for linear layers, PEFT among them; its weight is no parameter.
 
     Attributes:
         in_features: inputs.
         out_features: outputs.
         spec: the layer as its kernel sees it.
         kernel: what multiplies.
+        backend: name by which kernels are chosen when the layer is moved.
         bias: `[out]` or None.
         adopted: whether the kernel has taken over.
     """
 
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]  # as in PyTorch, where it may be None too
 
-    def __init__(self, spec: LinearSpec, layout: Layout, kernel: Kernel, bias: nn.Parameter | None) -> None:
+    def __init__(
+        self,
+        spec: LinearSpec,
+        layout: Layout,
+        kernel: Kernel,
+        bias: nn.Parameter | None,
+        backend: str = AUTO,
+    ) -> None:
         super().__init__(spec.fmt, layout, spec.shape)
         self.out_features, self.in_features = spec.shape
         self.spec = spec
         self.kernel = kernel
+        self.backend = backend
         self.adopted = False
         self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """`[out, in]` in the dtype of the layer, dequantized when an operation needs its numbers."""
+        device = next(iter(self._tensors())).device
+        return DenseWeight(self.spec.shape, self.spec.dtype, device, self.dequantize)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight `[out, in]` in a dtype, that of the layer when none is given."""
+        dtype = dtype or self.spec.dtype
+        if not self.adopted and any(part.is_meta for part in self.parts().values()):
+            return torch.empty(self.spec.shape, dtype=dtype, device="meta")
+        q = self.restore()
+        return q.format.dequantize(q, dtype)
 
     def adopt(self, kernel: Kernel, spec: LinearSpec) -> None:
         """Hand the loaded tensors to a kernel and keep only what it needs.
@@ -104,23 +131,12 @@ class QuantLinear(PackedWeight):
             UnsupportedError: the tensors were left on disk or were never loaded.
             CheckpointError: tensors that the layout would not have written.
         """
-        if self.adopted:
-            return
-        buffers = kernel.prepare(self.unpack(), spec)
-        for suffix in self.parts():
-            del self._buffers[suffix]
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer, persistent=False)
-        self.kernel, self.spec, self.adopted = kernel, spec, True
+        if not self.adopted:
+            self._hand_over(self.unpack(), kernel, spec)
 
     def change_kernel(self, kernel: Kernel, spec: LinearSpec) -> None:
         """Let another kernel take over from the one that runs the layer now; the weight stays bit for bit."""
-        buffers = kernel.prepare(self.restore(), spec)
-        for name in list(self._kernel_buffers()):
-            del self._buffers[name]
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer, persistent=False)
-        self.kernel, self.spec = kernel, spec
+        self._hand_over(self.restore(), kernel, spec)
 
     def restore(self) -> QTensor:
         """The quantized weight, bit for bit as it was loaded."""
@@ -130,35 +146,58 @@ class QuantLinear(PackedWeight):
         """`x W^T + bias` in the dtype of `x`."""
         if not self.adopted:
             raise InternalError("a quantized layer was used before post_init prepared it")
+        if x.dtype != self.spec.dtype:  # under autocast, or behind a norm that is kept in float32
+            return self.forward(x.to(self.spec.dtype)).to(x.dtype)
+        if torch.is_grad_enabled() and (
+            x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        ):
+            y: Tensor = _Product.apply(x, self.bias, self)  # type: ignore[no-untyped-call]
+            return y
         return self.kernel.linear(x, self._kernel_buffers(), self.spec, self.bias)
 
+    def _hand_over(self, q: QTensor, kernel: Kernel, spec: LinearSpec) -> None:
+        buffers = kernel.prepare(q, spec)
+        self._buffers.clear()
+        self._non_persistent_buffers_set.clear()
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+        self.kernel, self.spec, self.adopted = kernel, spec, True
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """What `model.to(...)`, `.half()` and the like call: dtypes of a kernel's buffers never change.
+        """What `model.to(...)`, `.cuda()` and the like call: dtypes of a kernel's buffers never change.
+
+        Where the layer gets another dtype or another kind of device, its kernel is chosen anew.
 
         Raises:
-            UnsupportedError: the kernel does not run with that dtype or on that device.
+            UnsupportedError: no kernel of the backend runs with that dtype or on that device.
         """
         if not self.adopted:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        before = next(iter(self._kernel_buffers().values())).device
+        before = next(iter(self._tensors())).device
         wanted = fn(torch.empty(0, dtype=self.spec.dtype, device=before))
         spec = replace(self.spec, dtype=wanted.dtype)
         if wanted.device.type not in (before.type, "meta"):
             spec = replace(spec, device=wanted.device.type)
-        refusal = None if spec == self.spec else self.kernel.refuses(spec)
-        if refusal is not None:
-            raise UnsupportedError(
-                f"a loaded quantized layer cannot become {wanted.dtype} on {wanted.device}; give `dtype` and "
-                "`device_map` to `from_pretrained` instead",
-                [refusal],
-            )
+        kernel = self.kernel if spec == self.spec else self._kernel_for(spec, wanted.device)
+        if kernel != self.kernel:
+            self._hand_over(_moved(self.restore(), wanted.device), kernel, spec)
         moved = {name: _kept(buffer, fn(buffer)) for name, buffer in self._kernel_buffers().items()}
         self._buffers.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(moved)
         self.spec = spec
         return self
+
+    def _kernel_for(self, spec: LinearSpec, device: torch.device) -> Kernel:
+        try:
+            return select_kernel(spec, self.backend)
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"a loaded quantized layer cannot become {spec.dtype} on {device}; give `dtype`, "
+                "`device_map` or another backend to `from_pretrained` instead",
+                error.refusals,
+            ) from error
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -168,13 +207,77 @@ class QuantLinear(PackedWeight):
     def _kernel_buffers(self) -> Mapping[str, Tensor]:
         return self._buffers  # type: ignore[return-value]  # none of a kernel's buffers is None
 
+    def _tensors(self) -> Iterable[Tensor]:
+        return self._kernel_buffers().values()
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.adopted:
             for suffix, part in self.layout.pack(self.restore()).items():
                 destination[prefix + suffix] = part
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        *reports: list[str],
+    ) -> None:
+        """What `load_state_dict` calls: takes the tensors of a checkpoint, as `state_dict` gives them."""
+        if not self.adopted:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
+            return
+        wanted = self.layout.spec(self.fmt, self.shape)
+        parts = {suffix: state_dict[prefix + suffix] for suffix in wanted if prefix + suffix in state_dict}
+        others = {name: t for name, t in state_dict.items() if name.removeprefix(prefix) not in parts}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, *reports)
+        missing, _, errors = reports
+        missing.extend(prefix + suffix for suffix in wanted if suffix not in parts)
+        if len(parts) == len(wanted):
+            try:
+                self._take(parts)
+            except (CheckpointError, UnsupportedError) as error:
+                errors.append(f"{prefix.removesuffix('.')}: {error}")
+
+    def _take(self, parts: Mapping[str, Tensor]) -> None:
+        """Fill the kernel's buffers from stored tensors."""
+        device = next(iter(self._tensors())).device
+        here = {suffix: part.detach().to(device) for suffix, part in parts.items()}
+        made = self.kernel.prepare(self.layout.unpack(here, self.fmt, self.shape), self.spec)
+        for name, buffer in self._kernel_buffers().items():
+            buffer.copy_(made[name])
+
+
+class _Product(torch.autograd.Function):
+    """`x W^T + bias` by a layer's kernel, with gradients for `x` and the bias.
+
+    Kernels know no gradients, and PyTorch's would keep every dequantized weight until the backward pass; here
+    it is made again when it is needed. The gradient of `x` is the exact one of the dequantized weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.kernel.linear(x, layer._kernel_buffers(), layer.spec, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        to_x, to_bias, _ = ctx.needs_input_grad
+        return (
+            grad @ ctx.layer.dequantize(grad.dtype) if to_x else None,
+            grad.flatten(0, -2).sum(0) if to_bias else None,
+            None,
+        )
+
 
 def _kept(buffer: Tensor, changed: Tensor) -> Tensor:
     """`changed`, or where its dtype is another, the buffer on the same device."""
     return changed if changed.dtype == buffer.dtype else buffer.to(changed.device)
+
+
+def _moved(q: QTensor, device: torch.device) -> QTensor:
+    """The same weight on another device."""
+    parts = {name: part.to(device) for name, part in q.scale.parts.items()}
+    return QTensor(q.codes.to(device), q.format.rule.read(parts), q.format)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
@@ -15,6 +15,7 @@ from auto_round.inference.foreign import (
     foreign_top,
     is_listed,
 )
+from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import LAYOUTS, layout_for
 from auto_round.numerics.format import Format
@@ -26,9 +27,15 @@ FLOAT_BITS = 16
 _HEAD = "lm_head"
 _BLOCK = re.compile(r"(.+?)\.\d+\.")
 _FIELDS = ("bits", "group_size", "sym", "data_type", "act_bits", "scale_dtype")
+_FILLED = "model_free"
+"""Mark of folders that auto-round 0.15 and later write without building the model: a short last group is
+stored at full length."""
 _BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
 PATTERN_CHARACTERS = frozenset("*+?^$()[]{}|\\")
 """What makes a key of `extra_config` a pattern for Transformers, vLLM and SGLang; a dot alone does not."""
+
+Finder = tuple[re.Pattern[str], Mapping[str, Any]]
+"""What finds layers by their names, and their fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +43,9 @@ class StoredFormats:
     """What a `quantization_config` says of each layer.
 
     A layer's exact name in `extra_config` comes first, then whether it lies in a block, then expressions
-    found in its name, then the fields at the top. GPTQ and AWQ checkpoints have their own lists.
+    found in its name, then parts of it, then the fields at the top. An expression or part that finds no layer
+    in the blocks speaks of layers outside of them (auto-round 0.16 `inference/utils.py`). GPTQ and AWQ
+    checkpoints have their own lists.
 
     Attributes:
         top: fields of layers that nothing else names.
@@ -48,7 +57,8 @@ class StoredFormats:
         listed: the only layers that are quantized, by the ends of their names; empty for all in blocks.
         head: the output head is quantized.
         reordered: the checkpoint says that inputs may be reordered by activation (`desc_act`).
-        patterns: those keys of `extra` that are expressions, compiled.
+        patterns: those keys of `extra` that are expressions, then those that are parts of names, compiled.
+        outside: those of them that find no layer in the blocks.
     """
 
     top: Mapping[str, Any]
@@ -60,7 +70,8 @@ class StoredFormats:
     listed: tuple[str, ...] = ()
     head: bool = False
     reordered: bool = False
-    patterns: tuple[tuple[re.Pattern[str], Mapping[str, Any]], ...] = ()
+    patterns: tuple[Finder, ...] = ()
+    outside: tuple[Finder, ...] = ()
 
     @classmethod
     def of_folder(cls, config: Mapping[str, Any], layers: Iterable[str]) -> StoredFormats:
@@ -73,8 +84,10 @@ class StoredFormats:
         Raises:
             ConfigError, UnsupportedError: as `read`.
         """
-        found = (_BLOCK.match(name) for name in layers)
-        return cls.read(config, tuple(dict.fromkeys(match[1] for match in found if match)))
+        names = list(layers)
+        found = (_BLOCK.match(name) for name in names)
+        stored = cls.read(config, tuple(dict.fromkeys(match[1] for match in found if match)))
+        return stored.among([(name,) for name in names])
 
     @classmethod
     def read(cls, config: Mapping[str, Any], default_blocks: Sequence[str]) -> StoredFormats:
@@ -101,7 +114,7 @@ class StoredFormats:
         blocks = next((found for key in _BLOCK_KEYS if (found := _names(config.get(key)))), ())
         extra = dict(config.get("extra_config") or {})
         compiled = {key: _compiled(key) for key in extra}
-        patterns = ((compiled[key], extra[key]) for key in extra if PATTERN_CHARACTERS.intersection(key))
+        patterns = ((compiled[key], extra[key]) for key in extra if _is_pattern(key))
         return cls(
             top,
             extra,
@@ -114,6 +127,29 @@ class StoredFormats:
             bool(config.get("desc_act")),
             tuple(patterns),
         )
+
+    @property
+    def exact(self) -> list[str]:
+        """Keys of `extra` that may be names of layers."""
+        return [key for key in self.extra if not _is_pattern(key)]
+
+    def among(self, layers: Sequence[Sequence[str]]) -> StoredFormats:
+        """The same, told which layers there are: a key that is no layer's name is a part of names.
+
+        Args:
+            layers: all names of each layer.
+        """
+        text = "\n".join(name for names in layers for name in names)
+        known = {name for names in layers for name in names}
+        parts = tuple(
+            (finder, self.extra[key])
+            for key in self.exact
+            if self.extra[key] and key not in known and (finder := _compiled(key)).search(text)
+        )
+        finders = (*self.patterns, *parts)
+        covered = [names for names in layers if self._covers(names)] if finders else []
+        outside = (f for f in finders if f[1] and not any(_finds(f[0], names) for names in covered))
+        return replace(self, patterns=finders, outside=tuple(outside))
 
     def format_of(self, names: Sequence[str]) -> Format | None:
         """Format of one layer; None when it is not quantized.
@@ -137,12 +173,13 @@ class StoredFormats:
             if name in self.extra:
                 return {**self.top, **self.extra[name]}
         if not self._covers(names):
-            return None
+            found = next((fields for finder, fields in self.outside if _finds(finder, names)), None)
+            return None if found is None else {**self.top, **found}
         changes = [dynamic_rule(self.dynamic, name) for name in names]
         if None in changes:
             return None
-        for pattern, fields in self.patterns:
-            if any(pattern.search(name) for name in names):
+        for finder, fields in self.patterns:
+            if _finds(finder, names):
                 return {**self.top, **fields}
         return {**self.top, **next((change for change in changes if change), {})}
 
@@ -155,6 +192,14 @@ class StoredFormats:
         if self.listed and not any(is_listed(name, self.listed) for name in names):
             return False
         return not any(part in name for name in names for part in self.kept)
+
+
+def _is_pattern(key: str) -> bool:
+    return bool(PATTERN_CHARACTERS.intersection(key))
+
+
+def _finds(finder: re.Pattern[str], names: Sequence[str]) -> bool:
+    return any(finder.search(name) for name in names)
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -179,7 +224,10 @@ def _compiled(key: str) -> re.Pattern[str]:
 def _layout(config: Mapping[str, Any]) -> Layout:
     packing = str(config.get("packing_format", "auto_round:auto_gptq"))
     if packing in LAYOUTS:
-        return layout_for(packing)
+        layout = layout_for(packing)
+        if config.get(_FILLED) and isinstance(layout, GPTQ):
+            return replace(layout, filled=True)
+        return layout
     raise UnsupportedError(
         f'weights packed as "{packing}" cannot be loaded',
         [Refusal(packing, "not in this version yet", "loadable are " + ", ".join(LAYOUTS))],

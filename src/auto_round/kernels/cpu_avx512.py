@@ -61,8 +61,6 @@ class CpuAvx512Kernel(CpuIntKernel):
         self, x: Tensor, buffers: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None
     ) -> Tensor:
         """`x W^T + bias`, computed in bfloat16 with sums in float32."""
-        if x.requires_grad:  # the program cannot be differentiated
-            return CpuIntKernel.linear(self, x, buffers, spec, bias)
         flat = x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
         multiply = torch.ops.auto_round.packed_int4_linear if torch.compiler.is_compiling() else _multiply
         y: Tensor = multiply(flat, buffers["packed"], buffers["scale_zero"], spec.shape[0])

@@ -26,10 +26,11 @@ def select_kernel(spec: LinearSpec, backend: str = AUTO) -> Kernel:
         UnsupportedError: no kernel fits, with each one's reason.
     """
     asked = backend.casefold()
+    unnamed = asked == AUTO or asked in STAND_INS
     entries = _candidates(asked)
     refusals = []
     for entry in sorted(entries, key=lambda e: -e.priority):
-        refusal = entry.kernel.refuses(spec) or (_reluctance(entry, spec) if asked == AUTO else None)
+        refusal = entry.kernel.refuses(spec) or (_reluctance(entry, spec) if unnamed else None)
         if refusal is None and entry.tried:
             refusal = trial(entry.kernel, spec)
         if refusal is None:
@@ -81,7 +82,7 @@ def _candidates(asked: str) -> list[Entry]:
 @functools.cache
 def _tell(asked: str) -> None:
     """Say once in a process what stands in for a backend."""
-    logger.info('backend "%s": %s', asked, STAND_INS[asked].reason)
+    logger.warning('backend "%s" is not here: %s', asked, STAND_INS[asked].reason)
 
 
 def _reluctance(entry: Entry, spec: LinearSpec) -> Refusal | None:

@@ -57,7 +57,14 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
         "marlin": Entry(
             MarlinKernel(),
             6,
-            ("gptqmodel", "gptqmodel:marlin", "gptqmodel:marlin_zp"),
+            (
+                "gptqmodel",
+                "gptqmodel:marlin",
+                "gptqmodel:marlin_zp",
+                "gptqmodel:awq_marlin",
+                "gptqmodel:autoawq_marlin",
+                "gptqmodel_awq_marlin",
+            ),
             "cuda",
             "4, 8",
             _sample(4, "cuda"),
@@ -113,7 +120,16 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
         "torch": Entry(
             TorchKernel(),
             0,
-            ("auto_round", "torch_zp", "auto_round:torch", "auto_round:torch_zp", "reference"),
+            (
+                "auto_round",
+                "torch_zp",
+                "auto_round:torch",
+                "auto_round:torch_zp",
+                "gptqmodel:awq_torch",
+                "gptqmodel:autoawq_torch",
+                "gptqmodel_awq_torch",
+                "reference",
+            ),
             "any",
             "2-8",
             _sample(4, "cpu"),
@@ -129,53 +145,72 @@ class StandIn:
 
     Attributes:
         names: kernels among which the choice is made.
-        reason: why not the one that was named.
+        reason: why not the one that was named, and what is done.
     """
 
     names: tuple[str, ...]
     reason: str
 
 
+_OURS = ("triton", "torch_int4", "cpu_avx512", "cpu_int4", "cpu_int8", "torch")
+_ON_CPU_OR_XPU = ("cpu_avx512", "cpu_int4", "cpu_int8", "triton", "torch")
+
 _IPEX = StandIn(
-    ("cpu_avx512", "cpu_int4", "cpu_int8", "triton", "torch"),
+    _ON_CPU_OR_XPU,
     "the extension has ended and its programs went into PyTorch, whose kernels are used",
 )
-_ARK = StandIn(("cpu_avx512", "cpu_int4", "cpu_int8", "triton", "torch"), "PyTorch's own kernels are used")
+_ARK = StandIn(_ON_CPU_OR_XPU, "PyTorch's own kernels are used")
 _GAUDI = StandIn(
     ("torch",), "the reference kernel is used, which runs on any PyTorch device; not tried on Gaudi"
 )
+_OPAQUE = StandIn(
+    _OURS,
+    "its programs keep weights where they cannot be read back, so that a loaded model could not be saved; "
+    "own kernels for the same tensors are used",
+)
+_ENDED = StandIn(
+    _OURS,
+    "the package has ended and does not run with Transformers 5; own kernels for the same tensors are used",
+)
+_OTHER = StandIn(_OURS, "own kernels for the same tensors are used")
+
+
+def _all(reason: StandIn, names: str) -> dict[str, StandIn]:
+    return dict.fromkeys(names.split(), reason)
+
 
 STAND_INS: Mapping[str, StandIn] = MappingProxyType(
     {
-        "ipex": _IPEX,
-        "ipex_gptq": _IPEX,
-        "ipex_awq": _IPEX,
-        "ark": _ARK,
-        "auto_round_kernel": _ARK,
-        "hpu": _GAUDI,
-        "hpu_zp": _GAUDI,
+        **_all(_IPEX, "ipex ipex_gptq ipex_awq ipex_gptq_cpu ipex_awq_cpu"),
+        **_all(
+            _ARK,
+            "ark auto_round_kernel auto_round_kernel_zp auto_round_kernel_awq auto_round_kernel_xpu "
+            "auto_round_kernel_zp_xpu auto_round_kernel_awq_xpu",
+        ),
+        **_all(_GAUDI, "hpu hpu_zp"),
+        **_all(
+            _OPAQUE,
+            "exllamav2 gptqmodel:exllamav2 gptqmodel:awq_exllamav2 gptqmodel:awq gptqmodel:autoawq "
+            "gptqmodel_awq",
+        ),
+        **_all(
+            _ENDED,
+            "gptq gptq:cuda gptq:exllamav2 gptq:tritonv2 auto_gptq auto_gptq:exllamav2 auto_gptq:cuda "
+            "auto_gptq:tritonv2 awq awq:gemm auto_awq auto_awq:gemm",
+        ),
+        **_all(
+            _OTHER,
+            "gptqmodel:awq_gemm gptqmodel:autoawq_gemm gptqmodel_awq_gemm humming humming_zp humming_awq "
+            "auto_round:humming auto_round:humming_zp auto_round:humming_awq",
+        ),
     }
 )
-"""Names that guides recommend for a device -> what runs there now."""
+"""Names of kernels that are not here -> what does their work.
 
-_ENDED = "the package has ended and does not run with Transformers 5"
-_OPAQUE = (
-    "its programs keep weights where they cannot be read back, so that a loaded model could not be saved"
-)
+Source of the names: auto-round 0.16 `inference/backend.py`."""
 
 ABSENT: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "exllamav2": (_OPAQUE, "triton"),
-        "gptqmodel:exllamav2": (_OPAQUE, "triton"),
-        "gptq": (_ENDED, "triton"),
-        "gptq:cuda": (_ENDED, "triton"),
-        "gptq:exllamav2": (_ENDED, "triton"),
-        "auto_gptq": (_ENDED, "triton"),
-        "auto_gptq:exllamav2": (_ENDED, "triton"),
-        "auto_gptq:cuda": (_ENDED, "triton"),
-        "auto_gptq:tritonv2": (_ENDED, "triton"),
-        "awq": (_ENDED, "triton"),
-        "auto_awq:gemm": (_ENDED, "triton"),
         "mlx": ("not in this version yet", "torch"),
     }
 )

@@ -41,11 +41,13 @@ class GPTQ:
         name: name of the layout.
         minus_one: zero points are stored minus one (version 1).
         indexed: the group of each input is stored too (`g_idx`).
+        filled: a short last group is stored at full length; codes behind the row's end stand for 0.
     """
 
     name: str
     minus_one: bool
     indexed: bool = False
+    filled: bool = False
 
     def accepts(self, fmt: Format, shape: Sequence[int]) -> Refusal | None:
         """None for whole-number formats of 2 to 8 bits with both dimensions multiples of 32."""
@@ -59,7 +61,7 @@ class GPTQ:
         n_out, n_in = shape
         bits, n_groups = fmt.grid.bits, fmt.group.count(n_in)
         spec = {
-            "qweight": TensorSpec(torch.int32, (words(n_in, bits), n_out)),
+            "qweight": TensorSpec(torch.int32, (words(self._length(fmt, n_in), bits), n_out)),
             "qzeros": TensorSpec(torch.int32, (n_groups, words(n_out, bits))),
             "scales": TensorSpec(integers.step_dtype(fmt), (n_groups, n_out)),
         }
@@ -74,7 +76,7 @@ class GPTQ:
             zero = zero - 1
         bits = q.format.grid.bits
         parts = {
-            "qweight": pack_bits(q.codes, bits).t().contiguous(),
+            "qweight": pack_bits(self._lengthened(q), bits).t().contiguous(),
             "qzeros": pack_bits(zero.t(), bits),
             "scales": q.scale.parts["step"].t().contiguous(),
         }
@@ -97,12 +99,24 @@ class GPTQ:
         zero = unpack_bits(parts["qzeros"], bits)
         if self.minus_one:
             zero = (zero + 1).bitwise_and_((1 << bits) - 1)
-        codes = unpack_bits(parts["qweight"].t(), bits)
+        codes = unpack_bits(parts["qweight"].t(), bits)[:, : shape[1]].contiguous()
         step = parts["scales"].t().contiguous()
         q = integers.assemble(self.name, codes, step, zero.t().contiguous(), fmt)
         if self.minus_one and not integers.is_symmetric(fmt):
             return integers.mirrored(q, step < 0)
         return q
+
+    def _length(self, fmt: Format, n_in: int) -> int:
+        """Codes of a stored row."""
+        return fmt.group.count(n_in) * fmt.group.width(n_in) if self.filled else n_in
+
+    def _lengthened(self, q: QTensor) -> Tensor:
+        """Codes of the stored rows."""
+        missing = self._length(q.format, q.shape[1]) - q.shape[1]
+        if not missing:
+            return q.codes
+        ends = integers.stored_zero(q)[:, -1:].expand(-1, missing)
+        return torch.cat([q.codes, ends], dim=1)
 
     def _check_order(self, parts: Mapping[str, Tensor], fmt: Format, n_in: int) -> None:
         if "g_idx" not in parts:

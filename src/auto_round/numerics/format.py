@@ -88,20 +88,31 @@ class Format:
 
         All bands of about `CHUNK` weights use the same memory; the caller may change it.
         """
-        together = self.group.size == 0 or w.dim() != 2
-        rows = max(1, len(w) if together else weights_at_once(w.device, CHUNK) // max(1, w.shape[1]))
         room: Tensor | None = None
-        for start in range(0, len(w), rows):
-            band = slice(start, start + rows)
+        for band in self._row_bands(w):
             grouped = self.group.split(w[band])
             if room is None:
                 room = torch.empty_like(grouped, dtype=torch.float32)
             yield band, room[: len(grouped)].copy_(grouped)
 
+    def _row_bands(self, x: Tensor) -> Iterator[slice]:
+        """Slices of rows of a matrix of about `CHUNK` numbers; one slice where groups span rows."""
+        together = self.group.size == 0 or x.dim() != 2
+        rows = max(1, len(x) if together else weights_at_once(x.device, CHUNK) // max(1, x.shape[1]))
+        return (slice(start, start + rows) for start in range(0, len(x), rows))
+
     def dequantize(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Weight `[..., out, in]` of codes and scale, computed in float32 and rounded once to `dtype`."""
-        n = self.grid.decode(self.group.split(q.codes))
-        return self.group.join(_in_weights(n, q.scale), q.shape).to(dtype)
+        w: Tensor | None = None
+        for band in self._row_bands(q.codes):
+            n = self.grid.decode(self.group.split(q.codes[band]))
+            part = self.group.join(_in_weights(n, q.scale, band), q.codes[band].shape).to(dtype)
+            if len(part) == len(q.codes):
+                return part
+            if w is None:
+                w = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
+            w[band] = part
+        return q.codes.to(dtype) if w is None else w
 
     def fake_quantize(self, w: Tensor, stats: Stats, knobs: Knobs | None, v: Tensor | None) -> Tensor:
         """`dequantize(quantize(w, knobs, v))`, bit for bit, with straight-through gradients in knobs and v.
@@ -141,12 +152,12 @@ def _in_steps(
     return u if v is None else torch.add(u, v, out=out)
 
 
-def _in_weights(n: Tensor, scale: Scale) -> Tensor:
-    """Grid numbers `[..., n_groups, width]` as weights, float32."""
+def _in_weights(n: Tensor, scale: Scale, band: slice) -> Tensor:
+    """Grid numbers `[..., n_groups, width]` of some rows as weights, float32."""
     if scale.zero is not None:
-        n = n - scale.zero.unsqueeze(-1)
-    w = n * scale.step.unsqueeze(-1)
-    return w if scale.floor is None else w - scale.floor.unsqueeze(-1)
+        n = n - scale.zero[band].unsqueeze(-1)
+    w = n * scale.step[band].unsqueeze(-1)
+    return w if scale.floor is None else w - scale.floor[band].unsqueeze(-1)
 
 
 class _FakeQuantize(torch.autograd.Function):

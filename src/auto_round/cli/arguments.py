@@ -59,6 +59,10 @@ def parse(argv: Sequence[str], recipe: str = "default") -> Command:
     """
     words = [_underscored(word) for word in argv]
     verb = words[0] if words and words[0] in COMMANDS else ""
+    if verb == "help" and len(words) > 1 and words[1] in ("list", *FOLDER_COMMANDS):
+        verb, words = words[1], [words[1], "--help"]
+    if verb == "list" and not {"-h", "--help"}.isdisjoint(words):
+        verb = "help"
     if verb == "list" or verb in FOLDER_COMMANDS:
         return Command(verb, {}, topics=tuple(words[1:]))
     if not words or verb == "help" or "-h" in words or "--help" in words:
@@ -192,7 +196,13 @@ def _reader(setting: Setting) -> Callable[[str], Any]:
             raise setting.refuse(text, f"expected {setting.expected()}") from None
         return setting.admit(value)
 
-    return read
+    def read_or_say(text: str) -> Any:
+        try:
+            return read(text)
+        except ConfigError as error:  # argparse would replace the words of a ValueError by its own
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read_or_say
 
 
 def _metavar(setting: Setting) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.blocks import GroupResult, tune_group
 from auto_round.pipeline.clock import Clock
-from auto_round.pipeline.compile import objective_for
+from auto_round.pipeline.compile import in_equal_passes, objective_for
 from auto_round.pipeline.determinism import deterministic_kernels
 from auto_round.pipeline.finish import build_report, write_configs_and_tokenizer, write_report
 from auto_round.pipeline.gguf_imatrix import save_imatrix
@@ -39,6 +39,7 @@ from auto_round.pipeline.signature import signature
 from auto_round.pipeline.streams import Streams
 from auto_round.pipeline.trace import trace_rows
 from auto_round.pipeline.verify import verify_all
+from auto_round.tuning.objective import PLAIN
 
 
 def run(
@@ -128,11 +129,13 @@ class _Loop:
             streams.restore(_saved(self.scratch, start))
             logger.info("continuing after %s of %s", groups[start - 1][0], groups[-1][0])
             self.clock.skip(start)
-        objective = objective_for(self.job)
+        objective, job = objective_for(self.job), self.job
+        if objective is not PLAIN:
+            job = replace(job, tune=in_equal_passes(job.tune, streams.tuned))
         if self.job.device.type == "cpu" and self.job.tune.iters:
             keep_freed_memory()
         for number, (unit, indices) in enumerate(groups[start:], start=start + 1):
-            result = tune_group(self.job, indices, table, streams, objective)
+            result = tune_group(job, indices, table, streams, objective)
             self._keep(result, unit, number, streams)
             losses = {"loss": result.tuned.loss, "initial": result.tuned.initial_loss}
             self.progress(self.clock.event("tune", number, len(groups), unit, **losses))

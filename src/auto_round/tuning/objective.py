@@ -56,7 +56,7 @@ class Objective:
     """The functions of a tuning step; compiled ones may stand in.
 
     Attributes:
-        rounding: `fake_weights`.
+        rounding: `fake_weights`, for what is differentiated.
         loss: what is differentiated, with the arguments of `block_objective`.
         judge: the same loss of held-out samples, whose batches have other shapes: never compiled.
     """

@@ -21,7 +21,7 @@ from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.objective import PLAIN, Objective, counted_elements
 from auto_round.tuning.samples import Samples
 from auto_round.tuning.steps import batch_rows, held_out_looks, make_stepper, step_factor
-from auto_round.tuning.weights import Weight, WeightTask
+from auto_round.tuning.weights import Weight, WeightTask, fake_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ class _Loop:
         """Mean loss over all held-out samples with the parameters as they are."""
         total, size = 0.0, self._config.batch_size
         with torch.no_grad():
-            values = self._objective.rounding(self._weights) | self._others
+            values = fake_weights(self._weights) | self._others  # compiled code would be made anew for this
             for start in range(0, len(self._held_out), size):
                 batch = range(start, min(start + size, len(self._held_out)))
                 for part, count in self._parts(self._held_out, batch):

@@ -1,0 +1,91 @@
+"""A tuning step is compiled once for each kind of block, and only where that pays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from auto_round.config import build_options
+from auto_round.pipeline import compile as compiling
+from auto_round.pipeline import quantize as main_job
+from auto_round.pipeline.prepare import prepare
+from auto_round.tuning.config import TuneConfig
+from auto_round.tuning.objective import PLAIN
+from auto_round.tuning.steps import batch_rows
+from pipeline.runs import SHORT, quantize, token_rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "compiled"), [({}, 2), ({"layer_config": {"layers.1": {"bits": 8}}}, 3)], ids=["one", "two"]
+)
+def test_once_for_each_kind_of_block(tiny, tmp_path, monkeypatch, given, compiled):
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "compiled_objective", partial(compiling.compiled_objective, backend))
+    model = tiny("llama", num_hidden_layers=3)
+    more = {"nsamples": 8, "batch_size": 8, "iters": 10, "verify": False, "enable_torch_compile": True}
+    quantize(model, tmp_path / "out", dataset=token_rows(16), **more, **given)
+    assert len(made) == compiled  # the rounding of each width, and the block with its loss
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "at_once", "passes"),
+    [
+        (8, 100, 0, 2),
+        (8, 100, 16, 2),
+        (8, 100, 1, 1),
+        (6, 100, 0, 1),
+        (32, 100, 6, 4),
+        (8, 3, 0, 1),
+        (1, 9, 0, 1),
+    ],
+)
+def test_passes_of_one_number_of_rows(batch, rows, at_once, passes):
+    config = TuneConfig(iters=200, batch_size=batch, rows_at_once=at_once)
+    changed = compiling.in_equal_passes(config, rows)
+    assert changed == replace(config, rows_at_once=passes)
+    assert all(min(batch_rows(config, step), rows) % passes == 0 for step in range(200))
+
+
+@pytest.fixture
+def job(tiny):
+    def make(**given):
+        options = build_options({**SHORT, "model": str(tiny("llama")), "output_dir": "out", **given})
+        return prepare(options, dataset=token_rows())
+
+    return make
+
+
+def test_kinds(job):
+    assert compiling.block_kinds(job()) == 1
+    assert compiling.block_kinds(job(layer_config={"layers.1": {"bits": 8}})) == 2
+    assert compiling.block_kinds(job(layer_config={"layers.1.mlp.up_proj": "BF16"})) == 2
+
+
+def test_not_by_itself_where_it_does_not_pay(job, monkeypatch):
+    monkeypatch.setattr(compiling, "compiled_objective", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
+    assert compiling.objective_for(job(iters=200, seqlen=16)) is PLAIN
+    assert compiling.objective_for(job(enable_torch_compile=False)) is PLAIN
+
+
+def test_by_itself_where_it_pays_for_all_kinds(job, monkeypatch):
+    monkeypatch.setattr(compiling, "compiled_objective", lambda: "compiled")
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
+    monkeypatch.setattr(compiling, "_seconds", lambda job: 1.5 * compiling.COMPILE_SECONDS / compiling.SAVING)
+    assert compiling.objective_for(job()) == "compiled"
+    assert compiling.objective_for(job(layer_config={"layers.1": {"bits": 8}})) is PLAIN
+
+
+def test_more_kinds_than_pytorch_keeps(job, monkeypatch, caplog):
+    monkeypatch.setattr(compiling, "MOST_KINDS", 0)
+    monkeypatch.setattr(main_job.logger, "propagate", True)
+    assert compiling.objective_for(job(enable_torch_compile=True)) is PLAIN
+    assert "1 kinds" in caplog.text

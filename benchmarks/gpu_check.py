@@ -81,12 +81,12 @@ def _kernel(name: str, until: float) -> Part:
 
 PARTS = (
     Part("machine", machine, 45),
-    Part("tests", tests, 230),
-    Part("model", model, 370),
-    Part("block", block, 445),
-    _kernel("triton", 475),
-    _kernel("torch_int4", 495),
-    _kernel("torch", 515),
+    Part("tests", tests, 215),
+    Part("model", model, 345),
+    Part("block", block, 415),
+    _kernel("triton", 450),
+    _kernel("torch_int4", 480),
+    _kernel("torch", 510),
     _kernel("marlin", 525),
 )
 """Parts in their order. Time that one leaves over goes to the next."""

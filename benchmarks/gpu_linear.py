@@ -32,6 +32,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CACHE = 256 << 20 if DEVICE == "cuda" else 0
 """Bytes of weights to rotate through: several times the second-level cache."""
 
+SECONDS = 0.5
+"""Time for one measurement, after which three repeats are enough."""
+
 
 def microseconds(calls: list[Callable[[], object]], repeats: int) -> float:
     """Median time of one call, from rounds through all calls.
@@ -47,28 +50,38 @@ def microseconds(calls: list[Callable[[], object]], repeats: int) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for _ in range(repeats):
+
+    def replay() -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         stop.record()
         stop.synchronize()
-        times.append(1000 * start.elapsed_time(stop) / len(calls))
-    return statistics.median(times)
+        return 1000 * start.elapsed_time(stop) / len(calls)
+
+    return median_of(replay, repeats)
+
+
+def median_of(measure: Callable[[], float], repeats: int) -> float:
+    """Median of repeated measurements: fewer than wanted, but three at least, where each takes long."""
+    begun, found = time.perf_counter(), []
+    while len(found) < repeats and (len(found) < 3 or time.perf_counter() - begun < SECONDS):
+        found.append(measure())
+    return statistics.median(found)
 
 
 def host_microseconds(calls: list[Callable[[], object]], repeats: int) -> float:
     """Median time of one call on the host's clock, launches included."""
-    times = []
-    for _ in range(repeats):
+
+    def once() -> float:
         start = time.perf_counter()
         for call in calls:
             call()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        times.append(1e6 * (time.perf_counter() - start) / len(calls))
-    return statistics.median(times)
+        return 1e6 * (time.perf_counter() - start) / len(calls)
+
+    return median_of(once, repeats)
 
 
 def copy_bandwidth(repeats: int, size: int = 1 << 30) -> float:

@@ -140,7 +140,7 @@ def test_compiled_calls(name, tokens):
     def call(given):
         return kernel.linear(given + 1, buffers, spec, bias) * 2
 
-    backend = "eager" if REHEARSED else "inductor"
+    backend = "aot_eager" if REHEARSED else "inductor"
     compiled = torch.compile(call, fullgraph=True, backend=backend)
     with torch.no_grad():
         assert torch.allclose(compiled(x), call(x), rtol=0.02, atol=0.02)

@@ -148,3 +148,13 @@ def test_mutants_fail(change, path):
     exact(KERNEL, spec)
     with pytest.raises(AssertionError, match="of"):
         exact(Wrong(), spec)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_the_operator_is_what_torch_compile_expects(sym):
+    """Its schema, its shapes without data, and its place in compiled graphs."""
+    spec = LinearSpec(int_format(4, 32, sym=sym), (16, 64), torch.float16, "cpu")
+    buffers = KERNEL.prepare(kernel_kit.exact_case(spec), spec)
+    x = torch.ones(2, 1, 64, dtype=torch.float16)
+    weight = buffers["words"], buffers["part_step"], buffers.get("part_zero")
+    torch.library.opcheck(torch.ops.auto_round.triton_linear.default, (x[:1], *weight, None, 16, 4, 32))

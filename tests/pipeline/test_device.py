@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from auto_round.config import build_options
+from auto_round.config.groups import MemoryOptions
 from auto_round.errors import ConfigError
 from auto_round.log import logger
 from auto_round.pipeline import device, prepare
 from auto_round.pipeline.device import choose_device, compute_dtype, rows_at_once
+from auto_round.pipeline.streams import home_of_streams
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -131,3 +133,20 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_looked_up(monk
     monkeypatch.setattr(prepare, "resolve_model", lambda *given, **named: pytest.fail("looked up"))
     with pytest.raises(ConfigError, match="cuda:63"):
         prepare.prepare(build_options({"model": "some/model", "device_map": "cuda:63"}))
+
+
+@pytest.mark.parametrize(
+    ("where", "memory", "nbytes", "home"),
+    [
+        (CPU, {}, 1 << 30, (CPU, False)),
+        (CPU, {}, 3 << 30, (CPU, True)),
+        (CPU, {"low_cpu_mem_usage": False}, 3 << 30, (CPU, False)),
+        (GPU, {}, 3 << 30, (GPU, False)),
+        (GPU, {"low_gpu_mem_usage": True}, 1 << 30, (CPU, False)),
+        (GPU, {"low_gpu_mem_usage": True}, 3 << 30, (CPU, True)),
+        (GPU, {"low_gpu_mem_usage": True, "low_cpu_mem_usage": False}, 3 << 30, (CPU, False)),
+    ],
+)
+def test_where_streams_lie(where, memory, nbytes, home):
+    """On the accelerator whatever their size, unless its memory is to be spared; files back the host's."""
+    assert home_of_streams(MemoryOptions(**memory), where, nbytes) == home

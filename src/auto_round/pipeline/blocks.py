@@ -196,7 +196,7 @@ def _references(
         batch_size=job.tune.pass_rows,
         device=job.device,
     )
-    targets = torch.empty_like(streams.reference)
+    targets = streams.targets
     masks = streams.masks
     with observe_inputs(group, observed, None if masks is None else lambda: masks[arguments.last]) as seen:
         run(targets, rows=range(streams.tuned))

@@ -15,7 +15,7 @@ from auto_round.pipeline.memory import peak_bytes
 from auto_round.pipeline.plan_table import manifests
 from auto_round.pipeline.predictions import logits_budget
 from auto_round.pipeline.prepare import held_out_rows, needs_rows
-from auto_round.pipeline.trace import SPILL_BYTES
+from auto_round.pipeline.streams import Home, home_of_streams
 from auto_round.tuning.steps import held_out_looks, rows_seen
 
 TUNING_BYTES = 25
@@ -97,12 +97,19 @@ def estimate(job: Job, rates: Rates) -> Estimate:
     """Estimate a run; nothing is read but shapes."""
     sizes = measure_sizes(job)
     output = sum(m.nbytes for m in manifests(job).values())
-    tuning = _tuning_bytes(job, sizes) + _streams_in_memory(job, sizes)
+    home = _home(job, sizes)
+    tuning = _tuning_bytes(job, sizes)
     if job.options.tune.enable_alg_ext:
         tuning += sizes.outside + logits_budget(job)
     rest = sizes.outside + (output if job.options.output.verify and sizes.tokens else 0)
     on_device = job.device.type != "cpu"
-    host = max(rest, sizes.outside + 3 * sizes.stream, 0 if on_device else tuning)
+    streams = 0 if home.files else 3 * sizes.stream  # with the targets
+    tracing = sizes.outside + sizes.stream
+    if home.device.type != "cpu":
+        tuning += streams
+        host = max(rest, tracing)
+    else:
+        host = max(rest, tracing, 0 if on_device else tuning) + streams
     return Estimate(
         host_bytes=peak_bytes() + WORKSPACE + host,
         device_bytes=max(tuning, rest) + WORKSPACE if on_device else 0,
@@ -213,19 +220,14 @@ def _activations(job: Job, sizes: Sizes) -> int:
     return int(sizes.pass_tokens * each * job.dtype.itemsize * max(1, job.options.tune.nblocks))
 
 
-def _streams_in_memory(job: Job, sizes: Sizes) -> int:
-    """Both streams and the targets; files back the streams when these are large."""
-    return sizes.stream if _spills(job, sizes) else 3 * sizes.stream
-
-
-def _spills(job: Job, sizes: Sizes) -> bool:
-    return job.options.memory.low_cpu_mem_usage and 2 * sizes.stream > SPILL_BYTES
+def _home(job: Job, sizes: Sizes) -> Home:
+    return home_of_streams(job.options.memory, job.device, 2 * sizes.stream)
 
 
 def _scratch(job: Job, sizes: Sizes) -> int:
-    """Both streams before and after a block, and those that back the memory."""
+    """Both streams before and after a block, and with the targets those that back the memory."""
     saved = 4 * sizes.stream if job.options.output.resume else 0
-    return saved + (2 * sizes.stream if _spills(job, sizes) else 0)
+    return saved + (3 * sizes.stream if _home(job, sizes).files else 0)
 
 
 def _active_share(job: Job) -> float:

@@ -4,30 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.checkpoint.disk import reserve, writing
+from auto_round.config.groups import MemoryOptions
+
+SPILL_BYTES = 2 << 30
+"""Both streams above this size are backed by files where they lie on the host, unless `low_cpu_mem_usage` is
+off."""
+
+
+class Home(NamedTuple):
+    """Where hidden states lie between two blocks.
+
+    Attributes:
+        device: the accelerator, or the host.
+        files: whether files back them.
+    """
+
+    device: torch.device
+    files: bool
+
+
+def home_of_streams(memory: MemoryOptions, device: torch.device, nbytes: int) -> Home:
+    """Where the streams of a run lie.
+
+    Args:
+        memory: what the user asked for.
+        device: where blocks run.
+        nbytes: of both streams.
+    """
+    if device.type != "cpu" and not memory.low_gpu_mem_usage:
+        return Home(device, files=False)
+    return Home(torch.device("cpu"), memory.low_cpu_mem_usage and nbytes > SPILL_BYTES)
 
 
 class Streams:
     """Hidden states `[rows, length, width]` of the unquantized and of the quantized model.
 
-    Both lie in memory, or in files that the system may write back (`spill`); a copy on disk lets a killed
-    run continue. Rows `0 ... tuned - 1` are tuned on; the rest are held out.
+    Both, and the targets of the block at hand, lie in memory, or in files that the system may write back
+    (`spill`); a copy of the streams on disk lets a killed run continue. Rows `0 ... tuned - 1` are tuned on;
+    the rest are held out.
 
     Attributes:
         reference: what the unquantized blocks so far give.
         quantized: what the quantized blocks so far give.
+        targets: room for what the next unquantized block gives, of the same shape.
         tuned: rows that are tuned on.
         masks: `[rows, length]` bool, True where a position counts; None where all do.
     """
 
-    def __init__(self, reference: Tensor, quantized: Tensor, tuned: int, masks: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        reference: Tensor,
+        quantized: Tensor,
+        targets: Tensor,
+        tuned: int,
+        masks: Tensor | None = None,
+    ) -> None:
         self.reference = reference
         self.quantized = quantized
+        self.targets = targets
         self.tuned = tuned
         self.masks = masks
 
@@ -56,11 +97,13 @@ class Streams:
             spill: folder for files that back the streams; None keeps them in memory.
         """
         shape = (len(hidden), *hidden[0].shape[1:])
-        pair = [_storage(shape, hidden[0].dtype, device, spill, name) for name in ("reference", "quantized")]
-        for stream in pair:
-            for i, row in enumerate(hidden):
-                stream[i] = row[0]
-        return cls(pair[0], pair[1], tuned, masks)
+        reference, quantized, targets = (
+            _storage(shape, hidden[0].dtype, device, spill, name)
+            for name in ("reference", "quantized", "targets")
+        )
+        for i, row in enumerate(hidden):
+            reference[i] = quantized[i] = row[0]
+        return cls(reference, quantized, targets, tuned, masks)
 
     def save(self, path: Path) -> None:
         """Write both streams; complete or not at all."""

@@ -10,10 +10,7 @@ from torch import Tensor
 from auto_round.models.source import CPU
 from auto_round.pipeline.arguments import ArgumentTable
 from auto_round.pipeline.job import Job
-from auto_round.pipeline.streams import Streams
-
-SPILL_BYTES = 2 << 30
-"""Streams above this size are backed by files unless `low_cpu_mem_usage` is off."""
+from auto_round.pipeline.streams import Streams, home_of_streams
 
 
 def trace_rows(job: Job, scratch: Path, embedding: Tensor | None = None) -> tuple[ArgumentTable, Streams]:
@@ -43,14 +40,13 @@ def trace_rows(job: Job, scratch: Path, embedding: Tensor | None = None) -> tupl
                     again = stem.trace(row.input_ids.unsqueeze(0), mask)
                 rounded.append(again.hidden.detach().to(job.dtype))
     size = 2 * sum(h.numel() * h.element_size() for h in hidden)
-    spill = scratch if job.options.memory.low_cpu_mem_usage and size > SPILL_BYTES else None
-    on_host = job.options.memory.low_gpu_mem_usage or spill is not None
+    home = home_of_streams(job.options.memory, job.device, size)
     masks = None
     if any(row.mask is not None for row in rows):
         whole = torch.ones_like(rows[0].input_ids, dtype=torch.bool)
         masks = torch.stack([whole if row.mask is None else row.mask for row in rows])
-    device = CPU if on_host else job.device
-    streams = Streams.begin(hidden, job.tuned, device=device, masks=masks, spill=spill)
+    spill = scratch if home.files else None
+    streams = Streams.begin(hidden, job.tuned, device=home.device, masks=masks, spill=spill)
     for i, row_hidden in enumerate(rounded):
         streams.quantized[i] = row_hidden[0]
     return table, streams

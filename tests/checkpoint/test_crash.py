@@ -16,7 +16,8 @@ from torch import Tensor
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.checkpoint.disk import atomic_write_json
 from auto_round.checkpoint.journal import Journal
-from auto_round.checkpoint.workfolder import OURS, OutputFolder
+from auto_round.checkpoint.record import OURS
+from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.checkpoint.writer import ShardWriter
 from checkpoint.samples import random_tensor, specs_of
 

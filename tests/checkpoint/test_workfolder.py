@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from auto_round.checkpoint.workfolder import OURS, OutputFolder, refuse_occupied
+from auto_round.checkpoint.record import OURS, RECORD
+from auto_round.checkpoint.workfolder import OutputFolder, refuse_occupied
 from auto_round.errors import CheckpointError, ConfigError, InternalError
 
 
@@ -192,3 +193,119 @@ def test_no_permission(tmp_path: Path) -> None:
             OutputFolder.open(tmp_path / "out")
     finally:
         tmp_path.chmod(0o700)
+
+
+def finish(out: Path, asked: str, *names: str, overwrite: bool = False) -> None:
+    with OutputFolder.open(out, overwrite=overwrite) as work:
+        work.discard()
+        for name in names:
+            (work.folder / name).parent.mkdir(exist_ok=True)
+            (work.folder / name).write_text(asked)
+        work.seal(asked)
+
+
+def files(folder: Path) -> dict[str, str]:
+    inside = (f for f in folder.rglob("*") if f.is_file() and f.name != RECORD)
+    return {f.relative_to(folder).as_posix(): f.read_text() for f in sorted(inside)}
+
+
+def test_the_same_request_finds_what_is_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, "a", "model.safetensors", "config.json")
+    with OutputFolder.open(out) as work:
+        assert work.holds("a")
+        assert not work.holds("b")
+        work.abandon()
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    with OutputFolder.open(out, overwrite=True) as work:
+        assert not work.holds("a")
+        work.abandon()
+    (out / "config.json").write_text("edited by its owner")
+    with OutputFolder.open(out) as work:
+        assert work.holds("a")
+        (out / "model.safetensors").write_text("cut short")
+        assert not work.holds("a")
+        (out / "model.safetensors").unlink()
+        assert not work.holds("a")
+
+
+def test_another_request_replaces_our_files_and_no_others(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, "a", "config.json", "gptq/model.safetensors", "awq/model.safetensors", "old.json")
+    (out / "thesis.tex").write_text("mine")
+    (out / "gptq" / "notes.txt").write_text("mine")
+    finish(out / "beside", "c", "config.json")
+    with OutputFolder.open(out) as work:
+        (work.folder / "config.json").write_text("b")
+        assert files(out)["config.json"] == "a"
+        work.seal("b")
+    assert files(out) == {
+        "config.json": "b",
+        "thesis.tex": "mine",
+        "gptq/notes.txt": "mine",
+        "beside/config.json": "c",
+    }
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_outputs_takes_one_more(tmp_path: Path) -> None:
+    out = tmp_path / "tmp_autoround"
+    finish(out / "Qwen3-w4g128", "a", "config.json")
+    finish(out, "b", "config.json")
+    assert files(out) == {"Qwen3-w4g128/config.json": "a", "config.json": "b"}
+    finish(out / "Qwen3-w4g128", "c", "config.json")
+    finish(out, "d", "config.json")
+    assert files(out) == {"Qwen3-w4g128/config.json": "c", "config.json": "d"}
+    (tmp_path / "papers").mkdir()
+    finish(tmp_path / "papers" / "model", "a", "config.json")
+    (tmp_path / "papers" / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match=r'"thesis\.tex".*choose another'):
+        OutputFolder.open(tmp_path / "papers", overwrite=True)
+
+
+def test_a_file_of_the_same_name_that_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, "a", "config.json")
+    (out / "README.md").write_text("mine")
+    with OutputFolder.open(out) as work:
+        (work.folder / "README.md").write_text("b")
+        (work.scratch / "journal").touch()
+        with pytest.raises(ConfigError, match=r"README\.md was not written by auto-round"):
+            work.seal("b")
+    assert files(out) == {"config.json": "a", "README.md": "mine"}
+    (out / "README.md").rename(tmp_path / "README.md")
+    with OutputFolder.open(out) as work:
+        assert work.resumable
+        work.seal("b")
+    assert files(out) == {"README.md": "b"}
+
+
+def test_an_unfinished_output_inside_is_not_moved(tmp_path: Path) -> None:
+    with OutputFolder.open(tmp_path / "out" / "inner") as inner:
+        (inner.scratch / "journal").touch()
+        for overwrite in (False, True):
+            with pytest.raises(ConfigError, match=r"inner\.partial is an unfinished output inside"):
+                OutputFolder.open(tmp_path / "out", overwrite=overwrite)
+        inner.seal("a")
+    finish(tmp_path / "out", "b", "config.json")
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_crash_while_an_output_is_replaced_loses_nothing(tmp_path: Path, done: int) -> None:
+    """The old one is set aside, the new one takes its place, what is not ours moves over: cut after each."""
+    out = tmp_path / "out"
+    finish(out, "a", "config.json")
+    for name in ("first.txt", "second.txt"):
+        (out / name).write_text("mine")
+    replaced = tmp_path / "out.partial" / "replaced"
+    replaced.parent.mkdir()
+    out.rename(replaced)
+    if done:
+        finish(tmp_path / "new", "b", "config.json")
+        (tmp_path / "new").rename(out)
+    if done == 2:
+        (replaced / "first.txt").rename(out / "first.txt")
+    OutputFolder.open(out).abandon()
+    owner = "b" if done else "a"
+    assert files(out) == {"config.json": owner, "first.txt": "mine", "second.txt": "mine"}
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from auto_round.autoround.attributes import Attributes, Done, layer_schemes
 from auto_round.autoround.signature import collect, make_documentation, make_signature, read_arguments
 from auto_round.config import Options, OutputOptions, read_environment
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
-from auto_round.log import ProgressSink, ignore_progress
+from auto_round.log import ProgressSink, ignore_progress, logger
+from auto_round.schemes.gguf_types import FORMAT_PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from auto_round.pipeline.result import Result
 
 
-class AutoRound:
+class AutoRound(Attributes):
     """Makes a language model small.
 
         AutoRound("path/or/hub-name", scheme="W4A16").quantize_and_save("out", format="auto_round")
@@ -37,6 +38,9 @@ class AutoRound:
 
     A scheme may also be a dict of its fields or a `QuantizationScheme`; `dataset` a list of texts, token ids
     or dicts, or a DataLoader. Unknown arguments raise `ConfigError` with the nearest names.
+
+    Every argument can be read as an attribute. Fields of the scheme (`bits`, `group_size`, `sym`, ...),
+    `layer_config` and `model` tell what is in force: what was given before a run, what came of it after.
     """
 
     __doc__ = f"{__doc__}{make_documentation()}"
@@ -60,7 +64,7 @@ class AutoRound:
             raise ConfigError("a model in memory needs its tokenizer: AutoRound(model, tokenizer, ...)")
         name = str(model) if self._model is None else type(model).__name__
         given |= {"model": name, "tokenizer": tokenizer if self._tokenizer is None else None}
-        self.options: Options = read_arguments(given, recipe)
+        self.options = read_arguments(given, recipe)
         self._progress = progress or ignore_progress
         self._finished: _Finished | None = None
 
@@ -70,12 +74,14 @@ class AutoRound:
         The result lies in a scratch folder, which is deleted with this object.
 
         Returns:
-            The quantized model, ready to run, and the scheme of every quantized layer by name.
+            The quantized model, ready to run, and the scheme of every quantized layer by name. Of a GGUF
+            scheme it is the model with rounded weights.
 
         Raises:
             AutoRoundError: the request is wrong, or the work failed.
         """
         from auto_round.pipeline.clock import Clock
+        from auto_round.pipeline.gguf_request import gguf_request
         from auto_round.pipeline.quantize import run_job
 
         space = read_environment().work_space
@@ -83,21 +89,31 @@ class AutoRound:
             space.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix="auto_round-", dir=space)
         output = self._output(Path(scratch.name) / "model", self.options.output.formats[0])
-        job = self._prepare(output, rows=True)
+        request = gguf_request(replace(self.options, output=output))
+        if request is not None:  # the file is for llama.cpp; rounded weights beside it are for PyTorch
+            output = replace(request.options.output, format=f"{request.options.output.format},fake")
+        job = self._prepare(replace(self.options, output=output), rows=True)
         result = run_job(job, self._progress, Clock())
         self._finished = _Finished(scratch, job, result)
-        return self._load(result.folders[0]), _layer_schemes(result)
+        self._done = Done(result.plan, result.folders[-1])
+        return self._remember(self._read(result.folders[-1])), layer_schemes(result.plan)
 
     def save_quantized(
-        self, output_dir: str | Path | None = None, format: str | None = None, inplace: bool = True
+        self,
+        output_dir: str | Path | None = None,
+        format: str | None = None,
+        inplace: bool | None = None,
+        *,
+        overwrite: bool | None = None,
     ) -> list[Path]:
         """Write what `quantize()` made.
 
         Args:
             output_dir: where to; the constructor's (`tmp_autoround`) when not given. Several formats get a
                 sub-folder each.
-            format: comma list of formats; the constructor's (`auto_round`) when not given.
-            inplace: accepted; nothing in memory is changed either way.
+            format: comma list of formats; the constructor's when not given, else that of `quantize()`.
+            inplace: True is answered by a warning: the model in memory always stays as it is.
+            overwrite: write again what is there already; the constructor's when not given.
 
         Returns:
             The folder of each format.
@@ -106,38 +122,52 @@ class AutoRound:
             ConfigError: `quantize()` was not called, or the folder holds something else.
             UnsupportedError: a format cannot hold this plan.
         """
-        from auto_round.autoround.rewrite import rewrite
+        from auto_round.autoround.rewrite import copy_files, rewrite
         from auto_round.pipeline.gguf_request import gguf_request
 
         done = self._finished
         if done is None:
             raise ConfigError("nothing to save yet: call quantize() first, or quantize_and_save() instead")
-        output = self._output(output_dir, format)
-        if gguf_request(replace(self.options, output=output)) is not None:
-            raise UnsupportedError(
-                "a GGUF file has a plan of its own",
-                [Refusal("gguf", "it is not what quantize() made", "call quantize_and_save(format=...)")],
-            )
-        job = self._prepare(output, rows=False)
+        _say_what_stays(inplace)
+        output = self._output(output_dir, format, overwrite)
+        request = gguf_request(replace(self.options, output=output))
+        if request is None:
+            if done.gguf is not None and set(output.formats) != {"fake"}:
+                raise _other_plan(output.format, done.gguf)
+            job = self._prepare(replace(self.options, output=output), rows=False)
+        else:
+            if done.gguf != request.wanted.name:
+                raise _other_plan(output.format, done.gguf)
+            job = replace(done.job, output=Path(output.output_dir), options=request.options)
+            job = replace(job, exporters={n: job.exporters[n] for n in request.options.output.formats})
         job = replace(job, rows=done.job.rows, tuned=done.job.tuned)
+        if done.gguf is not None:
+            return copy_files(
+                job, dict(zip(done.job.exporters, done.result.folders, strict=True)), done.result
+            )
         return rewrite(job, done.result.folders[0], done.result.report)
 
     def quantize_and_save(
         self,
         output_dir: str | Path | None = None,
         format: str | None = None,
-        inplace: bool = True,
+        inplace: bool | None = None,
         *,
         load: bool = True,
+        overwrite: bool | None = None,
     ) -> tuple[Any, list[Path]]:
         """Quantize and write block by block; the whole model is never in memory while it works.
+
+        What is there already from the same settings is not made again. An older output in the folder goes
+        away once the new one is complete; a folder that holds something else is refused.
 
         Args:
             output_dir: where to; the constructor's (`tmp_autoround`) when not given. Several formats get a
                 sub-folder each.
             format: comma list of formats; the constructor's (`auto_round`) when not given.
-            inplace: accepted; a model given in memory is not changed either way.
+            inplace: True is answered by a warning: the model in memory always stays as it is.
             load: read the quantized model back to return it; never done with GGUF files.
+            overwrite: do the work again when it is done already; the constructor's when not given.
 
         Returns:
             The quantized model from the last folder (None with `load=False`), and the folder of each format.
@@ -147,11 +177,21 @@ class AutoRound:
         """
         from auto_round.pipeline.clock import Clock
         from auto_round.pipeline.quantize import run_job
+        from auto_round.pipeline.several import runs_of
 
         clock = Clock()
-        job = self._prepare(self._output(output_dir, format), rows=True)
-        folders = list(run_job(job, self._progress, clock).folders)
-        return self._load(folders[-1]) if load else None, folders
+        _say_what_stays(inplace)
+        options = replace(self.options, output=self._output(output_dir, format, overwrite))
+        jobs = [self._prepare(part, rows=True) for part in runs_of(options)]
+        results = []
+        for job in jobs:
+            results.append(run_job(job, self._progress, clock))
+            clock = Clock()
+        folders = [folder for result in results for folder in result.folders]
+        models = [folder for folder in folders if not any(folder.glob("*.gguf"))]
+        self._done = Done(results[-1].plan, models[-1] if models else None)
+        self._seen = None
+        return self.model if load else None, folders
 
     def quantize_block(
         self,
@@ -184,42 +224,23 @@ class AutoRound:
         target = device if auto_offload else None
         return quantize_one_block(block, inputs, q_input, self.options, target)
 
-    def _output(self, output_dir: str | Path | None, formats: str | None) -> OutputOptions:
+    def _output(
+        self, output_dir: str | Path | None, formats: str | None, overwrite: bool | None = None
+    ) -> OutputOptions:
         output = self.options.output
         return replace(
             output,
             output_dir=output.output_dir if output_dir is None else str(output_dir),
             format=output.format if formats is None else formats,
+            overwrite=output.overwrite if overwrite is None else overwrite,
         )
 
-    def _prepare(self, output: OutputOptions, *, rows: bool) -> Job:
+    def _prepare(self, options: Options, *, rows: bool) -> Job:
         from auto_round.pipeline.prepare import prepare
 
         return prepare(
-            replace(self.options, output=output),
-            model=self._model,
-            tokenizer=self._tokenizer,
-            dataset=self._dataset,
-            rows=rows,
+            options, model=self._model, tokenizer=self._tokenizer, dataset=self._dataset, rows=rows
         )
-
-    def _load(self, folder: Path) -> Any:
-        """Read a quantized model with Transformers and, of GPTQ and AWQ folders too, with this package."""
-        from transformers import AutoModelForCausalLM, AutoRoundConfig
-
-        from auto_round.export.hf_config import read_config
-
-        if any(folder.glob("*.gguf")):
-            return None  # for llama.cpp and its kin
-        method = (read_config(folder).get("quantization_config") or {}).get("quant_method")
-        settings = {"quantization_config": AutoRoundConfig()} if method in ("gptq", "awq") else {}
-        trust = self.options.model.trust_remote_code
-        with warnings.catch_warnings():
-            # Transformers warns that only the backend of what is passed will be used: that is what is meant.
-            warnings.simplefilter("ignore", UserWarning)
-            return AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", trust_remote_code=trust, **settings
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,10 +251,32 @@ class _Finished:
     job: Job
     result: Result
 
+    @property
+    def gguf(self) -> str | None:
+        """Type of the GGUF file that was made; None when it was none."""
+        first = next(iter(self.job.exporters))
+        return first.removeprefix(FORMAT_PREFIX) if first.startswith(FORMAT_PREFIX) else None
 
-def _layer_schemes(result: Result) -> dict[str, dict[str, Any]]:
-    entries = result.plan.entries.items()
-    return {name: entry.scheme.to_dict() for name, entry in entries if entry.scheme is not None}
+
+def _other_plan(formats: str, made: str | None) -> UnsupportedError:
+    """The answer to a format whose plan is not the one of `quantize()`."""
+    what = "whole numbers" if made is None else f"a GGUF file of type {made}"
+    return UnsupportedError(
+        f"{formats}: a GGUF file has a plan of its own, and quantize() made {what}",
+        [
+            Refusal(
+                formats,
+                "it would have to be quantized anew",
+                "call quantize_and_save(format=...), or give the scheme (such as GGUF:Q4_K_M) or format to "
+                "AutoRound(...) before quantize()",
+            )
+        ],
+    )
+
+
+def _say_what_stays(inplace: bool | None) -> None:
+    if inplace:
+        logger.warning("inplace=True: the model in memory stays as it is; the quantized one is returned")
 
 
 def _live(value: Any) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from auto_round.checkpoint.disk import writing
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.consumers.lines import judge_outputs
@@ -20,6 +22,8 @@ from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.finish import write_configs_and_tokenizer, write_report
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.outputs import Outputs
+from auto_round.pipeline.result import Result
+from auto_round.pipeline.signature import request_digest, signature
 
 
 def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
@@ -38,6 +42,7 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
         CheckpointError: a tensor cannot be read or written.
     """
     config = _config(folder)
+    asked = request_digest(signature(job))
     with OutputFolder.open(job.output, overwrite=job.options.output.overwrite) as output:
         output.discard()
         folders = job.folders(output.folder)
@@ -57,7 +62,34 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
         own: dict[str, Any] = {"formats": list(job.exporters), "bytes_after": outputs.nbytes, "verified": {}}
         own["engines"] = judge_outputs(folders)
         write_report(job, folders, {**report, **own}, output.folder)
-        return list(job.folders(output.seal()).values())
+        return list(job.folders(output.seal(asked)).values())
+
+
+def copy_files(job: Job, finished: Mapping[str, Path], result: Result) -> list[Path]:
+    """Copy finished folders to where the job says.
+
+    Args:
+        job: exporters, report and output folder.
+        finished: format -> folder.
+        result: of the run that made them.
+
+    Returns:
+        The folder of each format.
+
+    Raises:
+        ConfigError: the output holds something else; disk full, no permission.
+    """
+    asked = request_digest(signature(job))
+    with OutputFolder.open(job.output, overwrite=job.options.output.overwrite) as output:
+        output.discard()
+        folders = job.folders(output.folder)
+        for name, folder in folders.items():
+            with writing(folder):
+                shutil.copytree(finished[name], folder, dirs_exist_ok=True)
+        sizes = {name: result.report["bytes_after"][name] for name in folders}
+        own = {"formats": list(folders), "bytes_after": sizes}
+        write_report(job, folders, {**result.report, **own}, output.folder)
+        return list(job.folders(output.seal(asked)).values())
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,10 +9,16 @@ from types import TracebackType
 
 from auto_round.checkpoint.disk import open_file, sync_file, sync_folder, writing
 from auto_round.checkpoint.lock import HELD, try_lock
+from auto_round.checkpoint.record import (
+    PARTIAL,
+    foreign_names,
+    in_the_way,
+    is_finished,
+    is_ours,
+    move_along,
+    write_record,
+)
 from auto_round.errors import ConfigError, InternalError
-
-OURS = "autoround_version"
-"""Key at the top of quantization_config.json or report.json by which a folder of ours is known."""
 
 _OUTPUT, _SCRATCH, _REPLACED, _LOCK = "output", "scratch", "replaced", "lock"
 
@@ -39,6 +44,7 @@ class OutputFolder:
         self.scratch = self.partial / _SCRATCH
         self._lock = lock
         self._overwrite = overwrite
+        self._recover()
         with writing(self.partial):
             self.resumable = self.folder.is_dir() and self.scratch.is_dir() and any(self.scratch.iterdir())
         if not self.resumable:
@@ -50,7 +56,9 @@ class OutputFolder:
 
         Args:
             out: final path; parents are made; an empty folder there is taken over.
-            overwrite: replace an older output of this package there when the new one is complete.
+            overwrite: write again what is there already, and replace an older output that has no record.
+
+        An output of this package there is replaced when the new one is complete.
 
         Raises:
             ConfigError: something else is there, another run is writing it, or no permission.
@@ -69,11 +77,18 @@ class OutputFolder:
             os.close(lock)
             raise
 
-    def seal(self) -> Path:
+    def holds(self, asked: str) -> bool:
+        """True when the output is there already, whole, from the same request (and may stay)."""
+        return not self._overwrite and is_finished(self.out, asked)
+
+    def seal(self, asked: str | None = None) -> Path:
         """Make every file durable and give the folder its final name; returns it.
 
-        A crash at any point leaves either the partial folder, from which `seal` can be tried again, or the
-        whole output.
+        An older output there goes away; what else lies in its folder moves to the new one. A crash at any
+        point leaves either the partial folder, from which `seal` can be tried again, or the whole output.
+
+        Args:
+            asked: digest of the request, by which a later run knows this output; None to keep no record.
 
         Raises:
             ConfigError: meanwhile something else has come to lie there, or no permission.
@@ -83,19 +98,53 @@ class OutputFolder:
             raise InternalError(f"{self.out}: sealed or closed before")
         refuse_occupied(self.out, overwrite=self._overwrite)
         with writing(self.out):
+            if asked is not None:
+                write_record(self.folder, asked)
             _sync_tree(self.folder)
+            replaced = self.partial / _REPLACED
             if self.out.is_dir() and any(self.out.iterdir()):
-                _remove(self.partial / _REPLACED)
-                self.out.rename(self.partial / _REPLACED)
+                self._refuse_loss()
+                self.out.rename(replaced)
             elif self.out.is_dir():
                 self.out.rmdir()  # Windows renames nothing onto an empty folder
             self.folder.rename(self.out)
+            if replaced.exists():
+                move_along(replaced, self.out)
             sync_folder(self.out.parent)
         shutil.rmtree(self.partial, ignore_errors=True)  # the output is whole, whatever remains here
         self.close()
         if os.name == "nt":  # which removes no open file, and the lock was one until now
             shutil.rmtree(self.partial, ignore_errors=True)
         return self.out
+
+    def abandon(self) -> None:
+        """Leave without a trace, unless an earlier run left something to continue."""
+        if not self.resumable:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self.close()
+
+    def _refuse_loss(self) -> None:
+        """Refuse to replace a file that this package did not write."""
+        strange = in_the_way(self.out, self.folder)
+        if strange:
+            raise ConfigError(
+                f"{self.out / strange[0]} was not written by auto-round, and the new output has a file of "
+                "that name: move it away and run the same command again"
+            )
+
+    def _recover(self) -> None:
+        """Finish or undo the replacement of an older output that a crash cut short."""
+        replaced = self.partial / _REPLACED
+        with writing(self.out):
+            if not replaced.exists():
+                return
+            if self.out.exists() and any(self.out.iterdir()):
+                move_along(replaced, self.out)
+                _remove(replaced)
+            else:
+                if self.out.is_dir():
+                    self.out.rmdir()
+                replaced.rename(self.out)
 
     def discard(self) -> None:
         """Drop what was written so far and start with empty folders; `<out>` is not touched."""
@@ -136,33 +185,27 @@ def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
         )
     with writing(out):
         held = sorted(file.name for file in out.iterdir())
-    if not held:
+        foreign = foreign_names(out)
+    if not foreign or (overwrite and is_ours(out) and not foreign[0].endswith(PARTIAL)):
         return
-    if overwrite and _is_ours(out):
-        return
+    if foreign[0].endswith(PARTIAL):
+        raise ConfigError(
+            f"{out / foreign[0]} is an unfinished output inside the output folder: let its run finish, "
+            "remove it, or choose another output folder"
+        )
     remedy = "choose another output folder"
-    if _is_ours(out):
-        remedy += ", or allow this older output of auto-round to be replaced with --overwrite"
+    if is_ours(out):
+        remedy += (
+            ", or allow this older output of auto-round to be replaced: --overwrite, in Python overwrite=True"
+        )
     elif overwrite:
         remedy += " (only a folder written by auto-round is ever replaced)"
-    raise ConfigError(f'{out} already holds {len(held)} files ("{held[0]}", ...): {remedy}')
+    raise ConfigError(f'{out} already holds {len(held)} files ("{foreign[0]}", ...): {remedy}')
 
 
 def _partial_of(out: Path) -> Path:
     """Folder beside the output, on the same file system."""
-    return out.with_name(out.name + ".partial")
-
-
-def _is_ours(folder: Path) -> bool:
-    """True when this package wrote the folder."""
-    for name in ("quantization_config.json", "report.json"):
-        try:
-            value = json.loads((folder / name).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and OURS in value:
-            return True
-    return False
+    return out.with_name(out.name + PARTIAL)
 
 
 def _take_lock(partial: Path) -> int:

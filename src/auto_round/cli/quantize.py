@@ -20,6 +20,8 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
     """
     environment = read_environment()
     options = with_named_folder(build_options(given, recipe, environment))
+    from auto_round.pipeline.several import runs_of
+
     if environment.num_threads is not None:
         import torch
 
@@ -27,14 +29,20 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
     if options.output.dry_run:
         from auto_round.pipeline.plan_run import dry_run
 
-        print(dry_run(options).text)
+        print("\n\n".join(dry_run(part).text for part in runs_of(options)))
         return
-    from auto_round.pipeline.quantize import run
+    from auto_round.pipeline.clock import Clock
+    from auto_round.pipeline.prepare import prepare
+    from auto_round.pipeline.quantize import run_job
 
     _quiet()
-    with drawn_progress() as progress:
-        result = run(options, progress)
-    print(summary(result))
+    clock = Clock()
+    jobs = [prepare(part) for part in runs_of(options)]
+    for job in jobs:
+        with drawn_progress() as progress:
+            result = run_job(job, progress, clock)
+        print(summary(result))
+        clock = Clock()
 
 
 def _quiet() -> None:

@@ -50,7 +50,8 @@ def _quality(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "quality", "not measured: no calibration data was asked for"
         return
     before, after = held_out["perplexity_before"], held_out["perplexity_after"]
-    yield "perplexity", f"{before:.4g} -> {after:.4g} ({100 * (after / before - 1):+.2f} %) on held-out rows"
+    rows = "the row that was tuned on" if held_out.get("tuned_on_too") else "held-out rows"
+    yield "perplexity", f"{before:.4g} -> {after:.4g} ({100 * (after / before - 1):+.2f} %) on {rows}"
     yield "KL", f"{held_out['kl']:.4g} nats per token from the original's predictions"
     hard = report.get("hard_cases", {})
     yield from _hard_cases(hard)

@@ -111,6 +111,11 @@ class QuantLinear(PackedWeight, nn.Linear):
         self.register_parameter("bias", bias)
 
     @property
+    def bits(self) -> int:
+        """Bits of a code, scales not counted."""
+        return self.spec.fmt.grid.bits
+
+    @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """`[out, in]` in the dtype of the layer, dequantized when an operation needs its numbers."""
         device = next(iter(self._tensors())).device

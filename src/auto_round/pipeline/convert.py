@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.convert_source import Stored, open_stored, with_steps
 from auto_round.schemes.plan import Plan
+from auto_round.version import __version__
 
 GENERATED = (CONFIG, QUANTIZATION_CONFIG, "quantize_config.json", "quant_config.json", INDEX_FILE)
 """Files that are written anew or, where they are the words of another tool, would contradict the new ones."""
@@ -75,17 +78,38 @@ def convert_folder(
         exporter, plan = _fitting(exporter, stored)
         manifest = make_manifest(exporter, plan, stored.layers, stored.tensors)
         _refuse_unpacked(exporter, manifest)
+        asked = _asked(checkpoint, stored, exporter)
         with OutputFolder.open(target, overwrite=overwrite) as place:
+            if place.holds(asked):
+                place.abandon()
+                logger.warning(
+                    "%s was converted already: nothing was done (--overwrite does it again)", place.out
+                )
+                return _earlier(place.out, exporter, manifest)
             place.discard()
             try:
                 nbytes = _write(place.folder, checkpoint, stored, exporter, plan, manifest)
                 _copy_files(source, place.folder)
                 _write_configs(place.folder, stored, exporter, plan)
-                final = place.seal()
+                final = place.seal(asked)
             except BaseException:
                 shutil.rmtree(place.partial, ignore_errors=True)  # nothing in it could be continued
                 raise
     return Converted(final, exporter.name, len(manifest.encoded), nbytes)
+
+
+def _asked(checkpoint: Checkpoint, stored: Stored, exporter: Exporter) -> str:
+    """Digest of what is converted into what."""
+    config = json.dumps(stored.config, sort_keys=True, default=repr)
+    text = "\n".join([__version__, checkpoint.fingerprint(), config, repr(exporter)])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _earlier(folder: Path, exporter: Exporter, manifest: Manifest) -> Converted:
+    """The result of an earlier conversion, as it lies there."""
+    with Checkpoint.open(folder) as checkpoint:
+        nbytes = sum(file.stat().st_size for file in checkpoint.files)
+    return Converted(folder, exporter.name, len(manifest.encoded), nbytes)
 
 
 def _one_format(name: str) -> Exporter:

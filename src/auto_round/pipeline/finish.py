@@ -12,7 +12,7 @@ import transformers
 
 from auto_round.checkpoint.disk import atomic_write_json
 from auto_round.checkpoint.journal import Journal
-from auto_round.checkpoint.workfolder import OURS
+from auto_round.checkpoint.record import OURS
 from auto_round.config.groups import CalibrationOptions, TuneOptions
 from auto_round.consumers.lines import loading
 from auto_round.export.exporter import Exporter, OneFile, Recasts
@@ -94,13 +94,14 @@ def build_report(
             "summary": job.rows.summary,
             "fingerprint": job.rows.fingerprint,
             "rows_tuned": job.tuned,
-            "rows_held_out": len(job.rows.rows) - job.tuned,
+            "rows_held_out": len(job.rows.rows) - job.tuned if job.judged_apart else 0,
             "tokens_per_row": len(job.rows.rows[0].input_ids),
         }
     if measured is not None:
         c = measured.comparison
         report["held_out"] = {
             "positions": c.positions,
+            "tuned_on_too": not job.judged_apart,
             "perplexity_before": c.perplexity_reference,
             "perplexity_after": c.perplexity,
             "kl": c.kl,
@@ -144,7 +145,7 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
     held = report.get("held_out")
     figures = []
     if held is not None:
-        rows = f"{held['positions']} held-out tokens"
+        rows = f"{held['positions']} {'tuned' if held['tuned_on_too'] else 'held-out'} tokens"
         figures = [
             Figure(f"perplexity, {rows}", held["perplexity_after"], held["perplexity_before"]),
             Figure(f"KL from the original, nats per token, {rows}", held["kl"]),

@@ -64,6 +64,13 @@ class Job:
         return self.rows is not None and self.tuned > 0
 
     @property
+    def judged_apart(self) -> bool:
+        """Rows that measure the result are not tuned on; False where the data has one row only."""
+        return self.rows is None or not any(
+            row in self.rows.rows[: self.tuned] for row in self.rows.rows[self.tuned :]
+        )
+
+    @property
     def saves_imatrix(self) -> bool:
         """Importances of inputs are written to a file at the end."""
         return self.options.output.save_imatrix is not None
@@ -81,4 +88,9 @@ class Job:
         """Folder of each output format under `root`: `root` itself when there is only one."""
         if len(self.exporters) == 1:
             return dict.fromkeys(self.exporters, root)
-        return {name: root / name.replace(":", "-") for name in self.exporters}
+        return {name: root / folder_of(name) for name in self.exporters}
+
+
+def folder_of(format_name: str) -> str:
+    """Name of a format's folder where there are several."""
+    return format_name.replace(":", "-")

@@ -206,11 +206,13 @@ def _rows(
     beside = held_out_rows(wanted.nsamples)
     rows = load(nsamples=wanted.nsamples + beside)
     count = len(rows.rows)
-    if count < 2:
-        raise ConfigError(
-            f"{rows.summary}: tuning needs at least 2 rows, one to tune on and one to judge by; "
-            "give more text, a smaller --seqlen, or :concat"
+    if count == 1:
+        logger.warning(
+            "%s: one row tunes, and judges what was tuned on it, so figures will look better than they are; "
+            "give more text, a smaller seqlen, or :concat",
+            rows.summary,
         )
+        return replace(rows, rows=rows.rows * 2), 1
     short = count < wanted.nsamples + beside
     return rows, count - (min(beside, max(1, count // 8)) if short else beside)
 

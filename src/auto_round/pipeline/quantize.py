@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from auto_round.pipeline.blocks import GroupResult, tune_group
 from auto_round.pipeline.clock import Clock
 from auto_round.pipeline.compile import in_equal_passes, objective_for
 from auto_round.pipeline.determinism import deterministic_kernels
-from auto_round.pipeline.finish import build_report, write_configs_and_tokenizer, write_report
+from auto_round.pipeline.finish import REPORT, build_report, write_configs_and_tokenizer, write_report
 from auto_round.pipeline.gguf_imatrix import save_imatrix
 from auto_round.pipeline.head import quantize_outside
 from auto_round.pipeline.input_squares import save_inputs
@@ -35,7 +36,7 @@ from auto_round.pipeline.plain import bursts, nbytes, round_layers
 from auto_round.pipeline.plan_table import plan_table
 from auto_round.pipeline.prepare import prepare
 from auto_round.pipeline.result import Result
-from auto_round.pipeline.signature import signature
+from auto_round.pipeline.signature import request_digest, signature
 from auto_round.pipeline.streams import Streams
 from auto_round.pipeline.trace import trace_rows
 from auto_round.pipeline.verify import verify_all
@@ -79,9 +80,13 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
         exact = job.options.tune.enable_deterministic_algorithms
         stack.enter_context(deterministic_kernels(wanted=exact))
         folder = stack.enter_context(OutputFolder.open(job.output, overwrite=job.options.output.overwrite))
+        asked = signature(job)
+        if folder.holds(request_digest(asked)):
+            folder.abandon()
+            return _earlier(job, folder.out, clock)
         if not job.options.output.resume:
             folder.discard()
-        journal = stack.enter_context(Journal.open(folder.scratch / "journal.jsonl", signature(job)))
+        journal = stack.enter_context(Journal.open(folder.scratch / "journal.jsonl", asked))
         folders = job.folders(folder.folder)
         done = [name for entry in journal.entries for name in entry["tensors"]]
         outputs = stack.enter_context(Outputs.open(job, folders, done=done, fresh=not journal.resumed))
@@ -101,8 +106,19 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
             progress(clock.event("verify", 1, 1, "reload and compare"))
         write_report(job, folders, report, folder.folder)
         save_imatrix(job, folder.scratch, folder.folder)
-        final = folder.seal()
+        final = folder.seal(request_digest(asked))
     return Result(tuple(job.folders(final).values()), job.plan, report, clock.seconds, clock.peak)
+
+
+def _earlier(job: Job, out: Path, clock: Clock) -> Result:
+    """The result of an earlier run with the same settings, as it lies there."""
+    logger.warning(
+        "%s is finished already, with the same settings: nothing was done (to do it again: --overwrite, in "
+        "Python overwrite=True)",
+        out,
+    )
+    report = json.loads((out / REPORT).read_bytes())
+    return Result(tuple(job.folders(out).values()), job.plan, report, clock.seconds, clock.peak)
 
 
 @dataclass(frozen=True, slots=True)

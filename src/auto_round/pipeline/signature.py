@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +64,16 @@ def _others(options: Options) -> dict[str, Any]:
     found |= {name: getattr(options.calibration, name) for name in ("nsamples", "seqlen", "seed")}
     del found["lr_scheduler"]
     return {name: _plain(value) for name, value in found.items()}
+
+
+HOW = frozenset({"torch", "threads", "compile", "device", "compute_dtype", "keep_streams"})
+"""Parts of the signature that say how a result is reached: a finished one need not be made again for them."""
+
+
+def request_digest(signature: Mapping[str, Any]) -> str:
+    """SHA-256 of what was asked for, short: equal for two runs that should give the same output."""
+    asked = {key: value for key, value in signature.items() if key not in HOW}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _digest(importance: Mapping[str, Tensor]) -> str:

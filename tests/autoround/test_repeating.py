@@ -123,7 +123,7 @@ def test_a_gguf_file_is_saved_after_quantize(folder, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(fake, dtype="auto")
     assert torch.equal(again(torch.arange(8)[None]).logits, model(torch.arange(8)[None]).logits)
     for other in ("gguf:q8_0", "auto_round"):
-        with pytest.raises(UnsupportedError, match=r"made a GGUF file of type q4_0(.|\n)*quantize_and_save"):
+        with pytest.raises(ConfigError, match="made a GGUF file of type q4_0; call quantize_and_save"):
             ar.save_quantized(tmp_path / "other", format=other)
 
 

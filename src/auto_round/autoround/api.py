@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from auto_round.autoround.attributes import Attributes, Done, layer_schemes
 from auto_round.autoround.signature import collect, make_documentation, make_signature, read_arguments
 from auto_round.config import Options, OutputOptions, read_environment
-from auto_round.errors import ConfigError, Refusal, UnsupportedError
+from auto_round.errors import ConfigError
 from auto_round.log import ProgressSink, ignore_progress, logger
-from auto_round.schemes.gguf_types import FORMAT_PREFIX
+from auto_round.schemes.gguf_types import FORMAT_PREFIX, file_type
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ class AutoRound(Attributes):
             The folder of each format.
 
         Raises:
-            ConfigError: `quantize()` was not called, or the folder holds something else.
+            ConfigError: `quantize()` was not called or made another plan, or the folder holds something else.
             UnsupportedError: a format cannot hold this plan.
         """
         from auto_round.autoround.rewrite import copy_files, rewrite
@@ -130,14 +130,12 @@ class AutoRound(Attributes):
             raise ConfigError("nothing to save yet: call quantize() first, or quantize_and_save() instead")
         _say_what_stays(inplace)
         output = self._output(output_dir, format, overwrite)
+        if format is not None:
+            done.refuse_other_plans(output.formats)
         request = gguf_request(replace(self.options, output=output))
         if request is None:
-            if done.gguf is not None and set(output.formats) != {"fake"}:
-                raise _other_plan(output.format, done.gguf)
             job = self._prepare(replace(self.options, output=output), rows=False)
         else:
-            if done.gguf != request.wanted.name:
-                raise _other_plan(output.format, done.gguf)
             job = replace(done.job, output=Path(output.output_dir), options=request.options)
             job = replace(job, exporters={n: job.exporters[n] for n in request.options.output.formats})
         job = replace(job, rows=done.job.rows, tuned=done.job.tuned)
@@ -257,21 +255,23 @@ class _Finished:
         first = next(iter(self.job.exporters))
         return first.removeprefix(FORMAT_PREFIX) if first.startswith(FORMAT_PREFIX) else None
 
+    def refuse_other_plans(self, formats: Sequence[str]) -> None:
+        """Refuse formats whose plan is not the one that was carried out.
 
-def _other_plan(formats: str, made: str | None) -> UnsupportedError:
-    """The answer to a format whose plan is not the one of `quantize()`."""
-    what = "whole numbers" if made is None else f"a GGUF file of type {made}"
-    return UnsupportedError(
-        f"{formats}: a GGUF file has a plan of its own, and quantize() made {what}",
-        [
-            Refusal(
-                formats,
-                "it would have to be quantized anew",
-                "call quantize_and_save(format=...), or give the scheme (such as GGUF:Q4_K_M) or format to "
-                "AutoRound(...) before quantize()",
+        Raises:
+            ConfigError: a GGUF file of another type, or packed formats after a GGUF file.
+        """
+        from auto_round.export.table import BESIDE_GGUF
+
+        types = {name: file_type(name).name for name in formats if name.startswith(FORMAT_PREFIX)}
+        others = [name for name in formats if name not in BESIDE_GGUF and types.get(name) != self.gguf]
+        if others:
+            made = "whole numbers" if self.gguf is None else f"a GGUF file of type {self.gguf}"
+            raise ConfigError(
+                f"{', '.join(others)}: a GGUF file has a plan of its own, and quantize() made {made}; call "
+                "quantize_and_save(format=...), or give AutoRound(...) the scheme (such as GGUF:Q4_K_M) or "
+                "the format before quantize()"
             )
-        ],
-    )
 
 
 def _say_what_stays(inplace: bool | None) -> None:

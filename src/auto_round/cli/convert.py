@@ -56,7 +56,9 @@ def _parser() -> Parser:
         "--output", "--output_dir", "--output-dir", metavar="DIR", help="new folder [FOLDER-FORMAT]"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an older output of auto-round there"
+        "--overwrite",
+        action="store_true",
+        help="do again what is finished, and replace an older output that does not say what it is",
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this text and stop")
     return parser

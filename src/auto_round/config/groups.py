@@ -320,7 +320,9 @@ class OutputOptions:
     max_shard_size: int = option(
         "5GB", Spec('largest weight file, for example "5GB" or "512MiB"', convert=values.size_bytes)
     )
-    overwrite: bool = option(False, Spec("replace an output folder that holds something else"))
+    overwrite: bool = option(
+        False, Spec("do again what is finished, and replace an older output that does not say what it is")
+    )
     verify: bool = option(
         True,
         Spec(

@@ -66,13 +66,16 @@ def _others(options: Options) -> dict[str, Any]:
     return {name: _plain(value) for name, value in found.items()}
 
 
-HOW = frozenset({"torch", "threads", "compile", "device", "compute_dtype", "keep_streams"})
+HOW = frozenset(
+    {"torch", "machine", "threads", "device", "compute_dtype", "keep_streams", "enable_torch_compile"}
+)
 """Parts of the signature that say how a result is reached: a finished one need not be made again for them."""
 
 
 def request_digest(signature: Mapping[str, Any]) -> str:
     """SHA-256 of what was asked for, short: equal for two runs that should give the same output."""
-    asked = {key: value for key, value in signature.items() if key not in HOW}
+    how = HOW | versions().keys()
+    asked = {key: value for key, value in signature.items() if key not in how}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
 
 

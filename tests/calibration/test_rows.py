@@ -121,6 +121,15 @@ def test_a_repeating_tail_is_dropped(tokenizer: PreTrainedTokenizerFast) -> None
     assert found.dropped == {Reason.TAIL: 1}
 
 
+@pytest.mark.parametrize("token", [0, 1, 7])
+def test_token_ids_are_taken_as_they_are(tokenizer: PreTrainedTokenizerFast, token: int) -> None:
+    """Also a row of one token, of padding even: smoke tests of tools that call this one give such rows."""
+    rows = [torch.full((1, 10), token) for _ in range(3)]
+    found = load_rows(rows, tokenizer, nsamples=2, seqlen=4, seed=0)
+    assert ids(found) == [[token] * 4] * 2
+    assert all(row.mask is None for row in found.rows)
+
+
 def test_own_records_keep_their_order(tokenizer: PreTrainedTokenizerFast) -> None:
     samples = [words(i, 12) for i in range(40)]
     found = load_rows(samples, tokenizer, nsamples=20, seqlen=10, seed=0)

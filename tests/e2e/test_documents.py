@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from auto_round.testing.tiny_models import save_tiny_model
 from export.gguf.small_models import save_small_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.net]
@@ -66,7 +67,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     save_small_model("qwen3", root / "Qwen3-0.6B", head_dim=32, tie_word_embeddings=True, **SIZES)
     opt = {"ffn_dim": 256, "word_embed_proj_dim": 128, "num_hidden_layers": 7}
-    save_small_model("opt", root / "opt-125m", **opt, **SIZES)
+    save_tiny_model("opt", root / "opt-125m", **opt, **SIZES)
     experts = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
     save_small_model("qwen2_moe", root / "DeepSeek-R1-bf16", **experts, **SIZES)
     return root

@@ -159,3 +159,12 @@ def test_loose_number(names):
     assert r'write "layers.1\..*k_proj"' in hint
     assert loose_number(matched(r"layers\.1\..*k_proj", names), names) is None
     assert loose_number(matched("layers.9.*k_proj", names), names) is None
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens", "embed_tokens", ".*embed.*"])
+def test_what_is_never_quantized_may_be_kept_and_its_bits_are_refused_with_the_way(key):
+    names, others = ["model.layers.0.up_proj"], ["model.embed_tokens", "model.norm"]
+    for kept in ({"bits": 16}, "BF16"):
+        assert match_layer_config({key: kept}, BASE, names, others) == ()
+    with pytest.raises(ConfigError, match=r"names model\.embed_tokens, which keeps 16 bits.*gguf:q4_k_m"):
+        match_layer_config({key: {"bits": 4}}, BASE, names, others)

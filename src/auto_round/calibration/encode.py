@@ -105,13 +105,15 @@ def _tokenize(
 def _without_padding(tokens: Tokens, tokenizer: Tokenizer | None) -> Tokens:
     """Mask the padding tokens that ready ids without a mask begin or end with.
 
-    Inside a row they stay: where padding and end of text are one token, that is what they are.
+    Inside a row they stay: where padding and end of text are one token, that is what they are. So does a row
+    of nothing else, which its owner must have meant.
     """
     pad = None if tokenizer is None else tokenizer.pad_token_id
     if tokens.mask is not None or not tokens.ready or pad is None:
         return tokens
     real = (tokens.ids != pad).nonzero().flatten().tolist()
+    if not real:
+        return tokens
     mask = torch.zeros_like(tokens.ids, dtype=torch.bool)
-    if real:
-        mask[real[0] : real[-1] + 1] = True
+    mask[real[0] : real[-1] + 1] = True
     return Tokens(tokens.ids, mask, ready=True)

@@ -26,7 +26,8 @@ class Reason:
 def cut_rows(samples: Iterable[Tokens], seqlen: int, drop: Drop) -> Iterator[Row]:
     """Yield the first `seqlen` ids of each sample that has so many, with their mask where it hides something.
 
-    Dropped are shorter samples, and those that end in one token repeated for more than `seqlen / 2`.
+    Dropped are shorter samples, and text that ends in one token repeated for more than `seqlen / 2`. Token
+    ids that a user made are taken as they are.
     """
     for tokens in samples:
         ids = tokens.ids[:seqlen]
@@ -34,6 +35,8 @@ def cut_rows(samples: Iterable[Tokens], seqlen: int, drop: Drop) -> Iterator[Row
         if mask is not None and bool(mask.all()):
             mask = None
         reason = _reason(ids, mask, seqlen)
+        if reason == Reason.TAIL and tokens.ready:
+            reason = None
         if reason is None:
             yield ids, mask
         else:

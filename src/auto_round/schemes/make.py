@@ -73,8 +73,9 @@ def make_plan(
         layer.name: skipped if prefixes and _outside(layer, by_role, chosen) else by_role[layer.role.value]
         for layer in layers
     }
-    ignored = match_ignored(request.ignore_layers, names, other_names)
-    matches = match_layer_config(request.layer_config, base, names)
+    others = tuple(other_names)
+    ignored = match_ignored(request.ignore_layers, names, others)
+    matches = match_layer_config(request.layer_config, base, names, others)
     asked = _apply(defaults, matches, ignored)
     fitted, regrouped = regroup(layers, asked, request, {_reason(match): match.rule for match in matches})
     entries, notes = _fit_shapes(layers, fitted)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from auto_round.errors import ConfigError, nearest
@@ -78,8 +79,14 @@ class BlockLike(Protocol):
         ...
 
 
+_NONE: Mapping[str, None] = MappingProxyType({})
+
+
 def match_layer_config(
-    layer_config: Mapping[str, Any] | None, base: QuantizationScheme, names: Sequence[str]
+    layer_config: Mapping[str, Any] | None,
+    base: QuantizationScheme,
+    names: Sequence[str],
+    others: Sequence[str] = (),
 ) -> tuple[Match, ...]:
     """Rules of a `layer_config` with the layers they name, strongest first.
 
@@ -92,10 +99,11 @@ def match_layer_config(
         layer_config: key -> preset name, dictionary of fields (missing ones come from `base`) or scheme.
         base: the scheme of all other layers.
         names: every layer that exists.
+        others: modules that are never quantized; a key that keeps them at 16 bits asks for nothing.
 
     Raises:
-        ConfigError: a key that matches nothing (names the nearest), a malformed expression (names the
-            position), a value that is no scheme.
+        ConfigError: a key that matches nothing (names the nearest) or what is never quantized, a malformed
+            expression (names the position), a value that is no scheme.
     """
     if layer_config is None:
         return ()
@@ -103,13 +111,20 @@ def match_layer_config(
         raise ConfigError(
             f"layer_config must be a dictionary of layer name or pattern -> scheme, got {layer_config!r}"
         )
-    known = dict.fromkeys(names)
-    matches = [match_rule(key, value, base, known) for key, value in layer_config.items()]
+    known, beside = dict.fromkeys(names), dict.fromkeys(others)
+    matches = [match_rule(key, value, base, known, beside) for key, value in layer_config.items()]
     order = list(Kind)
-    return tuple(sorted(matches, key=lambda match: order.index(match.rule.kind)))
+    found = (match for match in matches if match.names)
+    return tuple(sorted(found, key=lambda match: order.index(match.rule.kind)))
 
 
-def match_rule(key: Any, value: Any, base: QuantizationScheme, names: Mapping[str, None]) -> Match:
+def match_rule(
+    key: Any,
+    value: Any,
+    base: QuantizationScheme,
+    names: Mapping[str, None],
+    others: Mapping[str, None] = _NONE,
+) -> Match:
     """One rule of a `layer_config` with the layers it names; arguments and errors as there.
 
     Args:
@@ -117,6 +132,10 @@ def match_rule(key: Any, value: Any, base: QuantizationScheme, names: Mapping[st
         value: preset name, dictionary of fields or scheme.
         base: the scheme of all other layers.
         names: every layer that exists, as keys: a `layer_config` may name each of 60,000 layers.
+        others: modules that are never quantized.
+
+    Returns:
+        The rule; it names no layer where it keeps what is never quantized.
     """
     if not isinstance(key, str) or not key.strip(". "):
         raise ConfigError(f"a key of layer_config is a layer name or a pattern, got {key!r}")
@@ -125,9 +144,16 @@ def match_rule(key: Any, value: Any, base: QuantizationScheme, names: Mapping[st
     except ConfigError as error:
         raise ConfigError(f'layer_config "{key}": {error}') from error
     kind, regex, found = _find(key, names)
-    if not found:
-        raise ConfigError(f'layer_config "{key}" matches no layer; {nearest_layers(key, names)}')
     kept = not scheme.quantized and not scheme.act_quantized
+    beside = [] if found else _find(key, others)[2]
+    if beside and not kept:
+        raise ConfigError(
+            f'layer_config "{key}" names {beside[0]}, which keeps 16 bits outside of GGUF files: '
+            "leave the key out; in GGUF files (scheme GGUF:Q4_K_M or format gguf:q4_k_m) embeddings may have "
+            "types of their own"
+        )
+    if not found and not beside:
+        raise ConfigError(f'layer_config "{key}" matches no layer; {nearest_layers(key, names)}')
     rule = Rule(key, kind, None if kept else replace(scheme, recipe=None), regex)
     return Match(rule, frozenset(found))
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from auto_round.cli import main as cli
 from auto_round.consumers.inventory import take_inventory
@@ -34,6 +34,127 @@ def test_counts(mixed):
     stored = small * (4 + 20 / 128) + 2 * 256 * 256 * (8 + 24 / 128)
     assert found.bits_per_weight == pytest.approx(stored / (small + 2 * 256 * 256))
     assert found.format == "auto-round (auto_round:auto_gptq)"
+
+
+def compressed(folder, weights, tensors, **group):
+    """A compressed-tensors folder of one block whose matrices have these tensors."""
+    ends = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    stored = {f"model.layers.0.{end}.{k}": t.clone() for end in ends for k, t in tensors.items()}
+    folder.mkdir()
+    save_file(stored, folder / "model.safetensors")
+    numbers = {"type": "int", "symmetric": True, "strategy": "group", **weights}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": numbers, **group}},
+    }
+    (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16", "quantization_config": config}))
+    return folder
+
+
+def words(bits, size, n=256):
+    groups = 1 if size is None else n // size
+    return {
+        "weight_packed": torch.zeros(n, n * bits // 32, dtype=torch.int32),
+        "weight_scale": torch.ones(n, groups, dtype=torch.bfloat16),
+        "weight_shape": torch.tensor([n, n]),
+    }
+
+
+TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+BYTES = {"weight": torch.zeros(256, 256, dtype=torch.int8), "weight_scale": torch.ones(256, 1)}
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "group", "label", "kernel"),
+    [
+        (4, 128, {}, "W4 g128 sym", "Marlin"),
+        (3, 32, {}, "W3 g32 sym", "Humming"),
+        (5, None, {}, "W5 per row sym", "Humming"),
+        (4, 16, {}, "W4 g16 sym", "Humming"),
+        (4, 256, {}, "W4 g256 sym", "Triton"),
+        (4, 32, {"input_activations": TOKEN}, "W4A8 g32 sym", "Marlin"),
+        (2, 32, {"input_activations": TOKEN}, "W2A8 g32 sym", "Humming"),
+    ],
+)
+def test_packed_words_of_compressed_tensors(tmp_path, bits, size, group, label, kernel):
+    weights = {"num_bits": bits, "group_size": size, "strategy": "channel" if size is None else "group"}
+    found = take_inventory(compressed(tmp_path / "m", weights, words(bits, size), **group))
+    assert found.schemes == {label: (4, 4 * 256 * 256)}
+    assert found.bits_per_weight == pytest.approx(bits + 16 / (size or 256) + 2 * 64 / 256**2)
+    verdicts = {v.engine: v for v in found.verdicts}
+    assert verdicts["vLLM"].kernels == {kernel: 2}
+    assert ("Marlin leaves activations in 16 bits" in verdicts["vLLM"].notes) == (
+        bool(group) and kernel == "Marlin"
+    )
+    assert verdicts["SGLang"].loads == (kernel == "Marlin" and not group)
+
+
+@pytest.mark.parametrize(
+    ("weights", "tensors", "group", "reason"),
+    [
+        ({"num_bits": 4, "group_size": 8}, words(4, 8), {}, "powers of two from 16"),
+        (
+            {"num_bits": 2, "group_size": 16},
+            words(2, 16),
+            {"input_activations": TOKEN},
+            "powers of two from 32",
+        ),
+        ({"num_bits": 4, "group_size": 32}, words(4, 64), {}, "finds 4 groups of 256 inputs"),
+        ({"num_bits": 4, "group_size": 32}, BYTES, {}, "another order of bytes"),
+        (
+            {"num_bits": 4, "strategy": "channel"},
+            BYTES,
+            {"format": "int-quantized", "input_activations": TOKEN},
+            "no scheme on GPUs for W4A8",
+        ),
+        (
+            {"num_bits": 8, "strategy": "channel"},
+            BYTES,
+            {"format": "int-quantized"},
+            "no scheme for W8 per row",
+        ),
+        (
+            {"num_bits": 4, "group_size": 32},
+            words(4, 32),
+            {"input_activations": {**TOKEN, "symmetric": False}},
+            "no scheme for W4A8",
+        ),
+    ],
+)
+def test_compressed_tensors_that_vllm_has_nothing_for(tmp_path, weights, tensors, group, reason):
+    found = take_inventory(compressed(tmp_path / "m", weights, tensors, **group))
+    verdict = {v.engine: v for v in found.verdicts}["vLLM"]
+    assert not verdict.loads
+    assert reason in verdict.text
+
+
+def test_bytes_of_eight_by_eight_bits(tmp_path):
+    group = {"format": "int-quantized", "input_activations": TOKEN}
+    folder = compressed(tmp_path / "m", {"num_bits": 8, "strategy": "channel"}, BYTES, **group)
+    found = take_inventory(folder)
+    assert found.schemes == {"W8A8 per row sym": (4, 4 * 256 * 256)}
+    verdicts = {v.engine: v for v in found.verdicts}
+    assert verdicts["vLLM"].loads
+    assert verdicts["SGLang"].loads
+
+
+def test_a_matrix_that_no_group_means(tmp_path):
+    """vLLM keeps it in 16 bits, SGLang stops."""
+    folder = compressed(tmp_path / "m", {"num_bits": 4, "group_size": 32}, words(4, 32))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = [r"re:.*self_attn\..*"]
+    (folder / "config.json").write_text(json.dumps(config))
+    plain = {"model.layers.0.mlp.down_proj.weight": torch.zeros(256, 256, dtype=torch.bfloat16)}
+    save_file(plain, folder / "model-2.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    names = {f: list(load_file(folder / f)) for f in ("model-1.safetensors", "model-2.safetensors")}
+    index = {"weight_map": {name: file for file, listed in names.items() for name in listed}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    verdicts = {v.engine: v for v in take_inventory(folder).verdicts}
+    assert verdicts["vLLM"].loads
+    assert "no config group has a target" in verdicts["SGLang"].text
 
 
 def test_command(mixed, capsys):

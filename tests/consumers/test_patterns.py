@@ -59,20 +59,67 @@ def config_of(extra, blocks):
     return top if blocks is None else {**top, "block_name_to_quantize": blocks}
 
 
+def _numbers(got):
+    return None if got is None else (got.bits, got.group_size, got.sym)
+
+
 @given(LAYERS, st.dictionaries(KEYS, FIELDS, max_size=4), BLOCKS.filter(lambda b: b is not None))
-def test_auto_round_readers(name, extra, blocks):
+def test_sglang_meets_whole_names(name, extra, blocks):
     extra = {k: v for k, v in extra.items() if k != "["}
     config = config_of(extra, blocks)
-    for match, full in ((re.search, False), (re.fullmatch, True)):
-        got = AutoRoundReader(match)(folder(config), Module(name, (matrix(name),)))
-        want = fields_of(config, name, full_match=full)
-        outside = want is None
-        if outside and got is not None:  # engines let patterns reach layers outside of the blocks
-            assert any(match(k, name) for k in extra if not k.isidentifier())
-            continue
-        assert (None if got is None else (got.bits, got.group_size, got.sym)) == (
-            None if want is None else (want["bits"], want["group_size"], want["sym"])
+    got = AutoRoundReader(re.fullmatch, ends=False)(folder(config), Module(name, (matrix(name),)))
+    want = fields_of(config, name, full_match=True)
+    if want is None and got is not None:  # patterns reach layers outside of the blocks
+        assert any(re.fullmatch(k, name) for k in extra if not k.isidentifier())
+        return
+    assert _numbers(got) == (None if want is None else (want["bits"], want["group_size"], want["sym"]))
+
+
+def _vllm(extra, blocks, name):
+    """What vLLM's `INCConfigParser` and `INCConfig.get_quant_method` say of a layer that is not fused."""
+    if name in extra and extra[name].get("bits", 16) >= 16:
+        return None
+    entry = extra.get(name)
+    if entry is None:
+        entry = next((fields for key, fields in extra.items() if name.endswith("." + key)), None)
+    if entry is not None:
+        inside = True
+    else:
+        split = blocks.split(",") if isinstance(blocks, str) else blocks
+        inside = any(name.startswith(block) for block in split)
+        entry = next(
+            (f for key, f in extra.items() if set(key) & set("*+?^$()[]{}|\\") and re.search(key, name)), {}
         )
+    top = (
+        {"bits": 4, "group_size": 128, "sym": True} if inside else {"bits": 16, "group_size": -1, "sym": True}
+    )
+    top |= {key: value for key, value in entry.items() if key in top}
+    return None if top["bits"] >= 16 else (top["bits"], top["group_size"], top["sym"])
+
+
+@given(LAYERS, st.dictionaries(KEYS, FIELDS, max_size=4), BLOCKS.filter(lambda b: b is not None))
+def test_vllm_meets_ends_and_parts_of_names(name, extra, blocks):
+    extra = {k: v for k, v in extra.items() if k != "["}
+    got = AutoRoundReader(re.search, ends=True)(
+        folder(config_of(extra, blocks)), Module(name, (matrix(name),))
+    )
+    assert _numbers(got) == _vllm(extra, blocks, name)
+
+
+def test_vllm_asks_for_parts_only_where_one_has_an_entry():
+    qkv = Module(
+        "model.layers.0.self_attn.qkv_proj",
+        tuple(matrix(f"model.layers.0.self_attn.{p}_proj") for p in "qkv"),
+    )
+    vllm, sglang = AutoRoundReader(re.search, ends=True), AutoRoundReader(re.fullmatch, ends=False)
+    for extra, here, there in (
+        ({r".*qkv_proj.*": {"bits": 8}}, 8, 4),
+        ({"qkv_proj": {"bits": 8}}, 8, 4),
+        ({"self_attn.q_proj": {"bits": 8}}, 4, 4),
+        ({r".*[qkv]_proj": {"bits": 8}}, 8, 8),
+    ):
+        found = folder(config_of(extra, "model.layers"))
+        assert (vllm(found, qkv).bits, sglang(found, qkv).bits) == (here, there), extra
 
 
 @given(LAYERS, st.dictionaries(KEYS.filter(lambda k: k != "["), FIELDS, max_size=4))

@@ -17,6 +17,7 @@ from consumers.folders import (
     AWQ,
     EXPERT_SHAPES,
     GPTQ,
+    HIDDEN,
     SHAPES,
     Case,
     names,
@@ -101,7 +102,12 @@ def test_good_folders(tmp_path, name):
 
 
 BAD = {
-    "5 bits": (
+    "9 bits": (
+        Case(config={**AUTO_ROUND, "bits": 9}, stored=(4, 128)),
+        (VLLM, SGLANG, TRANSFORMERS),
+        "bits",
+    ),
+    "5 bits said, 4 stored": (
         Case(config={**AUTO_ROUND, "bits": 5}, stored=(4, 128)),
         (VLLM, SGLANG, TRANSFORMERS),
         "bits|disagree",
@@ -149,7 +155,7 @@ BAD = {
         (VLLM, SGLANG),
         "gate_up_proj and needs one scheme",
     ),
-    "experts unlike": (
+    "experts unlike": (  # vLLM asks for the module of all experts
         Case(
             config={**AUTO_ROUND, "extra_config": dict.fromkeys(names("mlp.experts.1.up_proj"), EIGHT)},
             shapes=EXPERT_SHAPES,
@@ -157,6 +163,26 @@ BAD = {
         ),
         (VLLM, SGLANG),
         "experts",
+    ),
+    "experts by their own names": (
+        Case(
+            config={
+                **AUTO_ROUND,
+                "extra_config": dict.fromkeys(names(*EXPERT_SHAPES), EIGHT),
+            },
+            shapes=EXPERT_SHAPES,
+            stored=(8, 128),
+        ),
+        (VLLM,),
+        "expects W4 g128 sym for .*experts, but finds 8 bits",
+    ),
+    "no bits in an exact entry": (  # vLLM takes it for 16 bits
+        Case(
+            config={**AUTO_ROUND, "extra_config": {n: {"group_size": 64} for n in names("mlp.down_proj")}},
+            others={"mlp.down_proj": (4, 64)},
+        ),
+        (VLLM,),
+        "takes .*down_proj for 16 bits, but it is packed",
     ),
     "kept but not said": (
         Case(config=AUTO_ROUND, others={"mlp.down_proj": None}),
@@ -185,12 +211,32 @@ BAD = {
         (VLLM, SGLANG, TRANSFORMERS),
         "it is packed|disagree",
     ),
-    "3 bits": (Case(config={**AUTO_ROUND, "bits": 3}, stored=(3, 128)), (VLLM,), "4 and 8 bits"),
-    "asymmetric": (Case(config={**AUTO_ROUND, "sym": False}), (VLLM,), "asym"),
-    "group of 96": (
+    "3 bits": (Case(config={**AUTO_ROUND, "bits": 3}, stored=(3, 128)), (SGLANG,), "4 and 8 bits"),
+    "3 bits of whole rows": (
+        Case(config={**AUTO_ROUND, "bits": 3, "group_size": -1}, stored=(3, -1)),
+        (VLLM, SGLANG),
+        "one group a row|4 and 8 bits",
+    ),
+    "2 bits in groups of 8": (
+        Case(config={**AUTO_ROUND, "bits": 2, "group_size": 8}, stored=(2, 8)),
+        (VLLM, SGLANG),
+        "powers of two from 16|4 and 8 bits",
+    ),
+    "3 bits asymmetric": (  # vLLM would load it and be off by one
+        Case(config={**AUTO_ROUND, "bits": 3, "sym": False}, stored=(3, 128)),
+        (VLLM, SGLANG),
+        "stored minus one|4 and 8 bits",
+    ),
+    "asymmetric": (Case(config={**AUTO_ROUND, "sym": False}), (VLLM, SGLANG), "asym"),
+    "group of 16": (
         Case(config={**AUTO_ROUND, "group_size": 16}, stored=(4, 16)),
-        (VLLM,),
+        (VLLM, SGLANG),
         "group sizes -1, 32, 64, 128",
+    ),
+    "symmetric rows in the other order": (
+        Case("awq", config={**AUTO_ROUND_AWQ, "sym": True, "group_size": -1}, stored=(4, -1)),
+        (VLLM, SGLANG),
+        "one group a row",
     ),
     "tied head": (
         Case(
@@ -202,12 +248,22 @@ BAD = {
         "ties",
     ),
     "head not said": (Case(config=AUTO_ROUND, head=(4, 128)), (VLLM, SGLANG, TRANSFORMERS), "lm_head"),
-    "gptq 3 bits": (Case(config={**GPTQ, "bits": 3}, stored=(3, 128)), (VLLM,), "bits 3"),
-    "gptq asymmetric": (Case(config={**GPTQ, "sym": False}), (VLLM, GPTQMODEL), "sym False|minus one"),
+    "gptq 3 bits": (Case(config={**GPTQ, "bits": 3}, stored=(3, 128)), (VLLM, SGLANG), "bits 3"),
+    "gptq asymmetric": (
+        Case(config={**GPTQ, "sym": False}),
+        (VLLM, SGLANG, GPTQMODEL),
+        "sym False|minus one",
+    ),
     "gptq 2 asymmetric": (
         Case(config={**GPTQ, "sym": False, "checkpoint_format": "gptq_v2"}),
-        (VLLM,),
+        (VLLM, SGLANG),
         "sym False",
+    ),
+    "gptq reordered": (Case(config={**GPTQ, "desc_act": True}, index=True), (VLLM,), "reordered"),
+    "gptq group of 256": (
+        Case(config={**GPTQ, "group_size": 256}, stored=(4, 256)),
+        (VLLM, SGLANG),
+        "group sizes|group_size",
     ),
     "gptq without desc_act": (
         Case(config={k: v for k, v in GPTQ.items() if k != "desc_act"}),
@@ -310,13 +366,19 @@ def kernels(tmp_path, case, engine):
 
 
 def test_kernels(tmp_path):
+    small = {**SHAPES, "mlp.down_proj": (HIDDEN_ODD, 512), "self_attn.o_proj": (HIDDEN, 192)}
+    case = Case(config={**AUTO_ROUND, "group_size": 64}, stored=(4, 64), shapes=small)
+    assert kernels(tmp_path, case, VLLM) == {"Marlin": 6, "Marlin, padded": 2}  # 128 and 64 fit, too
     small = {**SHAPES, "mlp.down_proj": (HIDDEN_ODD, 512)}
     assert kernels(tmp_path, Case(config=AUTO_ROUND, shapes=small), VLLM) == {
         "Marlin": 6,
         "Marlin, padded": 2,
     }
-    narrow = Case(config={**AUTO_ROUND, "bits": 3}, stored=(3, 128))
-    assert kernels(tmp_path, narrow, SGLANG) == {"GPTQ (ExLlama)": 8}
+    for bits, size in ((2, 64), (3, 128), (5, 16), (6, 256), (7, 32)):
+        narrow = Case(config={**AUTO_ROUND, "bits": bits, "group_size": size}, stored=(bits, size))
+        assert kernels(tmp_path, narrow, VLLM) == {"Humming": 8}
+    few = Case(config={**AUTO_ROUND, "bits": 2}, stored=(2, 128), shapes=EXPERT_SHAPES)
+    assert kernels(tmp_path, few, VLLM) == {"Humming": 2}
     flat = Case("awq", config={**AUTO_ROUND_AWQ, "sym": True})
     assert kernels(tmp_path, flat, VLLM) == kernels(tmp_path, flat, SGLANG) == {"AWQ": 8}
     assert kernels(tmp_path, Case(config=AUTO_ROUND, shapes=EXPERT_SHAPES), SGLANG) == {
@@ -341,7 +403,7 @@ def test_sglang_has_no_padding(tmp_path):
 
 
 def test_float16_only(tmp_path):
-    case = Case(config={**AUTO_ROUND, "bits": 3}, stored=(3, 128), model={"dtype": "bfloat16"})
+    case = Case("awq", config={**AUTO_ROUND_AWQ, "sym": True}, model={"dtype": "bfloat16"})
     assert "--dtype float16" in judge(tmp_path, case)[SGLANG].text
     assert "--dtype" not in judge(tmp_path, replace(case, model={}))[SGLANG].text
 
@@ -353,6 +415,61 @@ def test_a_router_that_is_not_named_is_a_doubt(tmp_path):
     assert "mlp.gate is not named as kept" in verdict.notes[0]
     named = {**AUTO_ROUND, "extra_config": dict.fromkeys(names("mlp.gate"), KEEP)}
     assert not judge(tmp_path, Case(config=named, shapes=shapes, others={"mlp.gate": None}))[VLLM].notes
+
+
+HUMMING_HINTS = {
+    "v2 asymmetric": (Case(config={**GPTQ, "sym": False, "checkpoint_format": "gptq_v2"}), True),
+    "v2 asymmetric, auto_round": (
+        Case(config={**AUTO_ROUND, "sym": False, "packing_format": "auto_round"}),
+        True,
+    ),
+    "v1 asymmetric": (Case(config={**GPTQ, "sym": False}), False),
+    "gptq 3 bits": (Case(config={**GPTQ, "bits": 3}, stored=(3, 128)), True),
+    "small groups": (Case(config={**AUTO_ROUND, "group_size": 16}, stored=(4, 16)), True),
+    "rows": (Case(config={**AUTO_ROUND, "bits": 3, "group_size": -1}, stored=(3, -1)), False),
+    "kept layers": (
+        Case(
+            config={**GPTQ, "bits": 2, "dynamic": {r"-:.*\.down_proj": {}}},
+            stored=(2, 128),
+            others={"mlp.down_proj": None},
+        ),
+        True,
+    ),
+    "other bits by dynamic": (
+        Case(
+            config={**GPTQ, "bits": 2, "dynamic": {r"+:.*\.down_proj": EIGHT}},
+            stored=(2, 128),
+            others={"mlp.down_proj": (8, 128)},
+        ),
+        True,
+    ),
+    "other bits by extra_config": (
+        Case(
+            config={
+                **AUTO_ROUND,
+                "group_size": 16,
+                "extra_config": dict.fromkeys(names("mlp.down_proj"), EIGHT),
+            },
+            stored=(4, 16),
+            others={"mlp.down_proj": (8, 16)},
+        ),
+        False,
+    ),
+    "head": (Case(config={**GPTQ, "bits": 3, "lm_head": True}, stored=(3, 128), head=(3, 128)), False),
+    "a part of a fused layer": (
+        Case(config={**GPTQ, "bits": 3}, stored=(3, 128), others={"self_attn.q_proj": None}),
+        False,
+    ),
+    "reordered": (Case(config={**GPTQ, "bits": 3, "desc_act": True}, stored=(3, 128)), False),
+}
+
+
+@pytest.mark.parametrize("name", HUMMING_HINTS)
+def test_where_the_flag_helps(tmp_path, name):
+    case, helps = HUMMING_HINTS[name]
+    verdict = judge(tmp_path, case)[VLLM]
+    assert not verdict.loads
+    assert ("runs with --quantization humming" in verdict.notes) == helps
 
 
 def test_the_file_beside_must_agree(tmp_path):

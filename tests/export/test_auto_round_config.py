@@ -16,7 +16,7 @@ from auto_round.models.layer import Block
 from auto_round.schemes.make import PlanRequest, make_plan
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.testing.config_reader import fields_of
-from auto_round.testing.exporter_kit import check_exporter, small_case
+from auto_round.testing.exporter_kit import check_exporter, expert_case, small_case
 from auto_round.version import __version__
 
 S = QuantizationScheme
@@ -59,6 +59,38 @@ def test_layers_list_only_what_differs_and_the_head_everything():
     assert extra["model.layers.0.mlp.up_proj"] == {"bits": 8}
     assert extra["model.layers.1.mlp.up_proj"] == {"bits": 2, "group_size": 16}
     assert extra["lm_head"] == {"bits": 4, "group_size": 32, "sym": True, "data_type": "int"}
+
+
+def test_every_entry_names_its_bits():
+    """vLLM takes an exact entry without them for 16 bits."""
+    changes = {"model.layers.0.mlp.down_proj": S(4, 16), "model.layers.1.mlp.down_proj": S(4, 32, sym=False)}
+    extra = config_of(small_case(S(4, 32), changes=changes))["extra_config"]
+    assert extra["model.layers.0.mlp.down_proj"] == {"bits": 4, "group_size": 16}
+    assert extra["model.layers.1.mlp.down_proj"] == {"bits": 4, "sym": False}
+
+
+def test_the_module_of_all_experts_gets_an_entry():
+    """vLLM asks for it and not for single experts."""
+    for experts, entry in ((S(8, 32), {"bits": 8}), (None, KEPT), (S(4, 32), None)):
+        case = expert_case(S(4, 32), experts=experts)
+        extra = config_of(case).get("extra_config", {})
+        for name in ("model.layers.1.mlp.experts", "model.layers.1.mlp.experts.routed_experts"):
+            assert extra.get(name) == entry
+        check_exporter(EXPORTERS["auto_round"], case)
+
+
+@pytest.mark.parametrize("form", ["auto_round:auto_awq", "auto_round"])
+def test_zero_points_of_the_awq_order_are_announced(form):
+    """They are always stored; told otherwise, vLLM and SGLang leave Marlin for kernels in float16."""
+    case = small_case(
+        S(4, 32, sym=form == "auto_round:auto_awq"),
+        changes={"model.layers.0.mlp.up_proj": S(4, 16, sym=form == "auto_round:auto_awq")},
+    )
+    exact = EXPORTERS[form].for_plan(case.plan, case.layers)
+    config = exact.config(case.plan, case.layers, case.blocks)
+    assert (config["packing_format"], config["sym"]) == ("auto_round:auto_awq", False)
+    assert config["extra_config"]["model.layers.0.mlp.up_proj"] == {"bits": 4, "group_size": 16}
+    check_exporter(EXPORTERS[form], case)
 
 
 def test_scale_dtypes_are_named_where_they_are_not_float16():

@@ -110,6 +110,36 @@ def test_the_configuration_of_w8a8():
     }
 
 
+@pytest.mark.parametrize(
+    ("scheme", "form"),
+    [
+        (INT8, "int-quantized"),
+        (dataclasses.replace(INT8, act_sym=False), "int-quantized"),
+        (scheme_of(8, 32, act_bits=8, act_group_size=-1), "pack-quantized"),
+        (W4A8, "pack-quantized"),
+        (scheme_of(4, -1, act_bits=4), "pack-quantized"),
+        (scheme_of(5, 32, act_bits=4, act_group_size=-1), "pack-quantized"),
+    ],
+)
+def test_bytes_only_for_products_of_eight_by_eight_bits(scheme, form):
+    """vLLM has kernels for these orders of bytes; packed, 4 bits take half the room."""
+    case = small_case(scheme)
+    check_exporter(EXPORTER, case)
+    config = EXPORTER.config(case.plan, case.layers, case.blocks)
+    assert [group["format"] for group in config["config_groups"].values()] == [form]
+
+
+def test_no_zero_points_beside_rounded_activations():
+    for scheme in (
+        scheme_of(4, 32, False, act_bits=8, act_group_size=-1),
+        dataclasses.replace(INT8, sym=False),
+    ):
+        case = small_case(scheme)
+        (refusal,) = EXPORTER.refusals(case.plan, case.layers)
+        assert "rounds no activations" in str(refusal)
+        assert "symmetric weights" in str(refusal)
+
+
 def test_compressed_tensors_accepts_the_configurations():
     quantization = pytest.importorskip("compressed_tensors.quantization")
     for scheme in (*ONE.values(), scheme_of(2, 16)):
@@ -205,13 +235,14 @@ def test_other_formats_refuse_activations(name):
     ("scheme", "text"),
     [
         (scheme_of(4, 32), None),
-        (scheme_of(8, -1, False), None),
         (INT8, None),
-        (W4A8, None),
-        (scheme_of(3, 32), "SGLang reads 4 and 8"),
-        (scheme_of(3, 32, False), "vLLM and SGLang read 4 and 8"),
-        (scheme_of(8, 32, act_bits=8, act_group_size=-1), "one step a row"),
-        (scheme_of(4, -1, act_bits=4), "vLLM runs 8-bit activations"),
+        (scheme_of(3, 32), "SGLang reads 4 and 8 bits"),
+        (scheme_of(3, 32, False), "SGLang reads 4 bits"),
+        (scheme_of(8, -1, False), "SGLang reads 4 bits"),
+        (scheme_of(8, 32, act_bits=8, act_group_size=-1), "SGLang does not read it"),
+        (scheme_of(4, -1, act_bits=4), "Marlin leaves activations in 16 bits"),
+        (W4A8, "Marlin leaves activations in 16 bits"),
+        (scheme_of(4, 32, act_bits=8, act_group_size=-1, act_sym=False), "wants symmetric activations"),
     ],
 )
 def test_remarks_on_loaders(scheme, text):

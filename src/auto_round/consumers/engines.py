@@ -1,7 +1,8 @@
 """The table of engines: for each format of a folder how it is read, what is demanded, which kernels.
 
-Facts as of the sources of August 2026: vLLM and SGLang main, GPTQModel 7 (`f4c327a17`), Transformers 5.23.
-vLLM reads `auto-round` as `inc`; its releases before 2026 took 2 and 3 bits and zero points, too (ExLlama).
+Facts as of the sources of vLLM 0.32, SGLang 0.5.23, GPTQModel 7 (`f4c327a17`), Transformers 5.23.
+vLLM reads `auto-round` as `inc`. Its releases before 0.32 have no kernels for 2, 3, 5, 6 and 7 bits (those
+before 2026 took 2 and 3 bits and zero points, too: ExLlama, which SGLang has dropped as well).
 All sizes are those of one GPU (tensor parallel 1) of compute capability 8.0 or newer.
 """
 
@@ -11,10 +12,12 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from auto_round.consumers import kernels
-from auto_round.consumers.compressed import read_compressed
+from auto_round.consumers import kernels_gptqmodel, kernels_sglang
+from auto_round.consumers.compressed import CompressedReader
 from auto_round.consumers.demands import Demands
 from auto_round.consumers.fields import Reading
+from auto_round.consumers.kernels import MARLIN_GROUPS, KernelOf
+from auto_round.consumers.kernels_vllm import vllm_awq, vllm_compressed, vllm_gptq, vllm_inc_gptq
 from auto_round.consumers.matrices import AWQ, GPTQ, Matrix
 from auto_round.consumers.modules import Module, fused_modules, split_modules
 from auto_round.consumers.readers import AutoRoundReader, AWQReader, GPTQReader, read_awq_dynamic
@@ -44,34 +47,38 @@ class Engine:
     order: str
     modules: Callable[[Iterable[Matrix]], tuple[Module, ...]]
     read: Reading
-    kernel: kernels.KernelOf
+    kernel: KernelOf
     demands: Demands
     source: str
 
 
-_BITS = ("bits", (2, 3, 4, 8))
 _PACKINGS = ("packing_format", ("auto_round:auto_gptq", "auto_round:auto_awq"))
 _BACKENDS = ("backend", ("auto", "gptq", "gptq:marlin", "awq", "awq:marlin", "marlin"))
-_INC = Demands(("bits", "group_size"), (_BITS, ("data_type", ("int",)), _PACKINGS, _BACKENDS), beside=True)
-_ROUTED = Demands(("bits", "group_size", "sym"), _INC.values, beside=True)
+_INTEGERS = (("data_type", ("int",)), _PACKINGS, _BACKENDS)
+_INC = Demands(("bits", "group_size"), (("bits", (2, 3, 4, 5, 6, 7, 8)), *_INTEGERS), beside=True)
+_ROUTED = Demands(
+    ("bits", "group_size", "sym"), (("bits", (2, 3, 4, 8)), *_INTEGERS, ("desc_act", (False,))), beside=True
+)
+_MARLIN_GPTQ = (("bits", (4, 8)), ("sym", (True,)), ("checkpoint_format", ("gptq", "gptq_v2")))
 _GPTQ_KEYS = ("bits", "group_size", "desc_act", "sym")
 _AWQ_KEYS = (("bits", "w_bit"), ("group_size", "q_group_size"), "zero_point")
 
 _INC_SOURCE = "vllm-project/vllm vllm/model_executor/layers/quantization/inc/inc.py"
-_ROUTED_SOURCE = "sgl-project/sglang python/sglang/srt/layers/quantization/auto_round/auto_round.py"
-_VLLM_READER, _SGLANG_READER = AutoRoundReader(re.search), AutoRoundReader(re.fullmatch)
+_ROUTED_SOURCE = "sgl-project/sglang python/sglang/srt/layers/quantization/auto_round.py"
+_VLLM_READER = AutoRoundReader(re.search, ends=True)
+_SGLANG_READER = AutoRoundReader(re.fullmatch, ends=False)
 
 ENGINES: tuple[Engine, ...] = (
-    Engine(VLLM, AUTO_ROUND, GPTQ, fused_modules, _VLLM_READER, kernels.vllm_gptq, _INC, _INC_SOURCE),
-    Engine(VLLM, AUTO_ROUND, AWQ, fused_modules, _VLLM_READER, kernels.vllm_awq, _INC, _INC_SOURCE),
+    Engine(VLLM, AUTO_ROUND, GPTQ, fused_modules, _VLLM_READER, vllm_inc_gptq, _INC, _INC_SOURCE),
+    Engine(VLLM, AUTO_ROUND, AWQ, fused_modules, _VLLM_READER, vllm_awq, _INC, _INC_SOURCE),
     Engine(
         VLLM,
         "gptq",
         GPTQ,
         fused_modules,
         GPTQReader(lists=True),
-        kernels.vllm_gptq,
-        Demands(_GPTQ_KEYS, (("bits", (4, 8)), ("sym", (True,)), ("checkpoint_format", ("gptq", "gptq_v2")))),
+        vllm_gptq,
+        Demands(_GPTQ_KEYS, _MARLIN_GPTQ),
         "vllm-project/vllm vllm/model_executor/layers/quantization/auto_gptq.py",
     ),
     Engine(
@@ -80,7 +87,7 @@ ENGINES: tuple[Engine, ...] = (
         AWQ,
         fused_modules,
         AWQReader(parts=True),
-        kernels.vllm_awq,
+        vllm_awq,
         Demands(_AWQ_KEYS, (("bits", (4,)), ("version", ("gemm",)))),
         "vllm-project/vllm vllm/model_executor/layers/quantization/auto_awq.py",
     ),
@@ -89,16 +96,30 @@ ENGINES: tuple[Engine, ...] = (
         "compressed-tensors",
         "",
         fused_modules,
-        read_compressed,
-        kernels.compressed,
+        CompressedReader(strict=False),
+        vllm_compressed,
         Demands(("config_groups",)),
         "vllm-project/vllm vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py",
     ),
     Engine(
-        SGLANG, AUTO_ROUND, GPTQ, fused_modules, _SGLANG_READER, kernels.sglang_gptq, _ROUTED, _ROUTED_SOURCE
+        SGLANG,
+        AUTO_ROUND,
+        GPTQ,
+        fused_modules,
+        _SGLANG_READER,
+        kernels_sglang.sglang_auto_round_gptq,
+        _ROUTED,
+        _ROUTED_SOURCE,
     ),
     Engine(
-        SGLANG, AUTO_ROUND, AWQ, fused_modules, _SGLANG_READER, kernels.sglang_awq, _ROUTED, _ROUTED_SOURCE
+        SGLANG,
+        AUTO_ROUND,
+        AWQ,
+        fused_modules,
+        _SGLANG_READER,
+        kernels_sglang.sglang_auto_round_awq,
+        _ROUTED,
+        _ROUTED_SOURCE,
     ),
     Engine(
         SGLANG,
@@ -106,8 +127,8 @@ ENGINES: tuple[Engine, ...] = (
         GPTQ,
         fused_modules,
         GPTQReader(lists=False),
-        kernels.sglang_gptq,
-        Demands(("bits", "group_size", "desc_act"), (_BITS, ("checkpoint_format", ("gptq", "gptq_v2")))),
+        kernels_sglang.sglang_gptq,
+        Demands(_GPTQ_KEYS, (*_MARLIN_GPTQ, ("group_size", MARLIN_GROUPS))),
         "sgl-project/sglang python/sglang/srt/layers/quantization/gptq/gptq.py",
     ),
     Engine(
@@ -116,7 +137,7 @@ ENGINES: tuple[Engine, ...] = (
         AWQ,
         fused_modules,
         AWQReader(parts=False),
-        kernels.sglang_awq,
+        kernels_sglang.sglang_awq,
         Demands(_AWQ_KEYS, (("bits", (4,)), ("version", ("gemm",)))),
         "sgl-project/sglang python/sglang/srt/layers/quantization/awq/awq.py",
     ),
@@ -125,8 +146,8 @@ ENGINES: tuple[Engine, ...] = (
         "compressed-tensors",
         "",
         fused_modules,
-        read_compressed,
-        kernels.compressed,
+        CompressedReader(strict=True),
+        kernels_sglang.sglang_compressed,
         Demands(("config_groups",)),
         "sgl-project/sglang python/sglang/srt/layers/quantization/compressed_tensors/compressed_tensors.py",
     ),
@@ -136,7 +157,7 @@ ENGINES: tuple[Engine, ...] = (
         GPTQ,
         split_modules,
         GPTQReader(lists=False),
-        kernels.gptqmodel_gptq,
+        kernels_gptqmodel.gptqmodel_gptq,
         Demands(("bits", "group_size"), (("checkpoint_format", ("gptq", "gptq_v2")),)),
         "ModelCloud/GPTQModel gptqmodel/models/loader.py",
     ),
@@ -146,7 +167,7 @@ ENGINES: tuple[Engine, ...] = (
         AWQ,
         split_modules,
         read_awq_dynamic,
-        kernels.gptqmodel_awq,
+        kernels_gptqmodel.gptqmodel_awq,
         Demands((), (("bits", (4,)), ("version", ("gemm",)))),
         "ModelCloud/GPTQModel gptqmodel/models/loader.py",
     ),

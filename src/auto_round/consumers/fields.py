@@ -36,6 +36,28 @@ class Fields:
         return f"W{self.bits} {size} {'sym' if self.sym else 'asym'}"
 
 
+@dataclass(frozen=True, slots=True)
+class CompressedFields(Fields):
+    """Scheme of one module of a compressed-tensors folder.
+
+    Attributes:
+        numbers: `int` or `float`.
+        form: `format` of its config group: how codes are stored.
+        activations: bits of quantized activations, else 16.
+        by_token: activations get one symmetric step for each token while the model runs.
+    """
+
+    numbers: str = "int"
+    form: str = ""
+    activations: int = FLOAT_BITS
+    by_token: bool = False
+
+    def __str__(self) -> str:
+        text = Fields.__str__(self)
+        width, _, rest = text.partition(" ")
+        return text if self.activations >= FLOAT_BITS else f"{width}A{self.activations} {rest}"
+
+
 Reading = Callable[[Folder, Module], "Fields | None"]
 """How an engine reads the configuration for one module; None for one that it does not quantize."""
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from auto_round.consumers.compressed import CompressedReader
+from auto_round.consumers.fields import CannotReadError
 from auto_round.consumers.folder import Folder, read_folder
 from auto_round.consumers.matrices import Matrix
+from auto_round.consumers.modules import Module
 from auto_round.consumers.verdict import Verdict, judge_folder
 from auto_round.errors import AutoRoundError
 from auto_round.inference.stored_formats import StoredFormats
@@ -61,17 +64,18 @@ def take_inventory(path: str | Path) -> Inventory:
         CheckpointError: a damaged file.
     """
     folder = read_folder(path)
-    labels = _labels(folder)
+    contents = _compressed(folder) if folder.method == "compressed-tensors" else _integers(folder)
     schemes: dict[str, tuple[int, int]] = {}
     kept: dict[str, list[str]] = {}
     for matrix in folder.matrices:
         if matrix.packed:
-            count, weights = schemes.get(labels[matrix.name], (0, 0))
-            schemes[labels[matrix.name]] = (count + 1, weights + matrix.weights)
+            label, held = contents[matrix.name]
+            count, total = schemes.get(label, (0, 0))
+            schemes[label] = (count + 1, total + held)
         else:
             kept.setdefault(f"{matrix.bits} bits", []).append(matrix.name)
-    known = all(matrix.bits for matrix in folder.packed)
-    weights = sum(matrix.weights for matrix in folder.packed)
+    known = all(held for _, held in contents.values())
+    weights = sum(held for _, held in contents.values())
     stored = sum(matrix.nbytes for matrix in folder.packed)
     return Inventory(
         folder.format,
@@ -83,13 +87,36 @@ def take_inventory(path: str | Path) -> Inventory:
     )
 
 
-def _labels(folder: Folder) -> dict[str, str]:
-    """Scheme of each packed matrix; bits alone where the configuration cannot be read."""
+Contents = dict[str, tuple[str, int]]
+"""Packed matrix -> its scheme, and its number of weights; 0 where headers do not tell."""
+
+
+def _compressed(folder: Folder) -> Contents:
+    """compressed-tensors: headers tell words, the configuration how wide a code is."""
+    read = CompressedReader(strict=False)
+    found: Contents = {}
+    for matrix in folder.packed:
+        try:
+            fields = read(folder, Module(matrix.name, (matrix,)))
+        except CannotReadError:
+            fields = None
+        label = str(fields) if fields is not None else f"{matrix.bits or 'few'} bits, not as configured"
+        known = not matrix.words or fields is not None
+        found[matrix.name] = (
+            label,
+            matrix.shape[0] * matrix.inputs(fields.bits if fields else 1) if known else 0,
+        )
+    return found
+
+
+def _integers(folder: Folder) -> Contents:
+    """GPTQ and AWQ words; bits alone where the configuration cannot be read."""
     try:
         stored = StoredFormats.of_folder(folder.quantization, [m.name for m in folder.matrices])
-        return {m.name: _label(stored, m) for m in folder.packed}
+        labels = {m.name: _label(stored, m) for m in folder.packed}
     except AutoRoundError:
-        return {m.name: f"{m.bits or 'few'} bits" for m in folder.packed}
+        labels = {m.name: f"{m.bits or 'few'} bits" for m in folder.packed}
+    return {m.name: (labels[m.name], m.weights if m.bits else 0) for m in folder.packed}
 
 
 def _label(stored: StoredFormats, matrix: Matrix) -> str:

@@ -69,6 +69,19 @@ class Matrix:
         """Whether its name has a number, as those of the layers of a decoder block have."""
         return _IN_BLOCK.search(self.name) is not None
 
+    def inputs(self, bits: int) -> int:
+        """Weights in a row, where the headers of packed words tell words only.
+
+        Args:
+            bits: width of a code, as the configuration says.
+        """
+        return self.shape[1] * WORD // bits if self.words else self.shape[1]
+
+    @property
+    def words(self) -> bool:
+        """Whether it is one of compressed-tensors' matrices of packed words."""
+        return self.order == OTHER and any(name.endswith(".weight_packed") for name in self.tensors)
+
     @property
     def weights(self) -> int:
         """Number of weights."""
@@ -137,15 +150,17 @@ def _words(layer: str, tensors: Mapping[str, TensorInfo]) -> Matrix:
 
 
 def _compressed(layer: str, tensors: Mapping[str, TensorInfo]) -> Matrix:
-    """A matrix of the compressed-tensors family; its bits are known where a byte or more holds one code."""
+    """A matrix of the compressed-tensors family; its bits are known of floating-point numbers only."""
     main = tensors.get("weight_packed") or tensors.get("weight")
     if main is None or len(main.shape) != 2:
         raise CheckpointError(f'layer "{layer}" has {", ".join(sorted(tensors))} but no matrix of codes')
-    bits = 8 * main.dtype.itemsize if "weight_packed" not in tensors else 0
+    words = "weight_packed" in tensors
+    bits = 0 if words or main.dtype is torch.int8 else 8 * main.dtype.itemsize
     scale = tensors.get("weight_scale")
-    return _made(
-        layer, OTHER, (main.shape[0], main.shape[1]), bits, 0, tensors, None if scale is None else scale.dtype
-    )
+    if scale is None:
+        return _made(layer, OTHER, (main.shape[0], main.shape[1]), bits, 0, tensors, None)
+    groups = scale.shape[1] if main.dtype in (torch.int32, torch.int8) and len(scale.shape) == 2 else 0
+    return _made(layer, OTHER, (main.shape[0], main.shape[1]), bits, groups, tensors, scale.dtype)
 
 
 def _made(

@@ -27,35 +27,51 @@ Match = Callable[[str, str], object]
 class AutoRoundReader:
     """`extra_config` by exact name, then blocks by the beginnings of names, then `extra_config` by pattern.
 
-    Source: vLLM `vllm/model_executor/layers/quantization/inc/config_parser.py` (`re.search`); SGLang
-    `python/sglang/srt/layers/quantization/auto_round/routing.py` (`re.fullmatch`).
+    Source: vLLM `vllm/model_executor/layers/quantization/inc/config_parser.py`, `inc.py` (`re.search`);
+    SGLang `python/sglang/srt/layers/quantization/auto_round.py` (`re.fullmatch`).
 
     Attributes:
         match: how a pattern meets a name.
+        ends: vLLM: a key also meets names that end with it, an exact entry without `bits` means 16 bits, the
+            parts of a fused module are asked for only where one of them has an entry, single experts never
+            (`"fusedmoe" in layer.__class__.__name__.lower()` is not true of `RoutedExperts`).
     """
 
     match: Match
+    ends: bool
 
     def __call__(self, folder: Folder, module: Module) -> Fields | None:
         """Scheme of a module; None where it is not quantized."""
         extra = _mapping(folder.quantization.get("extra_config"))
+        if self.ends and any(_keeps(extra, name) for name in (module.name, f"model.{module.name}")):
+            return None
         if module.name in extra:
             return self._fields(folder, module.name, inside=True)
+        if self.ends and (end := next((key for key in extra if module.name.endswith(f".{key}")), None)):
+            return self._fields(folder, end, inside=True)
         inside = _inside(folder, module)
-        if module.experts:
+        if module.experts and not self.ends:
             named = {
                 name: self._fields(folder, name, inside) for name in extra if name.startswith(module.name)
             }
             if named:
                 return agreed(module, named)
-        elif extra and len(module.parts) > 1:
+        elif len(module.parts) > 1 and not module.experts and self._asks_parts(extra, module):
             return agreed(module, {p.name: self._fields(folder, p.name, inside) for p in module.parts})
         return self._fields(folder, module.name, inside)
+
+    def _asks_parts(self, extra: Mapping[str, Any], module: Module) -> bool:
+        if not self.ends:
+            return bool(extra)
+        return any(part.name in extra or self._pattern(extra, part.name) is not None for part in module.parts)
+
+    def _pattern(self, extra: Mapping[str, Any], name: str) -> str | None:
+        return next((key for key in extra if self._meets(key, name)), None)
 
     def _fields(self, folder: Folder, name: str, inside: bool) -> Fields | None:
         config = folder.quantization
         extra = _mapping(config.get("extra_config"))
-        found = name if name in extra else next((key for key in extra if self._meets(key, name)), None)
+        found = name if name in extra else self._pattern(extra, name)
         own: Mapping[str, Any] = {} if found is None else _mapping(extra[found])
         values: dict[str, Any] = {"bits": FLOAT_BITS, "group_size": -1, "sym": True}
         if inside:
@@ -69,6 +85,14 @@ class AutoRoundReader:
             return not PATTERN_CHARACTERS.isdisjoint(key) and bool(self.match(key, name))
         except re.error:  # engines pass over these
             return False
+
+
+def _keeps(extra: Mapping[str, Any], name: str) -> bool:
+    """Whether vLLM takes an exact entry for 16 bits: also where it says nothing of bits."""
+    if name not in extra:
+        return False
+    bits = _mapping(extra[name]).get("bits", FLOAT_BITS)
+    return isinstance(bits, int) and bits >= FLOAT_BITS
 
 
 def _inside(folder: Folder, module: Module) -> bool:
@@ -102,11 +126,7 @@ class GPTQReader:
             return None
         if self.lists and not module.experts and not self._listed(folder, module):
             return None
-        changes = _changes(folder, module)
-        if changes is None:
-            return None
-        values = {key: changes.get(key, config.get(key)) for key in ("bits", "group_size", "sym")}
-        return make_fields(**values, where=module.name)
+        return scheme_by_dynamic(folder, module)
 
     def _listed(self, folder: Folder, module: Module) -> bool:
         names = _flat(folder.quantization.get("modules_in_block_to_quantize"))
@@ -115,6 +135,16 @@ class GPTQReader:
         if len(set(found.values())) > 1:
             raise CannotReadError(f"it fuses {module.name}, of which only some parts are quantized")
         return any(found.values())
+
+
+def scheme_by_dynamic(folder: Folder, module: Module) -> Fields | None:
+    """Fields at the top with what `dynamic` changes for a module; None for one that it keeps."""
+    changes = _changes(folder, module)
+    if changes is None:
+        return None
+    config = folder.quantization
+    values = {key: changes.get(key, config.get(key)) for key in ("bits", "group_size", "sym")}
+    return make_fields(**values, where=module.name)
 
 
 def read_awq_dynamic(folder: Folder, module: Module) -> Fields | None:
@@ -150,7 +180,8 @@ class AWQReader:
         kept = _flat(config.get("modules_to_not_convert"))
         if self.parts and not kept:
             kept = tuple(matrix.name for matrix in folder.matrices if matrix.order == PLAIN)
-        names = [p.name for p in module.parts] if self.parts and not module.experts else [module.name]
+        whole = not self.parts or module.experts or any(part in module.name for part in kept)
+        names = [module.name] if whole else [p.name for p in module.parts]
         skipped = {name: any(part in name for part in kept) for name in names}
         if len(set(skipped.values())) > 1:
             raise CannotReadError(f"it fuses {module.name}, of which only some parts are quantized")

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from auto_round.consumers.engines import ENGINES, GPTQMODEL, NAMES, Engine
-from auto_round.consumers.fields import CannotReadError, Fields
+from auto_round.consumers.engines import ENGINES, GPTQMODEL, NAMES, VLLM, Engine
+from auto_round.consumers.fields import FLOAT_BITS, CannotReadError, CompressedFields, Fields
 from auto_round.consumers.folder import Folder, read_folder
-from auto_round.consumers.kernels import HALF_ONLY
+from auto_round.consumers.humming import runs_with_humming
+from auto_round.consumers.kernels import HALF_ONLY, MARLIN
 from auto_round.consumers.matrices import OTHER, Matrix
 from auto_round.consumers.modules import Module
 from auto_round.consumers.ours import TRANSFORMERS, ask_ourselves
+from auto_round.layouts.compressed import PACK_QUANTIZED
 from auto_round.schemes.condense import some
 
 _ROUTERS = ("gate", "router")
@@ -101,6 +103,7 @@ def _replay(folder: Folder, engine: Engine) -> Verdict:
     complaints: dict[str, list[str]] = {}
     doubts: dict[str, list[str]] = {}
     used: Counter[str] = Counter()
+    unrounded = False
     if not reasons:
         for module in engine.modules(folder.matrices):
             try:
@@ -109,7 +112,9 @@ def _replay(folder: Folder, engine: Engine) -> Verdict:
                 if doubtful:
                     doubts.setdefault(doubtful, []).append(module.name)
                 elif fields is not None:
-                    used[engine.kernel(module, fields)] += 1
+                    kernel = engine.kernel(module, fields)
+                    used[kernel] += 1
+                    unrounded |= kernel.startswith(MARLIN) and _rounds_activations(fields)
             except CannotReadError as error:
                 complaints.setdefault(str(error).replace(module.name, "{}"), []).append(module.name)
     reasons += [_sentence(text, names) for text, names in complaints.items()]
@@ -117,7 +122,15 @@ def _replay(folder: Folder, engine: Engine) -> Verdict:
     notes += [_sentence(text, names) for text, names in doubts.items()]
     if any(kernel in HALF_ONLY for kernel in used) and folder.dtype not in ("", "float16"):
         notes.append("its kernel computes in float16: pass --dtype float16")
+    if unrounded:
+        notes.append("Marlin leaves activations in 16 bits")
+    if reasons and engine.name == VLLM and runs_with_humming(folder):
+        notes.append("runs with --quantization humming")
     return Verdict(engine.name, not reasons, {} if reasons else dict(used), tuple(reasons), tuple(notes))
+
+
+def _rounds_activations(fields: Fields) -> bool:
+    return isinstance(fields, CompressedFields) and fields.activations < FLOAT_BITS
 
 
 def _compare(module: Module, fields: Fields | None) -> str:
@@ -142,11 +155,16 @@ def _compare(module: Module, fields: Fields | None) -> str:
 
 
 def _compare_part(module: Module, part: Matrix, fields: Fields) -> None:
+    if isinstance(fields, CompressedFields) and (fields.form == PACK_QUANTIZED.name) != part.words:
+        raise CannotReadError(
+            f"expects {module.name} stored as {fields.form}, but finds another order of bytes"
+        )
     if part.bits and part.bits != fields.bits:
         raise CannotReadError(f"expects {fields} for {module.name}, but finds {part.bits} bits")
-    if part.groups and part.groups != fields.groups(part.shape[1]):
+    n_in = part.inputs(fields.bits)
+    if part.groups and part.groups != fields.groups(n_in):
         raise CannotReadError(
-            f"expects {fields} for {module.name}, but finds {part.groups} groups of {part.shape[1]} inputs"
+            f"expects {fields} for {module.name}, but finds {part.groups} groups of {n_in} inputs"
         )
 
 
@@ -155,6 +173,9 @@ def _other_reasons(folder: Folder, engine: Engine) -> Iterator[str]:
     heads = [matrix.name for matrix in folder.packed if matrix.name.rpartition(".")[2] == "lm_head"]
     if heads and tied:
         yield f"{heads[0]} is packed, but config.json ties it to the embedding"
+    reordered = folder.quantization.get("desc_act") and folder.quantization.get("group_size") != -1
+    if engine.name == VLLM and engine.method == "gptq" and reordered:
+        yield "it no longer takes inputs reordered by activation (desc_act)"
     asymmetric = folder.quantization.get("sym") is False
     first = folder.quantization.get("checkpoint_format", folder.quantization.get("format", "gptq")) == "gptq"
     if engine.name == GPTQMODEL and engine.method == "gptq" and asymmetric and first:

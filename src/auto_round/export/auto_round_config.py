@@ -3,19 +3,25 @@
 All three look for a layer's exact name in `extra_config` first, then for expressions that find it
 (Transformers and vLLM by `re.search`, SGLang by `re.fullmatch`), then take the fields at the top. They leave
 layers alone whose names do not begin with `block_name_to_quantize`, except those that `extra_config` names.
+vLLM takes an exact entry without `bits` for 16 bits, so every entry has them; it asks for the module of all
+experts of a block and not for single ones, so that gets an entry, too.
 
-Source: Transformers 5 `AutoRoundConfig`; vLLM `quantization/inc.py`; SGLang `quantization/auto_round.py`.
+Source: Transformers 5 `AutoRoundConfig`; vLLM 0.32 `quantization/inc/inc.py`, `inc/config_parser.py`; SGLang
+`quantization/auto_round.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from auto_round.errors import InternalError
 from auto_round.export.exporter import Facts
 from auto_round.export.packed import scheme_of, top_scheme
+from auto_round.export.reader_names import EXPERTS, merged_names
+from auto_round.layouts.awq import AWQ
+from auto_round.layouts.table import layout_for
 from auto_round.models.layer import Block, Layer
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.rules import Kind
@@ -40,6 +46,8 @@ DEFAULT_FACTS: Mapping[str, Any] = {
 """Options that are written only when they differ from these."""
 
 _RATES = ("lr", "minmax_lr")
+
+FieldsOf = Callable[[QuantizationScheme], dict[str, Any]]
 
 Override = tuple[tuple[str, Any], ...]
 """Fields of an `extra_config` entry, hashable."""
@@ -66,17 +74,19 @@ def quantization_config(
     """
     if not plan.quantized:
         return None
-    base = top_scheme(plan, layers, _fields)
+    fields_of = _with_zero_points if isinstance(layout_for(packing_format), AWQ) else _fields
+    base = fields_of(top_scheme(plan, layers, fields_of))
     prefixes = _prefixes(plan, layers, blocks)
     config: dict[str, Any] = {
         "quant_method": "auto-round",
         "packing_format": packing_format,
-        **_fields(base),
+        **base,
         "autoround_version": __version__,
     }
     if prefixes:
         config["block_name_to_quantize"] = prefixes[0] if len(prefixes) == 1 else prefixes
-    extra = _extra_config(plan, layers, base, prefixes)
+    overrides = {layer.name: _override(plan, layer, base, prefixes, fields_of) for layer in layers}
+    extra = _extra_config(plan, overrides)
     if extra:
         config["extra_config"] = extra
     news = _news(facts or {})
@@ -99,6 +109,11 @@ def _fields(scheme: QuantizationScheme) -> dict[str, Any]:
     return fields
 
 
+def _with_zero_points(scheme: QuantizationScheme) -> dict[str, Any]:
+    """Fields for the AWQ order of bytes, which always stores zero points; with `sym` true Marlin is left."""
+    return {**_fields(scheme), "sym": False}
+
+
 def _prefixes(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> list[str]:
     """Common beginnings of the blocks that hold quantized layers, for example `model.layers`."""
     quantized = {layer.block for layer in layers if scheme_of(plan, layer) is not None}
@@ -106,32 +121,35 @@ def _prefixes(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> l
     return list(dict.fromkeys(re.sub(r"\.\d+$", "", disk) for disk in disks))
 
 
-def _extra_config(
-    plan: Plan, layers: Sequence[Layer], base: QuantizationScheme, prefixes: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """Layers that differ from `base`: the user's patterns where all readers agree on them, else names."""
-    overrides = {layer.name: _override(plan, layer, base, prefixes) for layer in layers}
+def _extra_config(plan: Plan, overrides: Mapping[str, Override]) -> dict[str, dict[str, Any]]:
+    """Layers that differ from the top: the user's patterns where all readers agree on them, else names."""
     extra: dict[str, dict[str, Any]] = {}
     covered: set[str] = set()
     for regex, names in _patterns(plan, overrides):
         if not covered.issuperset(names):
             extra[regex] = dict(overrides[names[0]])
             covered.update(names)
-    named = {name: dict(o) for name, o in overrides.items() if o and name not in covered}
+    experts = {
+        name: overrides[part] for name, part in merged_names(overrides).items() if name.endswith(EXPERTS)
+    }
+    named = {name: dict(o) for name, o in {**experts, **overrides}.items() if o and name not in covered}
     return named | extra
 
 
-def _override(plan: Plan, layer: Layer, base: QuantizationScheme, prefixes: Sequence[str]) -> Override:
+def _override(
+    plan: Plan, layer: Layer, base: Mapping[str, Any], prefixes: Sequence[str], fields_of: FieldsOf
+) -> Override:
     """Entry of one layer; empty when the fields at the top say it all."""
     scheme = scheme_of(plan, layer)
     inside = any(layer.name.startswith(f"{p}.") for p in prefixes)
     if scheme is None:
         return tuple(KEPT.items()) if inside else ()
-    known = _fields(base) if inside else {}
-    fields = _fields(scheme)
+    known = base if inside else {}
+    fields = fields_of(scheme)
     if "scale_dtype" in known:
         fields.setdefault("scale_dtype", "torch.float16")
-    return tuple((k, v) for k, v in fields.items() if known.get(k) != v)
+    differing = {k: v for k, v in fields.items() if known.get(k) != v}
+    return tuple(({"bits": scheme.bits} | differing).items()) if differing else ()
 
 
 def _patterns(plan: Plan, overrides: Mapping[str, Override]) -> Iterator[tuple[str, list[str]]]:

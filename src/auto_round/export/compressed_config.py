@@ -34,11 +34,14 @@ _SEVERAL = 2
 
 
 def layout_of(scheme: QuantizationScheme) -> Layout:
-    """Order of bytes of a layer: packed words, or bytes where activations are quantized too.
+    """Order of bytes of a layer: packed words, or bytes for the products of 8 by 8 bits.
 
-    Source: compressed-tensors `compressors/format.py: COMPRESSION_FORMAT_PRIORITY`.
+    vLLM and SGLang have such products for one step a row; beside any other weights vLLM takes quantized
+    activations from packed words only.
+    Source: `_get_scheme_from_parts` in vLLM's and SGLang's `compressed_tensors.py`.
     """
-    return INT_QUANTIZED if scheme.act_quantized else PACK_QUANTIZED
+    eight_by_eight = (scheme.bits, scheme.group_size, scheme.act_bits) == (8, -1, 8)
+    return INT_QUANTIZED if eight_by_eight else PACK_QUANTIZED
 
 
 def quantization_config(plan: Plan, layers: Sequence[Layer]) -> dict[str, Any] | None:
@@ -157,35 +160,36 @@ def _pattern(name: str) -> str:
 def loader_notes(plan: Plan, layers: Sequence[Layer]) -> list[str]:
     """What some loaders of such a folder cannot do with a plan, for people.
 
-    Source: `WNA16_SUPPORTED_TYPES_MAP` and `WNA16_ZP_SUPPORTED_TYPES_MAP` in `compressed_tensors_wNa16.py` of
-    vLLM and of SGLang; `_is_dynamic_token_w8a8` and `_is_dynamic_token_w4a8_int` in vLLM's
-    `compressed_tensors.py`.
+    Source: `WNA16_SUPPORTED_TYPES_MAP` in `compressed_tensors_wNa16.py` of vLLM 0.32 and of SGLang 0.5.23,
+    `_get_scheme_from_parts` of both.
     """
     schemes = {s for layer in layers if (s := plan.entries[layer.name].scheme) is not None}
     return sorted({note for scheme in schemes if (note := _note(scheme))})
 
 
-_COMMON_BITS = (4, 8)
-"""Widths of weights that every loader reads."""
+_COMMON_BITS = {True: (4, 8), False: (4,)}
+"""Widths of weights that every loader reads, without and with zero points."""
 
 
 def _note(scheme: QuantizationScheme) -> str:
     activations = scheme.activation_format()
     if activations is None:
-        if scheme.bits in _COMMON_BITS:
+        common = _COMMON_BITS[scheme.sym]
+        if scheme.bits in common:
             return ""
-        if scheme.sym:
-            return (
-                f"llm_compressor: symmetric weights of {scheme.bits} bits need compressed-tensors and vLLM "
-                "of the middle of 2026 or later; SGLang reads 4 and 8 bits"
-            )
+        kind = "symmetric" if scheme.sym else "asymmetric"
         return (
-            f"llm_compressor: asymmetric weights of {scheme.bits} bits are read by Transformers with "
-            "compressed-tensors; vLLM and SGLang read 4 and 8 bits"
+            f"llm_compressor: {kind} weights of {scheme.bits} bits need compressed-tensors and vLLM of the "
+            f"middle of 2026 or later; SGLang reads {' and '.join(map(str, common))} bits"
         )
-    if activations.bits == 8 and (scheme.bits == 4 or (scheme.bits == 8 and scheme.group_size == -1)):
+    if layout_of(scheme) is INT_QUANTIZED:
         return ""
+    if not (isinstance(activations, TokenInt) and activations.sym):
+        return (
+            f"llm_compressor: {scheme.label} runs in Transformers with compressed-tensors only; vLLM wants "
+            "symmetric activations"
+        )
     return (
-        f"llm_compressor: {scheme.label} runs in Transformers with compressed-tensors; vLLM runs 8-bit "
-        "activations with weights of 8 bits and one step a row, or of 4 bits"
+        f"llm_compressor: {scheme.label} runs in Transformers with compressed-tensors and in vLLM 0.32 or "
+        "later, where Marlin leaves activations in 16 bits; SGLang does not read it"
     )

@@ -65,6 +65,18 @@ def _search(config: Mapping[str, Any], name: str, packed: Collection[str]) -> Fo
     return fields_of(config, name, full_match=False)
 
 
+def inc_in_vllm(config: Mapping[str, Any], name: str, packed: Collection[str]) -> Found:
+    """VLLM 0.32 `INCConfig.get_quant_method` and `INCConfigParser`: merged matrices by their parts."""
+    extra: Mapping[str, Mapping[str, Any]] = config.get("extra_config", {})
+    if name in extra and extra[name].get("bits", 16) >= 16:
+        return None
+    if name in extra or not name.endswith(tuple(_MERGED)):
+        return fields_of(config, name, full_match=False)
+    found = [fields_of(config, part, full_match=False) for part in _parts(name)]
+    require(all(one == found[0] for one in found), f"vLLM: the parts of {name} have different schemes")
+    return found[0]
+
+
 def _fullmatch(config: Mapping[str, Any], name: str, packed: Collection[str]) -> Found:
     return fields_of(config, name, full_match=True)
 
@@ -136,7 +148,7 @@ def awq_in_transformers(config: Mapping[str, Any], name: str, packed: Collection
 
 READERS: Mapping[str, Mapping[str, Reader]] = MappingProxyType(
     {
-        "auto-round": {"Transformers, vLLM": _search, "SGLang": _fullmatch},
+        "auto-round": {"Transformers": _search, "vLLM": inc_in_vllm, "SGLang": _fullmatch},
         "gptq": {"vLLM": gptq_in_vllm, "SGLang": gptq_in_sglang, "GPTQModel": gptq_in_gptqmodel},
         "awq": {
             "vLLM": awq_in_vllm,
@@ -153,7 +165,7 @@ READERS: Mapping[str, Mapping[str, Reader]] = MappingProxyType(
 """`quant_method` -> readers that understand any plan in it. optimum knows one scheme only."""
 
 MERGING = ("vLLM", "SGLang")
-"""Readers of GPTQ and AWQ folders that ask for merged matrices."""
+"""Readers that ask for merged matrices; SGLang those of GPTQ and AWQ folders only, as a whole."""
 
 
 def merged_names(names: Collection[str]) -> dict[str, list[str]]:

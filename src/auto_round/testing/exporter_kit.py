@@ -167,7 +167,7 @@ def _check_config(who: str, config: Mapping[str, Any], case: Case, packed: Colle
             if layer.role is Role.HEAD and schemes[layer.name] is None and method == "auto-round":
                 continue  # readers skip the head unless it is named
             _check_fields(f"{who}: {reader}", read, config, layer.name, schemes[layer.name], packed)
-        if method != "auto-round" and reader in MERGING:
+        if reader in (MERGING if method != "auto-round" else MERGING[:1]):
             for merged, members in merged_names(schemes).items():
                 if all(schemes[member] == schemes[members[0]] for member in members):
                     _check_fields(f"{who}: {reader}", read, config, merged, schemes[members[0]], packed)
@@ -184,6 +184,8 @@ def _check_fields(
     got: Found = read(config, name, packed)
     got = got and {field: got[field] for field in FIELDS if field in got}
     want = None if scheme is None else {field: scheme[field] for field in got or ("bits",)}
+    if want is not None and config.get("packing_format") == "auto_round:auto_awq":
+        want["sym"] = False  # zero points are always stored
     require(got == want, f"{who} takes {name} for {got}, the plan says {want}")
 
 

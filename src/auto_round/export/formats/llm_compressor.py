@@ -28,8 +28,8 @@ _SCALE = "weight_scale"
 class LLMCompressorFormat:
     """Whole numbers as compressed-tensors stores them.
 
-    Layers whose activations are quantized are stored as bytes (`int-quantized`), the others packed
-    (`pack-quantized`).
+    Layers of 8 bits a row whose activations get 8 bits are stored as bytes (`int-quantized`), the others
+    packed (`pack-quantized`).
 
     Attributes:
         name: name on the command line.
@@ -50,7 +50,18 @@ class LLMCompressorFormat:
         exact = self.for_plan(plan, layers)
         schemes = {s for layer in layers if (s := plan.scheme_of(layer.name)) is not None}
         mixed = len({group_of(scheme) for scheme in schemes}) > 1
-        return gather_refusals(plan, layers, lambda layer, fmt: exact._refusal(layer, fmt, mixed=mixed))
+
+        def refuse(layer: Layer, fmt: Format) -> Refusal | None:
+            scheme = plan.scheme_of(layer.name)
+            if scheme is not None and scheme.act_quantized and not is_symmetric(fmt):
+                return Refusal(
+                    self.name,
+                    "Transformers dequantizes weights with zero points and then rounds no activations",
+                    "use symmetric weights",
+                )
+            return exact._refusal(layer, fmt, mixed=mixed)
+
+        return gather_refusals(plan, layers, refuse)
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
         """What some loaders of such a folder cannot do with the plan."""

@@ -1,0 +1,124 @@
+"""Matrix products of PyTorch in place of vLLM's GPU kernels, and its decisions as on one NVIDIA GPU.
+
+vLLM's CPU build has no kernels for 2, 3 and 8 bits and some others. What a folder has to fit are names,
+shapes, fusing and configuration: with this module vLLM decides and loads as on a GPU, and multiplies here.
+All of it happens in the process of a test.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.quantization.auto_awq as auto_awq
+import vllm.model_executor.layers.quantization.humming as humming
+import vllm.model_executor.layers.quantization.inc.schemes.inc_wna16_scheme as inc
+import vllm.model_executor.layers.quantization.utils.marlin_utils as marlin
+from torch import Tensor
+from torch.nn.functional import linear
+from vllm.model_executor.kernels.linear import register_linear_kernel
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
+from vllm.platforms import PlatformEnum, current_platform
+from vllm.platforms.interface import DeviceCapability
+
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+class Gpu:
+    """The platform as one NVIDIA GPU, for modules that choose by it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(current_platform, name)
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def is_cuda(self) -> bool:
+        return True
+
+    def get_device_capability(self, device_id: int = 0) -> DeviceCapability:
+        return DeviceCapability(8, 0)
+
+
+def codes_of(words: Tensor, bits: int) -> Tensor:
+    """Codes `[..., n]` of words `[..., n * bits / 32]`, first code in the lowest bits."""
+    single = (words.unsqueeze(-1) >> torch.arange(32)) & 1
+    by_code = single.flatten(-2).unflatten(-1, (-1, bits))
+    return (by_code << torch.arange(bits)).sum(-1)
+
+
+def dense(codes: Tensor, zero: Tensor | int, scale: Tensor) -> Tensor:
+    """Weight `[out, in]` of codes `[out, in]`, zero points and scales `[out, groups]`."""
+    width = codes.shape[1] // scale.shape[1]
+    zeros = zero.repeat_interleave(width, 1) if isinstance(zero, Tensor) else zero
+    return (codes - zeros).to(scale.dtype) * scale.repeat_interleave(width, 1)
+
+
+def along(x: Any, dim: str) -> Tensor:
+    """Data of a parameter with its `dim` (`input_dim`, `output_dim`) first."""
+    return x.data if getattr(x, dim) == 0 else x.data.t()
+
+
+class DenseKernel(MPLinearKernel):
+    """Unpacks whatever vLLM has loaded, by what the parameters say of themselves."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+        return True, None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        bits = self.config.weight_type.size_bits
+        packed, scale, zeros = self._get_weight_params(layer)
+        codes = codes_of(along(packed, "output_dim").contiguous(), bits)
+        scales = along(scale, "output_dim")
+        if self.config.zero_points:
+            zero: Any = codes_of(along(zeros, "output_dim").t().contiguous(), bits).t()
+        else:
+            zero = 1 << (bits - 1)
+        layer.dense = dense(codes, zero, scales.reshape(len(codes), -1))
+
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, layer.dense.to(x.dtype), bias)
+
+
+class DenseHumming(humming.HummingLinearMethod):
+    """Humming with GPTQ words; zero points are read as they are stored, as there."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        schema = getattr(self.weight_schema, "_delegate", self.weight_schema)
+        codes = codes_of(layer.qweight.data.t().contiguous(), schema.bits)
+        zero = 1 << (schema.bits - 1)
+        if not schema.sym:
+            zero = codes_of(layer.qzeros.data.contiguous(), schema.bits).t()
+        layer.dense = dense(codes, zero, layer.scales.data.t())
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, layer.dense.to(x.dtype), bias)
+
+
+class DenseAWQ(auto_awq.AutoAWQLinearMethod):
+    """vLLM's older AWQ kernel."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        unpacked = [
+            codes_of(x.data, 4).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2).t()
+            for x in (layer.qweight, layer.qzeros)
+        ]
+        layer.dense = dense(*unpacked, layer.scales.data.t())
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, layer.dense.to(x.dtype), bias)
+
+
+def replace_products() -> None:
+    """From here on this process decides as on a GPU and multiplies with PyTorch."""
+    gpu: Any = Gpu()
+    for module in (inc, auto_awq, marlin):
+        module.current_platform = gpu
+    humming.HummingLinearMethod = DenseHumming
+    auto_awq.AutoAWQLinearMethod = DenseAWQ
+    register_linear_kernel(DenseKernel, PlatformEnum.CPU)

@@ -7,6 +7,7 @@ All of it happens in the process of a test.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -122,3 +123,4 @@ def replace_products() -> None:
     humming.HummingLinearMethod = DenseHumming
     auto_awq.AutoAWQLinearMethod = DenseAWQ
     register_linear_kernel(DenseKernel, PlatformEnum.CPU)
+    os.environ["VLLM_DISABLED_KERNELS"] = "CPUWNA16LinearKernel"

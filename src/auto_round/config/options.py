@@ -34,7 +34,11 @@ GROUPS: Final[Mapping[str, type]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Everything a quantization run is told, as plain data; live objects travel beside it."""
+    """Everything a quantization run is told, as plain data; live objects travel beside it.
+
+    Attributes:
+        given: names of the options that the user set, to whatever value.
+    """
 
     model: ModelOptions = field(default_factory=ModelOptions)
     scheme: SchemeOptions = field(default_factory=SchemeOptions)
@@ -42,6 +46,7 @@ class Options:
     tune: TuneOptions = field(default_factory=TuneOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+    given: frozenset[str] = frozenset()
 
 
 def all_settings() -> tuple[Setting, ...]:
@@ -76,12 +81,13 @@ def build_options(
     if recipe not in RECIPES:
         raise ConfigError(f'unknown recipe "{recipe}": {nearest(recipe, RECIPES)}')
     hub = {"platform": "model_scope"} if environment is not None and environment.use_modelscope else {}
-    flat = {**hub, **RECIPES[recipe], **_settled_names(given)}
+    said = _settled_names(given)
+    flat = {**hub, **RECIPES[recipe], **said}
     parts: dict[str, Any] = {}
     for key, group in GROUPS.items():
         own = [setting.name for setting in settings(group)]
         parts[key] = group(**{name: flat[name] for name in own if name in flat})
-    return Options(**parts)
+    return Options(**parts, given=frozenset(said))
 
 
 def _settled_names(given: Mapping[str, Any]) -> dict[str, Any]:

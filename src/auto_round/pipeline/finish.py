@@ -24,6 +24,7 @@ from auto_round.pipeline.hard_cases import hard_cases
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.measure import Measured
 from auto_round.pipeline.plan_table import plan_size
+from auto_round.pipeline.recast import wanted_dtype
 from auto_round.version import __version__
 
 REPORT = "report.json"
@@ -48,7 +49,8 @@ def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
             }
             if job.tokenizer is not None:
                 job.tokenizer.save_pretrained(folder)
-        dtype = exporter.float_dtype if isinstance(exporter, Recasts) and quantization is not None else None
+        recasts = isinstance(exporter, Recasts) and quantization is not None
+        dtype = exporter.float_dtype if recasts and isinstance(exporter, Recasts) else wanted_dtype(job)
         write_configs(folder, source, quantization, untied=job.plan.untie_head, dtype=dtype)
 
 

@@ -10,6 +10,7 @@ from auto_round.config.groups import SchemeOptions
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
 from auto_round.export.table import BESIDE_GGUF
+from auto_round.log import logger
 from auto_round.schemes.gguf_types import (
     FILE_TYPES,
     FORMAT_PREFIX,
@@ -69,6 +70,8 @@ def gguf_request(options: Options) -> GgufRequest | None:
             f"format {FORMAT_PREFIX}{wanted.name} with scheme {scheme!r}: leave the scheme out, or give "
             f"{wanted.preset}"
         )
+    if not by_scheme and "scheme" in options.given and not plain:
+        logger.warning("scheme has no effect: the type of each tensor follows from %s", wanted.preset)
     fields = sorted(options.scheme.overrides())
     if fields:
         raise ConfigError(

@@ -10,6 +10,7 @@ from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.input_squares import InputSquares
 from auto_round.pipeline.job import Job
+from auto_round.pipeline.recast import as_wanted
 from auto_round.pipeline.streams import Streams
 from auto_round.tuning.weights import round_to_nearest
 
@@ -41,7 +42,7 @@ def quantize_outside(
             importance = moments.importance()
             if importance is not None:
                 inputs[layer.tensor] = InputSquares(importance.squares.cpu(), moments.count)
-        weight = job.source.read(layer).to(job.device)
+        weight = as_wanted(job, job.source.read(layer)).to(job.device)
         try:
             q = round_to_nearest(weight, fmt, importance, job.effort)
         except NumericsError as error:

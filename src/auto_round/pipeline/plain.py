@@ -13,6 +13,7 @@ from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.search import BY_SQUARES
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.outputs import Written
+from auto_round.pipeline.recast import as_wanted
 from auto_round.pipeline.workers import workers
 from auto_round.tuning.weights import round_to_nearest
 
@@ -57,7 +58,7 @@ def round_layers(
 
     def work(item: tuple[Layer, Format]) -> tuple[str, Written]:
         layer, fmt = item
-        weight = job.source.read(layer).to(job.device)
+        weight = as_wanted(job, job.source.read(layer)).to(job.device)
         try:
             squares = job.importance.get(layer.tensor)
             importance, effort = None, None

@@ -8,6 +8,7 @@ from dataclasses import replace
 from auto_round.export.exporter import Exporter, OneFile, StoresAll
 from auto_round.export.manifest import Manifest, make_manifest
 from auto_round.pipeline.job import Job
+from auto_round.pipeline.recast import kept_tensors
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.size import PlanSize
 from auto_round.schemes.table import render
@@ -62,7 +63,7 @@ def manifest_of(job: Job, exporter: Exporter) -> Manifest:
     """What one output holds."""
     if isinstance(exporter, StoresAll):
         return exporter.manifest(job.plan, job.source.layers)
-    return make_manifest(exporter, job.plan, job.source.layers, job.source.tensors)
+    return make_manifest(exporter, job.plan, job.source.layers, kept_tensors(job))
 
 
 def _outside_of_layers(job: Job) -> tuple[int, int]:

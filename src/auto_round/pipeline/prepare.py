@@ -8,12 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from auto_round.calibration.registry import Platform
 from auto_round.calibration.rows import CalibrationRows, load_rows
-from auto_round.config.groups import CalibrationOptions, long_dtype
+from auto_round.config.groups import CalibrationOptions
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.export.exporter import Exporter
@@ -25,10 +24,12 @@ from auto_round.models.live import LiveSource
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.activations import refuse_unreachable
 from auto_round.pipeline.device import choose_device, compute_dtype, rows_at_once
+from auto_round.pipeline.effects import idle_options
 from auto_round.pipeline.gguf import prepare_gguf
 from auto_round.pipeline.gguf_imatrix import check_save_imatrix
 from auto_round.pipeline.gguf_request import gguf_request
 from auto_round.pipeline.job import Job
+from auto_round.pipeline.recast import named_dtype
 from auto_round.pipeline.settings import plan_request, tune_settings
 from auto_round.schemes.gguf_types import TYPES
 from auto_round.schemes.make import make_plan
@@ -90,7 +91,7 @@ def prepare(
         if calibration is not None:
             _refuse_unknown_tokens(calibration, source)
     at_once = rows_at_once(device, options.calibration.seqlen, sparing=options.memory.low_gpu_mem_usage)
-    return Job(
+    job = Job(
         options=options,
         source=source,
         tokenizer=tokenizer,
@@ -100,10 +101,15 @@ def prepare(
         tuned=tuned,
         tune=replace(tune, rows_at_once=at_once),
         device=device,
-        dtype=compute_dtype(_dtype(options.model.model_dtype) or source.dtype, device, amp=options.tune.amp),
+        dtype=compute_dtype(
+            named_dtype(options.model.model_dtype) or source.dtype, device, amp=options.tune.amp
+        ),
         output=where,
         importance=importance,
     )
+    for note in idle_options(job):
+        logger.warning(note)
+    return job
 
 
 def held_out_rows(nsamples: int) -> int:
@@ -123,14 +129,10 @@ def _open_source(options: Options, model: nn.Module | None) -> ModelSource:
         raise ConfigError("no model given: name a folder or a hub id, for example --model Qwen/Qwen3-0.6B")
     folder = resolve_model(options.model.model, platform=options.model.platform)
     return FolderSource.open(
-        folder, trust_remote_code=options.model.trust_remote_code, dtype=_dtype(options.model.model_dtype)
+        folder,
+        trust_remote_code=options.model.trust_remote_code,
+        dtype=named_dtype(options.model.model_dtype),
     )
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None or name == "auto":
-        return None
-    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[long_dtype(name)]
 
 
 def _plan(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> Plan:

@@ -49,9 +49,8 @@ def tune_settings(tune: TuneOptions, bits: int) -> TuneConfig:
         tune: what the user asked for.
         bits: fewest bits of any quantized layer; the default step size depends on them.
     """
-    plain = (
-        bits >= PLAIN_FROM_BITS and tune.iters == 0 if tune.disable_opt_rtn is None else tune.disable_opt_rtn
-    )
+    asked = tune.disable_opt_rtn
+    plain = tune.iters == 0 and (bits >= PLAIN_FROM_BITS if asked is None else asked)
     adam = tune.enable_adam
     rate = tune.lr if adam or not tune.iters else tune.learning_rate(bits)
     return TuneConfig(

@@ -1,0 +1,189 @@
+"""Every option acts, or a warning says that it does not and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from auto_round.config import all_settings, build_options
+from auto_round.log import logger
+from auto_round.pipeline.effects import IDLE, idle_options
+from auto_round.pipeline.prepare import prepare
+from export.gguf.small_models import byte_level_tokenizer
+from pipeline.runs import quantize, tree, weights
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another value of an option, and what else both runs are told."""
+
+    value: Any
+    beside: dict[str, Any] = field(default_factory=dict)
+
+
+PLAIN = {"iters": 0, "disable_opt_rtn": True}
+INT8 = {"scheme": "INT8", "group_size": None, "format": "fake", **PLAIN}
+
+ACTS = {
+    "model_dtype": Change("float32", PLAIN),
+    "scheme": Change("W8A16", PLAIN),
+    "layer_config": Change({"k_proj": {"bits": 8}}, PLAIN),
+    "bits": Change(8, PLAIN),
+    "group_size": Change(16, PLAIN),
+    "sym": Change(False, PLAIN),
+    "act_bits": Change(4, {**INT8, "iters": 2}),
+    "act_sym": Change(False, {**INT8, "iters": 2}),
+    "scale_dtype": Change("float32", PLAIN),
+    "ignore_layers": Change(("k_proj",), PLAIN),
+    "quant_lm_head": Change(True, PLAIN),
+    "to_quant_block_names": Change(("model.layers.1",), PLAIN),
+    "nsamples": Change(3),
+    "seqlen": Change(8),
+    "seed": Change(7),
+    "iters": Change(3),
+    "batch_size": Change(1),
+    "gradient_accumulate_steps": Change(3),
+    "lr": Change(0.1),
+    "minmax_lr": Change(0.5),
+    "lr_scheduler": Change(lambda step, iters: 0.1),
+    "momentum": Change(0.9, {"iters": 8}),
+    "nblocks": Change(2),
+    "enable_adam": Change(True),
+    "enable_minmax_tuning": Change(False),
+    "enable_norm_bias_tuning": Change(True),
+    "enable_quanted_input": Change(False),
+    "not_use_best_mse": Change(False, {"lr": 5.0}),
+    "dynamic_max_gap": Change(1, {"iters": 40, "lr": 5.0, "not_use_best_mse": False}),
+    "amp": Change(False),
+    "disable_opt_rtn": Change(True, {"iters": 0}),
+    "enable_alg_ext": Change(True, {"iters": 4}),
+    "format": Change("fake", PLAIN),
+    "max_shard_size": Change("32KB", PLAIN),
+    "verify": Change(False, PLAIN),
+}
+"""Options by whose other value the written folder changes."""
+
+SHOWN_ELSEWHERE = {
+    "model": "every test",
+    "tokenizer": "tests/pipeline/test_end_to_end.py; where nothing is tokenized a warning",
+    "platform": "tests/models/test_hub.py",
+    "trust_remote_code": "tests/models/test_folder.py",
+    "device_map": "tests/pipeline/test_device.py",
+    "dataset": "tests/calibration",
+    "imatrix": "tests/export/gguf/test_imatrix.py",
+    "save_imatrix": "tests/export/gguf/test_save_imatrix.py",
+    "gguf_template": "tests/export/gguf/test_template.py",
+    "enable_torch_compile": "tests/pipeline/test_compile.py",
+    "enable_deterministic_algorithms": "a warning on a CPU",
+    "low_gpu_mem_usage": "a warning on a CPU",
+    "low_cpu_mem_usage": "tests/pipeline/test_resume.py",
+    "output_dir": "every test",
+    "overwrite": "tests/checkpoint/test_workfolder.py",
+    "resume": "tests/pipeline/test_resume.py",
+    "dry_run": "tests/pipeline/test_plan_run.py",
+    "data_type": "refused but for whole numbers: tests/schemes/test_rejections.py",
+    "super_bits": "refused: tests/schemes/test_rejections.py",
+    "super_group_size": "refused: tests/schemes/test_rejections.py",
+    "act_group_size": "refused but for -1: tests/pipeline/test_activations.py",
+    "act_data_type": "refused but for whole numbers: tests/pipeline/test_activations.py",
+    "act_dynamic": "refused but for True: tests/pipeline/test_activations.py",
+}
+
+SILENT = {
+    "lr": (0.1, PLAIN),
+    "minmax_lr": (0.1, {"enable_minmax_tuning": False}),
+    "lr_scheduler": (lambda step, iters: 1.0, PLAIN),
+    "momentum": (0.5, {"enable_adam": True}),
+    "enable_adam": (True, PLAIN),
+    "enable_minmax_tuning": (False, PLAIN),
+    "enable_norm_bias_tuning": (True, PLAIN),
+    "enable_quanted_input": (False, PLAIN),
+    "gradient_accumulate_steps": (2, PLAIN),
+    "nblocks": (2, PLAIN),
+    "not_use_best_mse": (True, PLAIN),
+    "dynamic_max_gap": (3, PLAIN),
+    "enable_torch_compile": (True, PLAIN),
+    "disable_opt_rtn": (True, {"iters": 1}),
+    "nsamples": (3, PLAIN),
+    "batch_size": (4, PLAIN),
+    "seqlen": (8, PLAIN),
+    "seed": (3, PLAIN),
+    "amp": (False, PLAIN),
+    "enable_deterministic_algorithms": (True, {}),
+    "low_gpu_mem_usage": (True, {}),
+    "act_group_size": (-1, {}),
+    "act_sym": (False, {}),
+    "act_data_type": ("int", {}),
+    "act_dynamic": (True, {}),
+    "max_shard_size": ("1MB", {"format": "gguf:q8_0", "iters": 0}),
+    "quant_lm_head": (True, {"format": "gguf:q8_0", "iters": 0}),
+    "model_dtype": ("float32", {"format": "gguf:q8_0", "iters": 0}),
+    "tokenizer": ("another", PLAIN),
+    "platform": ("model_scope", PLAIN),
+}
+"""Option -> a value that does nothing in a run that is told so much else."""
+
+
+def test_the_tables_name_every_option():
+    assert {s.name for s in all_settings()} == {*ACTS, *SHOWN_ELSEWHERE}
+    assert not set(ACTS) & set(SHOWN_ELSEWHERE)
+    assert set(SILENT) == {name for row in IDLE for name in row.names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ACTS)
+def test_another_value_changes_what_is_written(tiny, tmp_path, caplog, monkeypatch, name):
+    monkeypatch.setattr(logger, "propagate", True)
+    model, change = tiny("llama"), ACTS[name]
+    quantize(model, tmp_path / "before", **change.beside)
+    quantize(model, tmp_path / "after", **{**change.beside, name: change.value})
+    assert tree(tmp_path / "before") != tree(tmp_path / "after")
+    assert not [said for said in caplog.messages if "no effect" in said and name in said]
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_what_does_nothing_is_said(tiny, caplog, monkeypatch, name):
+    monkeypatch.setattr(logger, "propagate", True)
+    value, beside = SILENT[name]
+    notes = prepared(tiny, {**beside, name: value})
+    assert any(name in note.split(" ha")[0].split(", ") for note in notes), notes
+    assert not any(name in note for note in prepared(tiny, beside))
+
+
+def prepared(tiny, given):
+    """What is said of options without effect."""
+    gguf = "format" in given
+    short = {"device_map": "cpu"} if gguf else {"device_map": "cpu", "group_size": 32}
+    model = tiny("llama", vocab_size=288) if gguf else tiny("llama")
+    options = build_options({**short, "model": str(model), "output_dir": "out", **given})
+    return idle_options(prepare(options, rows=False, tokenizer=byte_level_tokenizer()))
+
+
+@pytest.mark.parametrize("given", [PLAIN, {"iters": 1}], ids=["plain", "tuned"])
+@pytest.mark.parametrize("wanted", ["float16", "fp32"])
+def test_model_dtype(tiny, tmp_path, given, wanted):
+    result = quantize(tiny("llama"), tmp_path / "out", model_dtype=wanted, **given)
+    dtype = {"float16": torch.float16, "fp32": torch.float32}[wanted]
+    kept = weights(tmp_path / "out")
+    assert kept["model.embed_tokens.weight"].dtype is dtype
+    assert kept["model.layers.0.input_layernorm.weight"].dtype is dtype
+    assert kept["lm_head.weight"].dtype is dtype
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config.get("dtype") or config.get("torch_dtype")) == str(dtype).removeprefix("torch.")
+    assert result.report["verified"]["auto_round"]["kl"] < 1e-3
+    original = load_file(tiny("llama") / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(kept["lm_head.weight"], original.to(dtype))
+
+
+def test_a_scheme_that_a_gguf_file_does_not_follow_is_said(tiny, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    prepared(tiny, {"format": "gguf:q4_k_m", "scheme": "W4A16", "iters": 0})
+    assert "scheme has no effect" in caplog.text
+    caplog.clear()
+    prepared(tiny, {"format": "gguf:q4_k_m", "iters": 0})
+    assert "scheme has no effect" not in caplog.text

@@ -78,7 +78,7 @@ def _quantize(
     hidden = q_hidden if options.tune.enable_quanted_input else recorded.hidden
     generator = torch.Generator()
     generator.manual_seed(options.calibration.seed)
-    order = torch.randperm(len(recorded), generator=generator).tolist()
+    order = torch.randperm(len(recorded), generator=generator, device="cpu").tolist()
     share = len(order) // HELD_OUT_SHARE
     with quantized_inputs(block, activations):
         tuned = tune_block(

@@ -19,6 +19,7 @@ from auto_round.layouts.table import layout_of
 from auto_round.models.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
+from auto_round.pipeline.default_device import plain_device
 from auto_round.pipeline.finish import write_configs_and_tokenizer, write_report
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.outputs import Outputs
@@ -26,6 +27,7 @@ from auto_round.pipeline.result import Result
 from auto_round.pipeline.signature import request_digest, signature
 
 
+@plain_device()
 def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
     """Write what lies in `folder` as the job says; nothing is rounded again.
 

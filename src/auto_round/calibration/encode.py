@@ -70,7 +70,7 @@ def _encode_batch(batch: Sequence[Sample], tokenizer: Tokenizer, options: TextOp
     for texts, add_special in ((plain, True), (templated, False)):
         ids = _tokenize(list(texts.values()), tokenizer, options.seqlen, add_special=add_special)
         made.update({index: Tokens(row) for index, row in zip(texts, ids, strict=True)})
-    nothing = Tokens(torch.zeros(0, dtype=torch.int64))
+    nothing = Tokens(torch.zeros(0, dtype=torch.int64, device="cpu"))
     yield from (made.get(index, nothing) for index in range(len(batch)))
 
 
@@ -93,13 +93,13 @@ def _tokenize(
         return found
 
     if seqlen is None:
-        return [torch.tensor(ids, dtype=torch.int64) for ids in call(list(texts))]
+        return [torch.tensor(ids, dtype=torch.int64, device="cpu") for ids in call(list(texts))]
     limit = seqlen * CHARACTERS_PER_TOKEN
     rows = call([text[:limit] for text in texts])
     for index, text in enumerate(texts):
         if len(text) > limit and len(rows[index]) < seqlen:  # long runs of one character can be one token
             rows[index] = call([text])[0]
-    return [torch.tensor(ids, dtype=torch.int64) for ids in rows]
+    return [torch.tensor(ids, dtype=torch.int64, device="cpu") for ids in rows]
 
 
 def _without_padding(tokens: Tokens, tokenizer: Tokenizer | None) -> Tokens:

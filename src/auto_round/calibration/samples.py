@@ -145,11 +145,11 @@ def _of_ids(value: object, mask: object, where: str) -> Iterator[Tokens]:
 
 def _rows(value: object, where: str, what: str) -> Tensor:
     try:
-        found = torch.as_tensor(value).detach().cpu()
+        found = torch.as_tensor(value, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{where}: the {what} are not a rectangle of numbers: {error}") from error
     if found.numel() == 0:
-        return torch.zeros(1, 0, dtype=torch.int64)
+        return torch.zeros(1, 0, dtype=torch.int64, device="cpu")
     if found.dim() not in (1, 2):
         raise ConfigError(
             f"{where}: the {what} have shape {tuple(found.shape)}; expected [tokens] or [batch, tokens]"

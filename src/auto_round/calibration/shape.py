@@ -45,7 +45,7 @@ def cut_rows(samples: Iterable[Tokens], seqlen: int, drop: Drop) -> Iterator[Row
 
 def join_rows(samples: Iterable[Tokens], seqlen: int, drop: Drop) -> Iterator[Row]:
     """Yield rows of `seqlen` ids from all samples joined, without their padding and the unfilled last row."""
-    waiting = torch.zeros(0, dtype=torch.int64)
+    waiting = torch.zeros(0, dtype=torch.int64, device="cpu")
     for tokens in samples:
         ids = tokens.ids if tokens.mask is None else tokens.ids[tokens.mask]
         if not len(ids):

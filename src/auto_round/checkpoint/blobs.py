@@ -40,7 +40,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         fd = open_file(path, os.O_RDONLY)
         try:
             for name, info in read_header(fd, path).items():
-                tensor = torch.empty(info.shape, dtype=info.dtype)
+                tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
                 if read_at(fd, bytes_of(tensor), info.begin) != info.nbytes:
                     raise CheckpointError(f'{path}: ends inside tensor "{name}" at offset {info.begin}')
                 tensors[name] = tensor

@@ -99,7 +99,8 @@ class Checkpoint:
             CheckpointError: no such tensor, or its file ends early.
         """
         info = self.info(name)
-        return self._fill(name, info, torch.empty(info.shape, dtype=info.dtype), info.begin)
+        tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
+        return self._fill(name, info, tensor, info.begin)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` (excluded) of the first axis, without reading the others.
@@ -112,7 +113,7 @@ class Checkpoint:
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise InternalError(f'rows {start} to {stop} of tensor "{name}" of shape {list(info.shape)}')
         row_bytes = info.nbytes // max(info.shape[0], 1)
-        rows = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
+        rows = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype, device="cpu")
         return self._fill(name, info, rows, info.begin + start * row_bytes)
 
     def read_into(self, name: str, out: Tensor) -> Tensor:

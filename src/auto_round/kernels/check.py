@@ -60,11 +60,14 @@ def trial(kernel: Kernel, spec: LinearSpec) -> Refusal | None:
 
 def _is_right(kernel: Kernel, spec: LinearSpec) -> bool:
     generator = torch.Generator().manual_seed(0)
-    q = spec.fmt.quantize(torch.randn(spec.shape, generator=generator).to(spec.device))
+    q = spec.fmt.quantize(
+        torch.randn(spec.shape, generator=generator, dtype=torch.float32, device="cpu").to(spec.device)
+    )
     w = spec.fmt.dequantize(q).double()
     buffers = kernel.prepare(q, spec)
     for tokens in TRIAL_TOKENS:
-        x = torch.randn(tokens, spec.shape[1], generator=generator).to(spec.device, spec.dtype)
+        x = torch.randn(tokens, spec.shape[1], generator=generator, dtype=torch.float32, device="cpu")
+        x = x.to(spec.device, spec.dtype)
         y = x.double() @ w.t()
         error = (kernel.linear(x, buffers, spec, None).double() - y).abs()
         if not bool((error <= error_bound(kernel, spec, q, x, y)).all()):

@@ -93,7 +93,7 @@ class CpuIntKernel:
         order, planes = _order(), _planes(spec)
         n_out, n_in = spec.shape
         rows = -(-n_out // order.block) * order.block
-        packed = torch.empty(rows, planes.count * n_in // 2, dtype=torch.uint8)
+        packed = torch.empty(rows, planes.count * n_in // 2, dtype=torch.uint8, device="cpu")
         for band in _bands(n_out, order.block, PACK_BAND // n_in):
             codes = planes.split(q.codes[band], q.scale, band)
             missing = -codes.shape[0] % order.block
@@ -176,7 +176,7 @@ def multiply_dense(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
     """`[tokens, in]` times the packed weight, unpacked band by band; `[tokens, rows]` bfloat16."""
     order = _order()
     n_in, n_long = x.shape[1], packed.shape[1] * 2
-    y = torch.empty(x.shape[0], packed.shape[0], dtype=torch.bfloat16)
+    y = torch.empty(x.shape[0], packed.shape[0], dtype=torch.bfloat16, device=x.device)
     rows = max(order.block, DENSE_BAND // n_long // order.block * order.block)
     scratch = Scratch.of(rows * n_long)
     dtype = torch.bfloat16 if MULTIPLIES_BF16 else torch.float32
@@ -191,7 +191,7 @@ def multiply_dense(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
 
 def _shape_of_dense(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
     del scale_zero
-    return x.new_empty(x.shape[0], packed.shape[0], dtype=torch.bfloat16)
+    return x.new_empty(x.shape[0], packed.shape[0], dtype=torch.bfloat16, device=x.device)
 
 
 register_operator(

@@ -36,7 +36,10 @@ class Scratch:
     @classmethod
     def of(cls, count: int) -> Scratch:
         """Scratch for `count` weights."""
-        return cls(torch.empty(count // 4, dtype=torch.int16), torch.empty(count, dtype=torch.float32))
+        return cls(
+            torch.empty(count // 4, dtype=torch.int16, device="cpu"),
+            torch.empty(count, dtype=torch.float32, device="cpu"),
+        )
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ def find_order() -> Order | None:
     """Order of this machine's packed matrices; None when it is not one of blocks of outputs."""
     rows = 2 * BLOCKS[0]
     with torch.device("cpu"):  # models are built under another default device
-        number = torch.arange(rows).unsqueeze(1).expand(rows, _PROBE_IN)
-        probes = (number % 16, number // 16, torch.arange(_PROBE_IN).expand(rows, -1) % 16)
+        number = torch.arange(rows, device="cpu").unsqueeze(1).expand(rows, _PROBE_IN)
+        probes = (number % 16, number // 16, torch.arange(_PROBE_IN, device="cpu").expand(rows, -1) % 16)
         packed = [_pack(codes) for codes in probes]
         return next(
             (
@@ -131,7 +134,7 @@ def _read_order(block: int, low: Tensor, high: Tensor) -> Order | None:
     """Order of the outputs in a block, from packed outputs' numbers; None when it is no permutation."""
     shape = (-1, _PROBE_IN, block // 2)
     outputs = (_nibbles(low.view(shape)).long() + 16 * _nibbles(high.view(shape)).long())[0, 0]
-    if not torch.equal(outputs.sort().values, torch.arange(block)):
+    if not torch.equal(outputs.sort().values, torch.arange(block, device="cpu")):
         return None
     return Order(block, outputs, torch.argsort(outputs))
 

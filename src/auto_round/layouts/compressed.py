@@ -70,7 +70,7 @@ class PackQuantized:
         parts = {
             "weight_packed": _pack(q.codes, bits),
             "weight_scale": q.scale.parts["step"].contiguous(),
-            "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+            "weight_shape": torch.tensor(q.shape, dtype=torch.int64, device="cpu"),
         }
         if not integers.is_symmetric(q.format):
             parts["weight_zero_point"] = _pack(q.scale.parts["zero"].t(), bits).t().contiguous()

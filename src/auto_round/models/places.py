@@ -62,7 +62,7 @@ class Locator:
         numbers = {piece.name: i for i, piece in enumerate(recipe.pieces)}
 
         def read(name: str) -> Tensor:
-            rows = torch.arange(self._disk[name].shape[0])
+            rows = torch.arange(self._disk[name].shape[0], device="cpu")
             return (rows + (numbers[name] << _ROW_BITS)).unsqueeze(1)
 
         try:
@@ -85,7 +85,7 @@ def _read_labels(labels: Tensor, heights: list[int]) -> tuple[Place, ...] | str:
         start = 0
         for piece, count in zip(pieces.tolist(), counts.tolist(), strict=True):
             rows = column[start : start + count] & ((1 << _ROW_BITS) - 1)
-            whole = count == heights[piece] and torch.equal(rows, torch.arange(count))
+            whole = count == heights[piece] and torch.equal(rows, torch.arange(count, device=rows.device))
             if not whole or piece in found:
                 return bad
             all_rows = count == len(column)

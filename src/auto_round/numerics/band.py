@@ -65,7 +65,7 @@ class Band:
         self._w, self._importance = w, importance
         self._u, self._n, self._product = (torch.empty_like(w) for _ in range(3))
         if importance is None:
-            self._one = torch.full(w.shape[1:], float(w.shape[0]), device=w.device)
+            self._one = torch.full(w.shape[1:], float(w.shape[0]), dtype=torch.float32, device=w.device)
             self._sum = fold(w.clone(), 0)
         else:
             self._one = fold(importance.clone(), 0)

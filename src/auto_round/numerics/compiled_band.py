@@ -62,7 +62,7 @@ class CompiledBand:
         self._count, self._width = rows * n_groups, width
         tiles = torch.nn.functional.pad(w.reshape(-1, width), (0, 0, 0, -self._count % LANES))
         self._w = tiles.reshape(-1, LANES, width).transpose(1, 2).contiguous()
-        each = torch.ones(n_groups, width) if importance is None else importance[0]
+        each = w.new_ones(n_groups, width) if importance is None else importance[0]
         self._period = n_groups
         self._importance = each.T.repeat(1, 1 + -(-LANES // n_groups))[:, : n_groups + LANES].contiguous()
         self._one = each.sum(-1).expand(rows, -1)
@@ -82,7 +82,7 @@ class CompiledBand:
         parts = [
             None if x is None else x.contiguous() for x in (scale.step, scale.zero, scale.floor, self._along)
         ]
-        out = [torch.empty(self._groups) for _ in range(count)]
+        out = [torch.empty(self._groups, dtype=torch.float32, device="cpu") for _ in range(count)]
         request = _Request(
             self._w.data_ptr(),
             self._importance.data_ptr(),

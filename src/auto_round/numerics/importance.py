@@ -70,7 +70,7 @@ class Importance:
             return None
         products = products / self.mean.to(device)
         diagonal = products.diagonal(dim1=1, dim2=2)
-        least = torch.zeros(diagonal.numel(), device=device)
+        least = torch.zeros(diagonal.numel(), dtype=torch.float32, device=device)
         least[:n_in] = _LEAST
         diagonal.copy_(torch.maximum(diagonal, least.reshape(diagonal.shape)))
         return products

@@ -203,7 +203,7 @@ class SignedMax:
         sides = [_signed_ratio(stats, size, negative)]
         if grid.bits <= self.flipped_bits:
             sides.append(_signed_ratio(stats, size, ~negative))
-        for m in torch.linspace(*self.reach, points).tolist():
+        for m in torch.linspace(*self.reach, points, dtype=torch.float32, device="cpu").tolist():
             for side in sides:
                 yield Knobs((side.lo * m).clamp_max_(MAX_KNOB), (side.hi * m).clamp_max_(MAX_KNOB))
 
@@ -239,7 +239,7 @@ _UNEVEN = (0.7, 0.85, 1.0)
 
 def even_starts(stats: Stats, least: float, most: float, points: int) -> Iterator[Knobs]:
     """Sizes of the whole range, both ends alike."""
-    for size in torch.linspace(least, most, points).tolist():
+    for size in torch.linspace(least, most, points, dtype=torch.float32, device="cpu").tolist():
         knob = torch.full_like(stats.lo, size)
         yield Knobs(knob, knob)
 

@@ -80,7 +80,7 @@ def fit_level(how: Multiples, wanted: Tensor, curve: Tensor) -> Level:
     """
     plain, pinned, width = how.share(wanted), _largest(how, wanted), REACH / abs(how.anchor)
     best, least = None, None
-    for factor in torch.linspace(1 - width, 1 + width, TRIES).tolist():
+    for factor in torch.linspace(1 - width, 1 + width, TRIES, dtype=torch.float32, device="cpu").tolist():
         level = _with_shared(Level(how, plain, wanted), plain * factor)
         multiple = torch.where(pinned, float(how.anchor), how.divide(wanted, level.shared))
         level = Level(how, level.shared, multiple)

@@ -28,6 +28,7 @@ from auto_round.log import logger
 from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.convert_source import Stored, open_stored, with_steps
+from auto_round.pipeline.default_device import plain_device
 from auto_round.schemes.plan import Plan
 from auto_round.version import __version__
 
@@ -52,6 +53,7 @@ class Converted:
     nbytes: int
 
 
+@plain_device()
 def convert_folder(
     folder: str | Path, format_name: str, output: str | Path | None = None, *, overwrite: bool = False
 ) -> Converted:

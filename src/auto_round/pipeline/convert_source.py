@@ -31,7 +31,7 @@ from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
 
 _BLOCK = re.compile(r"(.+?\.(\d+))\.(.+)")
-_MIDDLES = torch.tensor(-0x77777778, dtype=torch.int32)
+_MIDDLES = torch.tensor(-0x77777778, dtype=torch.int32, device="cpu")
 """A word of eight zero points of 8: 0x88888888."""
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 

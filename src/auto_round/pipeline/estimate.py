@@ -144,7 +144,7 @@ def measure_rates(job: Job, seconds: float = 0.4) -> Rates:
     tokens = max(1, min(job.tune.batch_size * job.options.calibration.seqlen, MEASURED_TOKENS))
     hidden = torch.ones(tokens, width, dtype=job.dtype, device=job.device)
     weight = torch.ones(out, width, dtype=job.dtype, device=job.device)
-    vector = torch.ones(1 << 22, device=job.device)
+    vector = torch.ones(1 << 22, dtype=torch.float32, device=job.device)
     product = _fastest(lambda: hidden @ weight.T, seconds / 2, job.device)
     elementwise = _fastest(lambda: vector + vector, seconds / 2, job.device)
     return Rates(2 * tokens * out * width / product, 12 * vector.numel() / elementwise)

@@ -96,7 +96,7 @@ class Rest:
         if part.piece is not None:
             return part.tensor.prepare(part.piece, self.read(part.piece.source))
         if part.tensor.values:
-            return torch.tensor(part.tensor.values, dtype=torch.float32)
+            return torch.tensor(part.tensor.values, dtype=torch.float32, device="cpu")
         if part.tensor.name not in self.exporter.model.given:
             raise InternalError(f"{part.tensor.name} has no source")
         given = self.exporter.model.given[part.tensor.name]

@@ -32,7 +32,10 @@ def relative_error(rounded: Tensor, original: Tensor, squares: Tensor | None) ->
         `sum(squares * (rounded - original)**2) / sum(squares * original**2)`; 0 for a matrix of zeros.
     """
     width = original.shape[-1]
-    weights = torch.ones(width, device=original.device) if squares is None else squares.to(original.device)
+    if squares is None:
+        weights = torch.ones(width, dtype=torch.float32, device=original.device)
+    else:
+        weights = squares.to(original.device)
     error = energy = 0.0
     rows = max(1, AT_ONCE // width)
     pairs = zip(

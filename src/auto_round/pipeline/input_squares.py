@@ -37,7 +37,7 @@ def save_inputs(scratch: Path, unit: str, found: Mapping[str, InputSquares]) -> 
     tensors: dict[str, Tensor] = {}
     for name, (mean, tokens) in found.items():
         tensors[name + _MEAN] = mean
-        tensors[name + _TOKENS] = torch.tensor(tokens)
+        tensors[name + _TOKENS] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
     save_tensors(_path(scratch, unit), tensors)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from auto_round.checkpoint.workfolder import refuse_occupied
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
+from auto_round.pipeline.default_device import plain_device
 from auto_round.pipeline.estimate import Estimate, Rates, estimate, measure_rates
 from auto_round.pipeline.finish import method
 from auto_round.pipeline.job import Job
@@ -72,6 +73,7 @@ class DryRun:
         return "\n".join(lines)
 
 
+@plain_device()
 def dry_run(
     options: Options, *, model: nn.Module | None = None, tokenizer: Any = None, dataset: Any = None
 ) -> DryRun:

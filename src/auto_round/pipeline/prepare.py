@@ -23,6 +23,7 @@ from auto_round.models.hub import resolve_model
 from auto_round.models.live import LiveSource
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.activations import refuse_unreachable
+from auto_round.pipeline.default_device import plain_device
 from auto_round.pipeline.device import choose_device, compute_dtype, rows_at_once
 from auto_round.pipeline.effects import idle_options
 from auto_round.pipeline.gguf import prepare_gguf
@@ -40,6 +41,7 @@ HELD_OUT = 8
 """Rows beyond those tuned on: they choose the step that is kept, and measure the result."""
 
 
+@plain_device()
 def prepare(
     options: Options,
     *,

@@ -23,6 +23,7 @@ from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.blocks import GroupResult, tune_group
 from auto_round.pipeline.clock import Clock
 from auto_round.pipeline.compile import in_equal_passes, objective_for
+from auto_round.pipeline.default_device import plain_device
 from auto_round.pipeline.determinism import deterministic_kernels
 from auto_round.pipeline.finish import REPORT, build_report, write_configs_and_tokenizer, write_report
 from auto_round.pipeline.gguf_imatrix import save_imatrix
@@ -74,6 +75,7 @@ def run(
     return run_job(job, progress, clock)
 
 
+@plain_device()
 def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
     """Do what `run` promises, for a job that is prepared."""
     with ExitStack() as stack:

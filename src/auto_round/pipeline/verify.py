@@ -128,7 +128,7 @@ def _compare(
     length = ids.shape[1]
     masks = None
     if any(row.mask is not None for row in rows):
-        whole = torch.ones(length, dtype=torch.bool)
+        whole = torch.ones(length, dtype=torch.bool, device="cpu")
         masks = torch.stack([whole if row.mask is None else row.mask[:length] for row in rows]).to(job.device)
     with torch.no_grad():
         reloaded = model(input_ids=ids, attention_mask=masks, use_cache=False).logits

@@ -94,7 +94,8 @@ def _error(job: Job, exporter: GgufExporter, wanted: GgufTensor, there: Any) -> 
     source = wanted.prepare(piece, job.source.read_tensor(piece.source)).float()
     source = source.reshape(-1, wanted.shape[-1])[:ROWS]
     data = there.data.reshape(-1, there.data.shape[-1])[piece.start : piece.start + len(source)]
-    stored = torch.tensor(gguf().quants.dequantize(data, there.tensor_type)).reshape(source.shape)
+    numbers = gguf().quants.dequantize(data, there.tensor_type)
+    stored = torch.tensor(numbers, dtype=torch.float32, device="cpu").reshape(source.shape)
     size = source.square().mean().sqrt()
     if not bool(size > 0):
         return float(stored.abs().max())
@@ -117,7 +118,7 @@ def _predictions(job: Job, path: Path, measured: Measured) -> dict[str, Any]:
     theirs = torch.from_numpy(np.array(model.scores[: len(ids) - 1], dtype=np.float32))
     ours = _ours(job, measured, len(ids) - 1)
     comparison = Comparison()
-    comparison.add(ours.cpu().float(), theirs, torch.tensor(ids[1:]), None)
+    comparison.add(ours.cpu().float(), theirs, torch.tensor(ids[1:], dtype=torch.int64, device="cpu"), None)
     return {
         "kl": comparison.kl,
         "perplexity": comparison.perplexity,

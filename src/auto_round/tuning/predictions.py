@@ -65,7 +65,7 @@ class _Divergence(torch.autograd.Function):
     ) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(output) if wants_gradient else None
-        total = torch.zeros((), device=output.device)
+        total = torch.zeros((), dtype=torch.float32, device=output.device)
         for start in range(0, len(output), at_once):
             part = slice(start, start + at_once)
             expected = finish(target[part].unsqueeze(0)).float().log_softmax(-1)

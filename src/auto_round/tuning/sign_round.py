@@ -180,7 +180,7 @@ class _Loop:
     ) -> Tensor:
         """Loss of the block with other parameters on some samples: their share of the mean over `count`."""
         args, kwargs = samples.arguments(index)
-        pick = torch.as_tensor(index)
+        pick = torch.as_tensor(index, device="cpu")
         return loss(
             self._block,
             values,
@@ -193,7 +193,7 @@ class _Loop:
 
     def _parts(self, samples: Samples, batch: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
         """A batch cut into what goes through the block at once, each with the elements of the whole batch."""
-        weights = None if samples.weights is None else samples.weights[torch.as_tensor(batch)]
+        weights = None if samples.weights is None else samples.weights[torch.as_tensor(batch, device="cpu")]
         count = counted_elements((len(batch), *samples.targets.shape[1:]), weights, self._device)
         at_once = self._config.pass_rows
         for start in range(0, len(batch), at_once):
@@ -202,7 +202,7 @@ class _Loop:
     def _next_batch(self, step: int) -> list[int]:
         size = min(batch_rows(self._config, step), len(self._samples))
         if len(self._order) < size:
-            self._order = torch.randperm(len(self._samples), generator=self._generator).tolist()
+            self._order = torch.randperm(len(self._samples), generator=self._generator, device="cpu").tolist()
         batch, self._order = self._order[:size], self._order[size:]
         return sorted(batch)
 

@@ -55,7 +55,8 @@ class Importances:
         counts: dict[str, Tensor] = {}
         for tensor in model.tensors:
             experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
-            number, mean = torch.zeros(experts), torch.ones(experts, tensor.shape[-1])
+            number = torch.zeros(experts, dtype=torch.float32, device="cpu")
+            mean = torch.ones(experts, tensor.shape[-1], dtype=torch.float32, device="cpu")
             for piece in tensor.pieces:
                 if piece.source in seen:
                     at = piece.start // (tensor.rows // experts)
@@ -170,7 +171,8 @@ def _read_legacy(path: Path) -> Importances:
         for _ in range(entries):
             name, at = _text(data, at)
             calls, values, at = _numbers(data, at)
-            rows[name], counts[name] = values / max(calls, 1), torch.tensor([float(max(calls, 1))])
+            rows[name] = values / max(calls, 1)
+            counts[name] = torch.tensor([float(max(calls, 1))], dtype=torch.float32, device="cpu")
     except (struct.error, ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is no importance matrix of llama.cpp: {error}") from error
     if not rows:

@@ -152,7 +152,7 @@ def _hashes(rows: Tensor) -> list[int]:
     """One number for each row of bits: a sum of products with odd random factors, modulo 2**64."""
     bits = rows.contiguous().view(torch.int16 if rows.element_size() == 2 else torch.int32).to(torch.int64)
     generator = torch.Generator().manual_seed(_SEED)
-    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) | 1
+    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator, device="cpu") | 1
     found: list[int] = []
     for band in torch.split(bits, max(1, (1 << 22) // bits.shape[1])):
         found += (band * factors).sum(-1).tolist()
@@ -197,7 +197,11 @@ def _stored_apart(
     rows: dict[str, set[int]] = {}
     for tensor in tensors:
         for piece in tensor.pieces:
-            order = torch.arange(piece.rows) if piece.order is None else piece.order.indices(piece.rows)
+            order = (
+                torch.arange(piece.rows, device="cpu")
+                if piece.order is None
+                else piece.order.indices(piece.rows)
+            )
             rows.setdefault(piece.source, set()).update(order.tolist())
     sums = {t.name: _sum(_values(plain[t.name])) for t in tensors if not t.pieces and len(t.shape) > 1}
     apart: set[str] = set()

@@ -31,7 +31,8 @@ class RotaryPairs:
 
     def indices(self, rows: int) -> Tensor:
         """See `RowOrder`."""
-        return torch.arange(rows).reshape(self.heads, 2, rows // self.heads // 2).transpose(1, 2).reshape(-1)
+        numbers = torch.arange(rows, device="cpu")
+        return numbers.reshape(self.heads, 2, rows // self.heads // 2).transpose(1, 2).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Listed:
 
     def indices(self, rows: int) -> Tensor:
         """See `RowOrder`."""
-        return torch.tensor(self.numbers)
+        return torch.tensor(self.numbers, dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class GroupsApart:
     def indices(self, rows: int) -> Tensor:
         """See `RowOrder`."""
         size = rows // (self.heads + 2 * self.groups)
-        numbers = torch.arange(rows).reshape(self.groups, self.heads // self.groups + 2, size)
+        numbers = torch.arange(rows, device="cpu").reshape(self.groups, self.heads // self.groups + 2, size)
         return torch.cat(
             [numbers[:, :-2].reshape(-1), numbers[:, -2].reshape(-1), numbers[:, -1].reshape(-1)]
         )

@@ -8,6 +8,7 @@ import pytest
 from auto_round.calibration import local
 from auto_round.calibration.local import Lazy, chain, read_path
 from auto_round.errors import ConfigError
+from auto_round.log import logger
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -107,9 +108,23 @@ def test_a_broken_line_is_named(tmp_path: Path, line: bytes, words: str) -> None
         records[1]
 
 
-def test_splits_are_refused_where_a_file_has_none(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no splits"):
-        read_path(write(tmp_path / "a.jsonl", '"a"'), ("train",))
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", '"a"'), ("a.json", '["a"]'), ("a.json", '"a"\n"a"')])
+@pytest.mark.parametrize(("split", "said"), [("train", False), ("validation", True)])
+def test_a_file_without_splits_is_one(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    text: str,
+    split: str,
+    said: bool,
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    assert read_path(write(tmp_path / name, text), (split,))[0] == "a"
+    assert ("split=validation has no effect" in caplog.text) is said
+
+
+def test_a_split_that_a_file_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no split \['dev'\]; the file has \['train'\]"):
         read_path(write(tmp_path / "a.json", '{"train": []}'), ("dev",))
 

@@ -232,7 +232,6 @@ def test_a_tokenizer_that_merges_long_runs_still_fills_the_row(tmp_path: Path) -
         ("./none.jsonl", "no such file"),
         ("none/such.parquet", "no such file"),
         ("liuhaotian/llava", "images or sound"),
-        ("python-docs:train", "it has no splits"),
         (["some text"], "needs a tokenizer"),
         ([{"a": "x", "b": "y"}], "the given data, record 0 has the fields"),
         ([], "0 rows from 0 samples"),

@@ -11,8 +11,11 @@ from typing import Generic, TypeVar, overload
 
 from auto_round.calibration.registry import TEXT_FIELDS
 from auto_round.errors import ConfigError, MissingError
+from auto_round.log import logger
 
 SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
+WHOLE = "train"
+"""Name of the only split of a file without splits, as in the package `datasets`."""
 TEXT_PIECE = 65_536
 """A text file is cut at line ends in pieces of about this many bytes."""
 
@@ -60,21 +63,12 @@ def read_path(path: Path, splits: Sequence[str]) -> Sequence[object]:
     Raises:
         ConfigError: it is not there, not readable, of another kind, or has no such split.
     """
+    files = check_path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        if not files:
-            raise ConfigError(f"data set {path}: no file in this folder ends in {', '.join(SUFFIXES)}")
         return chain([read_path(file, splits) for file in files])
-    if not path.is_file():
-        raise MissingError(f"data set {path}: no such file; relative paths begin at {Path.cwd()}")
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ConfigError(
-            f"data set {path}: cannot read {suffix or 'a file without a suffix'}; "
-            f"expected {', '.join(SUFFIXES)}"
-        )
-    if splits and suffix != ".json":
-        raise ConfigError(f"data set {path}: a {suffix} file has no splits; remove split={'+'.join(splits)}")
+    if suffix != ".json":
+        splits = without_splits(path, splits)
     try:
         return _READERS[suffix](path, splits)
     except UnicodeDecodeError as error:
@@ -83,19 +77,49 @@ def read_path(path: Path, splits: Sequence[str]) -> Sequence[object]:
         raise ConfigError(f"data set {path}: cannot be read: {error.strerror or error}") from error
 
 
+def check_path(path: Path) -> list[Path]:
+    """Files that `read_path` would read; nothing is opened.
+
+    Raises:
+        ConfigError: it is not there, or holds no file of a kind that can be read.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not files:
+            raise ConfigError(f"data set {path}: no file in this folder ends in {', '.join(SUFFIXES)}")
+        return files
+    if not path.is_file():
+        raise MissingError(f"data set {path}: no such file; relative paths begin at {Path.cwd()}")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ConfigError(
+            f"data set {path}: cannot read {suffix or 'a file without a suffix'}; "
+            f"expected {', '.join(SUFFIXES)}"
+        )
+    return [path]
+
+
+def without_splits(name: str | Path, splits: Sequence[str]) -> Sequence[str]:
+    """No splits, said where others than the whole were asked for."""
+    if splits and tuple(splits) != (WHOLE,):
+        logger.warning("data set %s has no splits, so split=%s has no effect", name, "+".join(splits))
+    return ()
+
+
 def _json(path: Path, splits: Sequence[str]) -> Sequence[object]:
     text = path.read_text(encoding="utf-8-sig")
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and not splits:  # JSON lines under the wrong name are common
-            return _json_lines(path, splits)
+        if error.msg == "Extra data":  # JSON lines under the wrong name are common
+            return _json_lines(path, without_splits(path, splits))
         raise ConfigError(
             f"data set {path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
         ) from error
     except RecursionError as error:
         raise ConfigError(f"data set {path}: nested too deeply for a data set") from error
-    if isinstance(data, list) and not splits:
+    if isinstance(data, list):
+        without_splits(path, splits)
         return data
     if isinstance(data, dict):
         return _json_columns(path, data, splits)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from auto_round.calibration.grammar import DatasetItem
+from auto_round.calibration.grammar import DatasetItem, parse_dataset
 from auto_round.calibration.hub import Records, read_hub
-from auto_round.calibration.local import SUFFIXES, read_path
+from auto_round.calibration.local import SUFFIXES, check_path, read_path, without_splits
 from auto_round.calibration.python_docs import PythonDocs
 from auto_round.calibration.registry import (
     LATER_DATASETS,
@@ -55,27 +55,52 @@ def open_item(item: DatasetItem, platform: Platform = "hf") -> Source:
     """
     name = item.name
     if name.casefold().replace("_", "-") == PYTHON_DOCS:
-        if item.splits:
-            raise ConfigError(
-                f"data set {PYTHON_DOCS}: it has no splits; remove split={'+'.join(item.splits)}"
-            )
+        without_splits(PYTHON_DOCS, item.splits)
         return Source(PYTHON_DOCS, PythonDocs(), concat=True)
     row = find_dataset(name)
     if row is not None:
         return Source(name, read_hub(row, item.splits, platform), row.fields)
     path = Path(name).expanduser()
-    if path.exists() or path.suffix.lower() in SUFFIXES or name.startswith((".", "~", "/")):
+    if _is_path(name, path):
         return Source(path.name, read_path(path, item.splits), concat=path.suffix.lower() == ".txt")
+    _refuse_no_hub_name(name)
+    return Source(name, read_hub(HubDataset((name,), fields=()), item.splits, platform))
+
+
+def check_named(dataset: str) -> None:
+    """Refuse a specification that cannot be right, without reading a file or asking a hub.
+
+    Args:
+        dataset: the specification, see `grammar`.
+
+    Raises:
+        ConfigError: it cannot be read, or names a file that is not there or no data set.
+    """
+    for item in parse_dataset(dataset):
+        registered = item.name.casefold().replace("_", "-") == PYTHON_DOCS or find_dataset(item.name)
+        if registered:
+            continue
+        path = Path(item.name).expanduser()
+        if _is_path(item.name, path):
+            check_path(path)
+        else:
+            _refuse_no_hub_name(item.name)
+
+
+def _is_path(name: str, path: Path) -> bool:
+    return path.exists() or path.suffix.lower() in SUFFIXES or name.startswith((".", "~", "/"))
+
+
+def _refuse_no_hub_name(name: str) -> None:
     if name in LATER_DATASETS:
         raise ConfigError(
             f'data set "{name}" holds images or sound, which calibration cannot use yet; use one with text'
         )
-    if name.count("/") == 1 and all(name.split("/")) and "\\" not in name:
-        return Source(name, read_hub(HubDataset((name,), fields=()), item.splits, platform))
-    raise ConfigError(
-        f'data set "{name}" is not a registered name ({nearest(name, known_names())}), not a path that '
-        f"exists (files end in {', '.join(SUFFIXES)}) and not an owner/name of the hub"
-    )
+    if name.count("/") != 1 or not all(name.split("/")) or "\\" in name:
+        raise ConfigError(
+            f'data set "{name}" is not a registered name ({nearest(name, known_names())}), not a path that '
+            f"exists (files end in {', '.join(SUFFIXES)}) and not an owner/name of the hub"
+        )
 
 
 def own_source(records: Iterable[object]) -> Source:

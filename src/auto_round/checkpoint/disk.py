@@ -86,6 +86,21 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def refuse_place(path: Path) -> None:
+    """Refuse a path where no folder can be made; nothing is made or changed.
+
+    Raises:
+        ConfigError: a file lies in the way, or the folder that is there may not be written.
+    """
+    whole = path.expanduser().absolute()
+    above = next(part for part in whole.parents if os.path.lexists(part))
+    for there in (above, whole):
+        if os.path.lexists(there) and not there.is_dir():
+            raise ConfigError(f"cannot write {path}: {there} is not a folder; choose another output folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"no permission to write {path} in {above}: choose another output folder")
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """Writable view of the memory of a contiguous CPU tensor, one item a byte."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

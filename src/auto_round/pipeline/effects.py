@@ -36,7 +36,7 @@ def _needs_no_rows(job: Job) -> bool:
 
 
 def _has_no_rows(job: Job) -> bool:
-    return _needs_no_rows(job) and "dataset" not in job.options.given
+    return _needs_no_rows(job) and job.rows is None and "dataset" not in job.options.given
 
 
 def _on_cpu(job: Job) -> bool:

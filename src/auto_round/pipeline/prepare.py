@@ -25,6 +25,7 @@ from auto_round.models.source import ModelSource
 from auto_round.pipeline.activations import refuse_unreachable
 from auto_round.pipeline.default_device import plain_device
 from auto_round.pipeline.device import choose_device, compute_dtype, rows_at_once
+from auto_round.pipeline.early import refuse_early
 from auto_round.pipeline.effects import idle_options
 from auto_round.pipeline.gguf import prepare_gguf
 from auto_round.pipeline.gguf_imatrix import check_save_imatrix
@@ -65,8 +66,10 @@ def prepare(
         AutoRoundError: anything that would make the run fail later, as far as it can be known.
     """
     device = choose_device(options.model.device_map)  # before anything is fetched
+    where = output or Path(options.output.output_dir)
     gguf = gguf_request(options)
     options = options if gguf is None else gguf.options
+    refuse_early(options, dataset=dataset, output=where, gguf=gguf is not None)
     source = _open_source(options, model)
     importance: Mapping[str, Tensor] = {}
     if gguf is None:
@@ -80,7 +83,6 @@ def prepare(
         plan, exporters, importance = prepare_gguf(gguf, source, tokenizer, imatrix=steered)
     schemes = [plan.scheme_of(name) for name in plan.quantized]
     tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=16))
-    where = output or Path(options.output.output_dir)
     check_save_imatrix(options, where, calibrated=needs_rows(tune))
     if tokenizer is None and (options.model.tokenizer or source.folder is not None):
         tokenizer = _load_tokenizer(

@@ -1,0 +1,64 @@
+"""What can be known to be wrong is said before a model or data are fetched."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from auto_round.config import build_options
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.pipeline import prepare
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_fetched(monkeypatch):
+    def fetch(*given, **named):
+        pytest.fail("fetched")
+
+    monkeypatch.setattr(prepare, "resolve_model", fetch)
+    monkeypatch.setattr(prepare, "load_rows", fetch)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"scheme": "W4A17"}, "W4A16"),
+        ({"scheme": "MXFP4"}, "not there yet"),
+        ({"scheme": "INT8", "act_dynamic": False}, "calibration"),
+        ({"layer_config": {"q_proj": {"bit": 8}}}, 'layer_config "q_proj".*bits'),
+        ({"layer_config": {"q_proj": "W4A17"}}, "W4A16"),
+        ({"format": "auto_rond"}, "auto_round"),
+        ({"format": "gguf:q9_k"}, "gguf"),
+        ({"format": "auto_round,mlx"}, "mlx"),
+        ({"lr": 1000}, "lr must lie"),
+        ({"lr": 0}, "lr must lie"),
+        ({"minmax_lr": 0}, "minmax_lr"),
+        ({"momentum": 1}, "momentum"),
+        ({"device_map": "cuda:77"}, "cuda:77"),
+        ({"dataset": ""}, "name is missing"),
+        ({"dataset": "pile-10k:foo=1"}, "foo"),
+        ({"dataset": "pile-10k,no-such-file.jsonl"}, "no such file"),
+        ({"dataset": "pile10k"}, "pile-10k"),
+        ({"dataset": "liuhaotian/llava"}, "images"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [True, False], ids=["run", "dry run"])
+def test_requests(given, said, rows):
+    with pytest.raises((ConfigError, UnsupportedError), match=said):
+        prepare.prepare(build_options({"model": "some/model", **given}), rows=rows)
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "file/far/below"])
+def test_files_in_the_way_of_the_output(tmp_path, where):
+    (tmp_path / "file").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not a folder"):
+        prepare.prepare(build_options({"model": "some/model", "output_dir": str(tmp_path / where)}))
+
+
+@pytest.mark.parametrize("where", ["out", "far/below/out"])
+def test_folders_that_may_not_be_written(tmp_path, monkeypatch, where):
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+    with pytest.raises(ConfigError, match="no permission"):
+        prepare.prepare(build_options({"model": "some/model", "output_dir": str(tmp_path / where)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
@@ -65,10 +66,15 @@ def test_results_do_not_depend_on_threads_or_on_other_tokens():
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(results[0][:3], other[:3], strict=True))
     one, four, seven, all_ = results[0]
     assert torch.equal(four[:1], one)
-    assert torch.equal(all_[:7], seven)
+    if cpu_avx512._has_amx():
+        assert all(torch.equal(all_, other[3]) for other in results[1:])
+        assert torch.equal(all_[:7], seven)
+    else:  # PyTorch multiplies many tokens then: another order of float32 sums, rounded once to bfloat16
+        for other in (all_, *(found[3] for found in results[1:])):
+            torch.testing.assert_close(other[:7], seven, rtol=2**-7, atol=2**-7 * float(seven.abs().mean()))
 
 
 @needs_program
@@ -149,7 +155,8 @@ def test_a_wrong_program_is_passed_over(monkeypatch):
     monkeypatch.setattr(cpu_avx512, "_multiply", lambda x, *rest: right(x, *rest).roll(1, dims=-1))
     spec = spec_of(4, shape=(128, 288), size=96)  # of which no trial is remembered
     assert select_kernel(spec).name == "cpu_int4"
-    with pytest.raises(UnsupportedError, match=r"wrong results|AVX-512|compile"):
+    reason = PROGRAM.reason if isinstance(PROGRAM, Refusal) else "wrong results"
+    with pytest.raises(UnsupportedError, match=re.escape(reason)):
         select_kernel(spec, "cpu_avx512")
 
 

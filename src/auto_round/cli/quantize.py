@@ -22,10 +22,7 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
     options = with_named_folder(build_options(given, recipe, environment))
     from auto_round.pipeline.several import runs_of
 
-    if environment.num_threads is not None:
-        import torch
-
-        torch.set_num_threads(environment.num_threads)
+    _set_threads(environment.num_threads)
     if options.output.dry_run:
         from auto_round.pipeline.plan_run import dry_run
 
@@ -52,3 +49,17 @@ def _quiet() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
+
+
+def _set_threads(wanted: int | None) -> None:
+    """As many CPU threads as the user wants, else no more than there are cores.
+
+    PyTorch counts those of the machine, also in a container that has few of them.
+    """
+    import torch
+
+    from auto_round.pipeline.limits import usable_cores
+
+    threads = min(torch.get_num_threads(), usable_cores()) if wanted is None else wanted
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)

@@ -8,6 +8,7 @@ import torch
 
 from auto_round.errors import ConfigError
 from auto_round.log import logger
+from auto_round.pipeline.limits import usable_cores
 
 TOKENS_AT_ONCE = 1024
 """Tokens that go through a block at once on a CPU (docs/LOG.md)."""
@@ -121,3 +122,13 @@ def has_bfloat16_arithmetic() -> bool:
     if capabilities is not None:
         return any("bf16" in name and bool(there) for name, there in capabilities().items())
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # before 2.11
+
+
+def warn_of_threads(device: torch.device) -> None:
+    """Warn where PyTorch, which counts the machine's cores, wants far more threads than a container has."""
+    threads, cores = torch.get_num_threads(), usable_cores()
+    if device.type == "cpu" and threads > 2 * cores:
+        logger.warning(
+            "PyTorch computes with %d threads, but this process may use %d cores: set OMP_NUM_THREADS=%d",
+            *(threads, cores, cores),
+        )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 import sys
 from contextlib import suppress
+
+from auto_round.pipeline.limits import allowed_bytes
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -15,19 +16,28 @@ _LARGEST_THRESHOLD = 32 << 20
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process, bytes."""
+    """Peak resident memory of this process, bytes; 0 where the system does not tell (Windows)."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_bytes() -> int:
-    """Memory that could be taken without swapping, bytes; 0 where the system does not tell."""
+    """Memory that could be taken without swapping, bytes; 0 where the system does not tell.
+
+    Of the machine, or of what a container or `ulimit -v` leaves, whichever is less.
+    """
     try:
         with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - a kernel file, not a path of ours
             fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        machine = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return 0
+    allowed = allowed_bytes()
+    return machine if allowed is None else max(1, min(machine, allowed))
 
 
 def release_freed_memory() -> None:

@@ -24,7 +24,7 @@ from auto_round.models.live import LiveSource
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.activations import refuse_unreachable
 from auto_round.pipeline.default_device import plain_device
-from auto_round.pipeline.device import choose_device, compute_dtype, rows_at_once
+from auto_round.pipeline.device import choose_device, compute_dtype, rows_at_once, warn_of_threads
 from auto_round.pipeline.early import refuse_early
 from auto_round.pipeline.effects import idle_options
 from auto_round.pipeline.gguf import prepare_gguf
@@ -66,6 +66,7 @@ def prepare(
         AutoRoundError: anything that would make the run fail later, as far as it can be known.
     """
     device = choose_device(options.model.device_map)  # before anything is fetched
+    warn_of_threads(device)
     where = output or Path(options.output.output_dir)
     gguf = gguf_request(options)
     options = options if gguf is None else gguf.options

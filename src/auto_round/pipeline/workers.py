@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
+
+from auto_round.pipeline.limits import usable_cores
 
 MOST_WORKERS = 4
 
@@ -15,7 +16,7 @@ MOST_WORKERS = 4
 @contextmanager
 def workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
     """Threads that share a CPU's cores among them while the context lasts; a single one for other devices."""
-    count = min(MOST_WORKERS, os.cpu_count() or 1) if device.type == "cpu" else 1
+    count = min(MOST_WORKERS, usable_cores()) if device.type == "cpu" else 1
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(
         count, initializer=torch.set_num_threads, initargs=(max(1, threads // count),)

@@ -1,0 +1,101 @@
+"""Cores and memory that a container leaves, from files as the kernel writes them."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from auto_round.log import logger
+from auto_round.pipeline import device, limits, memory
+from auto_round.pipeline.limits import allowed_bytes, usable_cores
+
+TWO_CORES = {
+    "version 2": ("0::/", {"cpu.max": "200000 100000"}),
+    "version 2, an outer group": ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}),
+    "version 1": (
+        "4:cpu,cpuacct:/x",
+        {"cpu/x/cpu.cfs_quota_us": "200000", "cpu/x/cpu.cfs_period_us": "100000"},
+    ),
+    "version 1, named as on the host": (
+        "4:cpu:/docker/0",
+        {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"},
+    ),
+}
+
+ONE_GIB = {
+    "version 2": (
+        "0::/a",
+        {
+            "a/memory.max": str(3 << 29),
+            "a/memory.current": str(3 << 28),
+            "a/memory.stat": f"inactive_file {1 << 28}",
+        },
+    ),
+    "version 2, an outer group": (
+        "0::/a/b",
+        {
+            "a/b/memory.max": "max",
+            "a/b/memory.current": "5",
+            "a/memory.max": str(2 << 30),
+            "a/memory.current": str(1 << 30),
+        },
+    ),
+    "version 1": (
+        "4:memory:/x",
+        {"memory/memory.limit_in_bytes": str(2 << 30), "memory/memory.usage_in_bytes": str(1 << 30)},
+    ),
+}
+
+
+def made(root: Path, group: str, files: dict[str, str]) -> Path:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(f"7:pids:/\n{group}\n")
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return root
+
+
+@pytest.mark.parametrize("case", TWO_CORES)
+def test_cores_of_a_container(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits.os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert usable_cores(made(tmp_path, *TWO_CORES[case])) == 2
+
+
+def test_cores_without_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits.os, "sched_getaffinity", lambda pid: {3, 5, 7})
+    assert usable_cores(tmp_path) == 3
+    assert usable_cores(made(tmp_path, "0::/", {"cpu.max": "max 100000"})) == 3
+
+
+@pytest.mark.parametrize("case", ONE_GIB)
+def test_memory_of_a_container(case: str, tmp_path: Path) -> None:
+    assert allowed_bytes(made(tmp_path, *ONE_GIB[case])) == 1 << 30
+
+
+def test_memory_of_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = made(tmp_path, "0::/", {})
+    assert allowed_bytes(root) is None
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (2 << 30, resource.RLIM_INFINITY))
+    (root / "proc/self/statm").write_text(f"{(1 << 30) // resource.getpagesize()} 1 1 1 0 1 0\n")
+    assert allowed_bytes(root) == 1 << 30
+
+
+def test_available_memory_is_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "allowed_bytes", lambda: 12345)
+    assert memory.available_bytes() == 12345
+
+
+def test_many_threads_on_few_cores_are_warned_about(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(device, "usable_cores", lambda: 2)
+    device.warn_of_threads(torch.device("cpu"))
+    assert "64 threads" in caplog.text
+    assert "OMP_NUM_THREADS=2" in caplog.text

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import MappingProxyType
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from auto_round.consumers.fields import CannotReadError
 from auto_round.consumers.folder import Folder
 from auto_round.consumers.matrices import PLAIN, Matrix
 from auto_round.consumers.modules import Module, fused_modules, split_modules
@@ -120,6 +123,18 @@ def test_vllm_asks_for_parts_only_where_one_has_an_entry():
     ):
         found = folder(config_of(extra, "model.layers"))
         assert (vllm(found, qkv).bits, sglang(found, qkv).bits) == (here, there), extra
+
+
+def test_parts_in_16_bits_agree_in_all_numbers():
+    """Both engines compare bits, group_size and sym, whatever the bits."""
+    names = [f"model.layers.0.self_attn.{p}_proj" for p in "qkv"]
+    qkv = Module("model.layers.0.self_attn.qkv_proj", tuple(matrix(name) for name in names))
+    extra = dict.fromkeys(names, MappingProxyType({"bits": 16}))
+    for reader in (AutoRoundReader(re.search, ends=True), AutoRoundReader(re.fullmatch, ends=False)):
+        assert reader(folder(config_of(extra, "model.layers")), qkv) is None
+        other = {**extra, names[1]: {"bits": 16, "group_size": 32}}
+        with pytest.raises(CannotReadError, match="even in 16 bits"):
+            reader(folder(config_of(other, "model.layers")), qkv)
 
 
 @given(LAYERS, st.dictionaries(KEYS.filter(lambda k: k != "["), FIELDS, max_size=4))

@@ -92,6 +92,7 @@ WITH_HUMMING = {
     ("w4-asym", "auto_gptq"): False,
     ("w4-g16", "auto_round"): True,
     ("w3", "auto_gptq"): True,
+    ("w2-asym", "auto_round"): True,
 }
 """Refused folders -> whether `--quantization humming` predicts the same; it adds nothing to zero points."""
 

@@ -51,14 +51,22 @@ class AutoRoundReader:
             return self._fields(folder, end, inside=True)
         inside = _inside(folder, module)
         if module.experts and not self.ends:
-            named = {
-                name: self._fields(folder, name, inside) for name in extra if name.startswith(module.name)
-            }
+            named = [name for name in extra if name.startswith(module.name)]
             if named:
-                return agreed(module, named)
+                return self._common(folder, module, named, inside)
         elif len(module.parts) > 1 and not module.experts and self._asks_parts(extra, module):
-            return agreed(module, {p.name: self._fields(folder, p.name, inside) for p in module.parts})
+            return self._common(folder, module, [part.name for part in module.parts], inside)
         return self._fields(folder, module.name, inside)
+
+    def _common(self, folder: Folder, module: Module, names: Sequence[str], inside: bool) -> Fields | None:
+        """The one scheme of several names; engines compare all numbers, also those of layers in 16 bits."""
+        found = agreed(module, {name: self._fields(folder, name, inside) for name in names})
+        values = [self._values(folder, name, inside) for name in names]
+        if any(value != values[0] for value in values):
+            raise CannotReadError(
+                f"it fuses {module.name} and needs one group_size and sym for its parts, even in 16 bits"
+            )
+        return found
 
     def _asks_parts(self, extra: Mapping[str, Any], module: Module) -> bool:
         if not self.ends:
@@ -69,6 +77,11 @@ class AutoRoundReader:
         return next((key for key in extra if self._meets(key, name)), None)
 
     def _fields(self, folder: Folder, name: str, inside: bool) -> Fields | None:
+        values = self._values(folder, name, inside)
+        kept = isinstance(values["bits"], int) and values["bits"] >= FLOAT_BITS
+        return None if kept else make_fields(**values, where=name)
+
+    def _values(self, folder: Folder, name: str, inside: bool) -> dict[str, Any]:
         config = folder.quantization
         extra = _mapping(config.get("extra_config"))
         found = name if name in extra else self._pattern(extra, name)
@@ -76,9 +89,7 @@ class AutoRoundReader:
         values: dict[str, Any] = {"bits": FLOAT_BITS, "group_size": -1, "sym": True}
         if inside:
             values = {key: config.get(key, True if key == "sym" else None) for key in values}
-        values |= {key: own[key] for key in values if key in own}
-        kept = isinstance(values["bits"], int) and values["bits"] >= FLOAT_BITS
-        return None if kept else make_fields(**values, where=name)
+        return values | {key: own[key] for key in values if key in own}
 
     def _meets(self, key: str, name: str) -> bool:
         try:

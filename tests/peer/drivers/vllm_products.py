@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from vllm.model_executor.kernels.linear import register_linear_kernel
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 from vllm.platforms import PlatformEnum, current_platform
 from vllm.platforms.interface import DeviceCapability
 
@@ -86,6 +87,19 @@ class DenseKernel(MPLinearKernel):
         return linear(x, layer.dense.to(x.dtype), bias)
 
 
+class DenseInt8(CPUInt8ScaledMMLinearKernel):
+    """8 by 8 bits, one symmetric step for each token; oneDNN's product saturates without VNNI."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        weight, scale, *_ = self.layer_param_names
+        layer.dense = getattr(layer, weight).data.float() * getattr(layer, scale).data.float().reshape(-1, 1)
+
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        step = x.float().abs().amax(-1, keepdim=True) / 127
+        rounded = (x.float() / step).round() * step
+        return linear(rounded, layer.dense, None if bias is None else bias.float()).to(x.dtype)
+
+
 class DenseHumming(humming.HummingLinearMethod):
     """Humming with GPTQ words; zero points are read as they are stored, as there."""
 
@@ -123,4 +137,5 @@ def replace_products() -> None:
     humming.HummingLinearMethod = DenseHumming
     auto_awq.AutoAWQLinearMethod = DenseAWQ
     register_linear_kernel(DenseKernel, PlatformEnum.CPU)
-    os.environ["VLLM_DISABLED_KERNELS"] = "CPUWNA16LinearKernel"
+    register_linear_kernel(DenseInt8, PlatformEnum.CPU, "int8")
+    os.environ["VLLM_DISABLED_KERNELS"] = "CPUWNA16LinearKernel,CPUInt8ScaledMMLinearKernel"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 
 import pytest
 from torch import nn
@@ -174,3 +175,12 @@ def test_public_names():
 def test_saving_before_quantizing_is_an_error():
     with pytest.raises(ConfigError, match="call quantize"):
         AutoRound("m").save_quantized("out")
+
+
+def test_arguments_that_change_nothing_say_so(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("auto_round"), "propagate", True)
+    AutoRound("some/model", model_free=True)
+    assert "model_free has no effect" in caplog.text
+    caplog.clear()
+    AutoRound("some/model", model_free=False)
+    assert "no effect" not in caplog.text

@@ -32,7 +32,7 @@ def fail_with(monkeypatch):
         (InternalError("promise"), 1, "AR_LOG_LEVEL=DEBUG"),
         (ValueError("surprise"), 1, "unexpected ValueError: surprise"),
         (MemoryError(), 1, "out of memory"),
-        (KeyboardInterrupt(), 130, "same command continues"),
+        (KeyboardInterrupt(), 130, "auto-round: interrupted"),
     ],
 )
 def test_failures(fail_with, capsys, monkeypatch, error, code, text):

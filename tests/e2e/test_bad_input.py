@@ -268,6 +268,25 @@ def test_a_disk_that_fills_up_leaves_nothing_half_valid_and_the_run_continues(
     assert tree(folder) == whole
 
 
+@pytest.mark.parametrize(("words", "continues"), [([], True), (["--no_resume"], False)])
+def test_a_run_that_is_interrupted(command, model, monkeypatch, words, continues):
+    def interrupt(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("auto_round.pipeline.quantize.tune_group", interrupt)
+    code, err = command(model, *words)
+    assert code == 130
+    assert "auto-round: interrupted" in err
+    assert ("the same command continues" in err) is continues
+    assert "Traceback" not in err
+
+
+def test_flags_that_change_nothing_say_so(command, model):
+    code, err = command(model, "--model_free", "--dry_run")
+    assert code == 0
+    assert "model_free has no effect: plain rounding never builds the model" in err
+
+
 def test_the_traceback_is_there_when_asked_for(command, model, monkeypatch):
     monkeypatch.setenv("AR_LOG_LEVEL", "DEBUG")
     code, err = command(model, "--scheme", "W4A17")

@@ -16,8 +16,9 @@ from auto_round.config import (
     read_environment,
     settings,
 )
-from auto_round.config.later import GRANTED, later_names, not_there_yet, split_later
+from auto_round.config.later import GRANTED, granted_notes, later_names, not_there_yet, split_later
 from auto_round.errors import ArgumentError, ConfigError, nearest
+from auto_round.log import logger
 
 ORDER: Final = (
     "platform",
@@ -79,6 +80,8 @@ def read_arguments(given: Mapping[str, Any], recipe: str) -> Options:
     now, later = split_later(given)
     if later:
         raise not_there_yet(later)
+    for note in granted_notes(name for name, value in given.items() if value):
+        logger.warning(note)
     return build_options(now, recipe, read_environment())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from auto_round.config import GROUPS, RECIPES, Setting, all_settings, settings
-from auto_round.config.later import GRANTED, LATER, later_names, not_there_yet
+from auto_round.config.later import GRANTED, LATER, granted_notes, later_names, not_there_yet
 from auto_round.errors import ConfigError, nearest
 
 USAGE = """auto-round MODEL [options]          make MODEL small
@@ -38,12 +38,14 @@ class Command:
         given: options by name, only those that were written.
         recipe: recipe name.
         topics: what to list; the words of a command on folders.
+        notes: what to say of flags that change nothing.
     """
 
     verb: str
     given: dict[str, Any]
     recipe: str = "default"
     topics: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def parse(argv: Sequence[str], recipe: str = "default") -> Command:
@@ -85,10 +87,9 @@ def _quantize(words: list[str], recipe: str) -> Command:
     later = [name for name in later_names() if name in given]
     if later:
         raise not_there_yet(later, prefix="--")
-    for name in GRANTED:
-        given.pop(name, None)
+    granted = [name for name in GRANTED if given.pop(name, False)]
     recipe = given.pop("recipe", recipe)
-    return Command("quantize", _with_model(given), recipe)
+    return Command("quantize", _with_model(given), recipe, notes=tuple(granted_notes(granted)))
 
 
 def _with_model(given: dict[str, Any]) -> dict[str, Any]:

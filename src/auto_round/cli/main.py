@@ -60,7 +60,7 @@ def _run(argv: Sequence[str] | None, recipe: str) -> int:
         with _quiet_collector():
             return _dispatch(sys.argv[1:] if argv is None else argv, recipe)
     except KeyboardInterrupt:
-        _say("interrupted: the same command continues where this run stopped")
+        _say("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
@@ -98,6 +98,8 @@ def _dispatch(argv: Sequence[str], recipe: str) -> int:
         from auto_round.cli.quantize import quantize
 
         _warn_of_unknown_variables()
+        for note in command.notes:
+            logger.warning(note)
         quantize(command.given, command.recipe)
     return 0
 

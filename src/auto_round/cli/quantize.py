@@ -10,6 +10,7 @@ from auto_round.cli.folder import with_named_folder
 from auto_round.cli.progress import drawn_progress
 from auto_round.cli.summary import summary
 from auto_round.config import build_options, read_environment
+from auto_round.log import logger
 
 
 def quantize(given: Mapping[str, Any], recipe: str) -> None:
@@ -36,8 +37,13 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
     clock = Clock()
     jobs = [prepare(part) for part in runs_of(options)]
     for job in jobs:
-        with drawn_progress() as progress:
-            result = run_job(job, progress, clock)
+        try:
+            with drawn_progress() as progress:
+                result = run_job(job, progress, clock)
+        except KeyboardInterrupt:
+            if job.options.output.resume:
+                logger.warning("the same command continues where this run stopped (%s.partial)", job.output)
+            raise
         print(summary(result))
         clock = Clock()
 

@@ -125,6 +125,11 @@ GRANTED: Final[Mapping[str, str]] = MappingProxyType(
 """Switches that change nothing here, and why."""
 
 
+def granted_notes(names: Iterable[str]) -> list[str]:
+    """One sentence for each name of `GRANTED`."""
+    return [f"{name} has no effect: {GRANTED[name]}" for name in names if name in GRANTED]
+
+
 def later_names() -> dict[str, str]:
     """Map every name of later work to the feature it belongs to."""
     return {name: later.feature for later in LATER for name in later.names}

@@ -46,7 +46,7 @@ class Options:
     tune: TuneOptions = field(default_factory=TuneOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
-    given: frozenset[str] = frozenset()
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 def all_settings() -> tuple[Setting, ...]:

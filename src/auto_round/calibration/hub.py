@@ -7,6 +7,7 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,10 @@ def _streamed(parts: Sequence[Any], name: str) -> Iterator[object]:
 
 
 def _read_huggingface(row: HubDataset, splits: Sequence[str]) -> list[Any]:
-    import datasets
     import huggingface_hub.constants as hub
 
     name = row.names[0]
+    datasets = _library(name)
     offline = bool(hub.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE)
     if not offline and not is_reachable(f"{hub.ENDPOINT}/api/datasets/{name}"):
         if not is_cached(name, Path(datasets.config.HF_DATASETS_CACHE)):
@@ -90,12 +91,31 @@ def _read_huggingface(row: HubDataset, splits: Sequence[str]) -> list[Any]:
     return parts
 
 
+def _library(name: str) -> Any:
+    """The package `datasets`.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"data set {name} comes from a hub, whose package is missing: pip install datasets; or {REMEDY}"
+        ) from error
+    return datasets
+
+
 def _failures() -> tuple[type[Exception], ...]:
     """Return what the hub's clients raise, with the errors of whichever HTTP package they are built on."""
-    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    return (*HfHubHTTPError.__bases__, DatasetsError, OSError, ValueError, RuntimeError, ImportError)
+    own: tuple[type[Exception], ...] = ()
+    with suppress(ImportError):  # ModelScope can do without
+        from datasets.exceptions import DatasetsError
+
+        own = (DatasetsError,)
+    return (*HfHubHTTPError.__bases__, *own, OSError, ValueError, RuntimeError, ImportError)
 
 
 def _failure(name: str, split: str, offline: bool, error: Exception) -> str:

@@ -192,9 +192,14 @@ def _text(path: Path, splits: Sequence[str]) -> Sequence[object]:
 
 def _parquet(path: Path, splits: Sequence[str]) -> Sequence[object]:
     del splits
-    import pyarrow
-    import pyarrow.parquet
-
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"data set {path}: Parquet files need a package that is missing: pip install pyarrow; or convert "
+            "the file to .jsonl"
+        ) from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names

@@ -6,14 +6,18 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from auto_round.models.attention import BANDS, causal_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from auto_round.models.attention import BANDS, _attend, causal_attention
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(4, 1), (4, 2), (6, 6)])
 @pytest.mark.parametrize("length", [BANDS, 8 * BANDS])
-def test_output_and_gradients_equal_pytorchs(heads: int, shared: int, length: int) -> None:
+@pytest.mark.parametrize("v_width", [16, 8, 24])
+def test_output_and_gradients_equal_pytorchs(heads: int, shared: int, length: int, v_width: int) -> None:
     generator = torch.Generator().manual_seed(heads + length)
-    shapes = [(2, heads, length, 16), (2, heads // shared, length, 16), (2, heads // shared, length, 16)]
+    kv = heads // shared
+    shapes = [(2, heads, length, 16), (2, kv, length, 16), (2, kv, length, v_width)]
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
     ours = causal_attention(*inputs, scale=0.3)
     theirs = scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True)
@@ -30,3 +34,26 @@ def test_later_positions_have_no_influence() -> None:
     before = causal_attention(q, k, v, 0.5)
     k[:, :, -1], v[:, :, -1] = 7.0, -7.0
     assert torch.equal(before[:, :, :-1], causal_attention(q, k, v, 0.5)[:, :, :-1])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        ([(1, 4, 32, 24), (1, 4, 32, 24), (1, 4, 32, 16)], {}),
+        ([(1, 4, 32, 24), (1, 2, 32, 24), (1, 2, 32, 8)], {"scaling": 0.5}),
+        ([(2, 4, 6, 8), (2, 4, 6, 8), (2, 4, 6, 8)], {}),
+        ([(1, 4, 8, 8), (1, 4, 12, 8), (1, 4, 12, 8)], {"is_causal": False}),
+        ([(2, 4, 8, 8)] * 3, {"position_bias": torch.linspace(-1, 1, 64).double().view(1, 1, 8, 8)}),
+    ],
+)
+def test_what_is_not_served_here_goes_to_transformers(shapes, options) -> None:
+    """Narrow values, odd lengths, longer keys, biases: the same numbers and gradients as without us."""
+    module = torch.nn.Module()
+    module.num_key_value_groups = shapes[0][1] // shapes[1][1]
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
+    (ours, _), (theirs, _) = (f(module, q, k, v, None, **options) for f in (_attend, sdpa_attention_forward))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    gradients = [torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (ours, theirs)]
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 from auto_round.errors import CheckpointError
 from auto_round.export.formats.auto_round import AutoRoundFormat
+from auto_round.pipeline import blocks
 from auto_round.testing.tiny_models import tiny_config, tiny_model
+from auto_round.tuning.sign_round import tune_block
 from pipeline.runs import ROWS, SIZES, kl_of, quantize, tree, weights
 
 HEADS = {"head_dim": 16}
@@ -99,6 +101,31 @@ def test_experts(tiny, tmp_path, family, changes, given):
         assert bits == {8}
     stored = weights(result.folders[0])
     assert all(f"{name}.qweight" in stored for name in result.plan.quantized)
+
+
+def test_one_scale_for_a_whole_matrix_of_fused_experts(tiny, tmp_path):
+    """Halves of an expert's fused matrix lie apart on disk; each takes the scale of the whole."""
+    result = quantize(tiny("qwen3_moe", **EXPERTS), tmp_path / "out", group_size=0, format="fake")
+    assert kl_of(result)["fake"] == 0.0
+    stored = weights(result.folders[0])
+    for name in result.plan.quantized:
+        assert len(stored[f"{name}.weight"].unique()) <= 16
+
+
+def test_what_a_model_keeps_in_float32_stays_so_while_it_is_tuned(tiny, tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(group, tasks, *args, **kwargs):
+        seen.update({name: t.dtype for name, t in [*group.named_parameters(), *group.named_buffers()]})
+        return tune_block(group, tasks, *args, **kwargs)
+
+    monkeypatch.setattr(blocks, "tune_block", spy)
+    changes = {"first_k_dense_replace": 1, "moe_intermediate_size": 32, "head_dim": 16}
+    result = quantize(tiny("glm4_moe", **changes), tmp_path / "out")
+    wide = {name.partition(".")[2] for name, dtype in seen.items() if dtype is torch.float32}
+    assert {"mlp.gate.weight", "mlp.gate.e_score_correction_bias"} <= wide
+    assert seen["0.self_attn.q_proj.weight"] is torch.bfloat16
+    assert kl_of(result)["auto_round"] < 1e-5
 
 
 def test_a_quantized_tied_head_is_written_apart(tiny, tmp_path):

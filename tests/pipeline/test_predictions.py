@@ -39,6 +39,15 @@ def test_blocks_tuned_as_one_and_a_run_repeated(tiny, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_tables_of_positions_are_not_left(tiny, tmp_path, family):
+    """Positions of all rows are judged together, but no model is given more than it has positions."""
+    changes = {"opt": {"max_position_embeddings": 20, "ffn_dim": 96, "word_embed_proj_dim": 64}}
+    source = tiny(family, **changes.get(family, {"n_positions": 20, "n_embd": 64, "n_head": 4, "n_layer": 2}))
+    result = quantize(source, tmp_path / "out", enable_alg_ext=True, batch_size=4)
+    assert result.report["held_out"]["positions"] > 20
+
+
 def test_rounding_without_tuning_has_nothing_to_extend():
     with pytest.raises(ConfigError, match="enable_alg_ext extends tuning"):
         build_options({"model": "m", "enable_alg_ext": True, "iters": 0})

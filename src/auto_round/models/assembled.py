@@ -133,6 +133,12 @@ class AssembledSource(ABC):
         with freed_on_exit(real):
             yield real
 
+    def block_dtypes(self, index: int, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
+        """See `ModelSource`."""
+        inside = f"{self.blocks[index].module}."
+        dtypes = self._dtypes_for(dtype).items()
+        return {name.removeprefix(inside): kept for name, kept in dtypes if name.startswith(inside)}
+
     def prefetch(self, index: int) -> None:
         """Start reading the weights of a block; see `ModelSource`."""
         del index

@@ -20,9 +20,9 @@ BANDS = 4
 class _CausalAttention(torch.autograd.Function):
     """softmax(q k^T + causal mask) v.
 
-    `q` is `[rows, repeats, length, width]` and scaled, `k` and `v` are `[rows, length, width]`: query heads
-    that share a key head are stacked below each other, so that no key is copied and their gradients add up
-    by themselves.
+    `q` is `[rows, repeats, length, width]` and scaled, `k` is `[rows, length, width]` and `v`
+    `[rows, length, v_width]`: query heads that share a key head are stacked below each other, so that no key is
+    copied and their gradients add up by themselves.
     """
 
     @staticmethod
@@ -37,7 +37,7 @@ class _CausalAttention(torch.autograd.Function):
             scores = stacked @ k[:, :end].transpose(1, 2)
             scores.view(rows, repeats, size, end)[..., start:].add_(blocked)
             p = torch.softmax(scores, -1)
-            outputs.append((p @ v[:, :end]).view(rows, repeats, size, width))
+            outputs.append((p @ v[:, :end]).view(rows, repeats, size, v.shape[-1]))
             kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
         return torch.cat(outputs, 2)
@@ -50,7 +50,7 @@ class _CausalAttention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), k, v
         for i in reversed(range(BANDS)):  # the last band reaches every key: it writes, the others add
             p, band, end = kept[i], slice(i * size, (i + 1) * size), (i + 1) * size
-            g = grad[:, :, band].reshape(rows, repeats * size, width)
+            g = grad[:, :, band].reshape(rows, repeats * size, v.shape[-1])
             stacked = q[:, :, band].reshape(rows, repeats * size, width)
             ds = torch._softmax_backward_data(g @ v[:, :end].transpose(1, 2), p, -1, p.dtype)
             dq[:, :, band] = (ds @ k[:, :end]).view(rows, repeats, size, width)
@@ -69,31 +69,46 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Args:
         q: `[batch, heads, length, width]`; `length` is a multiple of `BANDS`.
         k: `[batch, heads / n, length, width]`, each head serving `n` query heads.
-        v: same shape as `k`.
+        v: `[batch, heads / n, length, v_width]`; multi-head latent attention has values narrower than keys.
         scale: factor of the scores.
 
     Returns:
-        `[batch, heads, length, width]`.
+        `[batch, heads, length, v_width]`.
     """
     batch, heads, length, width = q.shape
     rows = batch * k.shape[1]
-    keys, values = k.reshape(rows, length, width), v.reshape(rows, length, width)
+    keys, values = k.reshape(rows, length, width), v.reshape(rows, length, v.shape[-1])
     stacked = (q * scale).reshape(rows, heads // k.shape[1], length, width)
     attended: Tensor = _CausalAttention.apply(stacked, keys, values)  # type: ignore[no-untyped-call]
-    return attended.reshape(batch, heads, length, width)
+    return attended.reshape(batch, heads, length, v.shape[-1])
 
 
-def _serves(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
+_CHANGES = ("s_aux", "softcap", "position_bias")
+"""Options that change the scores."""
+
+
+def _serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
     return (
         mask is None
         and torch.is_grad_enabled()
-        and query.device.type == "cpu"
-        and query.shape[2] == key.shape[2]
-        and query.shape[2] % BANDS == 0
+        and q.device.type == "cpu"
+        and _fits(q, k, v)
         and not options.get("dropout")
         and options.get("is_causal") is not False
-        and options.get("s_aux") is None
-        and options.get("softcap") is None
+        and all(options.get(name) is None for name in _CHANGES)
+    )
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `causal_attention` takes tensors of these shapes and dtypes."""
+    return (
+        q.dim() == k.dim() == v.dim() == 4
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[0] == k.shape[0]
+        and q.shape[1] % k.shape[1] == 0
+        and q.shape[2:] == k.shape[2:]
+        and k.shape[:3] == v.shape[:3]
+        and q.shape[2] % BANDS == 0
     )
 
 
@@ -107,14 +122,15 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention function in the form that Transformers calls."""
     causal = getattr(module, "is_causal", True)  # as Transformers' own functions ask
-    if not causal or not _serves(query, key, attention_mask, options):
+    if not causal or not _serves(query, key, value, attention_mask, options):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **options
         )
         return output
-    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    scaling = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
 
 

@@ -149,6 +149,13 @@ class ModelSource(Protocol):
         """
         ...
 
+    def block_dtypes(self, index: int, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
+        """Dtype of each tensor of block `index` when the model computes in `dtype`, by name in the block.
+
+        A model may keep some of them in float32.
+        """
+        ...
+
     def prefetch(self, index: int) -> None:
         """Start reading the weights of block `index`, where that helps; returns at once."""
         ...

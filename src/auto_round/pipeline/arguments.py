@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,45 @@ from torch import Tensor
 
 from auto_round.errors import UnsupportedError
 from auto_round.models.source import BlockCall
+
+Place = tuple[object, ...]
+"""Where a tensor lies: block, "args" or "kwargs", then positions and keys."""
+
+
+def batch_axes(
+    one: Sequence[BlockCall | None], two: Sequence[BlockCall | None]
+) -> Mapping[Place, int]:
+    """Axis along which each argument grows with the batch, learned from the model itself.
+
+    Whether rows share a tensor cannot be seen from one row: BLOOM's alibi is `[batch * heads, 1, length]`,
+    rotary embeddings are `[1, length, width]` for any batch.
+
+    Args:
+        one: what the blocks receive for some rows.
+        two: what they receive for those rows twice.
+
+    Returns:
+        Place of a tensor -> the axis that is twice as long in `two`; those that are of one shape are left out.
+    """
+    found: dict[Place, int] = {}
+    for block, (few, many) in enumerate(zip(one, two, strict=True)):
+        if few is not None and many is not None:
+            _compare((block, "args"), few.args, many.args, found)
+            _compare((block, "kwargs"), few.kwargs, many.kwargs, found)
+    return found
+
+
+def _compare(place: Place, few: Any, many: Any, found: dict[Place, int]) -> None:
+    if isinstance(few, Tensor) and isinstance(many, Tensor) and few.dim() == many.dim():
+        grown = [axis for axis in range(few.dim()) if many.shape[axis] == 2 * few.shape[axis]]
+        if grown:
+            found[place] = grown[0]
+    elif isinstance(few, (tuple, list)) and isinstance(many, (tuple, list)):
+        for i, (a, b) in enumerate(zip(few, many, strict=False)):
+            _compare((*place, i), a, b, found)
+    elif isinstance(few, Mapping) and isinstance(many, Mapping):
+        for key in few.keys() & many.keys():
+            _compare((*place, key), few[key], many[key], found)
 
 
 class ArgumentTable:
@@ -19,7 +59,14 @@ class ArgumentTable:
     all blocks of one kind.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, axes: Mapping[Place, int] | None = None) -> None:
+        """An empty table.
+
+        Args:
+            axes: what `batch_axes` gives; None where nothing is known: rows share what is equal, and what is
+                not is joined along the first axis.
+        """
+        self._axes = axes or {}
         self._calls: list[tuple[BlockCall | None, ...]] = []
         self._edits: list[tuple[Tensor | None, ...]] = []
         self._known: dict[tuple[object, ...], list[Tensor]] = {}
@@ -56,9 +103,10 @@ class ArgumentTable:
             if present:
                 raise UnsupportedError(f"block {block} runs for some rows and not for others")
             return None, None
-        args = tuple(_collate([c.args[i] for c in present], device) for i in range(len(present[0].args)))
-        kwargs = {k: _collate([c.kwargs[k] for c in present], device) for k in present[0].kwargs}
-        added = None if edits[0] is None else _collate(edits, device)
+        join = _Joiner(self._axes, device)
+        args = join([c.args for c in present], (block, "args"))
+        kwargs = join([c.kwargs for c in present], (block, "kwargs"))
+        added = None if edits[0] is None else join(edits, (block, "edit"))
         return BlockCall(args, kwargs), added
 
     def _intern(self, value: Any) -> Any:
@@ -68,7 +116,7 @@ class ArgumentTable:
         key = (
             tensor.dtype,
             tensor.shape,
-            float(tensor.double().abs().sum()) if tensor.dtype != torch.bool else 0.0,
+            float(tensor.abs().double().sum()) if tensor.dtype != torch.bool else 0.0,
         )
         bucket = self._known.setdefault(key, [])
         for known in bucket:
@@ -89,23 +137,45 @@ def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def _collate(values: Sequence[Any], device: torch.device) -> Any:
-    """One value for several rows: shared when equal, joined along the first dimension otherwise."""
-    first = values[0]
-    if all(v is first for v in values):
-        return _map_tensors(lambda t: t.to(device), first)
-    if any(v is None for v in values) and any(isinstance(v, Tensor) for v in values):
-        values = _fill_masks(values)
+@dataclass(frozen=True, slots=True)
+class _Joiner:
+    """Makes one value for several rows of the values for each.
+
+    Attributes:
+        axes: what `batch_axes` gives.
+        device: where tensors are wanted.
+    """
+
+    axes: Mapping[Place, int]
+    device: torch.device
+
+    def __call__(self, values: Sequence[Any], place: Place) -> Any:
+        """One value; `values` are alike but for the rows that they belong to."""
         first = values[0]
-    if isinstance(first, Tensor):
-        return torch.cat([v.to(device) for v in values])
-    if isinstance(first, (tuple, list)):
-        return type(first)(_collate([v[i] for v in values], device) for i in range(len(first)))
-    if isinstance(first, Mapping):
-        return {k: _collate([v[k] for v in values], device) for k in first}
-    if any(v != first for v in values):
-        raise UnsupportedError(f"rows of one batch need different block arguments: {first!r} and others")
-    return first
+        if any(v is None for v in values) and any(isinstance(v, Tensor) for v in values):
+            values = _fill_masks(values)
+            first = values[0]
+        if isinstance(first, Tensor):
+            return self._tensor(values, place)
+        if isinstance(first, (tuple, list)):
+            return type(first)(self([v[i] for v in values], (*place, i)) for i in range(len(first)))
+        if isinstance(first, Mapping):
+            return {k: self([v[k] for v in values], (*place, k)) for k in first}
+        if any(v != first for v in values):
+            raise UnsupportedError(f"rows of one batch need different block arguments: {first!r} and others")
+        return first
+
+    def _tensor(self, values: Sequence[Tensor], place: Place) -> Tensor:
+        axis = self.axes.get(place)
+        first = values[0]
+        if any(v is not first for v in values[1:]):
+            return torch.cat([v.to(self.device) for v in values], axis or 0)
+        moved = first.to(self.device)
+        if axis is None or len(values) == 1:
+            return moved
+        if moved.shape[axis] != 1:
+            return torch.cat([moved] * len(values), axis)
+        return moved.expand(*(len(values) if i == axis else n for i, n in enumerate(moved.shape)))
 
 
 def _fill_masks(values: Sequence[Any]) -> list[Tensor]:

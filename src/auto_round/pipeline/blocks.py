@@ -76,7 +76,7 @@ def tune_group(
         prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
         _refuse_not_finite(group, prefixes)
         originals = {name: group.get_parameter(name).detach() for name in formats}
-        group.to(job.dtype)
+        _cast(job, group, indices)
         arguments = GroupArguments(table, indices, job.device)
         observed = _observed(job, indices, group, formats)
         targets, moments = _references(job, group, observed, streams, arguments)
@@ -96,14 +96,15 @@ def tune_group(
             generator=torch.Generator().manual_seed(job.options.calibration.seed + indices[0]),
             objective=stack.enter_context(judged(job, indices, objective)),
         )
-        parameters = {n: q.format.dequantize(q, job.dtype) for n, q in tuned.weights.items()}
+        dtypes = {name: parameter.dtype for name, parameter in group.named_parameters()}
+        parameters = {n: q.format.dequantize(q, dtypes[n]) for n, q in tuned.weights.items()}
         errors = {
             name: relative_error(
                 rounded, originals[name], importance[name].squares if name in importance else None
             )
             for name, rounded in parameters.items()
         }
-        parameters.update({n: p.to(job.dtype) for n, p in tuned.others.items()})
+        parameters.update({n: p.to(dtypes[n]) for n, p in tuned.others.items()})
         _advance(job, group, parameters, streams, targets, arguments)
     layers = _layers_of(job, indices, tuned.weights)
     others = {_outside(name, prefixes): value for name, value in tuned.others.items()}
@@ -163,6 +164,16 @@ def _refuse_not_finite(group: BlockGroup, prefixes: Mapping[str, str]) -> None:
                 f"{_outside(name, prefixes)}: {count} of {parameter.numel()} weights are NaN or infinite; "
                 "expected finite ones: fetch the model again"
             )
+
+
+def _cast(job: Job, group: BlockGroup, indices: Sequence[int]) -> None:
+    """Bring a group to the dtypes in which it computes; routers and the like may ask for float32."""
+    for position, index in enumerate(indices):
+        dtypes = job.source.block_dtypes(index, job.dtype)
+        block = group.get_submodule(str(position))
+        for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
 
 
 def _outside(name: str, prefixes: Mapping[str, str]) -> str:
@@ -264,6 +275,8 @@ def cut(q: QTensor, layer: Layer) -> QTensor:
     if layer.expert is None and layer.rows is None:
         return q
     rows = slice(None) if layer.rows is None else slice(*layer.rows)
-    at = (rows,) if layer.expert is None else (layer.expert, rows)
-    scale = q.format.rule.read({name: part[at] for name, part in q.scale.parts.items()})
-    return QTensor(q.codes[at], scale, q.format)
+    expert = () if layer.expert is None else (layer.expert,)
+    # One scale for a whole matrix holds for each of its halves too.
+    scaled = slice(None) if q.format.group.size == 0 else rows
+    scale = q.format.rule.read({name: part[(*expert, scaled)] for name, part in q.scale.parts.items()})
+    return QTensor(q.codes[(*expert, rows)], scale, q.format)

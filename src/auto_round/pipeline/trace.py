@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from auto_round.models.source import CPU
-from auto_round.pipeline.arguments import ArgumentTable
+from auto_round.calibration.rows import TokenRow
+from auto_round.models.source import CPU, Stem
+from auto_round.pipeline.arguments import ArgumentTable, Place, batch_axes
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.streams import Streams, home_of_streams
 
@@ -26,10 +28,10 @@ def trace_rows(job: Job, scratch: Path, embedding: Tensor | None = None) -> tupl
         Arguments of every block for every row, and the streams at the first block.
     """
     rows = () if job.rows is None else job.rows.rows
-    table = ArgumentTable()
     hidden: list[Tensor] = []
     rounded: list[Tensor] = []
     with job.source.stem(CPU, job.dtype, head=False) as stem:
+        table = ArgumentTable(_axes(stem, rows))
         for row in rows:
             mask = None if row.mask is None else row.mask.unsqueeze(0)
             traced = stem.trace(row.input_ids.unsqueeze(0), mask)
@@ -50,3 +52,14 @@ def trace_rows(job: Job, scratch: Path, embedding: Tensor | None = None) -> tupl
     for i, row_hidden in enumerate(rounded):
         streams.quantized[i] = row_hidden[0]
     return table, streams
+
+
+def _axes(stem: Stem, rows: Sequence[TokenRow]) -> Mapping[Place, int]:
+    """How the blocks' arguments grow with the batch: the same row once and twice, a padded one if any is."""
+    row = next((row for row in rows if row.mask is not None), rows[0])
+    ids = row.input_ids.unsqueeze(0)
+    mask = None if row.mask is None else row.mask.unsqueeze(0)
+    one, two = (
+        stem.trace(ids.repeat(n, 1), None if mask is None else mask.repeat(n, 1)).calls for n in (1, 2)
+    )
+    return batch_axes(one, two)

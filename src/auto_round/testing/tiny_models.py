@@ -80,6 +80,7 @@ DENSE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "smollm3": {"no_rope_layers": [1, 0]},
         "starcoder2": {"tie_word_embeddings": True},
         "stablelm": {},
+        "bloom": {"n_head": 4, "n_layer": 2},
     }
 )
 """Families whose every matrix is one tensor on disk -> configuration besides the common sizes."""
@@ -90,7 +91,9 @@ EXPERTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1},
         "qwen3_moe": {**_EXPERTS, "head_dim": 8, "decoder_sparse_step": 1},
         "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+        "deepseek_v2": {**_LATENT, "qk_nope_head_dim": 16},
         "deepseek_v3": _LATENT,
+        "glm4_moe": _LATENT,
         "phimoe": _LOCAL,
         "minimax_m2": {**_LOCAL, "head_dim": 8, "rotary_dim": 4},
         "lfm2_moe": {**_EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},

@@ -65,6 +65,10 @@ class UnsupportedError(AutoRoundError, NotImplementedError, ValueError):
         self.refusals = tuple(refusals)
 
 
+class NothingQuantizedError(UnsupportedError):
+    """The model would only be copied: none of its matrices can be quantized as asked."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return a hint such as `did you mean "W4A16", "W8A16"?`, or the known names when none is near."""
     names = list(known)

@@ -20,6 +20,9 @@ FURTHER = {
     "mtp.fc.weight": (64, 128),
     "model.layers.0.norm.weight": (64,),
     "model.layers.0.table": (4, 64),
+    "model.layers.0.self_attn.slope_rate": (4, 1, 1),
+    "model.layers.1.self_attn.states": (4, 16, 16),
+    "model.layers.1.mlp.scale.weight": (1, 64),
     "model.wte.weight": (96, 64),
 }
 MODULES = [

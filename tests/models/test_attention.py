@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from auto_round.models.attention import BANDS, _attend, causal_attention
+from auto_round.models.attention import BANDS, NAME, _attend, causal_attention, install
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(4, 1), (4, 2), (6, 6)])
@@ -57,3 +56,15 @@ def test_what_is_not_served_here_goes_to_transformers(shapes, options) -> None:
     gradients = [torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (ours, theirs)]
     for got, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama", NAME), ("deepseek_v32", "sdpa")])
+def test_models_that_ask_for_a_name_keep_it(family: str, name: str) -> None:
+    """Sparse attention masks its scores only under the names that it knows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 128}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    install(model)
+    assert model.config._attn_implementation == name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
 from auto_round.layouts.table import CHECKPOINT_LAYOUTS, layout_for
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.qtensor import QTensor
-from auto_round.pipeline.convert import convert_folder
+from auto_round.pipeline import convert
 from auto_round.pipeline.convert_source import open_stored
 from pipeline.runs import SHORT, quantize
+
+convert_folder = partial(convert.convert_folder, verify=False)
+"""Most folders here hold some layers only."""
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 SHAPES = {
@@ -223,6 +227,14 @@ def test_refusals(tmp_path, options, target, message):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_new_folder_that_does_not_load_is_not_left(tmp_path, capsys):
+    write(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"does not load and run|not found in it"):
+        convert.convert_folder(tmp_path / "a", "auto_awq", tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert cli.main(["convert", str(tmp_path / "a"), "--format", "auto_awq"]) == 1
+
+
 def test_steps_of_another_dtype(tmp_path):
     codes = write(tmp_path / "a", sym=True, scale_dtype=torch.bfloat16)
     convert_folder(tmp_path / "a", "auto_gptq", tmp_path / "b")  # 8 bits of mantissa fit into 11
@@ -258,7 +270,10 @@ def test_command(tmp_path, capsys):
     write(tmp_path / "a")
     assert (
         cli.main(
-            ["convert", str(tmp_path / "a"), "--format", "auto-awq", "--output_dir", str(tmp_path / "b")]
+            [
+                *("convert", str(tmp_path / "a"), "--format", "auto-awq"),
+                *("--output_dir", str(tmp_path / "b"), "--no-verify"),
+            ]
         )
         == 0
     )
@@ -295,7 +310,9 @@ def test_demo_model(tmp_path):
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     at = tmp_path / "a"
     for name in ("auto_gptq", "auto_awq", "auto_round:auto_gptq"):
-        at = convert_folder(at, name, tmp_path / name.replace(":", "-")).folder
+        done = convert.convert_folder(at, name, tmp_path / name.replace(":", "-"))
+        assert done.verified == {"tokens": 1}
+        at = done.folder
     back = load_file(at / "model.safetensors")
     assert set(back) == set(tensors)
     assert all(torch.equal(back[n], tensors[n]) for n in tensors)

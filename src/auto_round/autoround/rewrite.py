@@ -25,6 +25,7 @@ from auto_round.pipeline.job import Job
 from auto_round.pipeline.outputs import Outputs
 from auto_round.pipeline.result import Result
 from auto_round.pipeline.signature import request_digest, signature
+from auto_round.pipeline.verify import verify_all
 
 
 @plain_device()
@@ -63,6 +64,8 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
         write_configs_and_tokenizer(job, folders)
         own: dict[str, Any] = {"formats": list(job.exporters), "bytes_after": outputs.nbytes, "verified": {}}
         own["engines"] = judge_outputs(folders)
+        if job.options.output.verify:
+            own["verified"] = verify_all(job, folders, None)
         write_report(job, folders, {**report, **own}, output.folder)
         return list(job.folders(output.seal(asked)).values())
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from auto_round.cli.arguments import Parser
+from auto_round.cli.quantize import quiet_transformers
 from auto_round.cli.units import size
 from auto_round.consumers.verdict import judge_folder
 
@@ -24,13 +25,19 @@ def convert(words: Sequence[str]) -> str:
         return parser.format_help().rstrip()
     if found.format is None:
         parser.error("say which format is wanted, for example: auto-round convert FOLDER --format auto_awq")
-    done = convert_folder(found.folder, found.format, found.output, overwrite=found.overwrite)
+    quiet_transformers()
+    done = convert_folder(
+        found.folder, found.format, found.output, overwrite=found.overwrite, verify=found.verify
+    )
     rows = {
         "written": str(done.folder),
         "format": done.format,
         "size": size(done.nbytes),
         "layers": f"{done.layers}, with the same codes, steps and zero points",
+        "reloaded": "it loads and predicts",
     }
+    if skipped := done.verified.get("skipped"):
+        rows["reloaded"] = f"no, {skipped}"
     lines = [f"{label:<14}{text}" for label, text in rows.items()]
     return "\n".join([*lines, *(f"{v.engine:<14}{v.text}" for v in judge_folder(done.folder))])
 
@@ -59,6 +66,9 @@ def _parser() -> Parser:
         "--overwrite",
         action="store_true",
         help="do again what is finished, and replace an older output that does not say what it is",
+    )
+    parser.add_argument(
+        "--no_verify", "--no-verify", dest="verify", action="store_false", help="do not load the new folder"
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this text and stop")
     return parser

@@ -11,7 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from auto_round.config import read_environment, unknown_variables
-from auto_round.errors import AutoRoundError, ConfigError, InternalError, UnsupportedError
+from auto_round.errors import (
+    AutoRoundError,
+    ConfigError,
+    InternalError,
+    NothingQuantizedError,
+    UnsupportedError,
+)
 from auto_round.log import logger
 
 EXIT_REQUEST = 2
@@ -69,6 +75,8 @@ def _run(argv: Sequence[str] | None, recipe: str) -> int:
         if debug:
             traceback.print_exc()
         _say(_message(error, debug=debug))
+        if isinstance(error, NothingQuantizedError):
+            return EXIT_FAILED
         return EXIT_REQUEST if isinstance(error, (ConfigError, UnsupportedError)) else EXIT_FAILED
 
 

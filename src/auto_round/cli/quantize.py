@@ -33,7 +33,7 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
     from auto_round.pipeline.prepare import prepare
     from auto_round.pipeline.quantize import run_job
 
-    _quiet()
+    quiet_transformers()
     clock = Clock()
     jobs = [prepare(part) for part in runs_of(options)]
     for job in jobs:
@@ -48,7 +48,7 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
         clock = Clock()
 
 
-def _quiet() -> None:
+def quiet_transformers() -> None:
     """Keep Transformers' own bars and advice out of the output; its errors still come through."""
     from transformers.utils import logging
 

@@ -35,9 +35,14 @@ def _lines(result: Result) -> Iterator[tuple[str, str]]:
         if "file" in checked:
             yield "read back", f"{checked['file']}: {checked['tensors']} tensors, by {checked['reader']}"
             continue
+        if "tokens" in checked:
+            yield "reloaded", f"{name}: it loads and predicts"
+            continue
         yield "reloaded", f"{name}: KL {checked['kl']:.2g} from the model as tuned"
         if checked["sample"]:
             yield "it writes", repr(checked["sample"])
+        elif checked.get("no_sample"):
+            yield "no sample", checked["no_sample"]
     for name, verdicts in report.get("engines", {}).items():
         yield "loads in", f"{loading(verdicts)} ({name})" if len(report["engines"]) > 1 else loading(verdicts)
         yield from (("not in", f"{engine}: {reason}") for engine, reason in refusing(verdicts).items())

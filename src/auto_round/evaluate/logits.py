@@ -29,7 +29,7 @@ class Comparison:
 
     def add(
         self, reference: Tensor, candidate: Tensor, following: Tensor, mask: Tensor | None = None
-    ) -> None:
+    ) -> Tensor:
         """Count positions.
 
         Args:
@@ -37,17 +37,22 @@ class Comparison:
             candidate: logits of the second model.
             following: the token that comes next at each position, `[positions]` int64.
             mask: `[positions]` bool, False where a position does not count.
+
+        Returns:
+            KL(first || second) of each position that counts, nats, `[positions] float64`.
         """
         if mask is not None:
             reference, candidate, following = reference[mask], candidate[mask], following[mask]
         first = reference.float().log_softmax(-1)
         second = candidate.float().log_softmax(-1)
+        divergence = (first.exp() * (first - second)).sum(-1).double()
         index = following.unsqueeze(-1)
         self.positions += following.numel()
         self.nll_reference -= float(first.gather(-1, index).double().sum())
         self.nll -= float(second.gather(-1, index).double().sum())
-        self.divergence += float((first.exp() * (first - second)).sum(-1).double().sum())
+        self.divergence += float(divergence.sum())
         self.agree += int((first.argmax(-1) == second.argmax(-1)).sum())
+        return divergence
 
     @property
     def perplexity_reference(self) -> float:

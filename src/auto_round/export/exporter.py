@@ -69,6 +69,15 @@ class Recasts(Protocol):
 
 
 @runtime_checkable
+class Keeps(Protocol):
+    """An exporter whose readers cannot do with some layers packed, which are kept then."""
+
+    def kept(self, layer: Layer) -> str:
+        """Why a layer has to stay as it is; empty where it has not."""
+        ...
+
+
+@runtime_checkable
 class Warns(Protocol):
     """An exporter that knows of readers that would not do well with a plan."""
 

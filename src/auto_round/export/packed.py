@@ -140,6 +140,17 @@ def _refuse_outside(who: str, layer: Layer) -> Refusal | None:
     )
 
 
+def refuse_transposed(who: str, layer: Layer) -> Refusal | None:
+    """Why readers that know `nn.Linear` only would not find a layer; None when they would."""
+    if not layer.transposed:
+        return None
+    return Refusal(
+        who,
+        "its readers replace linear layers only, and this one is a Conv1D",
+        "use the format auto_round or auto_gptq",
+    )
+
+
 def top_scheme(
     plan: Plan, layers: Sequence[Layer], fields: Callable[[QuantizationScheme], Fields]
 ) -> QuantizationScheme:

@@ -30,11 +30,13 @@ def with_unplanned(
         tensors: everything in the source, by name.
     """
     planned = {layer.tensor for layer in layers} | {layer.name + _WEIGHT for layer in layers}
+    # A module that holds planned layers cannot be named: readers take its name for theirs.
+    parents = {place for layer in plan.entries for place in _places(layer)}
     indices = {block.disk: block.index for block in blocks}
     found: dict[str, Layer] = {}
     for tensor, spec in tensors.items():
         name = None if tensor in planned else _module(tensor, spec)
-        if name is not None and name not in plan.entries:
+        if name is not None and name not in plan.entries and name not in parents:
             block = next((indices[place] for place in _places(name) if place in indices), None)
             role = Role.OUTSIDE if block is None else Role.ROUTER
             shape = (spec.shape[-2], spec.shape[-1])
@@ -46,7 +48,11 @@ def with_unplanned(
 def _module(tensor: str, spec: TensorSpec) -> str | None:
     """Module of a matrix, or of a stack of matrices without modules of their own; None for anything else."""
     name, _, last = tensor.rpartition(".")
-    if len(spec.shape) < 2 or "emb" in name.rpartition(".")[2] or name.endswith(("wte", "wpe")):
+    if (
+        sum(size > 1 for size in spec.shape) < 2
+        or "emb" in name.rpartition(".")[2]
+        or name.endswith(("wte", "wpe"))
+    ):
         return None
     return name if f".{last}" == _WEIGHT or len(spec.shape) > 2 else None
 

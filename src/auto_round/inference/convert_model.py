@@ -20,7 +20,7 @@ from auto_round.inference.stored_formats import FLOAT_BITS, StoredFormats
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.select import AUTO, select_kernel
 from auto_round.log import logger
-from auto_round.models.roles import find_blocks, is_linear
+from auto_round.models.roles import find_blocks, linear_shape
 from auto_round.numerics.format import Format
 
 _READ_MARK = "_is_hf_initialized"
@@ -62,7 +62,8 @@ def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[
     stored = StoredFormats.read(config, _block_prefixes(model))
     backend = str(config.get("backend") or AUTO)
     names = ConfigNames.of(DiskNames.of(model), stored.exact, stored.blocks)
-    linear = {path: names.of_layer(path) for path, module in model.named_modules() if is_linear(module)}
+    shapes = {path: s for path, module in model.named_modules() if (s := linear_shape(module)) is not None}
+    linear = {path: names.of_layer(path) for path in shapes}
     stored = stored.among([*linear.values(), *expert_names(model, names)])
     experts = pack_experts(model, stored, names)
     used: dict[str, None] = {}
@@ -70,10 +71,10 @@ def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[
     for path, known in linear.items():
         module = model.get_submodule(path)
         fmt = stored.format_of(known)
-        if fmt is None or not _holds(stored, fmt, module, path):
+        if fmt is None or not _holds(stored, fmt, shapes[path], path):
             kept = kept or any(name in stored.extra for name in known)
             continue
-        spec = LinearSpec(fmt, (module.out_features, module.in_features), module.weight.dtype, target_device)
+        spec = LinearSpec(fmt, shapes[path], module.weight.dtype, target_device)
         kernel = select_kernel(spec, backend)
         _replace(model, path, QuantLinear(spec, stored.layout, kernel, module.bias, backend))
         used[kernel.name] = None
@@ -231,9 +232,9 @@ def _block_prefixes(model: Any) -> tuple[str, ...]:
     return (find_blocks(model)[0].rpartition(".")[0],)
 
 
-def _holds(stored: StoredFormats, fmt: Format, module: nn.Linear, name: str) -> bool:
+def _holds(stored: StoredFormats, fmt: Format, shape: tuple[int, int], name: str) -> bool:
     """Whether the byte order can hold a layer at all; exporters keep the others as they were."""
-    refusal = stored.layout.accepts(fmt, (module.out_features, module.in_features))
+    refusal = stored.layout.accepts(fmt, shape)
     if refusal is not None:
         logger.debug("%s is read as not quantized: %s", name, refusal)
     return refusal is None

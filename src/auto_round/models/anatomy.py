@@ -13,6 +13,7 @@ from auto_round.layouts.layout import TensorSpec
 from auto_round.models.layer import Block, Layer, Role
 from auto_round.models.names import NameMap
 from auto_round.models.places import Locator
+from auto_round.models.readers import ASKED, read_elsewhere
 from auto_round.models.roles import (
     bare_matrices,
     expert_counts,
@@ -20,7 +21,6 @@ from auto_round.models.roles import (
     find_head,
     fused_experts,
     is_linear,
-    is_transposed_linear,
     role_in_block,
 )
 
@@ -65,6 +65,7 @@ class _Dissection:
         self._disk = disk
         self._tied = tied
         self._experts = expert_counts(model.config)
+        self._read = read_elsewhere(model)
         self._locator = Locator(model, disk)
         self._refusals: list[Refusal] = []
 
@@ -89,13 +90,15 @@ class _Dissection:
     def _in_block(self, block: nn.Module, prefix: str, index: int) -> Iterator[Layer]:
         for path, module in block.named_modules():
             full = f"{prefix}.{path}" if path else prefix
-            if isinstance(module, nn.Linear) and is_linear(module):
+            if not isinstance(module, nn.Linear):
+                yield from self._bare(module, full, index)
+            elif not is_linear(module):
+                self._refuse(f"{full}.weight", f"its class {type(module).__name__} multiplies in its own way")
+            elif self._read.get(full, ASKED) != ASKED:
+                self._refuse(f"{full}.weight", self._read[full])
+            else:
                 role = role_in_block(path, module.out_features, self._experts)
                 yield from self._matrices(f"{full}.weight", index, role)
-            elif is_transposed_linear(module):
-                self._refuse(f"{full}.weight", "a Conv1D layer stores its matrix transposed")
-            else:
-                yield from self._bare(module, full, index)
 
     def _bare(self, module: nn.Module, path: str, index: int) -> Iterator[Layer]:
         """Parameters of a module that is no linear layer: fused experts, or something to keep."""
@@ -128,10 +131,12 @@ class _Dissection:
             spec = self._disk[name]
             shape = (spec.shape[0], spec.shape[1])
             yield Layer(
+                transposed=recipe.transposed,
+                asked=parameter.removesuffix(".weight") in self._read,
                 name=name.removesuffix(".weight"),
                 tensor=name,
                 parameter=parameter,
-                shape=shape,
+                shape=(shape[1], shape[0]) if recipe.transposed else shape,
                 dtype=spec.dtype,
                 block=index,
                 role=role,

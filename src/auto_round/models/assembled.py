@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from auto_round.models.anatomy import Anatomy
 from auto_round.models.layer import Block, Layer
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.names import NameMap, Recipe
-from auto_round.models.roles import find_decoder, find_head, find_towers
+from auto_round.models.roles import context_length, find_decoder, find_head, find_towers
 from auto_round.models.skeleton import weight_dtypes
 from auto_round.models.source import CPU, Stem
 from auto_round.models.trace import Recorder, StubStem, make_stubs
@@ -76,6 +76,11 @@ class AssembledSource(ABC):
         return self._parts.dtype
 
     @property
+    def context(self) -> int | None:
+        """See `ModelSource`."""
+        return context_length(self.config)
+
+    @property
     def layers(self) -> tuple[Layer, ...]:
         """See `ModelSource`."""
         return self._parts.anatomy.layers
@@ -108,8 +113,9 @@ class AssembledSource(ABC):
         return self._parts.anatomy.unsupported
 
     def read(self, layer: Layer) -> Tensor:
-        """Weight of a layer, `[out, in]`, as it lies on disk."""
-        return self.read_tensor(layer.tensor)
+        """Weight of a layer, `[out, in]`."""
+        weight = self.read_tensor(layer.tensor)
+        return weight.t().contiguous() if layer.transposed else weight
 
     def disk_name(self, parameter: str) -> str:
         """Name on disk of a parameter that is stored alone; see `ModelSource`."""
@@ -151,22 +157,48 @@ class AssembledSource(ABC):
 
         Encoders for images and sound are left out too: only text can be traced.
         """
-        model = self._parts.model
-        blocks = [model.get_submodule(block.module) for block in self.blocks]
-        recorder = Recorder(len(blocks))
-        replaced: dict[int, object] = dict(make_stubs(blocks, recorder))
-        left_out = [block.module for block in self.blocks]
-        head_path = find_head(model)
+        head_path = find_head(self._parts.model)
         spare = head_path if head_path and not head and not self.tied_head else None  # tied costs nothing
-        for path in [*find_towers(model), *([spare] if spare else [])]:
-            replaced[id(model.get_submodule(path))] = nn.Module()
-            left_out.append(path)
-        names = [n for n in model.state_dict() if not any(n.startswith(f"{p}.") for p in left_out)]
-        real = real_copy(model, self._gather(names, device, dtype), device, replaced)
+        left_out = self._outside_stem(spare)
+        real, recorder = self._stubbed(left_out, self._gather(self._in_stem(left_out), device, dtype), device)
         decoder = real.get_submodule(find_decoder(real, self.blocks[0].module))
         output = real.get_submodule(head_path) if head_path and head else None
         with freed_on_exit(real):
             yield StubStem(real, decoder, recorder, output)
+
+    def refuse_untraceable(self) -> None:
+        """See `ModelSource`: the stem runs with zeros in place of its weights, which take no memory."""
+        model = self._parts.model
+        left_out = self._outside_stem(None if self.tied_head else find_head(model))
+        dtypes, meta = self._dtypes_for(self._parts.dtype), model.state_dict()
+        absent = [name for name in self._in_stem(left_out) if meta[name].is_meta]
+        zeros = {n: torch.zeros((), dtype=dtypes[n]).expand(meta[n].shape) for n in absent}
+        real, recorder = self._stubbed(left_out, zeros, CPU)
+        decoder = real.get_submodule(find_decoder(real, self.blocks[0].module))
+        with freed_on_exit(real):
+            StubStem(real, decoder, recorder, None).trace(torch.zeros(1, 4, dtype=torch.int64))
+
+    def _outside_stem(self, spare: str | None) -> list[str]:
+        """Module paths that a stem does without: blocks, encoders, and `spare`."""
+        towers = find_towers(self._parts.model)
+        return [*(block.module for block in self.blocks), *towers, *([spare] if spare else [])]
+
+    def _in_stem(self, left_out: Sequence[str]) -> list[str]:
+        """Names of the tensors of a stem."""
+        outside = tuple(f"{path}." for path in left_out)
+        return [name for name in self._parts.model.state_dict() if not name.startswith(outside)]
+
+    def _stubbed(
+        self, left_out: Sequence[str], tensors: Mapping[str, Tensor], device: torch.device
+    ) -> tuple[nn.Module, Recorder]:
+        """A copy of the model with stubs for blocks and nothing in place of what else is left out."""
+        model = self._parts.model
+        blocks = [model.get_submodule(block.module) for block in self.blocks]
+        recorder = Recorder(len(blocks))
+        replaced: dict[int, object] = dict(make_stubs(blocks, recorder))
+        for path in left_out[len(blocks) :]:
+            replaced[id(model.get_submodule(path))] = nn.Module()
+        return real_copy(model, tensors, device, replaced), recorder
 
     def _gather(
         self, names: Iterable[str], device: torch.device, dtype: torch.dtype | None

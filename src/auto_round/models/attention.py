@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from auto_round.models.classes import compares
+
 NAME = "auto_round_causal"
 BANDS = 4
 
@@ -21,8 +23,8 @@ class _CausalAttention(torch.autograd.Function):
     """softmax(q k^T + causal mask) v.
 
     `q` is `[rows, repeats, length, width]` and scaled, `k` is `[rows, length, width]` and `v`
-    `[rows, length, v_width]`: query heads that share a key head are stacked below each other, so that no key is
-    copied and their gradients add up by themselves.
+    `[rows, length, v_width]`: query heads that share a key head are stacked below each other, so that no key
+    is copied and their gradients add up by themselves.
     """
 
     @staticmethod
@@ -132,6 +134,16 @@ def _attend(
     scaling = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
+
+
+def install(model: Any) -> None:
+    """Let a model that would take PyTorch's attention take this one.
+
+    Models that ask for the name "sdpa" in their own code, as those with sparse attention do, would compute
+    something else under another name: they stay as they are.
+    """
+    if model.config._attn_implementation == "sdpa" and not compares(model, "_attn_implementation", "sdpa"):
+        model.set_attn_implementation(register())
 
 
 def register() -> str:

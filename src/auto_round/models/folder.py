@@ -21,6 +21,7 @@ from auto_round.models.skeleton import (
     build_skeleton,
     fill_derived,
     read_config,
+    straighten,
     tied_weights,
     untie,
 )
@@ -105,7 +106,7 @@ def _open(folder: Path, checkpoint: Checkpoint, trust: bool, dtype: torch.dtype 
     config = read_config(folder, trust_remote_code=trust)
     computing = dtype or _own_dtype(config, disk)
     model = build_skeleton(config, computing, trust_remote_code=trust)
-    names = map_names(model, disk)
+    names = map_names(model, disk, straighten(model))
     tied = _really_tied(model, names, checkpoint)
     missing = missing_tensors(model, names, tied)
     excused = absent_by_design(model, missing)

@@ -34,6 +34,8 @@ class Layer:
         role: what it does.
         expert: index of the expert inside a fused `[n_experts, rows, in]` parameter; None for plain matrices.
         rows: first and last-plus-one row of this matrix inside its (expert's) parameter; None for all rows.
+        transposed: it lies on disk as `[in, out]`, as GPT-2's matrices do.
+        asked: other code of the model asks for its weight, which not every loader of packed weights can give.
     """
 
     name: str
@@ -45,6 +47,13 @@ class Layer:
     role: Role
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    transposed: bool = False
+    asked: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of the tensor on disk."""
+        return self.shape[::-1] if self.transposed else self.shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from auto_round.models.anatomy import dissect
 from auto_round.models.assembled import AssembledSource, Parts
 from auto_round.models.materialize import META
 from auto_round.models.names import Recipe, map_names
-from auto_round.models.skeleton import tied_weights
+from auto_round.models.skeleton import straighten, tied_weights
 
 
 class LiveSource(AssembledSource):
@@ -41,7 +41,7 @@ class LiveSource(AssembledSource):
         tied = {t: s for t, s in tied_weights(model).items() if _same(self._state[t], self._state[s])}
         saved = {name: tensor for name, tensor in skeleton.state_dict().items() if name not in tied}
         disk = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in _as_saved(skeleton, saved).items()}
-        names = map_names(skeleton, disk)
+        names = map_names(skeleton, disk, straighten(skeleton))
         super().__init__(
             Parts(skeleton, model.dtype, disk, names, tied, dissect(skeleton, names, disk, tied))
         )
@@ -68,7 +68,8 @@ class LiveSource(AssembledSource):
         return weight.to("cpu", copy=True).contiguous()
 
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        return {t: self._state[t].detach().to(dtype, copy=True) for t in recipe.targets}
+        found = {t: self._state[t].detach().to(dtype, copy=True) for t in recipe.targets}
+        return {t: w.t().contiguous() for t, w in found.items()} if recipe.transposed else found
 
 
 def _check_usable(model: Any) -> None:
@@ -106,8 +107,7 @@ def _skeleton_of(model: Any) -> Any:
         if name in saved:
             memo[id(buffer)] = torch.empty_like(buffer, device=META)
     skeleton = copy.deepcopy(model, memo).eval()
-    if skeleton.config._attn_implementation == "sdpa":
-        skeleton.set_attn_implementation(attention.register())
+    attention.install(skeleton)
     return skeleton
 
 

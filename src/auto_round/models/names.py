@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,12 +40,14 @@ class Recipe:
         pieces: what goes in, in the order in which the converter wants it.
         converter: Transformers' converter, never used itself but copied for every use (it collects tensors
             inside itself); None where the one piece is the one target.
+        transposed: the one piece lies on disk as `[in, out]` and is wanted as `[out, in]`.
     """
 
     key: str
     targets: tuple[str, ...]
     pieces: tuple[Piece, ...]
     converter: Any | None
+    transposed: bool = False
 
     def make(self, read: Callable[[str], Tensor], model: Any) -> dict[str, Tensor]:
         """Module tensors by full name.
@@ -55,7 +57,8 @@ class Recipe:
             model: the model (weights may be on the meta device) that the converter asks for sizes.
         """
         if self.converter is None:
-            return {self.targets[0]: read(self.pieces[0].name)}
+            tensor = read(self.pieces[0].name)
+            return {self.targets[0]: tensor.t().contiguous() if self.transposed else tensor}
         converter = copy.deepcopy(self.converter)
         for piece in self.pieces:
             converter.add_tensor(self.key, piece.name, piece.pattern, read(piece.name))
@@ -78,18 +81,22 @@ class NameMap:
     orphans: tuple[str, ...]
 
 
-def map_names(model: Any, disk: Mapping[str, TensorSpec]) -> NameMap:
+def map_names(
+    model: Any, disk: Mapping[str, TensorSpec], transposed: Collection[str] = frozenset()
+) -> NameMap:
     """Join disk names with the tensors of a model.
 
     Args:
         model: a Transformers model; its weights may be on the meta device.
         disk: dtype and shape of every tensor on disk.
+        transposed: module tensors that lie on disk the other way round.
 
     Raises:
         CheckpointError: a tensor's shape is not what the configuration asks for.
     """
     wanted: dict[str, Tensor] = model.state_dict()
     drafts, orphans = _collect(model, wanted, disk)
+    drafts = [replace(draft, transposed=draft.key in transposed) for draft in drafts]
     recipes = tuple(_finished(draft, model, wanted, disk) for draft in drafts)
     by_target = {target: recipe for recipe in recipes for target in recipe.targets}
     return NameMap(recipes, by_target, tuple(orphans))
@@ -162,7 +169,7 @@ def _finished(
                 f"tensor {shown}: shape {got} on disk, but the configuration asks for {expected} "
                 f'("{target}"): config.json and the weights are not of the same model'
             )
-    return Recipe(draft.key, targets, draft.pieces, draft.converter)
+    return replace(draft, targets=targets)
 
 
 def _gaps(names: list[str], count: int) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -13,6 +15,8 @@ from auto_round.errors import Refusal, UnsupportedError
 from auto_round.models.layer import Role
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "context_length")
+"""What families call the length of their context."""
 _ROUTER = re.compile(r"(?:^|\.)router(?:\.|$)")
 _MAYBE_ROUTER = re.compile(r"(?:^|[._])(?:gate|classifier|layer|wg)$")  # when as tall as there are experts
 _SHARED = re.compile(r"(?:^|\.)(?:shared_experts?|shared_mlp)\.")
@@ -21,13 +25,51 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for layers that are a plain matrix product (and an optional bias)."""
-    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    """True for layers that are a plain matrix product (and an optional bias) by a weight `[out, in]`.
+
+    A subclass may multiply in its own way, as grouped projections do: it is tried on a few numbers.
+    """
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    if "weight" not in module._parameters:  # computed anew for every call, as with weight norm
+        return False
+    return type(module).forward is nn.Linear.forward or _multiplies_plainly(module)
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """True for GPT-2's `Conv1D`: a linear layer that stores `[in, out]`."""
     return type(module).__name__ == "Conv1D" and not isinstance(module, _CONVOLUTIONS)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """`(out, in)` of a layer that is a plain matrix product, however it is stored; None for others."""
+    if is_linear(module):
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    if is_transposed_linear(module):
+        n_in, n_out = module.get_parameter("weight").shape
+        return n_out, n_in
+    return None
+
+
+def _multiplies_plainly(module: nn.Linear) -> bool:
+    """Whether a copy of the layer with a small weight gives what a linear layer gives."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 10, generator=generator)
+    bias = torch.randn(6, generator=generator) if "bias" in dict(module.named_parameters()) else None
+    x = torch.randn(2, 3, 10, generator=generator)
+    small = copy.copy(module)
+    small._parameters = {
+        "weight": nn.Parameter(weight, requires_grad=False),
+        "bias": None if bias is None else nn.Parameter(bias, requires_grad=False),
+    }
+    small.out_features, small.in_features = weight.shape
+    try:
+        with torch.no_grad():
+            y = small(x)
+    except Exception:  # noqa: BLE001  any failure of somebody's forward says that it is another one
+        return False
+    wanted = nn.functional.linear(x, weight, bias)
+    return isinstance(y, torch.Tensor) and y.shape == wanted.shape and torch.allclose(y, wanted, atol=1e-5)
 
 
 def find_blocks(model: Any) -> tuple[str, ...]:
@@ -37,13 +79,16 @@ def find_blocks(model: Any) -> tuple[str, ...]:
         UnsupportedError: the model has no list of blocks.
     """
     paths = {id(module): path for path, module in model.named_modules()}
-    decoder = model.get_decoder()
-    start = paths[id(decoder)]
-    lists = [
-        (f"{start}.{path}".strip("."), module)
-        for path, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    ]
+    start, lists = "", []
+    for decoder in (model.get_decoder(), model.base_model, model):  # the first may be a head called "decoder"
+        start = paths[id(decoder)]
+        lists = [
+            (f"{start}.{path}".strip("."), module)
+            for path, module in decoder.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module)
+        ]
+        if lists:
+            break
     outer = [(p, m) for p, m in lists if not any(p.startswith(f"{other}.") for other, _ in lists)]
     whole = set(model._no_split_modules or ())
     named = [(p, m) for p, m in outer if any(type(block).__name__ in whole for block in m)]
@@ -90,6 +135,13 @@ def find_towers(model: Any) -> tuple[str, ...]:
     decoder = paths[id(model.get_decoder())]
     known = (paths.get(id(model.get_encoder(modality=m)), "") for m in ("image", "video", "audio"))
     return tuple(sorted({path for path in known if path and not f"{decoder}.".startswith(f"{path}.")}))
+
+
+def context_length(config: Any) -> int | None:
+    """Most tokens in a row that a model has positions for; None where its configuration says nothing."""
+    text = config.get_text_config()
+    lengths = (getattr(text, name, None) for name in _CONTEXT)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
 def expert_counts(config: Any) -> frozenset[int]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, MissingError, Refusal, UnsupportedError
 from auto_round.models import attention
+from auto_round.models.roles import is_transposed_linear
 
 META = torch.device("meta")
 
@@ -77,8 +78,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
                 )
             ],
         ) from error
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention.register())
+    attention.install(model)
     model.requires_grad_(False)
     return model.eval()
 
@@ -89,6 +89,26 @@ def _code_hint(error: Exception) -> str:
         if "trust_remote_code" in str(error)
         else ""
     )
+
+
+def straighten(model: nn.Module) -> frozenset[str]:
+    """Replace layers that store `[in, out]` by ordinary linear layers on the meta device, in place.
+
+    Returns:
+        Names of their weights.
+    """
+    found = []
+    for path, module in list(model.named_modules()):
+        if is_transposed_linear(module):
+            weight = module.get_parameter("weight")
+            n_in, n_out = weight.shape
+            linear = nn.Linear(n_in, n_out, bias=False, device=META, dtype=weight.dtype)
+            linear.weight.requires_grad_(False)
+            linear.bias = module.get_parameter("bias")
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, linear.train(module.training))
+            found.append(f"{path}.weight")
+    return frozenset(found)
 
 
 def fill_derived(model: Any, absent: Collection[str]) -> None:

@@ -97,6 +97,11 @@ class ModelSource(Protocol):
         ...
 
     @property
+    def context(self) -> int | None:
+        """Most tokens in a row that the model has positions for; None where its configuration is silent."""
+        ...
+
+    @property
     def layers(self) -> tuple[Layer, ...]:
         """Every matrix that could be quantized: in the blocks by order of execution, outside, the head."""
         ...
@@ -161,7 +166,7 @@ class ModelSource(Protocol):
         ...
 
     def read(self, layer: Layer) -> Tensor:
-        """Weight of a layer, `[out, in]`, as it lies on disk."""
+        """Weight of a layer, `[out, in]`, in its dtype on disk."""
         ...
 
     def disk_name(self, parameter: str) -> str:
@@ -174,6 +179,14 @@ class ModelSource(Protocol):
 
     def read_tensor(self, name: str) -> Tensor:
         """Any tensor of `tensors`, as it lies on disk."""
+        ...
+
+    def refuse_untraceable(self) -> None:
+        """Find out, without reading a weight, whether the model can be run block by block.
+
+        Raises:
+            UnsupportedError: it cannot; says why.
+        """
         ...
 
     def stem(

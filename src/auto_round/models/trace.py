@@ -83,7 +83,13 @@ class Recorder:
 def _refused(reason: str) -> UnsupportedError:
     return UnsupportedError(
         "cannot run this model block by block",
-        [Refusal("models", reason, "use plain rounding, which needs no calibration (iters=0, RTN)")],
+        [
+            Refusal(
+                "models",
+                reason,
+                "use plain rounding, which runs no block: --recipe rtn, or iters=0 and disable_opt_rtn=True",
+            )
+        ],
     )
 
 

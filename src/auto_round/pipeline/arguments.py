@@ -16,9 +16,7 @@ Place = tuple[object, ...]
 """Where a tensor lies: block, "args" or "kwargs", then positions and keys."""
 
 
-def batch_axes(
-    one: Sequence[BlockCall | None], two: Sequence[BlockCall | None]
-) -> Mapping[Place, int]:
+def batch_axes(one: Sequence[BlockCall | None], two: Sequence[BlockCall | None]) -> Mapping[Place, int]:
     """Axis along which each argument grows with the batch, learned from the model itself.
 
     Whether rows share a tensor cannot be seen from one row: BLOOM's alibi is `[batch * heads, 1, length]`,
@@ -29,7 +27,7 @@ def batch_axes(
         two: what they receive for those rows twice.
 
     Returns:
-        Place of a tensor -> the axis that is twice as long in `two`; those that are of one shape are left out.
+        Place of a tensor -> the axis that is twice as long in `two`; those of one shape are left out.
     """
     found: dict[Place, int] = {}
     for block, (few, many) in enumerate(zip(one, two, strict=True)):

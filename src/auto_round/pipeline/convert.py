@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.convert_source import Stored, open_stored, with_steps
 from auto_round.pipeline.default_device import plain_device
+from auto_round.pipeline.reload import check_loads
 from auto_round.schemes.plan import Plan
 from auto_round.version import __version__
 
@@ -45,32 +47,40 @@ class Converted:
         format: name of the format.
         layers: number of matrices whose codes were moved.
         nbytes: bytes of the weight files.
+        verified: what reloading it gave, see `reload.check_loads`.
     """
 
     folder: Path
     format: str
     layers: int
     nbytes: int
+    verified: Mapping[str, Any]
 
 
 @plain_device()
 def convert_folder(
-    folder: str | Path, format_name: str, output: str | Path | None = None, *, overwrite: bool = False
+    folder: str | Path,
+    format_name: str,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
 ) -> Converted:
     """Write a quantized folder in another format without changing a code or a step.
 
-    One layer at a time is in memory. The new folder appears complete or not at all.
+    One layer at a time is in memory. The new folder appears complete, and only when Transformers loads it.
 
     Args:
         folder: of quant_method `auto-round`, `gptq` or `awq`.
         format_name: an output format of packed whole numbers.
         output: new folder; None for one beside `folder` with the format's name added.
         overwrite: replace an older output of this package.
+        verify: load the new folder and send a token through it.
 
     Raises:
         ConfigError: no such folder or format, or the output's place is taken.
         UnsupportedError: the format cannot hold a layer exactly; names layers and reasons.
-        CheckpointError: a damaged file.
+        CheckpointError: a damaged file, or a new folder that does not load.
     """
     exporter = _one_format(format_name)
     source = Path(folder).expanduser()
@@ -93,11 +103,12 @@ def convert_folder(
                 nbytes = _write(place.folder, checkpoint, stored, exporter, plan, manifest)
                 _copy_files(source, place.folder)
                 _write_configs(place.folder, stored, exporter, plan)
+                verified = check_loads(place.folder) if verify else {"skipped": "it was not asked for"}
                 final = place.seal(asked)
             except BaseException:
                 shutil.rmtree(place.partial, ignore_errors=True)  # nothing in it could be continued
                 raise
-    return Converted(final, exporter.name, len(manifest.encoded), nbytes)
+    return Converted(final, exporter.name, len(manifest.encoded), nbytes, verified)
 
 
 def _asked(checkpoint: Checkpoint, stored: Stored, exporter: Exporter) -> str:
@@ -111,7 +122,7 @@ def _earlier(folder: Path, exporter: Exporter, manifest: Manifest) -> Converted:
     """The result of an earlier conversion, as it lies there."""
     with Checkpoint.open(folder) as checkpoint:
         nbytes = sum(file.stat().st_size for file in checkpoint.files)
-    return Converted(folder, exporter.name, len(manifest.encoded), nbytes)
+    return Converted(folder, exporter.name, len(manifest.encoded), nbytes, {"tokens": 1})
 
 
 def _one_format(name: str) -> Exporter:

@@ -33,6 +33,7 @@ from auto_round.pipeline.gguf_request import gguf_request
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.recast import named_dtype
 from auto_round.pipeline.settings import plan_request, tune_settings
+from auto_round.pipeline.unaddressed import refuse_nothing, with_unaddressed, without_kept
 from auto_round.schemes.gguf_types import TYPES
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import Plan
@@ -91,7 +92,7 @@ def prepare(
         )
     options = _within_context(options, source)
     calibration, tuned = (None, 0)
-    if rows and not importance:
+    if not importance and _runs_by_blocks(options, tune, source, dataset) and rows:
         calibration, tuned = _rows(options, tune, tokenizer, dataset)
         if calibration is not None:
             _refuse_unknown_tokens(calibration, source)
@@ -154,8 +155,10 @@ def _plan(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> P
     if objections := _objections(asked, plan, source):
         uniform = make(replace(request, one_group_size=True))
         plan = uniform if _objections(asked, uniform, source) < objections else plan
+    plan = without_kept(with_unaddressed(plan, source), source.layers, asked)
     for warning in plan.warnings:
         logger.warning(warning)
+    refuse_nothing(plan, source)
     refuse_unreachable(plan, source.layers)
     return plan
 
@@ -226,12 +229,30 @@ def _rows(
 
 def _within_context(options: Options, source: ModelSource) -> Options:
     """The same options with rows no longer than the model's context."""
-    context = vars(source.config.get_text_config()).get("max_position_embeddings")
-    wanted = options.calibration.seqlen
-    if not isinstance(context, int) or wanted <= context:
+    context, wanted = source.context, options.calibration.seqlen
+    if context is None or wanted <= context:
         return options
     logger.warning("seqlen %d is longer than the model's context: rows have %d tokens", wanted, context)
     return replace(options, calibration=replace(options.calibration, seqlen=context))
+
+
+def _runs_by_blocks(options: Options, tune: TuneConfig, source: ModelSource, dataset: Any) -> bool:
+    """Whether the model can be run on calibration rows, which plain rounding can do without.
+
+    Raises:
+        UnsupportedError: it cannot, and the rows are needed.
+    """
+    needed = needs_rows(tune)
+    if not needed and dataset is None and options.calibration.dataset == CalibrationOptions().dataset:
+        return True  # nothing is run
+    try:
+        source.refuse_untraceable()
+    except UnsupportedError as error:
+        if needed:
+            raise
+        logger.warning("plain rounding without a measurement on the data: %s", error)
+        return False
+    return True
 
 
 def _refuse_unknown_tokens(rows: CalibrationRows, source: ModelSource) -> None:

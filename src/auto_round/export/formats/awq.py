@@ -12,7 +12,13 @@ import torch
 from auto_round.errors import Refusal
 from auto_round.export.awq_config import awq_config, clashes
 from auto_round.export.exporter import Facts
-from auto_round.export.packed import OneLayout, gather_refusals, quantized_layers, refuse_foreign
+from auto_round.export.packed import (
+    OneLayout,
+    gather_refusals,
+    quantized_layers,
+    refuse_foreign,
+    refuse_transposed,
+)
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import AWQ_GEMM
 from auto_round.models.layer import Block, Layer, Role
@@ -53,7 +59,7 @@ class AWQFormat(OneLayout):
         return AWQ_GEMM
 
     def _refusal(self, layer: Layer, fmt: Format) -> Refusal | None:
-        refusal = refuse_foreign(self.name, layer, fmt, AWQ_GEMM)
+        refusal = refuse_foreign(self.name, layer, fmt, AWQ_GEMM) or refuse_transposed(self.name, layer)
         if refusal is None and layer.role is Role.HEAD:
             return Refusal(
                 self.name,

@@ -40,11 +40,12 @@ class FakeFormat:
 
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """One tensor with the source's shape and dtype."""
-        return {_tensor(layer): TensorSpec(layer.dtype, layer.shape)}
+        return {_tensor(layer): TensorSpec(layer.dtype, layer.stored_shape)}
 
     def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
         """The dequantized weight, rounded once to the source's dtype."""
-        return {_tensor(layer): q.format.dequantize(q, layer.dtype)}
+        weight = q.format.dequantize(q, layer.dtype)
+        return {_tensor(layer): weight.t().contiguous() if layer.transposed else weight}
 
     def config(
         self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None

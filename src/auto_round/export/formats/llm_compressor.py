@@ -12,7 +12,7 @@ from torch import Tensor
 from auto_round.errors import InternalError, Refusal
 from auto_round.export.compressed_config import group_of, layout_of, loader_notes, quantization_config
 from auto_round.export.exporter import Facts
-from auto_round.export.packed import gather_refusals, prefixed
+from auto_round.export.packed import gather_refusals, prefixed, refuse_transposed
 from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
 from auto_round.layouts.integers import is_symmetric, step_dtype
 from auto_round.layouts.layout import Layout, TensorSpec
@@ -63,6 +63,10 @@ class LLMCompressorFormat:
 
         return gather_refusals(plan, layers, refuse)
 
+    def kept(self, layer: Layer) -> str:
+        """Layers whose weight other code asks for: compressed-tensors gives them none until they have run."""
+        return "other code asks for its weight, which compressed-tensors has not" if layer.asked else ""
+
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
         """What some loaders of such a folder cannot do with the plan."""
         return loader_notes(plan, layers)
@@ -96,6 +100,8 @@ class LLMCompressorFormat:
         refusal = self._layout(layer).accepts(fmt, layer.shape)
         if refusal is not None:
             return replace(refusal, who=self.name)
+        if refusal := refuse_transposed(self.name, layer):
+            return refusal
         if not is_symmetric(fmt) and (mixed or layer.expert is not None):
             # Transformers 5.23 reads zero points of one scheme only and none of experts
             # (`integrations/compressed_tensors.py`); vLLM's kernels for experts want none either.

@@ -1,0 +1,47 @@
+"""Source text of a model's classes, parsed: what they do with each other's weights and settings."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def classes_of(module: nn.Module) -> tuple[Any, ...]:
+    """The module's class and those that it is made of, without PyTorch's own."""
+    kinds = type(module).__mro__
+    return tuple(k for k in kinds if issubclass(k, nn.Module) and k.__module__.partition(".")[0] != "torch")
+
+
+@functools.cache
+def tree_of(kind: Any) -> ast.AST | None:
+    """Parsed source of a class; None where it was made without a file."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def compares(model: nn.Module, attribute: str, text: str) -> bool:
+    """Whether some class of the model compares an attribute with a text, alone or among others."""
+    kinds = {kind for module in model.modules() for kind in classes_of(module)}
+    return any(_compares(kind, attribute, text) for kind in kinds)
+
+
+@functools.cache
+def _compares(kind: Any, attribute: str, text: str) -> bool:
+    tree = tree_of(kind)
+    return tree is not None and any(
+        any(isinstance(n, ast.Attribute) and n.attr == attribute for n in ast.walk(test))
+        and any(isinstance(n, ast.Constant) and n.value == text for n in ast.walk(test))
+        for test in _comparisons(tree)
+    )
+
+
+def _comparisons(tree: ast.AST) -> Iterator[ast.Compare]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Compare))

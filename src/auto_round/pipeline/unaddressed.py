@@ -1,0 +1,79 @@
+"""Matrices that have to stay at 16 bits: said in the plan, refused where nothing else is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from auto_round.errors import NothingQuantizedError, Refusal
+from auto_round.export.exporter import Exporter, Keeps
+from auto_round.models.layer import Layer
+from auto_round.models.source import ModelSource
+from auto_round.schemes.condense import some
+from auto_round.schemes.entry import PlanEntry
+from auto_round.schemes.plan import Plan
+
+_FEW = 0.0005
+"""Share of the weights below which matrices are named without one."""
+
+
+def with_unaddressed(plan: Plan, source: ModelSource) -> Plan:
+    """The plan with a warning for each reason why matrices are kept that nothing can be said of."""
+    grouped = _by_reason(source)
+    if not grouped or not _asks(plan):
+        return plan
+    total = sum(math.prod(spec.shape) for spec in source.tensors.values())
+    notes = []
+    for reason, names in grouped.items():
+        share = sum(math.prod(source.tensors[n].shape) for n in names if n in source.tensors) / max(1, total)
+        size = f" ({share:.1%} of the model's weights)" if share >= _FEW else ""
+        notes.append(f"{len(names)} matrices stay at 16 bits{size}: {reason}: {some(names)}")
+    return replace(plan, warnings=(*plan.warnings, *notes))
+
+
+def without_kept(plan: Plan, layers: Sequence[Layer], exporters: Sequence[Exporter]) -> Plan:
+    """The plan without layers that the readers of some asked format cannot do with packed."""
+    keepers = [exporter for exporter in exporters if isinstance(exporter, Keeps)]
+    entries = dict(plan.entries)
+    reasons: dict[str, list[str]] = {}
+    for layer in layers:
+        why = next((why for keeper in keepers if (why := keeper.kept(layer))), "")
+        if why and entries[layer.name].scheme is not None:
+            entries[layer.name] = PlanEntry(None, why, entries[layer.name].fixed)
+            reasons.setdefault(why, []).append(layer.name)
+    notes = (f"{len(names)} layers keep 16 bits: {why}: {some(names)}" for why, names in reasons.items())
+    return replace(plan, entries=entries, warnings=(*plan.warnings, *notes)) if reasons else plan
+
+
+def refuse_nothing(plan: Plan, source: ModelSource) -> None:
+    """Refuse a run that would only copy the model, unless the user's own rules keep every layer.
+
+    Raises:
+        NothingQuantizedError: with what keeps the layers.
+    """
+    own = (entry.fixed and entry.scheme is None for entry in plan.entries.values())
+    chosen = bool(plan.block_prefixes) or any(own)
+    if plan.quantized or not _asks(plan) or chosen:
+        return
+    refusals = [
+        Refusal("models", f"{reason}: {some(names)}", "kept at 16 bits")
+        for reason, names in _by_reason(source).items()
+    ]
+    kept: dict[str, list[str]] = {}
+    for name, entry in plan.entries.items():
+        kept.setdefault(entry.reason, []).append(name)
+    refusals += [Refusal("plan", f"{reason}: {some(names)}") for reason, names in kept.items()]
+    raise NothingQuantizedError("no matrix of this model can be quantized as asked", refusals)
+
+
+def _asks(plan: Plan) -> bool:
+    return plan.scheme.quantized or plan.scheme.act_quantized
+
+
+def _by_reason(source: ModelSource) -> dict[str, list[str]]:
+    """Why matrices cannot be addressed -> their names on disk."""
+    grouped: dict[str, list[str]] = {}
+    for refusal in source.unsupported:
+        grouped.setdefault(refusal.reason, []).append(refusal.who)
+    return grouped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from auto_round.inference.disk_names import DiskNames
+from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.table import layout_for
 from auto_round.numerics.presets import int_format
 
@@ -77,6 +78,8 @@ def write_folder(folder: Path, request: Request) -> Any:
     """Write a quantized folder; returns the float model whose weights are the dequantized ones."""
     model = tiny_model(request)
     layout = layout_for(request.packing)
+    if dict(request.config).get("model_free") and isinstance(layout, GPTQ):
+        layout = replace(layout, filled=True)
     names = DiskNames.of(model)
     disk = {n: t.clone() for n, t in revert_weight_conversion(model, model.state_dict()).items()}
     assert set(disk) == {piece.name for recipe in names.map.recipes for piece in recipe.pieces}

@@ -32,8 +32,9 @@ IDS = torch.arange(3, 19).view(2, 8)
 MASK = torch.ones_like(IDS)
 PACKED = "model.layers.0.mlp.up_proj"
 
-each = pytest.mark.parametrize("fmt", [*OURS, "llm_compressor"])
-ours = pytest.mark.parametrize("fmt", OURS)
+_GPTQ = pytest.param("auto_gptq", marks=pytest.mark.slow)
+each = pytest.mark.parametrize("fmt", ["auto_round", _GPTQ, "llm_compressor"])
+ours = pytest.mark.parametrize("fmt", ["auto_round", _GPTQ])
 
 
 @pytest.fixture(scope="module")

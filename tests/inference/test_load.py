@@ -148,6 +148,51 @@ def test_patterns_and_blocks(tmp_path):
     assert torch.equal(logits(load(tmp_path, "torch")), logits(oracle))
 
 
+RULES = {
+    # keys of extra_config -> what each layer of a Llama is, by the rules of auto-round's own loader
+    "part": ({"k_proj": {"bits": 8}}, {"k_proj": 8}),
+    "part and pattern": ({"down": {"bits": 8}, ".*down.*": {"bits": 16}}, {"down_proj": 16}),
+    "pattern, then part": ({".*up_proj": {"bits": 16}, "k_proj": {"bits": 8}}, {"up_proj": 16, "k_proj": 8}),
+    "exact first": (
+        {"mlp": {"bits": 2}, "model.layers.0.mlp.up_proj": {"bits": 8}},
+        {"mlp": 2, "layers.0.mlp.up_proj": 8},
+    ),
+    "a name is no part": ({"model.layers.0.mlp.up_proj": {"bits": 8}}, {"layers.0.mlp.up_proj": 8}),
+    "outside of the blocks": ({"head": {"bits": 8}}, {"lm_head": 8}),
+    "nothing said": ({"k_proj": {}}, {}),
+    "found nowhere": ({"router": {"bits": 8}, r".*\.moe\..*": {"bits": 8}}, {}),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_keys_that_name_several_layers(tmp_path, name):
+    config, said = RULES[name]
+    layers = [n for n, m in tiny_model(Request()).named_modules() if isinstance(m, torch.nn.Linear)]
+    bits = {n: next((b for part, b in reversed(said.items()) if part in n), None) for n in layers}
+    extra = tuple((n, {"bits": b}) for n, b in bits.items() if b is not None)
+    oracle = write_folder(
+        tmp_path, Request(extra=extra, head="lm_head" in said, config=(("extra_config", config),))
+    )
+    model, info = load(tmp_path, "torch", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(logits(model), logits(oracle))
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_short_last_group(tmp_path, sym, filled):
+    """Rows of 128 in groups of 96; auto-round's model-free mode stores the last group at full length."""
+    packing = "auto_round:auto_gptq" if sym else "auto_round"
+    mark = (("model_free", True),) if filled else ()
+    oracle = write_folder(tmp_path, Request(packing=packing, group_size=96, sym=sym, config=mark))
+    stored = load_file(tmp_path / "model.safetensors")["model.layers.0.self_attn.q_proj.qweight"]
+    assert stored.shape == ((192 if filled else 128) * 4 // 32, 128)
+    model = load(tmp_path, "torch")
+    assert torch.equal(logits(model), logits(oracle))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again", "torch")), logits(oracle))
+
+
 def test_block_restriction(tmp_path):
     names = [f"model.layers.0.{m}.{p}_proj" for m, ps in PARTS.items() for p in ps]
     request = Request(

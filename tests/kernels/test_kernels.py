@@ -9,6 +9,7 @@ import torch
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.kernels import cpu_avx512
+from auto_round.kernels import select as select_module
 from auto_round.kernels.check import trial
 from auto_round.kernels.cpu_int4 import CpuIntKernel
 from auto_round.kernels.kernel import LinearSpec
@@ -188,6 +189,19 @@ def test_unknown_and_later_backends():
     for name, (_, instead) in ABSENT.items():
         with pytest.raises(UnsupportedError, match=f'not in this version(?s:.*)backend="{instead}"'):
             select_kernel(spec_of(), name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["exllamav2", "gptqmodel:exllamav2", "gptq:exllamav2", "gptq:cuda", "gptq", "awq", "AWQ:gemm", "humming"],
+)
+def test_names_of_other_packages_are_served(without_program, caplog, name):
+    select_module._tell.cache_clear()
+    assert select_kernel(spec_of(), name).name == "cpu_int4"
+    assert select_kernel(spec_of(dtype=torch.float32), name).name == "torch"  # no accuracy is given away
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert f'backend "{name.casefold()}" is not here' in told[0]
 
 
 def test_stand_ins(without_program):

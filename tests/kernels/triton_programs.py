@@ -122,7 +122,10 @@ def test_gradients_reach_adapters(path):
     for inner in (layer, dense):
         torch.manual_seed(0)
         config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
-        model = peft.get_peft_model(torch.nn.Sequential(inner), config, autocast_adapter_dtype=False)
+        net = torch.nn.Sequential(
+            inner, torch.nn.LayerNorm(32, dtype=torch.float16)
+        )  # PEFT wants a parameter
+        model = peft.get_peft_model(net, config, autocast_adapter_dtype=False)
         x = torch.arange(3 * 64).view(3, 64).remainder(3).half().requires_grad_()
         model(x).float().square().mean().backward()
         found.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])

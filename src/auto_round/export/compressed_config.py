@@ -11,7 +11,7 @@ Source: compressed-tensors 0.20 `quantization/quant_config.py`, `quant_args.py`,
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from auto_round.export.reader_names import module_names
@@ -77,10 +77,20 @@ def quantization_config(plan: Plan, layers: Sequence[Layer]) -> dict[str, Any] |
         "provider": "auto-round",
         "autoround_version": __version__,
     }
-    if not all(group["weights"]["symmetric"] for group in groups.values()):
-        # Transformers 5.23 makes room for unpacked zero points only, unless it unpacks weights on loading.
+    if _unpacked_on_loading(list(groups.values())):
         config["dequantize"] = True
     return config
+
+
+def _unpacked_on_loading(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether Transformers is to unpack weights while it loads them, which it does for one group only.
+
+    Otherwise it unpacks them in the first call, and until then layers have no `weight`: models whose code
+    reads it do not load, and adapters find none. Zero points are never unpacked later (5.23 makes no room for
+    packed ones). Where activations are rounded too, unpacking would do without that.
+    """
+    alone = len(groups) == 1 and groups[0]["input_activations"] is None
+    return alone or not all(group["weights"]["symmetric"] for group in groups)
 
 
 def group_of(scheme: QuantizationScheme) -> tuple[object, ...]:

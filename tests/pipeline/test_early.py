@@ -40,6 +40,11 @@ def _nothing_is_fetched(monkeypatch):
         ({"dataset": "pile-10k:foo=1"}, "foo"),
         ({"dataset": "pile-10k,no-such-file.jsonl"}, "no such file"),
         ({"dataset": "pile10k"}, "pile-10k"),
+        (
+            {"format": "gguf:q4_0", "iters": 0, "imatrix": "no-such.gguf"},
+            "imatrix no-such.gguf: no such file",
+        ),
+        ({"format": "gguf:q4_0", "gguf_template": "no-such.gguf"}, "gguf_template no-such.gguf: no such"),
         ({"dataset": "liuhaotian/llava"}, "images"),
     ],
     ids=str,
@@ -48,6 +53,12 @@ def _nothing_is_fetched(monkeypatch):
 def test_requests(given, said, rows):
     with pytest.raises((ConfigError, UnsupportedError), match=said):
         prepare.prepare(build_options({"model": "some/model", **given}), rows=rows)
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: the file is empty"):
+        prepare.prepare(build_options({"model": "some/model", "dataset": str(tmp_path / "rows.jsonl")}))
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "file/far/below"])

@@ -96,6 +96,8 @@ def check_path(path: Path) -> list[Path]:
             f"data set {path}: cannot read {suffix or 'a file without a suffix'}; "
             f"expected {', '.join(SUFFIXES)}"
         )
+    if not path.stat().st_size:
+        raise ConfigError(f"data set {path}: the file is empty")
     return [path]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from auto_round.calibration.sources import check_named
 from auto_round.checkpoint.disk import refuse_place
 from auto_round.config.options import Options
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, MissingError
 from auto_round.export.table import parse_formats
 from auto_round.pipeline.settings import tune_settings
 from auto_round.schemes.scheme import parse_scheme
@@ -26,7 +26,7 @@ def refuse_early(options: Options, *, dataset: Any, output: Path, gguf: bool) ->
         gguf: the formats name a GGUF file, which has rules of its own.
 
     Raises:
-        ConfigError: a scheme, format, step size, data set or output folder that cannot be.
+        ConfigError: a scheme, format, step size, data set or output folder that cannot be, or no such file.
         UnsupportedError: a scheme or format that is not there yet.
     """
     scheme = parse_scheme(options.scheme.scheme, options.scheme.overrides())
@@ -42,4 +42,8 @@ def refuse_early(options: Options, *, dataset: Any, output: Path, gguf: bool) ->
     tune_settings(options.tune, LEAST_BITS)
     if dataset is None:
         check_named(options.calibration.dataset)
+    files = {"imatrix": options.calibration.imatrix, "gguf_template": options.output.gguf_template}
+    for name, value in files.items():
+        if value is not None and not Path(value).expanduser().is_file():
+            raise MissingError(f"{name} {value}: no such file; relative paths begin at {Path.cwd()}")
     refuse_place(output)

@@ -232,7 +232,8 @@ def _within_context(options: Options, source: ModelSource) -> Options:
     context, wanted = source.context, options.calibration.seqlen
     if context is None or wanted <= context:
         return options
-    logger.warning("seqlen %d is longer than the model's context: rows have %d tokens", wanted, context)
+    level = logger.warning if "seqlen" in options.given else logger.info
+    level("seqlen %d is longer than the model's context: rows have %d tokens", wanted, context)
     return replace(options, calibration=replace(options.calibration, seqlen=context))
 
 

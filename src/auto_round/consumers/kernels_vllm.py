@@ -140,7 +140,7 @@ def _bytes(fields: CompressedFields) -> str:
     if fields.bits == 8 and fields.group_size < 0:
         return BY_DEVICE
     raise CannotReadError(
-        f"has no scheme on GPUs for {fields} stored as {fields.form}; as {PACK_QUANTIZED.name} it has"
+        f"has no scheme on GPUs for {fields} stored as {fields.form} (for {PACK_QUANTIZED.name} it has one)"
     )
 
 

@@ -19,6 +19,7 @@ from auto_round.numerics.presets import int_format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline import convert
 from auto_round.pipeline.convert_source import open_stored
+from inference.folders import Request, write_folder
 from pipeline.runs import SHORT, quantize
 
 convert_folder = partial(convert.convert_folder, verify=False)
@@ -225,6 +226,20 @@ def test_refusals(tmp_path, options, target, message):
     with pytest.raises(UnsupportedError, match=message):
         convert_folder(tmp_path / "a", target, tmp_path / "b")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_rows_that_are_filled_up_are_refused(tmp_path):
+    """A folder of auto-round's model-free mode: where groups divide the rows, nothing was filled."""
+    for size in (32, 96):
+        (tmp_path / f"{size}").mkdir()
+        write_folder(tmp_path / f"{size}", Request(group_size=size, config=(("model_free", True),)))
+    with Checkpoint.open(tmp_path / "32") as checkpoint:
+        assert open_stored(tmp_path / "32", checkpoint).plan.quantized
+    with (
+        Checkpoint.open(tmp_path / "96") as checkpoint,
+        pytest.raises(UnsupportedError, match=r"(?s)filled up to whole groups.*up_proj"),
+    ):
+        open_stored(tmp_path / "96", checkpoint)
 
 
 def test_a_new_folder_that_does_not_load_is_not_left(tmp_path, capsys):

@@ -26,6 +26,7 @@ from auto_round.models.layer import Block, Layer, Role
 from auto_round.models.roles import role_in_block
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
+from auto_round.schemes.condense import some
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
@@ -106,6 +107,7 @@ def open_stored(path: Path, checkpoint: Checkpoint) -> Stored:
             ],
         )
     formats = StoredFormats.of_folder(folder.quantization, [m.name for m in folder.matrices])
+    _refuse_filled(path, formats, folder.matrices)
     flat = _is_symmetric_awq(checkpoint, formats, folder.packed)
     schemes = {m.name: _scheme(formats, m, flat=flat) if m.packed else None for m in matrices}
     top = Counter(s for s in schemes.values() if s is not None).most_common(1)[0][0]
@@ -134,6 +136,22 @@ def with_steps(plan: Plan, dtype: str) -> Plan:
         for name, entry in plan.entries.items()
     }
     return replace(plan, scheme=replace(plan.scheme, scale_dtype=dtype), entries=entries)
+
+
+def _refuse_filled(path: Path, formats: StoredFormats, matrices: Sequence[Matrix]) -> None:
+    """Refuse rows that are stored longer than they are: headers do not tell their own length.
+
+    Raises:
+        UnsupportedError: packed rows of a length that nothing else in the folder has.
+    """
+    if not (isinstance(formats.layout, GPTQ) and formats.layout.filled):
+        return
+    lengths = {m.shape[0] for m in matrices} | {m.shape[1] for m in matrices if not m.packed}
+    longer = [m.name for m in matrices if m.packed and m.shape[1] not in lengths]
+    if longer:
+        reason = f"rows are filled up to whole groups, and do not say how long they are: {some(longer)}"
+        remedy = "convert a folder with groups that divide the rows, or quantize the original again"
+        raise UnsupportedError(f"{path} cannot be converted", [Refusal("convert", reason, remedy)])
 
 
 def _is_symmetric_awq(checkpoint: Checkpoint, formats: StoredFormats, packed: Sequence[Matrix]) -> bool:

@@ -32,6 +32,14 @@ def fail_with(monkeypatch):
         (InternalError("promise"), 1, "AR_LOG_LEVEL=DEBUG"),
         (ValueError("surprise"), 1, "unexpected ValueError: surprise"),
         (MemoryError(), 1, "out of memory"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"
+            ),
+            1,
+            "out of memory: try a smaller",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), 1, "out of memory: try a smaller"),
         (KeyboardInterrupt(), 130, "auto-round: interrupted"),
     ],
 )

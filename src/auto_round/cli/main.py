@@ -27,6 +27,9 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
+_NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+"""Words of PyTorch's errors, for the host and for accelerators, and of the system's: no `MemoryError`."""
+
 _YOUNG_OBJECTS = 50_000
 """New objects after which the collector looks for garbage; Python's 700 suits small programs."""
 
@@ -154,8 +157,11 @@ def _warn_of_unknown_variables() -> None:
 def _message(error: Exception, *, debug: bool) -> str:
     if isinstance(error, AutoRoundError) and not isinstance(error, InternalError):
         return f"error: {error}"
-    if isinstance(error, MemoryError):
-        return "error: out of memory: try a smaller --batch_size, --seqlen or --nsamples"
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+        return (
+            "error: out of memory: try a smaller --batch_size, --seqlen or --nsamples; --dry_run says what "
+            "a run needs and what there is"
+        )
     hint = "" if debug else "; AR_LOG_LEVEL=DEBUG shows where"
     return f"error: unexpected {type(error).__name__}: {error}{hint}"
 

@@ -93,3 +93,10 @@ def test_after_a_gguf_format_the_type_of_the_file_is_in_force(folder, tmp_path):
     ar.quantize_and_save(tmp_path / "file", format="gguf:q8_0")
     assert (ar.bits, ar.group_size) == (8, 32)
     assert ar.model is None
+
+
+def test_quantize_needs_no_format_that_describes_activations(folder):
+    ar = quantizer(folder, scheme="W4A16", act_bits=4, act_group_size=-1)
+    model, schemes = ar.quantize()
+    assert {(s["bits"], s["act_bits"]) for s in schemes.values()} == {(4, 4)}
+    assert torch.isfinite(model(torch.arange(8)[None]).logits).all()

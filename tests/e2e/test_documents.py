@@ -65,7 +65,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small models under names of the documents."""
     root = tmp_path_factory.mktemp("models")
-    save_small_model("qwen3", root / "Qwen3-0.6B", head_dim=32, tie_word_embeddings=True, **SIZES)
+    one = {"head_dim": 32, "tie_word_embeddings": True, "num_hidden_layers": 1}
+    save_small_model("qwen3", root / "Qwen3-0.6B", **one, **SIZES)
     opt = {"ffn_dim": 256, "word_embed_proj_dim": 128, "num_hidden_layers": 7}
     save_tiny_model("opt", root / "opt-125m", **opt, **SIZES)
     experts = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}

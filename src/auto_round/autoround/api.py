@@ -88,7 +88,10 @@ class AutoRound(Attributes):
         if space is not None:
             space.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix="auto_round-", dir=space)
-        output = self._output(Path(scratch.name) / "model", self.options.output.formats[0])
+        first = self.options.output.formats[0]
+        if self._scheme().act_quantized and first == OutputOptions().format:
+            first = "fake"  # nobody chose a format, and the usual one says nothing of activations
+        output = self._output(Path(scratch.name) / "model", first)
         request = gguf_request(replace(self.options, output=output))
         if request is not None:  # the file is for llama.cpp; rounded weights beside it are for PyTorch
             output = replace(request.options.output, format=f"{request.options.output.format},fake")

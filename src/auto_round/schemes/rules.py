@@ -190,7 +190,9 @@ def _anchored(regex: str) -> str:
 
 
 def _widened(key: str, found: set[str], names: Iterable[str]) -> str:
-    """`.*key.*` when that finds the same names by `re.fullmatch`, else the key as it is."""
+    """The key or `.*key.*`, whichever finds the same names by `re.fullmatch`; else the key as it is."""
+    if all(re.fullmatch(key, name) for name in found):
+        return key
     try:
         pattern = _compile(f".*(?:{key}).*")
     except ConfigError:

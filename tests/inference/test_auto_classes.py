@@ -14,6 +14,7 @@ from transformers import (
 
 from auto_round.inference.disk_names import ConfigNames, DiskNames
 from auto_round.inference.qlinear import QuantLinear
+from auto_round.models.roles import is_linear
 from auto_round.testing.tiny_models import save_tiny_model, tiny_config, tiny_tokenizer
 from pipeline.runs import SIZES, quantize
 
@@ -154,3 +155,17 @@ def test_a_list_of_other_blocks_is_not_taken_for_it(tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert not [m for m in model.model.visual.modules() if isinstance(m, QuantLinear)]
     assert isinstance(model.model.language_model.layers[0].mlp.up_proj, QuantLinear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_subclasses_of_linear_are_known_while_a_model_is_built(dtype):
+    """Falcon's own linear layer, as Transformers makes it: on the meta device, in the dtype of the model."""
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert is_linear(FalconLinear(64, 32))
+    finally:
+        torch.set_default_dtype(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,10 +54,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def _multiplies_plainly(module: nn.Linear) -> bool:
     """Whether a copy of the layer with a small weight gives what a linear layer gives."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(6, 10, generator=generator)
-    bias = torch.randn(6, generator=generator) if "bias" in dict(module.named_parameters()) else None
-    x = torch.randn(2, 3, 10, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    randn = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+    weight = randn(6, 10)
+    bias = randn(6) if "bias" in dict(module.named_parameters()) else None
+    x = randn(2, 3, 10)
     small = copy.copy(module)
     small._parameters = {
         "weight": nn.Parameter(weight, requires_grad=False),
@@ -64,7 +66,7 @@ def _multiplies_plainly(module: nn.Linear) -> bool:
     }
     small.out_features, small.in_features = weight.shape
     try:
-        with torch.no_grad():
+        with torch.device("cpu"), torch.no_grad():  # Transformers builds models under another default device
             y = small(x)
     except Exception:  # noqa: BLE001  any failure of somebody's forward says that it is another one
         return False

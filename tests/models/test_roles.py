@@ -40,6 +40,7 @@ def test_plain_products():
             kind: kind(64, 32, bias=kind is not Transposing) for kind in (Transposing, Grouped, Failing, Pair)
         }
         plain, attention = nn.Linear(64, 32), nn.MultiheadAttention(16, 2)
+        assert is_linear(made[Transposing])  # also where everything is made on the meta device
     assert [kind for kind, module in made.items() if is_linear(module)] == [Transposing]
     assert linear_shape(made[Transposing]) == (32, 64)
     assert made[Transposing].weight.shape == (32, 64)

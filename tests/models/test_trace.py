@@ -11,6 +11,8 @@ from auto_round.models.live import LiveSource
 from auto_round.models.source import BlockCall
 from auto_round.models.trace import Recorder, _check_no_state
 from auto_round.testing.tiny_models import tiny_config, tiny_model
+from sweep.configurations import known_families
+from sweep.outcome import save_family
 
 IDS = torch.arange(3, 15).reshape(2, 6)
 
@@ -109,3 +111,17 @@ def test_a_second_output_is_refused():
     assert len(source.layers) > 20
     with pytest.raises(UnsupportedError, match="block by block"), source.stem():
         pass
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("dory", r"in the order \[0, 1, 0, 1\]"), ("deepseek_v4", "shape"), ("rwkv", "exchange")],
+)
+def test_the_true_reason_is_said_before_weights_are_read(tmp_path, monkeypatch, family, reason):
+    if family not in known_families():
+        pytest.skip("this Transformers has no such family")
+    with FolderSource.open(save_family(family, tmp_path)) as source:
+        monkeypatch.setattr(FolderSource, "read_tensor", None)
+        monkeypatch.setattr(FolderSource, "_fetch", None)
+        with pytest.raises(UnsupportedError, match=reason):
+            source.refuse_untraceable()

@@ -92,12 +92,15 @@ class _Dissection:
             full = f"{prefix}.{path}" if path else prefix
             if not isinstance(module, nn.Linear):
                 yield from self._bare(module, full, index)
-            elif not is_linear(module):
-                self._refuse(f"{full}.weight", f"its class {type(module).__name__} multiplies in its own way")
+                continue
+            role = role_in_block(path, module.out_features, self._experts)
+            if not is_linear(module):
+                if role is not Role.ROUTER:  # which is kept in any case
+                    how = f"its class {type(module).__name__} multiplies in its own way"
+                    self._refuse(f"{full}.weight", how)
             elif self._read.get(full, ASKED) != ASKED:
                 self._refuse(f"{full}.weight", self._read[full])
             else:
-                role = role_in_block(path, module.out_features, self._experts)
                 yield from self._matrices(f"{full}.weight", index, role)
 
     def _bare(self, module: nn.Module, path: str, index: int) -> Iterator[Layer]:

@@ -128,10 +128,14 @@ class StubStem:
         probe = torch.zeros(2, 3, dtype=torch.int64, device=self._device)
         try:
             self._probe(probe)
+        except UnsupportedError:  # which is a RuntimeError too
+            raise
         except _WRONG_RETURN:
             recorder.returns_tuple = True
             try:
                 self._probe(probe)
+            except UnsupportedError:
+                raise
             except _WRONG_RETURN as error:
                 raise _refused(f"its blocks exchange more than hidden states ({error})") from error
 

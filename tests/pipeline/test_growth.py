@@ -13,6 +13,8 @@ import pytest
 
 import auto_round
 from auto_round.config import build_options
+from auto_round.models import assembled
+from auto_round.models.roles import find_head
 from auto_round.pipeline.plan_table import manifests, plan_table
 from auto_round.pipeline.prepare import prepare
 from auto_round.pipeline.signature import signature
@@ -38,7 +40,8 @@ def lines_executed(act: Callable[[], object]) -> Counter[str]:
         return in_function
 
     def on_call(frame: FrameType, event: str, arg: object) -> Any:
-        return in_function if frame.f_code.co_filename.startswith(ROOT) else None
+        ours = frame.f_code.co_filename.startswith(ROOT) or frame.f_code.co_name == "named_modules"
+        return in_function if ours else None
 
     before = sys.gettrace()
     sys.settrace(on_call)
@@ -86,3 +89,13 @@ def test_planning_grows_as_the_layers_do(fmt: str, models: dict[int, Path], tmp_
         if count > 300 and count > 1.15 * MANY / FEW * max(few[name], 1)
     }
     assert not worse
+
+
+def test_the_modules_are_not_walked_through_for_each_layer(
+    models: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks = []
+    monkeypatch.setattr(assembled, "find_head", lambda model: walks.append(model) or find_head(model))
+    given = {**GIVEN, "model": str(models[MANY]), "format": "gguf:q4_k_m"}
+    prepare(build_options(given), tokenizer=byte_level_tokenizer(), rows=False)
+    assert len(walks) <= 2

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,9 @@ class AssembledSource(ABC):
         """See `ModelSource`."""
         return self._parts.anatomy.head
 
-    @property
+    @cached_property
     def tied_head(self) -> bool:
-        """See `ModelSource`."""
+        """See `ModelSource`; the whole model is walked through for it, and 20,000 layers may ask."""
         head = find_head(self._parts.model)
         pairs = self._parts.tied.items()
         return head is not None and any(f"{head}.weight" in pair for pair in pairs)

@@ -80,7 +80,8 @@ def _split_rules(
     layer_config: Mapping[str, Any] | None, source: ModelSource, places: _Places
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Rules for matrices that are no layers (the embedding) as tensor -> type, and the other rules."""
-    layers = {layer.tensor for layer in source.layers if layer.name != _tied_head(source)}
+    tied = _tied_head(source)
+    layers = {layer.tensor for layer in source.layers if layer.name != tied}
     matrices = {
         source_name.removesuffix(".weight"): [tensor.name for tensor, _ in found]
         for source_name, found in places.items()

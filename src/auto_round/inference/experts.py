@@ -127,6 +127,8 @@ def _packed_weights(
 ) -> dict[str, tuple[str, PackedWeight]]:
     """Tensor name on disk -> path below the experts' module, and holder; empty when nothing is quantized."""
     found: dict[str, tuple[str, PackedWeight]] = {}
+    if any(len(names.disk.disk[piece.name].shape) != 2 for piece in recipe.pieces):
+        return found  # experts fused on disk too are never packed
     for piece in recipe.pieces:
         layer = piece.name.removesuffix(WEIGHT)
         inside = names.disk.inside(layer)

@@ -22,6 +22,7 @@ from auto_round.numerics.qtensor import QTensor
 from auto_round.schemes.plan import Plan
 
 _SCALE = "weight_scale"
+_ASKED = "other code asks for its weight, which compressed-tensors lacks (use the format auto_round)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class LLMCompressorFormat:
 
     def kept(self, layer: Layer) -> str:
         """Layers whose weight other code asks for: compressed-tensors gives them none until they have run."""
-        return "other code asks for its weight, which compressed-tensors has not" if layer.asked else ""
+        return _ASKED if layer.asked else ""
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
         """What some loaders of such a folder cannot do with the plan."""

@@ -65,8 +65,7 @@ def _run(argv: Sequence[str] | None, recipe: str) -> int:
     try:
         level = read_environment().log_level
         debug = level in {"TRACE", "DEBUG"}
-        _set_up_log(level)
-        with _quiet_collector():
+        with _log_on_stderr(level), _quiet_collector():
             return _dispatch(sys.argv[1:] if argv is None else argv, recipe)
     except KeyboardInterrupt:
         _say("interrupted")
@@ -140,12 +139,19 @@ def _spare_the_last_collection() -> None:
         gc.freeze()
 
 
-def _set_up_log(level: str) -> None:
+@contextmanager
+def _log_on_stderr(level: str) -> Iterator[None]:
+    """Show the log's lines while a command runs; a program that calls `main` has its own settings back."""
+    before = logger.handlers, logger.propagate, logger.level
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logger.handlers = [handler]
-    logger.propagate = False
+    logger.handlers, logger.propagate = [handler], False
     logger.setLevel("DEBUG" if level == "TRACE" else level)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before[:2]
+        logger.setLevel(before[2])
 
 
 def _warn_of_unknown_variables() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from auto_round.checkpoint.record import RECORD
 from auto_round.config import build_options
 from auto_round.errors import ConfigError
 from auto_round.export.gguf.imatrix import Importances, read_imatrix
@@ -116,7 +118,11 @@ def test_writing_it_changes_nothing_else(model: Path, tmp_path: Path) -> None:
         {str(f.relative_to(tmp_path / d)): f.read_bytes() for f in (tmp_path / d).rglob("*") if f.is_file()}
         for d in ("without", "with")
     )
-    assert both.pop(str(Path("beside") / "imatrix.gguf"))[:4] == b"GGUF"
+    assert both[file := str(Path("beside") / "imatrix.gguf")][:4] == b"GGUF"
+    # The record of the folder names its files, and something else was asked for.
+    records = [json.loads(files.pop(RECORD))["files"] for files in (without, both)]
+    assert records[1].pop(file) == len(both.pop(file))
+    assert records[0] == records[1]
     assert both == without
 
 

@@ -266,11 +266,20 @@ assert rounder.layer_config["model.decoder.layers.3.self_attn.k_proj"]["group_si
 
 
 def test_devices_by_name_and_by_module(reader: Reader) -> None:
-    """Without an accelerator: several are accepted with a warning, and modules go where there is one."""
+    """Without an accelerator: 0 is the CPU with a warning, others are not there; modules may be named."""
     said = reader.snippet(
-        QUANTIZER + 'AutoRound(model=name, device_map="0,1,2,3", iters=0, disable_opt_rtn=True).quantize()'
+        QUANTIZER
+        + """
+from auto_round.errors import ConfigError
+AutoRound(model=name, device_map="0", iters=0, disable_opt_rtn=True).quantize()
+try:
+    AutoRound(model=name, device_map="0,1,2,3").quantize()
+except ConfigError as error:
+    print("refused:", error)
+"""
     )
-    assert "cpu" in said.lower()
+    assert "device 0: PyTorch sees no accelerator" in said
+    assert 'refused: device "1" is not there: PyTorch sees no accelerator; use --device auto, or cpu' in said
     reader.snippet(
         """
 import torch

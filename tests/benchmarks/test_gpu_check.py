@@ -61,6 +61,16 @@ def test_boxes_follow_one_another_and_end_before_nine_minutes(gpu_check):
     assert [part.name for part in gpu_check.PARTS][:4] == ["machine", "tests", "model", "block"]
 
 
+def test_tests_of_a_gpu_are_skipped_without_one():
+    """The mark `gpu` alone skips nothing: files take it from `accelerator`, together with its conditions."""
+    tests = ROOT / "tests"
+    for path in sorted(set(tests.rglob("*.py")) - {tests / "accelerator.py", Path(__file__).resolve()}):
+        text = path.read_text(encoding="utf-8")
+        assert "mark.gpu" not in text, path
+        if path.name.startswith("test_gpu_") or "from accelerator import" in text:
+            assert "pytestmark = NEEDED" in text, path
+
+
 @pytest.mark.slow
 def test_everything_is_rehearsed_on_a_cpu(tmp_path):
     pytest.importorskip("triton")

@@ -69,19 +69,6 @@ def test_without_a_named_backend_the_kernel_is_chosen_anew():
     assert torch.equal(layer.restore().scale.step, q.scale.step)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
-def test_to_a_gpu_and_back(backend):
-    layer, q = loaded("auto")
-    layer.backend = backend
-    layer.to("cuda")
-    x = torch.randn(3, 128, dtype=torch.bfloat16)
-    want = x.double() @ q.format.dequantize(q).double().t() + layer.bias.cpu().double()
-    assert (layer(x.cuda()).cpu().double() - want).abs().max() < 0.02 * want.abs().max()
-    layer.backend = "auto"
-    assert torch.equal(layer.to("cpu").restore().codes, q.codes)
-
-
 def test_before_loading_tensors_move_freely():
     fmt = int_format(4, 64, sym=True)
     spec = LinearSpec(fmt, (64, 128), torch.bfloat16, "cpu")

@@ -53,6 +53,7 @@ def test_rounding_without_tuning_has_nothing_to_extend():
         build_options({"model": "m", "enable_alg_ext": True, "iters": 0})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEMO.is_dir(), reason="the examples are not part of this installation")
 def test_a_trained_model_predicts_better_on_text_it_has_not_seen(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(DEMO)

@@ -84,6 +84,7 @@ def test_after_quantize_they_tell_what_came_of_it(folder):
     assert {n: s for n, s in ar.layer_config.items() if s["bits"] < 16} == schemes
     layers = ar.model.model.layers
     assert [layers[i].self_attn.q_proj.bits for i in (0, 1)] == [2, 4]
+    assert [layers[i].mlp.up_proj.group_size for i in (0, 1)] == [32, 64]
     del model, layers
     assert ar.model.model.layers[1].mlp.up_proj.bits == 2, "read again"
 

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from auto_round.config import all_settings, build_options
+from auto_round.errors import ConfigError
 from auto_round.log import logger
 from auto_round.pipeline.effects import IDLE, idle_options
+from auto_round.pipeline.gguf_request import gguf_request
 from auto_round.pipeline.prepare import prepare
 from export.gguf.small_models import byte_level_tokenizer
 from pipeline.runs import quantize, tree, weights
@@ -178,6 +180,34 @@ def test_model_dtype(tiny, tmp_path, given, wanted):
     assert result.report["verified"]["auto_round"]["kl"] < 1e-3
     original = load_file(tiny("llama") / "model.safetensors")["lm_head.weight"]
     assert torch.equal(kept["lm_head.weight"], original.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("form", "fields", "contradicts"),
+    [
+        ("gguf:q4_0", {"bits": 4, "group_size": 32, "sym": True, "data_type": "int"}, ""),
+        ("gguf:q4_1", {"bits": 4, "group_size": 32, "sym": False, "data_type": "int"}, ""),
+        ("gguf:q2_k_s", {"bits": 2, "group_size": 16, "super_bits": 4, "data_type": "int_asym_dq"}, ""),
+        ("gguf:q4_k_m", {"bits": 4, "act_bits": 16}, ""),
+        ("gguf:q4_0", {"bits": 4, "group_size": 128, "sym": False}, "group_size, sym:"),
+        ("gguf:q2_k_s", {"data_type": "fp"}, "data_type:"),
+        ("gguf:q8_0", {"act_bits": 8}, "act_bits:"),
+        ("gguf:bf16", {"bits": 4}, "bits:"),
+    ],
+    ids=str,
+)
+def test_single_fields_are_taken_beside_a_gguf_type_that_says_the_same(form, fields, contradicts):
+    wanted = build_options({"model": "some/model", "format": form, **fields})
+    if contradicts:
+        with pytest.raises(ConfigError, match=contradicts):
+            gguf_request(wanted)
+        return
+    plain = gguf_request(build_options({"model": "some/model", "format": form}))
+    found = gguf_request(wanted)
+    assert plain is not None
+    assert found is not None
+    assert found.options.scheme.overrides() == {}
+    assert found.options.scheme == plain.options.scheme
 
 
 def test_a_scheme_that_a_gguf_file_does_not_follow_is_said(tiny, caplog, monkeypatch):

@@ -122,18 +122,15 @@ def _prefixes(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> l
 
 
 def _extra_config(plan: Plan, overrides: Mapping[str, Override]) -> dict[str, dict[str, Any]]:
-    """Layers that differ from the top: the user's patterns where all readers agree on them, else names."""
-    extra: dict[str, dict[str, Any]] = {}
-    covered: set[str] = set()
-    for regex, names in _patterns(plan, overrides):
-        if not covered.issuperset(names):
-            extra[regex] = dict(overrides[names[0]])
-            covered.update(names)
+    """Layers that differ from the top by name, and the user's patterns where all readers agree on them.
+
+    Names come first in every reader; tools that know no expressions find each layer by them.
+    """
     experts = {
         name: overrides[part] for name, part in merged_names(overrides).items() if name.endswith(EXPERTS)
     }
-    named = {name: dict(o) for name, o in {**experts, **overrides}.items() if o and name not in covered}
-    return named | extra
+    named = {name: dict(o) for name, o in {**experts, **overrides}.items() if o}
+    return named | {regex: dict(overrides[names[0]]) for regex, names in _patterns(plan, overrides)}
 
 
 def _override(

@@ -116,6 +116,11 @@ class QuantLinear(PackedWeight, nn.Linear):
         return self.spec.fmt.grid.bits
 
     @property
+    def group_size(self) -> int:
+        """Weights that share a scale; -1 one group for each row, 0 one for the whole matrix."""
+        return self.spec.fmt.group.size
+
+    @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """`[out, in]` in the dtype of the layer, dequantized when an operation needs its numbers."""
         device = next(iter(self._tensors())).device

@@ -47,7 +47,7 @@ def gguf_request(options: Options) -> GgufRequest | None:
 
     Raises:
         ConfigError: an unknown type, two mixtures, another format that needs a plan of its own, or single
-            fields of a scheme, which a mixture has none of.
+            fields of a scheme that contradict the type.
     """
     formats = options.output.formats
     asked = [name for name in formats if name == "gguf" or name.startswith(FORMAT_PREFIX)]
@@ -72,14 +72,16 @@ def gguf_request(options: Options) -> GgufRequest | None:
         )
     if not by_scheme and "scheme" in options.given and not plain:
         logger.warning("scheme has no effect: the type of each tensor follows from %s", wanted.preset)
-    fields = sorted(options.scheme.overrides())
+    fields = _contradictions(options.scheme.overrides(), TYPES[wanted.base].scheme)
     if fields:
         raise ConfigError(
             f"{', '.join(fields)}: the type of each tensor follows from {wanted.preset}; give single layers "
             'other types with layer_config, for example {"v_proj": "GGUF:Q8_0"}'
         )
     base = "BF16" if plain else wanted.preset
-    changed = replace(options.scheme, scheme=base, layer_config=_rules(options.scheme.layer_config))
+    said: dict[str, Any] = dict.fromkeys(options.scheme.overrides())  # they say what the type says
+    rules = _rules(options.scheme.layer_config)
+    changed = replace(options.scheme, scheme=base, layer_config=rules, **said)
     names = (f"{FORMAT_PREFIX}{wanted.name}", *others)
     output = replace(options.output, format=",".join(names))
     if options.calibration.imatrix is not None and options.tune.iters:
@@ -119,6 +121,19 @@ def _wanted(asked: list[str], scheme: str | None) -> FileType:
     if named is not None and scheme is not None and file_type(scheme) != wanted:
         raise ConfigError(f"format {named} and scheme {scheme} ask for different mixtures: give one of them")
     return wanted
+
+
+def _contradictions(fields: Mapping[str, Any], scheme: QuantizationScheme | None) -> list[str]:
+    """Single fields of a scheme that say something else than the type that most tensors get.
+
+    `data_type="int"` is all whole numbers, GGUF has kinds of them; `act_bits=16` rounds nothing.
+    """
+    if scheme is None:
+        return sorted(fields)
+    says = {name: {getattr(scheme, name)} for name in fields} | {"act_bits": {scheme.act_bits, 16}}
+    if scheme.data_type.startswith("int_"):
+        says["data_type"] = {scheme.data_type, "int"}
+    return sorted(name for name, value in fields.items() if value not in says[name])
 
 
 def _rules(layer_config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

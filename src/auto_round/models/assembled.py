@@ -173,11 +173,11 @@ class AssembledSource(ABC):
         left_out = self._outside_stem(None if self.tied_head else find_head(model))
         dtypes, meta = self._dtypes_for(self._parts.dtype), model.state_dict()
         absent = [name for name in self._in_stem(left_out) if meta[name].is_meta]
-        zeros = {n: torch.zeros((), dtype=dtypes[n]).expand(meta[n].shape) for n in absent}
+        zeros = {n: torch.zeros((), dtype=dtypes[n], device=CPU).expand(meta[n].shape) for n in absent}
         real, recorder = self._stubbed(left_out, zeros, CPU)
         decoder = real.get_submodule(find_decoder(real, self.blocks[0].module))
         with freed_on_exit(real):
-            StubStem(real, decoder, recorder, None).trace(torch.zeros(1, 4, dtype=torch.int64))
+            StubStem(real, decoder, recorder, None).trace(torch.zeros(1, 4, dtype=torch.int64, device=CPU))
 
     def _outside_stem(self, spare: str | None) -> list[str]:
         """Module paths that a stem does without: blocks, encoders, and `spare`."""

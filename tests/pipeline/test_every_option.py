@@ -210,6 +210,35 @@ def test_single_fields_are_taken_beside_a_gguf_type_that_says_the_same(form, fie
     assert found.options.scheme == plain.options.scheme
 
 
+@pytest.mark.parametrize(
+    ("fields", "preset"),
+    [
+        ({"bits": 4}, "GGUF:Q4_K_S"),
+        ({"bits": 8}, "GGUF:Q8_0"),
+        ({"bits": 4, "group_size": 32, "sym": True}, "GGUF:Q4_0"),
+        ({"bits": 4, "sym": False, "data_type": "int_asym_dq", "super_bits": 6}, "GGUF:Q4_K_S"),
+        ({"bits": 6, "group_size": 32}, None),
+        ({"bits": 4, "colour": 3}, None),
+        ({"bits": 4, "colour": None}, None),
+        ({"bits": 7}, None),
+        ({"sym": True}, None),
+        ({"bits": [4]}, None),
+    ],
+    ids=str,
+)
+def test_rules_of_a_gguf_file_may_give_the_fields_of_a_type(fields, preset):
+    wanted = build_options(
+        {"model": "some/model", "format": "gguf:q4_k_m", "layer_config": {"v_proj": fields}}
+    )
+    if preset is None:
+        with pytest.raises(ConfigError, match="no GGUF type"):
+            gguf_request(wanted)
+        return
+    found = gguf_request(wanted)
+    assert found is not None
+    assert found.options.scheme.layer_config == {"v_proj": preset}
+
+
 def test_a_scheme_that_a_gguf_file_does_not_follow_is_said(tiny, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     prepared(tiny, {"format": "gguf:q4_k_m", "scheme": "W4A16", "iters": 0})

@@ -130,9 +130,9 @@ def _contradictions(fields: Mapping[str, Any], scheme: QuantizationScheme | None
     """
     if scheme is None:
         return sorted(fields)
-    says = {name: {getattr(scheme, name)} for name in fields} | {"act_bits": {scheme.act_bits, 16}}
+    says = {name: [getattr(scheme, name, ...)] for name in fields} | {"act_bits": [scheme.act_bits, 16]}
     if scheme.data_type.startswith("int_"):
-        says["data_type"] = {scheme.data_type, "int"}
+        says["data_type"] = [scheme.data_type, "int"]
     return sorted(name for name, value in fields.items() if value not in says[name])
 
 
@@ -143,12 +143,25 @@ def _rules(layer_config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return {key: _rule(key, value) for key, value in layer_config.items()}
 
 
+def _type_of_fields(fields: Mapping[str, Any]) -> str:
+    """Type whose scheme says what the fields say, the K-type first; "" where none does."""
+    if set(fields) == {"bits"} and fields["bits"] in (16, 32):
+        return "BF16"
+    fitting = [
+        t.name for t in TYPES.values() if t.preset is not None and not _contradictions(fields, t.scheme)
+    ]
+    if "bits" not in fields or not fitting:
+        return ""
+    usual = _OF_BITS[fields["bits"]]
+    return usual if usual in fitting else fitting[0]
+
+
 def _rule(key: str, value: Any) -> Any:
     """One rule as the plan reads it: a preset with the numbers of a GGUF type, or `BF16` for kept layers."""
     if isinstance(value, QuantizationScheme):
         return value
-    if isinstance(value, Mapping) and set(value) == {"bits"}:
-        name = "BF16" if value["bits"] in (16, 32) else _OF_BITS.get(value["bits"], "")
+    if isinstance(value, Mapping):
+        name = _type_of_fields(value)
     else:
         name = str(value).strip().upper().removeprefix(SCHEME_PREFIX)
     if name in ("BF16", "F16", "FP16"):

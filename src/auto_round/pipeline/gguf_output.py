@@ -51,11 +51,12 @@ class Rest:
         for name in writer.missing:
             writer.put(name, self._make(self.exporter.parts[name]))
 
-    def write_embedding(self, writer: ShardWriter) -> tuple[Tensor, dict[str, Tensor]] | None:
+    def write_embedding(self, writer: ShardWriter) -> tuple[str, Tensor, dict[str, Tensor]] | None:
         """Write the token embedding unless an earlier run did; None when it is not rounded.
 
         Returns:
-            Its weights after rounding, `[vocabulary, width]` float32, and what was written by part.
+            Its name in the source, its weights after rounding, `[vocabulary, width]` float32, and what was
+            written by part.
 
         Raises:
             NumericsError: a weight is not finite.
@@ -73,7 +74,7 @@ class Rest:
             data = bytearray(self.exporter.read_part(writer.folder, EMBEDDING))
             octets = torch.frombuffer(data, dtype=torch.uint8).reshape(part.spec.shape)
         q = GGUF_BLOCKS[fmt.name].unpack({"weight": octets}, fmt, part.tensor.shape)
-        return fmt.dequantize(q), written
+        return part.piece.source, fmt.dequantize(q), written
 
     def _make(self, part: Part) -> Tensor:
         rows = self._rows(part)

@@ -102,6 +102,8 @@ class Outputs:
     def put_embedding(self) -> tuple[Tensor, Written] | None:
         """Round and write the token embedding, where a format rounds it, before anything else.
 
+        Folders that hold plain weights beside such a file get what the rounded one came to.
+
         Returns:
             What it came to, `[vocabulary, width]` float32, and what was written (nothing when an earlier run
             did); None when every format keeps it.
@@ -110,9 +112,20 @@ class Outputs:
             rest = self._rest(name)
             found = None if rest is None else rest.write_embedding(writer)
             if found is not None:
-                weight, parts = found
-                return weight, {f"{_key(name)}/{part}": checksum(t) for part, t in parts.items()}
+                source, weight, parts = found
+                written = {f"{_key(name)}/{part}": checksum(t) for part, t in parts.items()}
+                return weight, written | self._put_beside(source, weight)
         return None
+
+    def _put_beside(self, tensor_name: str, tensor: Tensor) -> Written:
+        """Write a tensor of the source that one format rounded where others store it as it is."""
+        written = {}
+        for name, writer in self._writers.items():
+            if self._rest(name) is None and tensor_name in writer.missing:
+                for part, stored in self._plain(name, tensor_name, tensor).items():
+                    writer.put(part, stored)
+                    written[f"{_key(name)}/{part}"] = checksum(stored)
+        return written
 
     def _rest(self, name: str) -> Rest | None:
         """How to make what a GGUF file holds besides layers; None for a format that copies it."""

@@ -29,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auto_round.evaluate.logits import Comparison
-from auto_round.inference.qlinear import QuantLinear
 
 SCRIPT = """
 import json, sys
@@ -109,10 +107,7 @@ class Original:
     """The unquantized model and what it says of the texts."""
 
     def __init__(self, folder: Path, texts: list[Path], tokens: int, seqlen: int) -> None:
-        self.folder = folder
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        self.model = loaded(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.rows = {}
         for path in texts:
@@ -128,11 +123,7 @@ class Original:
 
     def compare(self, folder: Path) -> dict[str, Any]:
         """Figures of a quantized folder."""
-        candidate = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        for name, weight in dequantized(folder):
-            candidate.get_parameter(name).copy_(weight)
+        candidate = loaded(folder).dequantize()  # only the weights differ, not the kernels
         found: dict[str, Any] = {"kl": {}, "perplexity": {}, "perplexity_original": {}, "same_top": {}}
         for text, rows in self.rows.items():
             total = Comparison()
@@ -146,18 +137,11 @@ class Original:
         return found | sinks(self.states, inner(candidate, first))
 
 
-def dequantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Weights of a folder by parameter name, each as its codes say."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    packed = set()
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            q = module.restore()
-            packed.add(name)
-            yield f"{name}.weight", q.format.dequantize(q)
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] not in packed:
-            yield name, parameter.detach()
+def loaded(folder: Path) -> Any:
+    """The model of a folder in float32, with attention that can be looked at."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from auto_round.inference.qlinear import QuantLinear
 from auto_round.models.roles import is_linear
 from auto_round.testing.tiny_models import save_tiny_model, tiny_config, tiny_tokenizer
 from pipeline.runs import SIZES, quantize
+from sweep.configurations import RECURRENT
+from sweep.configurations import SIZES as CAUSAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 
@@ -25,22 +27,7 @@ TEXT = (AutoModel, AutoModelForCausalLM)
 WITH_IMAGES = (*TEXT, AutoModelForImageTextToText)
 FORMATS = ("auto_round", "auto_gptq", "auto_awq", "llm_compressor")
 
-LANGUAGE = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
+LANGUAGE = {**CAUSAL, **RECURRENT}
 VISION = {
     "depth": 1,
     "hidden_size": 32,

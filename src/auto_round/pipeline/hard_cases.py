@@ -5,7 +5,7 @@ Everything here is read from the journal's entries, so a run that was continued 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,10 +59,7 @@ def by_kind(errors: Mapping[str, float]) -> dict[str, float]:
     Returns:
         Last module name (`down_proj`; for fused experts the parameter's own) -> mean error.
     """
-    found: dict[str, list[float]] = {}
-    for name, error in errors.items():
-        found.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(error)
-    return {kind: sum(values) / len(values) for kind, values in found.items()}
+    return _means((name.removesuffix(".weight").rpartition(".")[2], error) for name, error in errors.items())
 
 
 def hard_cases(entries: Sequence[Mapping[str, Any]], kl: float | None) -> dict[str, Any]:
@@ -89,10 +86,14 @@ def hard_cases(entries: Sequence[Mapping[str, Any]], kl: float | None) -> dict[s
 
 def _largest(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The kinds of layers whose outputs changed most, mean over all blocks, largest first."""
-    kinds: dict[str, list[float]] = {}
-    for entry in entries:
-        for kind, error in entry.get("errors", {}).items():
-            kinds.setdefault(kind, []).append(error)
-    means = {kind: sum(values) / len(values) for kind, values in kinds.items()}
+    means = _means(pair for entry in entries for pair in entry.get("errors", {}).items())
     ranked = sorted(means.items(), key=lambda pair: -pair[1])
     return {kind: round(error, 4) for kind, error in ranked[:WORST]}
+
+
+def _means(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Mean of the values of each name."""
+    found: dict[str, list[float]] = {}
+    for name, value in pairs:
+        found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from auto_round.errors import InternalError
 from auto_round.export.auto_round_config import quantization_config
 from auto_round.export.table import EXPORTERS
-from auto_round.models.layer import Block
+from auto_round.facts.layer import Block
 from auto_round.schemes.make import PlanRequest, make_plan
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.testing.config_reader import fields_of

@@ -14,7 +14,7 @@ from auto_round.export.formats.fake import FakeFormat
 from auto_round.export.formats.gptq import GPTQFormat
 from auto_round.export.manifest import make_manifest
 from auto_round.export.table import EXPORTERS, notes
-from auto_round.models.layer import Role
+from auto_round.facts.layer import Role
 from auto_round.numerics.presets import int_format
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.testing.exporter_kit import check_exporter, expert_case, small_case

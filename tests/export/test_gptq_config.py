@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from auto_round.export.gptq_config import gptq_config
 from auto_round.export.table import EXPORTERS
-from auto_round.models.layer import Block
+from auto_round.facts.layer import Block
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.testing.config_reader import gptq_in_optimum
 from auto_round.testing.exporter_kit import check_exporter, expert_case, small_case

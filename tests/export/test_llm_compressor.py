@@ -12,7 +12,7 @@ from auto_round.errors import InternalError
 from auto_round.export.compressed_config import loader_notes, quantization_config
 from auto_round.export.formats.llm_compressor import LLMCompressorFormat
 from auto_round.export.table import EXPORTERS, notes, refusals, scale_dtype
-from auto_round.models.layer import Layer, Role
+from auto_round.facts.layer import Layer, Role
 from auto_round.numerics.presets import int_format
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan

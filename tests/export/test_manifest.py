@@ -10,7 +10,7 @@ import torch
 from auto_round.errors import InternalError
 from auto_round.export.manifest import make_manifest
 from auto_round.export.table import EXPORTERS
-from auto_round.layouts.layout import TensorSpec
+from auto_round.facts.tensor import TensorSpec
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.testing.exporter_kit import small_case
 

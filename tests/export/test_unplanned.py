@@ -6,7 +6,7 @@ import torch
 
 from auto_round.export.table import EXPORTERS
 from auto_round.export.unplanned import with_unplanned
-from auto_round.layouts.layout import TensorSpec
+from auto_round.facts.tensor import TensorSpec
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.testing.config_reader import READERS
 from auto_round.testing.exporter_kit import expert_case

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from auto_round.facts.layer import Role
 from auto_round.models.folder import FolderSource
-from auto_round.models.layer import Role
 from auto_round.models.live import LiveSource
 from auto_round.testing.tiny_models import DENSE, EXPERTS, KEPT, VOCABULARY
 

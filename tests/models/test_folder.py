@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
+from auto_round.facts.layer import Role
 from auto_round.models.folder import FolderSource
-from auto_round.models.layer import Role
 from auto_round.testing.tiny_models import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 
 IDS = torch.arange(3, 15).reshape(2, 6)

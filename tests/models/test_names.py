@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_round.errors import CheckpointError
-from auto_round.layouts.layout import TensorSpec
+from auto_round.facts.tensor import TensorSpec
 from auto_round.models.names import Piece, Recipe, map_names
 from auto_round.models.places import Locator, Place
 from auto_round.models.skeleton import build_skeleton

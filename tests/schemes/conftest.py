@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from auto_round.models.layer import Block, Layer, Role
+from auto_round.facts.layer import Block, Layer, Role
 
 BLOCKS = 12
 EXPERTS = 4

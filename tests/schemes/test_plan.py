@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from auto_round.errors import ConfigError, InternalError, UnsupportedError
-from auto_round.models.layer import Role
+from auto_round.facts.layer import Role
 from auto_round.numerics.presets import int_format
 from auto_round.schemes.condense import condense, some
 from auto_round.schemes.make import KEPT_ROLES, PlanRequest, make_plan

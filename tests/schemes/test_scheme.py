@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.models.layer import Role
+from auto_round.facts.layer import Role
 from auto_round.numerics.presets import INT_BITS, SCALE_DTYPES, int_format
 from auto_round.schemes import scheme as scheme_module
 from auto_round.schemes import vocabulary

@@ -13,7 +13,7 @@ from auto_round.autoround.recorded import Recorded, record, stack
 from auto_round.calibration.observe import observe_inputs
 from auto_round.config import Options
 from auto_round.errors import ConfigError
-from auto_round.models.layer import Layer, Role
+from auto_round.facts.layer import Layer, Role
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.token_weights import token_energy, token_weights

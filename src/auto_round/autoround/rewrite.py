@@ -13,10 +13,10 @@ from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.consumers.lines import judge_outputs
 from auto_round.errors import ConfigError
+from auto_round.facts.layer import Layer
 from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import layout_of
-from auto_round.models.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.default_device import plain_device

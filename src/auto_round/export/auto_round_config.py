@@ -20,9 +20,9 @@ from auto_round.errors import InternalError
 from auto_round.export.exporter import Facts
 from auto_round.export.packed import scheme_of, top_scheme
 from auto_round.export.reader_names import EXPERTS, merged_names
+from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.awq import AWQ
 from auto_round.layouts.table import layout_for
-from auto_round.models.layer import Block, Layer
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.rules import Kind
 from auto_round.schemes.scheme import QuantizationScheme

@@ -21,7 +21,7 @@ from typing import Any
 from auto_round.export.gptq_config import PROVENANCE, dynamic_rules
 from auto_round.export.packed import scheme_of, top_scheme
 from auto_round.export.reader_names import merged_names, module_names
-from auto_round.models.layer import Block, Layer, Role
+from auto_round.facts.layer import Block, Layer, Role
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
 

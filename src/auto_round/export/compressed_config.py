@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from auto_round.export.reader_names import module_names
+from auto_round.facts.layer import Layer, Role
 from auto_round.layouts.compressed import INT_QUANTIZED, LAYOUT_VERSION, PACK_QUANTIZED
 from auto_round.layouts.layout import Layout
-from auto_round.models.layer import Layer, Role
 from auto_round.numerics.activation import TokenInt
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme

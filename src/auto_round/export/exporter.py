@@ -11,8 +11,8 @@ from torch import Tensor
 
 from auto_round.checkpoint.writer import Shard
 from auto_round.errors import Refusal
-from auto_round.layouts.layout import TensorSpec
-from auto_round.models.layer import Block, Layer
+from auto_round.facts.layer import Block, Layer
+from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.schemes.plan import Plan

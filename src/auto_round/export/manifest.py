@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from auto_round.errors import InternalError
 from auto_round.export.exporter import Exporter, Recasts
-from auto_round.layouts.layout import TensorSpec
-from auto_round.models.layer import Layer, Role
+from auto_round.facts.layer import Layer, Role
+from auto_round.facts.tensor import TensorSpec
 from auto_round.schemes.plan import Plan
 
 _BEHIND = ""

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
+from auto_round.facts.layer import Layer, Role
+from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.integers import step_dtype
-from auto_round.layouts.layout import Layout, TensorSpec
-from auto_round.models.layer import Layer, Role
+from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.schemes.condense import some

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from auto_round.models.layer import Layer
+from auto_round.facts.layer import Layer
 from auto_round.schemes.siblings import fused_groups
 
 MERGED = (

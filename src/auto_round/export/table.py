@@ -14,7 +14,7 @@ from auto_round.export.formats.awq import AWQFormat
 from auto_round.export.formats.fake import FakeFormat
 from auto_round.export.formats.gptq import GPTQFormat
 from auto_round.export.formats.llm_compressor import LLMCompressorFormat
-from auto_round.models.layer import Layer, Role
+from auto_round.facts.layer import Layer, Role
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.gguf_types import FILE_TYPES, FORMAT_PREFIX, SCHEME_PREFIX, TYPES
 from auto_round.schemes.make import KEPT_ROLES

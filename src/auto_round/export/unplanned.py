@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from auto_round.layouts.layout import TensorSpec
-from auto_round.models.layer import Block, Layer, Role
+from auto_round.facts.layer import Block, Layer, Role
+from auto_round.facts.tensor import TensorSpec
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from auto_round.errors import CheckpointError
-from auto_round.layouts.layout import TensorSpec
+from auto_round.facts.tensor import TensorSpec
 from auto_round.log import logger
 from auto_round.models.names import NameMap, Recipe, map_names
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
+from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts import integers
 from auto_round.layouts.bits import BAND
-from auto_round.layouts.layout import TensorSpec
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 

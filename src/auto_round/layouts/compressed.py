@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import CheckpointError, Refusal
+from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts import integers
 from auto_round.layouts.bits import WIDTHS, WORD, pack_bits, unpack_bits
-from auto_round.layouts.layout import Layout, TensorSpec
+from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 

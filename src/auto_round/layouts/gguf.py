@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
+from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.gguf_fields import (
     CODES,
     Field,
@@ -25,7 +26,6 @@ from auto_round.layouts.gguf_fields import (
     SixBitSigned,
 )
 from auto_round.layouts.integers import check_parts
-from auto_round.layouts.layout import TensorSpec
 from auto_round.numerics.format import Format
 from auto_round.numerics.presets import GGUF_FORMATS
 from auto_round.numerics.qtensor import QTensor

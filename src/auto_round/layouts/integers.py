@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import CheckpointError, Refusal
-from auto_round.layouts.layout import TensorSpec
+from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.qtensor import QTensor

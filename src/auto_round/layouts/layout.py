@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
+from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Dtype and shape of a stored tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 class Layout(Protocol):

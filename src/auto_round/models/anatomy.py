@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from auto_round.errors import Refusal
-from auto_round.layouts.layout import TensorSpec
-from auto_round.models.layer import Block, Layer, Role
+from auto_round.facts.layer import Block, Layer, Role
+from auto_round.facts.tensor import TensorSpec
 from auto_round.models.names import NameMap
 from auto_round.models.places import Locator
 from auto_round.models.readers import ASKED, read_elsewhere

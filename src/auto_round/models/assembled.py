@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
-from auto_round.layouts.layout import TensorSpec
+from auto_round.facts.layer import Block, Layer
+from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
-from auto_round.models.layer import Block, Layer
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.names import NameMap, Recipe
 from auto_round.models.roles import context_length, find_decoder, find_head, find_towers

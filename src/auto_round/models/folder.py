@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from auto_round.checkpoint.reader import Checkpoint
-from auto_round.layouts.layout import TensorSpec
+from auto_round.facts.tensor import TensorSpec
 from auto_round.log import logger
 from auto_round.models.anatomy import dissect
 from auto_round.models.assembled import AssembledSource, Parts, check_complete, missing_tensors

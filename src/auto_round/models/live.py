@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
-from auto_round.layouts.layout import TensorSpec
+from auto_round.facts.tensor import TensorSpec
 from auto_round.models import attention
 from auto_round.models.anatomy import dissect
 from auto_round.models.assembled import AssembledSource, Parts

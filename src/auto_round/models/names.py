@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import CheckpointError
-from auto_round.layouts.layout import TensorSpec
+from auto_round.facts.tensor import TensorSpec
 
 _NUMBERED = re.compile(r"(.*\.)(\d+)(\..*)")  # greedy: the last number in the name
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.layouts.layout import TensorSpec
+from auto_round.facts.tensor import TensorSpec
 from auto_round.models.names import Recipe
 
 _ROW_BITS = 32

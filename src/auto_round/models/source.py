@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import Refusal
-from auto_round.layouts.layout import TensorSpec
-from auto_round.models.layer import Block, Layer
+from auto_round.facts.layer import Block, Layer
+from auto_round.facts.tensor import TensorSpec
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from auto_round.errors import Refusal, UnsupportedError
-from auto_round.models.layer import Layer
+from auto_round.facts.layer import Layer
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from auto_round.calibration.observe import InputMoments, observe_inputs
 from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
-from auto_round.models.layer import Layer
+from auto_round.facts.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QTensor

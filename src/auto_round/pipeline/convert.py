@@ -25,8 +25,8 @@ from auto_round.export.hf_config import write_configs
 from auto_round.export.manifest import Manifest, make_manifest
 from auto_round.export.table import parse_formats, refusals
 from auto_round.export.unplanned import with_unplanned
+from auto_round.facts.layer import Layer
 from auto_round.log import logger
-from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.convert_source import Stored, open_stored, with_steps
 from auto_round.pipeline.default_device import plain_device

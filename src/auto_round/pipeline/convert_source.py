@@ -17,12 +17,12 @@ from auto_round.consumers.folder import read_folder
 from auto_round.consumers.matrices import OTHER, Matrix
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
 from auto_round.export.exporter import Facts
+from auto_round.facts.layer import Block, Layer, Role
+from auto_round.facts.tensor import TensorSpec
 from auto_round.inference.qlinear import ORDER, named
 from auto_round.inference.stored_formats import StoredFormats
 from auto_round.layouts.awq import AWQ
 from auto_round.layouts.gptq import GPTQ
-from auto_round.layouts.layout import TensorSpec
-from auto_round.models.layer import Block, Layer, Role
 from auto_round.models.roles import role_in_block
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from auto_round.models.layer import Layer, Role
+from auto_round.facts.layer import Layer, Role
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.memory import peak_bytes
 from auto_round.pipeline.plan_table import manifests

@@ -11,7 +11,7 @@ import torch
 from auto_round.errors import ConfigError
 from auto_round.export.gguf.model import GgufModel
 from auto_round.export.gguf.tensors import GgufTensor, Piece
-from auto_round.models.layer import Layer, Role
+from auto_round.facts.layer import Layer, Role
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.gguf_request import GgufRequest
 from auto_round.schemes.entry import PlanEntry

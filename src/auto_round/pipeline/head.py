@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from auto_round.calibration.observe import InputMoments
 from auto_round.errors import NumericsError
-from auto_round.models.layer import Layer
+from auto_round.facts.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.input_squares import InputSquares
 from auto_round.pipeline.job import Job

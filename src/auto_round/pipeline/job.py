@@ -13,7 +13,7 @@ from torch import Tensor
 from auto_round.calibration.rows import CalibrationRows
 from auto_round.config.options import Options
 from auto_round.export.exporter import Exporter
-from auto_round.models.layer import Layer
+from auto_round.facts.layer import Layer
 from auto_round.models.source import ModelSource
 from auto_round.numerics.format import Format
 from auto_round.numerics.search import THOROUGH, Effort

@@ -18,7 +18,7 @@ from auto_round.checkpoint.writer import ShardWriter
 from auto_round.errors import CheckpointError, NumericsError
 from auto_round.export.exporter import Exporter, OneFile, StoresAll
 from auto_round.export.gguf.exporter import GgufExporter
-from auto_round.models.layer import Layer
+from auto_round.facts.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.gguf_output import Rest
 from auto_round.pipeline.job import Job

@@ -17,8 +17,8 @@ from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.config.options import Options
 from auto_round.consumers.lines import judge_outputs
+from auto_round.facts.layer import Layer
 from auto_round.log import ProgressSink, ignore_progress, logger
-from auto_round.models.layer import Layer
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.blocks import GroupResult, tune_group
 from auto_round.pipeline.clock import Clock

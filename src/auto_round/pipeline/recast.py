@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from auto_round.config.groups import long_dtype
-from auto_round.layouts.layout import TensorSpec
+from auto_round.facts.tensor import TensorSpec
 from auto_round.pipeline.job import Job
 
 _NAMED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from auto_round.errors import NothingQuantizedError, Refusal
 from auto_round.export.exporter import Exporter, Keeps
-from auto_round.models.layer import Layer
+from auto_round.facts.layer import Layer
 from auto_round.models.source import ModelSource
 from auto_round.schemes.condense import some
 from auto_round.schemes.entry import PlanEntry

@@ -14,9 +14,9 @@ from auto_round.calibration.rows import TokenRow
 from auto_round.errors import CheckpointError
 from auto_round.evaluate.logits import Comparison, positions_at_once
 from auto_round.export.gguf.exporter import GgufExporter
+from auto_round.facts.layer import Role
 from auto_round.inference.convert_model import change_backend
 from auto_round.log import logger
-from auto_round.models.layer import Role
 from auto_round.models.roles import expert_counts
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.pipeline.activations import activation_formats

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from auto_round.errors import ConfigError
+from auto_round.facts.layer import Block, Layer
 from auto_round.schemes.condense import condense
-from auto_round.schemes.entry import LayerLike, PlanEntry
+from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan, PlanRequest
 from auto_round.schemes.regroup import regroup, with_common_group
 from auto_round.schemes.rules import (
-    BlockLike,
     Kind,
     Match,
     loose_number,
@@ -37,10 +37,10 @@ KEPT_ROLES = {
 
 
 def make_plan(
-    layers: Sequence[LayerLike],
+    layers: Sequence[Layer],
     request: PlanRequest,
     *,
-    blocks: Sequence[BlockLike] = (),
+    blocks: Sequence[Block] = (),
     tied_head: bool = False,
     other_names: Iterable[str] = (),
 ) -> Plan:
@@ -120,7 +120,7 @@ def _default(role: str, base: QuantizationScheme, request: PlanRequest) -> _Defa
     return _Default(PlanEntry(scheme if _changes(scheme) else None, reason), open=True)
 
 
-def _outside(layer: LayerLike, by_role: Mapping[str, _Default], chosen: frozenset[int]) -> bool:
+def _outside(layer: Layer, by_role: Mapping[str, _Default], chosen: frozenset[int]) -> bool:
     """Whether the user's choice of blocks leaves out a layer that would be quantized; never the head."""
     role = layer.role.value
     return role != HEAD and by_role[role].open and layer.block not in chosen
@@ -151,7 +151,7 @@ def _reason(match: Match) -> str:
 
 
 def _fit_shapes(
-    layers: Sequence[LayerLike], asked: Mapping[str, PlanEntry]
+    layers: Sequence[Layer], asked: Mapping[str, PlanEntry]
 ) -> tuple[dict[str, PlanEntry], list[str]]:
     """Entries after the rules of shape, and what the user should know of them."""
     entries: dict[str, PlanEntry] = {}
@@ -188,7 +188,7 @@ def _unused(matches: Sequence[Match], asked: Mapping[str, PlanEntry]) -> list[st
 
 
 def _general(
-    layers: Sequence[LayerLike], base: QuantizationScheme, entries: Mapping[str, PlanEntry]
+    layers: Sequence[Layer], base: QuantizationScheme, entries: Mapping[str, PlanEntry]
 ) -> list[str]:
     notes = []
     if base.recipe is not None and all(layer.role.value != EXPERT for layer in layers):

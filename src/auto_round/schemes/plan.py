@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from auto_round.errors import ConfigError, InternalError
-from auto_round.schemes.entry import LayerLike, PlanEntry
+from auto_round.facts.layer import Layer
+from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.rules import Kind, Rule
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.schemes.size import PlanSize, measure
@@ -109,7 +110,7 @@ class Plan:
 
     def measure(
         self,
-        layers: Iterable[LayerLike],
+        layers: Iterable[Layer],
         *,
         other_weights: int = 0,
         other_bytes: int = 0,
@@ -132,17 +133,17 @@ class Plan:
             shared=frozenset({self.tied_head} if self.tied_head else ()),
         )
 
-    def bits_per_weight(self, layers: Iterable[LayerLike]) -> float:
+    def bits_per_weight(self, layers: Iterable[Layer]) -> float:
         """Stored bits per quantized weight: codes, steps and zero points; 0 when nothing is quantized."""
         return self.measure(layers).bits_per_weight
 
-    def size_bytes(self, layers: Iterable[LayerLike], other_bytes: int = 0) -> int:
+    def size_bytes(self, layers: Iterable[Layer], other_bytes: int = 0) -> int:
         """Bytes of all tensors after quantization; `other_bytes` for tensors that are no layers."""
         return self.measure(layers, other_bytes=other_bytes).total_bytes
 
     def table(
         self,
-        layers: Iterable[LayerLike],
+        layers: Iterable[Layer],
         *,
         other_weights: int = 0,
         other_bytes: int = 0,

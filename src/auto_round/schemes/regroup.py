@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from auto_round.facts.layer import Layer
 from auto_round.schemes.condense import condense
-from auto_round.schemes.entry import LayerLike, PlanEntry
+from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import PlanRequest
 from auto_round.schemes.rules import Rule
 from auto_round.schemes.scheme import QuantizationScheme, names_group_size
@@ -14,7 +15,7 @@ from auto_round.schemes.shapes import awkward_shape, divides, fitting_group
 
 
 def regroup(
-    layers: Sequence[LayerLike],
+    layers: Sequence[Layer],
     asked: Mapping[str, PlanEntry],
     request: PlanRequest,
     rules: Mapping[str, Rule],

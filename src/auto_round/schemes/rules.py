@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from auto_round.errors import ConfigError, nearest
+from auto_round.facts.layer import Block
 from auto_round.schemes.scheme import QuantizationScheme, parse_scheme
 
 _PLAIN = re.compile(r"[\w.:/\-]+\Z")
@@ -58,25 +59,6 @@ class Match:
 
     rule: Rule
     names: frozenset[str]
-
-
-class BlockLike(Protocol):
-    """What rules need of a decoder block: `models.layer.Block`."""
-
-    @property
-    def index(self) -> int:
-        """Position in the order of execution."""
-        ...
-
-    @property
-    def module(self) -> str:
-        """Dotted path in the module tree."""
-        ...
-
-    @property
-    def disk(self) -> str:
-        """Prefix of its tensors on disk."""
-        ...
 
 
 _NONE: Mapping[str, None] = MappingProxyType({})
@@ -265,7 +247,7 @@ def match_ignored(
 
 
 def match_blocks(
-    to_quant_block_names: str | Iterable[Any] | None, blocks: Sequence[BlockLike]
+    to_quant_block_names: str | Iterable[Any] | None, blocks: Sequence[Block]
 ) -> tuple[tuple[str, ...], frozenset[int]]:
     """Prefixes that the user restricts the work to, and the indices of the blocks below them.
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from auto_round.schemes.entry import LayerLike, PlanEntry
+from auto_round.facts.layer import Layer
+from auto_round.schemes.entry import PlanEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class PlanSize:
 
 def measure(
     entries: Mapping[str, PlanEntry],
-    layers: Iterable[LayerLike],
+    layers: Iterable[Layer],
     *,
     other_weights: int = 0,
     other_bytes: int = 0,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from auto_round.facts.layer import Layer
 from auto_round.schemes.condense import condense
-from auto_round.schemes.entry import LayerLike, PlanEntry
+from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.size import PlanSize
 
 _Row = tuple[str, ...]
@@ -13,7 +14,7 @@ _Row = tuple[str, ...]
 
 def render(
     entries: Mapping[str, PlanEntry],
-    layers: Sequence[LayerLike],
+    layers: Sequence[Layer],
     size: PlanSize,
     warnings: Iterable[str] = (),
 ) -> str:
@@ -29,7 +30,7 @@ def render(
     return "\n".join(lines)
 
 
-def _rows(entries: Mapping[str, PlanEntry], layers: Sequence[LayerLike]) -> list[_Row]:
+def _rows(entries: Mapping[str, PlanEntry], layers: Sequence[Layer]) -> list[_Row]:
     """Kind, names, shape, what they get, and why; layers that agree in all but their numbers share a row."""
     alike: dict[_Row, list[str]] = {}
     for layer in layers:

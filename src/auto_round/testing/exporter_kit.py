@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from auto_round.export.exporter import Exporter
-from auto_round.layouts.layout import TensorSpec
-from auto_round.models.layer import Block, Layer, Role
+from auto_round.facts.layer import Block, Layer, Role
+from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.format import Format
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan

@@ -10,10 +10,10 @@ from auto_round.errors import InternalError, Refusal
 from auto_round.export.auto_round_config import quantization_config
 from auto_round.export.exporter import Facts
 from auto_round.export.packed import OneLayout, gather_refusals, quantized_layers, refuse_unloadable
+from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.integers import is_symmetric
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import AWQ_GEMM, GPTQ_V1, layout_for
-from auto_round.models.layer import Block, Layer
 from auto_round.numerics.format import Format
 from auto_round.schemes.plan import Plan
 

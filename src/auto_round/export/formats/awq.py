@@ -19,9 +19,9 @@ from auto_round.export.packed import (
     refuse_foreign,
     refuse_transposed,
 )
+from auto_round.facts.layer import Block, Layer, Role
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import AWQ_GEMM
-from auto_round.models.layer import Block, Layer, Role
 from auto_round.numerics.format import Format
 from auto_round.schemes.plan import Plan
 

@@ -12,10 +12,10 @@ from auto_round.errors import Refusal
 from auto_round.export.exporter import Facts
 from auto_round.export.gptq_config import gptq_config
 from auto_round.export.packed import OneLayout, gather_refusals, quantized_layers, refuse_foreign
+from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.integers import is_symmetric
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import CHECKPOINT_LAYOUTS, GPTQ_V1_INDEXED
-from auto_round.models.layer import Block, Layer
 from auto_round.numerics.format import Format
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan

@@ -13,10 +13,11 @@ from auto_round.errors import InternalError, Refusal
 from auto_round.export.compressed_config import group_of, layout_of, loader_notes, quantization_config
 from auto_round.export.exporter import Facts
 from auto_round.export.packed import gather_refusals, prefixed, refuse_transposed
+from auto_round.facts.layer import Block, Layer
+from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
 from auto_round.layouts.integers import is_symmetric, step_dtype
-from auto_round.layouts.layout import Layout, TensorSpec
-from auto_round.models.layer import Block, Layer
+from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.schemes.plan import Plan

@@ -21,9 +21,9 @@ from auto_round.export.gguf.model import GgufModel
 from auto_round.export.gguf.tensors import GgufTensor, Piece
 from auto_round.export.gguf.values import Value
 from auto_round.export.manifest import Manifest
+from auto_round.facts.layer import Block, Layer
+from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.gguf import GGUF_BLOCKS
-from auto_round.layouts.layout import TensorSpec
-from auto_round.models.layer import Block, Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.presets import GGUF_FORMATS
 from auto_round.numerics.qtensor import QTensor

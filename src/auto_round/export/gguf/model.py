@@ -16,7 +16,7 @@ from auto_round.export.gguf.names import name_tensors
 from auto_round.export.gguf.tensors import GgufTensor, Piece
 from auto_round.export.gguf.tokenizer import tokenizer_metadata
 from auto_round.export.gguf.values import Metadata, Value
-from auto_round.models.layer import Role
+from auto_round.facts.layer import Role
 from auto_round.models.source import ModelSource
 from auto_round.schemes.gguf_mixture import Facts, Shape
 

@@ -13,7 +13,7 @@ from auto_round.export.gguf.families import Family
 from auto_round.export.gguf.hyperparameters import constants, kv_heads
 from auto_round.export.gguf.library import gguf
 from auto_round.export.gguf.tensors import Change, GgufTensor, GroupsApart, Piece, RotaryPairs, RowOrder
-from auto_round.layouts.layout import TensorSpec
+from auto_round.facts.tensor import TensorSpec
 
 _NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.masked_bias")
 """Buffers that old checkpoints hold and that no loader needs."""

@@ -23,8 +23,8 @@ from auto_round.export.gguf.library import gguf
 from auto_round.export.gguf.model import GgufModel
 from auto_round.export.gguf.tensors import GgufTensor, Listed, Piece
 from auto_round.export.gguf.values import Value
-from auto_round.layouts.layout import TensorSpec
-from auto_round.models.layer import Layer
+from auto_round.facts.layer import Layer
+from auto_round.facts.tensor import TensorSpec
 from auto_round.models.source import ModelSource
 from auto_round.schemes.gguf_mixture import Facts, Shape, is_quantizable
 

@@ -18,7 +18,7 @@ from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import layout_of
 from auto_round.numerics.format import Format
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.pipeline.default_device import plain_device
 from auto_round.pipeline.finish import write_configs_and_tokenizer, write_report
 from auto_round.pipeline.job import Job
@@ -55,7 +55,8 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
         ):
             quantized = job.quantized()
             for layer, fmt in quantized.values():
-                outputs.put(layer, _read(finished, layer, fmt, _layout(config, finished, layer)))
+                q = _read(finished, layer, fmt, _layout(config, finished, layer))
+                outputs.put(layer, QuantizedLayer(q))
             codes = {f"{name}.weight" for name in quantized}  # some layouts keep the name of the weight
             for name in job.source.tensors:
                 if name in finished and name not in codes:

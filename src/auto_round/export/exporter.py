@@ -14,7 +14,7 @@ from auto_round.errors import Refusal
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.format import Format
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.schemes.plan import Plan
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Exporter(Protocol):
         """Full tensor name -> dtype and shape of what `encode` will return for this layer."""
         ...
 
-    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
+    def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """Full tensor name -> stored tensor of one quantized layer."""
         ...
 

@@ -17,7 +17,7 @@ from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.integers import step_dtype
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
@@ -43,9 +43,9 @@ class OneLayout(ABC):
         """The tensors of the layout, for example `<layer>.qweight`."""
         return prefixed(layer, self._layout().spec(fmt, layer.shape))
 
-    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
+    def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The tensors of `spec`."""
-        return prefixed(layer, self._layout().pack(q))
+        return prefixed(layer, self._layout().pack(q.weight))
 
 
 def quantized_layers(plan: Plan, layers: Sequence[Layer]) -> list[tuple[Layer, Format]]:

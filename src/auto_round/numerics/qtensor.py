@@ -1,4 +1,4 @@
-"""A quantized tensor: codes, scale and the format that gives them meaning."""
+"""A quantized tensor (codes, scale and the format that gives them meaning), and the layer it belongs to."""
 
 from __future__ import annotations
 
@@ -31,3 +31,19 @@ class QTensor:
     def shape(self) -> tuple[int, ...]:
         """`[..., out, in]` of the weight."""
         return tuple(self.codes.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLayer:
+    """What is stored of one quantized layer: its weight, and scales of what flows in and out.
+
+    Attributes:
+        weight: codes and scales of the matrix.
+        input_scale: step of the input where calibration fixed it, float32; None where it is measured as the
+            model runs, or where the input is left alone.
+        output_scale: step of the output where a cache holds it quantized, float32; None elsewhere.
+    """
+
+    weight: QTensor
+    input_scale: Tensor | None = None
+    output_scale: Tensor | None = None

@@ -16,7 +16,7 @@ from auto_round.errors import InternalError, NumericsError, Refusal, Unsupported
 from auto_round.facts.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.numerics.token_weights import Massive, massive_tokens, token_energy, token_weights
 from auto_round.pipeline.activations import formats_inside
 from auto_round.pipeline.arguments import ArgumentTable
@@ -46,7 +46,7 @@ class GroupResult:
         errors: kind of layer -> share of its output that rounding changed, see `hard_cases`.
     """
 
-    layers: Mapping[str, tuple[Layer, QTensor]]
+    layers: Mapping[str, tuple[Layer, QuantizedLayer]]
     others: Mapping[str, Tensor]
     tuned: TunedBlock
     inputs: Mapping[str, InputSquares]
@@ -261,12 +261,13 @@ def _advance(
 
 def _layers_of(
     job: Job, indices: Sequence[int], weights: Mapping[str, QTensor]
-) -> dict[str, tuple[Layer, QTensor]]:
+) -> dict[str, tuple[Layer, QuantizedLayer]]:
     """Quantized layers by their names on disk; fused parameters are cut into their matrices."""
-    found: dict[str, tuple[Layer, QTensor]] = {}
+    found: dict[str, tuple[Layer, QuantizedLayer]] = {}
     for layer in job.source.layers:
         if layer.block in indices and job.plan.format_of(layer.name) is not None:
-            found[layer.name] = (layer, cut(weights[_inside(job, indices, layer)], layer))
+            weight = cut(weights[_inside(job, indices, layer)], layer)
+            found[layer.name] = (layer, QuantizedLayer(weight))
     return found
 
 

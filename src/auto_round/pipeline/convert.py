@@ -27,7 +27,7 @@ from auto_round.export.table import parse_formats, refusals
 from auto_round.export.unplanned import with_unplanned
 from auto_round.facts.layer import Layer
 from auto_round.log import logger
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.pipeline.convert_source import Stored, open_stored, with_steps
 from auto_round.pipeline.default_device import plain_device
 from auto_round.pipeline.reload import check_loads
@@ -200,7 +200,7 @@ def _encoded(exporter: Exporter, plan: Plan, layer: Layer, q: QTensor) -> Iterat
         step = _exact(layer.name, step, torch.float16)
         q = QTensor(q.codes, fmt.rule.read({**q.scale.parts, "step": step}), fmt)
     try:
-        parts = exporter.encode(layer, q)
+        parts = exporter.encode(layer, QuantizedLayer(q))
     except UnsupportedError as error:
         raise UnsupportedError(f'layer "{layer.name}" cannot be converted', error.refusals) from error
     yield from ((name, parts[name]) for name in wanted)

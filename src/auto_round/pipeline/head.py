@@ -7,7 +7,7 @@ from collections.abc import Callable
 from auto_round.calibration.observe import InputMoments
 from auto_round.errors import NumericsError
 from auto_round.facts.layer import Layer
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.pipeline.input_squares import InputSquares
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.recast import as_wanted
@@ -16,7 +16,7 @@ from auto_round.tuning.weights import round_to_nearest
 
 
 def quantize_outside(
-    job: Job, streams: Streams, write: Callable[[Layer, QTensor], None]
+    job: Job, streams: Streams, write: Callable[[Layer, QuantizedLayer], None]
 ) -> tuple[QTensor | None, dict[str, InputSquares]]:
     """Quantize layers that belong to no block.
 
@@ -47,7 +47,7 @@ def quantize_outside(
             q = round_to_nearest(weight, fmt, importance, job.effort)
         except NumericsError as error:
             raise NumericsError(f"{layer.tensor}: {error}") from error
-        write(layer, q)
+        write(layer, QuantizedLayer(q))
         if layer.name == job.source.head:
             head = q
     return head, inputs

@@ -19,7 +19,7 @@ from auto_round.errors import CheckpointError, NumericsError
 from auto_round.export.exporter import Exporter, OneFile, StoresAll
 from auto_round.export.gguf.exporter import GgufExporter
 from auto_round.facts.layer import Layer
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.pipeline.gguf_output import Rest
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.plan_table import manifest_of
@@ -81,7 +81,7 @@ class Outputs:
                     folder, specs, max_shard_bytes=size, written=own, shards=shards
                 )
 
-    def put(self, layer: Layer, q: QTensor) -> Written:
+    def put(self, layer: Layer, q: QuantizedLayer) -> Written:
         """Write one quantized layer in every format; what was written."""
         written = {}
         for name, exporter in self._job.exporters.items():

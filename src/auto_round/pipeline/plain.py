@@ -9,7 +9,7 @@ from auto_round.errors import NumericsError
 from auto_round.facts.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.numerics.search import BY_SQUARES
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.outputs import Written
@@ -41,7 +41,7 @@ def bursts(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def round_layers(
-    job: Job, layers: Sequence[tuple[Layer, Format]], put: Callable[[Layer, QTensor], Written]
+    job: Job, layers: Sequence[tuple[Layer, Format]], put: Callable[[Layer, QuantizedLayer], Written]
 ) -> dict[str, Written]:
     """Read, round, pack and write layers; layer name -> what was written.
 
@@ -64,7 +64,8 @@ def round_layers(
             importance, effort = None, None
             if squares is not None and job.effort is not None:
                 importance, effort = Importance(squares), BY_SQUARES
-            return layer.name, put(layer, round_to_nearest(weight, fmt, importance, effort))
+            q = round_to_nearest(weight, fmt, importance, effort)
+            return layer.name, put(layer, QuantizedLayer(q))
         except NumericsError as error:
             raise NumericsError(f"{layer.tensor}: {error}") from error
 

@@ -19,7 +19,7 @@ from auto_round.config.options import Options
 from auto_round.consumers.lines import judge_outputs
 from auto_round.facts.layer import Layer
 from auto_round.log import ProgressSink, ignore_progress, logger
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.pipeline.blocks import GroupResult, tune_group
 from auto_round.pipeline.clock import Clock
 from auto_round.pipeline.compile import in_equal_passes, objective_for
@@ -221,7 +221,7 @@ class _Loop:
         self._done(unit, written, _figures(result))
         _saved(self.scratch, number - 1).unlink(missing_ok=True)
 
-    def _write(self, layer: Layer, q: QTensor) -> None:
+    def _write(self, layer: Layer, q: QuantizedLayer) -> None:
         """Write a layer outside the blocks, unless an earlier run did."""
         if layer.name not in self._finished():
             self._done(layer.name, self.outputs.put(layer, q))

@@ -14,6 +14,7 @@ from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
@@ -198,7 +199,7 @@ def _check_layer(
     packed: Collection[str],
 ) -> Sequence[str]:
     q = fmt.quantize(torch.randn(layer.shape, generator=generator).to(layer.dtype))
-    tensors = exporter.encode(layer, q)
+    tensors = exporter.encode(layer, QuantizedLayer(q))
     spec = exporter.spec(layer, fmt)
     where = f"{exporter.name} {layer.name}"
     require(list(tensors) == list(spec), f"{where}: encode gives {list(tensors)}, spec {list(spec)}")

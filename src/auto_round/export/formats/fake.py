@@ -13,7 +13,7 @@ from auto_round.export.exporter import Facts
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.format import Format
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.schemes.plan import Plan
 
 
@@ -42,9 +42,9 @@ class FakeFormat:
         """One tensor with the source's shape and dtype."""
         return {_tensor(layer): TensorSpec(layer.dtype, layer.stored_shape)}
 
-    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
+    def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The dequantized weight, rounded once to the source's dtype."""
-        weight = q.format.dequantize(q, layer.dtype)
+        weight = q.weight.format.dequantize(q.weight, layer.dtype)
         return {_tensor(layer): weight.t().contiguous() if layer.transposed else weight}
 
     def config(

@@ -19,7 +19,7 @@ from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
 from auto_round.layouts.integers import is_symmetric, step_dtype
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.schemes.plan import Plan
 
 _SCALE = "weight_scale"
@@ -82,9 +82,9 @@ class LLMCompressorFormat:
         found = self._layout(layer).spec(fmt, layer.shape)
         return prefixed(layer, {**found, _SCALE: replace(found[_SCALE], dtype=layer.dtype)})
 
-    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
+    def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The tensors of `spec`."""
-        found = self._layout(layer).pack(q)
+        found = self._layout(layer).pack(q.weight)
         return prefixed(layer, {**found, _SCALE: found[_SCALE].to(layer.dtype)})
 
     def config(

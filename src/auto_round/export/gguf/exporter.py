@@ -26,7 +26,7 @@ from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.gguf import GGUF_BLOCKS
 from auto_round.numerics.format import Format
 from auto_round.numerics.presets import GGUF_FORMATS
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.schemes.gguf_types import TYPES, FileType, GgufType
 from auto_round.schemes.plan import Plan
 
@@ -106,12 +106,12 @@ class GgufExporter:
         """Part name -> bytes of its rows."""
         return {name: self.parts[name].spec for name in self._of_source.get(layer.tensor, ())}
 
-    def encode(self, layer: Layer, q: QTensor) -> Mapping[str, Tensor]:
+    def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The parts of `spec`; none for a head that the file stores as the embedding, under another name."""
         names = self._of_source.get(layer.tensor, ())
         if not names:
             return {}
-        octets = pack_rows(q)
+        octets = pack_rows(q.weight)
         found = {}
         for name in names:
             piece = self.parts[name].piece

@@ -16,6 +16,8 @@ from auto_round.log import logger
 from auto_round.pipeline.effects import IDLE, idle_options
 from auto_round.pipeline.gguf_request import gguf_request
 from auto_round.pipeline.prepare import prepare
+from auto_round.pipeline.several import runs_of
+from auto_round.schemes.scheme import QuantizationScheme
 from export.gguf.small_models import byte_level_tokenizer
 from pipeline.runs import quantize, tree, weights
 
@@ -183,31 +185,83 @@ def test_model_dtype(tiny, tmp_path, given, wanted):
 
 
 @pytest.mark.parametrize(
-    ("form", "fields", "contradicts"),
+    ("form", "fields"),
     [
-        ("gguf:q4_0", {"bits": 4, "group_size": 32, "sym": True, "data_type": "int"}, ""),
-        ("gguf:q4_1", {"bits": 4, "group_size": 32, "sym": False, "data_type": "int"}, ""),
-        ("gguf:q2_k_s", {"bits": 2, "group_size": 16, "super_bits": 4, "data_type": "int_asym_dq"}, ""),
-        ("gguf:q4_k_m", {"bits": 4, "act_bits": 16}, ""),
-        ("gguf:q4_0", {"bits": 4, "group_size": 128, "sym": False}, "group_size, sym:"),
-        ("gguf:q2_k_s", {"data_type": "fp"}, "data_type:"),
-        ("gguf:q8_0", {"act_bits": 8}, "act_bits:"),
-        ("gguf:bf16", {"bits": 4}, "bits:"),
+        ("gguf:q4_0", {"bits": 4, "group_size": 32, "sym": True, "data_type": "int"}),
+        ("gguf:q4_1", {"bits": 4, "group_size": 32, "sym": False, "data_type": "int"}),
+        ("gguf:q2_k_s", {"bits": 2, "group_size": 16, "super_bits": 4, "data_type": "int_asym_dq"}),
+        ("gguf:q4_k_m", {"bits": 4, "act_bits": 16}),
+        ("gguf:q4_0", {"scheme": {"bits": 4, "group_size": 32}}),
     ],
     ids=str,
 )
-def test_single_fields_are_taken_beside_a_gguf_type_that_says_the_same(form, fields, contradicts):
-    wanted = build_options({"model": "some/model", "format": form, **fields})
-    if contradicts:
-        with pytest.raises(ConfigError, match=contradicts):
-            gguf_request(wanted)
-        return
-    plain = gguf_request(build_options({"model": "some/model", "format": form}))
-    found = gguf_request(wanted)
-    assert plain is not None
+def test_fields_that_say_what_a_gguf_type_says_are_taken(form, fields, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    assert _scheme_of(form, fields) == _scheme_of(form, {})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("form", "fields", "idle", "stored"),
+    [
+        ("gguf:q4_k_m", {"scheme": "W2A16"}, "scheme", "Q4_K, with 4 bits"),
+        ("gguf:q4_k_m", {"scheme": "W4A16"}, "scheme", "Q4_K, with 4 bits"),
+        ("gguf:q2_k_s", {"scheme": "W8A16"}, "scheme", "Q2_K, with 2 bits"),
+        ("gguf:q8_0", {"scheme": "w4a16_mixed"}, "scheme", "Q8_0, with 8 bits"),
+        ("gguf:bf16", {"scheme": "W4A16"}, "scheme", "BF16, with 16 bits"),
+        ("gguf:q6_k", {"scheme": {"bits": 3, "group_size": 64}}, "scheme", "Q6_K, with 6 bits"),
+        ("gguf:q5_1", {"scheme": QuantizationScheme(2, 64)}, "scheme", "Q5_1, with 5 bits"),
+        ("gguf:q4_k_m", {"bits": 4, "group_size": 128, "sym": True}, "group_size, sym", "Q4_K, with 4 bits"),
+        ("gguf:q4_0", {"bits": 4, "group_size": 128, "sym": False}, "group_size, sym", "Q4_0, with 4 bits"),
+        ("gguf:bf16", {"bits": 4}, "bits", "BF16, with 16 bits"),
+        ("gguf:q8_0", {"scheme": "W2A16", "bits": 3}, "scheme, bits", "Q8_0, with 8 bits"),
+    ],
+    ids=str,
+)
+def test_whole_numbers_give_way_to_a_gguf_format(form, fields, idle, stored, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    assert _scheme_of(form, fields) == _scheme_of(form, {})
+    (said,) = caplog.messages
+    assert said.startswith(f"{idle}: no effect")
+    assert stored in said
+
+
+def test_a_scheme_beside_packed_formats_is_theirs(caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    given = {"model": "some/model", "format": "auto_round,gguf:q4_k_m", "scheme": "W2A16"}
+    packed, file = runs_of(build_options(given))
+    assert packed.scheme.scheme == "W2A16"
+    assert gguf_request(file) is not None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("form", "fields", "message"),
+    [
+        ("gguf:q2_k_s", {"data_type": "fp"}, "data_type: no type .* Q2_K"),
+        ("gguf:q8_0", {"act_bits": 8}, "act_bits: no type"),
+        ("gguf:q4_k_m", {"scheme": "INT8"}, "scheme: no type"),
+        ("gguf:q4_k_m", {"scheme": "MXFP4"}, "scheme: no type"),
+        ("gguf:q4_k_m", {"scheme": "FPW8A16"}, "scheme: no type"),
+        ("gguf:q4_k_m", {"scheme": "BF16"}, "holds 16 bits"),
+        ("gguf:q4_k_m", {"bits": 16}, "holds 16 bits"),
+        ("gguf:q4_k_m", {"scheme": "W9A16"}, "unknown scheme"),
+        ("gguf:q4_k_m", {"scheme": {"colour": 3}}, "unknown scheme field"),
+        ("gguf:q4_0", {"scheme": "GGUF:Q4_0", "bits": 2}, "bits: the type of each tensor follows"),
+    ],
+    ids=str,
+)
+def test_what_no_gguf_type_holds_is_refused(form, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        _scheme_of(form, fields)
+
+
+def _scheme_of(form, fields):
+    """Scheme options of a request for a GGUF file, single fields settled."""
+    found = gguf_request(build_options({"model": "some/model", "format": form, **fields}))
     assert found is not None
     assert found.options.scheme.overrides() == {}
-    assert found.options.scheme == plain.options.scheme
+    return found.options.scheme
 
 
 @pytest.mark.parametrize(
@@ -242,7 +296,7 @@ def test_rules_of_a_gguf_file_may_give_the_fields_of_a_type(fields, preset):
 def test_a_scheme_that_a_gguf_file_does_not_follow_is_said(tiny, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     prepared(tiny, {"format": "gguf:q4_k_m", "scheme": "W4A16", "iters": 0})
-    assert "scheme has no effect" in caplog.text
+    assert "scheme: no effect" in caplog.text
     caplog.clear()
     prepared(tiny, {"format": "gguf:q4_k_m", "iters": 0})
-    assert "scheme has no effect" not in caplog.text
+    assert "no effect" not in caplog.text

@@ -19,7 +19,7 @@ from auto_round.schemes.gguf_types import (
     FileType,
     file_type,
 )
-from auto_round.schemes.scheme import QuantizationScheme
+from auto_round.schemes.scheme import QuantizationScheme, parse_scheme
 
 _OF_BITS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
 """Type for rules that name nothing but bits."""
@@ -43,11 +43,12 @@ class GgufRequest:
 def gguf_request(options: Options) -> GgufRequest | None:
     """The GGUF file that the options ask for, by format or by scheme; None when they ask for none.
 
-    The format names the mixture, and so does the scheme: whichever is given decides, both must agree.
+    The format names the mixture, and so does the scheme: whichever is given decides, both must agree. A
+    scheme of packed formats has no effect beside a GGUF format, and a warning says so.
 
     Raises:
-        ConfigError: an unknown type, two mixtures, another format that needs a plan of its own, or single
-            fields of a scheme that contradict the type.
+        ConfigError: an unknown type, two mixtures, another format that needs a plan of its own, a scheme
+            whose numbers no type holds, or single fields that contradict a GGUF scheme.
     """
     formats = options.output.formats
     asked = [name for name in formats if name == "gguf" or name.startswith(FORMAT_PREFIX)]
@@ -65,21 +66,12 @@ def gguf_request(options: Options) -> GgufRequest | None:
         )
     wanted = _wanted(asked, str(scheme) if by_scheme else None)
     plain = TYPES[wanted.base].preset is None
-    if not by_scheme and scheme != SchemeOptions().scheme and not (plain and scheme == "BF16"):
-        raise ConfigError(
-            f"format {FORMAT_PREFIX}{wanted.name} with scheme {scheme!r}: leave the scheme out, or give "
-            f"{wanted.preset}"
-        )
-    if not by_scheme and "scheme" in options.given and not plain:
-        logger.warning("scheme has no effect: the type of each tensor follows from %s", wanted.preset)
-    fields = _contradictions(options.scheme.overrides(), TYPES[wanted.base].scheme)
-    if fields:
-        raise ConfigError(
-            f"{', '.join(fields)}: the type of each tensor follows from {wanted.preset}; give single layers "
-            'other types with layer_config, for example {"v_proj": "GGUF:Q8_0"}'
-        )
+    if by_scheme:
+        _refuse_fields(options, wanted)
+    else:
+        _say_what_decides(options, wanted)
     base = "BF16" if plain else wanted.preset
-    said: dict[str, Any] = dict.fromkeys(options.scheme.overrides())  # they say what the type says
+    said: dict[str, Any] = dict.fromkeys(options.scheme.overrides())  # the type says it, or decides
     rules = _rules(options.scheme.layer_config)
     changed = replace(options.scheme, scheme=base, layer_config=rules, **said)
     names = (f"{FORMAT_PREFIX}{wanted.name}", *others)
@@ -121,6 +113,54 @@ def _wanted(asked: list[str], scheme: str | None) -> FileType:
     if named is not None and scheme is not None and file_type(scheme) != wanted:
         raise ConfigError(f"format {named} and scheme {scheme} ask for different mixtures: give one of them")
     return wanted
+
+
+def _refuse_fields(options: Options, wanted: FileType) -> None:
+    """Refuse single fields that say something else than the GGUF scheme beside them."""
+    fields = _contradictions(options.scheme.overrides(), TYPES[wanted.base].scheme)
+    if fields:
+        raise ConfigError(
+            f"{', '.join(fields)}: the type of each tensor follows from {wanted.preset}; give single layers "
+            'other types with layer_config, for example {"v_proj": "GGUF:Q8_0"}'
+        )
+
+
+def _say_what_decides(options: Options, wanted: FileType) -> None:
+    """A scheme of whole numbers gives way to the type, and a warning says to which; others are refused.
+
+    Scripts name one scheme for all formats and say last which format they want: its widths and groups are
+    packed formats' business. Rounded activations, other kinds of numbers and weights that stay as they are
+    ask for something else, which no type serves.
+    """
+    asked, kind = options.scheme, TYPES[wanted.base]
+    if kind.preset is None and asked.scheme == "BF16" and not asked.overrides():
+        return
+    usual = asked.scheme == SchemeOptions().scheme and "scheme" not in options.given
+    idle = ["scheme"] if not usual and _contradictions(_fields(asked.scheme), kind.scheme) else []
+    idle += _contradictions(asked.overrides(), kind.scheme)
+    if not idle:
+        return
+    meant, name = parse_scheme(asked.scheme, asked.overrides()), FORMAT_PREFIX + wanted.name
+    if meant.act_quantized or not meant.quantized or not meant.data_type.startswith("int"):
+        raise ConfigError(
+            f"{', '.join(idle)}: no type of a GGUF file holds {meant.label}, {name} stores most matrices as "
+            f"{kind.name.upper()}; leave out {'it' if len(idle) == 1 else 'them'}, or choose another format"
+        )
+    logger.warning(
+        '%s: no effect (%s), since %s stores most matrices as %s, with %d bits; layer_config={"v_proj": '
+        '"GGUF:Q8_0"} gives single layers another type',
+        ", ".join(idle),
+        meant.label,
+        name,
+        kind.name.upper(),
+        kind.bits,
+    )
+
+
+def _fields(scheme: object) -> dict[str, Any]:
+    """Fields that a scheme names, as it was given."""
+    named = scheme if isinstance(scheme, Mapping) else parse_scheme(scheme)
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _contradictions(fields: Mapping[str, Any], scheme: QuantizationScheme | None) -> list[str]:

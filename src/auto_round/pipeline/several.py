@@ -33,9 +33,10 @@ def _run(options: Options, formats: list[str], *, own_scheme: bool) -> Options:
     root = Path(options.output.output_dir)
     folder = root / folder_of(formats[0]) if len(formats) == 1 else root
     output = replace(options.output, format=",".join(formats), output_dir=str(folder))
-    scheme = options.scheme
+    scheme, given = options.scheme, options.given
     if formats[0].startswith(FORMAT_PREFIX) and not own_scheme:
         scheme = replace(
             SchemeOptions(), layer_config=scheme.layer_config, ignore_layers=scheme.ignore_layers
         )
-    return replace(options, output=output, scheme=scheme)
+        given -= {"scheme"}
+    return replace(options, output=output, scheme=scheme, given=given)

@@ -57,10 +57,13 @@ def test_formats_that_hold_everything(name, label):
 
 
 @pytest.mark.parametrize("label", SCHEMES)
-def test_symmetric_only(label):
+def test_no_zero_points_of_widths_that_a_reader_would_misread(label):
     for case in cases(SCHEMES[label]):
-        if SCHEMES[label].sym:
+        schemes = [entry.scheme for entry in case.plan.entries.values() if entry.scheme is not None]
+        if all(scheme.sym or scheme.bits in (4, 8) for scheme in schemes):
             check_exporter(EXPORTERS["auto_round:auto_gptq"], case)
+            said = notes(EXPORTERS["auto_round:auto_gptq"], case.plan, case.layers)
+            assert ["minus one" in note for note in said] == [True] * (not SCHEMES[label].sym)
         else:
             (refusal,) = EXPORTERS["auto_round:auto_gptq"].refusals(case.plan, case.layers)
             assert "minus one" in refusal.reason

@@ -43,6 +43,7 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "llm_compressor": OWN,
             "gptqmodel": REPLACED,
             "auto_gptq": REPLACED,
+            "auto_round:auto_gptq": REPLACED,
         },
     ),
     "w4-rows": ({"scheme": "W4A16", "group_size": -1}, {"auto_round": OWN, "llm_compressor": OWN}),
@@ -50,7 +51,7 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "w8": ({"scheme": "W8A16"}, dict.fromkeys(("auto_round", "auto_gptq", "llm_compressor"), REPLACED)),
     "w8-asym": (
         {"scheme": "W8A16", "sym": False},
-        {"auto_round": REPLACED, "llm_compressor": REPLACED},
+        {"auto_round": REPLACED, "auto_round:auto_gptq": REPLACED, "llm_compressor": REPLACED},
     ),
     "w3": ({"scheme": "W3A16"}, dict.fromkeys(("auto_round", "auto_gptq", "llm_compressor"), REPLACED)),
     "w3-rows": (

@@ -111,7 +111,8 @@ def test_round_trip(tmp_path, sym):
     codes = write(tmp_path / "a", sym=sym, kept=("v_proj", "k_proj", "q_proj"))
     same(read(tmp_path / "a"), codes)
     source = tmp_path / "a"
-    for number, name in enumerate(["auto_gptq", "auto_awq", "gptqmodel", "auto_round:gptqmodel"]):
+    formats = ["auto_gptq", "auto_awq", "gptqmodel", "auto_round:auto_gptq", "auto_round:gptqmodel"]
+    for number, name in enumerate(formats):
         done = convert_folder(source, name, tmp_path / str(number))
         assert done.folder == tmp_path / str(number)
         assert (done.format, done.layers) == (name, len(codes))
@@ -218,7 +219,7 @@ def test_foreign_folders(tmp_path):
         ({"eight": ("down_proj",)}, "auto_awq", "down_proj"),
         ({"bits": 5}, "auto_gptq", "5 bits"),
         ({}, "fake", "no format of packed whole numbers"),
-        ({}, "auto_round:auto_gptq", "asymmetric"),
+        ({"bits": 3}, "auto_round:auto_gptq", "off by one step"),
     ],
 )
 def test_refusals(tmp_path, options, target, message):

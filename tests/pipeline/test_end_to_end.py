@@ -38,6 +38,7 @@ def most_values(weight, group):
         ("llama", {}, {"format": "auto_round"}, "auto_round:auto_gptq"),
         ("llama", {}, {"format": "auto_round", "sym": False, "bits": 2}, "auto_round"),
         ("llama", {}, {"format": "auto_round", "sym": False}, "auto_round:auto_awq"),
+        ("llama", {}, {"format": "auto_round:auto_gptq", "sym": False}, "auto_round:auto_gptq"),
         (
             "llama",
             {},

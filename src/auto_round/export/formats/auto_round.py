@@ -15,9 +15,15 @@ from auto_round.layouts.integers import is_symmetric
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import AWQ_GEMM, GPTQ_V1, layout_for
 from auto_round.numerics.format import Format
+from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 
 AWQ_BITS = 4
+
+READ_AS_THEY_ARE = (2, 3)
+"""Widths whose zero points vLLM takes as stored in every packing of codes along the input.
+
+Source: vLLM `inc/schemes/inc_wna16_scheme.py` (`CUDA_HUMMING_SUPPORTED_BITS`), humming `schema/gptq.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,20 @@ class AutoRoundFormat(OneLayout):
         """One refusal for each reason, with the layers that it holds for."""
         return gather_refusals(plan, layers, self.for_plan(plan, layers)._refusal)
 
+    def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
+        """Who reads zero points that are stored minus one."""
+        form = self.for_plan(plan, layers)
+        if form._layout() is not GPTQ_V1:
+            return []
+        asymmetric = [layer.name for layer, fmt in quantized_layers(plan, layers) if not is_symmetric(fmt)]
+        if not asymmetric:
+            return []
+        return [
+            f"{self.name}: {some(asymmetric)}: zero points are stored minus one. Transformers reads them "
+            "with this package; vLLM and SGLang have no kernel for such linear layers. Use the format "
+            "auto_round or auto_round:gptqmodel, or a symmetric scheme"
+        ]
+
     def config(
         self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
     ) -> dict[str, Any] | None:
@@ -61,10 +81,11 @@ class AutoRoundFormat(OneLayout):
 
     def _refusal(self, layer: Layer, fmt: Format) -> Refusal | None:
         layout = self._layout()
-        if layout is GPTQ_V1 and not is_symmetric(fmt):
+        if layout is GPTQ_V1 and not is_symmetric(fmt) and fmt.grid.bits in READ_AS_THEY_ARE:
             return Refusal(
                 self.name,
-                "zero points are stored minus one, and no loader of this packing takes asymmetric weights",
+                f"zero points are stored minus one, and vLLM reads those of {fmt.grid.bits} bits as they "
+                "are: weights would be off by one step without an error",
                 "use the format auto_round or auto_round:gptqmodel, or a symmetric scheme",
             )
         return refuse_unloadable(self.name, layer, fmt, layout)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from auto_round.models.facts import model_facts
 from auto_round.models.readers import ASKED, CHANGED, ELSEWHERE, read_elsewhere
-from auto_round.models.roles import context_length, is_linear, linear_shape
+from auto_round.models.roles import is_linear, linear_shape
 
 
 class Transposing(nn.Linear):
@@ -116,4 +117,4 @@ def test_families(family, reason, suffixes):
 def test_context(family, key):
     from transformers import AutoConfig
 
-    assert context_length(AutoConfig.for_model(family, **{key: 77})) == 77
+    assert model_facts(AutoConfig.for_model(family, **{key: 77})).context == 77

@@ -115,18 +115,17 @@ class Attributes:
         return Path(resolve_model(self.options.model.model, platform=self.options.model.platform))
 
     def _original(self) -> Any:
-        from transformers import AutoModelForCausalLM
+        from auto_round.models.auto_classes import load_model
 
         trust = self.options.model.trust_remote_code
-        return AutoModelForCausalLM.from_pretrained(
-            self._source_folder(), dtype="auto", trust_remote_code=trust
-        )
+        return load_model(self._source_folder(), dtype="auto", trust_remote_code=trust)
 
     def _read(self, folder: Path) -> Any:
         """Read a quantized model with Transformers and, of GPTQ and AWQ folders too, with this package."""
-        from transformers import AutoModelForCausalLM, AutoRoundConfig
+        from transformers import AutoRoundConfig
 
         from auto_round.export.hf_config import read_config
+        from auto_round.models.auto_classes import load_model
 
         method = (read_config(folder).get("quantization_config") or {}).get("quant_method")
         own = {"quantization_config": AutoRoundConfig()} if method in ("gptq", "awq") else {}
@@ -134,7 +133,7 @@ class Attributes:
         with warnings.catch_warnings():
             # Transformers warns that only the backend of what is passed will be used: that is what is meant.
             warnings.simplefilter("ignore", UserWarning)
-            return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust, **own)
+            return load_model(folder, dtype="auto", trust_remote_code=trust, **own)
 
 
 @cache

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from auto_round.checkpoint.disk import atomic_write_bytes
+from auto_round.models.auto_classes import CAUSAL_LM
 from auto_round.version import __version__
 
 
@@ -47,6 +48,7 @@ class CardFacts:
         license: license identifier of the original; None when unknown.
         options: options of the run that differ from the defaults.
         engines: engines that load the folder, by its configuration and headers; empty when unknown.
+        auto_class: class of Transformers that loads the folder.
         gguf_file: name of the GGUF file; None for a folder of safetensors.
     """
 
@@ -66,6 +68,7 @@ class CardFacts:
     options: Mapping[str, object] = field(default_factory=dict)
     quant_method: str | None = "auto-round"
     engines: str = ""
+    auto_class: str = CAUSAL_LM
     gguf_file: str | None = None
 
 
@@ -147,10 +150,10 @@ def _usage(facts: CardFacts) -> list[str]:
         return ["## Use", "", "```sh", f"llama-cli -m {facts.gguf_file}", "```", ""]
     needs = [] if facts.quant_method is None else [f"# pip install {_package(facts.quant_method)}"]
     peers = _PEERS.get(facts.quant_method or "")
-    names, settings = "AutoModelForCausalLM, AutoTokenizer", ""
+    names, settings = f"{facts.auto_class}, AutoTokenizer", ""
     if peers is not None:
         names, settings = (
-            "AutoModelForCausalLM, AutoRoundConfig, AutoTokenizer",
+            f"{facts.auto_class}, AutoRoundConfig, AutoTokenizer",
             ", quantization_config=AutoRoundConfig()",
         )
     return [
@@ -161,7 +164,7 @@ def _usage(facts: CardFacts) -> list[str]:
         *needs,
         f"from transformers import {names}",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{settings})',
+        f'model = {facts.auto_class}.from_pretrained("path/to/this/folder"{settings})',
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         "```",
         "",

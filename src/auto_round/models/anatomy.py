@@ -11,12 +11,12 @@ from torch import nn
 from auto_round.errors import Refusal
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
+from auto_round.models.facts import expert_counts
 from auto_round.models.names import NameMap
 from auto_round.models.places import Locator
 from auto_round.models.readers import ASKED, read_elsewhere
 from auto_round.models.roles import (
     bare_matrices,
-    expert_counts,
     find_blocks,
     find_head,
     fused_experts,

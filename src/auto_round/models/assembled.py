@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
 from auto_round.facts.layer import Block, Layer
+from auto_round.facts.model import ModelFacts
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
+from auto_round.models.facts import model_facts
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.names import NameMap, Recipe
-from auto_round.models.roles import context_length, find_decoder, find_head, find_towers
+from auto_round.models.roles import find_decoder, find_head, find_towers
 from auto_round.models.skeleton import weight_dtypes
 from auto_round.models.source import CPU, Stem
 from auto_round.models.trace import Recorder, StubStem, make_stubs
@@ -76,10 +78,10 @@ class AssembledSource(ABC):
         """Dtype in which the model computes unless asked otherwise."""
         return self._parts.dtype
 
-    @property
-    def context(self) -> int | None:
+    @cached_property
+    def facts(self) -> ModelFacts:
         """See `ModelSource`."""
-        return context_length(self.config)
+        return model_facts(self.config)
 
     @property
     def layers(self) -> tuple[Layer, ...]:

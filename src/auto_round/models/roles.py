@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,9 +14,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.layer import Role
 
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "context_length")
-"""What families call the length of their context."""
 _ROUTER = re.compile(r"(?:^|\.)router(?:\.|$)")
 _MAYBE_ROUTER = re.compile(r"(?:^|[._])(?:gate|classifier|layer|wg)$")  # when as tall as there are experts
 _SHARED = re.compile(r"(?:^|\.)(?:shared_experts?|shared_mlp)\.")
@@ -139,26 +135,13 @@ def find_towers(model: Any) -> tuple[str, ...]:
     return tuple(sorted({path for path in known if path and not f"{decoder}.".startswith(f"{path}.")}))
 
 
-def context_length(config: Any) -> int | None:
-    """Most tokens in a row that a model has positions for; None where its configuration says nothing."""
-    text = config.get_text_config()
-    lengths = (getattr(text, name, None) for name in _CONTEXT)
-    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
-
-
-def expert_counts(config: Any) -> frozenset[int]:
-    """Numbers of experts that a configuration mentions."""
-    values: Mapping[str, Any] = config.get_text_config().to_dict()
-    return frozenset(v for k in _EXPERT_COUNTS if isinstance(v := values.get(k), int) and v > 1)
-
-
 def role_in_block(path: str, out_features: int, experts: frozenset[int]) -> Role:
     """Role of a linear layer inside a block.
 
     Args:
         path: module path inside the block, for example `mlp.gate`.
         out_features: rows of its weight.
-        experts: what `expert_counts` gives.
+        experts: what `facts.expert_counts` gives.
     """
     if _ROUTER.search(path) or (_MAYBE_ROUTER.search(path) and experts and out_features in experts | {1}):
         return Role.ROUTER

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, MissingError, Refusal, UnsupportedError
 from auto_round.models import attention
+from auto_round.models.auto_classes import auto_class, auto_class_name
 from auto_round.models.roles import is_transposed_linear
 
 META = torch.device("meta")
@@ -59,11 +60,11 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
         UnsupportedError: Transformers has no causal language model for this configuration.
         ConfigError: the model needs code from its folder that is not trusted.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with META:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = auto_class(auto_class_name(config)).from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
     except (ValueError, KeyError, ImportError) as error:
         if hint := _code_hint(error):
             raise ConfigError(f'cannot build model type "{config.model_type}": {error}{hint}') from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import Refusal
 from auto_round.facts.layer import Block, Layer
+from auto_round.facts.model import ModelFacts
 from auto_round.facts.tensor import TensorSpec
 
 CPU = torch.device("cpu")
@@ -97,8 +98,8 @@ class ModelSource(Protocol):
         ...
 
     @property
-    def context(self) -> int | None:
-        """Most tokens in a row that the model has positions for; None where its configuration is silent."""
+    def facts(self) -> ModelFacts:
+        """What the configuration says."""
         ...
 
     @property

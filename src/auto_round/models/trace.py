@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import InternalError, Refusal, UnsupportedError
+from auto_round.models.facts import shares_no_caches
 from auto_round.models.source import BlockCall, Trace
 
 _CACHES = frozenset({"past_key_values", "past_key_value", "use_cache", "layer_past"})
@@ -234,8 +235,7 @@ def _forward_replaced(module: Any, forward: Callable[[Tensor], Tensor]) -> Itera
 
 def _check_no_state(calls: Sequence[BlockCall | None], config: Any) -> None:
     """Refuse containers that blocks fill for later blocks: empty ones, handed to several blocks."""
-    readers: Mapping[str, Any] = config.get_text_config().to_dict()
-    if readers.get("num_kv_shared_layers") == 0:
+    if shares_no_caches(config):
         return
     seen: set[int] = set()
     for call in calls:

@@ -126,9 +126,9 @@ def operations(job: Job, sizes: Sizes) -> float:
     active = sum(math.prod(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in inside)
     ends = 0.0
     if job.options.tune.enable_alg_ext:
-        config = job.source.config.get_text_config()
+        facts = job.source.facts
         seen = rows_seen(job.tune) * job.options.calibration.seqlen
-        ends = HEAD_PASSES * float(seen) * int(config.vocab_size) * int(config.hidden_size)
+        ends = HEAD_PASSES * float(seen) * facts.vocabulary * facts.width
     return 2 * (active * _passes(job, sizes) + ends)
 
 
@@ -154,7 +154,6 @@ def measure_sizes(job: Job) -> Sizes:
     """Sizes of a run from its options and the shapes of the model."""
     source, wanted = job.source, job.options.calibration
     itemsize = job.dtype.itemsize
-    config = source.config.get_text_config()
     rows = 0
     if job.rows is not None:
         rows = len(job.rows.rows)
@@ -172,7 +171,7 @@ def measure_sizes(job: Job) -> Sizes:
         tokens=rows * wanted.seqlen,
         batch_tokens=batch * wanted.seqlen,
         pass_tokens=min(job.tune.pass_rows, batch) * wanted.seqlen,
-        stream=rows * wanted.seqlen * int(config.hidden_size) * itemsize,
+        stream=rows * wanted.seqlen * source.facts.width * itemsize,
         block=largest * itemsize,
         block_weights=largest,
         outside=max(0, total - sum(blocks.values())) * itemsize,
@@ -208,15 +207,15 @@ def _tuning_bytes(job: Job, sizes: Sizes) -> int:
 
 def _activations(job: Job, sizes: Sizes) -> int:
     """What the backward pass through the largest block keeps, bytes."""
-    config = job.source.config.get_text_config()
+    facts = job.source.facts
     share = _active_share(job)
     widths: dict[int, float] = {}
     for layer in job.source.layers:
         if layer.block is not None:
             part = share if layer.role is Role.EXPERT else 1.0
             widths[layer.block] = widths.get(layer.block, 0.0) + part * sum(layer.shape)
-    length, heads = job.options.calibration.seqlen, int(config.num_attention_heads)
-    each = max(widths.values(), default=0.0) * 2 + 8 * int(config.hidden_size) + heads * length
+    length, heads = job.options.calibration.seqlen, facts.heads
+    each = max(widths.values(), default=0.0) * 2 + 8 * facts.width + heads * length
     return int(sizes.pass_tokens * each * job.dtype.itemsize * max(1, job.options.tune.nblocks))
 
 
@@ -232,10 +231,9 @@ def _scratch(job: Job, sizes: Sizes) -> int:
 
 def _active_share(job: Job) -> float:
     """Share of the experts that a token passes through."""
-    values = job.source.config.get_text_config().to_dict()
-    chosen = values.get("num_experts_per_tok") or values.get("top_k_experts")
+    chosen = job.source.facts.chosen_experts
     experts = _experts(job.source.layers)
-    return min(1.0, chosen / experts) if isinstance(chosen, int) and experts else 1.0
+    return min(1.0, chosen / experts) if chosen and experts else 1.0
 
 
 def _experts(layers: Sequence[Layer]) -> int:

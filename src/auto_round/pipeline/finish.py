@@ -172,5 +172,6 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
         hub_id=hub_id,
         options=facts(job),
         engines=loading(report.get("engines", {}).get(name, {})),
+        auto_class=job.source.facts.auto_class,
         gguf_file=exporter.file if isinstance(exporter, OneFile) else None,
     )

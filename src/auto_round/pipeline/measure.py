@@ -39,7 +39,7 @@ def measure_streams(job: Job, streams: Streams, head: QTensor | None) -> Measure
     reference = streams.reference[streams.tuned :]
     with job.source.stem(job.device, job.dtype) as stem:
         for i, row in enumerate(rows[streams.tuned :]):
-            step = positions_at_once(int(job.source.config.get_text_config().vocab_size))
+            step = positions_at_once(job.source.facts.vocabulary)
             for start in range(0, len(row.input_ids) - 1, step):
                 end = min(start + step, len(row.input_ids) - 1)
                 before = stem.finish(reference[i : i + 1, start:end].to(job.device))[0]

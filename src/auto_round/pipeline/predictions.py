@@ -35,7 +35,7 @@ def judged(job: Job, indices: Sequence[int], objective: Objective) -> Iterator[O
     if not job.options.tune.enable_alg_ext or indices[-1] != len(job.source.blocks) - 1:
         yield objective
         return
-    at_once = positions_at_once(int(job.source.config.get_text_config().vocab_size), logits_budget(job))
+    at_once = positions_at_once(job.source.facts.vocabulary, logits_budget(job))
     if job.rows is not None:  # positions of several rows stand in a line: no longer than a table of positions
         at_once = min(at_once, len(job.rows.rows[0].input_ids))
     with job.source.stem(job.device, job.dtype) as stem:

@@ -229,7 +229,7 @@ def _rows(
 
 def _within_context(options: Options, source: ModelSource) -> Options:
     """The same options with rows no longer than the model's context."""
-    context, wanted = source.context, options.calibration.seqlen
+    context, wanted = source.facts.context, options.calibration.seqlen
     if context is None or wanted <= context:
         return options
     level = logger.warning if "seqlen" in options.given else logger.info
@@ -257,7 +257,7 @@ def _runs_by_blocks(options: Options, tune: TuneConfig, source: ModelSource, dat
 
 
 def _refuse_unknown_tokens(rows: CalibrationRows, source: ModelSource) -> None:
-    known = int(source.config.get_text_config().vocab_size)
+    known = source.facts.vocabulary
     largest = max(int(row.input_ids.max()) for row in rows.rows)
     smallest = min(int(row.input_ids.min()) for row in rows.rows)
     if largest >= known or smallest < 0:

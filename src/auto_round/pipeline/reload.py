@@ -15,6 +15,7 @@ import torch
 from auto_round.errors import AutoRoundError, CheckpointError
 from auto_round.export.hf_config import read_config
 from auto_round.log import logger
+from auto_round.models.auto_classes import load_model
 from auto_round.pipeline.memory import available_bytes
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ class Reader:
         Raises:
             CheckpointError: Transformers does not load it, or finds weights missing.
         """
-        from transformers import AutoModelForCausalLM, AutoRoundConfig
+        from transformers import AutoRoundConfig
 
         # Other packages hold scales in the dtype of the model: one narrower than its own would round them.
         own = self.dtype is None or self.method in _PACKAGES
@@ -70,7 +71,7 @@ class Reader:
         with warnings.catch_warnings(), _failures(folder):
             # Transformers warns that only the backend of what is passed will be used: that is what is meant.
             warnings.simplefilter("ignore", UserWarning)
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = load_model(
                 folder, trust_remote_code=self.trust, output_loading_info=True, **settings
             )
         missing = sorted(found["missing_keys"])

@@ -17,7 +17,6 @@ from auto_round.export.gguf.exporter import GgufExporter
 from auto_round.facts.layer import Role
 from auto_round.inference.convert_model import change_backend
 from auto_round.log import logger
-from auto_round.models.roles import expert_counts
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.pipeline.activations import activation_formats
 from auto_round.pipeline.job import Job
@@ -101,9 +100,7 @@ def _compared(
 
 def _routes(job: Job) -> bool:
     """Whether the model sends tokens to some of its experts."""
-    return any(layer.role is Role.EXPERT for layer in job.source.layers) or bool(
-        expert_counts(job.source.config)
-    )
+    return any(layer.role is Role.EXPERT for layer in job.source.layers) or bool(job.source.facts.experts)
 
 
 def _few_flips(each: Tensor, limit: float) -> bool:
@@ -133,7 +130,7 @@ _BYTE = 8
 
 def _prompts(job: Job, rows: Sequence[TokenRow]) -> Tensor:
     """Tokens that are compared, `[rows, length]`: as many positions as their logits may take memory."""
-    vocabulary = int(job.source.config.get_text_config().vocab_size)
+    vocabulary = job.source.facts.vocabulary
     affordable = LOGITS_BYTES // (len(rows) * vocabulary * job.dtype.itemsize)
     length = min(POSITIONS, len(rows[0].input_ids), max(PROMPT_TOKENS, affordable))
     return torch.stack([row.input_ids[:length] for row in rows]).to(job.device)
@@ -141,7 +138,7 @@ def _prompts(job: Job, rows: Sequence[TokenRow]) -> Tensor:
 
 def _tuned_logits(job: Job, measured: Measured, ids: Tensor) -> Tensor:
     """What the tuned model predicts after all but the last token: `[rows, length - 1, vocabulary]`."""
-    vocabulary = int(job.source.config.get_text_config().vocab_size)
+    vocabulary = job.source.facts.vocabulary
     count, length = ids.shape[0], ids.shape[1] - 1
     logits = torch.empty(count, length, vocabulary, dtype=job.dtype, device=job.device)
     step = positions_at_once(vocabulary)
@@ -200,7 +197,7 @@ def _sample(job: Job, model: Any, prompt: Tensor) -> dict[str, str]:
 
 
 def _generate(job: Job, model: Any, prompt: Tensor) -> str:
-    context = job.source.context
+    context = job.source.facts.context
     count = NEW_TOKENS if context is None else min(NEW_TOKENS, context - len(prompt))
     if count < 1:
         raise ValueError(f"the model's context of {context} tokens is full")

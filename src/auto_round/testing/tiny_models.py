@@ -127,9 +127,9 @@ def tiny_config(family: str, **changes: Any) -> Any:
 
 def tiny_model(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A model with random weights whose blocks all matter, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
+    from auto_round.models.auto_classes import auto_class, auto_class_name
 
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = auto_class(auto_class_name(config)).from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

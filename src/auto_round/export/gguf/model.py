@@ -74,7 +74,7 @@ def describe(source: ModelSource, tokenizer: Any, name: str) -> GgufModel:
             has no words for.
         ConfigError: the `gguf` package is not installed.
     """
-    config = source.config.get_text_config()
+    config = source.facts.text
     family = family_of(config)
     numbers = hyperparameters(family, config)
     tensors = name_tensors(family, config, source.tensors, _tied(source))

@@ -1,0 +1,53 @@
+"""What a configuration of Transformers says, read here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from auto_round.facts.model import ModelFacts
+from auto_round.models.auto_classes import auto_class_name
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "top_k_experts")
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "context_length")
+"""What families call the number of experts, those that a token passes through, and the context's length."""
+_SHARED_CACHES = "num_kv_shared_layers"
+
+
+def text_config(config: Any) -> Any:
+    """Configuration of the part of a model that reads tokens."""
+    return config.get_text_config()
+
+
+def model_facts(config: Any) -> ModelFacts:
+    """What a configuration says of its model."""
+    text = text_config(config)
+    lengths = (_number(text, name) for name in _CONTEXT)
+    chosen = (_number(text, name) for name in _CHOSEN)
+    return ModelFacts(
+        auto_class=auto_class_name(config),
+        text=text,
+        vocabulary=_number(text, "vocab_size"),
+        width=_number(text, "hidden_size"),
+        heads=_number(text, "num_attention_heads"),
+        context=next((length for length in lengths if length > 0), None),
+        experts=expert_counts(config),
+        chosen_experts=next((n for n in chosen if n), 0),
+    )
+
+
+def expert_counts(config: Any) -> frozenset[int]:
+    """Numbers of experts that a configuration mentions."""
+    values: Mapping[str, Any] = text_config(config).to_dict()
+    return frozenset(v for k in _EXPERTS if isinstance(v := values.get(k), int) and v > 1)
+
+
+def shares_no_caches(config: Any) -> bool:
+    """Whether a family whose last blocks may read the caches of earlier ones has none that do."""
+    return bool(text_config(config).to_dict().get(_SHARED_CACHES) == 0)
+
+
+def _number(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0

@@ -216,7 +216,8 @@ def quantized(emit: Emit, scale: Scale, name: str, config: dict[str, Any], **giv
 
     from auto_round.config import build_options
     from auto_round.pipeline.estimate import estimate, measure_rates, measure_sizes, operations
-    from auto_round.pipeline.prepare import held_out_rows, prepare
+    from auto_round.pipeline.fetch_rows import held_out_rows
+    from auto_round.pipeline.prepare import prepare
     from auto_round.pipeline.quantize import run
 
     generator = torch.Generator().manual_seed(0)

@@ -12,8 +12,7 @@ from auto_round.export.formats.auto_round import AutoRoundFormat
 from auto_round.export.formats.awq import AWQFormat
 from auto_round.export.formats.fake import FakeFormat
 from auto_round.export.formats.gptq import GPTQFormat
-from auto_round.export.manifest import make_manifest
-from auto_round.export.table import EXPORTERS, notes
+from auto_round.export.table import EXPORTERS
 from auto_round.facts.layer import Role
 from auto_round.numerics.presets import int_format
 from auto_round.schemes.scheme import QuantizationScheme
@@ -62,7 +61,7 @@ def test_no_zero_points_of_widths_that_a_reader_would_misread(label):
         schemes = [entry.scheme for entry in case.plan.entries.values() if entry.scheme is not None]
         if all(scheme.sym or scheme.bits in (4, 8) for scheme in schemes):
             check_exporter(EXPORTERS["auto_round:auto_gptq"], case)
-            said = notes(EXPORTERS["auto_round:auto_gptq"], case.plan, case.layers)
+            said = EXPORTERS["auto_round:auto_gptq"].warnings(case.plan, case.layers)
             assert ["minus one" in note for note in said] == [True] * (not SCHEMES[label].sym)
         else:
             (refusal,) = EXPORTERS["auto_round:auto_gptq"].refusals(case.plan, case.layers)
@@ -174,7 +173,7 @@ def test_layers_outside_of_the_blocks_are_not_looked_for(name):
 )
 def test_what_readers_do_not_do_well_is_said_beforehand(name, scheme, changes, says):
     case = small_case(scheme, changes=changes, router="router")
-    found = notes(EXPORTERS[name], case.plan, case.layers)
+    found = EXPORTERS[name].warnings(case.plan, case.layers)
     assert len(found) == len(says)
     assert all(piece in note and note.startswith(name) for piece, note in zip(says, found, strict=True))
 
@@ -182,11 +181,11 @@ def test_what_readers_do_not_do_well_is_said_beforehand(name, scheme, changes, s
 @pytest.mark.parametrize("name", ["auto_gptq", "gptqmodel", "auto_awq"])
 def test_biases_of_quantized_layers_are_float16(name):
     case = expert_case(S(4, 32), experts=S(4, 32), changes={"model.layers.1.self_attn.q_proj": None})
-    manifest = make_manifest(EXPORTERS[name], case.plan, case.layers, case.tensors)
+    manifest = EXPORTERS[name].manifest(case.plan, case.layers, case.tensors)
     assert manifest.specs["model.layers.0.self_attn.q_proj.bias"].dtype is torch.float16
     assert manifest.specs["model.layers.1.self_attn.q_proj.bias"].dtype is torch.bfloat16
     assert manifest.specs["model.norm.weight"] == case.tensors["model.norm.weight"]
-    same = make_manifest(EXPORTERS["auto_round:gptqmodel"], case.plan, case.layers, case.tensors)
+    same = EXPORTERS["auto_round:gptqmodel"].manifest(case.plan, case.layers, case.tensors)
     assert same.specs["model.layers.0.self_attn.q_proj.bias"].dtype is torch.bfloat16
 
 

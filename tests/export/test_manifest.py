@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from auto_round.errors import InternalError
-from auto_round.export.manifest import make_manifest
 from auto_round.export.table import EXPORTERS
 from auto_round.facts.tensor import TensorSpec
 from auto_round.schemes.scheme import QuantizationScheme
@@ -19,7 +18,7 @@ S = QuantizationScheme
 
 def manifest_of(case, name="auto_round", tensors=None):
     exporter = EXPORTERS[name].for_plan(case.plan, case.layers)
-    return make_manifest(exporter, case.plan, case.layers, tensors or case.tensors)
+    return exporter.manifest(case.plan, case.layers, tensors or case.tensors)
 
 
 def test_every_source_tensor_is_copied_or_replaced():

@@ -7,8 +7,9 @@ import pytest
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.export.formats.auto_round import AutoRoundFormat
 from auto_round.export.formats.gptq import GPTQFormat
-from auto_round.export.table import EXPORTERS, GGUF, LATER, describe_formats, parse_formats
+from auto_round.export.table import EXPORTERS, LATER, describe_formats, parse_formats
 from auto_round.layouts.table import CHECKPOINT_LAYOUTS, LAYOUTS
+from auto_round.schemes.gguf_types import FILE_TYPES
 
 
 def test_every_row_is_under_its_own_name():
@@ -52,7 +53,12 @@ def test_no_format_is_an_error(text):
 
 def test_the_list_of_formats_and_schemes():
     described = describe_formats()
-    assert list(described) == [*EXPORTERS, *GGUF]
+    assert list(described) == [*EXPORTERS]
+    files = {f"gguf:{name}": f"GGUF:{name.upper()}" for name in FILE_TYPES}
+    files |= {"gguf:f16": "BF16", "gguf:bf16": "BF16"}
+    assert {name: list(presets) for name, presets in described.items() if name in files} == {
+        name: [preset] for name, preset in files.items()
+    }
     integers = {"W4A16", "W3A16", "W2A16", "W2A16G32", "W2A16G64", "W8A16", "W4A16_MIXED", "BF16"}
     assert set(described["auto_round"]) == set(described["auto_round:gptqmodel"]) == integers
     assert set(described["auto_gptq"]) == set(described["gptqmodel"]) == integers

@@ -9,8 +9,9 @@ from auto_round.config import build_options
 from auto_round.config.groups import MemoryOptions
 from auto_round.errors import ConfigError
 from auto_round.log import logger
-from auto_round.pipeline import device, prepare
+from auto_round.pipeline import device, open_model
 from auto_round.pipeline.device import choose_device, compute_dtype, rows_at_once
+from auto_round.pipeline.prepare import prepare
 from auto_round.pipeline.streams import home_of_streams
 
 CPU = torch.device("cpu")
@@ -130,9 +131,9 @@ def test_what_is_not_used_is_said(monkeypatch, caplog, wanted, count, said):
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_looked_up(monkeypatch):
-    monkeypatch.setattr(prepare, "resolve_model", lambda *given, **named: pytest.fail("looked up"))
+    monkeypatch.setattr(open_model, "resolve_model", lambda *given, **named: pytest.fail("looked up"))
     with pytest.raises(ConfigError, match="cuda:63"):
-        prepare.prepare(build_options({"model": "some/model", "device_map": "cuda:63"}))
+        prepare(build_options({"model": "some/model", "device_map": "cuda:63"}))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 
 from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.pipeline import prepare
+from auto_round.pipeline import fetch_rows, open_model
+from auto_round.pipeline.prepare import prepare
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +17,8 @@ def _nothing_is_fetched(monkeypatch):
     def fetch(*given, **named):
         pytest.fail("fetched")
 
-    monkeypatch.setattr(prepare, "resolve_model", fetch)
-    monkeypatch.setattr(prepare, "load_rows", fetch)
+    monkeypatch.setattr(open_model, "resolve_model", fetch)
+    monkeypatch.setattr(fetch_rows, "load_rows", fetch)
 
 
 @pytest.mark.parametrize(
@@ -52,24 +53,24 @@ def _nothing_is_fetched(monkeypatch):
 @pytest.mark.parametrize("rows", [True, False], ids=["run", "dry run"])
 def test_requests(given, said, rows):
     with pytest.raises((ConfigError, UnsupportedError), match=said):
-        prepare.prepare(build_options({"model": "some/model", **given}), rows=rows)
+        prepare(build_options({"model": "some/model", **given}), rows=rows)
 
 
 def test_an_empty_file(tmp_path):
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(ConfigError, match=r"rows\.jsonl: the file is empty"):
-        prepare.prepare(build_options({"model": "some/model", "dataset": str(tmp_path / "rows.jsonl")}))
+        prepare(build_options({"model": "some/model", "dataset": str(tmp_path / "rows.jsonl")}))
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "file/far/below"])
 def test_files_in_the_way_of_the_output(tmp_path, where):
     (tmp_path / "file").write_text("years of work")
     with pytest.raises(ConfigError, match="is not a folder"):
-        prepare.prepare(build_options({"model": "some/model", "output_dir": str(tmp_path / where)}))
+        prepare(build_options({"model": "some/model", "output_dir": str(tmp_path / where)}))
 
 
 @pytest.mark.parametrize("where", ["out", "far/below/out"])
 def test_folders_that_may_not_be_written(tmp_path, monkeypatch, where):
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
     with pytest.raises(ConfigError, match="no permission"):
-        prepare.prepare(build_options({"model": "some/model", "output_dir": str(tmp_path / where)}))
+        prepare(build_options({"model": "some/model", "output_dir": str(tmp_path / where)}))

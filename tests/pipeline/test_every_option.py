@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from auto_round.config import all_settings, build_options
 from auto_round.errors import ConfigError
+from auto_round.export.table import EXPORTERS, settle_formats
 from auto_round.log import logger
 from auto_round.pipeline.effects import IDLE, idle_options
-from auto_round.pipeline.gguf_request import gguf_request
 from auto_round.pipeline.prepare import prepare
 from auto_round.pipeline.several import runs_of
 from auto_round.schemes.scheme import QuantizationScheme
@@ -136,7 +136,8 @@ SILENT = {
 def test_the_tables_name_every_option():
     assert {s.name for s in all_settings()} == {*ACTS, *SHOWN_ELSEWHERE}
     assert not set(ACTS) & set(SHOWN_ELSEWHERE)
-    assert set(SILENT) == {name for row in IDLE for name in row.names}
+    of_formats = {name for exporter in EXPORTERS.values() for name in exporter.idle}
+    assert set(SILENT) == {name for row in IDLE for name in row.names} | of_formats
 
 
 @pytest.mark.slow
@@ -231,7 +232,7 @@ def test_a_scheme_beside_packed_formats_is_theirs(caplog, monkeypatch):
     given = {"model": "some/model", "format": "auto_round,gguf:q4_k_m", "scheme": "W2A16"}
     packed, file = runs_of(build_options(given))
     assert packed.scheme.scheme == "W2A16"
-    assert gguf_request(file) is not None
+    assert [e.name for e in settle_formats(file)[1]] == ["gguf:q4_k_m"]
     assert not caplog.records
 
 
@@ -258,10 +259,9 @@ def test_what_no_gguf_type_holds_is_refused(form, fields, message):
 
 def _scheme_of(form, fields):
     """Scheme options of a request for a GGUF file, single fields settled."""
-    found = gguf_request(build_options({"model": "some/model", "format": form, **fields}))
-    assert found is not None
-    assert found.options.scheme.overrides() == {}
-    return found.options.scheme
+    found, _ = settle_formats(build_options({"model": "some/model", "format": form, **fields}))
+    assert found.scheme.overrides() == {}
+    return found.scheme
 
 
 @pytest.mark.parametrize(
@@ -286,11 +286,10 @@ def test_rules_of_a_gguf_file_may_give_the_fields_of_a_type(fields, preset):
     )
     if preset is None:
         with pytest.raises(ConfigError, match="no GGUF type"):
-            gguf_request(wanted)
+            settle_formats(wanted)
         return
-    found = gguf_request(wanted)
-    assert found is not None
-    assert found.options.scheme.layer_config == {"v_proj": preset}
+    found, _ = settle_formats(wanted)
+    assert found.scheme.layer_config == {"v_proj": preset}
 
 
 def test_a_scheme_that_a_gguf_file_does_not_follow_is_said(tiny, caplog, monkeypatch):

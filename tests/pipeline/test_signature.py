@@ -12,8 +12,8 @@ import torch
 from auto_round.config import TuneOptions, all_settings, build_options
 from auto_round.pipeline import machine
 from auto_round.pipeline.prepare import prepare
-from auto_round.pipeline.settings import tune_settings
 from auto_round.pipeline.signature import signature
+from auto_round.tuning.settings import tune_settings
 from pipeline.runs import SHORT, token_rows
 
 CHANGES = {

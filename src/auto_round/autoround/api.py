@@ -13,12 +13,12 @@ from auto_round.autoround.signature import collect, make_documentation, make_sig
 from auto_round.config import Options, OutputOptions, read_environment
 from auto_round.errors import ConfigError
 from auto_round.log import ProgressSink, ignore_progress, logger
-from auto_round.schemes.gguf_types import FORMAT_PREFIX, file_type
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from auto_round.export.exporter import Exporter
     from auto_round.pipeline.job import Job
     from auto_round.pipeline.result import Result
 
@@ -80,8 +80,8 @@ class AutoRound(Attributes):
         Raises:
             AutoRoundError: the request is wrong, or the work failed.
         """
+        from auto_round.export.table import settle_formats
         from auto_round.pipeline.clock import Clock
-        from auto_round.pipeline.gguf_request import gguf_request
         from auto_round.pipeline.quantize import run_job
 
         space = read_environment().work_space
@@ -92,9 +92,9 @@ class AutoRound(Attributes):
         if self._scheme().act_quantized and first == OutputOptions().format:
             first = "fake"  # nobody chose a format, and the usual one says nothing of activations
         output = self._output(Path(scratch.name) / "model", first)
-        request = gguf_request(replace(self.options, output=output))
-        if request is not None:  # the file is for llama.cpp; rounded weights beside it are for PyTorch
-            output = replace(request.options.output, format=f"{request.options.output.format},fake")
+        settled, (exporter, *_) = settle_formats(replace(self.options, output=output))
+        if exporter.library != "transformers":  # rounded weights beside it are for PyTorch
+            output = replace(settled.output, format=f"{exporter.name},fake")
         job = self._prepare(replace(self.options, output=output), rows=True)
         result = run_job(job, self._progress, Clock())
         self._finished = _Finished(scratch, job, result)
@@ -126,7 +126,7 @@ class AutoRound(Attributes):
             UnsupportedError: a format cannot hold this plan.
         """
         from auto_round.autoround.rewrite import copy_files, rewrite
-        from auto_round.pipeline.gguf_request import gguf_request
+        from auto_round.export.table import settle_formats
 
         done = self._finished
         if done is None:
@@ -135,14 +135,14 @@ class AutoRound(Attributes):
         output = self._output(output_dir, format, overwrite)
         if format is not None:
             done.refuse_other_plans(output.formats)
-        request = gguf_request(replace(self.options, output=output))
-        if request is None:
+        settled, asked = settle_formats(replace(self.options, output=output))
+        if all(exporter.planner is None for exporter in asked):
             job = self._prepare(replace(self.options, output=output), rows=False)
         else:
-            job = replace(done.job, output=Path(output.output_dir), options=request.options)
-            job = replace(job, exporters={n: job.exporters[n] for n in request.options.output.formats})
+            job = replace(done.job, output=Path(output.output_dir), options=settled)
+            job = replace(job, exporters={e.name: job.exporters[e.name] for e in asked})
         job = replace(job, rows=done.job.rows, tuned=done.job.tuned)
-        if done.gguf is not None:
+        if done.planned_by is not None:
             return copy_files(
                 job, dict(zip(done.job.exporters, done.result.folders, strict=True)), done.result
             )
@@ -189,7 +189,8 @@ class AutoRound(Attributes):
             results.append(run_job(job, self._progress, clock))
             clock = Clock()
         folders = [folder for result in results for folder in result.folders]
-        models = [folder for folder in folders if not any(folder.glob("*.gguf"))]
+        exporters = [exporter for job in jobs for exporter in job.exporters.values()]
+        models = [folder for folder, e in zip(folders, exporters, strict=True) if e.file is None]
         self._done = Done(results[-1].plan, models[-1] if models else None)
         self._seen = None
         return self.model if load else None, folders
@@ -253,10 +254,9 @@ class _Finished:
     result: Result
 
     @property
-    def gguf(self) -> str | None:
-        """Type of the GGUF file that was made; None when it was none."""
-        first = next(iter(self.job.exporters))
-        return first.removeprefix(FORMAT_PREFIX) if first.startswith(FORMAT_PREFIX) else None
+    def planned_by(self) -> Exporter | None:
+        """Format that made the plan for itself; None where all formats share a plan."""
+        return next((e for e in self.job.exporters.values() if e.planner is not None), None)
 
     def refuse_other_plans(self, formats: Sequence[str]) -> None:
         """Refuse formats whose plan is not the one that was carried out.
@@ -264,16 +264,19 @@ class _Finished:
         Raises:
             ConfigError: a GGUF file of another type, or packed formats after a GGUF file.
         """
-        from auto_round.export.table import BESIDE_GGUF
+        from auto_round.export.table import parse_formats
 
-        types = {name: file_type(name).name for name in formats if name.startswith(FORMAT_PREFIX)}
-        others = [name for name in formats if name not in BESIDE_GGUF and types.get(name) != self.gguf]
+        planner = self.planned_by
+        own = None if planner is None else planner.name
+        asked = [exporter for name in formats for exporter in parse_formats(name)]
+        others = [e for e in asked if not e.any_plan and (e.name if e.planner is not None else None) != own]
         if others:
-            made = "whole numbers" if self.gguf is None else f"a GGUF file of type {self.gguf}"
+            noun = next(e.noun for e in (planner, *others) if e is not None and e.planner is not None)
+            made = "whole numbers" if own is None else f"{noun} of type {own.partition(':')[2]}"
             raise ConfigError(
-                f"{', '.join(others)}: a GGUF file has a plan of its own, and quantize() made {made}; call "
-                "quantize_and_save(format=...), or give AutoRound(...) the scheme (such as GGUF:Q4_K_M) or "
-                "the format before quantize()"
+                f"{', '.join(e.name for e in others)}: {noun} has a plan of its own, and quantize() made "
+                f"{made}; call quantize_and_save(format=...), or give AutoRound(...) the scheme (such as "
+                "GGUF:Q4_K_M) or the format before quantize()"
             )
 
 

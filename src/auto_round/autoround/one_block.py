@@ -19,10 +19,11 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.token_weights import token_energy, token_weights
 from auto_round.pipeline.activations import activation_formats
 from auto_round.pipeline.device import choose_device
-from auto_round.pipeline.settings import plan_request, tune_settings
 from auto_round.schemes.make import make_plan
+from auto_round.schemes.request import plan_request
 from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.samples import Samples, run_block
+from auto_round.tuning.settings import tune_settings
 from auto_round.tuning.sign_round import tune_block
 from auto_round.tuning.weights import WeightTask
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from auto_round.errors import InternalError
-from auto_round.export.exporter import Exporter, Recasts
 from auto_round.facts.layer import Layer, Role
 from auto_round.facts.tensor import TensorSpec
-from auto_round.schemes.plan import Plan
 
 _BEHIND = ""
 """Place of tensors that replace none of the source's: after all of them."""
@@ -43,25 +43,23 @@ class Manifest:
 
 
 def make_manifest(
-    exporter: Exporter, plan: Plan, layers: Sequence[Layer], tensors: Mapping[str, TensorSpec]
+    parts: Mapping[str, Mapping[str, TensorSpec]],
+    layers: Sequence[Layer],
+    tensors: Mapping[str, TensorSpec],
+    *,
+    bias_dtype: torch.dtype | None = None,
 ) -> Manifest:
-    """Manifest of an output.
+    """Manifest of a folder that keeps everything but its quantized layers.
 
     Args:
-        exporter: from `for_plan`.
-        plan: what becomes of each layer.
+        parts: name of each quantized layer -> what stands for it.
         layers: the layers of the plan.
         tensors: everything in the source, by name.
+        bias_dtype: dtype of the biases of quantized layers; None for their own.
 
     Raises:
         InternalError: two tensors of one name.
     """
-    parts = {
-        layer.name: exporter.spec(layer, fmt)
-        for layer in layers
-        if (fmt := plan.format_of(layer.name)) is not None
-    }
-    dtype = exporter.float_dtype if isinstance(exporter, Recasts) else None
     biases = {f"{name}.bias" for name in parts}
     replacing: dict[str, list[str]] = {}
     for layer in layers:
@@ -71,7 +69,8 @@ def make_manifest(
     specs: dict[str, TensorSpec] = {}
     for name, spec in tensors.items():
         if name not in replacing:
-            _add(specs, {name: spec if dtype is None or name not in biases else replace(spec, dtype=dtype)})
+            dtype = (bias_dtype or spec.dtype) if name in biases else spec.dtype
+            _add(specs, {name: replace(spec, dtype=dtype)})
         for layer_name in replacing.get(name, ()):
             _add(specs, parts[layer_name])
     for layer_name in replacing.get(_BEHIND, ()):

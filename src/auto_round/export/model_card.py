@@ -49,7 +49,8 @@ class CardFacts:
         options: options of the run that differ from the defaults.
         engines: engines that load the folder, by its configuration and headers; empty when unknown.
         auto_class: class of Transformers that loads the folder.
-        gguf_file: name of the GGUF file; None for a folder of safetensors.
+        library: package that loads the output.
+        command: shell command that runs it; empty where Transformers does.
     """
 
     name: str
@@ -69,7 +70,8 @@ class CardFacts:
     quant_method: str | None = "auto-round"
     engines: str = ""
     auto_class: str = CAUSAL_LM
-    gguf_file: str | None = None
+    library: str = "transformers"
+    command: str = ""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -94,8 +96,7 @@ def _front_matter(facts: CardFacts) -> list[str]:
         lines.append(f"license: {json.dumps(facts.license)}")
     if facts.hub_id:
         lines += [f"base_model: {json.dumps(facts.hub_id)}", "base_model_relation: quantized"]
-    library = "transformers" if facts.gguf_file is None else "gguf"
-    lines += [f"library_name: {library}", "tags:", "- auto-round", "- quantized"]
+    lines += [f"library_name: {facts.library}", "tags:", "- auto-round", "- quantized"]
     if facts.quant_method in _PEERS:
         lines.append(f"- {facts.quant_method}")
     return [*lines, "---", ""]
@@ -146,8 +147,8 @@ def _package(quant_method: str) -> str:
 
 
 def _usage(facts: CardFacts) -> list[str]:
-    if facts.gguf_file is not None:
-        return ["## Use", "", "```sh", f"llama-cli -m {facts.gguf_file}", "```", ""]
+    if facts.command:
+        return ["## Use", "", "```sh", facts.command, "```", ""]
     needs = [] if facts.quant_method is None else [f"# pip install {_package(facts.quant_method)}"]
     peers = _PEERS.get(facts.quant_method or "")
     names, settings = f"{facts.auto_class}, AutoTokenizer", ""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
+from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.integers import step_dtype
@@ -31,10 +32,9 @@ LOADABLE_BITS = (2, 3, 4, 8)
 """Widths of codes that loaders of packed whole numbers read."""
 
 
-class OneLayout(ABC):
-    """Tensors of a format that stores all layers in one order of bytes."""
-
-    __slots__ = ()
+@dataclass(frozen=True, slots=True)
+class OneLayout(Exporter):
+    """A format that stores all layers in one order of bytes."""
 
     @abstractmethod
     def _layout(self) -> Layout: ...

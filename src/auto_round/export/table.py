@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import torch
 
+from auto_round.config.options import Options
 from auto_round.errors import ConfigError, Refusal, UnsupportedError, nearest
-from auto_round.export.exporter import Exporter, Warns
+from auto_round.export.exporter import Exporter
 from auto_round.export.formats.auto_round import AutoRoundFormat
 from auto_round.export.formats.awq import AWQFormat
 from auto_round.export.formats.fake import FakeFormat
 from auto_round.export.formats.gptq import GPTQFormat
 from auto_round.export.formats.llm_compressor import LLMCompressorFormat
+from auto_round.export.gguf.format import EVERY_TYPE
 from auto_round.facts.layer import Layer, Role
 from auto_round.schemes.entry import PlanEntry
-from auto_round.schemes.gguf_types import FILE_TYPES, FORMAT_PREFIX, SCHEME_PREFIX, TYPES
 from auto_round.schemes.make import KEPT_ROLES
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import PRESET_SCHEMES, QuantizationScheme
@@ -34,6 +35,7 @@ EXPORTERS: dict[str, Exporter] = {
         AWQFormat("auto_awq"),
         LLMCompressorFormat("llm_compressor"),
         FakeFormat("fake"),
+        *EVERY_TYPE,
     )
 }
 """Output formats by the name that a user gives."""
@@ -48,22 +50,33 @@ LATER = (
 )
 """Names of formats that cannot be written yet."""
 
-GGUF: dict[str, str] = {
-    f"{FORMAT_PREFIX}{kind.name}": "BF16" if TYPES[kind.base].preset is None else kind.preset
-    for kind in FILE_TYPES.values()
-}
-"""Formats of one GGUF file -> the scheme that each has; `pipeline.gguf` makes their exporters."""
-
-BESIDE_GGUF = ("fake",)
-"""Formats that may be written in the run of a GGUF file, and with its schemes: they take any plan."""
-
-ACTIVATIONS = ("llm_compressor", "fake")
-"""Formats for plans that quantize activations: one says how, the other keeps nothing but weights anyway."""
-
-SCALES_IN_MODEL_DTYPE = ("llm_compressor",)
-"""Formats whose loaders hold scales in the dtype of the model."""
+KINDS: tuple[type[Exporter], ...] = tuple(dict.fromkeys(type(e) for e in EXPORTERS.values()))
+"""Kinds of formats: each settles the options and claims names for all of its rows."""
 
 _SYNONYMS = {"auto_round:gptq": "auto_round:auto_gptq", "auto_round:awq": "auto_round:auto_awq"}
+
+
+def plans_alone(name: str) -> bool:
+    """Whether a format or scheme of this name has a plan of its own, and is written by a run of its own."""
+    return any(kind.claims(name) for kind in KINDS)
+
+
+def takes_any_plan(name: str) -> bool:
+    """Whether a format may be written in the run of one that plans for itself."""
+    return name in EXPORTERS and EXPORTERS[name].any_plan
+
+
+def settle_formats(options: Options) -> tuple[Options, tuple[Exporter, ...]]:
+    """The options in line with the formats that they ask for, and these formats.
+
+    Raises:
+        ConfigError: unknown formats, or options that contradict them.
+        UnsupportedError: a format that cannot be written yet.
+    """
+    beside = tuple(name for name in EXPORTERS if takes_any_plan(name))
+    for kind in KINDS:
+        options = kind.settle(options, beside)
+    return options, tuple(parse_formats(",".join(options.output.formats)))
 
 
 def parse_formats(text: str) -> list[Exporter]:
@@ -78,24 +91,25 @@ def parse_formats(text: str) -> list[Exporter]:
     """
     names = [part.strip().casefold().replace("-", "_") for part in text.split(",")]
     names = [_SYNONYMS.get(name, name) for name in names if name]
+    common = ", ".join(name for name in EXPORTERS if not plans_alone(name))
     if not names:
-        raise ConfigError(f'no format in "{text}"; known: {", ".join(EXPORTERS)}')
+        raise ConfigError(f'no format in "{text}"; known: {common}')
     later = [name for name in names if name in LATER]
     if later:
         raise UnsupportedError(
             f"format {', '.join(later)} is not there yet",
-            [Refusal(name, "cannot be written yet", f"use one of {', '.join(EXPORTERS)}") for name in later],
+            [Refusal(name, "cannot be written yet", f"use one of {common}") for name in later],
         )
     for name in names:
         if name not in EXPORTERS:
-            raise ConfigError(f'unknown format "{name}"; {nearest(name, (*EXPORTERS, *GGUF, *LATER))}')
+            raise ConfigError(f'unknown format "{name}"; {nearest(name, (*EXPORTERS, *LATER))}')
     return [EXPORTERS[name] for name in dict.fromkeys(names)]
 
 
 def refusals(exporter: Exporter, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
     """Why a plan cannot be written in a format: activations that it cannot describe, and its own reasons."""
     found = exporter.refusals(plan, layers)
-    if exporter.name in ACTIVATIONS:
+    if exporter.holds_activations:
         return found
     quantized = [
         n for n, entry in plan.entries.items() if entry.scheme is not None and entry.scheme.act_quantized
@@ -103,21 +117,14 @@ def refusals(exporter: Exporter, plan: Plan, layers: Sequence[Layer]) -> list[Re
     if not quantized:
         return found
     reason = f"its readers leave activations alone, this plan quantizes those of {len(quantized)} layers"
-    return [Refusal(exporter.name, reason, f"use the format {' or '.join(ACTIVATIONS)}"), *found]
-
-
-def notes(exporter: Exporter, plan: Plan, layers: Sequence[Layer]) -> list[str]:
-    """What some readers of a format cannot do with a plan that can be written in it, for people."""
-    found = exporter.warnings(plan, layers) if isinstance(exporter, Warns) else []
-    if isinstance(exporter, FakeFormat) and any(plan.activation_of(name) for name in plan.quantized):
-        found = [f"{exporter.name}: the folder holds rounded weights, and leaves activations alone", *found]
-    return found
+    others = " or ".join(e.name for e in EXPORTERS.values() if e.holds_activations)
+    return [Refusal(exporter.name, reason, f"use the format {others}"), *found]
 
 
 def scale_dtype(exporters: Iterable[Exporter], model: torch.dtype) -> str | None:
     """Dtype of scales when the user names none: the model's where a format wants that; None for the usual."""
     own = str(model).removeprefix("torch.")
-    wanted = any(exporter.name in SCALES_IN_MODEL_DTYPE for exporter in exporters)
+    wanted = any(exporter.scales_in_model_dtype for exporter in exporters)
     return own if wanted and own in SCALE_DTYPES and model.itemsize == _HALF else None
 
 
@@ -127,15 +134,16 @@ _HALF = 2
 
 def describe_formats() -> dict[str, tuple[str, ...]]:
     """Format -> presets that can be written in it, for `auto_round list format`."""
-    written = {
+    return {
         name: tuple(
             preset
             for preset, scheme in PRESET_SCHEMES.items()
-            if (name in BESIDE_GGUF or not preset.startswith(SCHEME_PREFIX)) and _writes(exporter, scheme)
+            if (exporter.any_plan or not plans_alone(preset)) and _writes(exporter, scheme)
         )
+        if exporter.presets is None
+        else exporter.presets
         for name, exporter in EXPORTERS.items()
     }
-    return written | {name: (preset,) for name, preset in GGUF.items()}
 
 
 def _writes(exporter: Exporter, scheme: QuantizationScheme) -> bool:

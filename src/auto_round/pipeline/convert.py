@@ -20,9 +20,9 @@ from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.checkpoint.writer import ShardWriter
 from auto_round.consumers.folder import CONFIG, QUANTIZATION_CONFIG
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
-from auto_round.export.exporter import Exporter, Recasts
+from auto_round.export.exporter import Exporter
 from auto_round.export.hf_config import write_configs
-from auto_round.export.manifest import Manifest, make_manifest
+from auto_round.export.manifest import Manifest
 from auto_round.export.table import parse_formats, refusals
 from auto_round.export.unplanned import with_unplanned
 from auto_round.facts.layer import Layer
@@ -88,7 +88,7 @@ def convert_folder(
     with Checkpoint.open(source) as checkpoint:
         stored = open_stored(source, checkpoint)
         exporter, plan = _fitting(exporter, stored)
-        manifest = make_manifest(exporter, plan, stored.layers, stored.tensors)
+        manifest = exporter.manifest(plan, stored.layers, stored.tensors)
         _refuse_unpacked(exporter, manifest)
         asked = _asked(checkpoint, stored, exporter)
         with OutputFolder.open(target, overwrite=overwrite) as place:
@@ -230,8 +230,7 @@ def _exact(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _write_configs(folder: Path, stored: Stored, exporter: Exporter, plan: Plan) -> None:
     plan, layers = with_unplanned(plan, stored.layers, stored.blocks, stored.tensors)
     quantization = exporter.config(plan, layers, stored.blocks, stored.facts)
-    dtype = exporter.float_dtype if isinstance(exporter, Recasts) else None
-    write_configs(folder, stored.config, quantization, dtype=dtype)
+    write_configs(folder, stored.config, quantization, dtype=exporter.float_dtype)
 
 
 def _copy_files(source: Path, target: Path) -> None:

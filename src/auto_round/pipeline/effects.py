@@ -43,10 +43,6 @@ def _on_cpu(job: Job) -> bool:
     return job.device.type == "cpu"
 
 
-def _writes_gguf(job: Job) -> bool:
-    return any(name.startswith("gguf") for name in job.exporters)
-
-
 IDLE: Final = (
     Idle(
         (
@@ -83,7 +79,7 @@ IDLE: Final = (
     Idle(
         ("tokenizer",),
         "nothing is tokenized, and the folder gets the tokenizer files of the model",
-        lambda job: _has_no_rows(job) and not _writes_gguf(job),
+        lambda job: _has_no_rows(job) and all(e.file is None for e in job.exporters.values()),
     ),
     Idle(("enable_deterministic_algorithms",), "runs on a CPU are deterministic anyway", _on_cpu),
     Idle(("low_gpu_mem_usage",), "blocks are tuned on the CPU", _on_cpu),
@@ -92,12 +88,9 @@ IDLE: Final = (
         "activations are not quantized (--act_bits 8, or a scheme such as INT8)",
         lambda job: not job.plan.scheme.act_quantized,
     ),
-    Idle(("max_shard_size",), "a GGUF model is one file", _writes_gguf),
-    Idle(("quant_lm_head",), "the GGUF type gives the output head its own type", _writes_gguf),
-    Idle(("model_dtype",), "the GGUF type gives every tensor its own type", _writes_gguf),
     Idle(("platform",), "the model is a folder and the data need no hub", lambda job: _is_local(job)),
 )
-"""One row for each reason."""
+"""One row for each reason; formats add their own (`Exporter.idle`)."""
 
 
 def _is_local(job: Job) -> bool:
@@ -112,6 +105,8 @@ def idle_options(job: Job) -> list[str]:
     for row in IDLE:
         if row.where(job):
             said.update((name, row.why) for name in row.names if name in changed and name not in said)
+    for exporter in job.exporters.values():
+        said.update((n, why) for n, why in exporter.idle.items() if n in changed and n not in said)
     reasons: dict[str, list[str]] = {}
     for name, why in said.items():
         reasons.setdefault(why, []).append(name)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from auto_round.facts.layer import Layer, Role
+from auto_round.pipeline.fetch_rows import held_out_rows
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.memory import peak_bytes
 from auto_round.pipeline.plan_table import manifests
 from auto_round.pipeline.predictions import logits_budget
-from auto_round.pipeline.prepare import held_out_rows, needs_rows
 from auto_round.pipeline.streams import Home, home_of_streams
 from auto_round.tuning.steps import held_out_looks, rows_seen
 
@@ -157,7 +157,7 @@ def measure_sizes(job: Job) -> Sizes:
     rows = 0
     if job.rows is not None:
         rows = len(job.rows.rows)
-    elif needs_rows(job.tune):
+    elif job.tune.needs_rows:
         rows = wanted.nsamples + held_out_rows(wanted.nsamples)
     blocks: dict[int, int] = {}
     for layer in source.layers:

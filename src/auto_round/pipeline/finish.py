@@ -15,12 +15,13 @@ from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.record import OURS
 from auto_round.config.groups import CalibrationOptions, TuneOptions
 from auto_round.consumers.lines import loading
-from auto_round.export.exporter import Exporter, OneFile, Recasts
+from auto_round.export.exporter import Exporter
 from auto_round.export.hf_config import copy_side_files, read_config, write_configs
 from auto_round.export.model_card import CardFacts, write_model_card
 from auto_round.export.model_card import Measured as Figure
 from auto_round.export.unplanned import with_unplanned
 from auto_round.pipeline.hard_cases import hard_cases
+from auto_round.pipeline.input_squares import load_inputs
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.measure import Measured
 from auto_round.pipeline.plan_table import plan_size
@@ -35,7 +36,7 @@ def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
     blocks = job.source.blocks
     plan, layers = with_unplanned(job.plan, job.source.layers, blocks, job.source.tensors)
     for name, exporter in job.exporters.items():
-        if isinstance(exporter, OneFile):
+        if exporter.file is not None:
             continue  # the file holds all of it
         folder = folders[name]
         quantization = exporter.config(plan, layers, blocks, facts(job))
@@ -49,8 +50,8 @@ def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
             }
             if job.tokenizer is not None:
                 job.tokenizer.save_pretrained(folder)
-        recasts = isinstance(exporter, Recasts) and quantization is not None
-        dtype = exporter.float_dtype if recasts and isinstance(exporter, Recasts) else wanted_dtype(job)
+        own = None if quantization is None else exporter.float_dtype
+        dtype = wanted_dtype(job) if own is None else own
         write_configs(folder, source, quantization, untied=job.plan.untie_head, dtype=dtype)
 
 
@@ -124,6 +125,21 @@ def write_report(job: Job, folders: Mapping[str, Path], report: Mapping[str, Any
         atomic_write_json(root / REPORT, dict(report))
 
 
+def hand_over_inputs(job: Job, scratch: Path, folder: Path) -> None:
+    """Give what flowed into the layers to the formats, where it is to be written to a file.
+
+    Args:
+        job: the run.
+        scratch: where the run kept what it saw.
+        folder: folder that will become the output.
+    """
+    if not job.saves_imatrix:
+        return
+    inputs = load_inputs(scratch)
+    for exporter in job.exporters.values():
+        exporter.save_inputs(job.options, inputs, job.output, folder)
+
+
 def method(job: Job) -> str:
     """One line for people."""
     tune = job.tune
@@ -173,5 +189,6 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
         options=facts(job),
         engines=loading(report.get("engines", {}).get(name, {})),
         auto_class=job.source.facts.auto_class,
-        gguf_file=exporter.file if isinstance(exporter, OneFile) else None,
+        library=exporter.library,
+        command=exporter.command,
     )

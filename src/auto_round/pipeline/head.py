@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from auto_round.calibration.observe import InputMoments
-from auto_round.errors import NumericsError
 from auto_round.facts.layer import Layer
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.pipeline.input_squares import InputSquares
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.recast import as_wanted
+from auto_round.pipeline.rounding import round_matrix
 from auto_round.pipeline.streams import Streams
-from auto_round.tuning.weights import round_to_nearest
 
 
 def quantize_outside(
@@ -42,11 +41,8 @@ def quantize_outside(
             importance = moments.importance()
             if importance is not None:
                 inputs[layer.tensor] = InputSquares(importance.squares.cpu(), moments.count)
-        weight = as_wanted(job, job.source.read(layer)).to(job.device)
-        try:
-            q = round_to_nearest(weight, fmt, importance, job.effort)
-        except NumericsError as error:
-            raise NumericsError(f"{layer.tensor}: {error}") from error
+        weight = as_wanted(job, job.source.read(layer))
+        q = round_matrix(layer.tensor, weight, fmt, job.device, importance, job.effort)
         write(layer, QuantizedLayer(q))
         if layer.name == job.source.head:
             head = q

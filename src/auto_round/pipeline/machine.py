@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from auto_round.config.env import arithmetic_variables
+from auto_round.export.table import EXPORTERS
 
-LIBRARIES = ("transformers", "gguf", "triton")
+LIBRARIES = ("transformers", "triton", *(n for e in EXPORTERS.values() for n in e.libraries))
 """Packages whose code takes part in what is written, beside PyTorch."""
 
 

@@ -6,23 +6,23 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from auto_round.checkpoint.disk import bytes_of
 from auto_round.checkpoint.journal import Journal
-from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.writer import ShardWriter
-from auto_round.errors import CheckpointError, NumericsError
-from auto_round.export.exporter import Exporter, OneFile, StoresAll
-from auto_round.export.gguf.exporter import GgufExporter
+from auto_round.errors import CheckpointError
+from auto_round.export.exporter import Exporter
+from auto_round.export.manifest import Manifest
 from auto_round.facts.layer import Layer
 from auto_round.numerics.qtensor import QuantizedLayer
-from auto_round.pipeline.gguf_output import Rest
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.plan_table import manifest_of
+from auto_round.pipeline.rest import cast, make_rest, write_rest
 
 Written = dict[str, int]
 """`<format>/<tensor>` -> CRC-32 of its bytes."""
@@ -31,12 +31,29 @@ READERS = 2
 """Tensors that are read back at a time."""
 
 
-class Outputs:
-    """One shard writer for each format; a tensor is durable when `sync` returned.
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """One format's folder while it is written."""
 
-    Attributes:
-        names: every tensor that some format stores, as `<format>/<tensor>`.
-    """
+    name: str
+    exporter: Exporter
+    manifest: Manifest
+    writer: ShardWriter
+
+    def put(self, tensors: Mapping[str, Tensor]) -> Written:
+        """Write tensors of the manifest; what was written."""
+        for name, tensor in tensors.items():
+            self.writer.put(name, tensor)
+        return {f"{_key(self.name)}/{name}": checksum(tensor) for name, tensor in tensors.items()}
+
+    def put_plain(self, source: str, value: Tensor) -> Written:
+        """Write a tensor of the source that is not quantized, in the dtype that the format has for it."""
+        parts = self.exporter.encode_plain(source, value)
+        return self.put({n: cast(n, t, self.manifest.specs[n].dtype) for n, t in parts.items()})
+
+
+class Outputs:
+    """One shard writer for each format; a tensor is durable when `sync` returned."""
 
     @classmethod
     @contextmanager
@@ -48,8 +65,8 @@ class Outputs:
         try:
             yield outputs
         finally:
-            for writer in outputs._writers.values():
-                writer.close()
+            for output in outputs._outputs:
+                output.writer.close()
 
     def __init__(self, job: Job, folders: Mapping[str, Path], *, done: Iterable[str], fresh: bool) -> None:
         """Create the shards, or continue those of an interrupted run.
@@ -61,42 +78,33 @@ class Outputs:
             fresh: begin anew.
         """
         self._job = job
-        self._writers: dict[str, ShardWriter] = {}
-        self._dtypes: dict[str, dict[str, torch.dtype]] = {}
-        finished = list(done)
+        self._outputs: list[_Output] = []
+        finished = [tensor.partition("/") for tensor in done]
+        size = job.options.output.max_shard_size
         for name, exporter in job.exporters.items():
-            specs = {
-                t: (spec.dtype, tuple(spec.shape)) for t, spec in manifest_of(job, exporter).specs.items()
-            }
-            self._dtypes[name] = {tensor: dtype for tensor, (dtype, _) in specs.items()}
-            shards = exporter.shards if isinstance(exporter, OneFile) else None
-            folder = folders[name]
+            manifest = manifest_of(job, exporter)
+            specs = {t: (spec.dtype, tuple(spec.shape)) for t, spec in manifest.specs.items()}
+            folder, shards = folders[name], exporter.shards
             folder.mkdir(parents=True, exist_ok=True)
-            size = job.options.output.max_shard_size
             if fresh:
-                self._writers[name] = ShardWriter.create(folder, specs, max_shard_bytes=size, shards=shards)
+                writer = ShardWriter.create(folder, specs, max_shard_bytes=size, shards=shards)
             else:
-                own = [t.partition("/")[2] for t in finished if t.partition("/")[0] == _key(name)]
-                self._writers[name] = ShardWriter.reopen(
-                    folder, specs, max_shard_bytes=size, written=own, shards=shards
-                )
+                own = [tensor for key, _, tensor in finished if key == _key(name)]
+                writer = ShardWriter.reopen(folder, specs, max_shard_bytes=size, written=own, shards=shards)
+            self._outputs.append(_Output(name, exporter, manifest, writer))
 
     def put(self, layer: Layer, q: QuantizedLayer) -> Written:
         """Write one quantized layer in every format; what was written."""
-        written = {}
-        for name, exporter in self._job.exporters.items():
-            for tensor_name, tensor in exporter.encode(layer, q).items():
-                self._writers[name].put(tensor_name, tensor)
-                written[f"{_key(name)}/{tensor_name}"] = checksum(tensor)
+        written: Written = {}
+        for output in self._outputs:
+            written |= output.put(output.exporter.encode(layer, q))
         return written
 
     def put_plain(self, tensor_name: str, tensor: Tensor) -> Written:
         """Write a tensor that no format encodes, in the dtype that each format has for it."""
-        written = {}
-        for name, writer in self._writers.items():
-            for part, stored in self._plain(name, tensor_name, tensor).items():
-                writer.put(part, stored)
-                written[f"{_key(name)}/{part}"] = checksum(stored)
+        written: Written = {}
+        for output in self._outputs:
+            written |= output.put_plain(tensor_name, tensor)
         return written
 
     def put_embedding(self) -> tuple[Tensor, Written] | None:
@@ -108,97 +116,47 @@ class Outputs:
             What it came to, `[vocabulary, width]` float32, and what was written (nothing when an earlier run
             did); None when every format keeps it.
         """
-        for name, writer in self._writers.items():
-            rest = self._rest(name)
-            found = None if rest is None else rest.write_embedding(writer)
-            if found is not None:
-                source, weight, parts = found
-                written = {f"{_key(name)}/{part}": checksum(t) for part, t in parts.items()}
-                return weight, written | self._put_beside(source, weight)
+        for output in self._outputs:
+            if output.exporter.embedding is None:
+                continue
+            part, source = output.exporter.embedding
+            weight, written = self._embedding(output, part)
+            for other in self._outputs:
+                if source in other.manifest.copied and source in other.writer.missing:
+                    written |= other.put_plain(source, weight)
+            return weight, written
         return None
 
-    def _put_beside(self, tensor_name: str, tensor: Tensor) -> Written:
-        """Write a tensor of the source that one format rounded where others store it as it is."""
-        written = {}
-        for name, writer in self._writers.items():
-            if self._rest(name) is None and tensor_name in writer.missing:
-                for part, stored in self._plain(name, tensor_name, tensor).items():
-                    writer.put(part, stored)
-                    written[f"{_key(name)}/{part}"] = checksum(stored)
-        return written
-
-    def _rest(self, name: str) -> Rest | None:
-        """How to make what a GGUF file holds besides layers; None for a format that copies it."""
-        exporter = self._job.exporters[name]
-        if not isinstance(exporter, GgufExporter):
-            return None
-        return Rest(exporter, self._job.source.read_tensor, self._job.effort, self._job.device)
+    def _embedding(self, output: _Output, part: str) -> tuple[Tensor, Written]:
+        """The rounded embedding, made and written unless an earlier run did."""
+        written: Written = {}
+        if part in output.writer.missing:
+            stored = make_rest(self._job, output.exporter, part)
+            written = output.put({part: stored})
+        else:
+            with output.exporter.reading(output.writer.folder) as read:
+                stored = read(part)
+        return output.exporter.decode_rest(part, stored), written
 
     def copy_rest(self) -> None:
-        """Copy from the source what has not been written: embeddings, norms, biases, kept layers."""
-        source = self._job.source
-        folders = []
-        for name, writer in self._writers.items():
-            rest = self._rest(name)
-            if rest is not None:
-                rest.write(writer)
-            else:
-                self._recast(name, writer)
-                folders.append(writer)
-        if source.folder is None:
-            for writer in folders:
-                for name in writer.missing:
-                    writer.put(name, source.read_tensor(name))
-            return
-        with Checkpoint.open(source.folder) as checkpoint:
-            for writer in folders:
-                for name in writer.missing:
-                    writer.copy(name, checkpoint)
-
-    def _plain(self, name: str, tensor_name: str, tensor: Tensor) -> Mapping[str, Tensor]:
-        """What a format stores for a tensor that it does not quantize."""
-        exporter = self._job.exporters[name]
-        if isinstance(exporter, StoresAll):
-            return exporter.encode_plain(tensor_name, tensor)
-        return {tensor_name: _cast(tensor_name, tensor, self._dtypes[name][tensor_name])}
-
-    def _recast(self, name: str, writer: ShardWriter) -> None:
-        """Write what a format stores in another dtype than the source."""
-        source, dtypes = self._job.source, self._dtypes[name]
-        for tensor in writer.missing:
-            if dtypes[tensor] != source.tensors[tensor].dtype:
-                writer.put(tensor, _cast(tensor, source.read_tensor(tensor), dtypes[tensor]))
+        """Write what no layer gave: embeddings, norms, biases, kept layers."""
+        for output in self._outputs:
+            write_rest(self._job, output.exporter, output.manifest, output.writer)
 
     def sync(self) -> None:
         """Return when everything written so far would survive a power cut."""
-        for writer in self._writers.values():
-            writer.sync()
+        for output in self._outputs:
+            output.writer.sync()
 
     def seal(self) -> None:
         """Check that nothing is missing and write the indices."""
-        for writer in self._writers.values():
-            writer.seal()
+        for output in self._outputs:
+            output.writer.seal()
 
     @property
     def nbytes(self) -> dict[str, int]:
         """Format -> bytes of its weight files."""
-        return {name: writer.nbytes for name, writer in self._writers.items()}
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another dtype.
-
-    Raises:
-        NumericsError: numbers beyond the range of that dtype.
-    """
-    stored = tensor.to(dtype)
-    lost = int((stored.isinf() & ~tensor.isinf()).sum()) if dtype != tensor.dtype else 0
-    if lost:
-        raise NumericsError(
-            f"{name}: {lost} numbers are too large for {str(dtype).removeprefix('torch.')}, in which this "
-            "output format stores them; use the format auto_round"
-        )
-    return stored
+        return {output.name: output.writer.nbytes for output in self._outputs}
 
 
 def checksum(tensor: Tensor) -> int:
@@ -215,9 +173,10 @@ def check_written(journal: Journal, folders: Mapping[str, Path], exporters: Mapp
     count = 0
     with ThreadPoolExecutor(READERS) as pool:
         for name, folder in folders.items():
-            with _reading_back(exporters[name], folder) as read:
+            with exporters[name].reading(folder) as read:
                 promised = dict(_journaled(journal, _key(name)))
-                for tensor, found in zip(promised, pool.map(read, promised), strict=True):
+                found_on_disk = pool.map(partial(_checksum_on_disk, read), promised)
+                for tensor, found in zip(promised, found_on_disk, strict=True):
                     if found != promised[tensor]:
                         raise CheckpointError(
                             f"{folder}: {tensor} on disk is not what was written: a failing disk? Remove the "
@@ -227,14 +186,8 @@ def check_written(journal: Journal, folders: Mapping[str, Path], exporters: Mapp
     return count
 
 
-@contextmanager
-def _reading_back(exporter: Exporter, folder: Path) -> Iterator[Callable[[str], int]]:
-    """CRC-32 of a tensor's bytes on disk, by its name."""
-    if isinstance(exporter, OneFile):
-        yield lambda name: zlib.crc32(exporter.read_part(folder, name))
-        return
-    with Checkpoint.open(folder) as checkpoint:
-        yield lambda name: checksum(checkpoint.read(name))
+def _checksum_on_disk(read: Callable[[str], Tensor], name: str) -> int:
+    return checksum(read(name))
 
 
 def _journaled(journal: Journal, key: str) -> Iterator[tuple[str, int]]:

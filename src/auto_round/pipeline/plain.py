@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from auto_round.errors import NumericsError
 from auto_round.facts.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
@@ -14,8 +13,8 @@ from auto_round.numerics.search import BY_SQUARES
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.outputs import Written
 from auto_round.pipeline.recast import as_wanted
+from auto_round.pipeline.rounding import round_matrix
 from auto_round.pipeline.workers import workers
-from auto_round.tuning.weights import round_to_nearest
 
 BURST_BYTES = 1 << 30
 """Source bytes between two journal entries; each entry waits for the disk."""
@@ -58,16 +57,13 @@ def round_layers(
 
     def work(item: tuple[Layer, Format]) -> tuple[str, Written]:
         layer, fmt = item
-        weight = as_wanted(job, job.source.read(layer)).to(job.device)
-        try:
-            squares = job.importance.get(layer.tensor)
-            importance, effort = None, None
-            if squares is not None and job.effort is not None:
-                importance, effort = Importance(squares), BY_SQUARES
-            q = round_to_nearest(weight, fmt, importance, effort)
-            return layer.name, put(layer, QuantizedLayer(q))
-        except NumericsError as error:
-            raise NumericsError(f"{layer.tensor}: {error}") from error
+        weight = as_wanted(job, job.source.read(layer))
+        squares = job.importance.get(layer.tensor)
+        importance, effort = None, None
+        if squares is not None and job.effort is not None:
+            importance, effort = Importance(squares), BY_SQUARES
+        q = round_matrix(layer.tensor, weight, fmt, job.device, importance, effort)
+        return layer.name, put(layer, QuantizedLayer(q))
 
     # The largest first, so that none of them is begun when the others are at their end.
     largest_first = sorted(layers, key=lambda item: nbytes(item[0]), reverse=True)

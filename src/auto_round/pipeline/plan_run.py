@@ -18,7 +18,7 @@ from auto_round.pipeline.finish import method
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.memory import available_bytes
 from auto_round.pipeline.plan_table import plan_table
-from auto_round.pipeline.prepare import needs_rows, prepare
+from auto_round.pipeline.prepare import prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def dry_run(
 def _method(job: Job) -> str:
     """The method as the report will say it, and the data that it needs."""
     tune, wanted = job.tune, job.options.calibration
-    if not needs_rows(tune):
+    if not tune.needs_rows:
         return method(job)
     rows = f"{wanted.nsamples} rows of {wanted.seqlen} tokens from {wanted.dataset}"
     if not tune.iters:

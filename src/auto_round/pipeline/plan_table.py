@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from auto_round.export.exporter import Exporter, OneFile, StoresAll
-from auto_round.export.manifest import Manifest, make_manifest
+from auto_round.export.exporter import Exporter
+from auto_round.export.manifest import Manifest
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.recast import kept_tensors
 from auto_round.schemes.plan import Plan
@@ -26,7 +26,7 @@ def plan_table(job: Job) -> str:
     size = plan_size(job, exporter)
     table = render(job.plan.entries, job.source.layers, size, job.plan.warnings)
     lines = [f"format {name}:", table] if others else [table]
-    if isinstance(exporter, OneFile):
+    if exporter.histogram():
         lines += [types_of(exporter)]
     lines += [f"format {other}: {manifest_of(job, e).nbytes / 1e6:.2f} MB" for other, e in others]
     return "\n".join(lines)
@@ -39,10 +39,11 @@ def plan_size(job: Job, exporter: Exporter) -> PlanSize:
     size = job.plan.measure(
         job.source.layers, other_weights=weights, other_bytes=nbytes, stored_bytes=listed.layer_bytes()
     )
-    if not isinstance(exporter, OneFile):
+    types = exporter.histogram()
+    if not types:
         return size
     # Tensors that are no layers get types too, and a tied head is the embedding.
-    total = sum(count for _, count, _ in exporter.histogram().values())
+    total = sum(count for _, count, _ in types.values())
     return replace(
         size,
         other_weights=total - size.quantized_weights - size.kept_weights,
@@ -50,7 +51,7 @@ def plan_size(job: Job, exporter: Exporter) -> PlanSize:
     )
 
 
-def types_of(exporter: OneFile) -> str:
+def types_of(exporter: Exporter) -> str:
     """Types in a file in one line: tensors and share of the weights of each, bits per weight."""
     found = exporter.histogram()
     weights = sum(count for _, count, _ in found.values())
@@ -61,9 +62,7 @@ def types_of(exporter: OneFile) -> str:
 
 def manifest_of(job: Job, exporter: Exporter) -> Manifest:
     """What one output holds."""
-    if isinstance(exporter, StoresAll):
-        return exporter.manifest(job.plan, job.source.layers)
-    return make_manifest(exporter, job.plan, job.source.layers, kept_tensors(job))
+    return exporter.manifest(job.plan, job.source.layers, kept_tensors(job))
 
 
 def _outside_of_layers(job: Job) -> tuple[int, int]:

@@ -25,8 +25,13 @@ from auto_round.pipeline.clock import Clock
 from auto_round.pipeline.compile import in_equal_passes, objective_for
 from auto_round.pipeline.default_device import plain_device
 from auto_round.pipeline.determinism import deterministic_kernels
-from auto_round.pipeline.finish import REPORT, build_report, write_configs_and_tokenizer, write_report
-from auto_round.pipeline.gguf_imatrix import save_imatrix
+from auto_round.pipeline.finish import (
+    REPORT,
+    build_report,
+    hand_over_inputs,
+    write_configs_and_tokenizer,
+    write_report,
+)
 from auto_round.pipeline.head import quantize_outside
 from auto_round.pipeline.input_squares import save_inputs
 from auto_round.pipeline.job import Job
@@ -107,7 +112,7 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
             report["verified"] = verify_all(job, folders, measured)
             progress(clock.event("verify", 1, 1, "reload and compare"))
         write_report(job, folders, report, folder.folder)
-        save_imatrix(job, folder.scratch, folder.folder)
+        hand_over_inputs(job, folder.scratch, folder.folder)
         final = folder.seal(request_digest(asked))
     return Result(tuple(job.folders(final).values()), job.plan, report, clock.seconds, clock.peak)
 

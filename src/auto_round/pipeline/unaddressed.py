@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from auto_round.errors import NothingQuantizedError, Refusal
-from auto_round.export.exporter import Exporter, Keeps
+from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer
 from auto_round.models.source import ModelSource
 from auto_round.schemes.condense import some
@@ -34,11 +34,10 @@ def with_unaddressed(plan: Plan, source: ModelSource) -> Plan:
 
 def without_kept(plan: Plan, layers: Sequence[Layer], exporters: Sequence[Exporter]) -> Plan:
     """The plan without layers that the readers of some asked format cannot do with packed."""
-    keepers = [exporter for exporter in exporters if isinstance(exporter, Keeps)]
     entries = dict(plan.entries)
     reasons: dict[str, list[str]] = {}
     for layer in layers:
-        why = next((why for keeper in keepers if (why := keeper.kept(layer))), "")
+        why = next((why for exporter in exporters if (why := exporter.kept(layer))), "")
         if why and entries[layer.name].scheme is not None:
             entries[layer.name] = PlanEntry(None, why, entries[layer.name].fixed)
             reasons.setdefault(why, []).append(layer.name)

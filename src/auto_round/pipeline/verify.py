@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,19 @@ import torch
 from torch import Tensor
 
 from auto_round.calibration.rows import TokenRow
-from auto_round.errors import CheckpointError
+from auto_round.errors import CheckpointError, InternalError
 from auto_round.evaluate.logits import Comparison, positions_at_once
-from auto_round.export.gguf.exporter import GgufExporter
+from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Role
 from auto_round.inference.convert_model import change_backend
 from auto_round.log import logger
+from auto_round.models.source import ModelSource
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.pipeline.activations import activation_formats
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.measure import Measured, counted
 from auto_round.pipeline.memory import release_freed_memory
 from auto_round.pipeline.reload import MemoryEndedError, Reader, predict_one_token
-from auto_round.pipeline.verify_gguf import verify_gguf
 from auto_round.tuning.quantized_inputs import quantized_inputs
 
 ROWS = 4
@@ -44,32 +45,75 @@ PROMPT_TOKENS = 16
 NEW_TOKENS = 32
 
 
-def verify_folder(job: Job, name: str, folder: Path, measured: Measured | None) -> dict[str, Any]:
-    """Reload one output with Transformers and compare.
+@dataclass(frozen=True, slots=True)
+class TunedModel:
+    """What was tuned, as exporters compare it with what they wrote; see `export.verification.Finished`.
 
-    Returns:
-        `kl`, `largest_difference` (of logits), `same_top_token` and a generated `sample` (empty with the
-        reason in `no_sample`); `tokens` where there is nothing to compare with: as many went through the
-        model; or `skipped`, the reason why it was not loaded.
-
-    Raises:
-        CheckpointError: it does not load, or predicts something else.
+    Attributes:
+        job: the run.
+        measured: the tuned model's last hidden states for the held-out rows; None without data.
     """
-    exporter = job.exporters[name]
-    if isinstance(exporter, GgufExporter):
-        return verify_gguf(job, exporter, folder, measured)
-    config = exporter.config(job.plan, job.source.layers, job.source.blocks)
-    method = None if config is None else config["quant_method"]
-    reader = Reader(method, job.dtype, job.device, job.options.model.trust_remote_code)
-    if why := reader.obstacle(folder):
-        return {"skipped": why}
-    try:
-        if measured is None or job.rows is None:
-            predict_one_token(reader.load(folder), folder)
-            return {"tokens": 1}
-        return _compared(job, reader, folder, measured, job.rows.rows[job.tuned :])
-    except MemoryEndedError as error:
-        return {"skipped": str(error)}
+
+    job: Job
+    measured: Measured | None
+
+    @property
+    def source(self) -> ModelSource:
+        """The original model."""
+        return self.job.source
+
+    @property
+    def norms_tuned(self) -> bool:
+        """Norm weights and biases are no longer the source's."""
+        return self.job.tune.tune_norm_bias
+
+    def reload(self, folder: Path, exporter: Exporter) -> dict[str, Any]:
+        """Reload one output with Transformers and compare.
+
+        Returns:
+            `kl`, `largest_difference` (of logits), `same_top_token` and a generated `sample` (empty with the
+            reason in `no_sample`); `tokens` where there is nothing to compare with: as many went through the
+            model; or `skipped`, the reason why it was not loaded.
+
+        Raises:
+            CheckpointError: it does not load, or predicts something else.
+        """
+        job = self.job
+        config = exporter.config(job.plan, job.source.layers, job.source.blocks)
+        method = None if config is None else config["quant_method"]
+        reader = Reader(method, job.dtype, job.device, job.options.model.trust_remote_code)
+        if why := reader.obstacle(folder):
+            return {"skipped": why}
+        try:
+            if self.measured is None or job.rows is None:
+                predict_one_token(reader.load(folder), folder)
+                return {"tokens": 1}
+            return _compared(job, reader, folder, self.measured, job.rows.rows[job.tuned :])
+        except MemoryEndedError as error:
+            return {"skipped": str(error)}
+
+    def held_out(self, most: int) -> Tensor | None:
+        """The first tokens of a row that was not tuned on, `[at most most]` int64; None without data."""
+        if self.measured is None or self.job.rows is None:
+            return None
+        return self.job.rows.rows[self.job.tuned].input_ids[:most]
+
+    def compare(self, ids: Tensor, logits: Tensor) -> dict[str, float]:
+        """Another reader's predictions for `held_out` tokens beside those of the tuned model."""
+        if self.measured is None:
+            raise InternalError("there is nothing to compare with")
+        job, length = self.job, len(ids) - 1
+        with job.source.stem(job.device, job.dtype) as stem:
+            hidden = self.measured.final_hidden[:1, :length].to(job.device)
+            ours = stem.finish(hidden, self.measured.head)[0]
+        comparison = Comparison()
+        comparison.add(ours.cpu().float(), logits, ids[1:].cpu(), None)
+        return {
+            "kl": comparison.kl,
+            "perplexity": comparison.perplexity,
+            "perplexity_tuned": comparison.perplexity_reference,
+            "same_top_token": comparison.agreement,
+        }
 
 
 def _compared(
@@ -215,4 +259,5 @@ def _generate(job: Job, model: Any, prompt: Tensor) -> str:
 
 def verify_all(job: Job, folders: Mapping[str, Path], measured: Measured | None) -> dict[str, Any]:
     """Verify every output; format name -> figures."""
-    return {name: verify_folder(job, name, folder, measured) for name, folder in folders.items()}
+    tuned = TunedModel(job, measured)
+    return {name: job.exporters[name].verify(folder, tuned) for name, folder in folders.items()}

@@ -62,6 +62,11 @@ class TuneConfig:
     patience: int = 0
 
     @property
+    def needs_rows(self) -> bool:
+        """Whether calibration rows are needed: tuning and the weighted search do, plain rounding does not."""
+        return self.iters > 0 or self.search
+
+    @property
     def pass_rows(self) -> int:
         """Most samples in one pass through the block."""
         return self.rows_at_once or self.batch_size

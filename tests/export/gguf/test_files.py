@@ -173,14 +173,14 @@ def test_damaged_tensor_is_noticed(llama: Path, tmp_path: Path, monkeypatch: pyt
     out = tmp_path / "out"
     _run(llama, out, "gguf:q8_0")  # consistent with itself
     monkeypatch.undo()
-    from auto_round.pipeline import verify_gguf
+    from auto_round.export.gguf import verify
 
     good = _tensors(_file(out))["blk.0.attn_q.weight"]
     with Checkpoint.open(llama) as checkpoint:
         query = checkpoint.read("model.layers.0.self_attn.q_proj.weight")
     wanted = query[RotaryPairs(4).indices(len(query))]
     error = (good - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
-    assert error > verify_gguf.LARGEST_ERROR["q8_0"]
+    assert error > verify.LARGEST_ERROR["q8_0"]
 
 
 def test_template_gives_the_same_file(tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ class AutoRoundFormat(OneLayout):
             `auto_round`.
     """
 
-    name: str
     packing: str | None = None
 
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> AutoRoundFormat:

@@ -41,10 +41,6 @@ class AWQFormat(OneLayout):
         """Kernels for AWQ folders compute in float16; Transformers casts to it."""
         return torch.float16
 
-    def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> AWQFormat:
-        """This format has no variants."""
-        return self
-
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """One refusal for each reason, with the layers that it holds for."""
         return [*gather_refusals(plan, layers, self._refusal), *self._of_all(plan, layers)]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from torch import Tensor
 
-from auto_round.errors import Refusal
-from auto_round.export.exporter import Facts
-from auto_round.facts.layer import Block, Layer, Role
+from auto_round.export.exporter import Exporter
+from auto_round.facts.layer import Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QuantizedLayer
@@ -18,7 +17,7 @@ from auto_round.schemes.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
-class FakeFormat:
+class FakeFormat(Exporter):
     """Every weight in the dtype of the source, rounded to what its format can hold.
 
     The folder is as large as the source's and loads wherever that loads. It shows the accuracy of a format
@@ -30,13 +29,14 @@ class FakeFormat:
 
     name: str = "fake"
 
-    def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> FakeFormat:
-        """This format has no variants."""
-        return self
+    any_plan: ClassVar[bool] = True
+    holds_activations: ClassVar[bool] = True
 
-    def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
-        """None: every format can be dequantized."""
-        return []
+    def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
+        """That nothing says how activations are quantized, where they are."""
+        if not any(plan.activation_of(name) for name in plan.quantized):
+            return []
+        return [f"{self.name}: the folder holds rounded weights, and leaves activations alone"]
 
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """One tensor with the source's shape and dtype."""
@@ -46,12 +46,6 @@ class FakeFormat:
         """The dequantized weight, rounded once to the source's dtype."""
         weight = q.weight.format.dequantize(q.weight, layer.dtype)
         return {_tensor(layer): weight.t().contiguous() if layer.transposed else weight}
-
-    def config(
-        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
-    ) -> dict[str, Any] | None:
-        """None: the folder looks like an unquantized model."""
-        return None
 
 
 def _tensor(layer: Layer) -> str:

@@ -30,17 +30,12 @@ class GPTQFormat(OneLayout):
         checkpoint_format: `gptq` (version 1) or `gptq_v2`.
     """
 
-    name: str
     checkpoint_format: str
 
     @property
     def float_dtype(self) -> torch.dtype:
         """Kernels for GPTQ folders compute in float16, some in bfloat16 too."""
         return torch.float16
-
-    def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> GPTQFormat:
-        """This format has no variants."""
-        return self
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """One refusal for each reason, with the layers that it holds for."""

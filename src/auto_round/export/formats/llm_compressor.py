@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from auto_round.errors import InternalError, Refusal
 from auto_round.export.compressed_config import group_of, layout_of, loader_notes, quantization_config
-from auto_round.export.exporter import Facts
+from auto_round.export.exporter import Exporter, Facts
 from auto_round.export.packed import gather_refusals, prefixed, refuse_transposed
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.tensor import TensorSpec
@@ -27,7 +27,7 @@ _ASKED = "other code asks for its weight, which compressed-tensors lacks (use th
 
 
 @dataclass(frozen=True, slots=True)
-class LLMCompressorFormat:
+class LLMCompressorFormat(Exporter):
     """Whole numbers as compressed-tensors stores them.
 
     Layers of 8 bits a row whose activations get 8 bits are stored as bytes (`int-quantized`), the others
@@ -40,6 +40,9 @@ class LLMCompressorFormat:
 
     name: str = "llm_compressor"
     bytewise: tuple[str, ...] | None = None
+
+    holds_activations: ClassVar[bool] = True
+    scales_in_model_dtype: ClassVar[bool] = True
 
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> LLMCompressorFormat:
         """This format with the order of bytes of each layer decided."""

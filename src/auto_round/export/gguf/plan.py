@@ -13,10 +13,9 @@ from auto_round.export.gguf.model import GgufModel
 from auto_round.export.gguf.tensors import GgufTensor, Piece
 from auto_round.facts.layer import Layer, Role
 from auto_round.models.source import ModelSource
-from auto_round.pipeline.gguf_request import GgufRequest
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.gguf_mixture import Shape, choose_types, fitting, is_quantizable
-from auto_round.schemes.gguf_types import TYPES, GgufType, type_of_scheme
+from auto_round.schemes.gguf_types import TYPES, FileType, GgufType, type_of_scheme
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import Plan, PlanRequest
 from auto_round.schemes.rules import Match, match_rule
@@ -30,7 +29,7 @@ _KEPT_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def plan_gguf(
-    source: ModelSource, model: GgufModel, request: GgufRequest, asked: PlanRequest, *, imatrix: bool
+    source: ModelSource, model: GgufModel, wanted: FileType, asked: PlanRequest, *, imatrix: bool
 ) -> tuple[Plan, dict[str, str]]:
     """Types of all tensors, and the plan of all layers.
 
@@ -40,7 +39,7 @@ def plan_gguf(
     Args:
         source: the model.
         model: its tensors in the file.
-        request: the file type.
+        wanted: the file type.
         asked: the user's rules.
         imatrix: importances steer the rounding.
 
@@ -59,7 +58,7 @@ def plan_gguf(
         tied_head=source.tied_head,
         other_names=sorted({name.rpartition(".")[0] for name in source.tensors}),
     )
-    types = choose_types(replace(model.facts, imatrix=imatrix), request.wanted, model.shapes)
+    types = choose_types(replace(model.facts, imatrix=imatrix), wanted, model.shapes)
     types |= model.kept
     fixed = _fixed(base, source, places) | outside
     types |= {t.name: fitting(fixed[t.name], t.shape[-1]) for t in model.tensors if t.name in fixed}
@@ -71,8 +70,8 @@ def plan_gguf(
             kinds[0] if kinds else types["token_embd.weight"]
         ]  # a head that the file stores as the embedding
         apart = layer.tensor in model.apart
-        entries[layer.name] = _entry(base.entries[layer.name], kind, request.wanted.preset, apart=apart)
-    plan = replace(base, entries=entries, untie_head=False, warnings=_warnings(base, model, types, request))
+        entries[layer.name] = _entry(base.entries[layer.name], kind, wanted.preset, apart=apart)
+    plan = replace(base, entries=entries, untie_head=False, warnings=_warnings(base, model, types, wanted))
     return plan, types
 
 
@@ -183,11 +182,9 @@ def _entry(entry: PlanEntry, kind: GgufType, preset: str, *, apart: bool) -> Pla
     return PlanEntry(kind.scheme, reason, entry.fixed)
 
 
-def _warnings(
-    base: Plan, model: GgufModel, types: Mapping[str, str], request: GgufRequest
-) -> tuple[str, ...]:
+def _warnings(base: Plan, model: GgufModel, types: Mapping[str, str], wanted: FileType) -> tuple[str, ...]:
     """What the user may want to change: rules without effect, and rows that K-types cannot hold."""
-    base_kind = TYPES[request.wanted.base]
+    base_kind = TYPES[wanted.base]
     narrow = [t for t in model.tensors if is_quantizable(_shape(t)) and not base_kind.fits(t.shape[-1])]
     notes = [w for w in base.warnings if w.startswith("layer_config")]
     if narrow:

@@ -1,34 +1,27 @@
-"""The exporter of GGUF files: one file, its parts written as layers finish."""
+"""A GGUF file with everything decided: its bytes before the tensors, and what is written at once."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from auto_round.checkpoint.disk import read_at, reading
 from auto_round.checkpoint.writer import Shard
-from auto_round.errors import InternalError, Refusal
-from auto_round.export.exporter import Facts
+from auto_round.errors import InternalError
 from auto_round.export.gguf.container import Head, make_head
 from auto_round.export.gguf.model import GgufModel
 from auto_round.export.gguf.tensors import GgufTensor, Piece
 from auto_round.export.gguf.values import Value
-from auto_round.export.manifest import Manifest
-from auto_round.facts.layer import Block, Layer
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.gguf import GGUF_BLOCKS
-from auto_round.numerics.format import Format
-from auto_round.numerics.presets import GGUF_FORMATS
-from auto_round.numerics.qtensor import QTensor, QuantizedLayer
+from auto_round.numerics.qtensor import QTensor
 from auto_round.schemes.gguf_types import TYPES, FileType, GgufType
-from auto_round.schemes.plan import Plan
 
 _PLAIN: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -52,113 +45,93 @@ class Part:
     spec: TensorSpec
 
 
-class GgufExporter:
-    """One GGUF file with the types of all its tensors decided.
+class GgufFile:
+    """One GGUF file with the types of all its tensors.
 
     Attributes:
-        name: name of the format, for example `gguf:q4_k_m`.
-        file: name of the file inside the output folder.
+        name: name of the file inside the output folder.
         model: what it holds.
         types: tensor name -> name of its type.
         head: bytes before the tensors.
         parts: part name -> part, in the order of the file. Parts of tensors that several source tensors make
             up are called `<tensor>/<number>`.
+        sources: tensor of the source -> names of the parts that it becomes.
     """
 
-    def __init__(self, wanted: FileType, file: str, model: GgufModel, types: Mapping[str, str]) -> None:
-        self.name = f"gguf:{wanted.name}"
-        self.file = file
+    def __init__(self, wanted: FileType, name: str, model: GgufModel, types: Mapping[str, str]) -> None:
+        self.name = name
         self.model = model
         self.types = dict(types)
         listed = {t.name: (t.shape, TYPES[types[t.name]]) for t in model.tensors}
         metadata = {**model.metadata, "general.file_type": Value("u32", wanted.number)}
         self.head: Head = make_head(model.arch, metadata, listed)
         self.parts = dict(self._all_parts())
-        self._of_source: dict[str, list[str]] = {}
-        for name, part in self.parts.items():
+        self.sources: dict[str, list[str]] = {}
+        for part_name, part in self.parts.items():
             for piece in part.tensor.pieces if part.piece is None else (part.piece,):
-                self._of_source.setdefault(piece.source, []).append(name)
+                self.sources.setdefault(piece.source, []).append(part_name)
 
     def __repr__(self) -> str:
-        return f"GgufExporter({self.name}, {self.file}, {hashlib.sha256(self.head.data).hexdigest()[:16]})"
+        return f"GgufFile({self.name}, {hashlib.sha256(self.head.data).hexdigest()[:16]})"
+
+    def parts_of(self, source: str) -> dict[str, Part]:
+        """Parts that a tensor of the source becomes, by name; none where the file stores it otherwise."""
+        return {name: self.parts[name] for name in self.sources.get(source, ())}
 
     @property
-    def shards(self) -> tuple[Shard]:
+    def shard(self) -> Shard:
         """The file as the shard writer wants it."""
         begins = {name: part.begin for name, part in self.parts.items()}
-        return (Shard(self.file, self.head.data, begins, self.head.size),)
+        return Shard(self.name, self.head.data, begins, self.head.size)
 
-    def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> GgufExporter:
-        """This exporter is made for one plan already."""
-        return self
-
-    def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
-        """Layers whose planned format is not the type of their tensor: none, when the plan is this file's."""
-        return [
-            Refusal(self.name, f"{layer.name} is planned as {fmt.name}, its tensor is {part.type.name}")
-            for layer in layers
-            if (fmt := plan.format_of(layer.name)) is not None
-            for part in self._parts_of(layer)
-            if fmt != GGUF_FORMATS.get(part.type.name)
-        ]
-
-    def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
-        """Part name -> bytes of its rows."""
-        return {name: self.parts[name].spec for name in self._of_source.get(layer.tensor, ())}
-
-    def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
-        """The parts of `spec`; none for a head that the file stores as the embedding, under another name."""
-        names = self._of_source.get(layer.tensor, ())
-        if not names:
-            return {}
-        octets = pack_rows(q.weight)
-        found = {}
-        for name in names:
-            piece = self.parts[name].piece
-            if piece is None:
-                raise InternalError(f"{layer.name} is one of several layers in {name}, of type 16 bits")
-            found[name] = piece.arrange(octets)
-        return found
-
-    def encode_plain(self, source: str, value: Tensor) -> Mapping[str, Tensor]:
-        """Parts of a tensor that is stored as plain numbers: norms, biases, kept layers.
+    def encode(self, layer: str, source: str, q: QTensor) -> dict[str, Tensor]:
+        """Part name -> bytes of its rows, for a quantized matrix; none for one that the file lacks.
 
         Args:
-            source: its name in the source.
-            value: the whole tensor.
+            layer: name of the layer.
+            source: its tensor in the source.
+            q: its codes.
         """
+        parts = self.parts_of(source)
+        if not parts:
+            return {}
+        octets = pack_rows(q)
         found = {}
-        for name in self._of_source.get(source, ()):
-            part = self.parts[name]
+        for name, part in parts.items():
+            if part.piece is None:
+                raise InternalError(f"{layer} is one of several layers in {name}, of type 16 bits")
+            found[name] = part.piece.arrange(octets)
+        return found
+
+    def encode_plain(self, source: str, value: Tensor) -> dict[str, Tensor]:
+        """Part name -> what is stored of a tensor of the source that is kept as plain numbers."""
+        found = {}
+        for name, part in self.parts_of(source).items():
             if part.piece is None or part.type.name not in _PLAIN:
                 raise InternalError(f"{name} is not stored as plain numbers of one tensor")
             rows = part.tensor.prepare(part.piece, value)
             found[name] = rows.to(_PLAIN[part.type.name]).reshape(part.spec.shape).contiguous()
         return found
 
-    def config(
-        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
-    ) -> dict[str, Any] | None:
-        """None: the file describes itself."""
-        return None
+    def rows_of(self, part: Part, read: Callable[[str], Tensor]) -> Tensor:
+        """Numbers of a part before they are stored, from the source, a constant or the template."""
+        if part.piece is not None:
+            return part.tensor.prepare(part.piece, read(part.piece.source))
+        if part.tensor.values:
+            return torch.tensor(part.tensor.values, dtype=torch.float32, device="cpu")
+        if part.tensor.name not in self.model.given:
+            raise InternalError(f"{part.tensor.name} has no source")
+        given = self.model.given[part.tensor.name]
+        return given.reshape(-1, given.shape[-1])
 
-    def manifest(self, plan: Plan, layers: Sequence[Layer]) -> Manifest:
-        """Parts of the file; nothing is copied byte for byte."""
-        encoded = {
-            layer.name: tuple(self._of_source.get(layer.tensor, ()))
-            for layer in layers
-            if plan.scheme_of(layer.name) is not None
-        }
-        return Manifest({name: part.spec for name, part in self.parts.items()}, (), encoded)
-
-    def read_part(self, folder: Path, name: str) -> bytes:
-        """Bytes of a part as they lie on disk."""
+    def read_part(self, folder: Path, name: str) -> Tensor:
+        """Bytes of a part as they lie on disk, uint8."""
         part = self.parts[name]
         data = bytearray(math.prod(part.spec.shape) * part.spec.dtype.itemsize)
-        path = folder / self.file
+        path = folder / self.name
         with reading(path), path.open("rb") as file:
             read_at(file.fileno(), memoryview(data), part.begin)
-        return bytes(data)
+        return torch.frombuffer(data, dtype=torch.uint8)
 
     def histogram(self) -> dict[str, tuple[int, int, int]]:
         """Type name -> number of tensors, weights and bytes."""
@@ -169,9 +142,6 @@ class GgufExporter:
             new = tensor.rows * tensor.shape[-1]
             found[kind.name] = (count + 1, weights + new, size + kind.nbytes(tensor.shape))
         return found
-
-    def _parts_of(self, layer: Layer) -> list[Part]:
-        return [self.parts[name] for name in self._of_source.get(layer.tensor, ())]
 
     def _all_parts(self) -> Iterable[tuple[str, Part]]:
         for tensor in self.model.tensors:

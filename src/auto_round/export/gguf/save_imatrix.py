@@ -6,12 +6,11 @@ from pathlib import Path
 
 from auto_round.checkpoint.disk import writing
 from auto_round.config.options import Options
-from auto_round.errors import CheckpointError, ConfigError, InternalError
-from auto_round.export.gguf.exporter import GgufExporter
+from auto_round.errors import CheckpointError, ConfigError
+from auto_round.export.exporter import Inputs
 from auto_round.export.gguf.imatrix import Importances, read_imatrix, write_imatrix
+from auto_round.export.gguf.model import GgufModel
 from auto_round.log import logger
-from auto_round.pipeline.input_squares import load_inputs
-from auto_round.pipeline.job import Job
 
 
 def check_save_imatrix(options: Options, output: Path, *, calibrated: bool) -> None:
@@ -45,26 +44,24 @@ def check_save_imatrix(options: Options, output: Path, *, calibrated: bool) -> N
             ) from error
 
 
-def save_imatrix(job: Job, scratch: Path, folder: Path) -> None:
+def save_imatrix(options: Options, model: GgufModel, inputs: Inputs, output: Path, folder: Path) -> None:
     """Write the file that the user asked for, if any; it appears complete or not at all.
 
     Args:
-        job: the run.
-        scratch: where the run kept what it saw.
+        options: what the user asked for.
+        model: names of the file's tensors.
+        inputs: what flowed into the layers.
+        output: folder of the result.
         folder: folder that will become the output; a file inside the output is written there.
 
     Raises:
         ConfigError: disk full, no permission.
     """
-    if job.options.output.save_imatrix is None:
+    wanted = options.output.save_imatrix
+    if wanted is None:
         return
-    exporter = next((e for e in job.exporters.values() if isinstance(e, GgufExporter)), None)
-    if exporter is None:
-        raise InternalError("importances are asked for, but no output has names for them")
-    dataset = (job.options.calibration.dataset,)
-    found = Importances.of_sources(exporter.model, load_inputs(scratch), dataset)
-    path = Path(job.options.output.save_imatrix).expanduser().resolve()
-    output = job.output.expanduser().resolve()
+    found = Importances.of_sources(model, inputs, (options.calibration.dataset,))
+    path, output = Path(wanted).expanduser().resolve(), output.expanduser().resolve()
     place = folder / path.relative_to(output) if path.is_relative_to(output) else path
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)

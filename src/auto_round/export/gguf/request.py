@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from auto_round.config.groups import SchemeOptions
 from auto_round.config.options import Options
-from auto_round.errors import ConfigError
-from auto_round.export.table import BESIDE_GGUF
+from auto_round.errors import ConfigError, MissingError
 from auto_round.log import logger
 from auto_round.schemes.gguf_types import (
     FILE_TYPES,
@@ -25,44 +25,35 @@ _OF_BITS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
 """Type for rules that name nothing but bits."""
 
 
-@dataclass(frozen=True, slots=True)
-class GgufRequest:
-    """A run that writes a GGUF file.
-
-    Attributes:
-        wanted: the file type.
-        others: formats written beside it.
-        options: the user's, with scheme and layer rules of GGUF.
-    """
-
-    wanted: FileType
-    others: tuple[str, ...]
-    options: Options
-
-
-def gguf_request(options: Options) -> GgufRequest | None:
-    """The GGUF file that the options ask for, by format or by scheme; None when they ask for none.
+def settle(options: Options, beside: Collection[str]) -> Options:
+    """The options with scheme, formats and layer rules of the GGUF file that they ask for; else unchanged.
 
     The format names the mixture, and so does the scheme: whichever is given decides, both must agree. A
     scheme of packed formats has no effect beside a GGUF format, and a warning says so.
 
+    Args:
+        options: what the user asked for.
+        beside: formats that take any plan.
+
     Raises:
         ConfigError: an unknown type, two mixtures, another format that needs a plan of its own, a scheme
-            whose numbers no type holds, or single fields that contradict a GGUF scheme.
+            whose numbers no type holds, single fields that contradict a GGUF scheme, or options of GGUF files
+            without one.
+        MissingError: a file that the options name is not there.
     """
     formats = options.output.formats
     asked = [name for name in formats if name == "gguf" or name.startswith(FORMAT_PREFIX)]
     scheme = options.scheme.scheme
     by_scheme = isinstance(scheme, str) and scheme.strip().upper().startswith(SCHEME_PREFIX)
     if not asked and not (by_scheme and formats == ("auto_round",)):
-        _refuse_gguf_options(options, by_scheme=by_scheme)
-        return None
+        _refuse_gguf_options(options, beside, by_scheme=by_scheme)
+        return options
     others = tuple(name for name in formats if name not in asked and asked)
-    refused = [name for name in others if name not in BESIDE_GGUF]
+    refused = [name for name in others if name not in beside]
     if refused or len(asked) > 1:
         raise ConfigError(
             f'format "{",".join(formats)}": a GGUF file has a plan of its own, so it is written alone (or '
-            f"with {', '.join(BESIDE_GGUF)}); run once for each format"
+            f"with {', '.join(beside)}); run once for each format"
         )
     wanted = _wanted(asked, str(scheme) if by_scheme else None)
     plain = TYPES[wanted.base].preset is None
@@ -83,12 +74,20 @@ def gguf_request(options: Options) -> GgufRequest | None:
     tune = options.tune
     if plain:
         tune = replace(tune, iters=0, disable_opt_rtn=True, enable_alg_ext=False)
-    return GgufRequest(wanted, others, replace(options, scheme=changed, output=output, tune=tune))
+    _refuse_absent(options)
+    return replace(options, scheme=changed, output=output, tune=tune)
 
 
-def _refuse_gguf_options(options: Options, *, by_scheme: bool) -> None:
+def _refuse_absent(options: Options) -> None:
+    files = {"imatrix": options.calibration.imatrix, "gguf_template": options.output.gguf_template}
+    for name, value in files.items():
+        if value is not None and not Path(value).expanduser().is_file():
+            raise MissingError(f"{name} {value}: no such file; relative paths begin at {Path.cwd()}")
+
+
+def _refuse_gguf_options(options: Options, beside: Collection[str], *, by_scheme: bool) -> None:
     """Refuse options that mean something for GGUF files only."""
-    others = [name for name in options.output.formats if name not in BESIDE_GGUF]
+    others = [name for name in options.output.formats if name not in beside]
     if by_scheme and others:
         raise ConfigError(
             f"scheme {options.scheme.scheme} belongs to GGUF files: leave out the format {', '.join(others)}"

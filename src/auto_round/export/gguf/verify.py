@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import CheckpointError
-from auto_round.evaluate.logits import Comparison
-from auto_round.export.gguf.exporter import GgufExporter
+from auto_round.export.gguf.file import GgufFile
 from auto_round.export.gguf.library import gguf
 from auto_round.export.gguf.tensors import GgufTensor
-from auto_round.pipeline.job import Job
-from auto_round.pipeline.measure import Measured
+from auto_round.export.verification import Finished
 
 ROWS = 64
 """Rows of each tensor that are read back."""
@@ -43,7 +41,7 @@ TOKENS = 128
 """Tokens that llama.cpp is asked about."""
 
 
-def verify_gguf(job: Job, exporter: GgufExporter, folder: Path, measured: Measured | None) -> dict[str, Any]:
+def verify_gguf(file: GgufFile, folder: Path, run: Finished) -> dict[str, Any]:
     """Read a file back and compare it with the source; what was found.
 
     The `gguf` package reads every tensor's name, shape and type, and dequantizes some rows of each. Where
@@ -52,18 +50,19 @@ def verify_gguf(job: Job, exporter: GgufExporter, folder: Path, measured: Measur
     Raises:
         CheckpointError: a tensor is not what it should be.
     """
-    found: dict[str, Any] = {"file": exporter.file, "reader": "gguf", **_tensors(job, exporter, folder)}
-    if measured is not None and job.rows is not None and importlib.util.find_spec("llama_cpp") is not None:
-        found |= {"reader": "llama.cpp", **_predictions(job, folder / exporter.file, measured)}
+    found: dict[str, Any] = {"file": file.name, "reader": "gguf", **_tensors(file, folder, run)}
+    ids = run.held_out(TOKENS)
+    if ids is not None and importlib.util.find_spec("llama_cpp") is not None:
+        found |= {"reader": "llama.cpp", **run.compare(ids, _predictions(folder / file.name, ids))}
     return found
 
 
-def _tensors(job: Job, exporter: GgufExporter, folder: Path) -> dict[str, Any]:
-    path = folder / exporter.file
+def _tensors(file: GgufFile, folder: Path, run: Finished) -> dict[str, Any]:
+    path = folder / file.name
     read = {tensor.name: tensor for tensor in gguf().GGUFReader(path).tensors}
     worst, where = 0.0, ""
-    for wanted in exporter.model.tensors:
-        kind = exporter.types[wanted.name]
+    for wanted in file.model.tensors:
+        kind = file.types[wanted.name]
         there = read.get(wanted.name)
         if there is None:
             raise CheckpointError(f"{path}: tensor {wanted.name} is not in it")
@@ -73,7 +72,7 @@ def _tensors(job: Job, exporter: GgufExporter, folder: Path) -> dict[str, Any]:
                 f"{path}: tensor {wanted.name} is {there.tensor_type.name} {list(shape)}, expected "
                 f"{kind.upper()} {list(wanted.shape)}"
             )
-        error = _error(job, exporter, wanted, there)
+        error = _error(run, file, wanted, there)
         if not error <= LARGEST_ERROR[kind]:
             raise CheckpointError(
                 f"{path}: tensor {wanted.name} ({kind.upper()}) differs from its source by {error:.2g} of "
@@ -85,13 +84,13 @@ def _tensors(job: Job, exporter: GgufExporter, folder: Path) -> dict[str, Any]:
     return {"tensors": len(read), "largest_error": where}
 
 
-def _error(job: Job, exporter: GgufExporter, wanted: GgufTensor, there: Any) -> float:
+def _error(run: Finished, file: GgufFile, wanted: GgufTensor, there: Any) -> float:
     """Error of the first rows of the first piece, as a share of their size."""
-    retrained = exporter.types[wanted.name] == "f32" and job.tune.tune_norm_bias
+    retrained = file.types[wanted.name] == "f32" and run.norms_tuned
     if not wanted.pieces or retrained:
         return 0.0
     piece = wanted.pieces[0]
-    source = wanted.prepare(piece, job.source.read_tensor(piece.source)).float()
+    source = wanted.prepare(piece, run.source.read_tensor(piece.source)).float()
     source = source.reshape(-1, wanted.shape[-1])[:ROWS]
     data = there.data.reshape(-1, there.data.shape[-1])[piece.start : piece.start + len(source)]
     numbers = gguf().quants.dequantize(data, there.tensor_type)
@@ -102,32 +101,16 @@ def _error(job: Job, exporter: GgufExporter, wanted: GgufTensor, there: Any) -> 
     return float((stored - source).square().mean().sqrt() / size)
 
 
-def _predictions(job: Job, path: Path, measured: Measured) -> dict[str, Any]:
-    """What llama.cpp predicts for the beginning of a held-out row, against the tuned model.
+def _predictions(path: Path, ids: Tensor) -> Tensor:
+    """What llama.cpp predicts after each token but the last, `[tokens - 1, vocabulary]` float32.
 
-    llama.cpp rounds activations to 8 bits and reads the rounded embedding, so the two are not equal: the
-    figures are for people.
+    llama.cpp rounds activations to 8 bits and reads the rounded embedding, so it does not predict exactly
+    what the tuned model does: the figures are for people.
     """
     import llama_cpp
     import numpy as np
 
-    rows = () if job.rows is None else job.rows.rows[job.tuned :]
-    ids = rows[0].input_ids[:TOKENS].tolist()
-    model = llama_cpp.Llama(str(path), n_ctx=len(ids), n_batch=len(ids), logits_all=True, verbose=False)
-    model.eval(ids)
-    theirs = torch.from_numpy(np.array(model.scores[: len(ids) - 1], dtype=np.float32))
-    ours = _ours(job, measured, len(ids) - 1)
-    comparison = Comparison()
-    comparison.add(ours.cpu().float(), theirs, torch.tensor(ids[1:], dtype=torch.int64, device="cpu"), None)
-    return {
-        "kl": comparison.kl,
-        "perplexity": comparison.perplexity,
-        "perplexity_tuned": comparison.perplexity_reference,
-        "same_top_token": comparison.agreement,
-    }
-
-
-def _ours(job: Job, measured: Measured, length: int) -> Tensor:
-    with job.source.stem(job.device, job.dtype) as stem:
-        hidden = measured.final_hidden[:1, :length].to(job.device)
-        return stem.finish(hidden, measured.head)[0]
+    tokens = ids.tolist()
+    model = llama_cpp.Llama(str(path), n_ctx=len(tokens), n_batch=len(tokens), logits_all=True, verbose=False)
+    model.eval(tokens)
+    return torch.from_numpy(np.array(model.scores[: len(tokens) - 1], dtype=np.float32))

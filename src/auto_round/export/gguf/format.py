@@ -1,0 +1,221 @@
+"""The formats `gguf:q4_k_m` and so on: one file for llama.cpp, with a mixture of types for its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from auto_round.checkpoint.writer import Shard
+from auto_round.config.options import Options
+from auto_round.errors import InternalError, Refusal
+from auto_round.export.exporter import Exporter, Inputs, Rest
+from auto_round.export.gguf.file import GgufFile, pack_rows
+from auto_round.export.gguf.imatrix import read_imatrix
+from auto_round.export.gguf.model import describe, model_name
+from auto_round.export.gguf.plan import plan_gguf
+from auto_round.export.gguf.request import settle
+from auto_round.export.gguf.save_imatrix import check_save_imatrix, save_imatrix
+from auto_round.export.gguf.template import from_template, with_name
+from auto_round.export.gguf.verify import verify_gguf
+from auto_round.export.manifest import Manifest
+from auto_round.export.planning import Planned, Planner
+from auto_round.export.verification import Finished
+from auto_round.facts.layer import Layer
+from auto_round.facts.tensor import TensorSpec
+from auto_round.layouts.gguf import GGUF_BLOCKS
+from auto_round.log import logger
+from auto_round.models.source import ModelSource
+from auto_round.numerics.format import Format
+from auto_round.numerics.presets import GGUF_FORMATS
+from auto_round.numerics.qtensor import QTensor, QuantizedLayer
+from auto_round.schemes.gguf_types import FILE_TYPES, FORMAT_PREFIX, TYPES, FileType, file_type
+from auto_round.schemes.plan import Plan
+from auto_round.schemes.request import plan_request
+from auto_round.tuning.settings import tune_settings
+
+EMBEDDING = "token_embd.weight"
+"""Name of the token embedding in every architecture. Source: `TENSOR_NAMES` of the `gguf` package."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFormat(Exporter):
+    """A GGUF file of one type.
+
+    Attributes:
+        made: the file with the types of all its tensors; None until it is planned.
+    """
+
+    made: GgufFile | None = None
+
+    noun: ClassVar[str] = "a GGUF file"
+    library: ClassVar[str] = "gguf"
+    libraries: ClassVar[tuple[str, ...]] = ("gguf",)
+    idle: ClassVar[Mapping[str, str]] = {
+        "max_shard_size": "a GGUF model is one file",
+        "quant_lm_head": "the GGUF type gives the output head its own type",
+        "model_dtype": "the GGUF type gives every tensor its own type",
+    }
+
+    @property
+    def kind(self) -> FileType:
+        """The mixture."""
+        return file_type(self.name)
+
+    @classmethod
+    def claims(cls, name: str) -> bool:
+        """Names such as `gguf:q4_k_m` and `GGUF:Q4_K_M`."""
+        return name.strip().casefold().startswith(FORMAT_PREFIX)
+
+    @classmethod
+    def settle(cls, options: Options, beside: Collection[str]) -> Options:
+        """Scheme and layer rules in GGUF's words, see `request.settle`."""
+        return settle(options, beside)
+
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """The one scheme of the type."""
+        return (self.kind.preset if TYPES[self.kind.base].preset is not None else "BF16",)
+
+    def needs_tokenizer(self, options: Options) -> bool:
+        """The file holds the vocabulary, unless a template gives it."""
+        return options.output.gguf_template is None
+
+    def check(self, options: Options, output: Path, *, calibrated: bool) -> None:
+        """Refuse a file of importances that cannot be written, see `save_imatrix`."""
+        check_save_imatrix(options, output, calibrated=calibrated)
+
+    @property
+    def planner(self) -> Planner:
+        """The mixture decides on the type of each tensor."""
+        return self._plan
+
+    def _plan(
+        self, source: ModelSource, tokenizer: Any, options: Options, asked: Sequence[Exporter]
+    ) -> Planned:
+        """See `Planner`.
+
+        Raises:
+            UnsupportedError: llama.cpp has no words for the model or its tokenizer.
+            ConfigError: a rule that cannot hold in a GGUF file, or the `gguf` package is missing.
+            CheckpointError: a template or importances of another model.
+        """
+        name = model_name(source.folder, options.model.model, source.config)
+        template = options.output.gguf_template
+        if template is None:
+            model = describe(source, tokenizer, name)
+        else:
+            model = with_name(from_template(Path(template), source), name)
+        steered = tune_settings(options.tune, TYPES[self.kind.base].bits).needs_rows
+        plan, types = plan_gguf(source, model, self.kind, plan_request(options.scheme), imatrix=steered)
+        for warning in plan.warnings:
+            logger.warning(warning)
+        file = GgufFile(self.kind, f"{name}-{self.kind.name.upper()}.gguf", model, types)
+        exporters: dict[str, Exporter] = {self.name: replace(self, made=file)}
+        exporters |= {e.name: e.for_plan(plan, source.layers) for e in asked if e.name != self.name}
+        path = options.calibration.imatrix
+        importance = {} if path is None else read_imatrix(Path(path)).for_sources(model)
+        return Planned(plan, exporters, importance)
+
+    def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
+        """Layers whose planned format is not the type of their tensor: none, when the plan is this file's."""
+        return [
+            Refusal(self.name, f"{layer.name} is planned as {fmt.name}, its tensor is {part.type.name}")
+            for layer in layers
+            if (fmt := plan.format_of(layer.name)) is not None
+            for part in self._file.parts_of(layer.tensor).values()
+            if fmt != GGUF_FORMATS.get(part.type.name)
+        ]
+
+    def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
+        """Part name -> bytes of its rows."""
+        return {name: part.spec for name, part in self._file.parts_of(layer.tensor).items()}
+
+    def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
+        """The parts of `spec`; none for a head that the file stores as the embedding, under another name."""
+        return self._file.encode(layer.name, layer.tensor, q.weight)
+
+    def manifest(self, plan: Plan, layers: Sequence[Layer], tensors: Mapping[str, TensorSpec]) -> Manifest:
+        """Parts of the file; nothing is copied byte for byte."""
+        encoded = {
+            layer.name: tuple(self._file.parts_of(layer.tensor))
+            for layer in layers
+            if plan.scheme_of(layer.name) is not None
+        }
+        return Manifest({name: part.spec for name, part in self._file.parts.items()}, (), encoded)
+
+    def encode_plain(self, source: str, value: Tensor) -> Mapping[str, Tensor]:
+        """Parts of a tensor that is stored as plain numbers: norms, biases, kept layers."""
+        return self._file.encode_plain(source, value)
+
+    def rest(self, name: str, read: Callable[[str], Tensor]) -> Rest:
+        """Embeddings, norms, biases, constants."""
+        part = self._file.parts[name]
+        rows, fmt = self._file.rows_of(part, read), GGUF_FORMATS.get(part.type.name)
+        return Rest(rows, fmt) if fmt else Rest(rows.reshape(part.spec.shape).to(part.spec.dtype))
+
+    def encode_rest(self, q: QTensor) -> Tensor:
+        """Bytes of rows."""
+        return pack_rows(q)
+
+    @property
+    def embedding(self) -> tuple[str, str] | None:
+        """The token embedding, where its type rounds it and its rows keep their order."""
+        part = self._file.parts.get(EMBEDDING)
+        if part is None or part.type.name not in GGUF_FORMATS or part.piece is None:
+            return None
+        return (EMBEDDING, part.piece.source) if part.piece.order is None else None
+
+    def decode_rest(self, name: str, stored: Tensor) -> Tensor:
+        """Weights of a rounded tensor, from its bytes."""
+        part = self._file.parts[name]
+        fmt = GGUF_FORMATS[part.type.name]
+        octets = stored.reshape(part.spec.shape)
+        return fmt.dequantize(GGUF_BLOCKS[fmt.name].unpack({"weight": octets}, fmt, part.tensor.shape))
+
+    def save_inputs(self, options: Options, inputs: Inputs, output: Path, folder: Path) -> None:
+        """Write the importances where the user wants them, in llama.cpp's format."""
+        save_imatrix(options, self._file.model, inputs, output, folder)
+
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return self._file.name
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The file with the place of each part."""
+        return (self._file.shard,)
+
+    @property
+    def command(self) -> str:
+        """llama.cpp's own program."""
+        return f"llama-cli -m {self.file}"
+
+    def histogram(self) -> Mapping[str, tuple[int, int, int]]:
+        """Types of all tensors."""
+        return self._file.histogram()
+
+    @contextmanager
+    def reading(self, folder: Path) -> Iterator[Callable[[str], Tensor]]:
+        """Parts by name, as bytes."""
+        yield partial(self._file.read_part, folder)
+
+    def verify(self, folder: Path, run: Finished) -> dict[str, Any]:
+        """Read the file with the `gguf` package, and with llama.cpp where it is installed."""
+        return verify_gguf(self._file, folder, run)
+
+    @property
+    def _file(self) -> GgufFile:
+        if self.made is None:
+            raise InternalError(f"{self.name} is not planned yet")
+        return self.made
+
+
+EVERY_TYPE = tuple(GgufFormat(FORMAT_PREFIX + name) for name in FILE_TYPES)
+"""One format for each type of file."""

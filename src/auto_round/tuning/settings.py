@@ -1,0 +1,37 @@
+"""From the user's options to the settings of the tuning loop."""
+
+from __future__ import annotations
+
+from auto_round.config.groups import TuneOptions
+from auto_round.tuning.config import Optimizer, TuneConfig
+
+PLAIN_FROM_BITS = 8
+"""From this width on, `iters=0` rounds plainly unless asked: a search gains nothing that can be measured."""
+
+
+def tune_settings(tune: TuneOptions, bits: int) -> TuneConfig:
+    """Settings of the tuning loop.
+
+    Args:
+        tune: what the user asked for.
+        bits: fewest bits of any quantized layer; the default step size depends on them.
+    """
+    asked = tune.disable_opt_rtn
+    plain = tune.iters == 0 and (bits >= PLAIN_FROM_BITS if asked is None else asked)
+    adam = tune.enable_adam
+    rate = tune.lr if adam or not tune.iters else tune.learning_rate(bits)
+    return TuneConfig(
+        iters=tune.iters,
+        batch_size=tune.batch_size,
+        accumulate=tune.gradient_accumulate_steps,
+        optimizer=Optimizer.ADAM if adam else Optimizer.SIGN,
+        lr=rate,
+        range_lr=tune.minmax_lr,
+        schedule=tune.lr_scheduler,
+        momentum=tune.momentum,
+        search=not plain,
+        tune_range=tune.enable_minmax_tuning,
+        tune_norm_bias=tune.enable_norm_bias_tuning,
+        keep_best=not tune.not_use_best_mse,
+        patience=max(0, tune.dynamic_max_gap),
+    )

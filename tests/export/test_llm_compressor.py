@@ -13,6 +13,7 @@ from auto_round.export.compressed_config import loader_notes, quantization_confi
 from auto_round.export.formats.llm_compressor import LLMCompressorFormat
 from auto_round.export.table import EXPORTERS, plans_alone, refusals, scale_dtype
 from auto_round.facts.layer import Layer, Role
+from auto_round.facts.loading import Loading
 from auto_round.numerics.presets import int_format
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan
@@ -67,6 +68,36 @@ def test_several_schemes(other):
 @pytest.mark.parametrize("experts", [scheme_of(4, 32), scheme_of(8, 32), None], ids=str)
 def test_experts(experts):
     check_exporter(EXPORTER, expert_case(scheme_of(8, 32), experts=experts))
+
+
+def test_the_numbers_of_experts_come_first():
+    """Transformers unpacks experts by the first group."""
+    case = expert_case(scheme_of(8, 32), experts=scheme_of(4, 32))
+    groups = EXPORTER.config(case.plan, case.layers, case.blocks)["config_groups"]
+    assert [group["weights"]["num_bits"] for group in groups.values()] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("loading", "changes", "reasons"),
+    [
+        (Loading(), {}, []),
+        (Loading((("a.weight", "b.weight"),)), {}, []),
+        (Loading((("a.weight", "b.weight"),)), {"b": None}, ["packed ones only: b (quantize them too"]),
+        (Loading((("a.weight",), ("conv.weight",))), {}, ["packed ones only: conv (use the format"]),
+        (Loading((("a.weight",), ("b.weight",))), {"b": scheme_of(8, 32)}, ["by one scheme (give them one"]),
+        (Loading((("a.weight",),)), {"b": scheme_of(8, 32)}, []),
+        (Loading((), {"compressed-tensors": ("x.y",), "gptq": ("z",)}), {}, ["other names: x.y (use the"]),
+        (Loading((), {"bitsandbytes": ("x.y",)}), {}, []),
+    ],
+)
+def test_what_transformers_cannot_load(loading, changes, reasons):
+    layers = matrices("ab")
+    schemes = {"a": scheme_of(4, 32), "b": scheme_of(4, 32), **changes}
+    plan = Plan(scheme_of(4, 32), {name: PlanEntry(scheme, "") for name, scheme in schemes.items()})
+    found = refusals(EXPORTER, plan, layers, loading)
+    assert len(found) == len(reasons)
+    assert all(reason in str(refusal) for reason, refusal in zip(reasons, found, strict=True))
+    assert not refusals(EXPORTERS["auto_round"], plan, layers, loading)
 
 
 def test_the_configuration_of_w8a8():

@@ -2,6 +2,7 @@
 
 A config group holds the numbers of its layers and `targets`: exact names first, then expressions (`re:`,
 found at the beginning of a name), then names of classes. `ignore` beats all of them and is written alike.
+Transformers takes the numbers of experts from the first group, so theirs comes first.
 vLLM asks about the parts of a matrix that it fuses (q/k/v, gate/up) by their own names; it wants one answer.
 
 Source: compressed-tensors 0.20 `quantization/quant_config.py`, `quant_args.py`, `utils/match.py`; vLLM
@@ -53,7 +54,7 @@ def quantization_config(plan: Plan, layers: Sequence[Layer]) -> dict[str, Any] |
     """
     members: dict[tuple[object, ...], list[Layer]] = {}
     described: dict[tuple[object, ...], dict[str, Any]] = {}
-    for layer in layers:
+    for layer in sorted(layers, key=lambda layer: not is_joined(layer)):
         scheme = plan.entries[layer.name].scheme
         if scheme is not None:
             key = group_of(scheme)
@@ -80,6 +81,11 @@ def quantization_config(plan: Plan, layers: Sequence[Layer]) -> dict[str, Any] |
     if _unpacked_on_loading(list(groups.values())):
         config["dequantize"] = True
     return config
+
+
+def is_joined(layer: Layer) -> bool:
+    """Whether Transformers makes one weight of a layer and others, as it does of experts."""
+    return layer.expert is not None or layer.rows is not None or layer.role is Role.EXPERT
 
 
 def _unpacked_on_loading(groups: Sequence[Mapping[str, Any]]) -> bool:

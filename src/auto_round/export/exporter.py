@@ -20,6 +20,7 @@ from auto_round.export.manifest import Manifest, make_manifest
 from auto_round.export.planning import Planner
 from auto_round.export.verification import Finished
 from auto_round.facts.layer import Block, Layer
+from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
@@ -130,7 +131,7 @@ class Exporter(ABC):
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> Exporter:
         """The exporter to use for this plan: where a format has variants, the one that fits.
 
-        Everything below but `refusals`, `warnings` and `kept` is asked of the result.
+        Everything below but `refusals`, `unloadable`, `warnings` and `kept` is asked of the result.
         """
         return self
 
@@ -140,6 +141,10 @@ class Exporter(ABC):
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
         """What some readers cannot do with a plan that can be written, one sentence each, for people."""
+        return []
+
+    def unloadable(self, plan: Plan, layers: Sequence[Layer], loading: Loading) -> list[Refusal]:
+        """Why Transformers would not load what is written for this plan, or not as it is meant."""
         return []
 
     def kept(self, layer: Layer) -> str:

@@ -17,6 +17,7 @@ from auto_round.export.formats.gptq import GPTQFormat
 from auto_round.export.formats.llm_compressor import LLMCompressorFormat
 from auto_round.export.gguf.format import EVERY_TYPE
 from auto_round.facts.layer import Layer, Role
+from auto_round.facts.loading import Loading
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.make import KEPT_ROLES
 from auto_round.schemes.plan import Plan
@@ -106,9 +107,20 @@ def parse_formats(text: str) -> list[Exporter]:
     return [EXPORTERS[name] for name in dict.fromkeys(names)]
 
 
-def refusals(exporter: Exporter, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
-    """Why a plan cannot be written in a format: activations that it cannot describe, and its own reasons."""
+def refusals(
+    exporter: Exporter, plan: Plan, layers: Sequence[Layer], loading: Loading | None = None
+) -> list[Refusal]:
+    """Why a plan cannot be written in a format: activations that it cannot describe, and its own reasons.
+
+    Args:
+        exporter: the format.
+        plan: what becomes of each layer.
+        layers: the layers of the plan.
+        loading: how Transformers loads the model; None where there is none to ask.
+    """
     found = exporter.refusals(plan, layers)
+    if loading is not None:
+        found += exporter.unloadable(plan, layers, loading)
     if exporter.holds_activations:
         return found
     quantized = [

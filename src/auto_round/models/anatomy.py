@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -168,22 +169,22 @@ class _Dissection:
         )
 
     def _disk_prefix(self, path: str) -> str:
-        """Common beginning of a block's names on disk, up to the block's number."""
-        recipes = (r for target, r in self._names.by_target.items() if target.startswith(f"{path}."))
-        parts = [piece.name.split(".") for recipe in recipes for piece in recipe.pieces]
-        if not parts:
-            return path
-        common: list[str] = []
-        for column in zip(*parts, strict=False):
-            if len(set(column)) > 1:
-                break
-            common.append(column[0])
+        """Beginning of most of a block's names on disk, up to the block's number.
+
+        Some may lie elsewhere, as queries of all blocks that are kept side by side.
+        """
         number = path.rpartition(".")[2]
-        if number in common:
-            common = common[: len(common) - common[::-1].index(number)]
-        return ".".join(common)
+        recipes = (r for target, r in self._names.by_target.items() if target.startswith(f"{path}."))
+        places = Counter(place for r in recipes for p in r.pieces for place in _up_to(number, p.name))
+        return max(places, key=lambda place: (places[place], len(place)), default=path)
 
     def _refuse(self, parameter: str, reason: str) -> None:
         recipe = self._names.by_target.get(parameter)
         who = parameter if recipe is None else recipe.pieces[0].name
         self._refusals.append(Refusal(who, reason, "kept at 16 bits"))
+
+
+def _up_to(number: str, name: str) -> Iterator[str]:
+    """Beginnings of a name that end with a number as a component."""
+    parts = name.split(".")
+    yield from (".".join(parts[: i + 1]) for i, part in enumerate(parts) if part == number)

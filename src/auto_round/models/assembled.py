@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
 from auto_round.facts.layer import Block, Layer
+from auto_round.facts.loading import Loading
 from auto_round.facts.model import ModelFacts
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
 from auto_round.models.facts import model_facts
+from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.names import NameMap, Recipe
 from auto_round.models.roles import find_decoder, find_head, find_towers
@@ -114,6 +116,11 @@ class AssembledSource(ABC):
     def unsupported(self) -> tuple[Refusal, ...]:
         """See `ModelSource`."""
         return self._parts.anatomy.unsupported
+
+    @property
+    def loading(self) -> Loading:
+        """See `ModelSource`."""
+        return loading_of(self._parts.model, self._parts.names)
 
     def read(self, layer: Layer) -> Tensor:
         """Weight of a layer, `[out, in]`."""

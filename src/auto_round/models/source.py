@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import Refusal
 from auto_round.facts.layer import Block, Layer
+from auto_round.facts.loading import Loading
 from auto_round.facts.model import ModelFacts
 from auto_round.facts.tensor import TensorSpec
 
@@ -130,6 +131,11 @@ class ModelSource(Protocol):
     @property
     def unsupported(self) -> tuple[Refusal, ...]:
         """Matrices that are kept at 16 bits because they cannot be addressed one by one, and why."""
+        ...
+
+    @property
+    def loading(self) -> Loading:
+        """What Transformers does with the tensors while it loads the model."""
         ...
 
     @property

@@ -26,8 +26,10 @@ from auto_round.export.manifest import Manifest
 from auto_round.export.table import parse_formats, refusals
 from auto_round.export.unplanned import with_unplanned
 from auto_round.facts.layer import Layer
+from auto_round.facts.loading import Loading
 from auto_round.log import logger
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
+from auto_round.pipeline.convert_modules import with_modules
 from auto_round.pipeline.convert_source import Stored, open_stored, with_steps
 from auto_round.pipeline.default_device import plain_device
 from auto_round.pipeline.reload import check_loads
@@ -86,8 +88,8 @@ def convert_folder(
     source = Path(folder).expanduser()
     target = Path(output) if output is not None else source.resolve().with_name(_new_name(source, exporter))
     with Checkpoint.open(source) as checkpoint:
-        stored = open_stored(source, checkpoint)
-        exporter, plan = _fitting(exporter, stored)
+        stored, loading = with_modules(open_stored(source, checkpoint))
+        exporter, plan = _fitting(exporter, stored, loading)
         manifest = exporter.manifest(plan, stored.layers, stored.tensors)
         _refuse_unpacked(exporter, manifest)
         asked = _asked(checkpoint, stored, exporter)
@@ -136,7 +138,7 @@ def _new_name(source: Path, exporter: Exporter) -> str:
     return f"{source.resolve().name}-{exporter.name.replace(':', '-')}"
 
 
-def _fitting(exporter: Exporter, stored: Stored) -> tuple[Exporter, Plan]:
+def _fitting(exporter: Exporter, stored: Stored, loading: Loading | None) -> tuple[Exporter, Plan]:
     """The exporter for what is stored, and the plan that it takes.
 
     Steps are tried as they are stored, then as float16, which some formats insist on and which is exact for
@@ -148,7 +150,7 @@ def _fitting(exporter: Exporter, stored: Stored) -> tuple[Exporter, Plan]:
     found: list[Refusal] = []
     for plan in (stored.plan, with_steps(stored.plan, "float16")):
         fitting = exporter.for_plan(plan, stored.layers)
-        refused = refusals(fitting, plan, stored.layers)
+        refused = refusals(fitting, plan, stored.layers, loading)
         if not refused:
             return fitting, plan
         found = found or refused

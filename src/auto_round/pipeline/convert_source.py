@@ -34,6 +34,8 @@ from auto_round.schemes.scheme import QuantizationScheme
 _BLOCK = re.compile(r"(.+?\.(\d+))\.(.+)")
 _MIDDLES = torch.tensor(-0x77777778, dtype=torch.int32, device="cpu")
 """A word of eight zero points of 8: 0x88888888."""
+_HEADS = frozenset({"lm_head", "embed_out"})
+"""Last component of the output head's name; the second is GPT-NeoX's."""
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -205,7 +207,7 @@ def _layers(matrices: Sequence[Matrix], dtype: torch.dtype) -> tuple[Layer, ...]
 
 
 def _is_head(matrix: Matrix) -> bool:
-    return matrix.name.rpartition(".")[2] == "lm_head"
+    return matrix.name.rpartition(".")[2] in _HEADS
 
 
 def _prefixes(matrices: Sequence[Matrix]) -> list[str]:

@@ -57,7 +57,7 @@ def _plan(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> P
 
 
 def _refused(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> list[Refusal]:
-    return [r for e in asked for r in refusals(e, plan, source.layers)]
+    return [r for e in asked for r in refusals(e, plan, source.layers, source.loading)]
 
 
 def _objections(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> int:

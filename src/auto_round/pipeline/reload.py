@@ -75,7 +75,7 @@ class Reader:
                 folder, trust_remote_code=self.trust, output_loading_info=True, **settings
             )
         missing = sorted(found["missing_keys"])
-        if missing and self.method not in _PACKAGES:
+        if missing:
             raise CheckpointError(
                 f"{folder}: {len(missing)} weights of the model are not found in it: "
                 f"{', '.join(missing[:_SHOWN])}. {_REPORT}"

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from auto_round.errors import InternalError, Refusal
 from auto_round.export.compressed_config import group_of, layout_of, loader_notes, quantization_config
+from auto_round.export.compressed_loading import unloadable
 from auto_round.export.exporter import Exporter, Facts
 from auto_round.export.packed import gather_refusals, prefixed, refuse_transposed
 from auto_round.facts.layer import Block, Layer
+from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
 from auto_round.layouts.integers import is_symmetric, step_dtype
@@ -67,6 +69,10 @@ class LLMCompressorFormat(Exporter):
             return exact._refusal(layer, fmt, mixed=mixed)
 
         return gather_refusals(plan, layers, refuse)
+
+    def unloadable(self, plan: Plan, layers: Sequence[Layer], loading: Loading) -> list[Refusal]:
+        """What Transformers cannot load of the folder, where anything is packed."""
+        return unloadable(self.name, plan, layers, loading) if plan.quantized else []
 
     def kept(self, layer: Layer) -> str:
         """Layers whose weight other code asks for: compressed-tensors gives them none until they have run."""

@@ -1,0 +1,54 @@
+"""What Transformers cannot load of a compressed-tensors folder, though the folder is as it should be.
+
+Tensors that it converts (experts that are stacked, convolutions put side by side, matrices that are split) it
+unpacks first, all of a model by the numbers of one config group, and passes nothing on that is not packed.
+Some modules it replaces by others whose tensors have other names.
+
+Source: Transformers 5.24 `integrations/compressed_tensors.py`, `quantizers/base.py`; 5.17 does so with
+experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from auto_round.errors import Refusal
+from auto_round.export.compressed_config import group_of
+from auto_round.facts.layer import Layer
+from auto_round.facts.loading import Loading
+from auto_round.schemes.condense import some
+from auto_round.schemes.plan import Plan
+
+METHOD = "compressed-tensors"
+_ELSE = "use the format auto_round"
+
+
+def unloadable(who: str, plan: Plan, layers: Sequence[Layer], loading: Loading) -> list[Refusal]:
+    """Why Transformers would not load the folder of a plan, or not as it is meant.
+
+    Args:
+        who: name of the output format.
+        plan: what becomes of each layer; something is quantized.
+        layers: the layers of the plan.
+        loading: how Transformers loads the model.
+    """
+    rebuilt = loading.rebuilt.get(METHOD, ())
+    if rebuilt:
+        reason = "Transformers puts other modules in their place, whose tensors have other names"
+        return [Refusal(who, f"{reason}: {_layers(rebuilt)}", _ELSE)]
+    schemes = {layer.tensor: plan.scheme_of(layer.name) for layer in layers}
+    found = []
+    dropped = [t for tensors in loading.converted for t in tensors if schemes.get(t) is None]
+    if dropped:
+        reason = "Transformers converts these while it loads them, which it does with packed ones only"
+        remedy = f"quantize them too, or {_ELSE}" if all(t in schemes for t in dropped) else _ELSE
+        found.append(Refusal(who, f"{reason}: {_layers(dropped)}", remedy))
+    converted = {s for tensors in loading.converted for t in tensors if (s := schemes.get(t)) is not None}
+    if len({group_of(scheme) for scheme in converted}) > 1:
+        reason = "Transformers unpacks all matrices that it converts, as those of experts, by one scheme"
+        found.append(Refusal(who, reason, f"give them one, or {_ELSE}"))
+    return found
+
+
+def _layers(tensors: Sequence[str]) -> str:
+    return some(sorted({name.removesuffix(".weight") for name in tensors}))

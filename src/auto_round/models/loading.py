@@ -1,0 +1,55 @@
+"""Asks Transformers what it does with a model's tensors while it loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from auto_round.facts.loading import Loading
+from auto_round.models.names import NameMap
+
+_WEIGHT = ".weight"
+
+
+def loading_of(model: Any, names: NameMap) -> Loading:
+    """Ask Transformers' conversions and its table of replaced modules.
+
+    Args:
+        model: the model, weights on any device.
+        names: its tensors' recipes.
+    """
+    converted = tuple(
+        tuple(piece.name for piece in recipe.pieces)
+        for recipe in names.recipes
+        if recipe.converter is not None and all(p.endswith(_WEIGHT) for p in _patterns(recipe.converter))
+    )
+    return Loading(converted, _rebuilt(model, names))
+
+
+def _patterns(converter: Any) -> list[str]:
+    """Patterns of a converter's sources as Transformers' quantizers look at them.
+
+    Source: `HfQuantizer.update_weight_conversions` of Transformers 5.24.
+    """
+    return list(getattr(converter, "_original_source_patterns", converter.source_patterns))
+
+
+def _rebuilt(model: Any, names: NameMap) -> dict[str, tuple[str, ...]]:
+    """See `Loading.rebuilt`. Source: `HfQuantizer._convert_model_for_quantization` of Transformers 5."""
+    from transformers.quantizers import base
+
+    table: Mapping[str, Any] = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    found: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        entry = table.get(type(module).__name__)
+        if entry is None:
+            continue
+        inside = [
+            piece.name
+            for target, recipe in names.by_target.items()
+            if target.startswith(f"{path}.")
+            for piece in recipe.pieces
+        ]
+        for method in entry["quantization_methods"]:
+            found.setdefault(str(getattr(method, "value", method)), []).extend(inside)
+    return {method: tuple(tensors) for method, tensors in found.items()}

@@ -1,0 +1,101 @@
+"""Folders that compressed-tensors unpacks inside Transformers: right numbers, or refused before any work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from auto_round.errors import CheckpointError, UnsupportedError
+from auto_round.export.formats.llm_compressor import LLMCompressorFormat
+from auto_round.pipeline.convert import convert_folder
+from pipeline.runs import kl_of, quantize
+from sweep.outcome import save_family
+
+PLAIN = {"iters": 0, "disable_opt_rtn": True, "dataset": None}
+EXPERTS = {"head_dim": 16, "moe_intermediate_size": 32}
+
+
+def test_experts_beside_another_scheme(tiny, tmp_path):
+    """Transformers unpacks experts by the first group: by that of eight bits it reads other numbers."""
+    pytest.importorskip("compressed_tensors")
+    result = quantize(
+        tiny("qwen3_moe", **EXPERTS),
+        tmp_path / "out",
+        format="llm_compressor",
+        layer_config={"self_attn": {"bits": 8}},
+        iters=1,
+    )
+    assert kl_of(result)["llm_compressor"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ({r".*layers\.1\.mlp\.experts.*": {"bits": 16}}, "packed ones only: model.layers.1.mlp.experts"),
+        ({".*experts.*down_proj": {"bits": 16}}, "quantize them too, or use the format auto_round"),
+        ({r".*layers\.1\.mlp\.experts.*": {"bits": 8}}, "by one scheme"),
+        ({".*experts.*down_proj": {"bits": 8}}, "by one scheme"),
+    ],
+)
+def test_experts_of_two_kinds_are_refused(tiny, tmp_path, rule, reason):
+    with pytest.raises(UnsupportedError, match=reason):
+        quantize(tiny("qwen3_moe", **EXPERTS), tmp_path / "out", format="llm_compressor", layer_config=rule)
+    assert not list(tmp_path.iterdir())
+    quantize(tiny("qwen3_moe", **EXPERTS), tmp_path / "out", layer_config=rule, **PLAIN)  # as advised
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    made = {}
+
+    def folder(family):
+        if family not in made:
+            made[family] = save_family(family, tmp_path_factory.mktemp("model") / family)
+        return made[family]
+
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("olmo_hybrid", "converts these.*q_conv1d.*use the format auto_round"),  # put side by side
+        ("hrm_text", "converts these.*gate_up_proj.*use the format auto_round"),  # split in two
+        ("llama4_text", "other modules in their place.*experts.*use the format auto_round"),
+    ],
+)
+def test_what_transformers_does_not_load_is_refused_before_work(saved, tmp_path, family, reason):
+    with pytest.raises(UnsupportedError, match=reason):
+        quantize(saved(family), tmp_path / "out", format="llm_compressor", **PLAIN)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["olmo_hybrid", "llama4_text"])
+def test_conversions_are_refused_alike(saved, tmp_path, family):
+    quantize(saved(family), tmp_path / "packed", verify=False, **PLAIN)
+    with pytest.raises(UnsupportedError, match="Transformers"):
+        convert_folder(tmp_path / "packed", "llm_compressor", tmp_path / "out")
+    assert [f.name for f in tmp_path.iterdir()] == ["packed"]
+
+
+def test_weights_that_are_not_found_are_noticed(saved, tmp_path, monkeypatch):
+    """Transformers only warns, and leaves random numbers."""
+    pytest.importorskip("compressed_tensors")
+    monkeypatch.setattr(LLMCompressorFormat, "unloadable", lambda *args: [])
+    with pytest.raises(CheckpointError, match="weights of the model are not found in it"):
+        quantize(saved("llama4_text"), tmp_path / "out", format="llm_compressor", **PLAIN)
+
+
+def test_a_converted_folder_says_what_a_direct_one_says(tiny, tmp_path):
+    """Also of layers whose modules have other names than their tensors, as GPT-NeoX's head."""
+    source = tiny("gpt_neox")
+    for fmt in ("auto_round", "llm_compressor"):
+        quantize(source, tmp_path / fmt, format=fmt, verify=False, scale_dtype="bfloat16", **PLAIN)
+    convert_folder(tmp_path / "auto_round", "llm_compressor", tmp_path / "out", verify=False)
+    said = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        for name in ("llm_compressor", "out")
+    ]
+    assert "lm_head" in said[0]["ignore"]
+    assert said[0] == said[1]

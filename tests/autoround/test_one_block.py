@@ -90,10 +90,11 @@ def test_layer_config_and_ignored_layers(block, hidden):
 def test_recorded_calls_give_each_sample_its_own_arguments(block, hidden):
     entries = list(calls(hidden))
     wanted = torch.cat([block(*args, **kwargs)[0] for args, kwargs in entries]).detach()
-    recorded = record(entries)
+    recorded = record(block, entries)
     index = [5, 2, 11]
-    args, kwargs = recorded.arguments(index, torch.device("cpu"))
-    assert torch.allclose(block(recorded.hidden[index], *args, **kwargs)[0], wanted[index])
+    call, _ = recorded.table(index).batch(0, range(3), torch.device("cpu"))
+    args, kwargs = call.given((recorded.states[0][index],))
+    assert torch.allclose(block(*args, **kwargs)[0], wanted[index])
     q_out, out = tuner().quantize_block(block, [(entry,) for entry in entries], q_input=hidden)
     assert torch.allclose(out, wanted)
     assert q_out.shape == wanted.shape

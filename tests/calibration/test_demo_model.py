@@ -61,4 +61,4 @@ def test_it_predicts_documentation_that_it_never_saw(script: ModuleType) -> None
 def test_calibration_rows_for_it_need_nothing_else() -> None:
     found = load_rows("python-docs", AutoTokenizer.from_pretrained(FOLDER), nsamples=8, seqlen=512, seed=42)
     assert len(found.rows) == 8
-    assert int(torch.stack([row.input_ids for row in found.rows]).max()) < 2048
+    assert int(torch.stack([row.tokens for row in found.rows]).max()) < 2048

@@ -25,7 +25,7 @@ def write_lines(path: Path, records: Sequence[object]) -> str:
 
 
 def ids(found: CalibrationRows) -> list[list[int]]:
-    return [row.input_ids.tolist() for row in found.rows]
+    return [row.tokens.tolist() for row in found.rows]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_long_samples_are_cut_and_short_ones_dropped(tokenizer: PreTrainedTokeni
     wanted = [tokenizer(words(i, 20))["input_ids"] for i in range(100) if 10 + i % 30 >= 20]
     assert sorted(ids(found)) == sorted(wanted)
     assert found.dropped == {Reason.SHORT: 100 - len(wanted)}
-    assert all(row.input_ids.dtype == torch.int64 and row.mask is None for row in found.rows)
+    assert all(row.tokens.dtype == torch.int64 and row.mask is None for row in found.rows)
     assert "books.jsonl: 60 rows from 100 samples; dropped: 40 shorter than seqlen" in found.summary
 
 
@@ -195,9 +195,9 @@ def test_a_tensor_is_its_rows() -> None:
 def test_chat_template_and_system_prompt(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", ["w1 w2", "w1 w2"])
     found = load_rows(f'{path}:system_prompt="w5 w6"', tokenizer, nsamples=1, seqlen=12, seed=0)
-    assert tokenizer.decode(found.rows[0].input_ids) == "system : w5 w6 eot user : w1 w2 eot assistant :"
+    assert tokenizer.decode(found.rows[0].tokens) == "system : w5 w6 eot user : w1 w2 eot assistant :"
     plain = load_rows(f"{path}:apply_chat_template:num=1", tokenizer, nsamples=1, seqlen=7, seed=0)
-    assert tokenizer.decode(plain.rows[0].input_ids) == "user : w1 w2 eot assistant :"
+    assert tokenizer.decode(plain.rows[0].tokens) == "user : w1 w2 eot assistant :"
 
 
 def test_conversations_use_the_template_where_there_is_one(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_conversations_use_the_template_where_there_is_one(tmp_path: Path) -> No
     for template, wanted in ((True, "user : w1 eot assistant : w2 w3 eot"), (False, "w1 w2 w3")):
         tokenizer = make_tokenizer() if template else make_tokenizer(template=None)
         found = load_rows(path, tokenizer, nsamples=1, seqlen=len(wanted.split()), seed=0)
-        assert tokenizer.decode(found.rows[0].input_ids) == wanted
+        assert tokenizer.decode(found.rows[0].tokens) == wanted
 
 
 def test_chat_refusals(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_chat_refusals(tmp_path: Path) -> None:
 def test_a_tokenizer_that_merges_long_runs_still_fills_the_row(tmp_path: Path) -> None:
     text = "x" * 5000 + " " + words(0, 20)
     found = load_rows([text], make_tokenizer(), nsamples=1, seqlen=10, seed=0)
-    assert found.rows[0].input_ids.tolist()[1:] == make_tokenizer()(words(0, 9))["input_ids"]
+    assert found.rows[0].tokens.tolist()[1:] == make_tokenizer()(words(0, 9))["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_counts_are_at_least_one(nsamples: int, seqlen: int) -> None:
 
 def test_python_docs_need_nothing_and_fill_long_rows(tokenizer: PreTrainedTokenizerFast) -> None:
     found = load_rows("python-docs", tokenizer, nsamples=4, seqlen=2048, seed=42)
-    assert [len(row.input_ids) for row in found.rows] == [2048] * 4
+    assert [len(row.tokens) for row in found.rows] == [2048] * 4
 
 
 @settings(max_examples=60, deadline=None)

@@ -44,13 +44,14 @@ def run_streamed(source, ids, mask, dtype=None):
     """Logits and each block's output, with one block in memory at a time."""
     outputs = []
     with source.stem(dtype=dtype) as stem, torch.no_grad():
-        trace = stem.trace(ids, mask)
-        hidden = trace.hidden
+        trace = stem.trace({"input_ids": ids, "attention_mask": mask})
+        hidden = trace.states[0]
         for block in source.blocks:
             call, edit = trace.calls[block.index], trace.edits[block.index]
-            assert edit is None
+            assert edit == (None,)
+            args, kwargs = call.given((hidden,))
             with source.block(block.index, dtype=dtype) as module:
-                output = module(hidden, *call.args, **call.kwargs)
+                output = module(*args, **kwargs)
             hidden = output[0] if isinstance(output, tuple) else output
             outputs.append(hidden)
         logits = stem.finish(hidden)

@@ -49,10 +49,10 @@ def test_a_stem_without_its_head(saved, monkeypatch):
         original = source.checkpoint.read
         monkeypatch.setattr(source.checkpoint, "read", lambda name: read.append(name) or original(name))
         with source.stem(head=False) as stem:
-            hidden = stem.trace(IDS).hidden
+            hidden = stem.trace({"input_ids": IDS}).states[0]
         assert sorted(read) == ["model.embed_tokens.weight", "model.norm.weight"]
         with source.stem() as stem:
-            assert torch.equal(stem.trace(IDS).hidden, hidden)
+            assert torch.equal(stem.trace({"input_ids": IDS}).states[0], hidden)
 
 
 def test_prefetching_asks_for_the_blocks_tensors(saved, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_head_of_its_own_is_untied(tmp_path):
     with FolderSource.open(folder) as source:
         assert not source.tied_head
         with source.stem() as stem:
-            hidden = stem.trace(IDS).hidden
+            hidden = stem.trace({"input_ids": IDS}).states[0]
             inputs = stem.finish_inputs(hidden)
             assert torch.equal(stem.finish(hidden), inputs @ source.read_tensor("lm_head.weight").T)
 
@@ -163,7 +163,7 @@ def test_only_the_head_on_disk(tmp_path):
     with FolderSource.open(folder) as source, source.stem() as stem:
         assert source.tied_head
         weight = source.read_tensor("lm_head.weight")
-        assert torch.equal(stem.trace(IDS).hidden, weight[IDS])
+        assert torch.equal(stem.trace({"input_ids": IDS}).states[0], weight[IDS])
 
 
 def test_head_inputs_give_the_logits(saved):
@@ -178,7 +178,7 @@ def test_opening_leaves_the_random_state_alone(saved):
     folder = saved("lfm2_moe")  # made here when no test before did, from random numbers
     before = torch.get_rng_state()
     with FolderSource.open(folder) as source, source.block(0), source.stem() as stem:
-        stem.trace(IDS)
+        stem.trace({"input_ids": IDS})
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -204,8 +204,8 @@ def test_text_of_a_model_with_images(tmp_path):
         assert outside
         assert all("vision_tower" in name for name in outside)
         with source.stem() as stem, torch.no_grad():
-            trace = stem.trace(IDS)
-            hidden = trace.hidden
+            trace = stem.trace({"input_ids": IDS})
+            hidden = trace.states[0]
             for block in source.blocks:
                 with source.block(block.index) as module:
                     hidden = module(hidden, **trace.calls[block.index].kwargs)
@@ -261,8 +261,8 @@ def test_code_in_the_folder_needs_trust(tmp_path, monkeypatch):
         assert type(source.config).__name__ == "ToyConfig"
         assert len(source.layers) == 15
         with source.stem() as stem, source.block(0) as module:
-            trace = stem.trace(IDS)
-            assert module(trace.hidden, **trace.calls[0].kwargs).shape == (2, 6, 32)
+            trace = stem.trace({"input_ids": IDS})
+            assert module(trace.states[0], **trace.calls[0].kwargs).shape == (2, 6, 32)
 
 
 def test_tiny_tokenizer():

@@ -28,8 +28,8 @@ def test_the_model_is_not_touched(family):
         before = model(IDS, use_cache=False).logits
         source = LiveSource(model)
         with source.stem() as stem:
-            trace = stem.trace(IDS)
-            hidden = trace.hidden
+            trace = stem.trace({"input_ids": IDS})
+            hidden = trace.states[0]
             for block in source.blocks:
                 with source.block(block.index) as module:
                     hidden = module(hidden, **trace.calls[block.index].kwargs)
@@ -60,7 +60,7 @@ def test_untied_by_the_user():
     assert not source.tied_head
     assert torch.equal(source.read(source.layers[-1]), model.lm_head.weight)
     with source.stem() as stem, torch.no_grad():
-        hidden = stem.trace(IDS).hidden
+        hidden = stem.trace({"input_ids": IDS}).states[0]
         assert torch.equal(stem.finish(hidden), model.lm_head(stem.finish_inputs(hidden)))
 
 

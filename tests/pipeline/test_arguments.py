@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from auto_round.models.source import BlockCall
+from auto_round.facts.flow import BlockCall
 from auto_round.pipeline.arguments import ArgumentTable, batch_axes
 from pipeline.runs import ROWS, kl_of, quantize
 
@@ -25,14 +25,14 @@ def test_equal_rows_make_the_batch_that_the_model_makes():
     axes = batch_axes(calls(1), calls(2))
     table = ArgumentTable(axes)
     for _ in range(4):
-        table.add(calls(1), (None, None))
+        table.add(calls(1), ((None,), (None,)))
     got, _ = table.batch(0, range(3), CPU)
     wanted, _ = calls(3)
     assert got is not None
     torch.testing.assert_close(got.args, wanted.args, rtol=0, atol=0)
     torch.testing.assert_close(dict(got.kwargs), dict(wanted.kwargs), rtol=0, atol=0)
     assert got.args[1][0].is_complex()
-    assert table.batch(1, range(3), CPU) == (None, None)
+    assert table.batch(1, range(3), CPU) == (None, (None,))
 
 
 def test_different_rows_are_joined_where_they_lie():
@@ -40,13 +40,27 @@ def test_different_rows_are_joined_where_they_lie():
     for row in range(2):
         call, _ = calls(1)
         alibi, (rotary, (second,)) = call.args
-        table.add([BlockCall((alibi + row, (rotary * (1 + 1j * row), [second + row])), {})], [None])
+        table.add([BlockCall((alibi + row, (rotary * (1 + 1j * row), [second + row])), {})], [(None,)])
     got, _ = table.batch(0, range(2), CPU)
     assert got is not None
     assert got.args[0].flatten().tolist() == [0, 1, 2, 1, 2, 3]
     assert got.args[1][0].shape == (2, 5, 2)
     assert got.args[1][0].imag.abs().max() > 0
     assert got.args[1][1][0].shape == (4, 2, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_masks_of_rows_without_padding(dtype):
+    """What is no attention mask says which positions count; causal attention would leave most of them out."""
+    table = ArgumentTable()
+    counted = torch.tensor([[1, 1, 0, 0]]).to(dtype)
+    attention = torch.tensor([[True, False], [True, False]]).reshape(1, 1, 2, 2)
+    for masks in ({"counted": None, "mask": None}, {"counted": counted, "mask": attention}):
+        table.add([BlockCall((None,), masks)], [(None,)])
+    got, _ = table.batch(0, range(2), CPU)
+    assert got is not None
+    assert got.kwargs["counted"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert got.kwargs["mask"].tolist() == [[[[True, False], [True, True]]], attention[0].tolist()]
 
 
 @pytest.mark.parametrize("padded", [False, True])

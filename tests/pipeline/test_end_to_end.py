@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 from auto_round.errors import CheckpointError
 from auto_round.export.formats.auto_round import AutoRoundFormat
-from auto_round.pipeline import blocks
+from auto_round.pipeline import unit
 from auto_round.testing.tiny_models import tiny_config, tiny_model
 from auto_round.tuning.sign_round import tune_block
 from pipeline.runs import ROWS, SIZES, kl_of, quantize, tree, weights
@@ -120,7 +120,7 @@ def test_what_a_model_keeps_in_float32_stays_so_while_it_is_tuned(tiny, tmp_path
         seen.update({name: t.dtype for name, t in [*group.named_parameters(), *group.named_buffers()]})
         return tune_block(group, tasks, *args, **kwargs)
 
-    monkeypatch.setattr(blocks, "tune_block", spy)
+    monkeypatch.setattr(unit, "tune_block", spy)
     changes = {"first_k_dense_replace": 1, "moe_intermediate_size": 32, "head_dim": 16}
     result = quantize(tiny("glm4_moe", **changes), tmp_path / "out")
     wide = {name.partition(".")[2] for name, dtype in seen.items() if dtype is torch.float32}

@@ -58,7 +58,7 @@ def test_rounding_without_tuning_has_nothing_to_extend():
 def test_a_trained_model_predicts_better_on_text_it_has_not_seen(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     found = load_rows("python-docs", tokenizer, seqlen=128, nsamples=88, seed=0).rows
-    rows = [row.input_ids.tolist() for row in found]
+    rows = [row.tokens.tolist() for row in found]
     given = {"dataset": rows[:40], "nsamples": 32, "seqlen": 128, "bits": 2, "group_size": 64, "iters": 100}
     unseen = torch.tensor(rows[40:])
 

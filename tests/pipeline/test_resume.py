@@ -154,7 +154,7 @@ def test_streams_in_files_change_nothing(tiny, tmp_path, monkeypatch):
 
     with pytest.raises(Stop):
         quantize(tiny("qwen3", **HEADS), tmp_path / "out", progress=look)
-    assert sorted(seen) == ["quantized.stream", "reference.stream", "targets.stream"]
+    assert sorted(seen) == ["quantized-0.stream", "reference-0.stream", "targets-0.stream"]
     quantize(tiny("qwen3", **HEADS), tmp_path / "out")
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 

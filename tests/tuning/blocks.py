@@ -60,8 +60,8 @@ def samples(block, n=32, seed=1, masks=None):
     """Random inputs with the block's own outputs as targets."""
     inputs = activations(n, seed, next(block.parameters()).dtype)
     targets = torch.empty_like(inputs)
-    run_block(block, Samples(inputs, inputs), targets, batch_size=8)
-    return Samples(inputs, targets, weights=None if masks is None else masks.float())
+    run_block(block, Samples((inputs,), (inputs,)), (targets,), batch_size=8)
+    return Samples((inputs,), (targets,), weights=None if masks is None else (masks.float(),))
 
 
 def tasks(block, fmt=W2):

@@ -38,14 +38,14 @@ def samples(block, n, seed):
     """Inputs that live near a few directions, as hidden states do, and the block's outputs."""
     basis = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(9))
     x = torch.randn(n, LENGTH, 24, generator=torch.Generator().manual_seed(seed)) @ basis / 5
-    return Samples(x, block(x))
+    return Samples((x,), (block(x),))
 
 
 def loss_of(block, weights, data):
     changed = copy.deepcopy(block)
     for name, q in weights.items():
         changed.get_parameter(name).copy_(q.format.dequantize(q))
-    return (changed(data.inputs) - data.targets).square().mean().item()
+    return (changed(data.inputs[0]) - data.targets[0]).square().mean().item()
 
 
 @pytest.mark.parametrize("name", ["q4_1", "q2_k", "q3_k", "q4_k", "q6_k"])

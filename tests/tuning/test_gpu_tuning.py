@@ -23,7 +23,11 @@ def tuned(dtype, *, home=DEVICE, objective=PLAIN, size=1.0, weights=None):
         block.down.weight.mul_(size)
     data = samples(block)
     block.to(DEVICE)
-    given = Samples(data.inputs.to(home), data.targets.to(home), weights=weights)
+    given = Samples(
+        (data.inputs[0].to(home),),
+        (data.targets[0].to(home),),
+        weights=None if weights is None else (weights,),
+    )
     result = tune_block(
         block,
         tasks(block),

@@ -22,7 +22,7 @@ def with_a_sink(block, n, seed):
     inputs = torch.randn(n, 4 * LENGTH, HIDDEN, generator=generator(seed))
     inputs[:, 0] *= 200.0
     targets = torch.empty_like(inputs)
-    run_block(block, Samples(inputs, inputs), targets, batch_size=8)
+    run_block(block, Samples((inputs,), (inputs,)), (targets,), batch_size=8)
     return inputs, targets
 
 
@@ -42,8 +42,8 @@ def tuned(block, *, weighted):
     result = tune_block(
         block,
         {f"{n}.weight": WeightTask(FMT, importance=m.importance()) for n, m in seen.items()},
-        Samples(inputs[:32], targets[:32], weights=None if weights is None else weights[:32]),
-        Samples(inputs[32:], targets[32:], weights=None if weights is None else weights[32:]),
+        Samples((inputs[:32],), (targets[:32],), weights=None if weights is None else (weights[:32],)),
+        Samples((inputs[32:],), (targets[32:],), weights=None if weights is None else (weights[32:],)),
         TuneConfig(iters=60, batch_size=8),
         generator=generator(),
     )

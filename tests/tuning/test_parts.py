@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from auto_round.tuning.config import Optimizer, TuneConfig
-from auto_round.tuning.objective import block_loss, counted_elements
-from auto_round.tuning.samples import Samples, first_output, run_block
+from auto_round.tuning.objective import block_loss
+from auto_round.tuning.samples import Samples, counted_elements, run_block, states_of
 from auto_round.tuning.steps import SignDescent, make_stepper, step_factor
 from tuning.blocks import Experts, Mlp, activations
 
@@ -122,21 +122,25 @@ def test_running_a_block_in_batches_in_place_and_in_part():
     x = activations(7, 0)
     want = block(x)
     out = torch.zeros_like(x)
-    run_block(block, Samples(x, x), out, batch_size=3)
+    run_block(block, Samples((x,), (x,)), (out,), batch_size=3)
     torch.testing.assert_close(out, want)
     part = torch.zeros_like(x)
-    run_block(block, Samples(x, x), part, batch_size=2, rows=range(2, 5))
+    run_block(block, Samples((x,), (x,)), (part,), batch_size=2, rows=range(2, 5))
     torch.testing.assert_close(part[2:5], want[2:5])
     assert (part[:2] == 0).all()
     assert (part[5:] == 0).all()
-    run_block(Experts(), Samples(x, x), x, batch_size=3)
+    run_block(Experts(), Samples((x,), (x,)), (x,), batch_size=3)
     torch.testing.assert_close(x, Experts()(activations(7, 0))[0])
     assert not out.requires_grad
 
 
 def test_outputs_that_hold_no_tensor_are_refused():
     x = torch.ones(2)
-    assert first_output((x, None)) is x
-    assert first_output([x]) is x
-    with pytest.raises(TypeError, match="must return a tensor"):
-        first_output({"hidden": x})
+    assert states_of((x, None), (0,)) == (x,)
+    assert states_of([x], (0,)) == (x,)
+    assert states_of(x, (0,)) == (x,)
+    other = torch.zeros(3)
+    assert states_of((other, x, None), (1, 0)) == (x, other)
+    for wrong, order in (({"hidden": x}, (0,)), ((x, None), (0, 1)), (x, (1, 0)), ((None, x), (0,))):
+        with pytest.raises(TypeError, match="must return"):
+            states_of(wrong, order)

@@ -37,9 +37,9 @@ def loss_of(block, weights, data, others=None):
             changed.get_parameter(name).copy_(q.format.dequantize(q))
         for name, value in (others or {}).items():
             changed.get_parameter(name).copy_(value)
-        out = changed(data.inputs)
+        out = changed(data.inputs[0])
         out = out[0] if isinstance(out, tuple) else out
-        return (out.float() - data.targets.float()).square().mean().item()
+        return (out.float() - data.targets[0].float()).square().mean().item()
 
 
 def rounded(block, fmt=W2, effort=None):
@@ -99,7 +99,7 @@ def test_norms_and_biases_are_learned_and_kept_in_their_dtype():
 
 def test_no_iterations_round_in_the_searched_range_without_data():
     block = Mlp()
-    nothing = Samples(torch.empty(0), torch.empty(0))
+    nothing = Samples((torch.empty(0),), (torch.empty(0),))
 
     def rtn(**settings):
         config = TuneConfig(iters=0, **settings)
@@ -146,7 +146,7 @@ def test_the_block_is_not_modified(optimizer):
     attributes = {n: {k: id(v) for k, v in m.__dict__.items()} for n, m in block.named_modules()}
     parameters = {n: (id(p), p.data_ptr(), p._version) for n, p in block.named_parameters()}
     data = samples(block)
-    inputs, targets = data.inputs.clone(), data.targets.clone()
+    inputs, targets = data.inputs[0].clone(), data.targets[0].clone()
     tune(block, TuneConfig(iters=10, tune_norm_bias=True, optimizer=optimizer), data=data)
     assert {n: {k: id(v) for k, v in m.__dict__.items()} for n, m in block.named_modules()} == attributes
     assert {n: (id(p), p.data_ptr(), p._version) for n, p in block.named_parameters()} == parameters
@@ -158,8 +158,8 @@ def test_the_block_is_not_modified(optimizer):
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
         assert not module.training
-    assert torch.equal(data.inputs, inputs)
-    assert torch.equal(data.targets, targets)
+    assert torch.equal(data.inputs[0], inputs)
+    assert torch.equal(data.targets[0], targets)
 
 
 @pytest.mark.parametrize("optimizer", list(Optimizer))
@@ -183,8 +183,8 @@ def test_masked_positions_have_no_influence():
     masks = torch.rand(32, 8, generator=generator(7)) < 0.6
     masks[0] = True
     clean, dirty = samples(block, masks=masks), samples(block, masks=masks)
-    dirty.inputs[~masks] = 100.0
-    dirty.targets[~masks] = torch.nan
+    dirty.inputs[0][~masks] = 100.0
+    dirty.targets[0][~masks] = torch.nan
     results = [tune(block, data=data, held_out=data) for data in (clean, dirty)]
     assert results[0].loss == results[1].loss
     for name, q in results[0].weights.items():
@@ -310,7 +310,7 @@ def test_ranges_stay_ranges_however_large_the_steps():
 def test_without_held_out_samples_the_others_choose():
     block = Mlp()
     data = samples(block, 4)
-    empty = Samples(data.inputs[:0], data.targets[:0])
+    empty = Samples((data.inputs[0][:0],), (data.targets[0][:0],))
     tuned = tune(block, data=data, held_out=empty)
     assert 0 < tuned.loss < tuned.initial_loss
     with pytest.raises(ConfigError, match="no samples to tune on"):
@@ -338,7 +338,7 @@ def test_bad_weights_are_named_and_counted():
 def test_a_loss_that_is_not_finite_stops_the_run(where, bad):
     block = Mlp()
     data, held_out = samples(block), samples(block, 16, seed=2)
-    {"samples": data, "held_out": held_out}[where].targets[3, 2, 1] = bad
+    {"samples": data, "held_out": held_out}[where].targets[0][3, 2, 1] = bad
     with pytest.raises(NumericsError, match="loss became"):
         tune(block, data=data, held_out=held_out)
 
@@ -362,7 +362,7 @@ def test_positional_and_named_arguments_reach_the_block():
     def arguments(index):
         return (factors[list(index)],), {"shift": 3.0}
 
-    data = Samples(inputs, block(inputs, factors, shift=3.0), arguments)
+    data = Samples((inputs,), (block(inputs, factors, shift=3.0),), arguments)
     tuned = tune(block, data=data, held_out=data)
     assert 0 < tuned.loss < 0.8 * tuned.initial_loss
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from auto_round.export.exporter import Exporter
+    from auto_round.facts.flow import States
     from auto_round.pipeline.job import Job
     from auto_round.pipeline.result import Result
 
@@ -199,10 +200,10 @@ class AutoRound(Attributes):
         self,
         block: nn.Module,
         inputs: Sequence[Any] | Tensor,
-        q_input: Sequence[Tensor] | Tensor | None = None,
+        q_input: Sequence[Tensor | States] | Tensor | None = None,
         device: str | torch.device = "cpu",
         auto_offload: bool = True,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | States, Tensor | States]:
         """Quantize one block that somebody else runs, in place: its weights become the rounded values.
 
         Args:
@@ -215,7 +216,7 @@ class AutoRound(Attributes):
 
         Returns:
             Outputs of the quantized block for `q_input`, and of the original one for `inputs`:
-            `[samples, length, hidden]`.
+            `[samples, length, hidden]`. A tuple of tensors each where the block hands on several.
 
         Raises:
             ConfigError: inputs that are not of one shape, or an option that needs the whole model.
@@ -224,7 +225,8 @@ class AutoRound(Attributes):
         from auto_round.autoround.one_block import quantize_one_block
 
         target = device if auto_offload else None
-        return quantize_one_block(block, inputs, q_input, self.options, target)
+        after, before = quantize_one_block(block, inputs, q_input, self.options, target)
+        return (after, before) if len(after) > 1 else (after[0], before[0])
 
     def _output(
         self, output_dir: str | Path | None, formats: str | None, overwrite: bool | None = None

@@ -10,22 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.autoround.recorded import Recorded, record, stack
-from auto_round.calibration.observe import observe_inputs
 from auto_round.config import Options
 from auto_round.errors import ConfigError
+from auto_round.facts.flow import States
 from auto_round.facts.layer import Layer, Role
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
-from auto_round.numerics.token_weights import token_energy, token_weights
 from auto_round.pipeline.activations import activation_formats
 from auto_round.pipeline.device import choose_device
+from auto_round.pipeline.group import BlockGroup
+from auto_round.pipeline.streams import Streams
+from auto_round.pipeline.unit import Unit, tune_unit
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.request import plan_request
-from auto_round.tuning.quantized_inputs import quantized_inputs
-from auto_round.tuning.samples import Samples, run_block
 from auto_round.tuning.settings import tune_settings
-from auto_round.tuning.sign_round import tune_block
-from auto_round.tuning.weights import WeightTask
 
 HELD_OUT_SHARE = 8
 """One sample in so many is not trained on and chooses the step that is kept."""
@@ -34,73 +32,74 @@ HELD_OUT_SHARE = 8
 def quantize_one_block(
     block: nn.Module,
     inputs: Sequence[Any] | Tensor,
-    q_input: Sequence[Tensor] | Tensor | None,
+    q_input: Sequence[Tensor | States] | Tensor | None,
     options: Options,
     device: str | torch.device | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[States, States]:
     """Tune and round a block in place; arguments and result as in `AutoRound.quantize_block`."""
     if options.tune.enable_alg_ext:
         raise ConfigError(
             "enable_alg_ext judges the last block by the model's predictions, and a block alone has none: "
             "leave it out for quantize_block"
         )
-    recorded = record(inputs)
+    recorded = record(block, inputs)
     home = next(block.parameters()).device
     where = home if device is None else choose_device(str(device))
     block.to(where)
     try:
-        return _quantize(block, recorded, None if q_input is None else stack(q_input), options, where)
+        quantized = recorded.states if q_input is None else stack(q_input)
+        return _quantize(block, recorded, quantized, options, where)
     finally:
         block.to(home)
 
 
 def _quantize(
-    block: nn.Module, recorded: Recorded, q_input: Tensor | None, options: Options, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    def samples(hidden: Tensor, targets: Tensor, index: Sequence[int]) -> Samples:
-        wanted = targets[list(index)]
-        return Samples(
-            hidden[list(index)],
-            wanted,
-            lambda rows: recorded.arguments([index[i] for i in rows], device),
-            token_weights(token_energy(wanted)),
-        )
-
-    def run(hidden: Tensor) -> Tensor:
-        result = torch.empty_like(hidden)
-        everything = samples(hidden, hidden, range(len(recorded)))
-        run_block(block, everything, result, batch_size=options.tune.batch_size, device=device)
-        return result
-
-    formats, activations = _formats(block, options)
-    with observe_inputs(block, [name.removesuffix(".weight") for name in formats]) as seen:
-        out = run(recorded.hidden)
-    q_hidden = recorded.hidden if q_input is None else q_input
-    hidden = q_hidden if options.tune.enable_quanted_input else recorded.hidden
-    generator = torch.Generator()
-    generator.manual_seed(options.calibration.seed)
+    block: nn.Module, recorded: Recorded, quantized: States, options: Options, device: torch.device
+) -> tuple[States, States]:
+    """Outputs of the quantized block for `quantized`, and of the original one for what was recorded."""
+    generator = torch.Generator().manual_seed(options.calibration.seed)
     order = torch.randperm(len(recorded), generator=generator, device="cpu").tolist()
     share = len(order) // HELD_OUT_SHARE
-    with quantized_inputs(block, activations):
-        tuned = tune_block(
-            block,
-            {
-                name: WeightTask(
-                    fmt, block.get_parameter(name).detach(), seen[name.removesuffix(".weight")].importance()
-                )
-                for name, fmt in formats.items()
-            },
-            samples(hidden, out, order[share:]),
-            samples(hidden, out, order[:share] or order),
-            tune_settings(options.tune, min((f.grid.bits for f in formats.values()), default=16)),
-            generator=generator,
-        )
-        with torch.no_grad():
-            for name, q in tuned.weights.items():
-                block.get_parameter(name).copy_(q.format.dequantize(q))
-            for name, value in tuned.others.items():
-                block.get_parameter(name).copy_(value)
-        return run(q_hidden), out
+    order = order[share:] + order[:share]  # those that are held out stand last
+    unit = _unit(block, recorded, order, options, device)
+    streams = Streams(
+        tuple(x[order] for x in recorded.states),
+        tuple(x[order] for x in quantized),
+        tuple(torch.empty_like(x) for x in recorded.states),
+        len(order) - share,
+    )
+    bits = min((fmt.grid.bits for fmt in unit.formats.values()), default=16)
+    tuned = tune_unit(
+        unit,
+        streams,
+        tune_settings(options.tune, bits),
+        generator=generator,
+        from_quantized=options.tune.enable_quanted_input,
+    )
+    with torch.no_grad():
+        for name, value in tuned.parameters.items():
+            unit.group.get_parameter(name).copy_(value)
+    back = torch.tensor(order, device="cpu").argsort()
+    after, before = (tuple(x[back] for x in states) for states in (streams.quantized, streams.reference))
+    return after, before
+
+
+def _unit(
+    block: nn.Module, recorded: Recorded, order: Sequence[int], options: Options, device: torch.device
+) -> Unit:
+    """The block as a group of one."""
+    formats, activations = _formats(block, options)
+    group = BlockGroup([block], [recorded.flow])
+    return Unit(
+        group=group,
+        originals={f"0.{name}": block.get_parameter(name).detach() for name in formats},
+        formats={f"0.{name}": fmt for name, fmt in formats.items()},
+        activations={f"0.{name}": fmt for name, fmt in activations.items()},
+        observed=[f"0.{name.removesuffix('.weight')}" for name in formats],
+        table=recorded.table(order),
+        blocks=(0,),
+        device=device,
+    )
 
 
 def _formats(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
 from auto_round.calibration.chat import Tokenizer
 from auto_round.calibration.encode import TextOptions, encode
 from auto_round.calibration.grammar import DatasetItem, parse_dataset
 from auto_round.calibration.registry import Platform
+from auto_round.calibration.row import CalibrationRow, fingerprint
 from auto_round.calibration.samples import Sample, samples_of
 from auto_round.calibration.shape import Reason, cut_rows, join_rows
 from auto_round.calibration.sources import Source, open_item, own_source
@@ -25,30 +23,17 @@ Dataset = str | Path | Iterable[object]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TokenRow:
-    """One calibration row.
-
-    Attributes:
-        input_ids: `[seqlen] int64`.
-        mask: `[seqlen] bool`, False for padding that no loss may count; None: every token counts.
-    """
-
-    input_ids: Tensor
-    mask: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class CalibrationRows:
     """What `load_rows` found.
 
     Attributes:
         rows: at least one row, all of the same length.
-        fingerprint: SHA-256 of all ids and masks, hexadecimal.
+        fingerprint: SHA-256 of all inputs and masks, see `row.fingerprint`.
         dropped: reason -> number of samples that gave no row for it.
         summary: a sentence for each data set, for people.
     """
 
-    rows: tuple[TokenRow, ...]
+    rows: tuple[CalibrationRow, ...]
     fingerprint: str
     dropped: Counter[str]
     summary: str
@@ -107,16 +92,6 @@ def load_rows(
     return CalibrationRows(tuple(rows), fingerprint(rows), dropped, summary)
 
 
-def fingerprint(rows: Sequence[TokenRow]) -> str:
-    """Return the SHA-256 of the rows' lengths, ids and masks, hexadecimal."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(len(row.input_ids).to_bytes(8, "little"))
-        digest.update(row.input_ids.contiguous().numpy().astype("<i8").tobytes())
-        digest.update(b"-" if row.mask is None else b"+" + row.mask.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _sources(dataset: Dataset, platform: Platform) -> Iterator[tuple[Source, DatasetItem]]:
     if isinstance(dataset, Path):
         item = DatasetItem(str(dataset))
@@ -148,7 +123,7 @@ class _Stream:
     given: int = 0
     longest: int = 0
     exhausted: bool = False
-    rows: Iterator[TokenRow] = field(init=False)
+    rows: Iterator[CalibrationRow] = field(init=False)
 
     def __post_init__(self) -> None:
         concat = self.source.concat if self.item.concat is None else self.item.concat
@@ -159,11 +134,11 @@ class _Stream:
         )
         tokens = encode(self._samples(), self.tokenizer, options, self.source.name)
         shape = join_rows if concat else cut_rows
-        self.rows = (TokenRow(ids, mask) for ids, mask in shape(tokens, self.seqlen, self._drop))
+        self.rows = (CalibrationRow.of_tokens(*found) for found in shape(tokens, self.seqlen, self._drop))
 
-    def take(self, count: int) -> list[TokenRow]:
+    def take(self, count: int) -> list[CalibrationRow]:
         """Return up to `count` further rows."""
-        taken: list[TokenRow] = []
+        taken: list[CalibrationRow] = []
         while len(taken) < count and not self.exhausted:
             row = next(self.rows, None)
             if row is None:
@@ -202,9 +177,9 @@ class _Stream:
             yield index, records[index]
 
 
-def _mix(streams: Sequence[_Stream], nsamples: int, shuffler: random.Random) -> list[TokenRow]:
+def _mix(streams: Sequence[_Stream], nsamples: int, shuffler: random.Random) -> list[CalibrationRow]:
     """Take what each stream owes; streams without `num=` share the rest and stand in for each other."""
-    rows: list[TokenRow] = []
+    rows: list[CalibrationRow] = []
     for stream in streams:
         if stream.item.num is not None:
             rows += stream.take(stream.item.num)

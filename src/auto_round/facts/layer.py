@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from auto_round.facts.flow import HIDDEN_STATES, Flow
+
 if TYPE_CHECKING:
     import torch
 
@@ -66,8 +68,10 @@ class Block:
         index: position in the order of execution.
         module: dotted path in the module tree, for example `model.layers.0`.
         disk: prefix of its tensors on disk, for example `model.layers.0`.
+        flow: what it takes from the block before it.
     """
 
     index: int
     module: str
     disk: str
+    flow: Flow = HIDDEN_STATES

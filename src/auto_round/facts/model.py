@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+TOKENS, MASK = "input_ids", "attention_mask"
+"""What language models call their tokens and which of them count."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:

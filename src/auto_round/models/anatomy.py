@@ -13,6 +13,7 @@ from auto_round.errors import Refusal
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.facts import expert_counts
+from auto_round.models.flow import flow_of
 from auto_round.models.names import NameMap
 from auto_round.models.places import Locator
 from auto_round.models.readers import ASKED, read_elsewhere
@@ -78,7 +79,7 @@ class _Dissection:
         for index, path in enumerate(paths):
             block = self._model.get_submodule(path)
             layers.extend(self._in_block(block, path, index))
-            blocks.append(Block(index, path, self._disk_prefix(path)))
+            blocks.append(Block(index, path, self._disk_prefix(path), flow_of(block)))
         for path, module in self._model.named_modules():
             inside = any(path.startswith(f"{p}.") for p in paths)
             if is_linear(module) and not inside and path != head:

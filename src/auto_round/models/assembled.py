@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
-from auto_round.facts.model import ModelFacts
+from auto_round.facts.model import TOKENS, ModelFacts
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
 from auto_round.models.facts import model_facts
@@ -186,7 +186,8 @@ class AssembledSource(ABC):
         real, recorder = self._stubbed(left_out, zeros, CPU)
         decoder = real.get_submodule(find_decoder(real, self.blocks[0].module))
         with freed_on_exit(real):
-            StubStem(real, decoder, recorder, None).trace(torch.zeros(1, 4, dtype=torch.int64, device=CPU))
+            probe = {TOKENS: torch.zeros(1, 4, dtype=torch.int64, device=CPU)}
+            StubStem(real, decoder, recorder, None).trace(probe)
 
     def _outside_stem(self, spare: str | None) -> list[str]:
         """Module paths that a stem does without: blocks, encoders, and `spare`."""
@@ -204,7 +205,7 @@ class AssembledSource(ABC):
         """A copy of the model with stubs for blocks and nothing in place of what else is left out."""
         model = self._parts.model
         blocks = [model.get_submodule(block.module) for block in self.blocks]
-        recorder = Recorder(len(blocks))
+        recorder = Recorder([block.flow for block in self.blocks])
         replaced: dict[int, object] = dict(make_stubs(blocks, recorder))
         for path in left_out[len(blocks) :]:
             replaced[id(model.get_submodule(path))] = nn.Module()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import Refusal
+from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.model import ModelFacts
@@ -20,20 +21,8 @@ from auto_round.facts.tensor import TensorSpec
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class BlockCall:
-    """What one block receives beside the hidden states: `block(hidden, *args, **kwargs)`.
-
-    Caches are left out. A tensor whose first dimension is 1 in a batch of several rows is shared by all rows.
-
-    Attributes:
-        args: positional arguments after the hidden states.
-        kwargs: keyword arguments, for example `attention_mask` (None, or bool `[B, 1, L, L]`) and
-            `position_embeddings` (a pair of `[1 or B, L, D]`).
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+Edits = tuple[Tensor | None, ...]
+"""What a model adds to each of the `States` before a block, after the block before it; None where nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +30,28 @@ class Trace:
     """Everything that the blocks receive for one batch, found without running any of them.
 
     Attributes:
-        hidden: input of the first block, `[B, L, H]`.
+        states: what flows into the first block, each `[B, L, H]`.
         calls: one entry per block in order; None where the model skips that block for this input.
-        edits: one entry per block: what the model adds to the hidden states before that block, after the
-            block before it (`[B, L, H]`); None where it adds nothing, always None for the first.
+        edits: one entry per block; nothing for the first.
     """
 
-    hidden: Tensor
+    states: States
     calls: tuple[BlockCall | None, ...]
-    edits: tuple[Tensor | None, ...]
+    edits: tuple[Edits, ...]
 
 
 class Stem(Protocol):
     """A model without its blocks: embeddings, masks, positions before them; norm and head after them."""
 
-    def trace(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Trace:
+    def trace(self, inputs: Mapping[str, Tensor]) -> Trace:
         """Inputs of every block.
 
         Args:
-            input_ids: `[B, L]` int64.
-            attention_mask: `[B, L]`, 1 or True where a token counts; None when all do.
+            inputs: what the model is called with, by name: `input_ids` `[B, L]` int64, where some tokens do
+                not count `attention_mask` `[B, L]`, and whatever else it takes.
 
         Raises:
-            UnsupportedError: the model hands state from block to block besides the hidden states.
+            UnsupportedError: the model hands on more from block to block than what flows.
         """
         ...
 
@@ -71,7 +59,7 @@ class Stem(Protocol):
         """Logits `[B, L, vocabulary]` from the last block's output `[B, L, H]`, differentiable in it.
 
         Args:
-            hidden: output of the last block.
+            hidden: output of the last block, the first of its `States`.
             head: another weight for the head, `[vocabulary, H]`; None for its own.
         """
         ...

@@ -1,17 +1,16 @@
 """Stub trace: run a model whose blocks only note what they are given, so no block is computed.
 
-The stem is the model with every block replaced by a stub that returns its own input. One run of it yields
-what each block would receive besides the hidden states (masks, rotary embeddings, per-layer inputs), and what
-the model adds to the hidden states between blocks. With the last stub returning given hidden states instead,
-the same run computes everything after the blocks.
+The stem is the model with every block replaced by a stub that hands on its own input. One run of it yields
+what each block would receive besides what flows (masks, rotary embeddings, per-layer inputs), and what the
+model adds between blocks. With the last stub returning given hidden states instead, the same run computes
+everything after the blocks.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import inspect
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import InternalError, Refusal, UnsupportedError
+from auto_round.facts.flow import BlockCall, Flow, States, split_call
+from auto_round.facts.model import TOKENS
 from auto_round.models.facts import shares_no_caches
-from auto_round.models.source import BlockCall, Trace
+from auto_round.models.flow import parameter_names
+from auto_round.models.source import Edits, Trace
 
 _CACHES = frozenset({"past_key_values", "past_key_value", "use_cache", "layer_past"})
 # What a model may raise when a stub returns a tensor where a tuple was expected, or the reverse.
@@ -31,33 +33,44 @@ class Recorder:
     """What the stubs of one stem saw and what they return.
 
     Attributes:
-        returns_tuple: whether stubs wrap their output in a tuple, as their blocks do.
-        last_output: what the last stub returns instead of its input; None for its input.
+        returns_tuple: whether stubs wrap one tensor in a tuple, as their blocks do.
+        last_output: what the last stub returns as the first of its tensors; None for its input.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, flows: Sequence[Flow]) -> None:
+        """Nothing seen yet.
+
+        Args:
+            flows: what each block takes and returns.
+        """
         self.returns_tuple = False
         self.last_output: Tensor | None = None
-        self._count = count
-        self._seen: list[tuple[int, Tensor, BlockCall]] = []
-        self._version = 0
+        self._flows = flows
+        self._seen: list[tuple[int, States, BlockCall]] = []
+        self._versions: list[int] = []
 
     def start(self) -> None:
         """Forget the last run."""
         self._seen = []
 
-    def receive(self, index: int, name: str, *args: Any, **kwargs: Any) -> Any:
-        """The forward of stub `index`, whose first parameter is called `name`."""
-        hidden = args[0] if args else kwargs.pop(name)
-        if self._seen and hidden is self._seen[-1][1] and hidden._version != self._version:
-            raise _refused(f"the model changes the hidden states in place before block {index}")
-        self._version = hidden._version
+    def receive(self, index: int, parameters: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """The forward of stub `index`, whose parameters have these names."""
+        flow = self._flows[index]
         kept = {key: value for key, value in kwargs.items() if key not in _CACHES}
-        self._seen.append((index, hidden, BlockCall(tuple(args[1:]), kept)))
-        output = hidden
-        if index == self._count - 1 and self.last_output is not None:
-            output = self.last_output
-        return (output,) if self.returns_tuple else output
+        try:
+            states, call = split_call(flow.taken, parameters, args, kept)
+        except LookupError as error:
+            raise _refused(str(error)) from error
+        for i, state in enumerate(states):
+            if self._seen and state is self._seen[-1][1][i] and state._version != self._versions[i]:
+                raise _refused(f"the model changes the hidden states in place before block {index}")
+        self._versions = [state._version for state in states]
+        self._seen.append((index, states, call))
+        handed = dict(zip(flow.taken, states, strict=True))
+        if index == len(self._flows) - 1 and self.last_output is not None:
+            handed[flow.taken[0]] = self.last_output
+        output = tuple(handed[name] for name in flow.returned)
+        return output if self.returns_tuple or len(output) > 1 else output[0]
 
     def trace(self) -> Trace:
         """What was seen since `start`.
@@ -68,17 +81,23 @@ class Recorder:
         order = [index for index, _, _ in self._seen]
         if not order or order != sorted(set(order)):
             raise _refused(f"its blocks run in the order {order}, not one after another")
-        calls: list[BlockCall | None] = [None] * self._count
-        edits: list[Tensor | None] = [None] * self._count
-        before: Tensor | None = None
-        for index, hidden, call in self._seen:
+        calls: list[BlockCall | None] = [None] * len(self._flows)
+        states = before = self._seen[0][1]
+        edits: list[Edits] = [(None,) * len(states)] * len(self._flows)
+        for index, received, call in self._seen:
             calls[index] = call
-            if before is not None and hidden is not before and not torch.equal(hidden, before):
-                if hidden.shape != before.shape:
-                    raise _refused(f"the hidden states change shape before block {index}")
-                edits[index] = hidden - before
-            before = hidden
-        return Trace(self._seen[0][1], tuple(calls), tuple(edits))
+            edits[index] = tuple(_edit(a, b, index) for a, b in zip(before, received, strict=True))
+            before = received
+        return Trace(states, tuple(calls), tuple(edits))
+
+
+def _edit(before: Tensor, after: Tensor, index: int) -> Tensor | None:
+    """What a model added to a tensor before block `index`."""
+    if after is before or torch.equal(after, before):
+        return None
+    if after.shape != before.shape:
+        raise _refused(f"the hidden states change shape before block {index}")
+    return after - before
 
 
 def _refused(reason: str) -> UnsupportedError:
@@ -99,8 +118,7 @@ def make_stubs(blocks: Sequence[nn.Module], recorder: Recorder) -> dict[int, nn.
     stubs: dict[int, nn.Module] = {}
     for index, block in enumerate(blocks):
         stub = copy.deepcopy(block)
-        name = next(iter(inspect.signature(block.forward).parameters))
-        stub.forward = functools.partial(recorder.receive, index, name)
+        stub.forward = functools.partial(recorder.receive, index, parameter_names(block))
         stubs[id(block)] = stub
     return stubs
 
@@ -140,14 +158,15 @@ class StubStem:
             except _WRONG_RETURN as error:
                 raise _refused(f"its blocks exchange more than hidden states ({error})") from error
 
-    def trace(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Trace:
+    def trace(self, inputs: Mapping[str, Tensor]) -> Trace:
         """Inputs of every block; see `source.Stem`."""
-        self._run_decoder(input_ids, attention_mask)
+        self._run_decoder(inputs)
         traced = self._recorder.trace()
-        if traced.hidden.shape[:2] != input_ids.shape or traced.hidden.dim() != 3:
-            raise _refused(
-                f"its hidden states have shape {list(traced.hidden.shape)}, not [rows, tokens, width]"
-            )
+        first, *others = traced.states
+        rows = inputs[TOKENS].shape
+        if first.shape[:2] != rows or any(s.dim() != 3 or len(s) != rows[0] for s in (first, *others)):
+            shapes = [list(s.shape) for s in traced.states]
+            raise _refused(f"its hidden states have shape {shapes[0]}, not [rows, tokens, width]")
         _check_no_state(traced.calls, self._model.config)
         return traced
 
@@ -194,20 +213,20 @@ class StubStem:
     def _run_model(self, hidden: Tensor) -> Tensor:
         """Logits of the model whose last block gives `hidden`."""
         with self._ending_in(hidden):
-            logits: Tensor = self._model(input_ids=self._blank(hidden), use_cache=False).logits
+            logits: Tensor = self._model(**{TOKENS: self._blank(hidden)}, use_cache=False).logits
         return logits
 
     def _probe(self, input_ids: Tensor) -> None:
-        output = self._run_decoder(input_ids, None).last_hidden_state
+        output = self._run_decoder({TOKENS: input_ids}).last_hidden_state
         if output.shape[:-1] != input_ids.shape:
             raise ValueError(f"hidden states of shape {list(output.shape)} came out")
         self._recorder.trace()
 
-    def _run_decoder(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
+    def _run_decoder(self, inputs: Mapping[str, Tensor]) -> Any:
         self._recorder.start()
-        mask = None if attention_mask is None else attention_mask.to(self._device)
+        given = {name: value.to(self._device) for name, value in inputs.items()}
         with torch.no_grad():
-            return self._decoder(input_ids=input_ids.to(self._device), attention_mask=mask, use_cache=False)
+            return self._decoder(**given, use_cache=False)
 
     def _blank(self, hidden: Tensor) -> Tensor:
         return torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)

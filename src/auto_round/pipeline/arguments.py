@@ -1,16 +1,17 @@
-"""What each block receives beside hidden states, kept once however many rows and blocks share it."""
+"""What each block receives beside what flows, kept once however many rows and blocks share it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from auto_round.errors import UnsupportedError
-from auto_round.models.source import BlockCall
+from auto_round.facts.flow import BlockCall
+from auto_round.models.source import Edits
 
 Place = tuple[object, ...]
 """Where a tensor lies: block, "args" or "kwargs", then positions and keys."""
@@ -66,10 +67,10 @@ class ArgumentTable:
         """
         self._axes = axes or {}
         self._calls: list[tuple[BlockCall | None, ...]] = []
-        self._edits: list[tuple[Tensor | None, ...]] = []
+        self._edits: list[tuple[Edits, ...]] = []
         self._known: dict[tuple[object, ...], list[Tensor]] = {}
 
-    def add(self, calls: Sequence[BlockCall | None], edits: Sequence[Tensor | None]) -> None:
+    def add(self, calls: Sequence[BlockCall | None], edits: Sequence[Edits]) -> None:
         """Append one row."""
         kept: list[BlockCall | None] = []
         for call in calls:
@@ -77,7 +78,8 @@ class ArgumentTable:
                 kept.append(None)
             else:
                 args = tuple(self._intern(a) for a in call.args)
-                kept.append(BlockCall(args, {k: self._intern(v) for k, v in call.kwargs.items()}))
+                kwargs = {k: self._intern(v) for k, v in call.kwargs.items()}
+                kept.append(replace(call, args=args, kwargs=kwargs))
         self._calls.append(tuple(kept))
         self._edits.append(tuple(edits))
 
@@ -85,10 +87,8 @@ class ArgumentTable:
         """The model leaves this block out for these rows."""
         return bool(self._calls) and self._calls[0][block] is None
 
-    def batch(
-        self, block: int, rows: Iterable[int], device: torch.device
-    ) -> tuple[BlockCall | None, Tensor | None]:
-        """Arguments of one block for several rows, and what is added to its input beforehand.
+    def batch(self, block: int, rows: Iterable[int], device: torch.device) -> tuple[BlockCall | None, Edits]:
+        """Arguments of one block for several rows, and what is added to what flows into it beforehand.
 
         Raises:
             UnsupportedError: rows need arguments that cannot be put into one batch.
@@ -100,12 +100,12 @@ class ArgumentTable:
         if len(present) != len(calls):
             if present:
                 raise UnsupportedError(f"block {block} runs for some rows and not for others")
-            return None, None
+            return None, (None,) * len(edits[0])
         join = _Joiner(self._axes, device)
         args = join([c.args for c in present], (block, "args"))
         kwargs = join([c.kwargs for c in present], (block, "kwargs"))
-        added = None if edits[0] is None else join(edits, (block, "edit"))
-        return BlockCall(args, kwargs), added
+        added = tuple(join(_whole(column), (block, "edit")) for column in zip(*edits, strict=True))
+        return replace(present[0], args=args, kwargs=kwargs), added
 
     def _intern(self, value: Any) -> Any:
         return _map_tensors(self._same, value)
@@ -122,6 +122,14 @@ class ArgumentTable:
                 return known
         bucket.append(tensor.detach().cpu())
         return bucket[-1]
+
+
+def _whole(edits: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """What is added for each row; zeros for rows without, where others have something."""
+    pattern = next((edit for edit in edits if edit is not None), None)
+    if pattern is None:
+        return edits
+    return [torch.zeros_like(pattern) if edit is None else edit for edit in edits]
 
 
 def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -176,9 +184,18 @@ class _Joiner:
         return moved.expand(*(len(values) if i == axis else n for i, n in enumerate(moved.shape)))
 
 
+_ATTENTION_MASK_DIM = 4
+
+
 def _fill_masks(values: Sequence[Any]) -> list[Tensor]:
-    """Attention masks of rows without padding are None: plain causal attention, written out here."""
+    """Masks of rows without padding are None, written out here.
+
+    For attention, `[1, heads, length, length]`, it stands for plain causal attention; for anything else, such
+    as the `[1, length]` of a recurrent layer, it means that every position counts.
+    """
     pattern = next(v for v in values if isinstance(v, Tensor))
+    if pattern.dim() != _ATTENTION_MASK_DIM:
+        return [torch.ones_like(pattern) if v is None else v for v in values]
     causal = torch.ones(pattern.shape[-2:], dtype=torch.bool, device=pattern.device).tril()
     if pattern.dtype is not torch.bool:
         blocked = torch.finfo(pattern.dtype).min

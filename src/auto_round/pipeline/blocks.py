@@ -4,33 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from auto_round.calibration.observe import InputMoments, observe_inputs
+from auto_round.calibration.observe import InputMoments
 from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
 from auto_round.facts.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
-from auto_round.numerics.token_weights import Massive, massive_tokens, token_energy, token_weights
+from auto_round.numerics.token_weights import Massive
 from auto_round.pipeline.activations import formats_inside
 from auto_round.pipeline.arguments import ArgumentTable
-from auto_round.pipeline.group import BlockGroup, GroupArguments
-from auto_round.pipeline.hard_cases import by_kind, relative_error
+from auto_round.pipeline.group import BlockGroup
+from auto_round.pipeline.hard_cases import by_kind
 from auto_round.pipeline.input_squares import InputSquares
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.predictions import judged
 from auto_round.pipeline.streams import Streams
+from auto_round.pipeline.unit import Unit, tune_unit
 from auto_round.tuning.objective import Objective
-from auto_round.tuning.quantized_inputs import quantized_inputs
-from auto_round.tuning.samples import Samples, run_block
-from auto_round.tuning.sign_round import TunedBlock, tune_block
-from auto_round.tuning.weights import WeightTask
+from auto_round.tuning.sign_round import TunedBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,57 +67,43 @@ def tune_group(
     """
     with ExitStack() as stack:
         blocks = [stack.enter_context(job.source.block(i, job.device)) for i in indices]
-        group = BlockGroup(blocks)
-        formats = _formats(job, indices)
         prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
-        _refuse_not_finite(group, prefixes)
-        originals = {name: group.get_parameter(name).detach() for name in formats}
-        _cast(job, group, indices)
-        arguments = GroupArguments(table, indices, job.device)
-        observed = _observed(job, indices, group, formats)
-        targets, moments = _references(job, group, observed, streams, arguments)
-        energy = torch.stack([token_energy(row) for row in targets])
-        weights = token_weights(energy, streams.masks)
-        importance = {n: found for n, m in moments.items() if (found := m.importance()) is not None}
-        stack.enter_context(quantized_inputs(group, formats_inside(job.plan, job.source.layers, prefixes)))
-        inputs = streams.quantized if job.options.tune.enable_quanted_input else streams.reference
-        tunable = streams.tuned > 0 and not any(table.skipped(i) for i in indices)
-        held_out = GroupArguments(table, indices, job.device, first_row=streams.tuned)
-        tuned = tune_block(
-            group,
-            {n: WeightTask(formats[n], originals[n], importance.get(n)) for n in formats},
-            _samples(inputs, targets, arguments, weights, slice(0, streams.tuned)),
-            _samples(inputs, targets, held_out, weights, slice(streams.tuned, None)),
-            job.tune if tunable else replace(job.tune, iters=0),
+        unit = _unit(job, indices, BlockGroup(blocks, [job.source.blocks[i].flow for i in indices]), table)
+        found = tune_unit(
+            unit,
+            streams,
+            job.tune,
             generator=torch.Generator().manual_seed(job.options.calibration.seed + indices[0]),
             objective=stack.enter_context(judged(job, indices, objective)),
+            from_quantized=job.options.tune.enable_quanted_input,
         )
-        dtypes = {name: parameter.dtype for name, parameter in group.named_parameters()}
-        parameters = {n: q.format.dequantize(q, dtypes[n]) for n, q in tuned.weights.items()}
-        errors = {
-            name: relative_error(
-                rounded, originals[name], importance[name].squares if name in importance else None
-            )
-            for name, rounded in parameters.items()
-        }
-        parameters.update({n: p.to(dtypes[n]) for n, p in tuned.others.items()})
-        _advance(job, group, parameters, streams, targets, arguments)
-    layers = _layers_of(job, indices, tuned.weights)
-    others = {_outside(name, prefixes): value for name, value in tuned.others.items()}
-    seen = _inputs_of(job, indices, importance, moments) if job.saves_imatrix else {}
-    massive = massive_tokens(energy, streams.masks)
-    return GroupResult(layers, others, tuned, seen, massive, by_kind(errors))
+    layers = _layers_of(job, indices, found.tuned.weights)
+    others = {_outside(name, prefixes): value for name, value in found.tuned.others.items()}
+    seen = _inputs_of(job, indices, found.importance, found.moments) if job.saves_imatrix else {}
+    return GroupResult(layers, others, found.tuned, seen, found.massive, by_kind(found.errors))
 
 
-def _samples(
-    inputs: Tensor,
-    targets: Tensor | None,
-    arguments: GroupArguments,
-    weights: Tensor | None = None,
-    rows: slice = slice(None),
-) -> Samples:
-    wanted = inputs if targets is None else targets
-    return Samples(inputs[rows], wanted[rows], arguments, None if weights is None else weights[rows])
+def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTable) -> Unit:
+    """A group with its formats, cast to the dtypes in which it computes.
+
+    Raises:
+        NumericsError: a weight is not finite.
+    """
+    formats = _formats(job, indices)
+    prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
+    _refuse_not_finite(group, prefixes)
+    originals = {name: group.get_parameter(name).detach() for name in formats}
+    _cast(job, group, indices)
+    return Unit(
+        group=group,
+        originals=originals,
+        formats=formats,
+        activations=formats_inside(job.plan, job.source.layers, prefixes),
+        observed=_observed(job, indices, group, formats),
+        table=table,
+        blocks=indices,
+        device=job.device,
+    )
 
 
 def _formats(job: Job, indices: Sequence[int]) -> dict[str, Format]:
@@ -192,29 +174,6 @@ def _observed(
     return [n.removesuffix(".weight") for n in unique]
 
 
-def _references(
-    job: Job, group: BlockGroup, observed: Sequence[str], streams: Streams, arguments: GroupArguments
-) -> tuple[Tensor, dict[str, InputMoments]]:
-    """Outputs of the unquantized group, and by parameter the second moments of its inputs.
-
-    The channels are observed on the unquantized stream, over the rows that are tuned on.
-    """
-    everything = _samples(streams.reference, None, arguments)
-    run = partial(
-        run_block,
-        group,
-        everything,
-        batch_size=job.tune.pass_rows,
-        device=job.device,
-    )
-    targets = streams.targets
-    masks = streams.masks
-    with observe_inputs(group, observed, None if masks is None else lambda: masks[arguments.last]) as seen:
-        run(targets, rows=range(streams.tuned))
-    run(targets, rows=range(streams.tuned, streams.rows))
-    return targets, {f"{name}.weight": moments for name, moments in seen.items()}
-
-
 def _inputs_of(
     job: Job,
     indices: Sequence[int],
@@ -231,32 +190,6 @@ def _inputs_of(
 
 def _owner(group: BlockGroup, parameter: str) -> nn.Module:
     return group.get_submodule(parameter.rpartition(".")[0])
-
-
-def _advance(
-    job: Job,
-    group: BlockGroup,
-    parameters: Mapping[str, Tensor],
-    streams: Streams,
-    targets: Tensor,
-    arguments: GroupArguments,
-) -> None:
-    """Replace both streams by the outputs of the unquantized and of the quantized group."""
-
-    def quantized(hidden: Tensor, *args: object) -> Tensor:
-        output: Tensor = functional_call(group, dict(parameters), (hidden, *args))
-        return output
-
-    inputs = _samples(streams.quantized, None, arguments)
-    run_block(
-        quantized,
-        inputs,
-        streams.quantized,
-        batch_size=job.tune.pass_rows,
-        device=job.device,
-        rows=range(streams.rows),
-    )
-    streams.reference.copy_(targets)
 
 
 def _layers_of(

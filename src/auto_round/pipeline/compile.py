@@ -81,7 +81,7 @@ def in_equal_passes(config: TuneConfig, tuned: int) -> TuneConfig:
 def _seconds(job: Job) -> float:
     """Rough time of all tuning steps without compiling: forward, and both gradients."""
     weights = sum(math.prod(layer.shape) for layer in job.source.layers if layer.block is not None)
-    tokens = 0 if job.rows is None else len(job.rows.rows[0].input_ids)
+    tokens = 0 if job.rows is None else len(job.rows.rows[0])
     rate = CPU_FLOPS if job.device.type == "cpu" else ACCELERATOR_FLOPS
     return 6 * weights * tokens * rows_seen(job.tune) / rate
 

@@ -109,8 +109,8 @@ def _runs_by_blocks(options: Options, tune: TuneConfig, source: ModelSource, dat
 
 def _refuse_unknown_tokens(rows: CalibrationRows, source: ModelSource) -> None:
     known = source.facts.vocabulary
-    largest = max(int(row.input_ids.max()) for row in rows.rows)
-    smallest = min(int(row.input_ids.min()) for row in rows.rows)
+    largest = max(int(row.tokens.max()) for row in rows.rows)
+    smallest = min(int(row.tokens.min()) for row in rows.rows)
     if largest >= known or smallest < 0:
         raise ConfigError(
             f"the calibration rows hold token {largest if largest >= known else smallest}, but the model's "

@@ -98,7 +98,7 @@ def build_report(
             "fingerprint": job.rows.fingerprint,
             "rows_tuned": job.tuned,
             "rows_held_out": len(job.rows.rows) - job.tuned if job.judged_apart else 0,
-            "tokens_per_row": len(job.rows.rows[0].input_ids),
+            "tokens_per_row": len(job.rows.rows[0]),
         }
     if measured is not None:
         c = measured.comparison

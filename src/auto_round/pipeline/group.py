@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from auto_round.models.source import BlockCall
+from auto_round.facts.flow import Flow, States
 from auto_round.pipeline.arguments import ArgumentTable
-from auto_round.tuning.samples import BlockCall as Arguments
-from auto_round.tuning.samples import first_output
+from auto_round.tuning.samples import Arguments, states_of
 
 
 class BlockGroup(nn.Module):
@@ -19,24 +19,32 @@ class BlockGroup(nn.Module):
     A block that the model skips passes its input on; what the model adds between blocks is added here.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], flows: Sequence[Flow]) -> None:
+        """Put blocks together.
+
+        Args:
+            blocks: in the order in which they run.
+            flows: what each of them takes and returns.
+        """
         super().__init__()
+        self._orders = tuple(flow.order for flow in flows)
         for position, block in enumerate(blocks):
             self.add_module(str(position), block)
 
-    def forward(self, hidden: Tensor, calls: Sequence[tuple[BlockCall | None, Tensor | None]]) -> Tensor:
+    def forward(self, *inputs: Any) -> States:
         """Run the blocks in turn.
 
         Args:
-            hidden: `[batch, length, width]`.
-            calls: for each block its arguments (None: skipped) and what is added to its input.
+            inputs: what flows in, each `[batch, length, width]`, and behind it a list with, for each block,
+                its arguments (None: skipped) and what is added to what flows into it.
         """
-        for block, (call, added) in zip(self.children(), calls, strict=True):
-            if added is not None:
-                hidden = hidden + added.to(hidden.dtype)
+        *states, calls = inputs
+        for block, order, (call, added) in zip(self.children(), self._orders, calls, strict=True):
+            states = [s if a is None else s + a.to(s.dtype) for s, a in zip(states, added, strict=True)]
             if call is not None:
-                hidden = first_output(block(hidden, *call.args, **call.kwargs))
-        return hidden
+                args, kwargs = call.given(states)
+                states = list(states_of(block(*args, **kwargs), order))
+        return tuple(states)
 
 
 class GroupArguments:

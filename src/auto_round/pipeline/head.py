@@ -53,5 +53,5 @@ def _head_inputs(job: Job, streams: Streams) -> InputMoments:
     moments = InputMoments()
     with job.source.stem(job.device, job.dtype) as stem:
         for i in range(streams.tuned):
-            moments.add(stem.finish_inputs(streams.reference[i : i + 1].to(job.device)))
+            moments.add(stem.finish_inputs(streams.reference[0][i : i + 1].to(job.device)))
     return moments

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from auto_round.calibration.rows import TokenRow
+from auto_round.calibration.row import CalibrationRow
 from auto_round.evaluate.logits import Comparison, positions_at_once
 from auto_round.models.source import CPU
 from auto_round.numerics.qtensor import QTensor
@@ -21,7 +21,7 @@ class Measured:
     Attributes:
         comparison: original against quantized model.
         final_hidden: output of the last block of the quantized model for the held-out rows,
-            `[rows, length, width]`.
+            `[rows, length, width]`: the first of its `States`.
         head: the quantized head's weight in compute dtype; None when the head is kept.
     """
 
@@ -35,22 +35,22 @@ def measure_streams(job: Job, streams: Streams, head: QTensor | None) -> Measure
     rows = job.rows.rows if job.rows is not None else ()
     comparison = Comparison()
     weight = None if head is None else head.format.dequantize(head, job.dtype)
-    quantized = streams.quantized[streams.tuned :]
-    reference = streams.reference[streams.tuned :]
+    quantized = streams.quantized[0][streams.tuned :]
+    reference = streams.reference[0][streams.tuned :]
     with job.source.stem(job.device, job.dtype) as stem:
         for i, row in enumerate(rows[streams.tuned :]):
             step = positions_at_once(job.source.facts.vocabulary)
-            for start in range(0, len(row.input_ids) - 1, step):
-                end = min(start + step, len(row.input_ids) - 1)
+            for start in range(0, len(row) - 1, step):
+                end = min(start + step, len(row) - 1)
                 before = stem.finish(reference[i : i + 1, start:end].to(job.device))[0]
                 after = stem.finish(quantized[i : i + 1, start:end].to(job.device), weight)[0]
-                following = row.input_ids[start + 1 : end + 1].to(before.device)
+                following = row.tokens[start + 1 : end + 1].to(before.device)
                 mask = counted(row, start, end)
                 comparison.add(before, after, following, None if mask is None else mask.to(before.device))
     return Measured(comparison, quantized.to(CPU), weight)
 
 
-def counted(row: TokenRow, start: int, end: int) -> Tensor | None:
+def counted(row: CalibrationRow, start: int, end: int) -> Tensor | None:
     """Which predictions after positions `start ... end - 1` count: `[positions]` bool; None for all.
 
     A prediction counts when the token before it and the token it predicts are no padding.

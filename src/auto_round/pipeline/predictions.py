@@ -37,7 +37,7 @@ def judged(job: Job, indices: Sequence[int], objective: Objective) -> Iterator[O
         return
     at_once = positions_at_once(job.source.facts.vocabulary, logits_budget(job))
     if job.rows is not None:  # positions of several rows stand in a line: no longer than a table of positions
-        at_once = min(at_once, len(job.rows.rows[0].input_ids))
+        at_once = min(at_once, len(job.rows.rows[0]))
     with job.source.stem(job.device, job.dtype) as stem:
         by_predictions = Predictions(stem.finish, at_once)
         yield replace(objective, loss=by_predictions, judge=by_predictions)

@@ -16,6 +16,7 @@ from auto_round.config.options import Options
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.machine import machine, versions
+from auto_round.pipeline.streams import SAVED_AS
 from auto_round.tuning.config import TuneConfig
 from auto_round.version import __version__
 
@@ -43,6 +44,7 @@ def signature(job: Job) -> dict[str, Any]:
         "tune": _tune(job.tune),
         "max_shard_size": options.output.max_shard_size,
         "keep_streams": options.output.resume,
+        "saved_streams": SAVED_AS,
     }
     return own | {name: value for name, value in _others(options).items() if name not in own["tune"]}
 
@@ -67,7 +69,8 @@ def _others(options: Options) -> dict[str, Any]:
 
 
 HOW = frozenset(
-    {"torch", "machine", "threads", "device", "compute_dtype", "keep_streams", "enable_torch_compile"}
+    {"torch", "machine", "threads", "device", "compute_dtype", "keep_streams", "saved_streams"}
+    | {"enable_torch_compile"}
 )
 """Parts of the signature that say how a result is reached: a finished one need not be made again for them."""
 

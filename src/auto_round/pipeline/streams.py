@@ -1,4 +1,4 @@
-"""Activation streams: hidden states of all rows between two blocks, with and without quantization."""
+"""Activation streams: what flows between two blocks for all rows, with and without quantization."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from torch import Tensor
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.checkpoint.disk import reserve, writing
 from auto_round.config.groups import MemoryOptions
+from auto_round.facts.flow import States
 
 SPILL_BYTES = 2 << 30
 """Both streams above this size are backed by files where they lie on the host, unless `low_cpu_mem_usage` is
 off."""
+
+SAVED_AS = 2
+"""Number of the way in which streams are saved; a run that saved them otherwise is not continued."""
 
 
 class Home(NamedTuple):
@@ -44,27 +48,22 @@ def home_of_streams(memory: MemoryOptions, device: torch.device, nbytes: int) ->
 
 
 class Streams:
-    """Hidden states `[rows, length, width]` of the unquantized and of the quantized model.
+    """What flows between two blocks for all rows, in the unquantized and in the quantized model.
 
-    Both, and the targets of the block at hand, lie in memory, or in files that the system may write back
-    (`spill`); a copy of the streams on disk lets a killed run continue. Rows `0 ... tuned - 1` are tuned on;
-    the rest are held out.
+    One tensor `[rows, length, width]` for each of the `States`. Both streams, and the targets of the block at
+    hand, lie in memory, or in files that the system may write back (`spill`); a copy of the streams on disk
+    lets a killed run continue. Rows `0 ... tuned - 1` are tuned on; the rest are held out.
 
     Attributes:
         reference: what the unquantized blocks so far give.
         quantized: what the quantized blocks so far give.
-        targets: room for what the next unquantized block gives, of the same shape.
+        targets: room for what the next unquantized block gives, of the same shapes.
         tuned: rows that are tuned on.
-        masks: `[rows, length]` bool, True where a position counts; None where all do.
+        masks: `[rows, length]` bool, True where a position of the first tensor counts; None where all do.
     """
 
     def __init__(
-        self,
-        reference: Tensor,
-        quantized: Tensor,
-        targets: Tensor,
-        tuned: int,
-        masks: Tensor | None = None,
+        self, reference: States, quantized: States, targets: States, tuned: int, masks: Tensor | None = None
     ) -> None:
         self.reference = reference
         self.quantized = quantized
@@ -75,45 +74,68 @@ class Streams:
     @property
     def rows(self) -> int:
         """All rows, held-out ones included."""
-        return int(self.reference.shape[0])
+        return int(self.reference[0].shape[0])
+
+    def mask_of(self, position: int) -> Tensor | None:
+        """Which positions of a tensor count: the rows' masks for the first, all of the others."""
+        return self.masks if position == 0 else None
 
     @classmethod
     def begin(
         cls,
-        hidden: Sequence[Tensor],
+        rows: Sequence[States],
         tuned: int,
         *,
         device: torch.device,
         masks: Tensor | None = None,
         spill: Path | None = None,
     ) -> Streams:
-        """Both streams start as the embeddings.
+        """Both streams start as what flows into the first block.
 
         Args:
-            hidden: `[1, length, width]` for each row.
+            rows: for each row its tensors, `[1, length, width]`.
             tuned: rows that are tuned on.
             masks: `[rows, length]` bool; None where every position counts.
             device: where the streams live when they are not spilled.
             spill: folder for files that back the streams; None keeps them in memory.
         """
-        shape = (len(hidden), *hidden[0].shape[1:])
         reference, quantized, targets = (
-            _storage(shape, hidden[0].dtype, device, spill, name)
+            tuple(
+                _storage((len(rows), *state.shape[1:]), state.dtype, device, spill, f"{name}-{position}")
+                for position, state in enumerate(rows[0])
+            )
             for name in ("reference", "quantized", "targets")
         )
-        for i, row in enumerate(hidden):
-            reference[i] = quantized[i] = row[0]
-        return cls(reference, quantized, targets, tuned, masks)
+        streams = cls(reference, quantized, targets, tuned, masks)
+        for i, row in enumerate(rows):
+            for to, state in zip(reference, row, strict=True):
+                to[i] = state[0]
+            streams.restart(i, row)
+        return streams
+
+    def restart(self, row: int, states: States) -> None:
+        """Let the quantized stream begin elsewhere for one row; tensors `[1, length, width]`."""
+        for to, state in zip(self.quantized, states, strict=True):
+            to[row] = state[0]
+
+    def advance(self) -> None:
+        """The targets become the reference."""
+        for to, state in zip(self.reference, self.targets, strict=True):
+            to.copy_(state)
 
     def save(self, path: Path) -> None:
         """Write both streams; complete or not at all."""
-        save_tensors(path, {"reference": self.reference.cpu(), "quantized": self.quantized.cpu()})
+        save_tensors(path, {name: state.cpu() for name, state in self._named().items()})
 
     def restore(self, path: Path) -> None:
-        """Overwrite both streams with saved ones of the same shape."""
+        """Overwrite both streams with saved ones of the same shapes."""
         saved = load_tensors(path)
-        self.reference.copy_(saved["reference"])
-        self.quantized.copy_(saved["quantized"])
+        for name, state in self._named().items():
+            state.copy_(saved[name])
+
+    def _named(self) -> dict[str, Tensor]:
+        both = {"reference": self.reference, "quantized": self.quantized}
+        return {f"{name}.{i}": state for name, states in both.items() for i, state in enumerate(states)}
 
 
 def _storage(

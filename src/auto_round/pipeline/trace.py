@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from auto_round.calibration.rows import TokenRow
-from auto_round.models.source import CPU, Stem
+from auto_round.calibration.row import CalibrationRow, joined, masks_of
+from auto_round.facts.flow import States
+from auto_round.models.source import CPU, Stem, Trace
 from auto_round.pipeline.arguments import ArgumentTable, Place, batch_axes
 from auto_round.pipeline.job import Job
 from auto_round.pipeline.streams import Streams, home_of_streams
@@ -28,38 +28,31 @@ def trace_rows(job: Job, scratch: Path, embedding: Tensor | None = None) -> tupl
         Arguments of every block for every row, and the streams at the first block.
     """
     rows = () if job.rows is None else job.rows.rows
-    hidden: list[Tensor] = []
-    rounded: list[Tensor] = []
+    begun: list[States] = []
+    rounded: list[States] = []
     with job.source.stem(CPU, job.dtype, head=False) as stem:
         table = ArgumentTable(_axes(stem, rows))
         for row in rows:
-            mask = None if row.mask is None else row.mask.unsqueeze(0)
-            traced = stem.trace(row.input_ids.unsqueeze(0), mask)
+            traced = stem.trace(row.inputs)
             table.add(traced.calls, traced.edits)
-            hidden.append(traced.hidden.detach().to(job.dtype))
+            begun.append(_states(job, traced))
             if embedding is not None:
                 with stem.embedding(embedding):
-                    again = stem.trace(row.input_ids.unsqueeze(0), mask)
-                rounded.append(again.hidden.detach().to(job.dtype))
-    size = 2 * sum(h.numel() * h.element_size() for h in hidden)
+                    rounded.append(_states(job, stem.trace(row.inputs)))
+    size = 2 * sum(state.numel() * state.element_size() for states in begun for state in states)
     home = home_of_streams(job.options.memory, job.device, size)
-    masks = None
-    if any(row.mask is not None for row in rows):
-        whole = torch.ones_like(rows[0].input_ids, dtype=torch.bool)
-        masks = torch.stack([whole if row.mask is None else row.mask for row in rows])
     spill = scratch if home.files else None
-    streams = Streams.begin(hidden, job.tuned, device=home.device, masks=masks, spill=spill)
-    for i, row_hidden in enumerate(rounded):
-        streams.quantized[i] = row_hidden[0]
+    streams = Streams.begin(begun, job.tuned, device=home.device, masks=masks_of(rows), spill=spill)
+    for i, states in enumerate(rounded):
+        streams.restart(i, states)
     return table, streams
 
 
-def _axes(stem: Stem, rows: Sequence[TokenRow]) -> Mapping[Place, int]:
+def _states(job: Job, traced: Trace) -> States:
+    return tuple(state.detach().to(job.dtype) for state in traced.states)
+
+
+def _axes(stem: Stem, rows: Sequence[CalibrationRow]) -> Mapping[Place, int]:
     """How the blocks' arguments grow with the batch: the same row once and twice, a padded one if any is."""
     row = next((row for row in rows if row.mask is not None), rows[0])
-    ids = row.input_ids.unsqueeze(0)
-    mask = None if row.mask is None else row.mask.unsqueeze(0)
-    one, two = (
-        stem.trace(ids.repeat(n, 1), None if mask is None else mask.repeat(n, 1)).calls for n in (1, 2)
-    )
-    return batch_axes(one, two)
+    return batch_axes(*(stem.trace(joined([row] * n)).calls for n in (1, 2)))

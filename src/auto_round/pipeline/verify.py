@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.calibration.rows import TokenRow
+from auto_round.calibration.row import CalibrationRow, joined
 from auto_round.errors import CheckpointError, InternalError
 from auto_round.evaluate.logits import Comparison, positions_at_once
 from auto_round.export.exporter import Exporter
@@ -96,7 +96,7 @@ class TunedModel:
         """The first tokens of a row that was not tuned on, `[at most most]` int64; None without data."""
         if self.measured is None or self.job.rows is None:
             return None
-        return self.job.rows.rows[self.job.tuned].input_ids[:most]
+        return self.job.rows.rows[self.job.tuned].tokens[:most]
 
     def compare(self, ids: Tensor, logits: Tensor) -> dict[str, float]:
         """Another reader's predictions for `held_out` tokens beside those of the tuned model."""
@@ -117,15 +117,15 @@ class TunedModel:
 
 
 def _compared(
-    job: Job, reader: Reader, folder: Path, measured: Measured, held_out: Sequence[TokenRow]
+    job: Job, reader: Reader, folder: Path, measured: Measured, held_out: Sequence[CalibrationRow]
 ) -> dict[str, Any]:
     """Figures of a reloaded folder on held-out rows, and a sample."""
-    ids = _prompts(job, held_out[:ROWS])
-    tuned = _tuned_logits(job, measured, ids)
+    rows = _beginnings(job, held_out[:ROWS])
+    tuned = _tuned_logits(job, measured, rows)
     release_freed_memory()
     model = reader.load(folder)
     with quantized_inputs(model, _own_activations(job, reader.method)):
-        comparison, largest, each = _compare(job, model, tuned, ids, held_out[:ROWS])
+        comparison, largest, each = _compare(job, model, tuned, rows)
         limit = _largest_kl(job)
         if not (comparison.kl <= limit or (_routes(job) and _few_flips(each, limit))):
             raise CheckpointError(
@@ -133,7 +133,7 @@ def _compared(
                 f"per token (at most {limit}), largest difference of logits {largest:.3g}. Please report "
                 "this; the unfinished folder is kept"
             )
-        sample = _sample(job, model, held_out[0].input_ids[:PROMPT_TOKENS])
+        sample = _sample(job, model, held_out[0].tokens[:PROMPT_TOKENS])
     return {
         "kl": comparison.kl,
         "largest_difference": largest,
@@ -172,18 +172,17 @@ def _largest_kl(job: Job) -> float:
 _BYTE = 8
 
 
-def _prompts(job: Job, rows: Sequence[TokenRow]) -> Tensor:
-    """Tokens that are compared, `[rows, length]`: as many positions as their logits may take memory."""
-    vocabulary = job.source.facts.vocabulary
-    affordable = LOGITS_BYTES // (len(rows) * vocabulary * job.dtype.itemsize)
-    length = min(POSITIONS, len(rows[0].input_ids), max(PROMPT_TOKENS, affordable))
-    return torch.stack([row.input_ids[:length] for row in rows]).to(job.device)
+def _beginnings(job: Job, rows: Sequence[CalibrationRow]) -> list[CalibrationRow]:
+    """What is compared: as many positions of each row as their logits may take memory."""
+    affordable = LOGITS_BYTES // (len(rows) * job.source.facts.vocabulary * job.dtype.itemsize)
+    length = min(POSITIONS, len(rows[0]), max(PROMPT_TOKENS, affordable))
+    return [row.beginning(length) for row in rows]
 
 
-def _tuned_logits(job: Job, measured: Measured, ids: Tensor) -> Tensor:
+def _tuned_logits(job: Job, measured: Measured, rows: Sequence[CalibrationRow]) -> Tensor:
     """What the tuned model predicts after all but the last token: `[rows, length - 1, vocabulary]`."""
     vocabulary = job.source.facts.vocabulary
-    count, length = ids.shape[0], ids.shape[1] - 1
+    count, length = len(rows), len(rows[0]) - 1
     logits = torch.empty(count, length, vocabulary, dtype=job.dtype, device=job.device)
     step = positions_at_once(vocabulary)
     with job.source.stem(job.device, job.dtype) as stem:
@@ -196,25 +195,23 @@ def _tuned_logits(job: Job, measured: Measured, ids: Tensor) -> Tensor:
 
 
 def _compare(
-    job: Job, model: Any, tuned: Tensor, ids: Tensor, rows: Sequence[TokenRow]
+    job: Job, model: Any, tuned: Tensor, rows: Sequence[CalibrationRow]
 ) -> tuple[Comparison, float, Tensor]:
     """Tuned against reloaded logits: figures, the largest difference of any two, and each position's KL."""
     comparison, largest, each = Comparison(), 0.0, []
-    length = ids.shape[1]
-    masks = None
-    if any(row.mask is not None for row in rows):
-        whole = torch.ones(length, dtype=torch.bool, device="cpu")
-        masks = torch.stack([whole if row.mask is None else row.mask[:length] for row in rows]).to(job.device)
+    last = len(rows[0]) - 1
     with torch.no_grad():
-        reloaded = model(input_ids=ids, attention_mask=masks, use_cache=False).logits
+        inputs = {name: value.to(job.device) for name, value in joined(rows).items()}
+        reloaded = model(**inputs, use_cache=False).logits
     step = positions_at_once(tuned.shape[-1])
     for i, row in enumerate(rows):
-        for start in range(0, length - 1, step):
-            end = min(start + step, length - 1)
+        for start in range(0, last, step):
+            end = min(start + step, last)
             real = counted(row, start, end)
             where = None if real is None else real.to(job.device)
             wanted, got = tuned[i, start:end], reloaded[i, start:end]
-            each.append(comparison.add(wanted, got, ids[i, start + 1 : end + 1], where))
+            following = row.tokens[start + 1 : end + 1].to(job.device)
+            each.append(comparison.add(wanted, got, following, where))
             largest = max(largest, float((wanted.float() - got.float()).abs().max()))
     return comparison, largest, torch.cat(each)
 

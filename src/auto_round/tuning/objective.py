@@ -2,53 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from auto_round.tuning.samples import first_output
+from auto_round.facts.flow import States
+from auto_round.tuning.samples import Batch, states_of
 from auto_round.tuning.weights import fake_weights
 
 
-def block_objective(
-    block: nn.Module,
-    parameters: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    target: Tensor,
-    weights: Tensor | None,
-    count: Tensor,
-) -> Tensor:
+def block_objective(block: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
     """Loss of a block with other parameters; the module itself is not touched.
 
     Args:
         block: the module.
         parameters: rounded weights and retrained parameters by name.
-        args: hidden states `[batch, length, hidden]` and what else is positional.
-        kwargs: keyword arguments.
-        target: what the unquantized block gives.
-        weights: `[batch, length]` float32, how much the error of each position counts, 0 at padding; None:
-            all alike.
-        count: elements over which the loss is the mean, of which this call may hold a part; float32 scalar.
+        batch: what the block is called with, and what it should give.
 
     Returns:
-        Scalar float32.
+        Sum of `block_loss` over all tensors that flow on; float32 scalar.
     """
-    return block_loss(block_output(block, parameters, args, kwargs), target, weights, count)
+    outputs = block_outputs(block, parameters, batch)
+    losses = map(block_loss, outputs, batch.targets, batch.weights, batch.counts)
+    return reduce(torch.add, losses)
 
 
-def block_output(
-    block: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    """What a block with other parameters gives, `[batch, length, hidden]`; arguments of `block_objective`."""
-    dtype = args[0].dtype
+def block_outputs(block: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> States:
+    """What a block with other parameters hands on; arguments of `block_objective`."""
+    dtype = batch.inputs[0].dtype
     values = {name: value.to(dtype) for name, value in parameters.items()}
-    return first_output(functional_call(block, values, args, kwargs))
+    output = functional_call(block, values, (*batch.inputs, *batch.args), dict(batch.kwargs))
+    return states_of(output, range(len(batch.targets)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +71,6 @@ def block_loss(output: Tensor, target: Tensor, weights: Tensor | None, count: Te
     """
     loss: Tensor = _SquaredDistance.apply(output, target, weights, count)  # type: ignore[no-untyped-call]
     return loss
-
-
-def counted_elements(shape: Sequence[int], weights: Tensor | None, device: torch.device) -> Tensor:
-    """Elements of `[batch, length, hidden]` at positions of any weight (one at least); float32 scalar."""
-    if weights is None:
-        return torch.full((), math.prod(shape), dtype=torch.float32, device=device)
-    return ((weights > 0).sum().clamp_min(1) * shape[-1]).to(device, torch.float32)
 
 
 class _SquaredDistance(torch.autograd.Function):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auto_round.tuning.objective import block_output
+from auto_round.tuning.objective import block_outputs
+from auto_round.tuning.samples import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +30,14 @@ class Predictions:
     finish: Callable[[Tensor], Tensor]
     at_once: int
 
-    def __call__(
-        self,
-        block: nn.Module,
-        parameters: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        target: Tensor,
-        weights: Tensor | None,
-        count: Tensor,
-    ) -> Tensor:
+    def __call__(self, block: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Mean KL(original || block with other parameters), nats per position; as `block_objective` else.
 
-        A divergence is bounded by what the model says, whatever an activation's size: every position counts
-        alike unless its weight is 0.
+        Only the first of the tensors that flow on says something. A divergence is bounded by what the model
+        says, whatever an activation's size: every position counts alike unless its weight is 0.
         """
-        output = block_output(block, parameters, args, kwargs)
+        output, target = block_outputs(block, parameters, batch)[0], batch.targets[0]
+        weights, count = batch.weights[0], batch.counts[0]
         width = output.shape[-1]
         where = slice(None) if weights is None else weights.reshape(-1) > 0
         total: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]

@@ -2,64 +2,138 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-BlockCall = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""Positional arguments after the hidden states, and keyword arguments."""
+from auto_round.facts.flow import States
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional arguments after what flows, and keyword arguments."""
 
 
-def no_arguments(index: Sequence[int]) -> BlockCall:
-    """For blocks that take nothing but hidden states."""
+class Batch(NamedTuple):
+    """Some samples as a loss takes them, all on the block's device.
+
+    Attributes:
+        inputs: what flows in.
+        args: positional arguments behind it.
+        kwargs: keyword arguments.
+        targets: what the unquantized block gives.
+        weights: of each of the targets `[batch, length]` float32, how much the error of each position counts,
+            0 at padding; None where all count alike.
+        counts: elements over which the loss of each of the targets is the mean, of which this batch may hold
+            a part; float32 scalars, see `counted_elements`.
+    """
+
+    inputs: States
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    targets: States
+    weights: tuple[Tensor | None, ...]
+    counts: tuple[Tensor, ...]
+
+
+def no_arguments(index: Sequence[int]) -> Arguments:
+    """For blocks that take nothing but what flows."""
     return (), {}
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Inputs and wanted outputs of one block.
+    """Inputs and wanted outputs of one block, called as `block(*inputs, *args, **kwargs)`.
 
     Attributes:
-        inputs: hidden states `[n, ..., hidden]`, one entry a sample; may live on the host.
+        inputs: what flows in, each `[n, ..., width]`, one entry a sample; may live on the host.
         targets: outputs of the unquantized block, same layout.
         arguments: further arguments of the block for the given samples.
-        weights: `[n, length]` float32, how much the error of each position counts, 0 at padding; None: all
-            alike. See `numerics.token_weights`.
+        weights: of each of the targets `[n, length]` float32, see `Batch`; None: all positions count alike.
+            See `numerics.token_weights`.
     """
 
-    inputs: Tensor
-    targets: Tensor
-    arguments: Callable[[Sequence[int]], BlockCall] = no_arguments
-    weights: Tensor | None = None
+    inputs: States
+    targets: States
+    arguments: Callable[[Sequence[int]], Arguments] = no_arguments
+    weights: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
-        return int(self.inputs.shape[0])
+        return int(self.inputs[0].shape[0])
+
+    def counts(self, index: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+        """`counted_elements` of each of the targets of some samples."""
+        pick = torch.as_tensor(index, device="cpu")
+        weights = self._weights_of(pick)
+        shapes = [(len(index), *target.shape[1:]) for target in self.targets]
+        return tuple(counted_elements(s, w, device) for s, w in zip(shapes, weights, strict=True))
+
+    def batch(self, index: Sequence[int], counts: tuple[Tensor, ...], device: torch.device) -> Batch:
+        """Some samples on a device.
+
+        Args:
+            index: which ones.
+            counts: elements over which losses are means.
+            device: where the block lives.
+        """
+        args, kwargs = self.arguments(index)
+        pick = torch.as_tensor(index, device="cpu")
+        return Batch(
+            tuple(x[pick].to(device) for x in self.inputs),
+            args,
+            dict(kwargs),
+            tuple(y[pick].to(device) for y in self.targets),
+            tuple(None if w is None else w.to(device) for w in self._weights_of(pick)),
+            counts,
+        )
+
+    def _weights_of(self, pick: Tensor) -> tuple[Tensor | None, ...]:
+        if self.weights is None:
+            return (None,) * len(self.targets)
+        return tuple(w[pick] for w in self.weights)
 
 
-def first_output(output: Any) -> Tensor:
-    """Hidden states of a block's output: blocks return them alone or first in a tuple."""
-    hidden = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"a block must return a tensor or a tuple that begins with one, got {type(hidden)}")
-    return hidden
+def counted_elements(shape: Sequence[int], weights: Tensor | None, device: torch.device) -> Tensor:
+    """Elements of `[batch, length, width]` at positions of any weight (one at least); float32 scalar."""
+    if weights is None:
+        return torch.full((), math.prod(shape), dtype=torch.float32, device=device)
+    return ((weights > 0).sum().clamp_min(1) * shape[-1]).to(device, torch.float32)
+
+
+def states_of(output: Any, order: Sequence[int]) -> States:
+    """What flows on, from a block's output: a tensor alone, or a tuple that holds it.
+
+    Args:
+        output: what a block returned.
+        order: place in the output of each tensor that flows.
+
+    Raises:
+        TypeError: no tensor stands there.
+    """
+    parts = output if isinstance(output, (tuple, list)) else (output,)
+    states = tuple(parts[i] for i in order if i < len(parts) and isinstance(parts[i], Tensor))
+    if len(states) < len(order):
+        raise TypeError(
+            f"a block must return {len(order)} tensors that flow on, alone or in a tuple, got {type(output)}"
+        )
+    return states
 
 
 def run_block(
     block: Callable[..., Any],
     samples: Samples,
-    out: Tensor,
+    out: States,
     *,
     batch_size: int,
     rows: range | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Write outputs of a block into `out`, `[n, ..., hidden]`; no gradient.
+    """Write outputs of a block into `out`, each `[n, ..., width]`; no gradient.
 
     Args:
-        block: called with hidden states and `samples.arguments`.
+        block: called with what flows and `samples.arguments`.
         samples: inputs; `out` may be their storage.
         out: where the outputs go.
         batch_size: samples at a time.
@@ -71,5 +145,7 @@ def run_block(
         for start in range(rows.start, rows.stop, batch_size):
             end = min(start + batch_size, rows.stop)
             args, kwargs = samples.arguments(range(start, end))
-            hidden = samples.inputs[start:end].to(device)
-            out[start:end] = first_output(block(hidden, *args, **kwargs)).to(out.device)
+            states = [x[start:end].to(device) for x in samples.inputs]
+            found = states_of(block(*states, *args, **kwargs), range(len(out)))
+            for to, state in zip(out, found, strict=True):
+                to[start:end] = state.to(to.device)

@@ -7,8 +7,9 @@ The block is called with substituted weights (`torch.func.functional_call`); not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import MAX_KNOB
 from auto_round.numerics.search import QUICK, THOROUGH
 from auto_round.tuning.config import TuneConfig
-from auto_round.tuning.objective import PLAIN, Objective, counted_elements
-from auto_round.tuning.samples import Samples
+from auto_round.tuning.objective import PLAIN, Objective
+from auto_round.tuning.samples import Batch, Samples
 from auto_round.tuning.steps import batch_rows, held_out_looks, make_stepper, step_factor
 from auto_round.tuning.weights import Weight, WeightTask, fake_weights
 
@@ -56,7 +57,7 @@ def tune_block(
     """Quantize the weights of one block so that its output changes least.
 
     Args:
-        block: any module whose first positional argument is hidden states; not modified.
+        block: any module that is called with what flows first; not modified.
         tasks: parameter name inside the block -> what to do with it.
         samples: what to tune on.
         held_out: what parameters are chosen by; never trained on. Where it is empty `samples` choose.
@@ -150,13 +151,13 @@ class _Loop:
         values = {n: w.detach().requires_grad_() for n, w in rounded.items()} | self._others
         reached = list(values.values())
         total: list[Tensor | None] = [None] * len(reached)
-        half, scale = self._samples.inputs.dtype is torch.float16, None
+        half, scale = self._samples.inputs[0].dtype is torch.float16, None
         for _ in range(self._config.accumulate):
             batch, loss = self._next_batch(step), 0.0
-            for part, count in self._parts(self._samples, batch):
-                share = self._loss(self._samples, part, values, count, self._objective.loss)
+            for part in self._parts(self._samples, batch):
+                share = self._objective.loss(self._block, values, part)
                 if half and scale is None:
-                    scale = _gradient_scale(share, count)
+                    scale = _gradient_scale(share, part.counts)
                 # A weight that the batch did not reach (an expert without tokens) has no gradient.
                 found = torch.autograd.grad(share, reached, scale, allow_unused=True)
                 total = [_add(a, b) for a, b in zip(total, found, strict=True)]
@@ -170,34 +171,12 @@ class _Loop:
         all_found = [*inner, *total[len(rounded) :]]
         return all_found if scale is None else [None if g is None else g / scale for g in all_found]
 
-    def _loss(
-        self,
-        samples: Samples,
-        index: Sequence[int],
-        values: Mapping[str, Tensor],
-        count: Tensor,
-        loss: Callable[..., Tensor],
-    ) -> Tensor:
-        """Loss of the block with other parameters on some samples: their share of the mean over `count`."""
-        args, kwargs = samples.arguments(index)
-        pick = torch.as_tensor(index, device="cpu")
-        return loss(
-            self._block,
-            values,
-            (samples.inputs[pick].to(self._device), *args),
-            dict(kwargs),
-            samples.targets[pick].to(self._device),
-            None if samples.weights is None else samples.weights[pick].to(self._device),
-            count,
-        )
-
-    def _parts(self, samples: Samples, batch: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """A batch cut into what goes through the block at once, each with the elements of the whole batch."""
-        weights = None if samples.weights is None else samples.weights[torch.as_tensor(batch, device="cpu")]
-        count = counted_elements((len(batch), *samples.targets.shape[1:]), weights, self._device)
+    def _parts(self, samples: Samples, batch: Sequence[int]) -> Iterator[Batch]:
+        """A batch cut into what goes through the block at once; their losses add up to that of the batch."""
+        counts = samples.counts(batch, self._device)
         at_once = self._config.pass_rows
         for start in range(0, len(batch), at_once):
-            yield batch[start : start + at_once], count
+            yield samples.batch(batch[start : start + at_once], counts, self._device)
 
     def _next_batch(self, step: int) -> list[int]:
         size = min(batch_rows(self._config, step), len(self._samples))
@@ -213,8 +192,8 @@ class _Loop:
             values = fake_weights(self._weights) | self._others  # compiled code would be made anew for this
             for start in range(0, len(self._held_out), size):
                 batch = range(start, min(start + size, len(self._held_out)))
-                for part, count in self._parts(self._held_out, batch):
-                    loss = self._loss(self._held_out, part, values, count, self._objective.judge)
+                for part in self._parts(self._held_out, batch):
+                    loss = self._objective.judge(self._block, values, part)
                     total += float(loss) * len(batch)
         return self._check(total / max(1, len(self._held_out)))
 
@@ -235,13 +214,13 @@ class _Loop:
                 p.copy_(value)
 
 
-def _gradient_scale(loss: Tensor, count: Tensor) -> Tensor:
+def _gradient_scale(loss: Tensor, counts: Sequence[Tensor]) -> Tensor:
     """What gradients are multiplied by on their way through a block in float16.
 
     That type ends at 6e-8 and at 65504, and a mean over millions of elements has smaller gradients. Scaled so
     they are about 1/64 at the block's output, which leaves room for sums over tokens.
     """
-    return count * 2.0**-7 / loss.detach().sqrt().clamp_min(1e-9)
+    return reduce(torch.add, counts) * 2.0**-7 / loss.detach().sqrt().clamp_min(1e-9)
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -1,0 +1,96 @@
+"""What flows from block to block, and what else a block is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+States: TypeAlias = "tuple[Tensor, ...]"
+"""What flows: one tensor of hidden states in a text model, several where a block changes several, each
+`[samples, length, width]` with a length and width of its own. The first is what the model goes on with after
+its last block, and the one in which the positions of a row stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Which parameters of a block receive what flows, and how the block hands it on.
+
+    Attributes:
+        taken: names of the parameters, in the order of `States`.
+        returned: the same names in the order in which the block returns them.
+    """
+
+    taken: tuple[str, ...]
+    returned: tuple[str, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Place of each of the `States` in the block's output."""
+        return tuple(self.returned.index(name) for name in self.taken)
+
+
+HIDDEN_STATES = Flow(("hidden_states",), ("hidden_states",))
+"""What flows where nothing else is known: one tensor, alone or first in the block's output."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """What one block is called with beside what flows.
+
+    Caches are left out. A tensor whose first dimension is 1 in a batch of several rows is shared by all rows.
+
+    Attributes:
+        args: positional arguments; None where one of the `States` goes.
+        kwargs: keyword arguments, for example `attention_mask` (None, or bool `[B, 1, L, L]`) and
+            `position_embeddings` (a pair of `[1 or B, L, D]`).
+        places: where each of the `States` goes: position in `args`, or name.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    places: tuple[int | str, ...] = (0,)
+
+    def given(self, states: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the whole call."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for place, state in zip(self.places, states, strict=True):
+            if isinstance(place, int):
+                args[place] = state
+            else:
+                kwargs[place] = state
+        return tuple(args), kwargs
+
+
+def split_call(
+    taken: Sequence[str], parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[States, BlockCall]:
+    """Take what flows out of a block's arguments.
+
+    Args:
+        taken: names of the parameters that receive it.
+        parameters: names of all parameters of the block, in order.
+        args: positional arguments of a call.
+        kwargs: keyword arguments of the call.
+
+    Raises:
+        LookupError: the call has no such argument.
+    """
+    rest, named = list(args), dict(kwargs)
+    places: list[int | str] = []
+    states = []
+    for name in taken:
+        position = parameters.index(name) if name in parameters else 0
+        if name in named:
+            places.append(name)
+            states.append(named.pop(name))
+        elif position < len(rest):
+            places.append(position)
+            states.append(rest[position])
+            rest[position] = None
+        else:
+            raise LookupError(f'a block is called without its argument "{name}"')
+    return tuple(states), BlockCall(tuple(rest), named, tuple(places))

@@ -47,7 +47,10 @@ def test_a_part_that_crashes_or_hangs_is_ended(gpu_check):
     good, written = lines_of(gpu_check, "import os; os.abort()")
     assert not good
     assert written[-1]["why"] == "signal SIGABRT"
-    hang = "import subprocess\nprint('{}\\n{', end='', flush=True)\nsubprocess.run(['sleep', '99'])"
+    hang = (
+        "import subprocess, sys\nprint('{}\\n{', end='', flush=True)\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(99)'])"
+    )
     good, written = lines_of(gpu_check, hang, seconds=1.0)
     assert not good
     assert written[:2] == [{"part": "part"}, {"part": "part", "what": "cut off", "text": "{"}]

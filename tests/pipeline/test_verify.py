@@ -164,9 +164,10 @@ def test_matrices_stored_the_other_way_round_are_packed(tiny, tmp_path, given):
     result = quantize(source, tmp_path / "out", format="auto_round,auto_gptq,fake", **given)
     assert len(result.plan.quantized) == 8
     if not given:
-        assert {name: figures["kl"] for name, figures in result.report["verified"].items()} == dict.fromkeys(
-            ("auto_round", "auto_gptq", "fake"), 0.0
-        )
+        found = {name: figures["kl"] for name, figures in result.report["verified"].items()}
+        # GPT-2's own layers multiply by the transposed matrix, and PyTorch may add in another order for it.
+        assert found.pop("fake") < 1e-7
+        assert found == {"auto_round": 0.0, "auto_gptq": 0.0}
     for other in ("llm_compressor", "auto_awq"):
         with pytest.raises(UnsupportedError, match="Conv1D"):
             quantize(source, tmp_path / other, format=other, **given)

@@ -15,7 +15,8 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.group import Group
 from auto_round.numerics.presets import FORMATS, GGUF_FORMATS, int_format
-from auto_round.numerics.scale import MinMax, Scale, SignedMax
+from auto_round.numerics.scale import Scale
+from auto_round.numerics.scale_integer import MinMax, SignedMax
 from auto_round.numerics.search import THOROUGH
 from auto_round.schemes.scheme import parse_scheme
 from auto_round.testing.failure import ConformanceError
@@ -96,11 +97,11 @@ class Snapping(IntGrid):
     def nearest(self, u, shift):
         return torch.round(u) + shift
 
-    def saturated(self, n):
+    def clamped(self, n):
         return n.clamp(self.lo, self.hi)
 
     def snap(self, u, shift=None, out=None):
-        n = self.saturated(self.nearest(u, 0.0 if shift is None else shift))
+        n = self.clamped(self.nearest(u, 0.0 if shift is None else shift))
         return n if out is None else out.copy_(n)
 
 
@@ -125,7 +126,7 @@ class ShiftBeforeRounding(Snapping):
 
 
 class Wrapping(Snapping):
-    def saturated(self, n):
+    def clamped(self, n):
         return (n.clamp(-1e6, 1e6) - self.lo).remainder(1 << self.bits) + self.lo
 
 
@@ -203,8 +204,9 @@ class KnobsSwapped(MinMax):
 
 
 class FreeZeroPoint(MinMax):
-    def stored(self, groups):
-        parts = super().stored(groups)
+    @property
+    def stored(self):
+        parts = super().stored
         return {**parts, "zero": dataclasses.replace(parts["zero"], bits=0)}
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_round.numerics.importance import Importance
+from auto_round.numerics.multiples import Multiples
 from auto_round.numerics.presets import GGUF_FORMATS
 from auto_round.numerics.scale import Knobs, Scale
-from auto_round.numerics.scale_two_level import Multiples, SharedAffine, SharedSigned
+from auto_round.numerics.scale_two_level import SharedAffine, SharedSigned
 from auto_round.numerics.search import QUICK, THOROUGH, search_knobs
 from auto_round.testing.failure import ConformanceError
 from auto_round.testing.format_kit import check_format, random_case
@@ -74,9 +75,10 @@ class UnroundedShare(SharedSigned):
 
 
 class FreeShare(SharedSigned):
-    def stored(self, groups):
-        parts = super().stored(groups)
-        return {**parts, "d": dataclasses.replace(parts["d"], shape=(*groups[:-1], 0))}
+    @property
+    def stored(self):
+        parts = super().stored
+        return {**parts, "d": dataclasses.replace(parts["d"], bits=0)}
 
 
 def _with(fmt, rule):

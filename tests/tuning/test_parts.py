@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from auto_round.numerics.grid import IntGrid
 from auto_round.tuning.config import Optimizer, TuneConfig
 from auto_round.tuning.objective import block_loss
 from auto_round.tuning.samples import Samples, counted_elements, run_block, states_of
@@ -68,7 +69,7 @@ def test_momentum_follows_the_sign_of_the_running_sum():
 def test_adam_by_hand_skips_what_has_no_gradient():
     offsets, ranges, others = torch.zeros(2), torch.ones(2), torch.ones(1)
     config = TuneConfig(optimizer=Optimizer.ADAM, lr=0.1, range_lr=0.01)
-    stepper = make_stepper(config, [offsets], [(ranges, 4)], [others])
+    stepper = make_stepper(config, [offsets], [(ranges, 8.0)], [others])
     with torch.no_grad():
         stepper.step([torch.tensor([5.0, -0.3]), torch.tensor([1.0, 1.0]), None], 0.5)
     # The first step of Adam is lr * sign(g).
@@ -80,7 +81,7 @@ def test_adam_by_hand_skips_what_has_no_gradient():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_step_of_the_range_moves_outer_weights_as_far_as_one_of_an_offset(bits):
     offset, knob, other = torch.zeros(1), torch.ones(1), torch.zeros(1)
-    stepper = make_stepper(TuneConfig(iters=200), [offset], [(knob, bits)], [other])
+    stepper = make_stepper(TuneConfig(iters=200), [offset], [(knob, IntGrid(bits, 0).end_steps)], [other])
     stepper.step([torch.ones(1), torch.ones(1), torch.ones(1)], 1.0)
     outermost = 2 ** (bits - 1)  # quantization steps from zero
     assert (knob.item() - 1) * outermost == pytest.approx(offset.item(), rel=2e-3)
@@ -91,7 +92,7 @@ def test_a_step_of_the_range_moves_outer_weights_as_far_as_one_of_an_offset(bits
 def test_a_range_step_that_is_given_holds_for_all_bits(optimizer):
     config = TuneConfig(optimizer=optimizer, range_lr=0.01)
     knobs = [torch.ones(1), torch.ones(1)]
-    stepper = make_stepper(config, [], [(knobs[0], 2), (knobs[1], 8)], [])
+    stepper = make_stepper(config, [], [(knobs[0], 2.0), (knobs[1], 128.0)], [])
     with torch.no_grad():
         stepper.step([torch.ones(1), torch.ones(1)], 1.0)
     assert [k.item() for k in knobs] == pytest.approx([0.99, 0.99])

@@ -81,5 +81,4 @@ def _offset(q: QTensor) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.float64, device=q.codes.device)
     middle = 1 << (q.format.grid.bits - 1)
     offset = ((q.scale.zero - middle) * q.scale.step).abs().double()
-    width = q.format.group.width(q.shape[1])
-    return offset.repeat_interleave(width, dim=1)[:, : q.shape[1]]
+    return q.format.group.spread(offset, q.shape)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid import IntGrid
-from auto_round.numerics.scale import MinMax, Scale, SignedMax
+from auto_round.numerics.scale import Scale
+from auto_round.numerics.scale_integer import MinMax, SignedMax
 
 PLANE_BITS = 4
 """Width of the codes of one plane."""

@@ -12,8 +12,7 @@ from auto_round.errors import Refusal
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.layouts.bits import WIDTHS, WORD, pack_bits, unpack_bits
 from auto_round.numerics.at_once import weights_at_once
-from auto_round.numerics.group import Group
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QTensor, take_parts
 
 BAND = 1 << 18
 """Weights dequantized at a time on a CPU, so that float32 temporaries stay in a core's cache."""
@@ -53,24 +52,18 @@ class TorchKernel:
 
     def restore(self, buffers: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
         """Inverse of `prepare`."""
-        codes = buffers["codes"]
-        if _packs(spec):
-            codes = unpack_bits(codes, spec.fmt.grid.bits)
-        parts = {name.removeprefix(PART): b for name, b in buffers.items() if name.startswith(PART)}
-        return QTensor(codes, spec.fmt.rule.read(parts), spec.fmt)
+        return _assemble(buffers["codes"], _parts(buffers), spec)
 
     def weight(self, buffers: Mapping[str, Tensor], spec: LinearSpec, dtype: torch.dtype) -> Tensor:
         """Dequantized weight `[out, in]` in `dtype`."""
-        n_out, n_in = spec.shape
         codes = buffers["codes"]
-        rows = max(1, weights_at_once(codes.device, BAND) // n_in)
-        if rows >= n_out or spec.fmt.group == Group(0):
+        bands = [rows for rows, _ in spec.fmt.group.bands(spec.shape, weights_at_once(codes.device, BAND))]
+        if len(bands) == 1:
             return spec.fmt.dequantize(self.restore(buffers, spec), dtype)
         w = torch.empty(spec.shape, dtype=dtype, device=codes.device)
-        for start in range(0, n_out, rows):
-            band = slice(start, start + rows)
-            part = {name: b[band] for name, b in buffers.items() if name == "codes" or name.startswith(PART)}
-            w[band] = spec.fmt.dequantize(self.restore(part, spec), dtype)
+        for rows in bands:
+            parts = take_parts(spec.fmt, _parts(buffers), rows=rows)
+            w[rows] = spec.fmt.dequantize(_assemble(codes[rows], parts, spec), dtype)
         return w
 
     def linear(
@@ -78,6 +71,18 @@ class TorchKernel:
     ) -> Tensor:
         """`x W^T + bias` with the weight dequantized to the dtype of `x`."""
         return torch.nn.functional.linear(x, self.weight(buffers, spec, x.dtype), bias)
+
+
+def _parts(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The scale's stored parts among the buffers."""
+    return {name.removeprefix(PART): b for name, b in buffers.items() if name.startswith(PART)}
+
+
+def _assemble(codes: Tensor, parts: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
+    """Quantized tensor of codes as `prepare` keeps them and stored parts."""
+    if _packs(spec):
+        codes = unpack_bits(codes, spec.fmt.grid.bits)
+    return QTensor(codes, spec.fmt.rule.read(parts), spec.fmt)
 
 
 def _packs(spec: LinearSpec) -> bool:

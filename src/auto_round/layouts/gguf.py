@@ -94,8 +94,7 @@ class GGUFBlocks:
         bands = [self._contents(octets[band]) for band in self._bands(n_out, n_in)]
         joined = {name: torch.cat([band[name] for band in bands]) for name in bands[0]}
         codes = joined.pop(CODES)
-        specs = fmt.rule.stored(fmt.group.scale_shape(shape))
-        return QTensor(codes, fmt.rule.read({name: joined[name] for name in specs}), fmt)
+        return QTensor(codes, fmt.rule.read({name: joined[name] for name in fmt.rule.stored}), fmt)
 
     def _contents(self, octets: Tensor) -> dict[str, Tensor]:
         """Codes and parts `[rows, numbers in a row]` of the bytes of some rows."""

@@ -12,7 +12,7 @@ from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import MinMax, SignedMax
+from auto_round.numerics.scale_integer import MinMax, SignedMax
 
 
 def is_symmetric(fmt: Format) -> bool:

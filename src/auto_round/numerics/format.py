@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.group import Group
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import Knobs, Scale, ScaleRule, Stats, stored_bits
+from auto_round.numerics.scale import BoundRule, Knobs, Scale, ScaleRule, Stats, stored_bits
 
 CHUNK = 1 << 21
 """Weights handled at a time on a CPU outside of tuning. An eighth would fit a core's cache better, but two
@@ -31,17 +31,33 @@ class Format:
         grid: numbers that a code can stand for.
         group: weights that share a scale.
         rule: how the scale follows from a group.
+        bound: the rule when it knows the whole weight, see `bind`; no part of what the format is.
     """
 
     name: str
     grid: Grid
     group: Group
     rule: ScaleRule
+    bound: BoundRule | None = field(default=None, compare=False, repr=False)
 
-    @property
-    def shares(self) -> bool:
-        """Whether groups share a number, so that the range of one has a say in the scales of others."""
-        return self.rule.alone is not self.rule
+    def bind(self, *stats: Stats) -> Format:
+        """This format for weights of these ranges, which are to share what is stored once a matrix.
+
+        Needed only before a weight is cut, or where several weights share numbers: a format that is not bound
+        binds itself to each weight that it quantizes.
+
+        Args:
+            stats: what `stats` gives for the whole weight, then for those that share numbers with it.
+        """
+        return self if self.bound is not None else replace(self, bound=self.rule.bind(stats, self.grid))
+
+    def rule_for(self, stats: Stats) -> BoundRule:
+        """The rule for a weight of these ranges."""
+        return self.bound or self.rule.bind([stats], self.grid)
+
+    def matrix(self, i: int) -> Format:
+        """This format for one matrix of the stack `[n, out, in]` that it is bound to."""
+        return self if self.bound is None else replace(self, bound=self.bound.matrix(i))
 
     def stats(self, w: Tensor) -> Stats:
         """Range of each group of `w` `[..., out, in]`, float32 `[..., rows, n_groups]`.
@@ -51,10 +67,10 @@ class Format:
         """
         groups = self.group.scale_shape(w.shape)
         lo, hi = (torch.empty(groups, dtype=torch.float32, device=w.device) for _ in range(2))
-        for band, grouped in self._bands(w):
+        for _, scales, grouped in self._bands(w):
             # Two passes: on CPUs `aminmax` takes four times as long over rows as short as a group.
-            torch.amin(grouped, -1, out=lo[band])
-            torch.amax(grouped, -1, out=hi[band])
+            torch.amin(grouped, -1, out=lo[scales])
+            torch.amax(grouped, -1, out=hi[scales])
         if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
             bad = int((~torch.isfinite(w)).sum())
             raise NumericsError(f"{bad} of {w.numel()} weights are NaN or infinite")
@@ -66,52 +82,47 @@ class Format:
         Args:
             w: `[..., out, in]`, any float dtype; computed in float32.
             knobs: range multipliers; None for the measured range.
-            v: rounding offset in units of the step, shape of `w`; None for none.
+            v: rounding offset in units of the grid's spacing, shape of `w`; None for none.
 
         Raises:
             NumericsError: `w` holds NaN or infinities.
         """
         with torch.no_grad():
-            scale = self.rule.fit(self.stats(w), self.grid, knobs)
+            stats = self.stats(w)
+            scale = self.rule_for(stats).fit(stats, self.grid, knobs)
             codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-            for band, grouped in self._bands(w):
-                offset = None if v is None else self.group.split(v[band])
-                floor = None if scale.floor is None else scale.floor[band]
-                zero = None if scale.zero is None else scale.zero[band]
-                u = _in_steps(grouped, scale.step[band], floor, offset, out=grouped)
-                n = self.group.join(self.grid.snap(u, _last(zero), out=u), codes[band].shape)
-                self.grid.encode(n, out=codes[band])
-            return QTensor(codes, scale, self)
+            for rows, scales, grouped in self._bands(w):
+                here = scale[scales]
+                u = _in_steps(grouped, here.step, here.floor, out=grouped)
+                if v is not None:
+                    u = _shifted(u, self.group.split(v[rows]), self.grid.spacing(u), out=u)
+                n = self.group.join(self.grid.snap(u, _last(here.zero), out=u), codes[rows].shape)
+                self.grid.encode(n, out=codes[rows])
+            return QTensor(codes, scale, replace(self, bound=None))
 
-    def _bands(self, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of rows of `w`, each with its weights `[rows, n_groups, width]` as float32.
+    def _bands(self, w: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows of `w`, rows of its scales, and these weights `[rows, n_groups, width]` as float32.
 
         All bands of about `CHUNK` weights use the same memory; the caller may change it.
         """
         room: Tensor | None = None
-        for band in self._row_bands(w):
-            grouped = self.group.split(w[band])
+        for rows, scales in self.group.bands(w.shape, weights_at_once(w.device, CHUNK)):
+            grouped = self.group.split(w[rows])
             if room is None:
                 room = torch.empty_like(grouped, dtype=torch.float32)
-            yield band, room[: len(grouped)].copy_(grouped)
-
-    def _row_bands(self, x: Tensor) -> Iterator[slice]:
-        """Slices of rows of a matrix of about `CHUNK` numbers; one slice where groups span rows."""
-        together = self.group.size == 0 or x.dim() != 2
-        rows = max(1, len(x) if together else weights_at_once(x.device, CHUNK) // max(1, x.shape[1]))
-        return (slice(start, start + rows) for start in range(0, len(x), rows))
+            yield rows, scales, room[: len(grouped)].copy_(grouped)
 
     def dequantize(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Weight `[..., out, in]` of codes and scale, computed in float32 and rounded once to `dtype`."""
         w: Tensor | None = None
-        for band in self._row_bands(q.codes):
-            n = self.grid.decode(self.group.split(q.codes[band]))
-            part = self.group.join(_in_weights(n, q.scale, band), q.codes[band].shape).to(dtype)
+        for rows, scales in self.group.bands(q.shape, weights_at_once(q.codes.device, CHUNK)):
+            n = self.grid.decode(self.group.split(q.codes[rows]))
+            part = self.group.join(_in_weights(n, q.scale[scales]), q.codes[rows].shape).to(dtype)
             if len(part) == len(q.codes):
                 return part
             if w is None:
                 w = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
-            w[band] = part
+            w[rows] = part
         return q.codes.to(dtype) if w is None else w
 
     def fake_quantize(self, w: Tensor, stats: Stats, knobs: Knobs | None, v: Tensor | None) -> Tensor:
@@ -126,7 +137,7 @@ class Format:
         Returns:
             float32 `[..., out, in]`.
         """
-        scale = self.rule.fit(stats, self.grid, knobs)
+        scale = self.rule_for(stats).fit(stats, self.grid, knobs)
         grouped = self.group.split(w).to(torch.float32)
         offset = None if v is None else self.group.split(v)
         out = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
@@ -143,29 +154,31 @@ def _last(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.unsqueeze(-1)
 
 
-def _in_steps(
-    w: Tensor, step: Tensor, floor: Tensor | None, v: Tensor | None, out: Tensor | None = None
-) -> Tensor:
-    """Weights `[..., n_groups, width]` above the floor in units of the step, plus the rounding offset."""
+def _in_steps(w: Tensor, step: Tensor, floor: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Weights `[..., n_groups, width]` above the floor in units of the step."""
     above = w if floor is None else torch.add(w, floor.unsqueeze(-1), out=out)
-    u = torch.div(above, step.unsqueeze(-1), out=out)
-    return u if v is None else torch.add(u, v, out=out)
+    return torch.div(above, step.unsqueeze(-1), out=out)
 
 
-def _in_weights(n: Tensor, scale: Scale, band: slice) -> Tensor:
-    """Grid numbers `[..., n_groups, width]` of some rows as weights, float32."""
+def _shifted(u: Tensor, v: Tensor, spacing: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """`u + v * spacing`: weights moved by the rounding offset."""
+    return torch.add(u, v, out=out) if spacing is None else torch.addcmul(u, v, spacing, out=out)
+
+
+def _in_weights(n: Tensor, scale: Scale) -> Tensor:
+    """Grid numbers `[..., n_groups, width]` as weights, float32."""
     if scale.zero is not None:
-        n = n - scale.zero[band].unsqueeze(-1)
-    w = n * scale.step[band].unsqueeze(-1)
-    return w if scale.floor is None else w - scale.floor[band].unsqueeze(-1)
+        n = n - scale.zero.unsqueeze(-1)
+    w = n * scale.step.unsqueeze(-1)
+    return w if scale.floor is None else w - scale.floor.unsqueeze(-1)
 
 
 class _FakeQuantize(torch.autograd.Function):
     """Quantize and dequantize in one pass, with the gradient of the straight-through estimate.
 
-    With `u = (w + floor) / step` and `n` the grid number after saturation, and `inside` marking weights that
-    did not saturate: `d/dv = step * inside`, `d/dstep = (n - zero) - inside * u`,
-    `d/dzero = -step * (1 - inside)`, `d/dfloor = inside - 1`.
+    With `u = (w + floor) / step`, `gap` the grid's spacing there, `n` the grid number after saturation and
+    `inside` marking weights that did not saturate: `d/dv = step * gap * inside`,
+    `d/dstep = (n - zero) - inside * u`, `d/dzero = -step * (1 - inside)`, `d/dfloor = inside - 1`.
     """
 
     @staticmethod
@@ -178,28 +191,28 @@ class _FakeQuantize(torch.autograd.Function):
         v: Tensor | None,
         grid: Grid,
     ) -> Tensor:
-        u = _in_steps(w, step, floor, None)
-        shifted = u if v is None else u + v
+        u = _in_steps(w, step, floor)
+        gap = None if v is None else grid.spacing(u)
+        shifted = u if v is None else _shifted(u, v, gap)
         n = grid.snap(shifted, _last(zero))
         if zero is not None:
             shifted = shifted + zero.unsqueeze(-1)
-        # Half a step beyond the ends still rounds to the ends, so it has not saturated.
-        inside = (shifted >= grid.lo - 0.5) & (shifted <= grid.hi + 0.5)
+        outside = grid.saturated(shifted)
         if zero is not None:
             n = n - zero.unsqueeze(-1)
         out = n * step.unsqueeze(-1)
         if floor is not None:
             out.sub_(floor.unsqueeze(-1))
-        ctx.save_for_backward(n.sub_(u.mul_(inside)), inside, step)
+        ctx.save_for_backward(n.sub_(u.masked_fill_(outside, 0.0)), outside, step, gap)
         return out
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor
     ) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
-        towards_step, inside, step = ctx.saved_tensors
+        towards_step, outside, step, gap = ctx.saved_tensors
         _, wants_step, wants_zero, wants_floor, wants_v, _ = ctx.needs_input_grad
-        kept = grad * inside
+        kept = grad.masked_fill(outside, 0.0)
         d_step = d_zero = d_floor = d_v = None
         if wants_step:
             d_step = (grad * towards_step).sum(-1)
@@ -209,4 +222,6 @@ class _FakeQuantize(torch.autograd.Function):
             d_floor = (kept - grad).sum(-1)
         if wants_v:
             d_v = kept * step.unsqueeze(-1)
+            if gap is not None:
+                d_v.mul_(gap)
         return None, d_step, d_zero, d_floor, d_v, None

@@ -16,6 +16,7 @@ class Grid(Protocol):
         bits: width of a code.
         lo: smallest number of the grid.
         hi: largest number of the grid.
+        end_steps: how far the number farthest from the middle lies from it, in units of the spacing there.
     """
 
     @property
@@ -31,6 +32,19 @@ class Grid(Protocol):
     @property
     def hi(self) -> float:
         """Largest number."""
+        ...
+
+    @property
+    def end_steps(self) -> float:
+        """Distance of the farthest number from the middle, divided by the spacing at that end."""
+        ...
+
+    def spacing(self, u: Tensor) -> Tensor | None:
+        """Distance between the numbers on both sides of `u`, same shape; None where it is 1 everywhere."""
+        ...
+
+    def saturated(self, u: Tensor) -> Tensor:
+        """Whether `u` lies so far outside that another number would be nearer if the grid went on; bool."""
         ...
 
     def snap(self, u: Tensor, shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -63,6 +77,19 @@ class IntGrid:
     def hi(self) -> int:
         """Largest number of the grid."""
         return self.lo + (1 << self.bits) - 1
+
+    @property
+    def end_steps(self) -> float:
+        """`2**(bits-1)`: the middle is 0 for signed numbers, the usual zero point for the others."""
+        return float(1 << (self.bits - 1))
+
+    def spacing(self, u: Tensor) -> None:
+        """1 everywhere."""
+        return
+
+    def saturated(self, u: Tensor) -> Tensor:
+        """Half a unit beyond the ends still rounds to the ends, so it has not saturated."""
+        return (u < self.lo - 0.5) | (u > self.hi + 0.5)
 
     def snap(self, u: Tensor, shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Round to nearest, ties to even, then add `shift`, then saturate.

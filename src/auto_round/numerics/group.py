@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, Refusal, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Cuts the last axis of a weight `[..., out, in]` into groups.
+    """Cuts a weight `[..., out, in]` into groups: pieces of a row, or rectangles of several rows.
 
     Attributes:
-        size: weights in a group; -1 one group for each row (output channel), 0 one group for the
-            whole matrix. A size above the row's length means one group for each row. When the size does not
-            divide the row, the last group is short.
+        size: inputs in a group; -1 all of a row, 0 one group for the whole matrix. A size above the row's
+            length means all of it. When the size does not divide the row, the last group is short.
+        rows: outputs in a group; where they do not divide the matrix, the last groups have fewer.
     """
 
     size: int
+    rows: int = 1
 
     def __post_init__(self) -> None:
         if self.size < -1:
             raise ConfigError(f"group_size must be -1 (row), 0 (tensor) or positive, got {self.size}")
+        if self.rows < 1 or (self.size == 0 and self.rows != 1):
+            raise ConfigError(f"rows of a group must be positive, and 1 for a whole tensor, got {self.rows}")
 
     def width(self, n_in: int) -> int:
-        """Weights in a full group of a row of `n_in`; for size 0 the row's own length."""
+        """Inputs in a full group of a row of `n_in`; for size 0 the row's own length."""
         return n_in if self.size <= 0 or self.size > n_in else self.size
 
     def count(self, n_in: int) -> int:
@@ -36,25 +39,73 @@ class Group:
         return -(-n_in // self.width(n_in))
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the scales of a weight of `shape`: `[..., out, n_groups]`, `[..., 1, 1]` for size 0."""
+        """Shape of the scales of a weight of `shape`: `[..., rows, n_groups]`, `[..., 1, 1]` for size 0.
+
+        `rows` is the number of outputs, or of bands of `self.rows` outputs.
+        """
         if self.size == 0:
             return (*shape[:-2], 1, 1)
-        return (*shape[:-1], self.count(shape[-1]))
+        return (*shape[:-2], -(-shape[-2] // self.rows), self.count(shape[-1]))
 
     def split(self, w: Tensor, pad: float = 0.0) -> Tensor:
-        """View or copy as `[..., rows, n_groups, width]`; a short last group is filled with `pad`."""
+        """View or copy as `[..., rows, n_groups, weights of a group]`; short groups are filled with `pad`."""
         if self.size == 0:
             return w.reshape(*w.shape[:-2], 1, 1, w.shape[-2] * w.shape[-1])
-        n_in = w.shape[-1]
+        n_out, n_in = w.shape[-2:]
         width, count = self.width(n_in), self.count(n_in)
-        missing = width * count - n_in
-        if missing:
-            w = torch.nn.functional.pad(w, (0, missing), value=pad)
-        return w.reshape(*w.shape[:-1], count, width)
+        right, below = width * count - n_in, -n_out % self.rows
+        if right or below:
+            w = torch.nn.functional.pad(w, (0, right, 0, below) if below else (0, right), value=pad)
+        if self.rows == 1:
+            return w.reshape(*w.shape[:-1], count, width)
+        tiles = w.reshape(*w.shape[:-2], -1, self.rows, count, width).transpose(-3, -2)
+        return tiles.reshape(*tiles.shape[:-2], self.rows * width)
 
     def join(self, grouped: Tensor, shape: Sequence[int]) -> Tensor:
         """Inverse of `split` for a weight of `shape`."""
         if self.size == 0:
             return grouped.reshape(*shape)
+        if self.rows > 1:
+            tiles = grouped.reshape(*grouped.shape[:-1], self.rows, -1).transpose(-3, -2)
+            return tiles.reshape(*tiles.shape[:-4], -1, tiles.shape[-2] * tiles.shape[-1])[
+                ..., : shape[-2], : shape[-1]
+            ]
         flat = grouped.reshape(*grouped.shape[:-2], grouped.shape[-2] * grouped.shape[-1])
         return flat[..., : shape[-1]]
+
+    def spread(self, per_group: Tensor, shape: Sequence[int]) -> Tensor:
+        """Value of each weight's own group: `[..., rows, n_groups]` -> `shape` `[..., out, in]`."""
+        if self.size == 0:
+            return per_group.expand(*shape)
+        each = per_group.repeat_interleave(self.width(shape[-1]), -1).repeat_interleave(self.rows, -2)
+        return each[..., : shape[-2], : shape[-1]]
+
+    def bands(self, shape: Sequence[int], weights: int) -> Iterator[tuple[slice, slice]]:
+        """Cuts a matrix `shape` into bands of rows of about so many weights; groups stay whole.
+
+        Yields:
+            Rows of the weight and rows of its scales; one band of everything where one group is the whole
+            matrix, or where there are several matrices.
+        """
+        if self.size == 0 or len(shape) != 2:
+            yield slice(None), slice(None)
+            return
+        each = max(1, weights // max(1, shape[1]) // self.rows) * self.rows
+        for start in range(0, shape[0], each):
+            band = slice(start, min(start + each, shape[0]))
+            yield band, self.scale_rows(band)
+
+    def scale_rows(self, rows: slice) -> slice:
+        """Rows of the scales that belong to some rows of a weight.
+
+        Raises:
+            UnsupportedError: the rows begin in the middle of a group.
+        """
+        if self.size == 0 or rows == slice(None):
+            return slice(None)  # one scale for a whole matrix holds for each of its parts too
+        if rows.start % self.rows:
+            raise UnsupportedError(
+                f"rows {rows.start} to {rows.stop} cannot be taken from a weight",
+                [Refusal("groups", f"{self.rows} rows share a scale, and these begin inside of a group")],
+            )
+        return slice(rows.start // self.rows, -(-rows.stop // self.rows))

@@ -53,11 +53,11 @@ class Importance:
 
         Returns:
             `[n_groups * k, width, width]` float32 where each group consists of `k` neighbouring pieces; None
-            without products, or when groups and tiles don't meet at their ends.
+            without products, for groups of several rows, or when groups and tiles don't meet at their ends.
         """
         n_in = self.squares.shape[0]
         width = group.width(n_in)
-        if self.products is None or group.size == 0:
+        if self.products is None or group.size == 0 or group.rows > 1:
             return None
         products = self.products.to(device)
         if width < TILE:

@@ -8,9 +8,11 @@ from auto_round.errors import ConfigError
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.group import Group
-from auto_round.numerics.scale import MinMax, ScaleRule, SignedMax
+from auto_round.numerics.multiples import Multiples
+from auto_round.numerics.scale import ScaleRule
 from auto_round.numerics.scale_affine import Affine
-from auto_round.numerics.scale_two_level import Multiples, SharedAffine, SharedSigned
+from auto_round.numerics.scale_integer import MinMax, SignedMax
+from auto_round.numerics.scale_two_level import SharedAffine, SharedSigned
 
 INT_BITS = (2, 3, 4, 5, 6, 7, 8)
 """Widths of whole-number codes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from auto_round.numerics.scale import Scale
 if TYPE_CHECKING:
     from auto_round.numerics.format import Format
 
+EVERYTHING = slice(None)
+
 
 @dataclass(frozen=True, slots=True)
 class QTensor:
@@ -19,7 +22,7 @@ class QTensor:
 
     Attributes:
         codes: `[..., out, in]` uint8, the grid's code of each weight (for whole-number grids `n - grid.lo`).
-        scale: steps and zero points, `[..., out, n_groups]`.
+        scale: steps and zero points, `[..., rows, n_groups]`.
         format: what the codes mean.
     """
 
@@ -31,6 +34,30 @@ class QTensor:
     def shape(self) -> tuple[int, ...]:
         """`[..., out, in]` of the weight."""
         return tuple(self.codes.shape)
+
+    def take(self, index: tuple[int, ...] = (), rows: slice = EVERYTHING) -> QTensor:
+        """Part of the weight: one matrix of several, or some rows.
+
+        Args:
+            index: which matrix, as far as the weight has axes before `[out, in]`.
+            rows: outputs, a slice with both ends.
+
+        Raises:
+            UnsupportedError: the rows begin in the middle of a group.
+        """
+        if not index and rows == EVERYTHING:
+            return self
+        parts = take_parts(self.format, self.scale.parts, index, rows)
+        return QTensor(self.codes[index][rows], self.format.rule.read(parts), self.format)
+
+
+def take_parts(
+    fmt: Format, parts: Mapping[str, Tensor], index: tuple[int, ...] = (), rows: slice = EVERYTHING
+) -> dict[str, Tensor]:
+    """Stored parts of a scale that belong to a part of the weight; arguments as for `QTensor.take`."""
+    groups = fmt.group.scale_rows(rows)
+    stored = fmt.rule.stored
+    return {name: part[index][stored[name].rows(groups)] for name, part in parts.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from auto_round.errors import Refusal, UnsupportedError
 from auto_round.numerics.grid import Grid
-from auto_round.numerics.ste import cast_ste, round_ste
+from auto_round.numerics.ste import cast_ste
+
+if TYPE_CHECKING:
+    from auto_round.numerics.search_groups import Effort, SearchTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,10 @@ class Stats:
 
     lo: Tensor
     hi: Tensor
+
+    def __getitem__(self, index: int | slice) -> Stats:
+        """Those of some rows, or of one matrix of several."""
+        return Stats(self.lo[index], self.hi[index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +65,50 @@ class Scale:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     floor: Tensor | None = None
 
+    def __getitem__(self, rows: slice) -> Scale:
+        """Some rows of it, without what goes on disk."""
+        zero = None if self.zero is None else self.zero[rows]
+        return Scale(self.step[rows], zero, floor=None if self.floor is None else self.floor[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class PartSpec:
-    """One stored part of a weight's scales.
+    """One stored part of a weight's scales: what a number of it is, and how many groups it is for.
 
     Attributes:
         dtype: of the tensor in `Scale.parts`.
-        shape: of that tensor.
         bits: what one of its numbers takes on disk, bits; a narrower number than the dtype holds starts at 0,
             or for signed dtypes at `-2**(bits-1)`.
+        span: groups that share one number, rows of them and neighbours in a row; 0 for all of them. `(1, 1)`
+            each group has its own, `(1, 8)` blocks of 8, `(1, 0)` a row, `(0, 0)` the whole matrix.
     """
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
     bits: int
+    span: tuple[int, int] = (1, 1)
+
+    def shape(self, groups: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the part for scales of shape `groups` `[..., rows, n_groups]`."""
+        ends = (-(-n // each) if each else 1 for n, each in zip(groups[-2:], self.span, strict=True))
+        return (*groups[:-2], *ends)
+
+    def rows(self, groups: slice) -> slice:
+        """Rows of the part that belong to some rows of groups.
+
+        Raises:
+            UnsupportedError: they begin among groups that share a number.
+        """
+        each = self.span[0]
+        if groups == slice(None) or each == 1:
+            return groups
+        if each == 0:
+            return slice(None)
+        if groups.start % each:
+            raise UnsupportedError(
+                f"rows of groups {groups.start} to {groups.stop} cannot be taken from a weight",
+                [Refusal("scales", f"{each} rows of groups share a number, and these begin among them")],
+            )
+        return slice(groups.start // each, -(-groups.stop // each))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +132,46 @@ class Moments:
     nw: Tensor
 
 
-class ScaleRule(Protocol):
-    """How a group's scale follows from its statistics and knobs."""
+class BoundRule(Protocol):
+    """How a group's scale follows from its own range and knobs, all else being known."""
 
-    @property
-    def alone(self) -> SearchableRule:
-        """The rule of a group that shares nothing with others: itself, unless groups share a number."""
-        ...
-
-    def stored(self, groups: Sequence[int]) -> Mapping[str, PartSpec]:
-        """Stored parts of scales `[..., rows, n_groups]`: names and order of `Scale.parts`."""
+    def matrix(self, i: int) -> BoundRule:
+        """The rule of one matrix of a stack of weights `[n, out, in]`."""
         ...
 
     def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
         """Scale of each group, differentiable in the knobs; `parts` is filled only outside of autograd."""
+        ...
+
+    def search(self, task: SearchTask, effort: Effort) -> Knobs:
+        """Knobs of small error for some rows of a weight; at least as good as the measured range."""
+        ...
+
+
+class ScaleRule(Protocol):
+    """What is stored of a weight's scales, and how they are found.
+
+    Numbers that groups of several rows or several weights share depend on all of them: `bind` looks at those
+    first. What it gives can be used on some rows at a time.
+    """
+
+    @property
+    def stored(self) -> Mapping[str, PartSpec]:
+        """Stored parts: names and order of `Scale.parts`."""
+        ...
+
+    @property
+    def tunable(self) -> bool:
+        """Whether knobs may be learned: they move the scale of their own group and no other's."""
+        ...
+
+    def bind(self, stats: Sequence[Stats], grid: Grid) -> BoundRule:
+        """The rule for weights of these ranges, which share what is stored once a matrix.
+
+        Args:
+            stats: ranges of the whole weight, and of others that are to have the same shared numbers.
+            grid: numbers that weights are rounded to.
+        """
         ...
 
     def read(self, parts: Mapping[str, Tensor]) -> Scale:
@@ -117,25 +179,23 @@ class ScaleRule(Protocol):
         ...
 
 
-class SearchableRule(ScaleRule, Protocol):
-    """A rule of groups by themselves, and which knobs a search should try."""
+class SelfBound:
+    """A rule whose rows know nothing of others, so that it is bound as it is."""
 
-    def starts(self, stats: Stats, grid: Grid, points: int) -> Iterator[Knobs]:
-        """Knobs worth trying first in a search, about `points` sizes of the range."""
-        ...
+    __slots__ = ()
 
-    def moves(self, knobs: Knobs, radius: float) -> Iterator[Knobs]:
-        """Neighbours of `knobs` at about `radius`."""
-        ...
+    def bind(self, stats: Sequence[Stats], grid: Grid) -> Self:
+        """Itself."""
+        return self
 
-    def refit(self, stats: Stats, grid: Grid, scale: Scale, moments: Moments) -> Knobs | None:
-        """Knobs of the least-squares scale for the grid numbers that `scale` led to; None without one."""
-        ...
+    def matrix(self, i: int) -> Self:
+        """Itself."""
+        return self
 
 
 def stored_bits(rule: ScaleRule, groups: Sequence[int]) -> int:
     """Bits that scales of shape `groups` `[..., rows, n_groups]` take on disk."""
-    return sum(math.prod(part.shape) * part.bits for part in rule.stored(groups).values())
+    return sum(math.prod(part.shape(groups)) * part.bits for part in rule.stored.values())
 
 
 def legal_step(step: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,166 +211,3 @@ def legal_step(step: Tensor, dtype: torch.dtype) -> Tensor:
 
 MAX_KNOB = 16.0
 """Range multipliers stay inside 0 ... 16, in the search and in tuning."""
-
-
-@dataclass(frozen=True, slots=True)
-class SignedMax:
-    """Symmetric, full range: the extreme of larger magnitude is mapped to the grid's lowest number.
-
-    With `Q = 2**(bits-1)` the grid is `-Q ... Q-1`; only `-Q` has the extra level, so the step is negative
-    when the larger extreme is positive. Source: `spec int_sym` of SignRound implementations since 0.3.1 and
-    llama.cpp's Q4_0 (`ggml-quants.c: quantize_row_q4_0_ref`).
-
-    Attributes:
-        dtype: stored dtype of the step.
-        reach: smallest and largest range that a search tries first, in units of the measured one.
-        flipped_bits: widest grid of which the smaller extreme may get the extra level. At 4 bits that lowers
-            the error of the weights but clips the larger extreme, and the model's KL grows by 0.6 %
-            (docs/LOG.md).
-    """
-
-    dtype: torch.dtype = torch.float16
-    reach: tuple[float, float] = (0.45, 1.15)
-    flipped_bits: int = 3
-
-    @property
-    def alone(self) -> SignedMax:
-        """Itself: groups are independent."""
-        return self
-
-    def stored(self, groups: Sequence[int]) -> Mapping[str, PartSpec]:
-        """The step."""
-        return {"step": PartSpec(self.dtype, tuple(groups), torch.finfo(self.dtype).bits)}
-
-    def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
-        """`step = cast(+-max(|lo|, hi) / Q)`, positive when the negative side is larger."""
-        lo, hi = -stats.lo, stats.hi
-        if knobs is not None:
-            lo, hi = lo * knobs.lo, hi * knobs.hi
-        extreme = torch.where(hi < lo, lo, -hi)
-        step = legal_step(extreme / -grid.lo, self.dtype)
-        if step.requires_grad:
-            return Scale(step, None)
-        return self.read({"step": step.to(self.dtype)})
-
-    def read(self, parts: Mapping[str, Tensor]) -> Scale:
-        """Step as stored."""
-        return Scale(parts["step"].to(torch.float32), None, parts)
-
-    def starts(self, stats: Stats, grid: Grid, points: int) -> Iterator[Knobs]:
-        """Sizes of the range, with the larger and, at few bits, the smaller extreme at the lowest number."""
-        size, negative = torch.maximum(-stats.lo, stats.hi), -stats.lo > stats.hi
-        sides = [_signed_ratio(stats, size, negative)]
-        if grid.bits <= self.flipped_bits:
-            sides.append(_signed_ratio(stats, size, ~negative))
-        for m in torch.linspace(*self.reach, points, dtype=torch.float32, device="cpu").tolist():
-            for side in sides:
-                yield Knobs((side.lo * m).clamp_max_(MAX_KNOB), (side.hi * m).clamp_max_(MAX_KNOB))
-
-    def moves(self, knobs: Knobs, radius: float) -> Iterator[Knobs]:
-        """A little wider, a little narrower."""
-        for factor in (1 - radius, 1 + radius):
-            yield Knobs(knobs.lo * factor, knobs.hi * factor)
-
-    def refit(self, stats: Stats, grid: Grid, scale: Scale, moments: Moments) -> Knobs | None:
-        """Least-squares step `sum(i w n) / sum(i n n)`, keeping its sign."""
-        step = moments.nw / moments.nn.clamp_min(1e-30)
-        return signed_knobs(stats, step.abs() * -grid.lo, scale.step > 0)
-
-
-def signed_knobs(stats: Stats, size: Tensor, negative: Tensor) -> Knobs:
-    """Knobs under which the extreme of `SignedMax` is `-size` where `negative`, else `+size`.
-
-    A side that is (nearly) empty cannot be stretched that far; its multiplier stops at 16.
-    """
-    ratio = _signed_ratio(stats, size, negative)
-    return Knobs(ratio.lo.clamp_max_(MAX_KNOB), ratio.hi.clamp_max_(MAX_KNOB))
-
-
-def _signed_ratio(stats: Stats, size: Tensor, negative: Tensor) -> Knobs:
-    """As `signed_knobs`, however far a side is stretched."""
-    ratio = size / torch.where(negative, -stats.lo, stats.hi).clamp_min_(1e-30)
-    return Knobs(torch.where(negative, ratio, 0.0), torch.where(negative, 0.0, ratio))
-
-
-_UNEVEN = (0.7, 0.85, 1.0)
-"""Sizes of single ends tried by asymmetric rules: 1 to 2 % less weight error at few bits (docs/LOG.md)."""
-
-
-def even_starts(stats: Stats, least: float, most: float, points: int) -> Iterator[Knobs]:
-    """Sizes of the whole range, both ends alike."""
-    for size in torch.linspace(least, most, points, dtype=torch.float32, device="cpu").tolist():
-        knob = torch.full_like(stats.lo, size)
-        yield Knobs(knob, knob)
-
-
-def uneven_starts(stats: Stats) -> Iterator[Knobs]:
-    """One end of the range shorter than the other."""
-    for lo, hi in permutations(_UNEVEN, 2):
-        yield Knobs(torch.full_like(stats.lo, lo), torch.full_like(stats.hi, hi))
-
-
-def end_moves(knobs: Knobs, radius: float) -> Iterator[Knobs]:
-    """One end of the range a little further in or out."""
-    for factor in (1 - radius, 1 + radius):
-        yield Knobs(knobs.lo * factor, knobs.hi)
-        yield Knobs(knobs.lo, knobs.hi * factor)
-
-
-@dataclass(frozen=True, slots=True)
-class MinMax:
-    """Asymmetric: the range `lo ... hi` (always containing 0) is spread over the grid `0 ... 2**bits - 1`.
-
-    Source: SignRound (arXiv 2309.05516) section 2, equations of s and zp.
-
-    Attributes:
-        dtype: stored dtype of the step.
-        zero_bits: width of the stored zero point.
-    """
-
-    dtype: torch.dtype
-    zero_bits: int
-
-    @property
-    def alone(self) -> MinMax:
-        """Itself: groups are independent."""
-        return self
-
-    def stored(self, groups: Sequence[int]) -> Mapping[str, PartSpec]:
-        """Step and zero point."""
-        return {
-            "step": PartSpec(self.dtype, tuple(groups), torch.finfo(self.dtype).bits),
-            "zero": PartSpec(torch.uint8, tuple(groups), self.zero_bits),
-        }
-
-    def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
-        """`step = cast((hi - lo) / (2**bits - 1))`, `zero = round(-lo / step)`."""
-        lo, hi = -stats.lo, stats.hi
-        if knobs is not None:
-            lo, hi = lo * knobs.lo, hi * knobs.hi
-        step = legal_step((hi + lo) / (grid.hi - grid.lo), self.dtype)
-        zero = round_ste(lo / step).clamp(grid.lo, grid.hi)
-        if step.requires_grad:
-            return Scale(step, zero)
-        return self.read({"step": step.to(self.dtype), "zero": zero.to(torch.uint8)})
-
-    def read(self, parts: Mapping[str, Tensor]) -> Scale:
-        """Step and zero point as stored."""
-        return Scale(parts["step"].to(torch.float32), parts["zero"].to(torch.float32), parts)
-
-    def starts(self, stats: Stats, grid: Grid, points: int) -> Iterator[Knobs]:
-        """Sizes of the whole range, both ends alike, then one end shorter than the other."""
-        yield from even_starts(stats, 0.45, 0.98, points)
-        yield from uneven_starts(stats)
-
-    def moves(self, knobs: Knobs, radius: float) -> Iterator[Knobs]:
-        """One end a little further in or out."""
-        yield from end_moves(knobs, radius)
-
-    def refit(self, stats: Stats, grid: Grid, scale: Scale, moments: Moments) -> Knobs | None:
-        """Least-squares step for the given numbers; both ends are moved alike."""
-        step = moments.nw / moments.nn.clamp_min(1e-30)
-        zero = torch.zeros_like(step) if scale.zero is None else scale.zero
-        lo = step * (zero - grid.lo) / (-stats.lo).clamp_min(1e-30)
-        hi = step * (grid.hi - zero) / stats.hi.clamp_min(1e-30)
-        return Knobs(lo.clamp(0, MAX_KNOB), hi.clamp(0, MAX_KNOB))

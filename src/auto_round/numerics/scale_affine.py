@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from auto_round.numerics.grid import Grid
-from auto_round.numerics.scale import (
-    MAX_KNOB,
-    Knobs,
-    Moments,
-    PartSpec,
-    Scale,
-    Stats,
-    end_moves,
-    even_starts,
-    legal_step,
-    uneven_starts,
-)
+from auto_round.numerics.scale import MAX_KNOB, Knobs, Moments, PartSpec, Scale, Stats, legal_step
+from auto_round.numerics.scale_integer import end_moves, even_starts, uneven_starts
+from auto_round.numerics.search_groups import GroupRule
 from auto_round.numerics.ste import cast_ste
 
 _SIZES = 5
@@ -30,7 +21,7 @@ _UNEVEN_BITS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Affine:
+class Affine(GroupRule):
     """Asymmetric: `w = n * step + min`, the range `lo ... hi` (always containing 0) spread over the grid.
 
     Source: llama.cpp's Q4_1 and Q5_1 (`ggml-common.h: block_q4_1`, fields `d` and `m`); arithmetic of
@@ -43,13 +34,9 @@ class Affine:
     dtype: torch.dtype = torch.float16
 
     @property
-    def alone(self) -> Affine:
-        """Itself: groups are independent."""
-        return self
-
-    def stored(self, groups: Sequence[int]) -> Mapping[str, PartSpec]:
+    def stored(self) -> Mapping[str, PartSpec]:
         """Step and minimum."""
-        part = PartSpec(self.dtype, tuple(groups), torch.finfo(self.dtype).bits)
+        part = PartSpec(self.dtype, torch.finfo(self.dtype).bits)
         return {"step": part, "min": part}
 
     def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:

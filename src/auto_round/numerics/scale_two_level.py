@@ -6,137 +6,28 @@ Source: llama.cpp's K-quants (`ggml-common.h: block_q2_K ... block_q6_K`), arith
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from auto_round.numerics.grid import Grid
-from auto_round.numerics.scale import (
-    Knobs,
-    Moments,
-    PartSpec,
-    Scale,
-    ScaleRule,
-    SignedMax,
-    Stats,
-    legal_step,
-    signed_knobs,
-)
+from auto_round.numerics.multiples import Multiples
+from auto_round.numerics.scale import Knobs, Moments, PartSpec, Scale, SelfBound, Stats
 from auto_round.numerics.scale_affine import Affine, affine_knobs, line, step_and_floor
-from auto_round.numerics.ste import round_ste
+from auto_round.numerics.scale_integer import SignedMax, signed_knobs
+from auto_round.numerics.search_groups import Effort, SearchTask
+from auto_round.numerics.search_shared import search_shared
 
-
-def gather(x: Tensor, per: int) -> Tensor:
-    """Numbers of the groups of each block: `[..., n_groups]` -> `[..., n_blocks, per]`, filled with 0."""
-    missing = -x.shape[-1] % per
-    if missing:
-        x = torch.nn.functional.pad(x, (0, missing))
-    return x.reshape(*x.shape[:-1], -1, per)
-
-
-def join(blocks: Tensor, n_groups: int) -> Tensor:
-    """Inverse of `gather`: `[..., n_blocks, per]` -> `[..., n_groups]`."""
-    return blocks.reshape(*blocks.shape[:-2], -1)[..., :n_groups]
+TUNABLE = False
+"""A step of the group that decides about a shared number moves all others too, and the offsets never settle
+(docs/LOG.md): ranges stay as searched."""
 
 
 @dataclass(frozen=True, slots=True)
-class Multiples:
-    """How the groups of a block share one float16 number: each has a whole multiple of it.
-
-    Attributes:
-        bits: width of a multiple.
-        per: groups in a block.
-        least: smallest multiple; a negative one makes multiples signed, and they are never 0.
-    """
-
-    bits: int
-    per: int
-    least: int
-
-    @property
-    def signed(self) -> bool:
-        """Whether multiples may be negative."""
-        return self.least < 0
-
-    @property
-    def anchor(self) -> int:
-        """The multiple that the largest number of a block has: the end of the range farthest from 0."""
-        return self.least if self.signed else (1 << self.bits) - 1
-
-    @property
-    def most(self) -> int:
-        """Largest multiple."""
-        return self.least + (1 << self.bits) - 1 if self.signed else self.anchor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of multiples in memory."""
-        return torch.int8 if self.signed else torch.uint8
-
-    def share(self, x: Tensor) -> Tensor:
-        """Shared number of each block so that its largest number becomes the anchor, `[..., n_blocks]`."""
-        blocks = gather(x, self.per)
-        largest = blocks.amax(-1)
-        if self.signed:
-            largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        return legal_step(largest / self.anchor, torch.float16)
-
-    def divide(self, x: Tensor, shared: Tensor) -> Tensor:
-        """Multiple of each group, float32, straight-through gradient.
-
-        A multiple of 0 would make all weights of the group alike; the one next to it contains that case,
-        since weights are rounded to the nearest number.
-        """
-        ratio = join(gather(x, self.per) / shared.unsqueeze(-1), x.shape[-1])
-        multiple = round_ste(ratio).clamp(self.least, self.most)
-        if self.signed:
-            multiple = multiple + (multiple == 0)
-        return multiple
-
-    def value(self, shared: Tensor, multiple: Tensor) -> Tensor:
-        """Numbers `[..., n_groups]` of shared numbers `[..., n_blocks]` and multiples, float32."""
-        return join(gather(multiple, self.per) * shared.unsqueeze(-1), multiple.shape[-1])
-
-    def stored(self, names: tuple[str, str], groups: Sequence[int]) -> dict[str, PartSpec]:
-        """The shared number and the multiples of scales of shape `groups`."""
-        blocks = (*groups[:-1], -(-groups[-1] // self.per))
-        return {
-            names[0]: PartSpec(torch.float16, blocks, 16),
-            names[1]: PartSpec(self.dtype, tuple(groups), self.bits),
-        }
-
-    def read(self, shared: Tensor, multiple: Tensor) -> Tensor:
-        """Numbers `[..., n_groups]` float32 of stored parts."""
-        return self.value(shared.to(torch.float32), multiple.to(torch.float32))
-
-
-class TwoLevel(ScaleRule, Protocol):
-    """A rule whose groups share numbers: what the search needs beyond `ScaleRule`."""
-
-    @property
-    def steps(self) -> Multiples:
-        """How steps share a number."""
-        ...
-
-    @property
-    def floors(self) -> Multiples | None:
-        """How floors do; None without floors."""
-        ...
-
-    def best(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """Step and floor of each group of least squares, were they free."""
-        ...
-
-    def knobs(self, stats: Stats, grid: Grid, step: Tensor, floor: Tensor | None) -> Knobs:
-        """Knobs that lead to these steps and floors, as far as knobs of 0 ... 16 can."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class SharedSigned:
+class SharedSigned(SelfBound):
     """Symmetric groups whose signed steps are multiples of one number a block: Q3_K and Q6_K.
 
     Attributes:
@@ -144,6 +35,7 @@ class SharedSigned:
     """
 
     steps: Multiples
+    tunable: ClassVar[bool] = TUNABLE
 
     @property
     def floors(self) -> None:
@@ -159,9 +51,10 @@ class SharedSigned:
         """
         return SignedMax(torch.float32, reach=(0.45, 1.28), flipped_bits=0)
 
-    def stored(self, groups: Sequence[int]) -> Mapping[str, PartSpec]:
+    @property
+    def stored(self) -> Mapping[str, PartSpec]:
         """`d` of each block and `sc` of each group."""
-        return self.steps.stored(("d", "sc"), groups)
+        return self.steps.stored("d", "sc")
 
     def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
         """Step of `SignedMax`, then its multiple of the block's shared number."""
@@ -176,6 +69,10 @@ class SharedSigned:
         """Steps as stored."""
         return Scale(self.steps.read(parts["d"], parts["sc"]), None, parts)
 
+    def search(self, task: SearchTask, effort: Effort) -> Knobs:
+        """Each group by itself, then with what blocks share."""
+        return search_shared(self, task, effort)
+
     def best(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Step through zero; the floor is 0."""
         step = moments.nw / moments.nn.clamp_min(1e-30)
@@ -187,7 +84,7 @@ class SharedSigned:
 
 
 @dataclass(frozen=True, slots=True)
-class SharedAffine:
+class SharedAffine(SelfBound):
     """Asymmetric groups whose steps and floors are multiples of two numbers a block: Q2_K, Q4_K and Q5_K.
 
     Attributes:
@@ -197,15 +94,17 @@ class SharedAffine:
 
     steps: Multiples
     floors: Multiples
+    tunable: ClassVar[bool] = TUNABLE
 
     @property
     def alone(self) -> Affine:
         """The rule of a group with an unrounded step and floor of its own."""
         return Affine(torch.float32)
 
-    def stored(self, groups: Sequence[int]) -> Mapping[str, PartSpec]:
+    @property
+    def stored(self) -> Mapping[str, PartSpec]:
         """`d` and `dmin` of each block, `sc` and `mn` of each group."""
-        return {**self.steps.stored(("d", "sc"), groups), **self.floors.stored(("dmin", "mn"), groups)}
+        return {**self.steps.stored("d", "sc"), **self.floors.stored("dmin", "mn")}
 
     def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
         """Step and floor of `Affine`, then their multiples of the block's shared numbers."""
@@ -227,6 +126,10 @@ class SharedAffine:
         """Steps and floors as stored."""
         step = self.steps.read(parts["d"], parts["sc"])
         return Scale(step, None, parts, self.floors.read(parts["dmin"], parts["mn"]))
+
+    def search(self, task: SearchTask, effort: Effort) -> Knobs:
+        """Each group by itself, then with what blocks share."""
+        return search_shared(self, task, effort)
 
     def best(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Those of a line."""

@@ -8,16 +8,22 @@ is then tried on the weights themselves, and kept where it is. Last, multiples m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from auto_round.errors import InternalError
 from auto_round.numerics.band import Errors, fold
-from auto_round.numerics.format import Format
+from auto_round.numerics.grid import Grid
+from auto_round.numerics.multiples import Multiples, gather, join
 from auto_round.numerics.scale import Knobs, Moments, Scale, Stats
-from auto_round.numerics.scale_two_level import Multiples, TwoLevel, gather, join
+from auto_round.numerics.search_groups import Effort, GroupRule, SearchTask, search_groups
+
+FIRST_POINTS = 24
+FIRST_ROUNDS = 3
+"""The first level's effort: more would be lost again in rounding to multiples."""
 
 REACH = 1.2
 """Shared numbers are tried as far as moves the largest number of a block by so many multiples."""
@@ -27,6 +33,44 @@ TRIES = 9
 
 MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
 """Moves of the multiples of a group's step and floor; the first two leave the floor alone."""
+
+
+class TwoLevel(Protocol):
+    """A rule whose groups share numbers, as its search sees it."""
+
+    @property
+    def steps(self) -> Multiples:
+        """How steps share a number."""
+        ...
+
+    @property
+    def floors(self) -> Multiples | None:
+        """How floors do; None without floors."""
+        ...
+
+    @property
+    def alone(self) -> GroupRule:
+        """The rule of a group with unrounded numbers of its own."""
+        ...
+
+    def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
+        """Scale of each group."""
+        ...
+
+    def best(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Step and floor of each group of least squares, were they free."""
+        ...
+
+    def knobs(self, stats: Stats, grid: Grid, step: Tensor, floor: Tensor | None) -> Knobs:
+        """Knobs that lead to these steps and floors, as far as knobs of 0 ... 16 can."""
+        ...
+
+
+def search_shared(rule: TwoLevel, task: SearchTask, effort: Effort) -> Knobs:
+    """Knobs of smallest error: first of groups by themselves, then with what they share."""
+    first = replace(effort, points=min(effort.points, FIRST_POINTS), rounds=FIRST_ROUNDS)
+    knobs, band = search_groups(rule.alone, task, first)
+    return SharedSearch(rule, task.grid, task.stats, band).search(knobs, effort.shared_rounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +169,16 @@ class State:
 class SharedSearch:
     """Search over the blocks of a band of rows."""
 
-    def __init__(self, fmt: Format, rule: TwoLevel, stats: Stats, band: Errors) -> None:
-        self._fmt, self._rule, self._stats, self._band = fmt, rule, stats, band
+    def __init__(self, rule: TwoLevel, grid: Grid, stats: Stats, band: Errors) -> None:
+        self._rule, self._grid, self._stats, self._band = rule, grid, stats, band
 
     def search(self, knobs: Knobs, rounds: int) -> Knobs:
         """Knobs of smallest error, beginning from what each group would like."""
-        state = self._read(self._rule.fit(self._stats, self._fmt.grid, knobs))
+        state = self._read(self._rule.fit(self._stats, self._grid, knobs))
         began = state.error
-        wish = self._rule.alone.fit(self._stats, self._fmt.grid, knobs)
+        wish = self._rule.alone.fit(self._stats, self._grid, knobs)
         for _ in range(rounds):
-            moments = self._band.moments(self._fmt.grid, wish)
+            moments = self._band.moments(self._grid, wish)
             state = self._better(state, self._propose(moments))
             state = self._better(state, self._refine(state))
             state = self._nudge(state)
@@ -152,7 +196,7 @@ class SharedSearch:
 
     def _state(self, steps: Level, floors: Level | None) -> State:
         scale = State(steps, floors, steps.multiple).scale
-        return State(steps, floors, self._band.error(self._fmt.grid, scale))
+        return State(steps, floors, self._band.error(self._grid, scale))
 
     def _propose(self, moments: Moments) -> State:
         """Levels that come close to what suits the numbers of the weights."""
@@ -168,7 +212,7 @@ class SharedSearch:
 
     def _refine(self, state: State) -> State:
         """Shared numbers of least squares for the numbers and multiples as they are."""
-        m = self._band.moments(self._fmt.grid, state.scale)
+        m = self._band.moments(self._grid, state.scale)
         how, sc = state.steps.how, state.steps.multiple
         a, p = _sums(how, sc * sc * m.nn), _sums(how, sc * m.nw)
         if state.floors is None:
@@ -206,7 +250,7 @@ class SharedSearch:
 
     def _keep(self, knobs: Knobs, began: Tensor, state: State) -> Knobs:
         """Knobs of the state, or those it began with, with error `began`, where these turn out better."""
-        rule, grid, how = self._rule, self._fmt.grid, state.steps.how
+        rule, grid, how = self._rule, self._grid, state.steps.how
         scale = state.scale
         found = rule.knobs(self._stats, grid, scale.step, scale.floor)
         error = self._band.error(grid, rule.fit(self._stats, grid, found))

@@ -199,18 +199,8 @@ def _layers_of(
     found: dict[str, tuple[Layer, QuantizedLayer]] = {}
     for layer in job.source.layers:
         if layer.block in indices and job.plan.format_of(layer.name) is not None:
-            weight = cut(weights[_inside(job, indices, layer)], layer)
+            index = () if layer.expert is None else (layer.expert,)
+            rows = slice(None) if layer.rows is None else slice(*layer.rows)
+            weight = weights[_inside(job, indices, layer)].take(index, rows)
             found[layer.name] = (layer, QuantizedLayer(weight))
     return found
-
-
-def cut(q: QTensor, layer: Layer) -> QTensor:
-    """The part of a (fused) quantized parameter that is one layer."""
-    if layer.expert is None and layer.rows is None:
-        return q
-    rows = slice(None) if layer.rows is None else slice(*layer.rows)
-    expert = () if layer.expert is None else (layer.expert,)
-    # One scale for a whole matrix holds for each of its halves too.
-    scaled = slice(None) if q.format.group.size == 0 else rows
-    scale = q.format.rule.read({name: part[(*expert, scaled)] for name, part in q.scale.parts.items()})
-    return QTensor(q.codes[(*expert, rows)], scale, q.format)

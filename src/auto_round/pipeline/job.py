@@ -16,7 +16,8 @@ from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer
 from auto_round.models.source import ModelSource
 from auto_round.numerics.format import Format
-from auto_round.numerics.search import THOROUGH, Effort
+from auto_round.numerics.search import THOROUGH
+from auto_round.numerics.search_groups import Effort
 from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
 

@@ -16,7 +16,8 @@ from auto_round.errors import NumericsError
 from auto_round.numerics.format import CHUNK, Format
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import Knobs, SignedMax
+from auto_round.numerics.scale import Knobs
+from auto_round.numerics.scale_integer import SignedMax
 from auto_round.testing.failure import require
 from auto_round.testing.two_level_kit import check_two_level, floor_error, step_error
 
@@ -270,9 +271,9 @@ def _check_scale(fmt: Format, case: Case) -> None:
 
 def _check_parts(fmt: Format, q: QTensor) -> None:
     """Parts have the names, dtypes and shapes that were announced, and take the bits that are claimed."""
-    specs = fmt.rule.stored(fmt.group.scale_shape(q.shape))
+    specs, groups = fmt.rule.stored, fmt.group.scale_shape(q.shape)
     found = {name: (part.dtype, tuple(part.shape)) for name, part in q.scale.parts.items()}
-    announced = {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
+    announced = {name: (spec.dtype, spec.shape(groups)) for name, spec in specs.items()}
     require(found == announced, f"{fmt.name}: stores {found}, announced {announced}")
     stored = q.codes.numel() * fmt.grid.bits
     for name, part in q.scale.parts.items():

@@ -14,7 +14,7 @@ from auto_round.kernels.check import error_bound
 from auto_round.kernels.kernel import Kernel, LinearSpec
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import SignedMax
+from auto_round.numerics.scale_integer import SignedMax
 
 TOKENS = (1, 3, 64, 130)
 """Tokens in a call: one while generating, a few, and enough for the paths of long prompts."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import MinMax
+from auto_round.numerics.scale_integer import MinMax
 from auto_round.testing.failure import require
 from auto_round.testing.slow_reader import PACKINGS, Stored, read_weight
 

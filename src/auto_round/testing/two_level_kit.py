@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from auto_round.numerics.format import Format
+from auto_round.numerics.multiples import Multiples
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale_two_level import Multiples, SharedAffine, SharedSigned
+from auto_round.numerics.scale_two_level import SharedAffine, SharedSigned
 from auto_round.testing.failure import require
 
 EPS = 2.0**-10
@@ -103,6 +104,8 @@ def _check_resolution(fmt: Format, shared: tuple[Shared, ...], seed: int) -> Non
     """The largest number of a block has the outermost multiple, and the others their nearest one."""
     w = _weight(fmt, 2.0, shared[0][2].per, seed)
     stats, q = fmt.stats(w), fmt.quantize(w)
+    if not isinstance(fmt.rule, SharedSigned | SharedAffine):
+        raise TypeError(f"{fmt.name}: groups share nothing")
     alone = fmt.rule.alone.fit(stats, fmt.grid)
     wanted = (alone.step, alone.floor)
     for (number, multiple, how), ideal in zip(shared, wanted, strict=False):

@@ -30,7 +30,7 @@ class TuneConfig:
         optimizer: sign descent or Adam.
         lr: step size of the rounding offsets, in units of the quantization step; None for the
             optimizer's own default.
-        range_lr: step size of the range multipliers; None for one that follows `lr` and the bits of each
+        range_lr: step size of the range multipliers; None for one that follows `lr` and the grid of each
             weight, see `steps.range_rate`.
         schedule: factor of the step size for `(step, iters)`; None for linear decay to 0 (sign descent) or
             half a cosine (Adam).

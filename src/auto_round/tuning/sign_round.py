@@ -98,10 +98,8 @@ class _Loop:
         self._objective = objective
         self._others = _other_parameters(block, weights) if config.tune_norm_bias else {}
         self._offsets = [w.v for w in weights.values()] if config.tune_rounding else []
-        # Ranges of groups that share a number stay as searched: a step of the group that decides about the
-        # shared number moves all others too, and the offsets never settle (docs/LOG.md).
-        free = [w for w in weights.values() if config.tune_range and not w.format.shares]
-        self._ranges = [(k, w.format.grid.bits) for w in free for k in (w.knobs.lo, w.knobs.hi)]
+        free = [w for w in weights.values() if config.tune_range and w.format.rule.tunable]
+        self._ranges = [(k, w.format.grid.end_steps) for w in free for k in (w.knobs.lo, w.knobs.hi)]
         self._rounding = [*self._offsets, *(k for k, _ in self._ranges)]
         self._trained = [*self._rounding, *self._others.values()]
         for p in self._trained:

@@ -112,35 +112,35 @@ def held_out_looks(config: TuneConfig) -> list[int]:
     return [*looks, config.iters]
 
 
-def range_rate(config: TuneConfig, bits: int) -> float:
-    """Step size of the range multipliers of groups that are rounded to so many bits.
+def range_rate(config: TuneConfig, end_steps: float) -> float:
+    """Step size of the range multipliers of groups whose outermost weights lie so many steps from the middle.
 
-    By default a signed step moves the outermost weights of a group as far as a step of an offset would,
-    whatever the bits: of 8 quantization steps to each side half a percent is more than of 2 (docs/LOG.md).
+    By default a signed step moves these weights as far as a step of an offset would, whatever the grid: of 8
+    quantization steps to each side half a percent is more than of 2 (docs/LOG.md).
     """
     if config.range_lr is not None:
         return config.range_lr
     if config.optimizer is Optimizer.ADAM:
         return ADAM_RANGE_LR
-    return _offset_rate(config) * 2.0 ** (1 - bits)
+    return _offset_rate(config) / end_steps
 
 
 def make_stepper(
-    config: TuneConfig, offsets: list[Tensor], ranges: Sequence[tuple[Tensor, int]], others: list[Tensor]
+    config: TuneConfig, offsets: list[Tensor], ranges: Sequence[tuple[Tensor, float]], others: list[Tensor]
 ) -> Stepper:
     """Optimizer over rounding offsets, range multipliers and other parameters (in this order).
 
     Args:
         config: settings of the loop.
         offsets: rounding offsets.
-        ranges: range multipliers, each with the bits that its groups are rounded to.
+        ranges: range multipliers, each with the `end_steps` of the grid that its groups are rounded to.
         others: norm weights and biases.
     """
     by_rate = groupby(ranges, key=lambda pair: range_rate(config, pair[1]))
     groups = [
         (offsets, _offset_rate(config)),
         *(([p for p, _ in pairs], rate) for rate, pairs in by_rate),
-        (others, range_rate(config, 1) * 0.2),
+        (others, range_rate(config, 1.0) * 0.2),
     ]
     return Adam(groups) if config.optimizer is Optimizer.ADAM else SignDescent(groups, config.momentum)
 

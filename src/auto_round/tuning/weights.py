@@ -13,7 +13,8 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import Knobs, Stats
-from auto_round.numerics.search import Effort, search_knobs
+from auto_round.numerics.search import search_knobs
+from auto_round.numerics.search_groups import Effort
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class WeightTask:
     """One weight to quantize.
 
     Attributes:
-        format: numeric format.
+        format: numeric format; bound already where the weight shares numbers with others.
         original: the weight, where it is held more exactly than the block runs; None for the block's own.
         importance: second moments of the inputs, for the range search; None weighs all alike.
     """
@@ -36,11 +37,11 @@ class Weight:
     """One weight under tuning.
 
     Attributes:
-        format: numeric format.
+        format: numeric format, bound to this weight.
         original: the weight as the model has it.
         stats: its measured ranges.
         knobs: range multipliers, tuned.
-        v: rounding offsets in units of the step, tuned; shape of `original`, float32.
+        v: rounding offsets in units of the grid's spacing, tuned; shape of `original`, float32.
         dtype: dtype in which the block runs.
     """
 
@@ -63,12 +64,13 @@ class Weight:
             stats = task.format.stats(original)
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from None
+        fmt = task.format.bind(stats)
         if effort is None:
             knobs = Knobs(torch.ones_like(stats.lo), torch.ones_like(stats.hi))
         else:
-            knobs = search_knobs(task.format, original, task.importance, effort)
+            knobs = search_knobs(fmt, original, task.importance, effort)
         v = torch.zeros_like(original, dtype=torch.float32)
-        return cls(task.format, original, stats, knobs, v, block.get_parameter(name).dtype)
+        return cls(fmt, original, stats, knobs, v, block.get_parameter(name).dtype)
 
     def fake(self) -> Tensor:
         """The weight as it would come back from its codes, in the dtype that the block runs in."""

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from auto_round.errors import AutoRoundError, ConfigError, UnsupportedError
 from auto_round.schemes.make import PlanRequest, make_plan
+from auto_round.schemes.number_types import spellings
 from auto_round.schemes.plan import Plan
-from auto_round.schemes.scheme import PRESET_SCHEMES, QuantizationScheme, parse_scheme
-from auto_round.schemes.vocabulary import DATA_TYPES, FIELD_TYPES
+from auto_round.schemes.scheme import FIELD_TYPES, PRESET_SCHEMES, QuantizationScheme, parse_scheme
 
 WORDS = "model layers self_attn q_proj k_proj mlp gate experts lm_head 0 1 11 - _ é"
 SIGNS = r". .* \. * + ? ( ) (?: [ ] [0-3] | ^ $ {1,2} {9999999999} \d \ (?i) (?P<a> \1"
@@ -47,7 +47,7 @@ COUNT = 2000
 def _fields(random_: random.Random) -> dict:
     names = [*FIELD_TYPES, "bit", "", 3, None]
     return {
-        random_.choice(names): random_.choice([*VALUES, *DATA_TYPES]) for _ in range(random_.randrange(4))
+        random_.choice(names): random_.choice([*VALUES, *spellings()]) for _ in range(random_.randrange(4))
     }
 
 

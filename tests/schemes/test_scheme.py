@@ -7,12 +7,20 @@ import dataclasses
 import pytest
 import torch
 
+from auto_round.config import SchemeOptions
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.facts.layer import Role
 from auto_round.numerics.presets import INT_BITS, SCALE_DTYPES, int_format
 from auto_round.schemes import scheme as scheme_module
 from auto_round.schemes import vocabulary
-from auto_round.schemes.scheme import PRESET_SCHEMES, QuantizationScheme, integer_presets, parse_scheme
+from auto_round.schemes.number_types import LATER, NUMBER_TYPES, spellings
+from auto_round.schemes.scheme import (
+    FIELD_TYPES,
+    PRESET_SCHEMES,
+    QuantizationScheme,
+    integer_presets,
+    parse_scheme,
+)
 
 PRESET_FACTS = {
     "W2A16": (2, 128),
@@ -63,13 +71,34 @@ def test_a_new_integer_format_is_one_row(monkeypatch):
 def test_tables_agree_with_numerics_and_roles():
     assert set(INT_BITS) <= set(vocabulary.BITS)
     assert {row["scale_dtype"] for row in vocabulary.SCALE_DTYPES.values()} == set(SCALE_DTYPES)
-    assert set(vocabulary.FIELD_TYPES) == {f.name for f in dataclasses.fields(QuantizationScheme)}
+    assert list(FIELD_TYPES) == [f.name for f in dataclasses.fields(QuantizationScheme)]
     assert {role for recipe in vocabulary.RECIPES.values() for role in recipe} <= {r.value for r in Role}
     assert {s.recipe for s in PRESET_SCHEMES.values()} - {None} == set(vocabulary.RECIPES)
-    assert all(
-        scheme_module.spelled("data_type", s.data_type, vocabulary.DATA_TYPES)
-        for s in PRESET_SCHEMES.values()
-    )
+    assert all(scheme_module.spelled("data_type", s.data_type, spellings()) for s in PRESET_SCHEMES.values())
+
+
+def test_every_field_but_the_recipe_is_an_option():
+    given = {"bits": 3, "sym": False, "data_type": "int", "scale_dtype": "bf16"}
+    numbers = {name: 1 for name, (kind, _) in FIELD_TYPES.items() if kind is int} | given
+    flags = {"act_sym": True, "act_dynamic": False, "act_data_type": "int"}
+    options = SchemeOptions(**numbers, **flags)
+    assert options.overrides() == numbers | flags | {"scale_dtype": "bfloat16"}
+    assert set(options.overrides()) == set(FIELD_TYPES) - {"recipe"}
+
+
+def test_types_of_fields_are_those_of_the_scheme():
+    assert FIELD_TYPES["bits"] == (int, False)
+    assert FIELD_TYPES["act_bits"] == (int, True)
+    assert FIELD_TYPES["sym"] == (bool, False)
+    assert FIELD_TYPES["act_data_type"] == (str, True)
+
+
+def test_every_spelling_of_a_row_names_it():
+    for name, row in NUMBER_TYPES.items():
+        for spelling in row.spellings:
+            assert parse_scheme({"data_type": spelling}).data_type == name
+    assert not set(LATER) & {s for row in NUMBER_TYPES.values() for s in row.spellings}
+    assert not {fields["data_type"] for fields in LATER.values()} & set(NUMBER_TYPES)
 
 
 def test_reads_like_a_dictionary():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         settle(self)
+
+
+_OF_LAYERS = ("scheme", "layer_config", "ignore_layers", "quant_lm_head", "to_quant_block_names")
+"""Options of `SchemeOptions` that are no fields of a scheme: all others are called as the field is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,20 +129,9 @@ class SchemeOptions:
 
     def overrides(self) -> dict[str, Any]:
         """Return the single scheme fields that the user set, ready for `parse_scheme`."""
-        given = {
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "sym": self.sym,
-            "data_type": self.data_type,
-            "act_bits": self.act_bits,
-            "act_group_size": self.act_group_size,
-            "act_sym": self.act_sym,
-            "act_data_type": self.act_data_type,
-            "act_dynamic": self.act_dynamic,
-            "super_bits": self.super_bits,
-            "super_group_size": self.super_group_size,
-            "scale_dtype": long_dtype(self.scale_dtype) if self.scale_dtype else None,
-        }
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OF_LAYERS}
+        if self.scale_dtype:
+            given["scale_dtype"] = long_dtype(self.scale_dtype)
         return {name: value for name, value in given.items() if value is not None}
 
 

@@ -15,11 +15,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from auto_round.errors import InternalError
 from auto_round.export.reader_names import module_names
 from auto_round.facts.layer import Layer, Role
-from auto_round.layouts.compressed import INT_QUANTIZED, LAYOUT_VERSION, PACK_QUANTIZED
+from auto_round.layouts.compressed import COMPRESSED, INT_QUANTIZED, LAYOUT_VERSION
 from auto_round.layouts.layout import Layout
-from auto_round.numerics.activation import TokenInt
+from auto_round.schemes.number_types import NUMBER_TYPES, CompressedWords, InputFields
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.version import __version__
@@ -35,14 +36,15 @@ _SEVERAL = 2
 
 
 def layout_of(scheme: QuantizationScheme) -> Layout:
-    """Order of bytes of a layer: packed words, or bytes for the products of 8 by 8 bits.
+    """Order of bytes of a layer."""
+    return COMPRESSED[_words(scheme.data_type).format(scheme)]
 
-    vLLM and SGLang have such products for one step a row; beside any other weights vLLM takes quantized
-    activations from packed words only.
-    Source: `_get_scheme_from_parts` in vLLM's and SGLang's `compressed_tensors.py`.
-    """
-    eight_by_eight = (scheme.bits, scheme.group_size, scheme.act_bits) == (8, -1, 8)
-    return INT_QUANTIZED if eight_by_eight else PACK_QUANTIZED
+
+def _words(data_type: str) -> CompressedWords:
+    words = NUMBER_TYPES[data_type].compressed
+    if words is None:
+        raise InternalError(f"compressed-tensors has no words for {data_type}")
+    return words
 
 
 def quantization_config(plan: Plan, layers: Sequence[Layer]) -> dict[str, Any] | None:
@@ -101,38 +103,44 @@ def _unpacked_on_loading(groups: Sequence[Mapping[str, Any]]) -> bool:
 
 def group_of(scheme: QuantizationScheme) -> tuple[object, ...]:
     """What tells config groups apart; the scale's dtype is in the tensors."""
-    return (scheme.bits, scheme.group_size, scheme.sym, scheme.activation_format())
+    return (scheme.data_type, scheme.bits, scheme.group_size, scheme.sym, scheme.inputs)
+
+
+_STRATEGIES = {-1: "channel", 0: "tensor"}
+"""`strategy` of weights by group size; `group` for all others."""
+
+_INPUT_STRATEGIES = {-1: "token", 0: "tensor"}
+"""`strategy` of inputs by group size; `group` for all others."""
 
 
 def _group(scheme: QuantizationScheme) -> dict[str, Any]:
     """A config group without its targets."""
-    grouped = scheme.group_size > 0
     weights = {
-        **_numbers(scheme.bits, sym=scheme.sym),
-        "strategy": "group" if grouped else "channel",
-        "group_size": scheme.group_size if grouped else None,
+        "num_bits": scheme.bits,
+        "type": _words(scheme.data_type).type,
+        "symmetric": scheme.sym,
+        "strategy": _STRATEGIES.get(scheme.group_size, "group"),
+        "group_size": scheme.group_size if scheme.group_size > 0 else None,
         "dynamic": False,
         "actorder": None,
     }
-    activations = scheme.activation_format()
-    inputs = None
-    if isinstance(activations, TokenInt):
-        inputs = {
-            **_numbers(activations.bits, sym=activations.sym),
-            "strategy": "token",
-            "group_size": None,
-            "dynamic": True,
-        }
     return {
         "weights": weights,
-        "input_activations": inputs,
+        "input_activations": None if scheme.inputs is None else _inputs(scheme.inputs),
         "output_activations": None,
         "format": layout_of(scheme).name,
     }
 
 
-def _numbers(bits: int, *, sym: bool) -> dict[str, Any]:
-    return {"num_bits": bits, "type": "int", "symmetric": sym}
+def _inputs(fields: InputFields) -> dict[str, Any]:
+    return {
+        "num_bits": fields.bits,
+        "type": _words(fields.data_type).type,
+        "symmetric": fields.sym,
+        "strategy": _INPUT_STRATEGIES.get(fields.group_size, "group"),
+        "group_size": fields.group_size if fields.group_size > 0 else None,
+        "dynamic": fields.dynamic,
+    }
 
 
 def _targets(members: Sequence[Layer], *, alone: bool) -> list[str]:
@@ -188,8 +196,7 @@ _COMMON_BITS = {True: (4, 8), False: (4,)}
 
 
 def _note(scheme: QuantizationScheme) -> str:
-    activations = scheme.activation_format()
-    if activations is None:
+    if scheme.inputs is None:
         common = _COMMON_BITS[scheme.sym]
         if scheme.bits in common:
             return ""
@@ -200,7 +207,7 @@ def _note(scheme: QuantizationScheme) -> str:
         )
     if layout_of(scheme) is INT_QUANTIZED:
         return ""
-    if not (isinstance(activations, TokenInt) and activations.sym):
+    if not scheme.inputs.sym:
         return (
             f"llm_compressor: {scheme.label} runs in Transformers with compressed-tensors only; vLLM wants "
             "symmetric activations"

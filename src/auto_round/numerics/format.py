@@ -203,7 +203,7 @@ class _FakeQuantize(torch.autograd.Function):
         out = n * step.unsqueeze(-1)
         if floor is not None:
             out.sub_(floor.unsqueeze(-1))
-        ctx.save_for_backward(n.sub_(u.masked_fill_(outside, 0.0)), outside, step, gap)
+        ctx.save_for_backward(n.sub_(torch.where(outside, 0.0, u)), outside, step, gap)
         return out
 
     @staticmethod
@@ -212,7 +212,7 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
         towards_step, outside, step, gap = ctx.saved_tensors
         _, wants_step, wants_zero, wants_floor, wants_v, _ = ctx.needs_input_grad
-        kept = grad.masked_fill(outside, 0.0)
+        kept = torch.where(outside, 0.0, grad)
         d_step = d_zero = d_floor = d_v = None
         if wants_step:
             d_step = (grad * towards_step).sum(-1)

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError, nearest
-from auto_round.schemes.vocabulary import (
-    BITS,
-    DATA_TYPES,
-    FIELD_TYPES,
-    RECIPES,
-    SCALE_DTYPES,
-    check_type,
-    spelled,
-)
+from auto_round.schemes.number_types import NUMBER_TYPES, InputFields, inputs_of, spellings, weights_of
+from auto_round.schemes.vocabulary import BITS, RECIPES, SCALE_DTYPES, spelled
 
 if TYPE_CHECKING:
     from auto_round.numerics.activation import ActivationFormat
@@ -36,7 +29,7 @@ class QuantizationScheme(Mapping[str, Any]):
         bits: width of a weight's code, 2 to 8; 16 or 32 keeps the layer as it is.
         group_size: weights that share a step; -1 one step a row (output channel), 0 one a tensor.
         sym: signed full range without zero point, or unsigned with one.
-        data_type: family of numbers: "int", "fp", "mx_fp", "nv_fp", ...
+        data_type: number type, a row of `NUMBER_TYPES` or one that is not there yet: "int", "mx_fp", ...
         act_bits: width of activations; None or 16 leaves them alone.
         act_group_size: activations that share a step; -1 one step a token. None for `group_size`.
         act_sym: as `sym`, for activations; None for `sym`.
@@ -72,7 +65,7 @@ class QuantizationScheme(Mapping[str, Any]):
             raise ConfigError(f"bits must be one of {', '.join(map(str, BITS))}, got {self.bits}")
         if self.group_size < _GROUPLESS:
             raise ConfigError(f"group_size must be -1 (row), 0 (tensor) or positive, got {self.group_size}")
-        spelled("data_type", self.data_type, DATA_TYPES)
+        spelled("data_type", self.data_type, spellings())
         if spelled("scale_dtype", self.scale_dtype, SCALE_DTYPES)["scale_dtype"] != self.scale_dtype:
             raise ConfigError(f'scale_dtype must be spelled out here, got "{self.scale_dtype}"')
         if self.recipe is not None:
@@ -125,8 +118,9 @@ class QuantizationScheme(Mapping[str, Any]):
         """Short description for people, for example `W4 g128 sym`."""
         if not self.quantized:
             return "16 bits"
-        if not self.act_quantized and self in _GGUF_NUMBERS:
-            return _GGUF_NUMBERS[self].upper()
+        row = NUMBER_TYPES.get(self.data_type)
+        if row is not None and row.blocks and not isinstance(fmt := weights_of(self), Refusal):
+            return fmt.name.upper()
         words = [f"W{self.bits}"]
         words += {_GROUPLESS: ["per row"], 0: ["per tensor"]}.get(self.group_size, [f"g{self.group_size}"])
         words += [self.data_type] if self.data_type != "int" else []
@@ -153,29 +147,35 @@ class QuantizationScheme(Mapping[str, Any]):
         changes = RECIPES[self.recipe].get(role, {}) if self.recipe else {}
         return replace(self, recipe=None, **changes) if self.recipe else self
 
+    @property
+    def inputs(self) -> InputFields | None:
+        """What is said of the layer's inputs; None when they are left alone."""
+        if self.act_bits is None or not self.act_quantized:
+            return None
+        return InputFields(
+            self.act_data_type or self.data_type,
+            self.act_bits,
+            self.group_size if self.act_group_size is None else self.act_group_size,
+            self.sym if self.act_sym is None else self.act_sym,
+            self.act_dynamic is not False,
+        )
+
     def weight_format(self) -> Format | None:
         """Numeric format of the weights; None when they are kept as they are.
 
         Raises:
             UnsupportedError: the scheme is known but cannot be computed yet.
         """
-        from auto_round.numerics.presets import GGUF_FORMATS, int_format
-        from auto_round.numerics.presets import SCALE_DTYPES as TORCH_DTYPES
-
         if not self.quantized and not self.act_quantized:
             return None
-        refusal = _not_there_yet(self)
-        if refusal is not None:
+        found = _formats(self)
+        if isinstance(found, Refusal):
             raise UnsupportedError(
                 f"scheme {' / '.join(self.presets) or self.label} is not there yet; use one of "
                 + ", ".join(integer_presets()),
-                [refusal],
+                [found],
             )
-        if not self.act_quantized and self in _GGUF_NUMBERS:
-            return GGUF_FORMATS[_GGUF_NUMBERS[self]]
-        return int_format(
-            self.bits, self.group_size, sym=self.sym, scale_dtype=TORCH_DTYPES[self.scale_dtype]
-        )
+        return found[0]
 
     def activation_format(self) -> ActivationFormat | None:
         """What the layer's input is rounded to; None when it is left alone.
@@ -183,50 +183,44 @@ class QuantizationScheme(Mapping[str, Any]):
         Raises:
             UnsupportedError: the scheme is known but cannot be computed yet.
         """
-        from auto_round.numerics.activation import TokenInt
-
-        if self.act_bits is None or not self.act_quantized:
+        if not self.act_quantized:
             return None
-        refusal = _not_there_yet(self)
-        if refusal is not None:
-            raise UnsupportedError(f"scheme {self.label} is not there yet", [refusal])
-        return TokenInt(self.act_bits, self.sym if self.act_sym is None else self.act_sym)
+        found = _formats(self)
+        if isinstance(found, Refusal):
+            raise UnsupportedError(f"scheme {self.label} is not there yet", [found])
+        return found[1]
 
 
-def _not_there_yet(scheme: QuantizationScheme) -> Refusal | None:
-    if not scheme.act_quantized:
-        return _weights_not_there_yet(scheme)
+FIELD_TYPES: dict[str, tuple[type, bool]] = {
+    name: ((get_args(hint) or (hint,))[0], bool(get_args(hint)))
+    for name, hint in get_type_hints(QuantizationScheme).items()
+}
+"""Type of each field, and whether None stands for "not given"."""
+
+
+def check_type(name: str, value: Any) -> None:
+    """Refuse a value of the wrong type for the field `name`.
+
+    Raises:
+        ConfigError: it is of the wrong type.
+    """
+    kind, optional = FIELD_TYPES[name]
+    if value is None and optional:
+        return
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        wanted = {int: "a whole number", bool: "True or False", str: "a text"}[kind]
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _formats(scheme: QuantizationScheme) -> tuple[Format, ActivationFormat | None] | Refusal:
+    """Formats of weights and inputs of a scheme that quantizes something, or why they are not there yet."""
     if not scheme.quantized:
         return Refusal("activations", "they are quantized with the weights only", "give bits of 2 to 8 too")
-    return _weights_not_there_yet(scheme) or _activations_not_there_yet(scheme)
-
-
-def _activations_not_there_yet(scheme: QuantizationScheme) -> Refusal | None:
-    from auto_round.numerics.activation import ACTIVATION_BITS
-
-    group = scheme.group_size if scheme.act_group_size is None else scheme.act_group_size
-    kind = scheme.act_data_type or scheme.data_type
-    reason = remedy = ""
-    if kind != "int" or scheme.act_bits not in ACTIVATION_BITS:
-        reason = f'act_data_type "{kind}" with {scheme.act_bits} bits is not there yet'
-        remedy = "whole numbers (int) of 2 to 8 bits are"
-    elif scheme.act_dynamic is False:
-        reason, remedy = "steps fixed at calibration are not there yet", "leave out disable_act_dynamic"
-    elif group != _GROUPLESS:
-        reason = f"groups of {group} are not there yet" if group else "one step a tensor is not there yet"
-        remedy = "use act_group_size -1 (one step a token)"
-    return Refusal("activations", reason, remedy) if reason else None
-
-
-def _weights_not_there_yet(scheme: QuantizationScheme) -> Refusal | None:
-    if scheme in _GGUF_NUMBERS:
-        return None
-    if scheme.data_type != "int":
-        what = f'data_type "{scheme.data_type}" with {scheme.bits} bits'
-        return Refusal("weights", f"{what} is not there yet, whole numbers (int) of 2 to 8 bits are")
-    if scheme.super_bits is not None or scheme.super_group_size is not None:
-        return Refusal("weights", "two-level steps (super_bits, super_group_size) are not there yet")
-    return None
+    weights, fields_of_inputs = weights_of(scheme), scheme.inputs
+    if isinstance(weights, Refusal) or fields_of_inputs is None:
+        return weights if isinstance(weights, Refusal) else (weights, None)
+    inputs = inputs_of(fields_of_inputs)
+    return inputs if isinstance(inputs, Refusal) else (weights, inputs)
 
 
 def names_group_size(value: object) -> bool:
@@ -251,9 +245,9 @@ def _merge(base: QuantizationScheme, values: Mapping[str, Any]) -> QuantizationS
             raise ConfigError(f"unknown scheme field {name!r}; {nearest(str(name), FIELD_TYPES)}")
         if value is not None:
             given[name] = value
-    for name, spellings in (("data_type", DATA_TYPES), ("scale_dtype", SCALE_DTYPES)):
+    for name, known in (("data_type", spellings()), ("scale_dtype", SCALE_DTYPES)):
         if name in given:
-            given |= spelled(name, given[name], spellings)
+            given |= spelled(name, given[name], known)
     if "data_type" not in given and not base.quantized and given.get("bits", _KEPT_BITS) != _KEPT_BITS:
         given["data_type"] = "int"
     return replace(base, **given)
@@ -323,27 +317,10 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
 }
 """Preset name -> scheme. A new whole-number format is one row here."""
 
-_GGUF_NUMBERS = {
-    PRESET_SCHEMES[f"GGUF:{preset}"]: name
-    for preset, name in (
-        ("Q4_0", "q4_0"),
-        ("Q4_1", "q4_1"),
-        ("Q5_0", "q5_0"),
-        ("Q5_1", "q5_1"),
-        ("Q8_0", "q8_0"),
-        ("Q2_K_S", "q2_k"),
-        ("Q3_K_S", "q3_k"),
-        ("Q4_K_S", "q4_k"),
-        ("Q5_K_S", "q5_k"),
-        ("Q6_K", "q6_k"),
-    )
-}
-"""Schemes whose numbers are those of a GGUF block -> its name in `numerics.presets.GGUF_FORMATS`."""
-
 
 def integer_presets() -> tuple[str, ...]:
     """Names of the presets that can be computed today, in table order."""
-    return tuple(n for n, s in PRESET_SCHEMES.items() if s.quantized and _not_there_yet(s) is None)
+    return tuple(n for n, s in PRESET_SCHEMES.items() if s.quantized and not isinstance(_formats(s), Refusal))
 
 
 def parse_scheme(

@@ -1,0 +1,252 @@
+"""The table of number types: what `data_type` and `act_data_type` of a scheme mean, one row each.
+
+A row says how formats are made from a scheme's fields, and which words stand for the type in the
+configurations of folders. A type that has spellings but no row is known and not there yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from auto_round.errors import Refusal
+
+if TYPE_CHECKING:
+    from auto_round.numerics.activation import ActivationFormat
+    from auto_round.numerics.format import Format
+    from auto_round.schemes.scheme import QuantizationScheme
+
+INT = "int"
+"""The type of whole numbers with a step for each group."""
+
+WHOLE = (2, 3, 4, 5, 6, 7, 8)
+"""Widths of whole numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFields:
+    """What a scheme says of the inputs of a layer, with what it leaves out filled in.
+
+    Attributes:
+        data_type: number type.
+        bits: width of a code.
+        group_size: numbers that share a step; -1 one step a token, 0 one a tensor.
+        sym: without zero points.
+        dynamic: steps are measured as the model runs, not at calibration.
+    """
+
+    data_type: str
+    bits: int
+    group_size: int
+    sym: bool
+    dynamic: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedWords:
+    """How compressed-tensors speaks of a type.
+
+    Attributes:
+        type: `type` of its numbers, `int` or `float`.
+        format: `format` of a layer's config group: the order of its bytes.
+    """
+
+    type: str
+    format: Callable[[QuantizationScheme], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumberType:
+    """One number type.
+
+    Attributes:
+        called: what there is of it, in words for refusals; empty where it needs no naming there.
+        spellings: accepted spelling -> fields that it decides besides `data_type`.
+        bits: widths of weights.
+        group_sizes: sizes of groups; empty for any.
+        weights: format of the weights of a scheme, or why there is none; None where it has none for these
+            fields.
+        input_bits: widths of inputs.
+        inputs: what the input of a layer is rounded to, or why there is no such thing.
+        stored: `data_type` in configurations of auto-round folders; empty where they cannot hold it.
+        compressed: words of compressed-tensors; None where it cannot hold it.
+        blocks: a scheme of this type is known by the name of its format.
+    """
+
+    called: str = ""
+    spellings: Mapping[str, Mapping[str, Any]]
+    bits: tuple[int, ...]
+    group_sizes: tuple[int, ...] = ()
+    weights: Callable[[QuantizationScheme], Format | Refusal | None]
+    input_bits: tuple[int, ...] = ()
+    inputs: Callable[[InputFields], ActivationFormat | Refusal] | None = None
+    stored: str = ""
+    compressed: CompressedWords | None = None
+    blocks: bool = False
+
+
+def weights_of(scheme: QuantizationScheme) -> Format | Refusal:
+    """Numeric format of the weights of a scheme that quantizes them, or why it is not there yet."""
+    row = NUMBER_TYPES.get(scheme.data_type)
+    found = None
+    if row is not None and scheme.bits in row.bits:
+        if row.group_sizes and scheme.group_size not in row.group_sizes:
+            sizes = " or ".join(map(str, row.group_sizes))
+            reason = f'data_type "{scheme.data_type}" has groups of {sizes}, not of {scheme.group_size}'
+            return Refusal("weights", reason, f"use group_size {sizes}")
+        found = row.weights(scheme)
+    if found is None:
+        what = f'data_type "{scheme.data_type}" with {scheme.bits} bits'
+        return Refusal("weights", f"{what} is not there yet, {_there()} are")
+    return found
+
+
+def inputs_of(fields: InputFields) -> ActivationFormat | Refusal:
+    """What the input of a layer is rounded to, or why that is not there yet."""
+    row = NUMBER_TYPES.get(fields.data_type)
+    if row is None or row.inputs is None or fields.bits not in row.input_bits:
+        reason = f'act_data_type "{fields.data_type}" with {fields.bits} bits is not there yet'
+        return Refusal("activations", reason, f"{_there()} are")
+    return row.inputs(fields)
+
+
+def stored_type(word: str) -> str | None:
+    """Number type that `data_type` of an auto-round folder means; None where no folder holds it.
+
+    Tools add to a word what they did (`int_sym`); what it begins with counts.
+    """
+    rows = ((row.stored, name) for name, row in NUMBER_TYPES.items() if row.stored)
+    found = [(len(stored), name) for stored, name in rows if word.startswith(stored)]
+    return max(found)[1] if found else None
+
+
+def spellings() -> dict[str, dict[str, Any]]:
+    """Every spelling of `data_type` and the fields that it decides; those of bits win over `bits`."""
+    there = {
+        spelling: {"data_type": name, **others}
+        for name, row in NUMBER_TYPES.items()
+        for spelling, others in row.spellings.items()
+    }
+    return {**there, **{name: dict(fields) for name, fields in LATER.items() if name not in there}}
+
+
+def _there() -> str:
+    return " and ".join(row.called for row in NUMBER_TYPES.values() if row.called)
+
+
+def _whole_weights(scheme: QuantizationScheme) -> Format | Refusal:
+    from auto_round.numerics.presets import SCALE_DTYPES, int_format
+
+    if scheme.super_bits is not None or scheme.super_group_size is not None:
+        return Refusal("weights", "two-level steps (super_bits, super_group_size) are not there yet")
+    return int_format(
+        scheme.bits, scheme.group_size, sym=scheme.sym, scale_dtype=SCALE_DTYPES[scheme.scale_dtype]
+    )
+
+
+def _whole_inputs(fields: InputFields) -> ActivationFormat | Refusal:
+    from auto_round.numerics.activation import TokenInt
+
+    if not fields.dynamic:
+        reason, remedy = "steps fixed at calibration are not there yet", "leave out disable_act_dynamic"
+        return Refusal("activations", reason, remedy)
+    if fields.group_size != -1:
+        size = fields.group_size
+        reason = f"groups of {size} are not there yet" if size else "one step a tensor is not there yet"
+        return Refusal("activations", reason, "use act_group_size -1 (one step a token)")
+    return TokenInt(fields.bits, fields.sym)
+
+
+def _whole_bytes(scheme: QuantizationScheme) -> str:
+    """Bytes for the products of 8 by 8 bits, else packed words.
+
+    vLLM and SGLang have such products for one step a row; beside any other weights vLLM takes quantized
+    activations from packed words only.
+    Source: `_get_scheme_from_parts` in vLLM's and SGLang's `compressed_tensors.py`.
+    """
+    eight_by_eight = (scheme.bits, scheme.group_size, scheme.act_bits) == (8, -1, 8)
+    return "int-quantized" if eight_by_eight else "pack-quantized"
+
+
+def _blocks(*names: str) -> Callable[[QuantizationScheme], Format | None]:
+    """Builder of a type whose formats are blocks of GGUF files, told apart by their bits."""
+
+    def build(scheme: QuantizationScheme) -> Format | None:
+        from auto_round.numerics.presets import GGUF_FORMATS
+
+        formats = (GGUF_FORMATS[name] for name in names)
+        return next((fmt for fmt in formats if _is_block(fmt, scheme)), None)
+
+    return build
+
+
+def _is_block(fmt: Format, scheme: QuantizationScheme) -> bool:
+    """Whether all that a scheme says is what a block type holds."""
+    from auto_round.numerics.scale_two_level import SharedAffine, SharedSigned
+
+    levels: tuple[int | None, int | None] = (None, None)
+    if isinstance(fmt.rule, SharedSigned | SharedAffine):
+        levels = (fmt.rule.steps.bits, fmt.rule.steps.per)
+    said = (scheme.bits, scheme.group_size, scheme.sym, (scheme.super_bits, scheme.super_group_size))
+    held = (fmt.grid.bits, fmt.group.size, fmt.grid.lo < 0, levels)
+    plain = not scheme.act_quantized and scheme.recipe is None and scheme.scale_dtype == "float16"
+    return plain and said == held
+
+
+NUMBER_TYPES: dict[str, NumberType] = {
+    INT: NumberType(
+        called="whole numbers (int) of 2 to 8 bits",
+        spellings={
+            "int": {},
+            "int_sym": {"sym": True},
+            "int_asym": {"sym": False},
+            **{f"int{bits}": {"bits": bits} for bits in WHOLE},
+        },
+        bits=WHOLE,
+        weights=_whole_weights,
+        input_bits=WHOLE,
+        inputs=_whole_inputs,
+        stored="int",
+        compressed=CompressedWords(type="int", format=_whole_bytes),
+    ),
+    "int_gguf": NumberType(
+        spellings={"int_gguf": {}}, bits=(4, 5, 8), weights=_blocks("q4_0", "q5_0", "q8_0"), blocks=True
+    ),
+    "int_asym_float_zp": NumberType(
+        spellings={"int_asym_float_zp": {"sym": False}},
+        bits=(4, 5),
+        weights=_blocks("q4_1", "q5_1"),
+        blocks=True,
+    ),
+    "int_sym_dq": NumberType(
+        spellings={"int_sym_dq": {"sym": True}}, bits=(3, 6), weights=_blocks("q3_k", "q6_k"), blocks=True
+    ),
+    "int_asym_dq": NumberType(
+        spellings={"int_asym_dq": {"sym": False}},
+        bits=(2, 4, 5),
+        weights=_blocks("q2_k", "q4_k", "q5_k"),
+        blocks=True,
+    ),
+}
+"""Number types by `data_type`."""
+
+LATER: dict[str, dict[str, Any]] = {
+    **{
+        name: {"data_type": "fp", "bits": 16}
+        for name in ("float", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32")
+    },
+    "fp": {"data_type": "fp"},
+    "fp8": {"data_type": "fp", "bits": 8},
+    "fp_block": {"data_type": "fp_block"},
+    "mx_fp": {"data_type": "mx_fp"},
+    "mx_fp_rceil": {"data_type": "mx_fp_rceil"},
+    **{f"mx_fp{b}": {"data_type": "mx_fp", "bits": b} for b in (4, 6, 8)},
+    "mx_int": {"data_type": "mx_int"},
+    "mx_int4": {"data_type": "mx_int", "bits": 4},
+    "nv_fp": {"data_type": "nv_fp"},
+    "nv_fp4": {"data_type": "nv_fp", "bits": 4},
+    "nv_fp4_with_static_gs": {"data_type": "nv_fp4_with_static_gs", "bits": 4},
+    "nvfp4_v2": {"data_type": "nvfp4_v2", "bits": 4},
+}
+"""Spellings of types that have no row yet; of 16 bits they mean that a layer is kept."""

@@ -140,10 +140,11 @@ def test_parts_in_16_bits_agree_in_all_numbers():
 @given(LAYERS, st.dictionaries(KEYS.filter(lambda k: k != "["), FIELDS, max_size=4))
 def test_stored_formats(name, extra):
     config = config_of(extra, "model.layers")
-    fmt = StoredFormats.read(config, ()).format_of((name,))
+    how = StoredFormats.read(config, ()).layer((name,))
     want = fields_of(config, name, full_match=False)
-    assert (fmt is None) == (want is None)
-    if fmt is not None:
+    assert (how is None) == (want is None)
+    if how is not None:
+        fmt = how.format
         assert (fmt.grid.bits, fmt.group.size) == (want["bits"], want["group_size"])
 
 

@@ -145,7 +145,7 @@ def test_order_that_is_not_there(tmp_path):
 )
 def test_what_cannot_be_read(config, error, message):
     with pytest.raises(error, match=message):
-        StoredFormats.read(config, ("model.layers",)).format_of(("model.layers.0.up",))
+        StoredFormats.read(config, ("model.layers",)).layer(("model.layers.0.up",))
 
 
 def test_whose_configuration_it_is():

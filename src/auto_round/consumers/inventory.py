@@ -120,9 +120,8 @@ def _integers(folder: Folder) -> Contents:
 
 
 def _label(stored: StoredFormats, matrix: Matrix) -> str:
-    fmt = stored.format_of((matrix.name,))
-    if fmt is None or fmt.grid.bits != matrix.bits:
+    how = stored.layer((matrix.name,))
+    if how is None or how.format.grid.bits != matrix.bits:
         return f"W{matrix.bits}, not as configured"
     step = str(matrix.scale_dtype).removeprefix("torch.")
-    sym = stored.is_symmetric(matrix.name)
-    return QuantizationScheme(matrix.bits, fmt.group.size, sym, scale_dtype=step).label
+    return QuantizationScheme(matrix.bits, how.format.group.size, how.sym, scale_dtype=step).label

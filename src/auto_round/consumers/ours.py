@@ -47,10 +47,10 @@ def _agrees(stored: StoredFormats, matrix: Matrix) -> bool:
 
     A plain matrix that the order of bytes cannot hold is left alone, whatever the configuration says.
     """
-    fmt = stored.format_of((matrix.name,))
-    held = fmt is not None and stored.layout.accepts(fmt, matrix.shape) is None
-    if fmt is None or not held or not matrix.packed:
+    how = stored.layer((matrix.name,))
+    held = how is not None and how.layout.accepts(how.format, matrix.shape) is None
+    if how is None or not held or not matrix.packed:
         return held == matrix.packed
-    order = AWQ if isinstance(stored.layout, AWQLayout) else GPTQ
+    order = AWQ if isinstance(how.layout, AWQLayout) else GPTQ
     found = (matrix.order, matrix.bits, matrix.groups)
-    return found == (order, fmt.grid.bits, fmt.group.count(matrix.shape[1]))
+    return found == (order, how.format.grid.bits, how.format.group.count(matrix.shape[1]))

@@ -23,7 +23,7 @@ from auto_round.export.reader_names import EXPERTS, merged_names
 from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.awq import AWQ
 from auto_round.layouts.table import layout_for
-from auto_round.schemes.number_types import NUMBER_TYPES
+from auto_round.schemes.number_types import stored_word
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.rules import Kind
 from auto_round.schemes.scheme import QuantizationScheme
@@ -103,7 +103,7 @@ def _fields(scheme: QuantizationScheme) -> dict[str, Any]:
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "sym": scheme.sym,
-        "data_type": NUMBER_TYPES[scheme.data_type].stored,
+        "data_type": stored_word(scheme.data_type),
     }
     if scheme.scale_dtype != "float16":
         fields["scale_dtype"] = f"torch.{scheme.scale_dtype}"

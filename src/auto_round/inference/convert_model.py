@@ -16,12 +16,11 @@ from auto_round.errors import CheckpointError, ConfigError, Refusal, Unsupported
 from auto_round.inference.disk_names import ConfigNames, DiskNames
 from auto_round.inference.experts import PackedExperts, expert_names, pack_experts
 from auto_round.inference.qlinear import ORDER, PackedWeight, QuantLinear, named
-from auto_round.inference.stored_formats import FLOAT_BITS, StoredFormats
+from auto_round.inference.stored_formats import FLOAT_BITS, StoredFormats, StoredLayer
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.select import AUTO, select_kernel
 from auto_round.log import logger
 from auto_round.models.roles import find_blocks, linear_shape
-from auto_round.numerics.format import Format
 
 _READ_MARK = "_is_hf_initialized"
 """What Transformers sets on every tensor that it read from a checkpoint."""
@@ -70,13 +69,13 @@ def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[
     kept = False
     for path, known in linear.items():
         module = model.get_submodule(path)
-        fmt = stored.format_of(known)
-        if fmt is None or not _holds(stored, fmt, shapes[path], path):
+        how = stored.layer(known)
+        if how is None or not _holds(how, shapes[path], path):
             kept = kept or any(name in stored.extra for name in known)
             continue
-        spec = LinearSpec(fmt, shapes[path], module.weight.dtype, target_device)
+        spec = LinearSpec(how.format, shapes[path], module.weight.dtype, target_device, how.activation)
         kernel = select_kernel(spec, backend)
-        _replace(model, path, QuantLinear(spec, stored.layout, kernel, module.bias, backend))
+        _replace(model, path, QuantLinear(spec, how.layout, kernel, module.bias, backend))
         used[kernel.name] = None
     if not used and not experts and not kept:  # a folder may say of every layer that it stays as it was
         raise ConfigError(
@@ -232,9 +231,9 @@ def _block_prefixes(model: Any) -> tuple[str, ...]:
     return (find_blocks(model)[0].rpartition(".")[0],)
 
 
-def _holds(stored: StoredFormats, fmt: Format, shape: tuple[int, int], name: str) -> bool:
+def _holds(how: StoredLayer, shape: tuple[int, int], name: str) -> bool:
     """Whether the byte order can hold a layer at all; exporters keep the others as they were."""
-    refusal = stored.layout.accepts(fmt, shape)
+    refusal = how.layout.accepts(how.format, shape)
     if refusal is not None:
         logger.debug("%s is read as not quantized: %s", name, refusal)
     return refusal is None

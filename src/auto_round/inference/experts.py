@@ -133,12 +133,13 @@ def _packed_weights(
         layer = piece.name.removesuffix(WEIGHT)
         inside = names.disk.inside(layer)
         n_out, n_in = names.disk.disk[piece.name].shape
-        fmt = stored.format_of(_names_of(layer, names))
-        if fmt is None or stored.layout.accepts(fmt, (n_out, n_in)) is not None:
+        how = stored.layer(_names_of(layer, names))
+        if how is None or how.layout.accepts(how.format, (n_out, n_in)) is not None:
             continue
         if not inside.startswith(f"{path}."):
             raise _unusual(layer, f'it would be loaded as "{inside}", outside of "{path}"')
-        found[piece.name] = (inside.removeprefix(f"{path}."), PackedWeight(fmt, stored.layout, (n_out, n_in)))
+        packed = PackedWeight(how.format, how.layout, (n_out, n_in))
+        found[piece.name] = (inside.removeprefix(f"{path}."), packed)
     plain = [piece.name for piece in recipe.pieces if piece.name not in found]
     if found and plain:
         raise _unusual(plain[0].removesuffix(WEIGHT), "it is not quantized, but other experts beside it are")

@@ -18,15 +18,18 @@ from auto_round.inference.foreign import (
 from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import LAYOUTS, layout_for
+from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
-from auto_round.numerics.presets import INT_BITS, SCALE_DTYPES, int_format
+from auto_round.numerics.presets import SCALE_DTYPES
+from auto_round.schemes.number_types import NUMBER_TYPES, stored_type
+from auto_round.schemes.scheme import FIELD_TYPES, QuantizationScheme
 
 FLOAT_BITS = 16
 """Width from which a weight counts as not quantized."""
 
 _HEAD = "lm_head"
 _BLOCK = re.compile(r"(.+?)\.\d+\.")
-_FIELDS = ("bits", "group_size", "sym", "data_type", "act_bits", "scale_dtype")
+_PACKING = "packing_format"
 _FILLED = "model_free"
 """Mark of folders that auto-round 0.15 and later write without building the model: a short last group is
 stored at full length."""
@@ -36,6 +39,23 @@ PATTERN_CHARACTERS = frozenset("*+?^$()[]{}|\\")
 
 Finder = tuple[re.Pattern[str], Mapping[str, Any]]
 """What finds layers by their names, and their fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """How one quantized layer is stored.
+
+    Attributes:
+        format: numeric format of its weight.
+        layout: order of the stored bytes.
+        sym: its weight is stored without zero points of its own.
+        activation: what its input is rounded to; None where it is left alone.
+    """
+
+    format: Format
+    layout: Layout
+    sym: bool
+    activation: ActivationFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +72,7 @@ class StoredFormats:
         extra: exact name or expression -> fields that differ.
         blocks: beginnings of the names of layers that are quantized unless `extra` names them.
         kept: parts of names of layers that are not quantized.
-        layout: order of the stored bytes.
+        layout: order of the stored bytes, of layers whose fields name no other.
         dynamic: GPTQModel's rules.
         listed: the only layers that are quantized, by the ends of their names; empty for all in blocks.
         head: the output head is quantized.
@@ -108,7 +128,7 @@ class StoredFormats:
                 "this checkpoint's inputs are reordered by activation (desc_act)",
                 [Refusal("auto_round", "desc_act true", "use a checkpoint with desc_act false")],
             )
-        top = {field: config[field] for field in _FIELDS if config.get(field) is not None}
+        top = {field: config[field] for field in FIELD_TYPES if config.get(field) is not None}
         if foreign is not None:
             top |= foreign_top(config, foreign)
         blocks = next((found for key in _BLOCK_KEYS if (found := _names(config.get(key)))), ())
@@ -151,22 +171,23 @@ class StoredFormats:
         outside = (f for f in finders if f[1] and not any(_finds(f[0], names) for names in covered))
         return replace(self, patterns=finders, outside=tuple(outside))
 
-    def format_of(self, names: Sequence[str]) -> Format | None:
-        """Format of one layer; None when it is not quantized.
+    def layer(self, names: Sequence[str]) -> StoredLayer | None:
+        """How one layer is stored; None when it is not quantized.
 
         Args:
             names: the layer's names, in the module tree and on disk.
 
         Raises:
             ConfigError: a field with an impossible value.
-            UnsupportedError: a format that this version does not read.
+            UnsupportedError: a format or an order of bytes that this version does not read.
         """
         fields = self._fields(names)
-        return None if fields is None else _format(names[0], fields)
-
-    def is_symmetric(self, name: str) -> bool:
-        """Whether a quantized layer is stored without zero points of its own."""
-        return bool((self._fields((name,)) or {}).get("sym", True))
+        scheme = None if fields is None else _scheme(names[0], fields)
+        fmt = None if scheme is None else scheme.weight_format()
+        if fields is None or scheme is None or fmt is None:
+            return None
+        layout = _layout(fields) if _PACKING in fields else self.layout
+        return StoredLayer(fmt, layout, scheme.sym, scheme.activation_format())
 
     def _fields(self, names: Sequence[str]) -> dict[str, Any] | None:
         for name in names:
@@ -222,7 +243,7 @@ def _compiled(key: str) -> re.Pattern[str]:
 
 
 def _layout(config: Mapping[str, Any]) -> Layout:
-    packing = str(config.get("packing_format", "auto_round:auto_gptq"))
+    packing = str(config.get(_PACKING, "auto_round:auto_gptq"))
     if packing in LAYOUTS:
         layout = layout_for(packing)
         if config.get(_FILLED) and isinstance(layout, GPTQ):
@@ -234,17 +255,20 @@ def _layout(config: Mapping[str, Any]) -> Layout:
     )
 
 
-def _format(name: str, fields: Mapping[str, Any]) -> Format | None:
+def _scheme(name: str, fields: Mapping[str, Any]) -> QuantizationScheme | None:
+    """Scheme of a layer with these fields; None when it is not quantized."""
     bits = fields.get("bits", 4)
     if not isinstance(bits, int):
         raise ConfigError(f'bits of layer "{name}" must be a whole number, got {bits!r}')
     if bits >= FLOAT_BITS:
         return None
-    data_type = str(fields.get("data_type", "int"))
-    if not data_type.startswith("int") or bits not in INT_BITS:
+    word = str(fields.get("data_type", "int"))
+    data_type = stored_type(word)
+    if data_type is None or bits not in NUMBER_TYPES[data_type].bits:
+        held = " and ".join(row.called for row in NUMBER_TYPES.values() if row.stored)
         raise UnsupportedError(
-            f'layer "{name}" is stored as {data_type} of {bits} bits',
-            [Refusal("auto_round", "loads whole numbers of 2 to 8 bits in this version")],
+            f'layer "{name}" is stored as {word} of {bits} bits',
+            [Refusal("auto_round", f"loads {held} in this version")],
         )
     if fields.get("act_bits", FLOAT_BITS) < FLOAT_BITS:
         raise UnsupportedError(
@@ -259,4 +283,4 @@ def _format(name: str, fields: Mapping[str, Any]) -> Format | None:
     scale = str(fields.get("scale_dtype", "float16")).removeprefix("torch.")
     if scale not in SCALE_DTYPES:
         raise ConfigError(f'scale_dtype of layer "{name}" is {scale}, expected one of {list(SCALE_DTYPES)}')
-    return int_format(bits, size, sym=bool(fields.get("sym", True)), scale_dtype=SCALE_DTYPES[scale])
+    return QuantizationScheme(bits, size, bool(fields.get("sym", True)), data_type, scale_dtype=scale)

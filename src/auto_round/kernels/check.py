@@ -68,9 +68,10 @@ def _is_right(kernel: Kernel, spec: LinearSpec) -> bool:
     for tokens in TRIAL_TOKENS:
         x = torch.randn(tokens, spec.shape[1], generator=generator, dtype=torch.float32, device="cpu")
         x = x.to(spec.device, spec.dtype)
-        y = x.double() @ w.t()
+        rounded = x if spec.activation is None else spec.activation.fake_quantize(x)
+        y = rounded.double() @ w.t()
         error = (kernel.linear(x, buffers, spec, None).double() - y).abs()
-        if not bool((error <= error_bound(kernel, spec, q, x, y)).all()):
+        if not bool((error <= error_bound(kernel, spec, q, rounded, y)).all()):
             return False
     return True
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
+from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 
@@ -23,12 +24,14 @@ class LinearSpec:
         shape: `(out, in)`.
         dtype: dtype of the activations and of the result.
         device: kind of device that holds both, for example `cpu`.
+        activation: what the input is rounded to before it is multiplied; None where it is left alone.
     """
 
     fmt: Format
     shape: tuple[int, int]
     dtype: torch.dtype
     device: str
+    activation: ActivationFormat | None = None
 
 
 class Kernel(Protocol):
@@ -67,7 +70,7 @@ class Kernel(Protocol):
     def linear(
         self, x: Tensor, buffers: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None
     ) -> Tensor:
-        """`x W^T + bias`.
+        """`x W^T + bias`, where `x` is rounded first if the layer says so.
 
         Args:
             x: `[..., in]` in `spec.dtype`.

@@ -70,6 +70,8 @@ class TorchKernel:
         self, x: Tensor, buffers: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None
     ) -> Tensor:
         """`x W^T + bias` with the weight dequantized to the dtype of `x`."""
+        if spec.activation is not None:
+            x = spec.activation.fake_quantize(x)
         return torch.nn.functional.linear(x, self.weight(buffers, spec, x.dtype), bias)
 
 

@@ -30,7 +30,8 @@ def select_kernel(spec: LinearSpec, backend: str = AUTO) -> Kernel:
     entries = _candidates(asked)
     refusals = []
     for entry in sorted(entries, key=lambda e: -e.priority):
-        refusal = entry.kernel.refuses(spec) or (_reluctance(entry, spec) if unnamed else None)
+        refusal = _leaves_inputs(entry, spec) or entry.kernel.refuses(spec)
+        refusal = refusal or (_reluctance(entry, spec) if unnamed else None)
         if refusal is None and entry.tried:
             refusal = trial(entry.kernel, spec)
         if refusal is None:
@@ -83,6 +84,14 @@ def _candidates(asked: str) -> list[Entry]:
 def _tell(asked: str) -> None:
     """Say once in a process what stands in for a backend."""
     logger.warning('backend "%s" is not here: %s', asked, STAND_INS[asked].reason)
+
+
+def _leaves_inputs(entry: Entry, spec: LinearSpec) -> Refusal | None:
+    if spec.activation is None or entry.inputs:
+        return None
+    return Refusal(
+        entry.kernel.name, f"does not round inputs, which this layer wants ({spec.activation.name})"
+    )
 
 
 def _reluctance(entry: Entry, spec: LinearSpec) -> Refusal | None:

@@ -33,6 +33,7 @@ class Entry:
             accuracy that the user asked for. None for all.
         named_only: why it is never taken without being named; empty when it may be.
         tried: whether each kind of layer is tried on the machine before the kernel is trusted with it.
+        inputs: whether it rounds inputs where a layer wants that.
     """
 
     kernel: Kernel
@@ -44,6 +45,7 @@ class Entry:
     unasked: tuple[torch.dtype, ...] | None = None
     named_only: str = ""
     tried: bool = False
+    inputs: bool = False
 
 
 def _sample(bits: int, device: str) -> LinearSpec:
@@ -133,6 +135,7 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
             "any",
             "2-8",
             _sample(4, "cpu"),
+            inputs=True,
         ),
     }
 )

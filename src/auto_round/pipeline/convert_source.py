@@ -20,7 +20,7 @@ from auto_round.export.exporter import Facts
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.inference.qlinear import ORDER, named
-from auto_round.inference.stored_formats import StoredFormats
+from auto_round.inference.stored_formats import StoredFormats, StoredLayer
 from auto_round.layouts.awq import AWQ
 from auto_round.layouts.gptq import GPTQ
 from auto_round.models.roles import role_in_block
@@ -73,10 +73,10 @@ class Stored:
             UnsupportedError: inputs reordered by activation.
         """
         fmt = self.plan.format_of(layer)
-        if fmt is None:
+        how = self.formats.layer((layer,))
+        if fmt is None or how is None:
             raise CheckpointError(f"{self.folder}: {layer} is not packed")
-        shape = self.shapes[layer]
-        layout = self.formats.layout
+        shape, layout = self.shapes[layer], how.layout
         if isinstance(layout, GPTQ):
             layout = replace(layout, indexed=f"{layer}.{ORDER}" in checkpoint)
         parts = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in layout.spec(fmt, shape)}
@@ -146,14 +146,17 @@ def _refuse_filled(path: Path, formats: StoredFormats, matrices: Sequence[Matrix
     Raises:
         UnsupportedError: packed rows of a length that nothing else in the folder has.
     """
-    if not (isinstance(formats.layout, GPTQ) and formats.layout.filled):
-        return
     lengths = {m.shape[0] for m in matrices} | {m.shape[1] for m in matrices if not m.packed}
-    longer = [m.name for m in matrices if m.packed and m.shape[1] not in lengths]
+    packed = [m for m in matrices if m.packed and m.shape[1] not in lengths]
+    longer = [m.name for m in packed if (how := formats.layer((m.name,))) is not None and _is_filled(how)]
     if longer:
         reason = f"rows are filled up to whole groups, and do not say how long they are: {some(longer)}"
         remedy = "convert a folder with groups that divide the rows, or quantize the original again"
         raise UnsupportedError(f"{path} cannot be converted", [Refusal("convert", reason, remedy)])
+
+
+def _is_filled(how: StoredLayer) -> bool:
+    return isinstance(how.layout, GPTQ) and how.layout.filled
 
 
 def _is_symmetric_awq(checkpoint: Checkpoint, formats: StoredFormats, packed: Sequence[Matrix]) -> bool:
@@ -161,7 +164,8 @@ def _is_symmetric_awq(checkpoint: Checkpoint, formats: StoredFormats, packed: Se
 
     AWQ readers take zero points from the tensors in any case; symmetric weights have the middle throughout.
     """
-    if not isinstance(formats.layout, AWQ):
+    found = [formats.layer((m.name,)) for m in packed]
+    if not all(how is not None and isinstance(how.layout, AWQ) for how in found):
         return False
     return all(bool((checkpoint.read(f"{m.name}.qzeros") == _MIDDLES).all()) for m in packed)
 
@@ -174,16 +178,17 @@ def _scheme(formats: StoredFormats, matrix: Matrix, *, flat: bool) -> Quantizati
         matrix: the matrix.
         flat: all zero points are in the middle, whatever the configuration says.
     """
-    fmt = formats.format_of((matrix.name,))
-    if fmt is None or not _agrees(fmt, matrix):
+    how = formats.layer((matrix.name,))
+    if how is None or not _agrees(how.format, matrix):
+        fmt = None if how is None else how.format
         said = "16 bits" if fmt is None else f"{fmt.grid.bits} bits, groups of {fmt.group.size}"
         raise CheckpointError(
             f'layer "{matrix.name}" is stored with {matrix.bits} bits and {matrix.groups} groups a row of '
             f"{matrix.shape[1]}, but the configuration says {said}"
         )
     step = str(matrix.scale_dtype).removeprefix("torch.")
-    sym = flat or formats.is_symmetric(matrix.name)
-    return QuantizationScheme(fmt.grid.bits, fmt.group.size, sym, scale_dtype=step)
+    bits, size = how.format.grid.bits, how.format.group.size
+    return QuantizationScheme(bits, size, flat or how.sym, scale_dtype=step)
 
 
 def _agrees(fmt: Format, matrix: Matrix) -> bool:

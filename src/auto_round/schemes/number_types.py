@@ -111,6 +111,11 @@ def inputs_of(fields: InputFields) -> ActivationFormat | Refusal:
     return row.inputs(fields)
 
 
+def stored_word(data_type: str) -> str:
+    """`data_type` in the configuration of an auto-round folder; the type's own name where none holds it."""
+    return NUMBER_TYPES[data_type].stored if data_type in NUMBER_TYPES else data_type
+
+
 def stored_type(word: str) -> str | None:
     """Number type that `data_type` of an auto-round folder means; None where no folder holds it.
 

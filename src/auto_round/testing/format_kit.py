@@ -171,10 +171,10 @@ def _in_steps(fmt: Format, w: Tensor, knobs: Knobs | None) -> tuple[Tensor, Tens
 def spread(fmt: Format, per_group: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Value of each weight's own group, float64 of `shape`."""
     size = fmt.group.size if fmt.group.size > 0 else shape[-1]
-    group_of = torch.arange(shape[-1]) // size
+    group_of, row_of = torch.arange(shape[-1]) // size, torch.arange(shape[-2]) // fmt.group.rows
     if fmt.group.size == 0:
         return per_group.double().expand(shape)
-    return per_group.double()[..., group_of]
+    return per_group.double()[..., row_of, :][..., group_of]
 
 
 def _check_range(fmt: Format, w: Tensor, spare: float) -> None:
@@ -311,13 +311,14 @@ def _check_power_of_two(fmt: Format, seed: int) -> None:
 def _check_rows(fmt: Format, seed: int) -> None:
     """Rows, matrices and the layout in memory do not matter to the result."""
     case = random_case(fmt, (6, 80), seed)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    order = torch.tensor([3, 0, 5, 1, 4, 2]) if fmt.group.rows == 1 else torch.arange(6)
     w, v = case.w, case.v
     q = fmt.quantize(w, None, v)
     moved = fmt.quantize(w[order], None, None if v is None else v[order])
     require(torch.equal(moved.codes, q.codes[order]), f"{fmt.name}: permuted rows get other codes")
     for name, part in q.scale.parts.items():
-        wanted = part if fmt.group.size == 0 else part[order]
+        by_row = fmt.group.size != 0 and fmt.rule.stored[name].span[0] == 1
+        wanted = part[order] if by_row and fmt.group.rows == 1 else part
         require(torch.equal(moved.scale.parts[name], wanted), f"{fmt.name}: permuted rows get other {name}")
     _same(fmt.quantize(w.t().contiguous().t(), None, v), q, f"{fmt.name}: a transposed layout")
     ones = torch.ones(fmt.group.scale_shape(w.shape))
@@ -329,6 +330,20 @@ def _check_rows(fmt: Format, seed: int) -> None:
         require(torch.equal(pair.codes[i], alone.codes), f"{fmt.name}: experts get other codes than matrices")
         for name, part in alone.scale.parts.items():
             require(torch.equal(pair.scale.parts[name][i], part), f"{fmt.name}: experts get other {name}")
+
+
+def _check_parts_of_weights(fmt: Format, seed: int) -> None:
+    """What is taken from a quantized weight is that part of it, with the numbers that it shares."""
+    rows = 3 * fmt.group.rows
+    w = torch.stack([random_weight((rows, 40), seed), 3 * random_weight((rows, 40), seed + 1)])
+    q = fmt.quantize(w)
+    for cut in (slice(None), slice(0, fmt.group.rows), slice(fmt.group.rows, rows)):
+        for i in range(2):
+            part = q.take((i,), cut)
+            require(torch.equal(part.codes, q.codes[i][cut]), f"{fmt.name}: other codes are taken")
+            seen, want = fmt.dequantize(part), fmt.dequantize(q)[i][cut]
+            require(torch.equal(seen, want), f"{fmt.name}: {cut} of matrix {i} is taken with another scale")
+            _check_parts(fmt, part)
 
 
 def _check_bands(fmt: Format, seed: int) -> None:
@@ -411,6 +426,7 @@ def _complaint(use: Callable[[Tensor], object], w: Tensor) -> str:
 CHECKS: tuple[Callable[[Format, int], None], ...] = (
     _check_power_of_two,
     _check_rows,
+    _check_parts_of_weights,
     _check_bands,
     _check_zeros,
     _check_magnitudes,

@@ -100,4 +100,11 @@ def _check_spec(
 
 
 def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(_octets(a[k]), _octets(b[k])) for k in a
+    )
+
+
+def _octets(x: Tensor) -> Tensor:
+    """Bytes of a tensor: PyTorch does not compare all of its dtypes."""
+    return x.contiguous().view(torch.uint8)

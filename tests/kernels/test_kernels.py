@@ -16,6 +16,7 @@ from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.reference import TorchKernel
 from auto_round.kernels.select import describe_kernels, select_kernel
 from auto_round.kernels.table import ABSENT, KERNELS, STAND_INS
+from auto_round.numerics.activation import TokenInt
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import Scale
@@ -50,6 +51,19 @@ def test_reference_is_linear_of_the_dequantized_weight():
             kernel = TorchKernel()
             want = torch.nn.functional.linear(x, spec.fmt.dequantize(q, dtype), bias)
             assert torch.equal(kernel.linear(x, kernel.prepare(q, spec), spec, bias), want)
+
+
+@pytest.mark.parametrize("activation", [TokenInt(8, sym=True), TokenInt(4, sym=False)], ids=lambda a: a.name)
+def test_inputs_are_rounded_by_a_kernel_that_says_so(activation):
+    spec = LinearSpec(int_format(4, 32, sym=True), (32, 64), torch.float32, "cpu", activation)
+    kernel, q = select_kernel(spec), kernel_kit.random_case(spec)
+    assert kernel.name == "torch"
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+    want = torch.nn.functional.linear(activation.fake_quantize(x), spec.fmt.dequantize(q))
+    assert torch.equal(kernel.linear(x, kernel.prepare(q, spec), spec, None), want)
+    assert trial(kernel, spec) is None
+    with pytest.raises(UnsupportedError, match=f"does not round inputs.*{activation.name}"):
+        select_kernel(spec, "cpu_int4")
 
 
 def test_reference_in_bands(monkeypatch):

@@ -130,6 +130,18 @@ class Wrapping(Snapping):
         return (n.clamp(-1e6, 1e6) - self.lo).remainder(1 << self.bits) + self.lo
 
 
+class SaturatesEarly(IntGrid):
+    """Forgets that half a unit beyond the ends still rounds to them."""
+
+    def saturated(self, u):
+        return (u < self.lo) | (u > self.hi)
+
+
+class TwiceTheSpacing(IntGrid):
+    def spacing(self, u):
+        return torch.full_like(u, 2.0)
+
+
 class NibbleSwapped(IntGrid):
     """Codes whose low and high halves are swapped when read."""
 
@@ -210,6 +222,14 @@ class FreeZeroPoint(MinMax):
         return {**parts, "zero": dataclasses.replace(parts["zero"], bits=0)}
 
 
+class OneStepARow(SignedMax):
+    """Says that a step is for a whole row of groups."""
+
+    @property
+    def stored(self):
+        return {"step": dataclasses.replace(super().stored["step"], span=(1, 0))}
+
+
 class NoOffset(Format):
     def fake_quantize(self, w, stats, knobs, v):
         return super().fake_quantize(w, stats, knobs, None)
@@ -235,6 +255,9 @@ MUTANTS = {
     "truncation": _with(SYM, grid=TowardsZero(4, -8)),
     "zero point added before rounding": _with(ASYM, grid=ShiftBeforeRounding(4, 0)),
     "codes wrap around": _with(SYM, grid=Wrapping(4, -8)),
+    "saturates early": _with(SYM, grid=SaturatesEarly(4, -8)),
+    "twice the spacing": _with(SYM, grid=TwiceTheSpacing(4, -8)),
+    "one step for a row": _with(SYM, rule=OneStepARow(torch.float16)),
     "nibble swapped": _with(SYM, grid=NibbleSwapped(4, -8)),
     "grid moved by one": _with(SYM, grid=IntGrid(4, -7)),
     "group shifted by one, sym": _with(SYM, group=ShiftedByOne(32)),

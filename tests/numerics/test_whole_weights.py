@@ -10,13 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.kernels import reference
+from auto_round.kernels.kernel import LinearSpec
+from auto_round.kernels.select import select_kernel
+from auto_round.kernels.table import KERNELS
+from auto_round.layouts.compressed import COMPRESSED
+from auto_round.layouts.table import LAYOUTS
 from auto_round.numerics import search
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.group import Group
 from auto_round.numerics.presets import GGUF_FORMATS, int_format
 from auto_round.numerics.scale import Knobs, PartSpec
 from auto_round.numerics.search import QUICK, search_knobs
-from auto_round.testing.format_kit import check_format, ladder, random_weight
+from auto_round.testing.format_kit import check_format, random_weight
+from auto_round.testing.grid_kit import ladder
 from numerics.made_up import FORMAT, Ladder
 
 SEEDS = st.integers(0, 2**31)
@@ -113,6 +120,28 @@ def test_impossible_groups_are_refused(size, rows):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_formats_with_groups_of_several_rows_pass_the_kit(name):
     check_format(BLOCKS[name])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_holds_groups_of_one_row_refuses_others(name):
+    fmt = BLOCKS[name]
+    for layout in {*LAYOUTS.values(), *COMPRESSED.values()}:
+        assert layout.accepts(fmt, (96, 96)) is not None
+    spec = LinearSpec(fmt, (96, 96), torch.float32, "cpu")
+    assert select_kernel(spec).name == "torch"
+    q = fmt.quantize(random_weight((96, 96), 0))
+    kernel = KERNELS["torch"].kernel
+    assert torch.equal(kernel.weight(kernel.prepare(q, spec), spec, torch.float32), fmt.dequantize(q))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_reference_kernel_takes_rows_with_what_they_share(monkeypatch, name):
+    fmt = FORMATS[name]
+    monkeypatch.setattr(reference, "BAND", 512 * fmt.group.rows)
+    q = fmt.quantize(random_weight((12 * fmt.group.rows + 1, 512), 0))
+    spec = LinearSpec(fmt, q.shape, torch.float32, "cpu")
+    kernel = KERNELS["torch"].kernel
+    assert torch.equal(kernel.weight(kernel.prepare(q, spec), spec, torch.float32), fmt.dequantize(q))
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -27,8 +27,9 @@ MIDDLE = 1 << (PLANE_BITS - 1)
 
 
 def is_whole(fmt: Format) -> bool:
-    """Whether a format has whole numbers with one step a group."""
-    return isinstance(fmt.grid, IntGrid) and isinstance(fmt.rule, (SignedMax, MinMax))
+    """Whether a format has whole numbers with one step a group, which lies in one row or is the matrix."""
+    one_step = isinstance(fmt.grid, IntGrid) and isinstance(fmt.rule, (SignedMax, MinMax))
+    return one_step and fmt.group.rows == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class Planes:
             return self.middle + int(self.fmt.grid.lo)
         if self.keeps_zero:
             return 0
-        zero = scale.zero if self.fmt.group.size == 0 else scale.zero[rows]
+        zero = scale.zero[self.fmt.group.scale_rows(rows)]
         return (self.middle - self.spread(zero, n_out)).to(torch.int16)
 
     def _shifted(self, codes: Tensor, shift: Tensor | int) -> Tensor:

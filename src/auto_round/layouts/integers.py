@@ -35,10 +35,9 @@ def refuse(who: str, fmt: Format, shape: Sequence[int], widths: Sequence[int]) -
         return Refusal(who, f"holds full-range whole numbers, not {fmt.name}")
     if fmt.grid.bits not in widths:
         return Refusal(who, f"holds codes of {_enumerate(widths)} bits, not {fmt.grid.bits}")
-    if fmt.group.size == 0:
-        return Refusal(
-            who, "has one scale for each row and group, none for a whole tensor", "use group_size -1"
-        )
+    if fmt.group.size == 0 or fmt.group.rows > 1:
+        together = "a whole tensor" if fmt.group.size == 0 else f"{fmt.group.rows} rows together"
+        return Refusal(who, f"has one scale for each row and group, none for {together}", "use group_size -1")
     if len(shape) != 2:
         return Refusal(who, f"holds matrices [out, in], not shape {list(shape)}")
     return None

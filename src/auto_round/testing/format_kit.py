@@ -14,11 +14,11 @@ from torch import Tensor
 
 from auto_round.errors import NumericsError
 from auto_round.numerics.format import CHUNK, Format
-from auto_round.numerics.grid import Grid
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import Knobs
 from auto_round.numerics.scale_integer import SignedMax
 from auto_round.testing.failure import require
+from auto_round.testing.grid_kit import check_grid, ladder
 from auto_round.testing.two_level_kit import check_two_level, floor_error, step_error
 
 SHAPES = ((6, 96), (5, 80), (3, 4, 40), (2, 7))
@@ -62,17 +62,6 @@ def random_case(
     return Case(random_weight(shape, seed, dtype), Knobs(lo, hi), v)
 
 
-def every_code(grid: Grid) -> Tensor:
-    """All codes of a grid, uint8."""
-    return torch.arange(1 << grid.bits).to(torch.uint8)
-
-
-def ladder(grid: Grid) -> Tensor:
-    """The distinct numbers of a grid, ascending, float32."""
-    numbers = grid.decode(every_code(grid)).sort().values
-    return torch.cat([numbers[:1], numbers[1:][numbers.diff() > 0]])
-
-
 def check_format(fmt: Format, *, seed: int = 0, spare: float = 1.0) -> None:
     """Check every promise of a format.
 
@@ -85,7 +74,8 @@ def check_format(fmt: Format, *, seed: int = 0, spare: float = 1.0) -> None:
     Raises:
         ConformanceError: a promise is broken.
     """
-    check_grid(fmt)
+    zero = fmt.quantize(random_weight((2, 32), 0)).scale.zero
+    check_grid(fmt.grid, f"grid of {fmt.name}", shifted=zero is not None)
     for shape in SHAPES:
         _check_nearest(fmt, random_case(fmt, shape, seed))
         _check_range(fmt, large_weight(shape, seed), spare)
@@ -95,57 +85,6 @@ def check_format(fmt: Format, *, seed: int = 0, spare: float = 1.0) -> None:
             _check_fake(fmt, random_case(fmt, shape, seed, dtype))
     for check in CHECKS:
         check(fmt, seed)
-
-
-def check_grid(fmt: Format) -> None:
-    """Check the grid alone: every code, every midpoint between two numbers, and both ends.
-
-    Raises:
-        ConformanceError: a promise is broken.
-    """
-    grid, where = fmt.grid, f"grid of {fmt.name}"
-    codes = every_code(grid)
-    numbers = grid.decode(codes)
-    require(
-        torch.equal(grid.decode(grid.encode(numbers)), numbers), f"{where}: decode(encode) changes a number"
-    )
-    low, high = float(numbers.min()), float(numbers.max())
-    require((low, high) == (grid.lo, grid.hi), f"{where}: ends are {grid.lo}, {grid.hi}, not {low}, {high}")
-    rungs = ladder(grid)
-    if len(rungs) == len(codes):
-        require(torch.equal(grid.encode(numbers), codes), f"{where}: encode(decode) changes a code")
-    middle = (rungs[:-1] + rungs[1:]) / 2
-    infinity = torch.full_like(middle, torch.inf)
-    below, above = torch.nextafter(middle, -infinity), torch.nextafter(middle, infinity)
-    require(torch.equal(grid.snap(below), rungs[:-1]), f"{where}: rounds up below a midpoint")
-    require(torch.equal(grid.snap(above), rungs[1:]), f"{where}: rounds down above a midpoint")
-    require(
-        bool((grid.encode(grid.snap(middle)) % 2 == 0).all()), f"{where}: a tie does not go to the even code"
-    )
-    beyond = torch.tensor([-torch.inf, -1e30, low - 0.75, high + 0.75, 1e30, torch.inf])
-    ends = torch.tensor([low] * 3 + [high] * 3)
-    require(torch.equal(grid.snap(beyond), ends), f"{where}: does not saturate")
-    sweep = torch.linspace(1.5 * low - 2, 1.5 * high + 2, 4001)
-    snapped = grid.snap(sweep)
-    require(bool((snapped.diff() >= 0).all()), f"{where}: snap is not monotone")
-    require(torch.equal(grid.decode(grid.encode(snapped)), snapped), f"{where}: snap leaves the grid")
-    codes_there = torch.empty_like(codes)
-    require(grid.encode(numbers, codes_there) is codes_there, f"{where}: encode ignores the place given")
-    require(torch.equal(grid.decode(codes_there), numbers), f"{where}: encode in place differs")
-    if fmt.quantize(random_weight((2, 32), 0)).scale.zero is not None:
-        _check_shift(fmt, torch.cat([rungs, middle]))
-    place = sweep.clone()
-    require(grid.snap(place, None, place) is place, f"{where}: snap does not use the place it is given")
-    require(torch.equal(place, snapped), f"{where}: snap in place differs")
-
-
-def _check_shift(fmt: Format, u: Tensor) -> None:
-    """The zero point is added after rounding: it may be odd, and must not move ties."""
-    grid = fmt.grid
-    for zero in (1.0, 2.0, 3.0):
-        want = (grid.snap(u) + zero).clamp(grid.lo, grid.hi)
-        got = grid.snap(u, torch.tensor(zero))
-        require(torch.equal(got, want), f"grid of {fmt.name}: adds the zero point before rounding")
 
 
 def _check_nearest(fmt: Format, case: Case) -> None:

@@ -12,7 +12,7 @@ from auto_round.calibration.row import CalibrationRow, fingerprint, joined
 from auto_round.config import build_options
 from auto_round.errors import UnsupportedError
 from auto_round.log import ignore_progress
-from auto_round.models.flow import FLOWS
+from auto_round.models.families import FLOWS
 from auto_round.models.folder import FolderSource
 from auto_round.pipeline.clock import Clock
 from auto_round.pipeline.prepare import prepare

@@ -1,4 +1,4 @@
-"""An invented family of models whose blocks hand on two tensors, both of which they change."""
+"""Invented families: blocks that hand on two tensors and change both; two lists of blocks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ WIDTH, SIDE = 64, 32
 BLOCK = "TwoStreamBlock"
 FLOW = Flow(("hidden_states", "side_states"), returned=("side_states", "hidden_states"))
 """The one row that a family like this needs."""
+TWO_LISTS = ("model.layers", "model.tail")
 
 
 class TwoStreamConfig(PreTrainedConfig):
@@ -93,7 +94,49 @@ class TwoStreamForCausalLM(PreTrainedModel):
         return CausalLMOutput(logits=self.lm_head(hidden))
 
 
+class TwoListConfig(TwoStreamConfig):
+    model_type = "auto_round_two_lists"
+
+    def __init__(self, **named):  # without one Transformers makes another
+        super().__init__(**named)
+
+
+class TailBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states):
+        return hidden_states + self.proj(torch.tanh(hidden_states))
+
+
+class TwoListModel(TwoStreamModel):
+    """A norm stands between the lists, so that one does not simply follow on the other."""
+
+    config_class = TwoListConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.tail = nn.ModuleList(TailBlock(config) for _ in range(2))
+
+    def forward(self, *inputs, **named):
+        hidden = super().forward(*inputs, **named).last_hidden_state
+        for block in self.tail:
+            hidden = block(hidden)
+        return BaseModelOutput(last_hidden_state=hidden)
+
+
+class TwoListForCausalLM(TwoStreamForCausalLM):
+    config_class = TwoListConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = TwoListModel(config)
+
+
 def register():
-    """Make the family known to Transformers."""
+    """Make both families known to Transformers."""
+    AutoConfig.register(TwoListConfig.model_type, TwoListConfig, exist_ok=True)
+    AutoModelForCausalLM.register(TwoListConfig, TwoListForCausalLM, exist_ok=True)
     AutoConfig.register(TwoStreamConfig.model_type, TwoStreamConfig, exist_ok=True)
     AutoModelForCausalLM.register(TwoStreamConfig, TwoStreamForCausalLM, exist_ok=True)

@@ -62,16 +62,18 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One decoder block.
+    """One block of a model.
 
     Attributes:
-        index: position in the order of execution.
+        index: position in the order of execution, over all lists.
         module: dotted path in the module tree, for example `model.layers.0`.
         disk: prefix of its tensors on disk, for example `model.layers.0`.
         flow: what it takes from the block before it.
+        in_list: number of the list that it belongs to: a model has one, or several that run after each other.
     """
 
     index: int
     module: str
     disk: str
     flow: Flow = HIDDEN_STATES
+    in_list: int = 0

@@ -20,7 +20,7 @@ from auto_round.inference.stored_formats import FLOAT_BITS, StoredFormats, Store
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.select import AUTO, select_kernel
 from auto_round.log import logger
-from auto_round.models.roles import find_blocks, linear_shape
+from auto_round.models.roles import find_block_lists, linear_shape
 
 _READ_MARK = "_is_hf_initialized"
 """What Transformers sets on every tensor that it read from a checkpoint."""
@@ -227,8 +227,8 @@ def _config_of(model: Any) -> Mapping[str, Any]:
 
 
 def _block_prefixes(model: Any) -> tuple[str, ...]:
-    """Module path of the list of decoder blocks, for example `model.layers`."""
-    return (find_blocks(model)[0].rpartition(".")[0],)
+    """Module path of each list of blocks, for example `model.layers`."""
+    return tuple(blocks[0].rpartition(".")[0] for blocks in find_block_lists(model))
 
 
 def _holds(how: StoredLayer, shape: tuple[int, int], name: str) -> bool:

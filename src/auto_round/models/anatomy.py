@@ -13,13 +13,13 @@ from auto_round.errors import Refusal
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.facts import expert_counts
-from auto_round.models.flow import flow_of
+from auto_round.models.families import flow_of
 from auto_round.models.names import NameMap
 from auto_round.models.places import Locator
 from auto_round.models.readers import ASKED, read_elsewhere
 from auto_round.models.roles import (
     bare_matrices,
-    find_blocks,
+    find_block_lists,
     find_head,
     fused_experts,
     is_linear,
@@ -33,7 +33,7 @@ class Anatomy:
 
     Attributes:
         layers: matrices that could be quantized: in blocks, outside, head.
-        blocks: decoder blocks.
+        blocks: the blocks of all lists.
         head: disk name of the head's layer.
         unsupported: matrices that stay at 16 bits because they cannot be addressed, and why.
     """
@@ -72,14 +72,16 @@ class _Dissection:
         self._refusals: list[Refusal] = []
 
     def run(self) -> Anatomy:
-        paths = find_blocks(self._model)
+        lists = find_block_lists(self._model)
+        paths = [path for members in lists for path in members]
+        list_of = {path: number for number, members in enumerate(lists) for path in members}
         head = find_head(self._model)
         layers: list[Layer] = []
         blocks: list[Block] = []
         for index, path in enumerate(paths):
             block = self._model.get_submodule(path)
             layers.extend(self._in_block(block, path, index))
-            blocks.append(Block(index, path, self._disk_prefix(path), flow_of(block)))
+            blocks.append(Block(index, path, self._disk_prefix(path), flow_of(block), list_of[path]))
         for path, module in self._model.named_modules():
             inside = any(path.startswith(f"{p}.") for p in paths)
             if is_linear(module) and not inside and path != head:

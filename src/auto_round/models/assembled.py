@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from auto_round.models.names import NameMap, Recipe
 from auto_round.models.roles import find_decoder, find_head, find_towers
 from auto_round.models.skeleton import weight_dtypes
 from auto_round.models.source import CPU, Stem
-from auto_round.models.trace import Recorder, StubStem, make_stubs
+from auto_round.models.trace import Recorder, StubStem, make_stubs, untraceable
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,11 @@ class AssembledSource(ABC):
     def blocks(self) -> tuple[Block, ...]:
         """See `ModelSource`."""
         return self._parts.anatomy.blocks
+
+    @property
+    def block_lists(self) -> tuple[tuple[Block, ...], ...]:
+        """See `ModelSource`."""
+        return tuple(tuple(members) for _, members in groupby(self.blocks, lambda block: block.in_list))
 
     @property
     def head(self) -> str | None:
@@ -203,6 +209,8 @@ class AssembledSource(ABC):
         self, left_out: Sequence[str], tensors: Mapping[str, Tensor], device: torch.device
     ) -> tuple[nn.Module, Recorder]:
         """A copy of the model with stubs for blocks and nothing in place of what else is left out."""
+        if len(self.block_lists) > 1:
+            raise untraceable(f"it has {len(self.block_lists)} lists of blocks")
         model = self._parts.model
         blocks = [model.get_submodule(block.module) for block in self.blocks]
         recorder = Recorder([block.flow for block in self.blocks])

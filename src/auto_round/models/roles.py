@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.layer import Role
+from auto_round.models.families import LISTS
 
 _ROUTER = re.compile(r"(?:^|\.)router(?:\.|$)")
 _MAYBE_ROUTER = re.compile(r"(?:^|[._])(?:gate|classifier|layer|wg)$")  # when as tall as there are experts
@@ -102,6 +103,17 @@ def find_blocks(model: Any) -> tuple[str, ...]:
         )
     path, blocks = max(candidates, key=lambda found: len(found[1]))
     return tuple(f"{path}.{i}" for i in range(len(blocks)))
+
+
+def find_block_lists(model: Any) -> tuple[tuple[str, ...], ...]:
+    """Module paths of the blocks of each list, lists in the order in which they run.
+
+    One list, that of `find_blocks`, unless the family has a row in `families.LISTS`.
+    """
+    lists = LISTS.get(type(model).__name__)
+    if lists is None:
+        return (find_blocks(model),)
+    return tuple(tuple(f"{path}.{i}" for i in range(len(model.get_submodule(path)))) for path in lists)
 
 
 def find_decoder(model: Any, block: str) -> str:

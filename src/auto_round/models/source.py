@@ -98,7 +98,12 @@ class ModelSource(Protocol):
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The decoder blocks in order of execution."""
+        """The blocks of all lists in order of execution."""
+        ...
+
+    @property
+    def block_lists(self) -> tuple[tuple[Block, ...], ...]:
+        """The blocks list by list: what one hands on flows into the next one of the same list."""
         ...
 
     @property

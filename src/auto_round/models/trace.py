@@ -21,7 +21,7 @@ from auto_round.errors import InternalError, Refusal, UnsupportedError
 from auto_round.facts.flow import BlockCall, Flow, States, split_call
 from auto_round.facts.model import TOKENS
 from auto_round.models.facts import shares_no_caches
-from auto_round.models.flow import parameter_names
+from auto_round.models.families import parameter_names
 from auto_round.models.source import Edits, Trace
 
 _CACHES = frozenset({"past_key_values", "past_key_value", "use_cache", "layer_past"})
@@ -60,10 +60,10 @@ class Recorder:
         try:
             states, call = split_call(flow.taken, parameters, args, kept)
         except LookupError as error:
-            raise _refused(str(error)) from error
+            raise untraceable(str(error)) from error
         for i, state in enumerate(states):
             if self._seen and state is self._seen[-1][1][i] and state._version != self._versions[i]:
-                raise _refused(f"the model changes the hidden states in place before block {index}")
+                raise untraceable(f"the model changes the hidden states in place before block {index}")
         self._versions = [state._version for state in states]
         self._seen.append((index, states, call))
         handed = dict(zip(flow.taken, states, strict=True))
@@ -80,7 +80,7 @@ class Recorder:
         """
         order = [index for index, _, _ in self._seen]
         if not order or order != sorted(set(order)):
-            raise _refused(f"its blocks run in the order {order}, not one after another")
+            raise untraceable(f"its blocks run in the order {order}, not one after another")
         calls: list[BlockCall | None] = [None] * len(self._flows)
         states = before = self._seen[0][1]
         edits: list[Edits] = [(None,) * len(states)] * len(self._flows)
@@ -96,11 +96,12 @@ def _edit(before: Tensor, after: Tensor, index: int) -> Tensor | None:
     if after is before or torch.equal(after, before):
         return None
     if after.shape != before.shape:
-        raise _refused(f"the hidden states change shape before block {index}")
+        raise untraceable(f"the hidden states change shape before block {index}")
     return after - before
 
 
-def _refused(reason: str) -> UnsupportedError:
+def untraceable(reason: str) -> UnsupportedError:
+    """The error that says why a model cannot be run block by block."""
     return UnsupportedError(
         "cannot run this model block by block",
         [
@@ -156,7 +157,7 @@ class StubStem:
             except UnsupportedError:
                 raise
             except _WRONG_RETURN as error:
-                raise _refused(f"its blocks exchange more than hidden states ({error})") from error
+                raise untraceable(f"its blocks exchange more than hidden states ({error})") from error
 
     def trace(self, inputs: Mapping[str, Tensor]) -> Trace:
         """Inputs of every block; see `source.Stem`."""
@@ -166,7 +167,7 @@ class StubStem:
         rows = inputs[TOKENS].shape
         if first.shape[:2] != rows or any(s.dim() != 3 or len(s) != rows[0] for s in (first, *others)):
             shapes = [list(s.shape) for s in traced.states]
-            raise _refused(f"its hidden states have shape {shapes[0]}, not [rows, tokens, width]")
+            raise untraceable(f"its hidden states have shape {shapes[0]}, not [rows, tokens, width]")
         _check_no_state(traced.calls, self._model.config)
         return traced
 
@@ -261,5 +262,5 @@ def _check_no_state(calls: Sequence[BlockCall | None], config: Any) -> None:
         for name, value in () if call is None else call.kwargs.items():
             if isinstance(value, (MutableMapping, MutableSequence)) and not len(value):
                 if id(value) in seen:
-                    raise _refused(f'its blocks hand on state to later blocks in "{name}"')
+                    raise untraceable(f'its blocks hand on state to later blocks in "{name}"')
                 seen.add(id(value))

@@ -242,11 +242,11 @@ class _Loop:
 def _groups(job: Job) -> Iterator[tuple[str, list[int]]]:
     """Name and block indices of each unit that is tuned as one."""
     size = job.options.tune.nblocks
-    blocks = job.source.blocks
-    for start in range(0, len(blocks), size):
-        members = blocks[start : start + size]
-        name = members[0].disk if len(members) == 1 else f"{members[0].disk} to {members[-1].disk}"
-        yield name, [b.index for b in members]
+    for blocks in job.source.block_lists:
+        for start in range(0, len(blocks), size):
+            members = blocks[start : start + size]
+            name = members[0].disk if len(members) == 1 else f"{members[0].disk} to {members[-1].disk}"
+            yield name, [b.index for b in members]
 
 
 def _figures(result: GroupResult) -> dict[str, Any]:

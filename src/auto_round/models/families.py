@@ -1,4 +1,4 @@
-"""What flows between the blocks of a family: one tensor unless a row says otherwise."""
+"""What the modules of a family do not say of themselves: rows for those that are no list of plain blocks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import nn
 
 from auto_round.facts.flow import HIDDEN_STATES, Flow
 
+LISTS: Mapping[str, tuple[str, ...]] = {}
+"""Class name of a model with several lists of blocks -> their module paths in order of execution."""
 FLOWS: Mapping[str, Flow] = {}
 """Class name of a block that hands on several tensors -> which parameters receive them, and their order in
 its output. All blocks of a list hand on equally many."""

@@ -237,9 +237,8 @@ class Exporter(ABC):
         """File that holds all a loader needs; None for a folder of safetensors with configurations beside."""
         return None
 
-    @property
-    def shards(self) -> tuple[Shard, ...] | None:
-        """Where each tensor lies in files of another kind; None for shards of safetensors."""
+    def shards(self, manifest: Manifest) -> tuple[Shard, ...] | None:
+        """Where each tensor of the manifest lies in files of another kind; None for shards of safetensors."""
         return None
 
     @property

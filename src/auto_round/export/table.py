@@ -51,15 +51,12 @@ LATER = (
 )
 """Names of formats that cannot be written yet."""
 
-KINDS: tuple[type[Exporter], ...] = tuple(dict.fromkeys(type(e) for e in EXPORTERS.values()))
-"""Kinds of formats: each settles the options and claims names for all of its rows."""
-
 _SYNONYMS = {"auto_round:gptq": "auto_round:auto_gptq", "auto_round:awq": "auto_round:auto_awq"}
 
 
 def plans_alone(name: str) -> bool:
     """Whether a format or scheme of this name has a plan of its own, and is written by a run of its own."""
-    return any(kind.claims(name) for kind in KINDS)
+    return any(kind.claims(name) for kind in _kinds())
 
 
 def takes_any_plan(name: str) -> bool:
@@ -75,9 +72,27 @@ def settle_formats(options: Options) -> tuple[Options, tuple[Exporter, ...]]:
         UnsupportedError: a format that cannot be written yet.
     """
     beside = tuple(name for name in EXPORTERS if takes_any_plan(name))
-    for kind in KINDS:
+    _refuse_two_plans(options.output.formats, beside)
+    for kind in _kinds():
         options = kind.settle(options, beside)
     return options, tuple(parse_formats(",".join(options.output.formats)))
+
+
+def _kinds() -> tuple[type[Exporter], ...]:
+    """Kinds of formats: each settles the options and claims names for all of its rows."""
+    return tuple(dict.fromkeys(type(e) for e in EXPORTERS.values()))
+
+
+def _refuse_two_plans(formats: Sequence[str], beside: Sequence[str]) -> None:
+    """Refuse formats of one run that need plans of their own."""
+    alone = {name: kind for name in formats for kind in _kinds() if kind.claims(name)}
+    others = [name for name in formats if name not in alone and name not in beside]
+    if alone and (others or len(alone) > 1):
+        noun = next(iter(alone.values())).noun
+        raise ConfigError(
+            f'format "{",".join(formats)}": {noun} has a plan of its own, so it is written alone (or '
+            f"with {', '.join(beside)}); run once for each format"
+        )
 
 
 def parse_formats(text: str) -> list[Exporter]:

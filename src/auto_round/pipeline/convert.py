@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def convert_folder(
         stored, loading = with_modules(open_stored(source, checkpoint))
         exporter, plan = _fitting(exporter, stored, loading)
         manifest = exporter.manifest(plan, stored.layers, stored.tensors)
-        _refuse_unpacked(exporter, manifest)
+        _refuse_weights(exporter, manifest)
         asked = _asked(checkpoint, stored, exporter)
         with OutputFolder.open(target, overwrite=overwrite) as place:
             if place.holds(asked):
@@ -131,7 +131,10 @@ def _one_format(name: str) -> Exporter:
     exporters = parse_formats(name)
     if len(exporters) != 1:
         raise ConfigError(f'one format at a time, got "{name}"')
-    return exporters[0]
+    (exporter,) = exporters
+    if exporter.planner is not None or exporter.file is not None:
+        _refuse_unpacked(exporter, f"{exporter.noun} is made from the original model")
+    return exporter
 
 
 def _new_name(source: Path, exporter: Exporter) -> str:
@@ -157,14 +160,17 @@ def _fitting(exporter: Exporter, stored: Stored, loading: Loading | None) -> tup
     raise UnsupportedError(f"{stored.folder} cannot be written as {exporter.name} without a change", found)
 
 
-def _refuse_unpacked(exporter: Exporter, manifest: Manifest) -> None:
+def _refuse_weights(exporter: Exporter, manifest: Manifest) -> None:
     for layer, names in manifest.encoded.items():
         if all(manifest.specs[name].dtype.is_floating_point for name in names):
-            reason = f"it stores weights, not codes ({layer})"
-            raise UnsupportedError(
-                f"{exporter.name} is no format of packed whole numbers",
-                [Refusal(exporter.name, reason, "quantize into it instead")],
-            )
+            _refuse_unpacked(exporter, f"it stores weights, not codes ({layer})")
+
+
+def _refuse_unpacked(exporter: Exporter, reason: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{exporter.name} is no format of packed whole numbers",
+        [Refusal(exporter.name, reason, "quantize into it instead")],
+    )
 
 
 def _write(

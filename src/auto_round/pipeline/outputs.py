@@ -84,7 +84,7 @@ class Outputs:
         for name, exporter in job.exporters.items():
             manifest = manifest_of(job, exporter)
             specs = {t: (spec.dtype, tuple(spec.shape)) for t, spec in manifest.specs.items()}
-            folder, shards = folders[name], exporter.shards
+            folder, shards = folders[name], exporter.shards(manifest)
             folder.mkdir(parents=True, exist_ok=True)
             if fresh:
                 writer = ShardWriter.create(folder, specs, max_shard_bytes=size, shards=shards)

@@ -69,8 +69,8 @@ class GgufFormat(Exporter):
 
     @classmethod
     def claims(cls, name: str) -> bool:
-        """Names such as `gguf:q4_k_m` and `GGUF:Q4_K_M`."""
-        return name.strip().casefold().startswith(FORMAT_PREFIX)
+        """Names such as `gguf:q4_k_m` and `GGUF:Q4_K_M`, and the word alone."""
+        return f"{name.strip().casefold()}:".startswith(FORMAT_PREFIX)
 
     @classmethod
     def settle(cls, options: Options, beside: Collection[str]) -> Options:
@@ -187,8 +187,7 @@ class GgufFormat(Exporter):
         """Name of the file."""
         return self._file.name
 
-    @property
-    def shards(self) -> tuple[Shard, ...]:
+    def shards(self, manifest: Manifest) -> tuple[Shard, ...]:
         """The file with the place of each part."""
         return (self._file.shard,)
 

@@ -36,9 +36,8 @@ def settle(options: Options, beside: Collection[str]) -> Options:
         beside: formats that take any plan.
 
     Raises:
-        ConfigError: an unknown type, two mixtures, another format that needs a plan of its own, a scheme
-            whose numbers no type holds, single fields that contradict a GGUF scheme, or options of GGUF files
-            without one.
+        ConfigError: an unknown type, two mixtures, a scheme whose numbers no type holds, single fields that
+            contradict a GGUF scheme, or options of GGUF files without one.
         MissingError: a file that the options name is not there.
     """
     formats = options.output.formats
@@ -49,12 +48,6 @@ def settle(options: Options, beside: Collection[str]) -> Options:
         _refuse_gguf_options(options, beside, by_scheme=by_scheme)
         return options
     others = tuple(name for name in formats if name not in asked and asked)
-    refused = [name for name in others if name not in beside]
-    if refused or len(asked) > 1:
-        raise ConfigError(
-            f'format "{",".join(formats)}": a GGUF file has a plan of its own, so it is written alone (or '
-            f"with {', '.join(beside)}); run once for each format"
-        )
     wanted = _wanted(asked, str(scheme) if by_scheme else None)
     plain = TYPES[wanted.base].preset is None
     if by_scheme:

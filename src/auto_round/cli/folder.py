@@ -17,18 +17,28 @@ def with_named_folder(options: Options) -> Options:
     Raises:
         ConfigError: the scheme is unknown.
     """
+    from auto_round.export.table import plans_alone
+
     scheme = parse_scheme(options.scheme.scheme, options.scheme.overrides())
-    name = folder_name(options.model.model, scheme, gguf=options.output.formats[0].startswith("gguf"))
+    first = options.output.formats[0]
+    kind = first.partition(":")[0] if plans_alone(first) else ""
+    name = folder_name(options.model.model, scheme, kind)
     folder = Path(options.output.output_dir) / name
     return replace(options, output=replace(options.output, output_dir=str(folder)))
 
 
-def folder_name(model: str, scheme: QuantizationScheme, *, gguf: bool = False) -> str:
-    """Return `Qwen3-0.6B-w4g128` and the like; `w4a16` where groups have no size."""
+def folder_name(model: str, scheme: QuantizationScheme, kind: str = "") -> str:
+    """Return `Qwen3-0.6B-w4g128` and the like; `w4a16` where groups have no size.
+
+    Args:
+        model: folder or hub name.
+        scheme: scheme of the run.
+        kind: word for a format that plans for itself (`Qwen3-0.6B-gguf`); empty for the scheme's.
+    """
     path = Path(model).expanduser()
     base = path.resolve().name if path.is_dir() else model.rstrip("/").rpartition("/")[2]
-    if gguf:
-        return f"{base}-gguf"
+    if kind:
+        return f"{base}-{kind}"
     if scheme.group_size > 0:
         return f"{base}-w{scheme.bits}g{scheme.group_size}"
     floating = "fp" if (scheme.act_data_type or "").startswith("fp") else ""

@@ -22,6 +22,7 @@ from auto_round.export.verification import Finished
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
+from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.schemes.plan import Plan
@@ -60,7 +61,6 @@ class Exporter(ABC):
         library: package that loads the output.
         libraries: packages whose code takes part in what is written, beside Transformers.
         any_plan: it holds every plan, so it may be written in the run of a format that plans for itself.
-        holds_activations: its readers round activations where the plan says so, or keep only weights anyway.
         scales_in_model_dtype: its readers hold scales in the dtype of the model.
         idle: options that do nothing for it -> the reason, as the end of "NAME has no effect: ".
     """
@@ -71,7 +71,6 @@ class Exporter(ABC):
     library: ClassVar[str] = "transformers"
     libraries: ClassVar[tuple[str, ...]] = ()
     any_plan: ClassVar[bool] = False
-    holds_activations: ClassVar[bool] = False
     scales_in_model_dtype: ClassVar[bool] = False
     idle: ClassVar[Mapping[str, str]] = {}
 
@@ -146,6 +145,13 @@ class Exporter(ABC):
     def unloadable(self, plan: Plan, layers: Sequence[Layer], loading: Loading) -> list[Refusal]:
         """Why Transformers would not load what is written for this plan, or not as it is meant."""
         return []
+
+    def holds_activation(self, fmt: ActivationFormat) -> bool:
+        """Whether a plan may round what flows into layers to this format.
+
+        Either the output says so to its readers, or it holds nothing but weights anyway.
+        """
+        return False
 
     def kept(self, layer: Layer) -> str:
         """Why a layer has to stay as it is for this format's readers; empty where it has not."""

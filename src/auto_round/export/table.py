@@ -136,16 +136,13 @@ def refusals(
     found = exporter.refusals(plan, layers)
     if loading is not None:
         found += exporter.unloadable(plan, layers, loading)
-    if exporter.holds_activations:
+    wanted = [fmt for name in plan.quantized if (fmt := plan.activation_of(name)) is not None]
+    lost = [fmt for fmt in wanted if not exporter.holds_activation(fmt)]
+    if not lost:
         return found
-    quantized = [
-        n for n, entry in plan.entries.items() if entry.scheme is not None and entry.scheme.act_quantized
-    ]
-    if not quantized:
-        return found
-    reason = f"its readers leave activations alone, this plan quantizes those of {len(quantized)} layers"
-    others = " or ".join(e.name for e in EXPORTERS.values() if e.holds_activations)
-    return [Refusal(exporter.name, reason, f"use the format {others}"), *found]
+    reason = f"its readers leave activations alone, this plan quantizes those of {len(lost)} layers"
+    others = [e.name for e in EXPORTERS.values() if all(map(e.holds_activation, dict.fromkeys(wanted)))]
+    return [Refusal(exporter.name, reason, f"use the format {' or '.join(others)}"), *found]
 
 
 def scale_dtype(exporters: Iterable[Exporter], model: torch.dtype) -> str | None:
@@ -184,7 +181,8 @@ def _writes(exporter: Exporter, scheme: QuantizationScheme) -> bool:
     schemes = {layer.name: scheme.for_role(layer.role.value) for layer in layers}
     plan = Plan(scheme, {name: PlanEntry(s if s.quantized else None, "") for name, s in schemes.items()})
     try:
-        computed = [scheme.weight_format() for scheme in schemes.values()]
+        for scheme in schemes.values():
+            scheme.weight_format()
+        return not refusals(exporter, plan, layers)
     except UnsupportedError:
         return False
-    return bool(computed) and not refusals(exporter, plan, layers)

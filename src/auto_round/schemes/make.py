@@ -67,12 +67,7 @@ def make_plan(
     base = parse_scheme(request.scheme, request.overrides)
     names = [layer.name for layer in layers]
     prefixes, chosen = match_blocks(request.to_quant_block_names, blocks)
-    by_role = {role: _default(role, base, request) for role in {layer.role.value for layer in layers}}
-    skipped = _Default(PlanEntry(None, "not in to_quant_block_names"), open=False)
-    defaults = {
-        layer.name: skipped if prefixes and _outside(layer, by_role, chosen) else by_role[layer.role.value]
-        for layer in layers
-    }
+    defaults = _defaults(layers, base, request, chosen if prefixes else None)
     others = tuple(other_names)
     ignored = match_ignored(request.ignore_layers, names, others)
     matches = match_layer_config(request.layer_config, base, names, others)
@@ -80,10 +75,7 @@ def make_plan(
     fitted, regrouped = regroup(layers, asked, request, {_reason(match): match.rule for match in matches})
     entries, notes = _fit_shapes(layers, fitted)
     base = with_common_group(base, asked, entries)
-
-    head = next((layer.name for layer in layers if layer.role.value == HEAD), None)
-    if request.quant_lm_head and head is None:
-        raise ConfigError("quant_lm_head: this model has no output head; leave the option out")
+    head = _head(layers, request)
     tied = head if tied_head else None
     return Plan(
         scheme=base,
@@ -110,6 +102,32 @@ class _Default:
 
     entry: PlanEntry
     open: bool
+
+
+def _defaults(
+    layers: Sequence[Layer], base: QuantizationScheme, request: PlanRequest, chosen: frozenset[int] | None
+) -> dict[str, _Default]:
+    """Layer -> what it gets without rules; `chosen` are the blocks that the user names, None for all."""
+    by_role = {role: _default(role, base, request) for role in {layer.role.value for layer in layers}}
+    skipped = _Default(PlanEntry(None, "not in to_quant_block_names"), open=False)
+    return {
+        layer.name: by_role[layer.role.value]
+        if chosen is None or not _outside(layer, by_role, chosen)
+        else skipped
+        for layer in layers
+    }
+
+
+def _head(layers: Sequence[Layer], request: PlanRequest) -> str | None:
+    """Name of the output head; None without one.
+
+    Raises:
+        ConfigError: there is none, and the user wants it quantized.
+    """
+    head = next((layer.name for layer in layers if layer.role.value == HEAD), None)
+    if request.quant_lm_head and head is None:
+        raise ConfigError("quant_lm_head: this model has no output head; leave the option out")
+    return head
 
 
 def _default(role: str, base: QuantizationScheme, request: PlanRequest) -> _Default:

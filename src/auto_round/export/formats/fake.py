@@ -11,6 +11,7 @@ from torch import Tensor
 from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer, Role
 from auto_round.facts.tensor import TensorSpec
+from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.schemes.plan import Plan
@@ -30,7 +31,10 @@ class FakeFormat(Exporter):
     name: str = "fake"
 
     any_plan: ClassVar[bool] = True
-    holds_activations: ClassVar[bool] = True
+
+    def holds_activation(self, fmt: ActivationFormat) -> bool:
+        """Any: the folder holds nothing but weights, and a warning says so."""
+        return True
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
         """That nothing says how activations are quantized, where they are."""

@@ -20,6 +20,7 @@ from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
 from auto_round.layouts.integers import is_symmetric, step_dtype
 from auto_round.layouts.layout import Layout
+from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.schemes.plan import Plan
@@ -43,7 +44,6 @@ class LLMCompressorFormat(Exporter):
     name: str = "llm_compressor"
     bytewise: tuple[str, ...] | None = None
 
-    holds_activations: ClassVar[bool] = True
     scales_in_model_dtype: ClassVar[bool] = True
 
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> LLMCompressorFormat:
@@ -73,6 +73,10 @@ class LLMCompressorFormat(Exporter):
     def unloadable(self, plan: Plan, layers: Sequence[Layer], loading: Loading) -> list[Refusal]:
         """What Transformers cannot load of the folder, where anything is packed."""
         return unloadable(self.name, plan, layers, loading) if plan.quantized else []
+
+    def holds_activation(self, fmt: ActivationFormat) -> bool:
+        """All that can be planned: a group of the configuration says how its inputs are rounded."""
+        return True
 
     def kept(self, layer: Layer) -> str:
         """Layers whose weight other code asks for: compressed-tensors gives them none until they have run."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
@@ -19,7 +20,11 @@ _WEIGHT = ".weight"
 
 
 def with_unplanned(
-    plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], tensors: Mapping[str, TensorSpec]
+    plan: Plan,
+    layers: Sequence[Layer],
+    blocks: Sequence[Block],
+    tensors: Mapping[str, TensorSpec],
+    parameters: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Plan, tuple[Layer, ...]]:
     """The plan and its layers with every other matrix of the source but embeddings, kept.
 
@@ -28,6 +33,7 @@ def with_unplanned(
         layers: the layers of the plan.
         blocks: the blocks of the model.
         tensors: everything in the source, by name.
+        parameters: tensor of the source -> parameter of the module tree that it becomes, where that is known.
     """
     planned = {layer.tensor for layer in layers} | {layer.name + _WEIGHT for layer in layers}
     # A module that holds planned layers cannot be named: readers take its name for theirs.
@@ -40,7 +46,7 @@ def with_unplanned(
             block = next((indices[place] for place in _places(name) if place in indices), None)
             role = Role.OUTSIDE if block is None else Role.ROUTER
             shape = (spec.shape[-2], spec.shape[-1])
-            found[name] = Layer(name, tensor, tensor, shape, spec.dtype, block, role)
+            found[name] = Layer(name, tensor, parameters.get(tensor, tensor), shape, spec.dtype, block, role)
     entries = {**plan.entries, **{name: PlanEntry(None, "no linear layer") for name in found}}
     return replace(plan, entries=entries), (*layers, *found.values())
 

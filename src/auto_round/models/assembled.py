@@ -128,6 +128,11 @@ class AssembledSource(ABC):
         """See `ModelSource`."""
         return loading_of(self._parts.model, self._parts.names)
 
+    @property
+    def parameters(self) -> Mapping[str, str]:
+        """See `ModelSource`."""
+        return self._parts.names.parameters
+
     def read(self, layer: Layer) -> Tensor:
         """Weight of a layer, `[out, in]`."""
         weight = self.read_tensor(layer.tensor)

@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -22,9 +22,31 @@ def classes_of(module: nn.Module) -> tuple[Any, ...]:
 def tree_of(kind: Any) -> ast.AST | None:
     """Parsed source of a class; None where it was made without a file."""
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(kind)))
+        module = inspect.getmodule(kind)
+        known = {} if module is None else _classes_in(inspect.getsource(module))
+        return known.get(kind.__qualname__) or ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, TypeError, SyntaxError):
         return None
+
+
+@functools.lru_cache(maxsize=8)
+def _classes_in(source: str) -> Mapping[str, ast.ClassDef]:
+    """Classes of a module's source by qualified name, those in functions left out.
+
+    `inspect.getsource` parses the whole file again for each class.
+    """
+    found: dict[str, ast.ClassDef] = {}
+
+    def look(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                found[f"{prefix}{child.name}"] = child
+                look(child, f"{prefix}{child.name}.")
+            elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                look(child, prefix)
+
+    look(ast.parse(source), "")
+    return found
 
 
 def compares(model: nn.Module, attribute: str, text: str) -> bool:

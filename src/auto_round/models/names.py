@@ -80,6 +80,11 @@ class NameMap:
     by_target: Mapping[str, Recipe]
     orphans: tuple[str, ...]
 
+    @property
+    def parameters(self) -> dict[str, str]:
+        """Tensor on disk -> parameter of the module tree, where the one is the other."""
+        return {r.pieces[0].name: r.targets[0] for r in self.recipes if len(r.pieces) == len(r.targets) == 1}
+
 
 def map_names(
     model: Any, disk: Mapping[str, TensorSpec], transposed: Collection[str] = frozenset()

@@ -132,6 +132,11 @@ class ModelSource(Protocol):
         ...
 
     @property
+    def parameters(self) -> Mapping[str, str]:
+        """Tensor on disk -> parameter of the module tree, where the one is the other."""
+        ...
+
+    @property
     def folder(self) -> Path | None:
         """The checkpoint's folder; None for a model in memory."""
         ...

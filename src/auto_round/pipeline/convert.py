@@ -236,7 +236,7 @@ def _exact(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write_configs(folder: Path, stored: Stored, exporter: Exporter, plan: Plan) -> None:
-    plan, layers = with_unplanned(plan, stored.layers, stored.blocks, stored.tensors)
+    plan, layers = with_unplanned(plan, stored.layers, stored.blocks, stored.tensors, stored.parameters)
     quantization = exporter.config(plan, layers, stored.blocks, stored.facts)
     write_configs(folder, stored.config, quantization, dtype=exporter.float_dtype)
 

@@ -32,7 +32,7 @@ def with_modules(stored: Stored) -> tuple[Stored, Loading | None]:
     locator = Locator(model, stored.tensors)
     recipes = {piece.name: recipe for recipe in names.recipes for piece in recipe.pieces}
     layers = tuple(_placed(layer, recipes.get(layer.tensor), locator) for layer in stored.layers)
-    return replace(stored, layers=layers), loading_of(model, names)
+    return replace(stored, layers=layers, parameters=names.parameters), loading_of(model, names)
 
 
 def _config(stored: Stored) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Stored:
         facts: how it was tuned, as far as its configuration says.
         formats: what its configuration says of each layer.
         shapes: layer -> `(out, in)`.
+        parameters: tensor -> parameter of Transformers' model that it becomes, where that is known.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Stored:
     facts: Facts
     formats: StoredFormats
     shapes: Mapping[str, tuple[int, int]]
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, checkpoint: Checkpoint, layer: str) -> QTensor:
         """Codes, steps and zero points of a layer, as they lie on disk.

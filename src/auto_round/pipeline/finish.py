@@ -33,26 +33,26 @@ REPORT = "report.json"
 
 def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
     """Everything that a loader needs beside the weights."""
-    blocks = job.source.blocks
-    plan, layers = with_unplanned(job.plan, job.source.layers, blocks, job.source.tensors)
+    source, blocks = job.source, job.source.blocks
+    plan, layers = with_unplanned(job.plan, source.layers, blocks, source.tensors, source.parameters)
     for name, exporter in job.exporters.items():
         if exporter.file is not None:
             continue  # the file holds all of it
         folder = folders[name]
         quantization = exporter.config(plan, layers, blocks, facts(job))
-        if job.source.folder is not None:
-            source = read_config(job.source.folder)
-            copy_side_files(job.source.folder, folder)
+        if source.folder is not None:
+            config = read_config(source.folder)
+            copy_side_files(source.folder, folder)
         else:
-            source = {
-                **job.source.config.to_diff_dict(),
-                "dtype": str(job.source.dtype).removeprefix("torch."),
+            config = {
+                **source.config.to_diff_dict(),
+                "dtype": str(source.dtype).removeprefix("torch."),
             }
             if job.tokenizer is not None:
                 job.tokenizer.save_pretrained(folder)
         own = None if quantization is None else exporter.float_dtype
         dtype = wanted_dtype(job) if own is None else own
-        write_configs(folder, source, quantization, untied=job.plan.untie_head, dtype=dtype)
+        write_configs(folder, config, quantization, untied=job.plan.untie_head, dtype=dtype)
 
 
 def facts(job: Job) -> dict[str, bool | int | float | str | None]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.scale import Knobs
-from auto_round.numerics.ste import cast_ste, round_ste
+from auto_round.numerics.ste import cast_ste, clamp_ste, round_ste
 from auto_round.testing.format_kit import random_case, random_weight
 
 N_GROUPS, WIDTH = 3, 16
@@ -18,6 +18,11 @@ N_GROUPS, WIDTH = 3, 16
 def through(value, x):
     """Forward `value`, backward as if it were `x`."""
     return x + (value - x).detach()
+
+
+def saturated(n, lo, hi):
+    """`n.clamp(lo, hi)` with a gradient of 1 at the ends, which not every version of PyTorch gives."""
+    return torch.where((n < lo) | (n > hi), n.detach().clamp(lo, hi), n)
 
 
 def plain(w, lo_knob, hi_knob, v, bits, sym, dtype):
@@ -32,14 +37,14 @@ def plain(w, lo_knob, hi_knob, v, bits, sym, dtype):
         exact = torch.where(hi < lo, lo, -hi) / top
         step = through(exact.to(dtype).double(), exact)
         n = w / step + v
-        n = through(n.round(), n).clamp(-top, top - 1)
+        n = saturated(through(n.round(), n), -top, top - 1)
         return n * step
     top = (1 << bits) - 1
     exact = (hi + lo) / top
     step = through(exact.to(dtype).double(), exact)
     zero = through((lo / step).round(), lo / step)
     n = w / step + v
-    n = (through(n.round(), n) + zero).clamp(0, top)
+    n = saturated(through(n.round(), n) + zero, 0, top)
     return (n - zero) * step
 
 
@@ -108,3 +113,13 @@ def test_straight_through_operations_are_exact_forward_and_identity_backward():
     for operation in (round_ste, lambda t: cast_ste(t, torch.bfloat16)):
         (gradient,) = torch.autograd.grad(operation(x).sum(), x)
         assert gradient.tolist() == [1] * 7
+
+
+def test_the_ends_of_a_range_may_be_left_again():
+    """PyTorch 2.15 gives numbers at the ends no gradient, and zero points and multiples lie there often."""
+    x = torch.tensor([-1.0, 0.0, 1.5, 3.0, 4.0, torch.inf], requires_grad=True)
+    held = clamp_ste(x, 0, 3)
+    assert torch.equal(held, x.detach().clamp(0, 3))
+    (gradient,) = torch.autograd.grad(held.sum(), x)
+    assert gradient.tolist() == [0, 1, 1, 1, 0, 0]
+    assert not clamp_ste(x.detach(), 0, 3).requires_grad

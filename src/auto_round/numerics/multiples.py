@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from auto_round.numerics.scale import PartSpec, legal_step
-from auto_round.numerics.ste import round_ste
+from auto_round.numerics.ste import clamp_ste, round_ste
 
 
 def gather(x: Tensor, per: int) -> Tensor:
@@ -73,7 +73,7 @@ class Multiples:
         since weights are rounded to the nearest number.
         """
         ratio = join(gather(x, self.per) / shared.unsqueeze(-1), x.shape[-1])
-        multiple = round_ste(ratio).clamp(self.least, self.most)
+        multiple = clamp_ste(round_ste(ratio), self.least, self.most)
         if self.signed:
             multiple = multiple + (multiple == 0)
         return multiple

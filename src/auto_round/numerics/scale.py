@@ -12,7 +12,7 @@ from torch import Tensor
 
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.numerics.grid import Grid
-from auto_round.numerics.ste import cast_ste
+from auto_round.numerics.ste import cast_ste, clamp_ste
 
 if TYPE_CHECKING:
     from auto_round.numerics.search_groups import Effort, SearchTask
@@ -205,7 +205,7 @@ def legal_step(step: Tensor, dtype: torch.dtype) -> Tensor:
     is used since kernels may flush subnormals.
     """
     info = torch.finfo(dtype)
-    stored = cast_ste(step.clamp(-info.max, info.max), dtype)
+    stored = cast_ste(clamp_ste(step, -info.max, info.max), dtype)
     return torch.where(stored == 0, info.smallest_normal, stored)
 
 

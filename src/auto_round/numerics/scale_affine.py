@@ -12,7 +12,7 @@ from auto_round.numerics.grid import Grid
 from auto_round.numerics.scale import MAX_KNOB, Knobs, Moments, PartSpec, Scale, Stats, legal_step
 from auto_round.numerics.scale_integer import end_moves, even_starts, uneven_starts
 from auto_round.numerics.search_groups import GroupRule
-from auto_round.numerics.ste import cast_ste
+from auto_round.numerics.ste import cast_ste, clamp_ste
 
 _SIZES = 5
 """Sizes tried at most: lines of least squares find the rest; begun from more sizes they end higher."""
@@ -43,7 +43,8 @@ class Affine(GroupRule):
         """`step = cast((hi - lo) / (grid.hi - grid.lo))`, `min = cast(lo)`."""
         wide, floor = step_and_floor(stats, grid, knobs)
         step = legal_step(wide, self.dtype)
-        floor = cast_ste(floor.clamp_max(torch.finfo(self.dtype).max), self.dtype)
+        most = torch.finfo(self.dtype).max
+        floor = cast_ste(clamp_ste(floor, -most, most), self.dtype)
         if step.requires_grad:
             return Scale(step, None, floor=floor)
         return self.read({"step": step.to(self.dtype), "min": -floor.to(self.dtype)})

@@ -12,7 +12,7 @@ from torch import Tensor
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.scale import MAX_KNOB, Knobs, Moments, PartSpec, Scale, Stats, legal_step
 from auto_round.numerics.search_groups import GroupRule
-from auto_round.numerics.ste import round_ste
+from auto_round.numerics.ste import clamp_ste, round_ste
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class MinMax(GroupRule):
         if knobs is not None:
             lo, hi = lo * knobs.lo, hi * knobs.hi
         step = legal_step((hi + lo) / (grid.hi - grid.lo), self.dtype)
-        zero = round_ste(lo / step).clamp(grid.lo, grid.hi)
+        zero = clamp_ste(round_ste(lo / step), grid.lo, grid.hi)
         if step.requires_grad:
             return Scale(step, zero)
         return self.read({"step": step.to(self.dtype), "zero": zero.to(torch.uint8)})

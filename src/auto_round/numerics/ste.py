@@ -30,6 +30,23 @@ class _Cast(torch.autograd.Function):
         return grad, None
 
 
+class _Clamp(torch.autograd.Function):
+    """PyTorch's own gives numbers at the very end the gradient 1 up to 2.13, and 0 in 2.15.
+
+    Zero points and multiples of shared numbers lie at the ends often, and have to stay able to leave them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lo: float, hi: float) -> Tensor:
+        ctx.save_for_backward((x >= lo) & (x <= hi))
+        return x.clamp(lo, hi)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None
+
+
 def round_ste(x: Tensor) -> Tensor:
     """Nearest whole number, ties to even; gradient 1."""
     return _Round.apply(x) if x.requires_grad else torch.round(x)  # type: ignore[no-untyped-call]
@@ -38,3 +55,8 @@ def round_ste(x: Tensor) -> Tensor:
 def cast_ste(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` rounded to `dtype` and widened again to its own dtype; gradient 1."""
     return _Cast.apply(x, dtype) if x.requires_grad else x.to(dtype).to(x.dtype)  # type: ignore[no-untyped-call]
+
+
+def clamp_ste(x: Tensor, lo: float, hi: float) -> Tensor:
+    """`x` within `lo ... hi`; gradient 1 there, both ends included, and 0 outside, in every PyTorch."""
+    return _Clamp.apply(x, lo, hi) if x.requires_grad else x.clamp(lo, hi)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from auto_round.numerics.group import Group
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import MAX_KNOB, Knobs, PartSpec, Scale, legal_step
 from auto_round.numerics.search_groups import GroupRule
-from auto_round.schemes.number_types import NumberType
+from auto_round.schemes.number_types import CompressedWords, NumberType
 
 NAME = "made_up"
 EIGHT = torch.float8_e4m3fn
@@ -159,4 +159,5 @@ ROW = NumberType(
     group_sizes=(16,),
     weights=lambda scheme: FORMAT,
     stored=NAME,
+    compressed=CompressedWords(type="float", format=lambda scheme: "nibbles", strategy="tensor_group"),
 )

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from auto_round.config import build_options
 from auto_round.errors import UnsupportedError
+from auto_round.layouts.compressed import COMPRESSED
 from auto_round.layouts.table import LAYOUTS
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.search import QUICK, THOROUGH, search_knobs
@@ -105,6 +106,25 @@ def test_a_model_is_tuned_and_written(tiny, tmp_path):
     # Two signs of at most seven sizes and 0 in a group of 16, each rounded to bfloat16.
     assert all(len(group.unique()) <= 15 for group in w.reshape(-1, 16))
     assert len(w.unique()) > 100
+
+
+def test_the_words_of_a_configuration_are_in_the_row(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(COMPRESSED, "nibbles", Nibbles())
+    layers = {"down_proj": {"data_type": "int", "bits": 8, "group_size": 32}}
+    result = quantize(
+        tiny("llama"), tmp_path / "out", format="llm_compressor", layer_config=layers, verify=False, **FIELDS
+    )
+    config = json.loads((result.folders[0] / "quantization_config.json").read_text())
+    found = {
+        (g["format"], g["weights"]["type"], g["weights"]["strategy"])
+        for g in config["config_groups"].values()
+    }
+    assert found == {("nibbles", "float", "tensor_group"), ("pack-quantized", "int", "group")}
+    assert config["format"] == "mixed-precision"
+    stored = weights(result.folders[0])
+    name = "model.layers.0.self_attn.q_proj"
+    assert {n.rpartition(".")[2] for n in stored if n.startswith(name)} == {"codes", "scale", "shared"}
+    assert stored[f"{name}.scale"].dtype is torch.float8_e4m3fn
 
 
 def test_a_folder_of_two_types_and_two_orders_of_bytes_is_loaded(tmp_path, monkeypatch):

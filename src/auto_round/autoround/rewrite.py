@@ -13,8 +13,8 @@ from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.consumers.lines import judge_outputs
 from auto_round.errors import ConfigError
+from auto_round.export.compressed_config import compressed_layout
 from auto_round.facts.layer import Layer
-from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import layout_of
 from auto_round.numerics.format import Format
@@ -26,6 +26,7 @@ from auto_round.pipeline.outputs import Outputs
 from auto_round.pipeline.result import Result
 from auto_round.pipeline.signature import request_digest, signature
 from auto_round.pipeline.verify import verify_all
+from auto_round.schemes.scheme import QuantizationScheme
 
 
 @plain_device()
@@ -55,7 +56,7 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
         ):
             quantized = job.quantized()
             for layer, fmt in quantized.values():
-                q = _read(finished, layer, fmt, _layout(config, finished, layer))
+                q = _read(finished, layer, fmt, _layout(config, job.plan.scheme_of(layer.name)))
                 outputs.put(layer, QuantizedLayer(q))
             codes = {f"{name}.weight" for name in quantized}  # some layouts keep the name of the weight
             for name in job.source.tensors:
@@ -109,11 +110,11 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _layout(config: Mapping[str, Any], finished: Checkpoint, layer: Layer) -> Layout:
+def _layout(config: Mapping[str, Any], scheme: QuantizationScheme | None) -> Layout:
     """Order of bytes of one layer."""
-    if config["quant_method"] != "compressed-tensors":
+    if scheme is None or config["quant_method"] != "compressed-tensors":
         return layout_of(config)
-    return PACK_QUANTIZED if f"{layer.name}.weight_packed" in finished else INT_QUANTIZED
+    return compressed_layout(scheme)
 
 
 def _read(finished: Checkpoint, layer: Layer, fmt: Format, layout: Layout) -> QTensor:

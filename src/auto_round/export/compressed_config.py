@@ -35,7 +35,7 @@ _SEVERAL = 2
 """Names that one expression has to stand for to be written instead of them."""
 
 
-def layout_of(scheme: QuantizationScheme) -> Layout:
+def compressed_layout(scheme: QuantizationScheme) -> Layout:
     """Order of bytes of a layer."""
     return COMPRESSED[_words(scheme.data_type).format(scheme)]
 
@@ -107,7 +107,7 @@ def group_of(scheme: QuantizationScheme) -> tuple[object, ...]:
 
 
 _STRATEGIES = {-1: "channel", 0: "tensor"}
-"""`strategy` of weights by group size; `group` for all others."""
+"""`strategy` of weights by group size; that of their type for all others."""
 
 _INPUT_STRATEGIES = {-1: "token", 0: "tensor"}
 """`strategy` of inputs by group size; `group` for all others."""
@@ -119,7 +119,7 @@ def _group(scheme: QuantizationScheme) -> dict[str, Any]:
         "num_bits": scheme.bits,
         "type": _words(scheme.data_type).type,
         "symmetric": scheme.sym,
-        "strategy": _STRATEGIES.get(scheme.group_size, "group"),
+        "strategy": _STRATEGIES.get(scheme.group_size, _words(scheme.data_type).strategy),
         "group_size": scheme.group_size if scheme.group_size > 0 else None,
         "dynamic": False,
         "actorder": None,
@@ -128,7 +128,7 @@ def _group(scheme: QuantizationScheme) -> dict[str, Any]:
         "weights": weights,
         "input_activations": None if scheme.inputs is None else _inputs(scheme.inputs),
         "output_activations": None,
-        "format": layout_of(scheme).name,
+        "format": compressed_layout(scheme).name,
     }
 
 
@@ -205,7 +205,7 @@ def _note(scheme: QuantizationScheme) -> str:
             f"llm_compressor: {kind} weights of {scheme.bits} bits need compressed-tensors and vLLM of the "
             f"middle of 2026 or later; SGLang reads {' and '.join(map(str, common))} bits"
         )
-    if layout_of(scheme) is INT_QUANTIZED:
+    if compressed_layout(scheme) is INT_QUANTIZED:
         return ""
     if not scheme.inputs.sym:
         return (

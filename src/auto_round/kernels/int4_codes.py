@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from auto_round.layouts.integers import has_steps
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.scale import Scale
-from auto_round.numerics.scale_integer import MinMax, SignedMax
+from auto_round.numerics.scale_integer import MinMax
 
 PLANE_BITS = 4
 """Width of the codes of one plane."""
@@ -28,8 +29,7 @@ MIDDLE = 1 << (PLANE_BITS - 1)
 
 def is_whole(fmt: Format) -> bool:
     """Whether a format has whole numbers with one step a group, which lies in one row or is the matrix."""
-    one_step = isinstance(fmt.grid, IntGrid) and isinstance(fmt.rule, (SignedMax, MinMax))
-    return one_step and fmt.group.rows == 1
+    return isinstance(fmt.grid, IntGrid) and has_steps(fmt) and fmt.group.rows == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,11 @@ from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale_integer import MinMax, SignedMax
 
 
+def has_steps(fmt: Format) -> bool:
+    """Whether a format stores one step for each group, and a zero point or none."""
+    return isinstance(fmt.rule, (SignedMax, MinMax))
+
+
 def is_symmetric(fmt: Format) -> bool:
     """Whether a whole-number format stores no zero point."""
     return isinstance(fmt.rule, SignedMax)
@@ -29,7 +34,7 @@ def refuse(who: str, fmt: Format, shape: Sequence[int], widths: Sequence[int]) -
         shape: `[out, in]`.
         widths: widths of codes that the layout can hold, bits.
     """
-    if not isinstance(fmt.grid, IntGrid) or not isinstance(fmt.rule, (SignedMax, MinMax)):
+    if not isinstance(fmt.grid, IntGrid) or not has_steps(fmt):
         return Refusal(who, f"holds whole numbers with one step a group, not {fmt.name}")
     if fmt.grid.lo != (-(1 << (fmt.grid.bits - 1)) if is_symmetric(fmt) else 0):
         return Refusal(who, f"holds full-range whole numbers, not {fmt.name}")

@@ -50,10 +50,12 @@ class CompressedWords:
     Attributes:
         type: `type` of its numbers, `int` or `float`.
         format: `format` of a layer's config group: the order of its bytes.
+        strategy: how weights in groups are called; rows and whole tensors have words of their own.
     """
 
     type: str
     format: Callable[[QuantizationScheme], str]
+    strategy: str = "group"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

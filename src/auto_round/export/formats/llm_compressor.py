@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from auto_round.errors import InternalError, Refusal
-from auto_round.export.compressed_config import group_of, layout_of, loader_notes, quantization_config
+from auto_round.export.compressed_config import compressed_layout, group_of, loader_notes, quantization_config
 from auto_round.export.compressed_loading import unloadable
 from auto_round.export.exporter import Exporter, Facts
 from auto_round.export.packed import gather_refusals, prefixed, refuse_transposed
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
-from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
-from auto_round.layouts.integers import is_symmetric, step_dtype
+from auto_round.layouts.compressed import COMPRESSED
+from auto_round.layouts.integers import has_steps, is_symmetric, step_dtype
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
@@ -31,26 +31,24 @@ _ASKED = "other code asks for its weight, which compressed-tensors lacks (use th
 
 @dataclass(frozen=True, slots=True)
 class LLMCompressorFormat(Exporter):
-    """Whole numbers as compressed-tensors stores them.
-
-    Layers of 8 bits a row whose activations get 8 bits are stored as bytes (`int-quantized`), the others
-    packed (`pack-quantized`).
+    """Layers as compressed-tensors stores them, each in the order of bytes that its number type has there.
 
     Attributes:
         name: name on the command line.
-        bytewise: layers that are stored as bytes; None until a plan has decided.
+        orders: layer -> name of its order of bytes; None until a plan has decided.
     """
 
     name: str = "llm_compressor"
-    bytewise: tuple[str, ...] | None = None
+    orders: Mapping[str, str] | None = field(default=None, hash=False)
 
     scales_in_model_dtype: ClassVar[bool] = True
 
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> LLMCompressorFormat:
         """This format with the order of bytes of each layer decided."""
         schemes = {layer.name: plan.scheme_of(layer.name) for layer in layers}
-        bytewise = (name for name, s in schemes.items() if s is not None and layout_of(s) is INT_QUANTIZED)
-        return replace(self, bytewise=tuple(bytewise))
+        return replace(
+            self, orders={n: compressed_layout(s).name for n, s in schemes.items() if s is not None}
+        )
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """One refusal for each reason, with the layers that it holds for."""
@@ -60,7 +58,7 @@ class LLMCompressorFormat(Exporter):
 
         def refuse(layer: Layer, fmt: Format) -> Refusal | None:
             scheme = plan.scheme_of(layer.name)
-            if scheme is not None and scheme.act_quantized and not is_symmetric(fmt):
+            if scheme is not None and scheme.act_quantized and has_steps(fmt) and not is_symmetric(fmt):
                 return Refusal(
                     self.name,
                     "Transformers dequantizes weights with zero points and then rounds no activations",
@@ -89,16 +87,21 @@ class LLMCompressorFormat(Exporter):
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """`<layer>.weight_packed` or `<layer>.weight`, `<layer>.weight_scale` and what belongs to them.
 
-        Scales lie in the layer's dtype, which holds theirs exactly: compressed-tensors multiplies in
-        the dtype of the scale, and products in float16 would round the weights of a float32 model twice.
+        Steps of whole numbers lie in the layer's dtype, which holds theirs exactly: compressed-tensors
+        multiplies in the dtype of the scale, and products in float16 would round the weights of a float32
+        model twice.
         """
-        found = self._layout(layer).spec(fmt, layer.shape)
-        return prefixed(layer, {**found, _SCALE: replace(found[_SCALE], dtype=layer.dtype)})
+        found = dict(self._layout(layer).spec(fmt, layer.shape))
+        if has_steps(fmt):
+            found[_SCALE] = replace(found[_SCALE], dtype=layer.dtype)
+        return prefixed(layer, found)
 
     def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The tensors of `spec`."""
-        found = self._layout(layer).pack(q.weight)
-        return prefixed(layer, {**found, _SCALE: found[_SCALE].to(layer.dtype)})
+        found = dict(self._layout(layer).pack(q.weight))
+        if has_steps(q.weight.format):
+            found[_SCALE] = found[_SCALE].to(layer.dtype)
+        return prefixed(layer, found)
 
     def config(
         self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
@@ -107,15 +110,16 @@ class LLMCompressorFormat(Exporter):
         return quantization_config(plan, layers)
 
     def _layout(self, layer: Layer) -> Layout:
-        if self.bytewise is None:
-            raise InternalError(f"{self.name} has two orders of bytes: ask for_plan first")
-        return INT_QUANTIZED if layer.name in self.bytewise else PACK_QUANTIZED
+        if self.orders is None:
+            raise InternalError(f"{self.name} has several orders of bytes: ask for_plan first")
+        return COMPRESSED[self.orders[layer.name]]
 
     def _refusal(self, layer: Layer, fmt: Format, *, mixed: bool) -> Refusal | None:
         refusal = self._layout(layer).accepts(fmt, layer.shape)
         if refusal is not None:
             return replace(refusal, who=self.name)
-        if refusal := refuse_transposed(self.name, layer):
+        refusal = refuse_transposed(self.name, layer)
+        if refusal is not None or not has_steps(fmt):
             return refusal
         if not is_symmetric(fmt) and (mixed or layer.expert is not None):
             # Transformers 5.23 reads zero points of one scheme only and none of experts

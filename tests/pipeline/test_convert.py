@@ -219,6 +219,7 @@ def test_foreign_folders(tmp_path):
         ({"eight": ("down_proj",)}, "auto_awq", "down_proj"),
         ({"bits": 5}, "auto_gptq", "5 bits"),
         ({}, "fake", "no format of packed whole numbers"),
+        ({}, "gguf:q4_0", "a GGUF file is made from the original model"),
         ({"bits": 3}, "auto_round:auto_gptq", "off by one step"),
     ],
 )

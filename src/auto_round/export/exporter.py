@@ -58,8 +58,7 @@ class Exporter(ABC):
     Attributes:
         name: name on the command line, for example `auto_round`.
         noun: what one output is, for people.
-        library: package that loads the output.
-        libraries: packages whose code takes part in what is written, beside Transformers.
+        library: package that loads the output and takes part in what is written.
         any_plan: it holds every plan, so it may be written in the run of a format that plans for itself.
         scales_in_model_dtype: its readers hold scales in the dtype of the model.
         idle: options that do nothing for it -> the reason, as the end of "NAME has no effect: ".
@@ -69,7 +68,6 @@ class Exporter(ABC):
 
     noun: ClassVar[str] = "a folder"
     library: ClassVar[str] = "transformers"
-    libraries: ClassVar[tuple[str, ...]] = ()
     any_plan: ClassVar[bool] = False
     scales_in_model_dtype: ClassVar[bool] = False
     idle: ClassVar[Mapping[str, str]] = {}

@@ -75,6 +75,7 @@ def settle_formats(options: Options) -> tuple[Options, tuple[Exporter, ...]]:
     _refuse_two_plans(options.output.formats, beside)
     for kind in _kinds():
         options = kind.settle(options, beside)
+    _refuse_two_plans(options.output.formats, beside)  # a scheme may have named one of them
     return options, tuple(parse_formats(",".join(options.output.formats)))
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from auto_round.export.exporter import Exporter
 from auto_round.pipeline.activations import refuse_unreachable
-from auto_round.pipeline.device import rows_at_once
+from auto_round.pipeline.device import compute_dtype, rows_at_once
 from auto_round.pipeline.open_model import Opened
 from auto_round.pipeline.plan_together import plan_together
+from auto_round.pipeline.recast import named_dtype
 from auto_round.pipeline.request import Request
 from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
@@ -27,12 +29,14 @@ class Decided:
         exporters: format name -> exporter with its variant decided.
         importance: tensor in the source -> mean square of its inputs `[in]`, from a file; empty without one.
         tune: settings of the tuning loop.
+        dtype: dtype in which blocks run.
     """
 
     plan: Plan
     exporters: Mapping[str, Exporter]
     importance: Mapping[str, Tensor]
     tune: TuneConfig
+    dtype: torch.dtype
 
 
 def decide(request: Request, opened: Opened) -> Decided:
@@ -45,8 +49,8 @@ def decide(request: Request, opened: Opened) -> Decided:
         ConfigError: a rule or an option that cannot be carried out.
     """
     options = opened.options
-    own = (planner for exporter in request.formats if (planner := exporter.planner) is not None)
-    planned = next(own, plan_together)(opened.source, opened.tokenizer, options, request.formats)
+    planners = (planner for exporter in request.formats if (planner := exporter.planner) is not None)
+    planned = next(planners, plan_together)(opened.source, opened.tokenizer, options, request.formats)
     plan = planned.plan
     refuse_unreachable(plan, opened.source.layers)
     schemes = [plan.scheme_of(name) for name in plan.quantized]
@@ -55,4 +59,11 @@ def decide(request: Request, opened: Opened) -> Decided:
         exporter.check(options, request.output, calibrated=tune.needs_rows)
     sparing = options.memory.low_gpu_mem_usage
     at_once = rows_at_once(request.device, options.calibration.seqlen, sparing=sparing)
-    return Decided(plan, planned.exporters, planned.importance, replace(tune, rows_at_once=at_once))
+    own = named_dtype(options.model.model_dtype) or opened.source.dtype
+    return Decided(
+        plan=plan,
+        exporters=planned.exporters,
+        importance=planned.importance,
+        tune=replace(tune, rows_at_once=at_once),
+        dtype=compute_dtype(own, request.device, amp=options.tune.amp),
+    )

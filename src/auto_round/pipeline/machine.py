@@ -13,7 +13,7 @@ import torch
 from auto_round.config.env import arithmetic_variables
 from auto_round.export.table import EXPORTERS
 
-LIBRARIES = ("transformers", "triton", *(n for e in EXPORTERS.values() for n in e.libraries))
+LIBRARIES = tuple(dict.fromkeys(("triton", *(exporter.library for exporter in EXPORTERS.values()))))
 """Packages whose code takes part in what is written, beside PyTorch."""
 
 

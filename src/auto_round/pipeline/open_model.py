@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from auto_round.config.options import Options
@@ -15,7 +14,6 @@ from auto_round.models.folder import FolderSource
 from auto_round.models.hub import resolve_model
 from auto_round.models.live import LiveSource
 from auto_round.models.source import ModelSource
-from auto_round.pipeline.device import compute_dtype
 from auto_round.pipeline.recast import named_dtype
 from auto_round.pipeline.request import Request
 
@@ -28,13 +26,11 @@ class Opened:
         options: the request's, with rows no longer than the model's context.
         source: the model.
         tokenizer: its tokenizer; None where it has none.
-        dtype: dtype in which blocks run.
     """
 
     options: Options
     source: ModelSource
     tokenizer: Any
-    dtype: torch.dtype
 
 
 def open_model(request: Request, *, model: nn.Module | None = None, tokenizer: Any = None) -> Opened:
@@ -54,9 +50,7 @@ def open_model(request: Request, *, model: nn.Module | None = None, tokenizer: A
     needed = any(exporter.needs_tokenizer(options) for exporter in request.formats)
     if tokenizer is None and (needed or options.model.tokenizer or source.folder is not None):
         tokenizer = load_tokenizer(options, source, required=needed)
-    own = named_dtype(options.model.model_dtype) or source.dtype
-    dtype = compute_dtype(own, request.device, amp=options.tune.amp)
-    return Opened(_within_context(options, source), source, tokenizer, dtype)
+    return Opened(_within_context(options, source), source, tokenizer)
 
 
 def _open_source(options: Options, model: nn.Module | None) -> ModelSource:

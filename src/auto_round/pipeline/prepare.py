@@ -55,7 +55,7 @@ def prepare(
         tuned=data.tuned,
         tune=decided.tune,
         device=request.device,
-        dtype=opened.dtype,
+        dtype=decided.dtype,
         output=request.output,
         importance=decided.importance,
     )

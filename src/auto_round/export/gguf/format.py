@@ -55,7 +55,6 @@ class GgufFormat(Exporter):
 
     noun: ClassVar[str] = "a GGUF file"
     library: ClassVar[str] = "gguf"
-    libraries: ClassVar[tuple[str, ...]] = ("gguf",)
     idle: ClassVar[Mapping[str, str]] = {
         "max_shard_size": "a GGUF model is one file",
         "quant_lm_head": "the GGUF type gives the output head its own type",
@@ -69,8 +68,8 @@ class GgufFormat(Exporter):
 
     @classmethod
     def claims(cls, name: str) -> bool:
-        """Names such as `gguf:q4_k_m` and `GGUF:Q4_K_M`, and the word alone."""
-        return f"{name.strip().casefold()}:".startswith(FORMAT_PREFIX)
+        """Names such as `gguf:q4_k_m` and `GGUF:Q4_K_M`."""
+        return name.strip().casefold().startswith(FORMAT_PREFIX)
 
     @classmethod
     def settle(cls, options: Options, beside: Collection[str]) -> Options:

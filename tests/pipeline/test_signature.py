@@ -145,7 +145,7 @@ def test_versions(monkeypatch, name):
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        (("setenv", "ONEDNN_MAX_CPU_ISA", "AVX2"), "settings"),
+        (("setenv", "ONEDNN_MAX_CPU_ISA", "another one"), "settings"),
         (("setattr", torch.backends.cpu, "get_cpu_capability", lambda: "VSX"), "capability"),
         (("setattr", torch.cpu, "get_capabilities", lambda: {"cpu_name": "x", "avx": True}), "instructions"),
         (("setattr", torch, "get_float32_matmul_precision", lambda: "medium"), "float32_products"),

@@ -19,6 +19,7 @@ from auto_round.layouts.table import LAYOUTS
 from auto_round.numerics import search
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.group import Group
+from auto_round.numerics.importance import Importance
 from auto_round.numerics.presets import GGUF_FORMATS, int_format
 from auto_round.numerics.scale import Knobs, PartSpec
 from auto_round.numerics.search import QUICK, search_knobs
@@ -160,6 +161,22 @@ def test_a_search_in_bands_finds_what_a_search_at_once_finds(monkeypatch, name):
 
 def vars_of(knobs):
     return knobs.lo, knobs.hi
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_flows_in_counts_for_groups_of_several_rows_too(name):
+    fmt, x = BLOCKS[name], torch.randn(64, 128, generator=torch.Generator().manual_seed(5))
+    x = x * torch.linspace(0.1, 3, 128)
+    tile = (x.T @ x / 64).unsqueeze(0)
+    known = Importance(tile[0].diagonal().clone(), tile)
+    w = random_weight((24, 128), 4)
+
+    def error(knobs):
+        return ((fmt.dequantize(fmt.quantize(w, knobs)) - w).square() * known.squares).sum()
+
+    found = error(search_knobs(fmt, w, known, QUICK))
+    assert found < error(search_knobs(fmt, w, None, QUICK))
+    assert found < 0.95 * error(None)
 
 
 @given(seed=SEEDS, factor=st.sampled_from([0.25, 1.0, 3.0]))

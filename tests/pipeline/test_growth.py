@@ -25,7 +25,11 @@ ROOT = str(Path(auto_round.__file__).parent)
 FEW, MANY = 4, 12
 GIVEN = {"iters": 0, "disable_opt_rtn": True, "device_map": "cpu"}
 WIDE = {"bits": 4, "group_size": 32}
-EIGHT: dict[str, Any] = {"gguf:q4_k_m": "GGUF:Q8_0", "auto_awq": {"bits": 16}}
+EIGHT: dict[str, Any] = {
+    "gguf:q4_k_m": "GGUF:Q8_0",
+    "auto_awq": {"bits": 16},
+    "llm_compressor": {"bits": 4},  # Transformers unpacks experts by one scheme
+}
 
 
 def lines_executed(act: Callable[[], object]) -> Counter[str]:

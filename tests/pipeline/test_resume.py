@@ -149,7 +149,7 @@ def test_streams_in_files_change_nothing(tiny, tmp_path, monkeypatch):
 
     def look(event):
         if event.stage == "calibrate":
-            seen.extend(path.name for path in (tmp_path / "out.partial" / "scratch").glob("*.stream"))
+            seen.extend(path.name for path in (tmp_path / "out.partial" / "scratch").rglob("*.stream"))
         stop_after(1)(event)
 
     with pytest.raises(Stop):

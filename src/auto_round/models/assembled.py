@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
+from auto_round.facts.flow import States
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.model import TOKENS, ModelFacts
@@ -27,7 +28,7 @@ from auto_round.models.names import NameMap, Recipe
 from auto_round.models.roles import find_decoder, find_head, find_towers
 from auto_round.models.skeleton import weight_dtypes
 from auto_round.models.source import CPU, Stem
-from auto_round.models.trace import Recorder, StubStem, make_stubs, untraceable
+from auto_round.models.trace import Recorder, StubStem, make_stubs
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +182,13 @@ class AssembledSource(ABC):
         head_path = find_head(self._parts.model)
         spare = head_path if head_path and not head and not self.tied_head else None  # tied costs nothing
         left_out = self._outside_stem(spare)
-        real, recorder = self._stubbed(left_out, self._gather(self._in_stem(left_out), device, dtype), device)
-        decoder = real.get_submodule(find_decoder(real, self.blocks[0].module))
+        real, recorders = self._stubbed(
+            left_out, self._gather(self._in_stem(left_out), device, dtype), device
+        )
+        decoder = real.get_submodule(find_decoder(real, [block.module for block in self.blocks]))
         output = real.get_submodule(head_path) if head_path and head else None
         with freed_on_exit(real):
-            yield StubStem(real, decoder, recorder, output)
+            yield StubStem(real, decoder, recorders, output)
 
     def refuse_untraceable(self) -> None:
         """See `ModelSource`: the stem runs with zeros in place of its weights, which take no memory."""
@@ -194,16 +197,23 @@ class AssembledSource(ABC):
         dtypes, meta = self._dtypes_for(self._parts.dtype), model.state_dict()
         absent = [name for name in self._in_stem(left_out) if meta[name].is_meta]
         zeros = {n: torch.zeros((), dtype=dtypes[n], device=CPU).expand(meta[n].shape) for n in absent}
-        real, recorder = self._stubbed(left_out, zeros, CPU)
-        decoder = real.get_submodule(find_decoder(real, self.blocks[0].module))
+        real, recorders = self._stubbed(left_out, zeros, CPU)
+        decoder = real.get_submodule(find_decoder(real, [block.module for block in self.blocks]))
         with freed_on_exit(real):
             probe = {TOKENS: torch.zeros(1, 4, dtype=torch.int64, device=CPU)}
-            StubStem(real, decoder, recorder, None).trace(probe)
+            stem, ended = StubStem(real, decoder, recorders, None), list[States]()
+            for _ in self.block_lists:
+                ended.append(stem.trace(probe, ended).states)
 
     def _outside_stem(self, spare: str | None) -> list[str]:
         """Module paths that a stem does without: blocks, encoders, and `spare`."""
-        towers = find_towers(self._parts.model)
-        return [*(block.module for block in self.blocks), *towers, *([spare] if spare else [])]
+        blocks = [block.module for block in self.blocks]
+        towers = [
+            tower
+            for tower in find_towers(self._parts.model)
+            if not any(path.startswith(f"{tower}.") for path in blocks)
+        ]
+        return [*blocks, *towers, *([spare] if spare else [])]
 
     def _in_stem(self, left_out: Sequence[str]) -> list[str]:
         """Names of the tensors of a stem."""
@@ -212,17 +222,19 @@ class AssembledSource(ABC):
 
     def _stubbed(
         self, left_out: Sequence[str], tensors: Mapping[str, Tensor], device: torch.device
-    ) -> tuple[nn.Module, Recorder]:
-        """A copy of the model with stubs for blocks and nothing in place of what else is left out."""
-        if len(self.block_lists) > 1:
-            raise untraceable(f"it has {len(self.block_lists)} lists of blocks")
+    ) -> tuple[nn.Module, list[Recorder]]:
+        """A copy of the model with stubs for blocks and nothing in place of what else is left out.
+
+        With it what the stubs of each list report to.
+        """
         model = self._parts.model
-        blocks = [model.get_submodule(block.module) for block in self.blocks]
-        recorder = Recorder([block.flow for block in self.blocks])
-        replaced: dict[int, object] = dict(make_stubs(blocks, recorder))
-        for path in left_out[len(blocks) :]:
+        recorders = [Recorder([block.flow for block in blocks]) for blocks in self.block_lists]
+        replaced: dict[int, object] = {}
+        for recorder, blocks in zip(recorders, self.block_lists, strict=True):
+            replaced |= make_stubs([model.get_submodule(block.module) for block in blocks], recorder)
+        for path in left_out[len(self.blocks) :]:
             replaced[id(model.get_submodule(path))] = nn.Module()
-        return real_copy(model, tensors, device, replaced), recorder
+        return real_copy(model, tensors, device, replaced), recorders
 
     def _gather(
         self, names: Iterable[str], device: torch.device, dtype: torch.dtype | None

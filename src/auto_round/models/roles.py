@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -116,17 +117,18 @@ def find_block_lists(model: Any) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(f"{path}.{i}" for i in range(len(model.get_submodule(path)))) for path in lists)
 
 
-def find_decoder(model: Any, block: str) -> str:
-    """Module path of the smallest complete model around a block: what turns token ids into hidden states.
+def find_decoder(model: Any, blocks: Sequence[str]) -> str:
+    """Module path of the smallest complete model around all blocks: what turns token ids into hidden states.
 
     `get_decoder` is not asked: for models with an unusual prefix it returns the whole model.
     """
     from transformers import PreTrainedModel
 
-    path = block
+    path = blocks[0]
     while path:
         path = path.rpartition(".")[0]
-        if isinstance(model.get_submodule(path), PreTrainedModel):
+        around = all(block.startswith(f"{path}.") for block in blocks)
+        if around and isinstance(model.get_submodule(path), PreTrainedModel):
             break
     return path
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ Edits = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Everything that the blocks receive for one batch, found without running any of them.
+    """Everything that the blocks of one list receive for one batch, found without running any of them.
 
     Attributes:
         states: what flows into the first block, each `[B, L, H]`.
@@ -43,12 +43,13 @@ class Trace:
 class Stem(Protocol):
     """A model without its blocks: embeddings, masks, positions before them; norm and head after them."""
 
-    def trace(self, inputs: Mapping[str, Tensor]) -> Trace:
-        """Inputs of every block.
+    def trace(self, inputs: Mapping[str, Tensor], ended: Sequence[States] = ()) -> Trace:
+        """Inputs of every block of one list.
 
         Args:
             inputs: what the model is called with, by name: `input_ids` `[B, L]` int64, where some tokens do
                 not count `attention_mask` `[B, L]`, and whatever else it takes.
+            ended: what flows out of the lists before; it says which list is traced, by their number.
 
         Raises:
             UnsupportedError: the model hands on more from block to block than what flows.

@@ -12,6 +12,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ _WRONG_RETURN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError
 
 
 class Recorder:
-    """What the stubs of one stem saw and what they return.
+    """What the stubs of one list of blocks saw and what they return.
 
     Attributes:
         returns_tuple: whether stubs wrap one tensor in a tuple, as their blocks do.
-        last_output: what the last stub returns as the first of its tensors; None for its input.
+        ends: what the last stub hands on; None in place of a tensor that it was given, and hands on as it is.
     """
 
     def __init__(self, flows: Sequence[Flow]) -> None:
@@ -44,7 +45,7 @@ class Recorder:
             flows: what each block takes and returns.
         """
         self.returns_tuple = False
-        self.last_output: Tensor | None = None
+        self.ends: Sequence[Tensor | None] = ()
         self._flows = flows
         self._seen: list[tuple[int, States, BlockCall]] = []
         self._versions: list[int] = []
@@ -67,8 +68,9 @@ class Recorder:
         self._versions = [state._version for state in states]
         self._seen.append((index, states, call))
         handed = dict(zip(flow.taken, states, strict=True))
-        if index == len(self._flows) - 1 and self.last_output is not None:
-            handed[flow.taken[0]] = self.last_output
+        if index == len(self._flows) - 1:
+            known = zip(flow.taken, self.ends, strict=False)
+            handed |= {name: end for name, end in known if end is not None}
         output = tuple(handed[name] for name in flow.returned)
         return output if self.returns_tuple or len(output) > 1 else output[0]
 
@@ -127,13 +129,15 @@ def make_stubs(blocks: Sequence[nn.Module], recorder: Recorder) -> dict[int, nn.
 class StubStem:
     """A model whose blocks are stubs; satisfies `source.Stem`."""
 
-    def __init__(self, model: Any, decoder: nn.Module, recorder: Recorder, head: nn.Module | None) -> None:
+    def __init__(
+        self, model: Any, decoder: nn.Module, recorders: Sequence[Recorder], head: nn.Module | None
+    ) -> None:
         """Find out what the blocks return.
 
         Args:
-            model: real weights everywhere but in the blocks, which are stubs of `recorder`.
+            model: real weights everywhere but in the blocks, which are stubs of `recorders`.
             decoder: the part of `model` that turns token ids into hidden states.
-            recorder: what the stubs report to.
+            recorders: what the stubs of each list of blocks report to.
             head: the output head inside `model`; None when it has none.
 
         Raises:
@@ -141,33 +145,39 @@ class StubStem:
         """
         self._model = model
         self._decoder = decoder
-        self._recorder = recorder
+        self._recorders = recorders
         self._head = head
         self._device = next(p.device for p in model.get_input_embeddings().parameters())
         # Two rows of three tokens: any indexing into a tensor that should be a tuple changes the shape.
         probe = torch.zeros(2, 3, dtype=torch.int64, device=self._device)
-        try:
-            self._probe(probe)
-        except UnsupportedError:  # which is a RuntimeError too
-            raise
-        except _WRONG_RETURN:
-            recorder.returns_tuple = True
+        failure: Exception | None = None
+        for wrapped in product((False, True), repeat=len(recorders)):
+            for recorder, returns_tuple in zip(recorders, wrapped, strict=True):
+                recorder.returns_tuple = returns_tuple
             try:
                 self._probe(probe)
-            except UnsupportedError:
+            except UnsupportedError:  # which is a RuntimeError too
                 raise
             except _WRONG_RETURN as error:
-                raise untraceable(f"its blocks exchange more than hidden states ({error})") from error
+                failure = error
+            else:
+                return
+        raise untraceable(f"its blocks exchange more than hidden states ({failure})") from failure
 
-    def trace(self, inputs: Mapping[str, Tensor]) -> Trace:
-        """Inputs of every block; see `source.Stem`."""
-        self._run_decoder(inputs)
-        traced = self._recorder.trace()
-        first, *others = traced.states
-        rows = inputs[TOKENS].shape
-        if first.shape[:2] != rows or any(s.dim() != 3 or len(s) != rows[0] for s in (first, *others)):
-            shapes = [list(s.shape) for s in traced.states]
-            raise untraceable(f"its hidden states have shape {shapes[0]}, not [rows, tokens, width]")
+    def trace(self, inputs: Mapping[str, Tensor], ended: Sequence[States] = ()) -> Trace:
+        """Inputs of every block of a list; see `source.Stem`."""
+        with self._ending_in(dict(enumerate(ended))):
+            self._run_decoder(inputs)
+        traced = self._recorders[len(ended)].trace()
+        first = traced.states[0]
+        rows, last = inputs[TOKENS].shape, len(ended) + 1 == len(self._recorders)
+        wrong = [s for s in traced.states if s.dim() != 3 or len(s) != rows[0]]
+        if last and first.shape[:2] != rows:
+            wrong.append(first)
+        if wrong:
+            raise untraceable(
+                f"its hidden states have shape {list(wrong[0].shape)}, not [rows, tokens, width]"
+            )
         _check_no_state(traced.calls, self._model.config)
         return traced
 
@@ -213,7 +223,7 @@ class StubStem:
 
     def _run_model(self, hidden: Tensor) -> Tensor:
         """Logits of the model whose last block gives `hidden`."""
-        with self._ending_in(hidden):
+        with self._ending_in({len(self._recorders) - 1: (hidden,)}):
             logits: Tensor = self._model(**{TOKENS: self._blank(hidden)}, use_cache=False).logits
         return logits
 
@@ -221,10 +231,11 @@ class StubStem:
         output = self._run_decoder({TOKENS: input_ids}).last_hidden_state
         if output.shape[:-1] != input_ids.shape:
             raise ValueError(f"hidden states of shape {list(output.shape)} came out")
-        self._recorder.trace()
+        for recorder in self._recorders:
+            recorder.trace()
 
     def _run_decoder(self, inputs: Mapping[str, Tensor]) -> Any:
-        self._recorder.start()
+        self._start()
         given = {name: value.to(self._device) for name, value in inputs.items()}
         with torch.no_grad():
             return self._decoder(**given, use_cache=False)
@@ -232,14 +243,21 @@ class StubStem:
     def _blank(self, hidden: Tensor) -> Tensor:
         return torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
 
+    def _start(self) -> None:
+        for recorder in self._recorders:
+            recorder.start()
+
     @contextmanager
-    def _ending_in(self, hidden: Tensor) -> Iterator[None]:
-        self._recorder.start()
-        self._recorder.last_output = hidden
+    def _ending_in(self, ends: Mapping[int, Sequence[Tensor]]) -> Iterator[None]:
+        """Let the last stubs of some lists hand on given tensors."""
+        self._start()
+        for number, states in ends.items():
+            self._recorders[number].ends = states
         try:
             yield
         finally:
-            self._recorder.last_output = None
+            for number in ends:
+                self._recorders[number].ends = ()
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def tune_group(
     Args:
         job: the run.
         indices: indices of the blocks, in order.
-        table: arguments of all blocks for all rows.
+        table: arguments of all blocks of their list for all rows.
         streams: hidden states before the first of these blocks; replaced by those after the last.
         objective: what tuning differentiates; the last block may be judged otherwise.
 
@@ -90,6 +90,7 @@ def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTa
         NumericsError: a weight is not finite.
     """
     formats = _formats(job, indices)
+    first = job.source.block_lists[job.source.blocks[indices[0]].in_list][0].index
     prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
     _refuse_not_finite(group, prefixes)
     originals = {name: group.get_parameter(name).detach() for name in formats}
@@ -101,7 +102,7 @@ def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTa
         activations=formats_inside(job.plan, job.source.layers, prefixes),
         observed=_observed(job, indices, group, formats),
         table=table,
-        blocks=indices,
+        blocks=[index - first for index in indices],
         device=job.device,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.config.options import Options
 from auto_round.consumers.lines import judge_outputs
-from auto_round.facts.layer import Layer
+from auto_round.facts.layer import Block, Layer
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.pipeline.blocks import GroupResult, tune_group
@@ -144,29 +144,51 @@ class _Loop:
         if self.job.rows is None:
             self._round_layers()
             return None
-        table, streams = trace_rows(self.job, self.scratch, self._embedding())
-        self.progress(self.clock.event("calibrate", 1, 1, self.job.rows.summary))
-        groups = list(_groups(self.job))
-        start = sum(1 for unit, _ in groups if unit in self._finished())
-        if start:
-            streams.restore(_saved(self.scratch, start))
-            logger.info("continuing after %s of %s", groups[start - 1][0], groups[-1][0])
-            self.clock.skip(start)
-        objective, job = objective_for(self.job), self.job
-        if objective is not PLAIN:
-            job = replace(job, tune=in_equal_passes(job.tune, streams.tuned))
-        if self.job.device.type == "cpu" and self.job.tune.iters:
-            keep_freed_memory()
-        for number, (unit, indices) in enumerate(groups[start:], start=start + 1):
-            result = tune_group(job, indices, table, streams, objective)
-            self._keep(result, unit, number, streams)
-            losses = {"loss": result.tuned.loss, "initial": result.tuned.initial_loss}
-            self.progress(self.clock.event("tune", number, len(groups), unit, **losses))
-        release_freed_memory()
+        streams = self._tune_blocks()
         head, inputs = quantize_outside(self.job, streams, self._write)
         if inputs and self.job.saves_imatrix:
             save_inputs(self.scratch, "head", inputs)
         return measure_streams(self.job, streams, head)
+
+    def _tune_blocks(self) -> Streams:
+        """Quantize all blocks, list by list; returns the streams behind the last of them."""
+        job, embedding = self.job, self._embedding()
+        objective = objective_for(job)
+        if objective is not PLAIN:
+            job = replace(job, tune=in_equal_passes(job.tune, job.tuned))
+        lists = [_groups(blocks, job.options.tune.nblocks) for blocks in job.source.block_lists]
+        count, done = sum(map(len, lists)), self._finished()
+        before, ended = 0, list[Streams]()
+        for groups in lists:
+            table, streams = trace_rows(job, self.scratch, embedding, ended)
+            if not ended:
+                self._say_begun([unit for members in lists for unit, _ in members])
+            start = sum(1 for unit, _ in groups if unit in done)
+            if start:
+                streams.restore(_saved(self.scratch, before + start))
+            for number, (unit, indices) in enumerate(groups[start:], start=before + start + 1):
+                result = tune_group(job, indices, table, streams, objective)
+                self._keep(result, unit, number, streams)
+                if number > before + 1:  # what flows out of a list is needed until the end
+                    _saved(self.scratch, number - 1).unlink(missing_ok=True)
+                losses = {"loss": result.tuned.loss, "initial": result.tuned.initial_loss}
+                self.progress(self.clock.event("tune", number, count, unit, **losses))
+            before += len(groups)
+            ended.append(streams)
+        release_freed_memory()
+        return ended[-1]
+
+    def _say_begun(self, units: Sequence[str]) -> None:
+        """Tell what the rows are, and how far an earlier run came."""
+        job = self.job
+        if job.rows is not None:
+            self.progress(self.clock.event("calibrate", 1, 1, job.rows.summary))
+        start = sum(1 for unit in units if unit in self._finished())
+        if start:
+            logger.info("continuing after %s of %s", units[start - 1], units[-1])
+            self.clock.skip(start)
+        if job.device.type == "cpu" and job.tune.iters:
+            keep_freed_memory()
 
     def _embedding(self) -> Tensor | None:
         """The token embedding as the output stores it, written first; None where no output rounds it."""
@@ -224,7 +246,6 @@ class _Loop:
         if self.job.options.output.resume:
             streams.save(_saved(self.scratch, number))
         self._done(unit, written, _figures(result))
-        _saved(self.scratch, number - 1).unlink(missing_ok=True)
 
     def _write(self, layer: Layer, q: QuantizedLayer) -> None:
         """Write a layer outside the blocks, unless an earlier run did."""
@@ -239,14 +260,14 @@ class _Loop:
         return {entry["unit"] for entry in self.journal.entries}
 
 
-def _groups(job: Job) -> Iterator[tuple[str, list[int]]]:
-    """Name and block indices of each unit that is tuned as one."""
-    size = job.options.tune.nblocks
-    for blocks in job.source.block_lists:
-        for start in range(0, len(blocks), size):
-            members = blocks[start : start + size]
-            name = members[0].disk if len(members) == 1 else f"{members[0].disk} to {members[-1].disk}"
-            yield name, [b.index for b in members]
+def _groups(blocks: Sequence[Block], size: int) -> list[tuple[str, list[int]]]:
+    """Name and block indices of each unit of a list that is tuned as one."""
+    units = []
+    for start in range(0, len(blocks), size):
+        members = blocks[start : start + size]
+        name = members[0].disk if len(members) == 1 else f"{members[0].disk} to {members[-1].disk}"
+        units.append((name, [b.index for b in members]))
+    return units
 
 
 def _figures(result: GroupResult) -> dict[str, Any]:

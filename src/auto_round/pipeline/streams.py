@@ -113,6 +113,13 @@ class Streams:
             streams.restart(i, row)
         return streams
 
+    def row(self, row: int) -> tuple[States, States]:
+        """Reference and quantized tensors of one row, `[1, length, width]`."""
+        reference, quantized = (
+            tuple(state[row : row + 1] for state in states) for states in (self.reference, self.quantized)
+        )
+        return reference, quantized
+
     def restart(self, row: int, states: States) -> None:
         """Let the quantized stream begin elsewhere for one row; tensors `[1, length, width]`."""
         for to, state in zip(self.quantized, states, strict=True):
@@ -146,6 +153,7 @@ def _storage(
     count = 1
     for n in shape:
         count *= n
+    spill.mkdir(exist_ok=True)
     path = spill / f"{name}.stream"
     with writing(path), path.open("wb") as file:
         reserve(file.fileno(), count * dtype.itemsize)  # a full disk must not surface while memory is written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from auto_round.config import build_options
 from auto_round.errors import UnsupportedError
 from auto_round.layouts.compressed import COMPRESSED
 from auto_round.layouts.table import LAYOUTS
+from auto_round.numerics.activation import TokenInt
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.search import QUICK, THOROUGH, search_knobs
 from auto_round.schemes.number_types import NUMBER_TYPES
@@ -20,6 +22,7 @@ from auto_round.schemes.scheme import parse_scheme
 from auto_round.testing.format_kit import check_format
 from auto_round.testing.layout_kit import check_round_trip
 from auto_round.tuning.config import TuneConfig
+from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.samples import Samples
 from auto_round.tuning.sign_round import tune_block
 from inference.folders import Request, write_folder
@@ -127,8 +130,12 @@ def test_the_words_of_a_configuration_are_in_the_row(tiny, tmp_path, monkeypatch
     assert stored[f"{name}.scale"].dtype is torch.float8_e4m3fn
 
 
-def test_a_folder_of_two_types_and_two_orders_of_bytes_is_loaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rounded_inputs", [False, True])
+def test_a_folder_of_two_types_and_two_orders_of_bytes_is_loaded(tmp_path, monkeypatch, rounded_inputs):
     """One layer of an ordinary folder is stored in the new type, in a layout of its own."""
+    by_token = TokenInt(6, sym=True)
+    runs = dataclasses.replace(ROW, input_bits=(6,), inputs=lambda fields: by_token, runs_inputs=True)
+    monkeypatch.setitem(NUMBER_TYPES, NAME, runs)
     monkeypatch.setitem(LAYOUTS, "nibbles", Nibbles())
     model = write_folder(tmp_path, Request())
     layer = "model.layers.1.mlp.down_proj"
@@ -137,12 +144,17 @@ def test_a_folder_of_two_types_and_two_orders_of_bytes_is_loaded(tmp_path, monke
     parts = {f"{layer}.{suffix}": part for suffix, part in Nibbles().pack(q).items()}
     save_file({**tensors, **parts}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["extra_config"] = {layer: {**FIELDS, "packing_format": "nibbles"}}
+    fields = {**FIELDS, "packing_format": "nibbles"} | ({"act_bits": 6} if rounded_inputs else {})
+    config["quantization_config"]["extra_config"] = {layer: fields}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.no_grad():
         model.get_parameter(f"{layer}.weight").copy_(FORMAT.dequantize(q))
         ids = torch.arange(2, 34).view(2, 16)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        plain = model(ids).logits
+        with quantized_inputs(model, {layer: by_token} if rounded_inputs else {}):
+            want = model(ids).logits
+        assert torch.equal(loaded(ids).logits, want)
+        assert torch.equal(want, plain) is not rounded_inputs
     state = loaded.state_dict()
     assert all(torch.equal(state[name], part) for name, part in parts.items())

@@ -270,11 +270,6 @@ def _scheme(name: str, fields: Mapping[str, Any]) -> QuantizationScheme | None:
             f'layer "{name}" is stored as {word} of {bits} bits',
             [Refusal("auto_round", f"loads {held} in this version")],
         )
-    if fields.get("act_bits", FLOAT_BITS) < FLOAT_BITS:
-        raise UnsupportedError(
-            f'layer "{name}" wants activations of {fields["act_bits"]} bits',
-            [Refusal("auto_round", "runs weight-only schemes in this version")],
-        )
     size = fields.get("group_size", 128)
     if not isinstance(size, int):
         raise UnsupportedError(
@@ -283,4 +278,23 @@ def _scheme(name: str, fields: Mapping[str, Any]) -> QuantizationScheme | None:
     scale = str(fields.get("scale_dtype", "float16")).removeprefix("torch.")
     if scale not in SCALE_DTYPES:
         raise ConfigError(f'scale_dtype of layer "{name}" is {scale}, expected one of {list(SCALE_DTYPES)}')
-    return QuantizationScheme(bits, size, bool(fields.get("sym", True)), data_type, scale_dtype=scale)
+    inputs = _inputs(name, fields, word)
+    return QuantizationScheme(
+        bits, size, bool(fields.get("sym", True)), data_type, scale_dtype=scale, **inputs
+    )
+
+
+def _inputs(name: str, fields: Mapping[str, Any], word: str) -> dict[str, Any]:
+    """Fields of a layer's inputs; none where they are left alone. `word` is the `data_type` of its weight."""
+    if (fields.get("act_bits") or FLOAT_BITS) >= FLOAT_BITS:
+        return {}
+    data_type = stored_type(str(fields.get("act_data_type", word)))
+    if data_type is None or not NUMBER_TYPES[data_type].runs_inputs:
+        raise UnsupportedError(
+            f'layer "{name}" wants activations of {fields["act_bits"]} bits',
+            [Refusal("auto_round", "runs weight-only schemes in this version")],
+        )
+    named = {
+        key: fields[key] for key in FIELD_TYPES if key.startswith("act_") and fields.get(key) is not None
+    }
+    return {**named, "act_data_type": data_type}

@@ -71,6 +71,7 @@ class NumberType:
             fields.
         input_bits: widths of inputs.
         inputs: what the input of a layer is rounded to, or why there is no such thing.
+        runs_inputs: auto-round folders whose inputs are of this type are loaded.
         stored: `data_type` in configurations of auto-round folders; empty where they cannot hold it.
         compressed: words of compressed-tensors; None where it cannot hold it.
         blocks: a scheme of this type is known by the name of its format.
@@ -83,6 +84,7 @@ class NumberType:
     weights: Callable[[QuantizationScheme], Format | Refusal | None]
     input_bits: tuple[int, ...] = ()
     inputs: Callable[[InputFields], ActivationFormat | Refusal] | None = None
+    runs_inputs: bool = False
     stored: str = ""
     compressed: CompressedWords | None = None
     blocks: bool = False

@@ -15,16 +15,20 @@ from torch import Tensor
 
 from auto_round.checkpoint.header import nbytes_of
 from auto_round.checkpoint.writer import Shard
+from auto_round.config import build_options
 from auto_round.errors import CheckpointError, ConfigError, Refusal, UnsupportedError
 from auto_round.export import table
 from auto_round.export.exporter import Exporter, Facts
 from auto_round.export.manifest import Manifest
+from auto_round.export.planning import Planner
 from auto_round.export.verification import Finished
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.tensor import TensorSpec
 from auto_round.log import Progress
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
+from auto_round.pipeline.plan_together import plan_together
+from auto_round.pipeline.several import runs_of
 from auto_round.schemes.plan import Plan
 from pipeline.runs import quantize, tree, weights
 
@@ -135,6 +139,21 @@ class Planks(Boxes):
     reading = Exporter.reading
 
 
+@dataclass(frozen=True, slots=True)
+class Crates(Boxes):
+    """Boxes with a plan of their own."""
+
+    noun: ClassVar[str] = "a crate"
+
+    @classmethod
+    def claims(cls, name: str) -> bool:
+        return name.startswith("crate")
+
+    @property
+    def planner(self) -> Planner:
+        return plan_together
+
+
 def _kept(name: str, formats: Mapping[str, Format]) -> bool:
     return name.removesuffix(".weight") not in formats
 
@@ -143,6 +162,7 @@ def _kept(name: str, formats: Mapping[str, Format]) -> bool:
 def _one_row(monkeypatch):
     monkeypatch.setitem(table.EXPORTERS, "boxes", Boxes("boxes"))
     monkeypatch.setitem(table.EXPORTERS, "planks", Planks("planks"))
+    monkeypatch.setitem(table.EXPORTERS, "crate", Crates("crate"))
 
 
 @pytest.fixture
@@ -196,6 +216,17 @@ def test_a_wrong_file_is_noticed(model, tmp_path, monkeypatch):
     monkeypatch.setattr(Boxes, "encode", turned)
     with pytest.raises(CheckpointError, match="boxes predict something else"):
         quantize(model, tmp_path / "out", format="boxes", scheme="W4A16")
+
+
+def test_a_plan_of_its_own_is_a_run_of_its_own(model, tmp_path):
+    plain = {"iters": 0, "disable_opt_rtn": True}
+    result = quantize(model, tmp_path / "out", format="crate,fake", **plain)
+    assert [folder.name for folder in result.folders] == ["crate", "fake"]
+    with pytest.raises(ConfigError, match=r"a crate has a plan of its own.*with fake"):
+        quantize(model, tmp_path / "no", format="crate,boxes", **plain)
+    runs = runs_of(build_options({"model": str(model), "format": "crate,boxes,fake", "scheme": "W2A16"}))
+    assert [run.output.formats for run in runs] == [("boxes", "fake"), ("crate",)]
+    assert [run.scheme.scheme for run in runs] == ["W2A16", "W4A16"]
 
 
 def test_what_it_refuses_and_ignores(model, tmp_path, caplog, monkeypatch):

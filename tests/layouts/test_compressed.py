@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_round.errors import CheckpointError
-from auto_round.layouts.compressed import COMPRESSED, INT_QUANTIZED, PACK_QUANTIZED
+from auto_round.layouts.compressed import INT_QUANTIZED, INTEGERS, PACK_QUANTIZED
 from auto_round.numerics.presets import INT_BITS, int_format
 from auto_round.testing.compressed_reader import read_weight
 from auto_round.testing.layout_kit import random_qtensor
@@ -51,7 +51,7 @@ def test_a_second_reader_finds_the_same_weights(bits, sym):
 
 
 @given(
-    name=st.sampled_from(list(COMPRESSED)),
+    name=st.sampled_from(list(INTEGERS)),
     bits=st.sampled_from(INT_BITS),
     sym=st.booleans(),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
@@ -60,7 +60,7 @@ def test_a_second_reader_finds_the_same_weights(bits, sym):
 )
 @settings(max_examples=40, deadline=None)
 def test_any_whole_number_format_is_refused_or_survives(name, bits, sym, dtype, shape, seed):
-    layout, fmt = COMPRESSED[name], int_format(bits, 8, sym=sym, scale_dtype=dtype)
+    layout, fmt = INTEGERS[name], int_format(bits, 8, sym=sym, scale_dtype=dtype)
     if layout.accepts(fmt, shape) is not None:
         assert layout is INT_QUANTIZED
         assert not sym

@@ -14,7 +14,7 @@ from auto_round.kernels import reference
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.select import select_kernel
 from auto_round.kernels.table import KERNELS
-from auto_round.layouts.compressed import COMPRESSED
+from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.layouts.table import LAYOUTS
 from auto_round.numerics import search
 from auto_round.numerics.grid import IntGrid

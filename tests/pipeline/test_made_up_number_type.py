@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from auto_round.config import build_options
 from auto_round.errors import UnsupportedError
-from auto_round.layouts.compressed import COMPRESSED
+from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.layouts.table import LAYOUTS
 from auto_round.numerics.activation import TokenInt
 from auto_round.numerics.importance import Importance

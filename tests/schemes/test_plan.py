@@ -149,8 +149,8 @@ def test_remedies_of_the_group_error_work(plan):
 
 
 def test_later_schemes_are_refused_before_work(plan):
-    with pytest.raises(UnsupportedError, match="MXFP4"):
-        plan(scheme="MXFP4")
+    with pytest.raises(UnsupportedError, match="NVFP4"):
+        plan(scheme="NVFP4")
     with pytest.raises(UnsupportedError, match="NVFP4"):
         plan(layer_config={"k_proj": "NVFP4"})
 

@@ -79,7 +79,7 @@ def _quantize(
     with torch.no_grad():
         for name, value in tuned.parameters.items():
             unit.group.get_parameter(name).copy_(value)
-    back = torch.tensor(order, device="cpu").argsort()
+    back = torch.tensor(order, dtype=torch.int64, device="cpu").argsort()
     after, before = (tuple(x[back] for x in states) for states in (streams.quantized, streams.reference))
     return after, before
 

@@ -15,12 +15,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from auto_round.errors import InternalError
+from auto_round.errors import InternalError, Refusal
 from auto_round.export.reader_names import module_names
 from auto_round.facts.layer import Layer, Role
-from auto_round.layouts.compressed import COMPRESSED, INT_QUANTIZED, LAYOUT_VERSION
+from auto_round.layouts.compressed import INT_QUANTIZED, LAYOUT_VERSION
+from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.layouts.layout import Layout
-from auto_round.schemes.number_types import NUMBER_TYPES, CompressedWords, InputFields
+from auto_round.schemes.number_type import CompressedWords, InputFields
+from auto_round.schemes.number_types import INT, NUMBER_TYPES
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.version import __version__
@@ -33,6 +35,18 @@ _CLASS = "Linear"
 
 _SEVERAL = 2
 """Names that one expression has to stand for to be written instead of them."""
+
+
+def refuse_numbers(who: str, scheme: QuantizationScheme) -> Refusal | None:
+    """Why compressed-tensors cannot speak of a scheme's weights or inputs; None where it can."""
+    named = [("weights", scheme.data_type)]
+    if scheme.inputs is not None:
+        named.append(("activations", scheme.inputs.data_type))
+    for what, data_type in named:
+        row = NUMBER_TYPES.get(data_type)
+        if row is None or row.compressed is None:
+            return Refusal(who, f'compressed-tensors has no {what} of data_type "{data_type}"', "use fake")
+    return None
 
 
 def compressed_layout(scheme: QuantizationScheme) -> Layout:
@@ -115,14 +129,16 @@ _INPUT_STRATEGIES = {-1: "token", 0: "tensor"}
 
 def _group(scheme: QuantizationScheme) -> dict[str, Any]:
     """A config group without its targets."""
+    words = _words(scheme.data_type)
     weights = {
         "num_bits": scheme.bits,
-        "type": _words(scheme.data_type).type,
+        "type": words.type,
         "symmetric": scheme.sym,
-        "strategy": _STRATEGIES.get(scheme.group_size, _words(scheme.data_type).strategy),
-        "group_size": scheme.group_size if scheme.group_size > 0 else None,
+        "strategy": _STRATEGIES.get(scheme.group_size, words.strategy),
+        "group_size": scheme.group_size if scheme.group_size > 0 and words.block is None else None,
         "dynamic": False,
         "actorder": None,
+        **_more(words),
     }
     return {
         "weights": weights,
@@ -132,14 +148,26 @@ def _group(scheme: QuantizationScheme) -> dict[str, Any]:
     }
 
 
+def _more(words: CompressedWords) -> dict[str, Any]:
+    """What only some types say of themselves."""
+    found: dict[str, Any] = {}
+    if words.block is not None:
+        found["block_structure"] = list(words.block)
+    if words.scale_dtype is not None:
+        found["scale_dtype"] = words.scale_dtype
+    return found
+
+
 def _inputs(fields: InputFields) -> dict[str, Any]:
+    words = _words(fields.data_type)
     return {
         "num_bits": fields.bits,
-        "type": _words(fields.data_type).type,
+        "type": words.type,
         "symmetric": fields.sym,
-        "strategy": _INPUT_STRATEGIES.get(fields.group_size, "group"),
+        "strategy": _INPUT_STRATEGIES.get(fields.group_size, words.strategy),
         "group_size": fields.group_size if fields.group_size > 0 else None,
         "dynamic": fields.dynamic,
+        **_more(words),
     }
 
 
@@ -196,6 +224,8 @@ _COMMON_BITS = {True: (4, 8), False: (4,)}
 
 
 def _note(scheme: QuantizationScheme) -> str:
+    if scheme.data_type != INT:
+        return ""
     if scheme.inputs is None:
         common = _COMMON_BITS[scheme.sym]
         if scheme.bits in common:

@@ -152,8 +152,8 @@ PACK_QUANTIZED = PackQuantized()
 INT_QUANTIZED = IntQuantized()
 """Whole numbers whose layer has quantized activations too."""
 
-COMPRESSED: dict[str, Layout] = {layout.name: layout for layout in (PACK_QUANTIZED, INT_QUANTIZED)}
-"""Layouts by the `format` of a compressed-tensors configuration."""
+INTEGERS: dict[str, Layout] = {layout.name: layout for layout in (PACK_QUANTIZED, INT_QUANTIZED)}
+"""Layouts of whole numbers by the `format` of a compressed-tensors configuration."""
 
 
 def _refuse(who: str, fmt: Format, shape: Sequence[int]) -> Refusal | None:

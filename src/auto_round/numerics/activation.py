@@ -31,6 +31,11 @@ class ActivationFormat(Protocol):
         """Width of a code."""
         ...
 
+    @property
+    def end_steps(self) -> float:
+        """The largest number in units of the widest step: how finely inputs are told apart."""
+        ...
+
     def fake_quantize(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` rounded to the format, same dtype; the gradient passes straight through."""
         ...
@@ -63,10 +68,14 @@ class TokenInt:
         """For example `int8_token_sym`."""
         return f"int{self.bits}_token_{'sym' if self.sym else 'asym'}"
 
+    @property
+    def end_steps(self) -> float:
+        """`2**(bits-1)`."""
+        return float(1 << (self.bits - 1))
+
     def fake_quantize(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` with each token (everything but the last axis) on its own grid, same dtype."""
-        rounded: Tensor = _StraightThrough.apply(x, self)  # type: ignore[no-untyped-call]
-        return rounded
+        return straight_through(x, self)
 
     def round(self, x: Tensor) -> Tensor:
         """What `fake_quantize` gives, without a gradient."""
@@ -84,6 +93,19 @@ class TokenInt:
         return (u + zero).clamp_(-half, half - 1).round_().sub_(zero).mul_(step)
 
 
+class Rounding(Protocol):
+    """What a straight-through rounding rounds with."""
+
+    def round(self, x: Tensor) -> Tensor:
+        """`x` rounded, same shape and dtype."""
+        ...
+
+
+def straight_through(x: Tensor, fmt: Rounding) -> Tensor:
+    """`fmt.round(x)`, whose gradient passes to `x` unchanged."""
+    return _StraightThrough.apply(x, fmt)  # type: ignore[no-any-return,no-untyped-call]
+
+
 class _StraightThrough(torch.autograd.Function):
     """Rounded forward, identity backward.
 
@@ -92,7 +114,7 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fmt: TokenInt) -> Tensor:
+    def forward(ctx: Any, x: Tensor, fmt: Rounding) -> Tensor:
         return fmt.round(x)
 
     @staticmethod

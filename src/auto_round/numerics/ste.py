@@ -60,3 +60,20 @@ def cast_ste(x: Tensor, dtype: torch.dtype) -> Tensor:
 def clamp_ste(x: Tensor, lo: float, hi: float) -> Tensor:
     """`x` within `lo ... hi`; gradient 1 there, both ends included, and 0 outside, in every PyTorch."""
     return _Clamp.apply(x, lo, hi) if x.requires_grad else x.clamp(lo, hi)  # type: ignore[no-untyped-call]
+
+
+class _Replace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, slope: Tensor | None) -> Tensor:
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return grad if slope is None else grad * slope, None, None
+
+
+def replace_ste(x: Tensor, y: Tensor, slope: Tensor | None = None) -> Tensor:
+    """`y`, a constant, with the gradient passed to `x`, times `slope` if one is given."""
+    return _Replace.apply(x, y, slope) if x.requires_grad else y  # type: ignore[no-untyped-call]

@@ -6,11 +6,12 @@ configurations of folders. A type that has spellings but no row is known and not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from auto_round.errors import Refusal
+from auto_round.schemes.float_types import FLOAT_TYPES
+from auto_round.schemes.number_type import CompressedWords, InputFields, NumberType
 
 if TYPE_CHECKING:
     from auto_round.numerics.activation import ActivationFormat
@@ -22,72 +23,6 @@ INT = "int"
 
 WHOLE = (2, 3, 4, 5, 6, 7, 8)
 """Widths of whole numbers."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputFields:
-    """What a scheme says of the inputs of a layer, with what it leaves out filled in.
-
-    Attributes:
-        data_type: number type.
-        bits: width of a code.
-        group_size: numbers that share a step; -1 one step a token, 0 one a tensor.
-        sym: without zero points.
-        dynamic: steps are measured as the model runs, not at calibration.
-    """
-
-    data_type: str
-    bits: int
-    group_size: int
-    sym: bool
-    dynamic: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompressedWords:
-    """How compressed-tensors speaks of a type.
-
-    Attributes:
-        type: `type` of its numbers, `int` or `float`.
-        format: `format` of a layer's config group: the order of its bytes.
-        strategy: how weights in groups are called; rows and whole tensors have words of their own.
-    """
-
-    type: str
-    format: Callable[[QuantizationScheme], str]
-    strategy: str = "group"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NumberType:
-    """One number type.
-
-    Attributes:
-        called: what there is of it, in words for refusals; empty where it needs no naming there.
-        spellings: accepted spelling -> fields that it decides besides `data_type`.
-        bits: widths of weights.
-        group_sizes: sizes of groups; empty for any.
-        weights: format of the weights of a scheme, or why there is none; None where it has none for these
-            fields.
-        input_bits: widths of inputs.
-        inputs: what the input of a layer is rounded to, or why there is no such thing.
-        runs_inputs: auto-round folders whose inputs are of this type are loaded.
-        stored: `data_type` in configurations of auto-round folders; empty where they cannot hold it.
-        compressed: words of compressed-tensors; None where it cannot hold it.
-        blocks: a scheme of this type is known by the name of its format.
-    """
-
-    called: str = ""
-    spellings: Mapping[str, Mapping[str, Any]]
-    bits: tuple[int, ...]
-    group_sizes: tuple[int, ...] = ()
-    weights: Callable[[QuantizationScheme], Format | Refusal | None]
-    input_bits: tuple[int, ...] = ()
-    inputs: Callable[[InputFields], ActivationFormat | Refusal] | None = None
-    runs_inputs: bool = False
-    stored: str = ""
-    compressed: CompressedWords | None = None
-    blocks: bool = False
 
 
 def weights_of(scheme: QuantizationScheme) -> Format | Refusal:
@@ -237,25 +172,11 @@ NUMBER_TYPES: dict[str, NumberType] = {
         weights=_blocks("q2_k", "q4_k", "q5_k"),
         blocks=True,
     ),
+    **FLOAT_TYPES,
 }
 """Number types by `data_type`."""
 
 LATER: dict[str, dict[str, Any]] = {
-    **{
-        name: {"data_type": "fp", "bits": 16}
-        for name in ("float", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32")
-    },
-    "fp": {"data_type": "fp"},
-    "fp8": {"data_type": "fp", "bits": 8},
-    "fp_block": {"data_type": "fp_block"},
-    "mx_fp": {"data_type": "mx_fp"},
-    "mx_fp_rceil": {"data_type": "mx_fp_rceil"},
-    **{f"mx_fp{b}": {"data_type": "mx_fp", "bits": b} for b in (4, 6, 8)},
-    "mx_int": {"data_type": "mx_int"},
-    "mx_int4": {"data_type": "mx_int", "bits": 4},
-    "nv_fp": {"data_type": "nv_fp"},
-    "nv_fp4": {"data_type": "nv_fp", "bits": 4},
     "nv_fp4_with_static_gs": {"data_type": "nv_fp4_with_static_gs", "bits": 4},
-    "nvfp4_v2": {"data_type": "nvfp4_v2", "bits": 4},
 }
-"""Spellings of types that have no row yet; of 16 bits they mean that a layer is kept."""
+"""Spellings of types that have no row yet."""

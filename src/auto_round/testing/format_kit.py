@@ -17,6 +17,7 @@ from auto_round.numerics.format import CHUNK, Format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import Knobs
 from auto_round.numerics.scale_integer import SignedMax
+from auto_round.numerics.scale_power import PowerOfTwo
 from auto_round.testing.failure import require
 from auto_round.testing.grid_kit import check_grid, ladder
 from auto_round.testing.two_level_kit import check_two_level, floor_error, step_error
@@ -92,8 +93,9 @@ def _check_nearest(fmt: Format, case: Case) -> None:
     u, n = _in_steps(fmt, case.w, case.knobs)
     numbers = ladder(fmt.grid).double()
     best = (u.unsqueeze(-1) - numbers).abs().amin(-1)
+    slack = ROUNDING + 4 * torch.finfo(torch.float32).eps * u.abs()
     require(
-        bool(((u - n).abs() <= best + ROUNDING).all()), f"{fmt.name}: a weight is not rounded to the nearest"
+        bool(((u - n).abs() <= best + slack).all()), f"{fmt.name}: a weight is not rounded to the nearest"
     )
 
 
@@ -131,6 +133,8 @@ def _check_range(fmt: Format, w: Tensor, spare: float) -> None:
     off = off + eps / 2 * floor + floor_error(fmt, q)
     slack = off / step + ROUNDING
     clip = gap if sided else gap / 2
+    if isinstance(fmt.rule, PowerOfTwo):  # by the rule of the power, extremes may saturate by more
+        clip = max(clip, fmt.rule.most - fmt.grid.hi)
     covered = (u - n).abs() <= clip + spread(fmt, slack, q.shape)
     require(bool(covered.all()), f"{fmt.name}: the range does not cover the weights")
     zero = torch.zeros_like(step) if q.scale.zero is None else q.scale.zero

@@ -10,8 +10,10 @@ from auto_round.testing.failure import require
 
 
 def every_code(grid: Grid) -> Tensor:
-    """All codes of a grid, uint8."""
-    return torch.arange(1 << grid.bits).to(torch.uint8)
+    """All codes of a grid that stand for a number of it, uint8: FP8 has some for infinity or no number."""
+    codes = torch.arange(1 << grid.bits).to(torch.uint8)
+    numbers = grid.decode(codes)
+    return codes[(numbers >= grid.lo) & (numbers <= grid.hi)]
 
 
 def ladder(grid: Grid) -> Tensor:

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import InternalError, Refusal
-from auto_round.export.compressed_config import compressed_layout, group_of, loader_notes, quantization_config
+from auto_round.export.compressed_config import (
+    compressed_layout,
+    group_of,
+    loader_notes,
+    quantization_config,
+    refuse_numbers,
+)
 from auto_round.export.compressed_loading import unloadable
 from auto_round.export.exporter import Exporter, Facts
 from auto_round.export.packed import gather_refusals, prefixed, refuse_transposed
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
-from auto_round.layouts.compressed import COMPRESSED
-from auto_round.layouts.integers import has_steps, is_symmetric, step_dtype
+from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
@@ -52,13 +57,20 @@ class LLMCompressorFormat(Exporter):
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """One refusal for each reason, with the layers that it holds for."""
+
+        def unspeakable(layer: Layer, fmt: Format) -> Refusal | None:
+            scheme = plan.scheme_of(layer.name)
+            return None if scheme is None else refuse_numbers(self.name, scheme)
+
+        if found := gather_refusals(plan, layers, unspeakable):
+            return found
         exact = self.for_plan(plan, layers)
         schemes = {s for layer in layers if (s := plan.scheme_of(layer.name)) is not None}
         mixed = len({group_of(scheme) for scheme in schemes}) > 1
 
         def refuse(layer: Layer, fmt: Format) -> Refusal | None:
             scheme = plan.scheme_of(layer.name)
-            if scheme is not None and scheme.act_quantized and has_steps(fmt) and not is_symmetric(fmt):
+            if scheme is not None and scheme.act_quantized and _has_zeros(fmt):
                 return Refusal(
                     self.name,
                     "Transformers dequantizes weights with zero points and then rounds no activations",
@@ -87,19 +99,19 @@ class LLMCompressorFormat(Exporter):
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """`<layer>.weight_packed` or `<layer>.weight`, `<layer>.weight_scale` and what belongs to them.
 
-        Steps of whole numbers lie in the layer's dtype, which holds theirs exactly: compressed-tensors
+        Steps lie in the layer's dtype, which holds theirs exactly: compressed-tensors
         multiplies in the dtype of the scale, and products in float16 would round the weights of a float32
         model twice.
         """
         found = dict(self._layout(layer).spec(fmt, layer.shape))
-        if has_steps(fmt):
+        if _has_steps(fmt):
             found[_SCALE] = replace(found[_SCALE], dtype=layer.dtype)
         return prefixed(layer, found)
 
     def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The tensors of `spec`."""
         found = dict(self._layout(layer).pack(q.weight))
-        if has_steps(q.weight.format):
+        if _has_steps(q.weight.format):
             found[_SCALE] = found[_SCALE].to(layer.dtype)
         return prefixed(layer, found)
 
@@ -118,23 +130,44 @@ class LLMCompressorFormat(Exporter):
         refusal = self._layout(layer).accepts(fmt, layer.shape)
         if refusal is not None:
             return replace(refusal, who=self.name)
-        refusal = refuse_transposed(self.name, layer)
-        if refusal is not None or not has_steps(fmt):
+        if refusal := refuse_transposed(self.name, layer):
             return refusal
-        if not is_symmetric(fmt) and (mixed or layer.expert is not None):
+        if _has_zeros(fmt) and (mixed or layer.expert is not None):
             # Transformers 5.23 reads zero points of one scheme only and none of experts
             # (`integrations/compressed_tensors.py`); vLLM's kernels for experts want none either.
             where = "beside other schemes" if mixed else "of routed experts"
             remedy = "use symmetric weights" + (", or one scheme" if mixed else "")
             return Refusal(self.name, f"Transformers loads no zero points {where}", remedy)
-        stored = step_dtype(fmt)
-        if torch.promote_types(stored, layer.dtype) is not layer.dtype:
-            own = str(layer.dtype).removeprefix("torch.")
-            return Refusal(
-                self.name,
-                f"loaders hold scales in the model's dtype, which would round {stored} again".replace(
-                    "torch.", ""
-                ),
-                f"use --scale_dtype {own}",
-            )
+        return _refuse_dtype(self.name, layer, fmt)
+
+
+def _refuse_dtype(who: str, layer: Layer, fmt: Format) -> Refusal | None:
+    """Why loaders would compute with other numbers than were tuned, or in another dtype than the model's."""
+    own = str(layer.dtype).removeprefix("torch.")
+    if not _has_steps(fmt):
+        if layer.dtype is torch.bfloat16:
+            return None
+        return Refusal(
+            who,
+            f"compressed-tensors unpacks {fmt.name} to bfloat16, and the rest of the model is {own}",
+            "store the model in bfloat16 first, or use the format fake",
+        )
+    stored = fmt.rule.stored["step"].dtype
+    if torch.promote_types(stored, layer.dtype) is layer.dtype:
         return None
+    narrow = str(stored).removeprefix("torch.")
+    return Refusal(
+        who,
+        f"loaders hold scales in the model's dtype, which would round {narrow} again",
+        f"use --scale_dtype {own}",
+    )
+
+
+def _has_steps(fmt: Format) -> bool:
+    """Whether scales are steps, rather than codes of a byte."""
+    return "step" in fmt.rule.stored
+
+
+def _has_zeros(fmt: Format) -> bool:
+    """Whether zero points are stored."""
+    return "zero" in fmt.rule.stored

@@ -1,0 +1,181 @@
+"""Floating number types: FP8, the microscaling types (MX) and NVFP4; rows of the table of number types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from auto_round.errors import Refusal
+from auto_round.schemes.number_type import CompressedWords, InputFields, NumberType
+
+if TYPE_CHECKING:
+    from auto_round.numerics.activation import ActivationFormat
+    from auto_round.numerics.format import Format
+    from auto_round.schemes.scheme import QuantizationScheme
+
+_MX_SIZES = (32,)
+_NV_SIZES = (16,)
+_E8M0 = "torch.uint8"
+_E4M3 = "torch.float8_e4m3fn"
+
+
+_KEPT = ("float", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32")
+"""Names of the types that models come in: a layer with 16 bits is kept."""
+
+
+def _asymmetric(what: str, *, sym: bool) -> Refusal | None:
+    return None if sym else Refusal(what, "floating numbers have no zero points", "leave out asym")
+
+
+def _fp8_weights(scheme: QuantizationScheme) -> Format | Refusal:
+    from auto_round.numerics.group import Group
+    from auto_round.numerics.presets import SCALE_DTYPES
+    from auto_round.numerics.presets_float import fp8_format
+
+    return _asymmetric("weights", sym=scheme.sym) or fp8_format(
+        Group(scheme.group_size), scale_dtype=SCALE_DTYPES[scheme.scale_dtype]
+    )
+
+
+def _fp8_block_weights(scheme: QuantizationScheme) -> Format | Refusal:
+    from auto_round.numerics.presets import SCALE_DTYPES
+    from auto_round.numerics.presets_float import FP8_BLOCK, fp8_format
+
+    return _asymmetric("weights", sym=scheme.sym) or fp8_format(
+        FP8_BLOCK, scale_dtype=SCALE_DTYPES[scheme.scale_dtype]
+    )
+
+
+def _fp8_inputs(fields: InputFields) -> ActivationFormat | Refusal:
+    from auto_round.numerics.activation_float import Measured
+    from auto_round.numerics.group import Group
+    from auto_round.numerics.presets_float import fp8_format
+
+    if not fields.dynamic:
+        return Refusal(
+            "activations", "steps fixed at calibration are not there yet", "leave out disable_act_dynamic"
+        )
+    return _asymmetric("activations", sym=fields.sym) or Measured(fp8_format(Group(fields.group_size)))
+
+
+def _mx_weights(element: str, scheme: QuantizationScheme) -> Format | Refusal:
+    from auto_round.numerics.presets_float import mx_format
+
+    return _asymmetric("weights", sym=scheme.sym) or mx_format(f"{element}{scheme.bits}")
+
+
+def _mx_inputs(element: str, fields: InputFields, *, ceil: bool = False) -> ActivationFormat | Refusal:
+    from auto_round.numerics.activation_float import Measured
+    from auto_round.numerics.presets_float import mx_format
+
+    if fields.group_size not in _MX_SIZES:
+        return Refusal("activations", f"MX has groups of 32, not of {fields.group_size}", "act_group_size 32")
+    if not fields.dynamic:
+        return Refusal("activations", "MX scales are always measured", "leave out disable_act_dynamic")
+    found = mx_format(f"{element}{fields.bits}", ceil=ceil)
+    return _asymmetric("activations", sym=fields.sym) or Measured(found)
+
+
+def _nv_weights(scheme: QuantizationScheme) -> Format | Refusal:
+    from auto_round.numerics.presets_float import nv_format
+
+    return _asymmetric("weights", sym=scheme.sym) or nv_format()
+
+
+def _nv_e5m3_weights(scheme: QuantizationScheme) -> Format | Refusal:
+    from auto_round.numerics.grid_float import E5M3
+    from auto_round.numerics.presets_float import nv_format
+
+    return _asymmetric("weights", sym=scheme.sym) or nv_format(E5M3)
+
+
+def _nv_e5m3_inputs(fields: InputFields) -> ActivationFormat | Refusal:
+    from auto_round.numerics.activation_float import Measured
+    from auto_round.numerics.grid_float import E5M3
+    from auto_round.numerics.presets_float import nv_format
+
+    if fields.group_size not in _NV_SIZES:
+        return Refusal(
+            "activations", f"NVFP4 has groups of 16, not of {fields.group_size}", "act_group_size 16"
+        )
+    return _asymmetric("activations", sym=fields.sym) or Measured(nv_format(E5M3))
+
+
+_MX_LAYOUTS = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}
+
+
+def _always(name: str) -> Callable[[QuantizationScheme], str]:
+    return lambda _: name
+
+
+FLOAT_TYPES: dict[str, NumberType] = {
+    "fp": NumberType(
+        called="FP8 (fp)",
+        spellings={"fp": {}, "fp8": {"bits": 8}, **{name: {"bits": 16} for name in _KEPT}},
+        bits=(8,),
+        weights=_fp8_weights,
+        input_bits=(8,),
+        inputs=_fp8_inputs,
+        compressed=CompressedWords(type="float", format=_always("float-quantized")),
+    ),
+    "fp_block": NumberType(
+        called="FP8 in blocks of 128 x 128 (fp_block)",
+        spellings={"fp_block": {"bits": 8}},
+        bits=(8,),
+        group_sizes=(128,),
+        weights=_fp8_block_weights,
+        compressed=CompressedWords(
+            type="float", format=_always("float-quantized"), strategy="block", block=(128, 128)
+        ),
+    ),
+    "mx_fp": NumberType(
+        called="MXFP4, MXFP6 and MXFP8 (mx_fp)",
+        spellings={"mx_fp": {}, **{f"mx_fp{bits}": {"bits": bits} for bits in _MX_LAYOUTS}},
+        bits=tuple(_MX_LAYOUTS),
+        group_sizes=_MX_SIZES,
+        weights=partial(_mx_weights, "fp"),
+        input_bits=tuple(_MX_LAYOUTS),
+        inputs=partial(_mx_inputs, "fp"),
+        compressed=CompressedWords(
+            type="float", format=lambda scheme: _MX_LAYOUTS[scheme.bits], scale_dtype=_E8M0
+        ),
+    ),
+    "mx_fp_rceil": NumberType(
+        spellings={"mx_fp_rceil": {}},
+        bits=(),
+        weights=lambda _: None,
+        input_bits=tuple(_MX_LAYOUTS),
+        inputs=partial(_mx_inputs, "fp", ceil=True),
+        compressed=CompressedWords(type="float", format=_always(""), scale_dtype=_E8M0),
+    ),
+    "mx_int": NumberType(
+        called="MXINT4 and MXINT8 (mx_int)",
+        spellings={"mx_int": {}, "mx_int4": {"bits": 4}, "mx_int8": {"bits": 8}},
+        bits=(4, 8),
+        group_sizes=_MX_SIZES,
+        weights=partial(_mx_weights, "int"),
+        input_bits=(4, 8),
+        inputs=partial(_mx_inputs, "int"),
+    ),
+    "nv_fp": NumberType(
+        called="NVFP4 (nv_fp)",
+        spellings={"nv_fp": {}, "nv_fp4": {"bits": 4}},
+        bits=(4,),
+        group_sizes=_NV_SIZES,
+        weights=_nv_weights,
+        compressed=CompressedWords(
+            type="float", format=_always("nvfp4-pack-quantized"), strategy="tensor_group", scale_dtype=_E4M3
+        ),
+    ),
+    "nvfp4_v2": NumberType(
+        called="NVFP4 with E5M3 scales (nvfp4_v2)",
+        spellings={"nvfp4_v2": {"bits": 4}},
+        bits=(4,),
+        group_sizes=_NV_SIZES,
+        weights=_nv_e5m3_weights,
+        input_bits=(4,),
+        inputs=_nv_e5m3_inputs,
+    ),
+}
+"""Floating number types by `data_type`."""

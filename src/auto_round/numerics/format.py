@@ -197,22 +197,22 @@ class _FakeQuantize(torch.autograd.Function):
         n = grid.snap(shifted, _last(zero))
         if zero is not None:
             shifted = shifted + zero.unsqueeze(-1)
-        outside = grid.saturated(shifted)
+        inside = grid.saturated(shifted).logical_not_()
         if zero is not None:
             n = n - zero.unsqueeze(-1)
         out = n * step.unsqueeze(-1)
         if floor is not None:
             out.sub_(floor.unsqueeze(-1))
-        ctx.save_for_backward(n.sub_(torch.where(outside, 0.0, u)), outside, step, gap)
+        ctx.save_for_backward(n.sub_(u.mul_(inside)), inside, step, gap)
         return out
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor
     ) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
-        towards_step, outside, step, gap = ctx.saved_tensors
+        towards_step, inside, step, gap = ctx.saved_tensors
         _, wants_step, wants_zero, wants_floor, wants_v, _ = ctx.needs_input_grad
-        kept = torch.where(outside, 0.0, grad)
+        kept = grad * inside
         d_step = d_zero = d_floor = d_v = None
         if wants_step:
             d_step = (grad * towards_step).sum(-1)

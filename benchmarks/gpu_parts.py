@@ -215,9 +215,9 @@ def quantized(emit: Emit, scale: Scale, name: str, config: dict[str, Any], **giv
     from gpu_linear import DEVICE
 
     from auto_round.config import build_options
+    from auto_round.pipeline.deciding.fetch_rows import held_out_rows
+    from auto_round.pipeline.deciding.prepare import prepare
     from auto_round.pipeline.estimate import estimate, measure_rates, measure_sizes, operations
-    from auto_round.pipeline.fetch_rows import held_out_rows
-    from auto_round.pipeline.prepare import prepare
     from auto_round.pipeline.quantize import run
 
     generator = torch.Generator().manual_seed(0)

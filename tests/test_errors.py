@@ -17,7 +17,7 @@ from auto_round.errors import (
     NumericsError,
     UnsupportedError,
 )
-from auto_round.pipeline.prepare import prepare
+from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.testing.tiny_models import save_tiny_model
 
 

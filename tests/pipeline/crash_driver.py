@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from auto_round.config import build_options
-from auto_round.pipeline.prepare import prepare
+from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.quantize import run
 
 COUNTED = ("pwrite", "write", "fsync", "ftruncate", "posix_fallocate", "rename", "replace", "unlink", "mkdir")

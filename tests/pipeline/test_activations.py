@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from auto_round.errors import CheckpointError, UnsupportedError
 from auto_round.export.formats.llm_compressor import LLMCompressorFormat
 from auto_round.numerics.activation import TokenInt
-from auto_round.pipeline import reload
+from auto_round.pipeline.checking import reload
 from auto_round.tuning.quantized_inputs import quantized_inputs
 from pipeline.runs import ROWS, kl_of, quantize, weights
 

@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 
 from auto_round.config import build_options
-from auto_round.pipeline import compile as compiling
 from auto_round.pipeline import quantize as main_job
-from auto_round.pipeline.prepare import prepare
+from auto_round.pipeline.deciding.prepare import prepare
+from auto_round.pipeline.running import compile as compiling
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.objective import PLAIN
 from auto_round.tuning.steps import batch_rows

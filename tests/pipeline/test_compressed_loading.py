@@ -8,7 +8,7 @@ import pytest
 
 from auto_round.errors import CheckpointError, UnsupportedError
 from auto_round.export.formats.llm_compressor import LLMCompressorFormat
-from auto_round.pipeline.convert import convert_folder
+from auto_round.pipeline.converting.convert import convert_folder
 from pipeline.runs import kl_of, quantize
 from sweep.outcome import save_family
 

@@ -17,8 +17,8 @@ from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
 from auto_round.layouts.table import CHECKPOINT_LAYOUTS, layout_for
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.qtensor import QTensor
-from auto_round.pipeline import convert
-from auto_round.pipeline.convert_source import open_stored
+from auto_round.pipeline.converting import convert
+from auto_round.pipeline.converting.source import open_stored
 from inference.folders import Request, write_folder
 from pipeline.runs import SHORT, quantize
 

@@ -9,10 +9,11 @@ from auto_round.config import build_options
 from auto_round.config.groups import MemoryOptions
 from auto_round.errors import ConfigError
 from auto_round.log import logger
-from auto_round.pipeline import device, open_model
-from auto_round.pipeline.device import choose_device, compute_dtype, rows_at_once
-from auto_round.pipeline.prepare import prepare
-from auto_round.pipeline.streams import home_of_streams
+from auto_round.pipeline.deciding import open_model
+from auto_round.pipeline.deciding.prepare import prepare
+from auto_round.pipeline.machine import device
+from auto_round.pipeline.machine.device import choose_device, compute_dtype, rows_at_once
+from auto_round.pipeline.running.streams import home_of_streams
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)

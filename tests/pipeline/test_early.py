@@ -8,8 +8,8 @@ import pytest
 
 from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.pipeline import fetch_rows, open_model
-from auto_round.pipeline.prepare import prepare
+from auto_round.pipeline.deciding import fetch_rows, open_model
+from auto_round.pipeline.deciding.prepare import prepare
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 from auto_round.errors import CheckpointError
 from auto_round.export.formats.auto_round import AutoRoundFormat
-from auto_round.pipeline import unit
+from auto_round.pipeline.running import unit
 from auto_round.testing.tiny_models import tiny_config, tiny_model
 from auto_round.tuning.sign_round import tune_block
 from pipeline.runs import ROWS, SIZES, kl_of, quantize, tree, weights

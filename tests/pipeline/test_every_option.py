@@ -14,8 +14,8 @@ from auto_round.config import all_settings, build_options
 from auto_round.errors import ConfigError
 from auto_round.export.table import EXPORTERS, settle_formats
 from auto_round.log import logger
-from auto_round.pipeline.effects import IDLE, idle_options
-from auto_round.pipeline.prepare import prepare
+from auto_round.pipeline.deciding.effects import IDLE, idle_options
+from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.several import runs_of
 from auto_round.schemes.scheme import QuantizationScheme
 from export.gguf.small_models import byte_level_tokenizer

@@ -15,9 +15,9 @@ import auto_round
 from auto_round.config import build_options
 from auto_round.models import assembled
 from auto_round.models.roles import find_head
-from auto_round.pipeline.plan_table import manifests, plan_table
-from auto_round.pipeline.prepare import prepare
-from auto_round.pipeline.signature import signature
+from auto_round.pipeline.deciding.plan_table import manifests, plan_table
+from auto_round.pipeline.deciding.prepare import prepare
+from auto_round.pipeline.writing.signature import signature
 from auto_round.testing.tiny_models import save_tiny_model
 from export.gguf.small_models import byte_level_tokenizer
 

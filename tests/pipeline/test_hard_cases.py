@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from auto_round.cli.summary import summary
-from auto_round.pipeline.hard_cases import FAR_KL, by_kind, hard_cases, relative_error
 from auto_round.pipeline.result import Result
+from auto_round.pipeline.running.hard_cases import FAR_KL, by_kind, hard_cases, relative_error
 from auto_round.testing.tiny_models import tiny_config, tiny_model
 from pipeline.runs import SIZES, quantize
 

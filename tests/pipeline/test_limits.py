@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from auto_round.log import logger
-from auto_round.pipeline import device, limits, memory
-from auto_round.pipeline.limits import allowed_bytes, usable_cores
+from auto_round.pipeline.machine import device, limits, memory
+from auto_round.pipeline.machine.limits import allowed_bytes, usable_cores
 
 TWO_CORES = {
     "version 2": ("0::/", {"cpu.max": "200000 100000"}),

@@ -9,9 +9,9 @@ import torch
 
 from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.pipeline.deciding.plan_table import manifests, plan_size
 from auto_round.pipeline.estimate import Rates, estimate, measure_sizes
 from auto_round.pipeline.plan_run import dry_run
-from auto_round.pipeline.plan_table import manifests, plan_size
 from pipeline.runs import ROWS, SHORT, quantize, weights
 
 HEADS = {"head_dim": 16}

@@ -10,8 +10,8 @@ import torch
 
 from auto_round.cli import main as cli
 from auto_round.errors import CheckpointError, NothingQuantizedError, UnsupportedError
-from auto_round.pipeline import reload, verify
-from auto_round.pipeline.verify import FLIPPED_SHARE, LARGEST_KL, _few_flips
+from auto_round.pipeline.checking import reload, verify
+from auto_round.pipeline.checking.verify import FLIPPED_SHARE, LARGEST_KL, _few_flips
 from pipeline.runs import quantize, token_rows
 
 PLAIN = {"iters": 0, "disable_opt_rtn": True, "dataset": None}
@@ -73,7 +73,7 @@ def test_a_folder_that_does_not_load_is_not_called_done(tiny, tmp_path, monkeypa
     def damaged(config, *args):
         return None if config is None else {**config, "bits": 2}
 
-    from auto_round.pipeline import finish
+    from auto_round.pipeline.writing import finish
 
     original = finish.write_configs
     monkeypatch.setattr(

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from auto_round.pipeline.compile import compiled_objective
+from auto_round.pipeline.running.compile import compiled_objective
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.objective import PLAIN
 from auto_round.tuning.sign_round import tune_block

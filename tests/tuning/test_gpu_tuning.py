@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from accelerator import DEVICE, NEEDED, needs_cuda
-from auto_round.pipeline.compile import compiled_objective
+from auto_round.pipeline.running.compile import compiled_objective
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.objective import PLAIN
 from auto_round.tuning.samples import Samples

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from auto_round.export.exporter import Exporter
     from auto_round.facts.flow import States
-    from auto_round.pipeline.job import Job
+    from auto_round.pipeline.deciding.job import Job
     from auto_round.pipeline.result import Result
 
 
@@ -82,7 +82,7 @@ class AutoRound(Attributes):
             AutoRoundError: the request is wrong, or the work failed.
         """
         from auto_round.export.table import settle_formats
-        from auto_round.pipeline.clock import Clock
+        from auto_round.pipeline.machine.clock import Clock
         from auto_round.pipeline.quantize import run_job
 
         space = read_environment().work_space
@@ -177,7 +177,7 @@ class AutoRound(Attributes):
         Raises:
             AutoRoundError: the request is wrong, or the work failed.
         """
-        from auto_round.pipeline.clock import Clock
+        from auto_round.pipeline.machine.clock import Clock
         from auto_round.pipeline.quantize import run_job
         from auto_round.pipeline.several import runs_of
 
@@ -240,7 +240,7 @@ class AutoRound(Attributes):
         )
 
     def _prepare(self, options: Options, *, rows: bool) -> Job:
-        from auto_round.pipeline.prepare import prepare
+        from auto_round.pipeline.deciding.prepare import prepare
 
         return prepare(
             options, model=self._model, tokenizer=self._tokenizer, dataset=self._dataset, rows=rows

@@ -16,11 +16,11 @@ from auto_round.facts.flow import States
 from auto_round.facts.layer import Layer, Role
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
-from auto_round.pipeline.activations import activation_formats
-from auto_round.pipeline.device import choose_device
-from auto_round.pipeline.group import BlockGroup
-from auto_round.pipeline.streams import Streams
-from auto_round.pipeline.unit import Unit, tune_unit
+from auto_round.pipeline.deciding.activations import activation_formats
+from auto_round.pipeline.machine.device import choose_device
+from auto_round.pipeline.running.group import BlockGroup
+from auto_round.pipeline.running.streams import Streams
+from auto_round.pipeline.running.unit import Unit, tune_unit
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.request import plan_request
 from auto_round.tuning.settings import tune_settings

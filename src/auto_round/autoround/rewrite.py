@@ -19,13 +19,13 @@ from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import layout_of
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
-from auto_round.pipeline.default_device import plain_device
-from auto_round.pipeline.finish import write_configs_and_tokenizer, write_report
-from auto_round.pipeline.job import Job
-from auto_round.pipeline.outputs import Outputs
+from auto_round.pipeline.checking.verify import verify_all
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.result import Result
-from auto_round.pipeline.signature import request_digest, signature
-from auto_round.pipeline.verify import verify_all
+from auto_round.pipeline.writing.finish import write_configs_and_tokenizer, write_report
+from auto_round.pipeline.writing.outputs import Outputs
+from auto_round.pipeline.writing.signature import request_digest, signature
 from auto_round.schemes.scheme import QuantizationScheme
 
 

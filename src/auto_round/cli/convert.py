@@ -17,7 +17,7 @@ def convert(words: Sequence[str]) -> str:
     Raises:
         AutoRoundError: wrong words, or the conversion is not possible; see `convert_folder`.
     """
-    from auto_round.pipeline.convert import convert_folder
+    from auto_round.pipeline.converting.convert import convert_folder
 
     parser = _parser()
     found = parser.parse_args(list(words))

@@ -29,8 +29,8 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
 
         print("\n\n".join(dry_run(part).text for part in runs_of(options)))
         return
-    from auto_round.pipeline.clock import Clock
-    from auto_round.pipeline.prepare import prepare
+    from auto_round.pipeline.deciding.prepare import prepare
+    from auto_round.pipeline.machine.clock import Clock
     from auto_round.pipeline.quantize import run_job
 
     quiet_transformers()
@@ -64,7 +64,7 @@ def _set_threads(wanted: int | None) -> None:
     """
     import torch
 
-    from auto_round.pipeline.limits import usable_cores
+    from auto_round.pipeline.machine.limits import usable_cores
 
     threads = min(torch.get_num_threads(), usable_cores()) if wanted is None else wanted
     if threads != torch.get_num_threads():

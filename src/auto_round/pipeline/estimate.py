@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from auto_round.facts.layer import Layer, Role
-from auto_round.pipeline.fetch_rows import held_out_rows
-from auto_round.pipeline.job import Job
-from auto_round.pipeline.memory import peak_bytes
-from auto_round.pipeline.plan_table import manifests
-from auto_round.pipeline.predictions import logits_budget
-from auto_round.pipeline.streams import Home, home_of_streams
+from auto_round.pipeline.deciding.fetch_rows import held_out_rows
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.plan_table import manifests
+from auto_round.pipeline.machine.memory import peak_bytes
+from auto_round.pipeline.running.predictions import logits_budget
+from auto_round.pipeline.running.streams import Home, home_of_streams
 from auto_round.tuning.steps import held_out_looks, rows_seen
 
 TUNING_BYTES = 25

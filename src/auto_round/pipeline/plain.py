@@ -10,11 +10,11 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.numerics.search import BY_SQUARES
-from auto_round.pipeline.job import Job
-from auto_round.pipeline.outputs import Written
-from auto_round.pipeline.recast import as_wanted
-from auto_round.pipeline.rounding import round_matrix
-from auto_round.pipeline.workers import workers
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.recast import as_wanted
+from auto_round.pipeline.machine.workers import workers
+from auto_round.pipeline.running.rounding import round_matrix
+from auto_round.pipeline.writing.outputs import Written
 
 BURST_BYTES = 1 << 30
 """Source bytes between two journal entries; each entry waits for the disk."""

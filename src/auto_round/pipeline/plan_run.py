@@ -12,13 +12,13 @@ from torch import nn
 from auto_round.checkpoint.workfolder import refuse_occupied
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
-from auto_round.pipeline.default_device import plain_device
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.plan_table import plan_table
+from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.estimate import Estimate, Rates, estimate, measure_rates
-from auto_round.pipeline.finish import method
-from auto_round.pipeline.job import Job
-from auto_round.pipeline.memory import available_bytes
-from auto_round.pipeline.plan_table import plan_table
-from auto_round.pipeline.prepare import prepare
+from auto_round.pipeline.machine.default_device import plain_device
+from auto_round.pipeline.machine.memory import available_bytes
+from auto_round.pipeline.writing.finish import method
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,32 +20,32 @@ from auto_round.consumers.lines import judge_outputs
 from auto_round.facts.layer import Block, Layer
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.numerics.qtensor import QuantizedLayer
-from auto_round.pipeline.blocks import GroupResult, tune_group
-from auto_round.pipeline.clock import Clock
-from auto_round.pipeline.compile import in_equal_passes, objective_for
-from auto_round.pipeline.default_device import plain_device
-from auto_round.pipeline.determinism import deterministic_kernels
-from auto_round.pipeline.finish import (
+from auto_round.pipeline.checking.verify import verify_all
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.plan_table import plan_table
+from auto_round.pipeline.deciding.prepare import prepare
+from auto_round.pipeline.machine.clock import Clock
+from auto_round.pipeline.machine.default_device import plain_device
+from auto_round.pipeline.machine.determinism import deterministic_kernels
+from auto_round.pipeline.machine.memory import keep_freed_memory, release_freed_memory
+from auto_round.pipeline.plain import bursts, nbytes, round_layers
+from auto_round.pipeline.result import Result
+from auto_round.pipeline.running.blocks import GroupResult, tune_group
+from auto_round.pipeline.running.compile import in_equal_passes, objective_for
+from auto_round.pipeline.running.head import quantize_outside
+from auto_round.pipeline.running.input_squares import save_inputs
+from auto_round.pipeline.running.measure import Measured, measure_streams
+from auto_round.pipeline.running.streams import Streams
+from auto_round.pipeline.running.trace import trace_rows
+from auto_round.pipeline.writing.finish import (
     REPORT,
     build_report,
     hand_over_inputs,
     write_configs_and_tokenizer,
     write_report,
 )
-from auto_round.pipeline.head import quantize_outside
-from auto_round.pipeline.input_squares import save_inputs
-from auto_round.pipeline.job import Job
-from auto_round.pipeline.measure import Measured, measure_streams
-from auto_round.pipeline.memory import keep_freed_memory, release_freed_memory
-from auto_round.pipeline.outputs import Outputs, Written, check_written
-from auto_round.pipeline.plain import bursts, nbytes, round_layers
-from auto_round.pipeline.plan_table import plan_table
-from auto_round.pipeline.prepare import prepare
-from auto_round.pipeline.result import Result
-from auto_round.pipeline.signature import request_digest, signature
-from auto_round.pipeline.streams import Streams
-from auto_round.pipeline.trace import trace_rows
-from auto_round.pipeline.verify import verify_all
+from auto_round.pipeline.writing.outputs import Outputs, Written, check_written
+from auto_round.pipeline.writing.signature import request_digest, signature
 from auto_round.tuning.objective import PLAIN
 
 

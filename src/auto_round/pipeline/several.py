@@ -8,7 +8,7 @@ from pathlib import Path
 from auto_round.config.groups import SchemeOptions
 from auto_round.config.options import Options
 from auto_round.export.table import plans_alone, takes_any_plan
-from auto_round.pipeline.job import folder_of
+from auto_round.pipeline.deciding.job import folder_of
 
 
 def runs_of(options: Options) -> tuple[Options, ...]:

@@ -1,0 +1,161 @@
+"""A written folder loaded as a user would load it, and one token through it."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_round.errors import AutoRoundError, CheckpointError
+from auto_round.export.hf_config import read_config
+from auto_round.log import logger
+from auto_round.models.auto_classes import load_model
+from auto_round.pipeline.machine.memory import available_bytes
+
+CPU = torch.device("cpu")
+_PACKAGES = {"compressed-tensors": ("compressed_tensors", "compressed-tensors")}
+"""`quant_method` that Transformers loads with another package -> its module, and its name to install it."""
+_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How a folder is read back.
+
+    Attributes:
+        method: its `quant_method`; None where it looks unquantized.
+        dtype: dtype in which it computes; None for its own.
+        device: where it runs.
+        trust: run model code that lies in it.
+    """
+
+    method: str | None
+    dtype: torch.dtype | None = None
+    device: torch.device = CPU
+    trust: bool = False
+
+    def obstacle(self, folder: Path) -> str:
+        """Why this machine cannot read the folder back, with a warning; empty where it can."""
+        if missing := self._missing_package():
+            logger.warning("not verified: loading %s needs a package: pip install %s", folder, missing)
+            return f"Transformers loads this format with the package {missing} only"
+        size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+        room = available_bytes()
+        if room and 2 * size > room:
+            need = f"reloading needs about {2 * size >> 20} MiB of memory, {room >> 20} are free"
+            logger.warning("not verified: %s: %s", folder, need)
+            return need
+        return ""
+
+    def load(self, folder: Path) -> Any:
+        """The model of a folder, run by the reference kernel.
+
+        Raises:
+            CheckpointError: Transformers does not load it, or finds weights missing.
+        """
+        from transformers import AutoRoundConfig
+
+        # Other packages hold scales in the dtype of the model: one narrower than its own would round them.
+        own = self.dtype is None or self.method in _PACKAGES
+        settings: dict[str, Any] = {"dtype": "auto" if own else self.dtype}
+        if self.method is not None and self.method not in _PACKAGES:
+            settings["quantization_config"] = AutoRoundConfig(backend="torch")
+        if self.device.type != "cpu":
+            settings["device_map"] = {"": str(self.device)}
+        with warnings.catch_warnings(), _failures(folder):
+            # Transformers warns that only the backend of what is passed will be used: that is what is meant.
+            warnings.simplefilter("ignore", UserWarning)
+            model, found = load_model(
+                folder, trust_remote_code=self.trust, output_loading_info=True, **settings
+            )
+        missing = sorted(found["missing_keys"])
+        if missing:
+            raise CheckpointError(
+                f"{folder}: {len(missing)} weights of the model are not found in it: "
+                f"{', '.join(missing[:_SHOWN])}. {_REPORT}"
+            )
+        model.eval()
+        if self.dtype is not None and model.dtype is not self.dtype:
+            predict_one_token(model, folder)  # unpacks its weights
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(self.dtype)
+        return model
+
+    def _missing_package(self) -> str:
+        """Package without which Transformers does not load the folder; empty when nothing is missing."""
+        module, package = _PACKAGES.get(self.method or "", ("", ""))
+        return package if module and importlib.util.find_spec(module) is None else ""
+
+
+_REPORT = "Please report this; the unfinished folder is kept"
+
+
+def predict_one_token(model: Any, folder: Path) -> None:
+    """Send one token through a model.
+
+    Raises:
+        CheckpointError: it does not run, or what it predicts is not finite.
+    """
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with torch.no_grad(), _failures(folder):
+        logits = model(input_ids=token, use_cache=False).logits
+    bad = int((~logits.isfinite()).sum())
+    if bad:
+        raise CheckpointError(
+            f"{folder}: {bad} of {logits.numel()} logits after one token are NaN or infinite. {_REPORT}"
+        )
+
+
+def check_loads(folder: Path, *, trust: bool = False) -> dict[str, Any]:
+    """Load a folder and send one token through it, where nothing is known that it should predict.
+
+    Returns:
+        `tokens`, the number that it was asked about; or `skipped`, the reason why it was not loaded.
+
+    Raises:
+        CheckpointError: it does not load or run.
+    """
+    config = read_config(folder)
+    if config.get("auto_map") and not trust:
+        return {"skipped": "the model needs code from its folder, which was not trusted"}
+    reader = Reader((config.get("quantization_config") or {}).get("quant_method"), trust=trust)
+    if why := reader.obstacle(folder):
+        return {"skipped": why}
+    try:
+        predict_one_token(reader.load(folder), folder)
+    except MemoryEndedError as error:
+        return {"skipped": str(error)}
+    return {"tokens": 1}
+
+
+class MemoryEndedError(AutoRoundError):
+    """Memory ended while a folder was read back: nothing is known of the folder."""
+
+
+@contextmanager
+def _failures(folder: Path) -> Iterator[None]:
+    """What other people's code raises, as errors that say which folder they are about."""
+    try:
+        yield
+    except AutoRoundError:
+        raise
+    except Exception as error:
+        if _no_memory(error):
+            logger.warning("not verified: memory ended while %s was reloaded", folder)
+            raise MemoryEndedError("memory ended while it was reloaded") from error
+        raise CheckpointError(
+            f"{folder}: Transformers does not load and run what was written "
+            f"({type(error).__name__}: {str(error).strip()[:300]}). {_REPORT}"
+        ) from error
+
+
+def _no_memory(error: Exception) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)

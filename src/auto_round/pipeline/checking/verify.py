@@ -1,0 +1,261 @@
+"""Verification: the folder is reloaded from disk and must predict what the tuned model predicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.calibration.row import CalibrationRow, joined
+from auto_round.errors import CheckpointError, InternalError
+from auto_round.evaluate.logits import Comparison, positions_at_once
+from auto_round.export.exporter import Exporter
+from auto_round.facts.layer import Role
+from auto_round.inference.convert_model import change_backend
+from auto_round.log import logger
+from auto_round.models.source import ModelSource
+from auto_round.numerics.activation import ActivationFormat
+from auto_round.pipeline.checking.reload import MemoryEndedError, Reader, predict_one_token
+from auto_round.pipeline.deciding.activations import activation_formats
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.machine.memory import release_freed_memory
+from auto_round.pipeline.running.measure import Measured, counted
+from auto_round.tuning.quantized_inputs import quantized_inputs
+
+ROWS = 4
+POSITIONS = 512
+LOGITS_BYTES = 64 << 20
+"""Rows compared, and most positions of each: fewer when their logits would not fit into so many bytes."""
+LARGEST_KL = 1e-3
+"""Divergence that 16-bit arithmetic in another order may cause, nats per token; an error of one code in
+one layer of a small model gives more (docs/LOG.md)."""
+FINE = 128
+"""Steps to the largest number from which rounded activations count as fine: whole numbers of 8 bits have as
+many, FP8 has 14."""
+LARGEST_KL_COARSE = 3e-2
+"""The same where activations are rounded more coarsely: the smallest difference in front of the border
+between two codes moves an input by a whole step (0.01 on random models of two blocks with 4 bits, 0.003 on a
+trained one of eight blocks with FP8)."""
+FLIPPED_SHARE = 1 / 32
+"""Share of the positions that may go to other experts than when the model was tuned."""
+LARGEST_KL_FLIPPED = 3e-2
+"""Divergence that these may cause over all positions, nats per token."""
+PROMPT_TOKENS = 16
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TunedModel:
+    """What was tuned, as exporters compare it with what they wrote; see `export.verification.Finished`.
+
+    Attributes:
+        job: the run.
+        measured: the tuned model's last hidden states for the held-out rows; None without data.
+    """
+
+    job: Job
+    measured: Measured | None
+
+    @property
+    def source(self) -> ModelSource:
+        """The original model."""
+        return self.job.source
+
+    @property
+    def norms_tuned(self) -> bool:
+        """Norm weights and biases are no longer the source's."""
+        return self.job.tune.tune_norm_bias
+
+    def reload(self, folder: Path, exporter: Exporter) -> dict[str, Any]:
+        """Reload one output with Transformers and compare.
+
+        Returns:
+            `kl`, `largest_difference` (of logits), `same_top_token` and a generated `sample` (empty with the
+            reason in `no_sample`); `tokens` where there is nothing to compare with: as many went through the
+            model; or `skipped`, the reason why it was not loaded.
+
+        Raises:
+            CheckpointError: it does not load, or predicts something else.
+        """
+        job = self.job
+        config = exporter.config(job.plan, job.source.layers, job.source.blocks)
+        method = None if config is None else config["quant_method"]
+        reader = Reader(method, job.dtype, job.device, job.options.model.trust_remote_code)
+        if why := reader.obstacle(folder):
+            return {"skipped": why}
+        try:
+            if self.measured is None or job.rows is None:
+                predict_one_token(reader.load(folder), folder)
+                return {"tokens": 1}
+            return _compared(job, reader, folder, self.measured, job.rows.rows[job.tuned :])
+        except MemoryEndedError as error:
+            return {"skipped": str(error)}
+
+    def held_out(self, most: int) -> Tensor | None:
+        """The first tokens of a row that was not tuned on, `[at most most]` int64; None without data."""
+        if self.measured is None or self.job.rows is None:
+            return None
+        return self.job.rows.rows[self.job.tuned].tokens[:most]
+
+    def compare(self, ids: Tensor, logits: Tensor) -> dict[str, float]:
+        """Another reader's predictions for `held_out` tokens beside those of the tuned model."""
+        if self.measured is None:
+            raise InternalError("there is nothing to compare with")
+        job, length = self.job, len(ids) - 1
+        with job.source.stem(job.device, job.dtype) as stem:
+            hidden = self.measured.final_hidden[:1, :length].to(job.device)
+            ours = stem.finish(hidden, self.measured.head)[0]
+        comparison = Comparison()
+        comparison.add(ours.cpu().float(), logits, ids[1:].cpu(), None)
+        return {
+            "kl": comparison.kl,
+            "perplexity": comparison.perplexity,
+            "perplexity_tuned": comparison.perplexity_reference,
+            "same_top_token": comparison.agreement,
+        }
+
+
+def _compared(
+    job: Job, reader: Reader, folder: Path, measured: Measured, held_out: Sequence[CalibrationRow]
+) -> dict[str, Any]:
+    """Figures of a reloaded folder on held-out rows, and a sample."""
+    rows = _beginnings(job, held_out[:ROWS])
+    tuned = _tuned_logits(job, measured, rows)
+    release_freed_memory()
+    model = reader.load(folder)
+    with quantized_inputs(model, _own_activations(job, reader.method)):
+        comparison, largest, each = _compare(job, model, tuned, rows)
+        limit = _largest_kl(job)
+        if not (comparison.kl <= limit or (_routes(job) and _few_flips(each, limit))):
+            raise CheckpointError(
+                f"{folder}: what was written does not predict what was tuned: KL {comparison.kl:.3g} nats "
+                f"per token (at most {limit}), largest difference of logits {largest:.3g}. Please report "
+                "this; the unfinished folder is kept"
+            )
+        sample = _sample(job, model, held_out[0].tokens[:PROMPT_TOKENS])
+    return {
+        "kl": comparison.kl,
+        "largest_difference": largest,
+        "same_top_token": comparison.agreement,
+        **sample,
+    }
+
+
+def _routes(job: Job) -> bool:
+    """Whether the model sends tokens to some of its experts."""
+    return any(layer.role is Role.EXPERT for layer in job.source.layers) or bool(job.source.facts.experts)
+
+
+def _few_flips(each: Tensor, limit: float) -> bool:
+    """Whether a few positions alone are to blame for a divergence above the limit.
+
+    Two experts may be as good as equal for a token: then the last bit of a number decides, and another order
+    of additions sends the token elsewhere. An error of weights is seen at every token that reaches them:
+    more than the share that is left out here, since 8 of 128 experts get a sixteenth of the tokens.
+
+    Args:
+        each: divergence of each position, nats, `[positions]`.
+        limit: what the mean of the others may be.
+    """
+    count = math.ceil(FLIPPED_SHARE * len(each))
+    others = each.sort().values[: len(each) - count]
+    return bool(len(others)) and float(others.mean()) <= limit and float(each.mean()) <= LARGEST_KL_FLIPPED
+
+
+def _largest_kl(job: Job) -> float:
+    """Divergence up to which a reloaded folder counts as the same model, nats per token."""
+    steps = [fmt.end_steps for fmt in activation_formats(job.plan, job.source.layers).values()]
+    return LARGEST_KL_COARSE if min(steps, default=FINE) < FINE else LARGEST_KL
+
+
+def _beginnings(job: Job, rows: Sequence[CalibrationRow]) -> list[CalibrationRow]:
+    """What is compared: as many positions of each row as their logits may take memory."""
+    affordable = LOGITS_BYTES // (len(rows) * job.source.facts.vocabulary * job.dtype.itemsize)
+    length = min(POSITIONS, len(rows[0]), max(PROMPT_TOKENS, affordable))
+    return [row.beginning(length) for row in rows]
+
+
+def _tuned_logits(job: Job, measured: Measured, rows: Sequence[CalibrationRow]) -> Tensor:
+    """What the tuned model predicts after all but the last token: `[rows, length - 1, vocabulary]`."""
+    vocabulary = job.source.facts.vocabulary
+    count, length = len(rows), len(rows[0]) - 1
+    logits = torch.empty(count, length, vocabulary, dtype=job.dtype, device=job.device)
+    step = positions_at_once(vocabulary)
+    with job.source.stem(job.device, job.dtype) as stem:
+        for row in range(count):
+            for start in range(0, length, step):
+                hidden = measured.final_hidden[row : row + 1, start : min(start + step, length)]
+                found = stem.finish(hidden.to(job.device), measured.head)[0]
+                logits[row, start : start + found.shape[0]] = found
+    return logits
+
+
+def _compare(
+    job: Job, model: Any, tuned: Tensor, rows: Sequence[CalibrationRow]
+) -> tuple[Comparison, float, Tensor]:
+    """Tuned against reloaded logits: figures, the largest difference of any two, and each position's KL."""
+    comparison, largest, each = Comparison(), 0.0, []
+    last = len(rows[0]) - 1
+    with torch.no_grad():
+        inputs = {name: value.to(job.device) for name, value in joined(rows).items()}
+        reloaded = model(**inputs, use_cache=False).logits
+    step = positions_at_once(tuned.shape[-1])
+    for i, row in enumerate(rows):
+        for start in range(0, last, step):
+            end = min(start + step, last)
+            real = counted(row, start, end)
+            where = None if real is None else real.to(job.device)
+            wanted, got = tuned[i, start:end], reloaded[i, start:end]
+            following = row.tokens[start + 1 : end + 1].to(job.device)
+            each.append(comparison.add(wanted, got, following, where))
+            largest = max(largest, float((wanted.float() - got.float()).abs().max()))
+    return comparison, largest, torch.cat(each)
+
+
+def _own_activations(job: Job, method: str | None) -> dict[str, ActivationFormat]:
+    """Inputs that have to be rounded here since the folder does not say so: it keeps dense weights only."""
+    return {} if method is not None else activation_formats(job.plan, job.source.layers)
+
+
+def _sample(job: Job, model: Any, prompt: Tensor) -> dict[str, str]:
+    """A few tokens after a held-out prompt, the most likely ones, by the kernels that a user gets.
+
+    A text that cannot be made says nothing against the folder: the settings of generation are the source's.
+    """
+    if job.tokenizer is None:
+        return {"sample": "", "no_sample": "there is no tokenizer"}
+    change_backend(model)
+    try:
+        return {"sample": _generate(job, model, prompt)}
+    except Exception as error:  # noqa: BLE001  code of the model, of Transformers and of its user's files
+        why = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        logger.warning("no sample text was made (%s); the folder is as it should be", why)
+        return {"sample": "", "no_sample": why}
+
+
+def _generate(job: Job, model: Any, prompt: Tensor) -> str:
+    context = job.source.facts.context
+    count = NEW_TOKENS if context is None else min(NEW_TOKENS, context - len(prompt))
+    if count < 1:
+        raise ValueError(f"the model's context of {context} tokens is full")
+    ids = prompt.unsqueeze(0).to(job.device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        tokenizer=job.tokenizer,  # finds strings at which to stop
+    )
+    text: str = job.tokenizer.decode(output[0], skip_special_tokens=True)
+    return text
+
+
+def verify_all(job: Job, folders: Mapping[str, Path], measured: Measured | None) -> dict[str, Any]:
+    """Verify every output; format name -> figures."""
+    tuned = TunedModel(job, measured)
+    return {name: job.exporters[name].verify(folder, tuned) for name, folder in folders.items()}

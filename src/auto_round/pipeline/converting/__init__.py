@@ -1,0 +1,1 @@
+"""Quantized folders become folders of another format, code for code."""

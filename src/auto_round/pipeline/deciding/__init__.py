@@ -1,0 +1,1 @@
+"""Before any weight is read: what was asked becomes a job, or is refused."""

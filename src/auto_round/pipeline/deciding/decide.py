@@ -1,0 +1,69 @@
+"""Third step of a job: the plan, the exporters that write it, and the settings of the tuning loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from auto_round.export.exporter import Exporter
+from auto_round.pipeline.deciding.activations import refuse_unreachable
+from auto_round.pipeline.deciding.open_model import Opened
+from auto_round.pipeline.deciding.plan_together import plan_together
+from auto_round.pipeline.deciding.recast import named_dtype
+from auto_round.pipeline.deciding.request import Request
+from auto_round.pipeline.machine.device import compute_dtype, rows_at_once
+from auto_round.schemes.plan import Plan
+from auto_round.tuning.config import TuneConfig
+from auto_round.tuning.settings import tune_settings
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What becomes of every layer, and how.
+
+    Attributes:
+        plan: scheme of every layer.
+        exporters: format name -> exporter with its variant decided.
+        importance: tensor in the source -> mean square of its inputs `[in]`, from a file; empty without one.
+        tune: settings of the tuning loop.
+        dtype: dtype in which blocks run.
+    """
+
+    plan: Plan
+    exporters: Mapping[str, Exporter]
+    importance: Mapping[str, Tensor]
+    tune: TuneConfig
+    dtype: torch.dtype
+
+
+def decide(request: Request, opened: Opened) -> Decided:
+    """Make the plan, ask the formats for refusals, and settle how layers are rounded.
+
+    A format with a planner of its own makes the plan; all others of a run share one.
+
+    Raises:
+        UnsupportedError: a format cannot hold the plan, or the model cannot be quantized as asked.
+        ConfigError: a rule or an option that cannot be carried out.
+    """
+    options = opened.options
+    planners = (planner for exporter in request.formats if (planner := exporter.planner) is not None)
+    planned = next(planners, plan_together)(opened.source, opened.tokenizer, options, request.formats)
+    plan = planned.plan
+    refuse_unreachable(plan, opened.source.layers)
+    schemes = [plan.scheme_of(name) for name in plan.quantized]
+    tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=16))
+    for exporter in planned.exporters.values():
+        exporter.check(options, request.output, calibrated=tune.needs_rows)
+    sparing = options.memory.low_gpu_mem_usage
+    at_once = rows_at_once(request.device, options.calibration.seqlen, sparing=sparing)
+    own = named_dtype(options.model.model_dtype) or opened.source.dtype
+    return Decided(
+        plan=plan,
+        exporters=planned.exporters,
+        importance=planned.importance,
+        tune=replace(tune, rows_at_once=at_once),
+        dtype=compute_dtype(own, request.device, amp=options.tune.amp),
+    )

@@ -1,0 +1,118 @@
+"""Last step of a job: the calibration rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from auto_round.calibration.registry import Platform
+from auto_round.calibration.rows import CalibrationRows, load_rows
+from auto_round.config.groups import CalibrationOptions
+from auto_round.config.options import Options
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.log import logger
+from auto_round.models.source import ModelSource
+from auto_round.pipeline.deciding.decide import Decided
+from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer
+from auto_round.tuning.config import TuneConfig
+
+HELD_OUT = 8
+"""Rows beyond those tuned on: they choose the step that is kept, and measure the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What a run sees of the world.
+
+    Attributes:
+        rows: calibration rows, those held out last; None for plain rounding without data.
+        tuned: how many of the rows are tuned on; the rest are held out.
+    """
+
+    rows: CalibrationRows | None = None
+    tuned: int = 0
+
+
+def fetch_rows(opened: Opened, decided: Decided, *, dataset: Any = None, dry: bool = False) -> Data:
+    """The rows that the run needs, none where it needs none.
+
+    Args:
+        opened: model and tokenizer.
+        decided: settings of the tuning loop.
+        dataset: calibration data as Python objects instead of `options.calibration.dataset`.
+        dry: fetch nothing, only refuse a model that cannot be run on rows.
+
+    Raises:
+        ConfigError: no tokenizer, or rows of another model.
+        UnsupportedError: the rows are needed and the model cannot be run on them.
+        AutoRoundError: no data.
+    """
+    options, source, tokenizer = opened.options, opened.source, opened.tokenizer
+    if decided.importance or not _runs_by_blocks(options, decided.tune, source, dataset) or dry:
+        return Data()
+    if tokenizer is None and decided.tune.needs_rows and dataset is None and source.folder is not None:
+        tokenizer = load_tokenizer(options, source, required=True)
+    data = _rows(options, decided.tune, tokenizer, dataset)
+    if data.rows is not None:
+        _refuse_unknown_tokens(data.rows, source)
+    return data
+
+
+def held_out_rows(nsamples: int) -> int:
+    """Rows held out beside `nsamples` tuned ones: an eighth of them, but 2 to `HELD_OUT`."""
+    return min(HELD_OUT, max(2, nsamples // 8))
+
+
+def _rows(options: Options, tune: TuneConfig, tokenizer: Any, dataset: Any) -> Data:
+    """Rows to tune on and, behind them, rows to hold out."""
+    wanted = options.calibration
+    data = wanted.dataset if dataset is None else dataset
+    platform: Platform = "model_scope" if options.model.platform == "model_scope" else "hf"
+    load = partial(load_rows, data, tokenizer, seqlen=wanted.seqlen, seed=wanted.seed, platform=platform)
+    if not tune.needs_rows:
+        if dataset is None and wanted.dataset == CalibrationOptions().dataset:
+            return Data()
+        return Data(load(nsamples=HELD_OUT))
+    beside = held_out_rows(wanted.nsamples)
+    rows = load(nsamples=wanted.nsamples + beside)
+    count = len(rows.rows)
+    if count == 1:
+        logger.warning(
+            "%s: one row tunes, and judges what was tuned on it, so figures will look better than they are; "
+            "give more text, a smaller seqlen, or :concat",
+            rows.summary,
+        )
+        return Data(replace(rows, rows=rows.rows * 2), 1)
+    short = count < wanted.nsamples + beside
+    return Data(rows, count - (min(beside, max(1, count // 8)) if short else beside))
+
+
+def _runs_by_blocks(options: Options, tune: TuneConfig, source: ModelSource, dataset: Any) -> bool:
+    """Whether the model can be run on calibration rows, which plain rounding can do without.
+
+    Raises:
+        UnsupportedError: it cannot, and the rows are needed.
+    """
+    needed = tune.needs_rows
+    if not needed and dataset is None and options.calibration.dataset == CalibrationOptions().dataset:
+        return True  # nothing is run
+    try:
+        source.refuse_untraceable()
+    except UnsupportedError as error:
+        if needed:
+            raise
+        logger.warning("plain rounding without a measurement on the data: %s", error)
+        return False
+    return True
+
+
+def _refuse_unknown_tokens(rows: CalibrationRows, source: ModelSource) -> None:
+    known = source.facts.vocabulary
+    largest = max(int(row.tokens.max()) for row in rows.rows)
+    smallest = min(int(row.tokens.min()) for row in rows.rows)
+    if largest >= known or smallest < 0:
+        raise ConfigError(
+            f"the calibration rows hold token {largest if largest >= known else smallest}, but the model's "
+            f"vocabulary has {known}: is this the model's tokenizer, or data made for another model?"
+        )

@@ -1,0 +1,93 @@
+"""Second step of a job: the model opened, without its weights, and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from auto_round.config.options import Options
+from auto_round.errors import ConfigError
+from auto_round.log import logger
+from auto_round.models.folder import FolderSource
+from auto_round.models.hub import resolve_model
+from auto_round.models.live import LiveSource
+from auto_round.models.source import ModelSource
+from auto_round.pipeline.deciding.recast import named_dtype
+from auto_round.pipeline.deciding.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model that is ready to be planned.
+
+    Attributes:
+        options: the request's, with rows no longer than the model's context.
+        source: the model.
+        tokenizer: its tokenizer; None where it has none.
+    """
+
+    options: Options
+    source: ModelSource
+    tokenizer: Any
+
+
+def open_model(request: Request, *, model: nn.Module | None = None, tokenizer: Any = None) -> Opened:
+    """Open the model and its tokenizer; configuration and headers are read, no weights.
+
+    Args:
+        request: what is asked for.
+        model: a model in memory instead of the one that the options name.
+        tokenizer: its tokenizer, an object; None to load it.
+
+    Raises:
+        ConfigError: no such model, or a tokenizer that is named or needed and is not there.
+        AutoRoundError: a folder that cannot be read.
+    """
+    options = request.options
+    source = _open_source(options, model)
+    needed = any(exporter.needs_tokenizer(options) for exporter in request.formats)
+    if tokenizer is None and (needed or options.model.tokenizer or source.folder is not None):
+        tokenizer = load_tokenizer(options, source, required=needed)
+    return Opened(_within_context(options, source), source, tokenizer)
+
+
+def _open_source(options: Options, model: nn.Module | None) -> ModelSource:
+    if model is not None:
+        return LiveSource(model)
+    if not options.model.model:
+        raise ConfigError("no model given: name a folder or a hub id, for example --model Qwen/Qwen3-0.6B")
+    folder = resolve_model(options.model.model, platform=options.model.platform)
+    return FolderSource.open(
+        folder,
+        trust_remote_code=options.model.trust_remote_code,
+        dtype=named_dtype(options.model.model_dtype),
+    )
+
+
+def load_tokenizer(options: Options, source: ModelSource, *, required: bool) -> Any:
+    """The tokenizer that is named, else the model's; None where it has none and none is required.
+
+    Raises:
+        ConfigError: it is named or required and cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    where = options.model.tokenizer or str(source.folder)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=options.model.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if not required and options.model.tokenizer is None:
+            return None
+        raise ConfigError(f"no tokenizer in {where} ({error}): name one with --tokenizer") from error
+
+
+def _within_context(options: Options, source: ModelSource) -> Options:
+    """The same options with rows no longer than the model's context."""
+    context, wanted = source.facts.context, options.calibration.seqlen
+    if context is None or wanted <= context:
+        return options
+    level = logger.warning if "seqlen" in options.given else logger.info
+    level("seqlen %d is longer than the model's context: rows have %d tokens", wanted, context)
+    return replace(options, calibration=replace(options.calibration, seqlen=context))

@@ -1,0 +1,74 @@
+"""The plan with true sizes: what the exporters will write, counted before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from auto_round.export.exporter import Exporter
+from auto_round.export.manifest import Manifest
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.recast import kept_tensors
+from auto_round.schemes.plan import Plan
+from auto_round.schemes.size import PlanSize
+from auto_round.schemes.table import render
+
+
+def manifests(job: Job) -> dict[str, Manifest]:
+    """What each output holds, by format name."""
+    return {name: manifest_of(job, exporter) for name, exporter in job.exporters.items()}
+
+
+def plan_table(job: Job) -> str:
+    """The plan for people, with the bytes of the first format; further formats get a line each."""
+    first, *others = job.exporters.items()
+    name, exporter = first
+    size = plan_size(job, exporter)
+    table = render(job.plan.entries, job.source.layers, size, job.plan.warnings)
+    lines = [f"format {name}:", table] if others else [table]
+    if exporter.histogram():
+        lines += [types_of(exporter)]
+    lines += [f"format {other}: {manifest_of(job, e).nbytes / 1e6:.2f} MB" for other, e in others]
+    return "\n".join(lines)
+
+
+def plan_size(job: Job, exporter: Exporter) -> PlanSize:
+    """Weights and bytes before and after, as this format stores them; headers of files not included."""
+    weights, nbytes = _outside_of_layers(job)
+    listed = manifest_of(job, exporter)
+    size = job.plan.measure(
+        job.source.layers, other_weights=weights, other_bytes=nbytes, stored_bytes=listed.layer_bytes()
+    )
+    types = exporter.histogram()
+    if not types:
+        return size
+    # Tensors that are no layers get types too, and a tied head is the embedding.
+    total = sum(count for _, count, _ in types.values())
+    return replace(
+        size,
+        other_weights=total - size.quantized_weights - size.kept_weights,
+        other_bytes=listed.nbytes - math.ceil(size.quantized_bytes) - size.kept_bytes,
+    )
+
+
+def types_of(exporter: Exporter) -> str:
+    """Types in a file in one line: tensors and share of the weights of each, bits per weight."""
+    found = exporter.histogram()
+    weights = sum(count for _, count, _ in found.values())
+    nbytes = sum(size for _, _, size in found.values())
+    shares = (f"{name.upper()} {n} ({count / weights:.1%})" for name, (n, count, _) in found.items())
+    return f"{exporter.file}: {', '.join(shares)}; {nbytes * 8 / weights:.3f} bits per weight"
+
+
+def manifest_of(job: Job, exporter: Exporter) -> Manifest:
+    """What one output holds."""
+    return exporter.manifest(job.plan, job.source.layers, kept_tensors(job))
+
+
+def _outside_of_layers(job: Job) -> tuple[int, int]:
+    """Weights and bytes of tensors that are no layers: embeddings (a tied head's too), norms, biases."""
+    plan: Plan = job.plan
+    layers = {layer.tensor for layer in job.source.layers if layer.name != plan.tied_head}
+    others = [spec for name, spec in job.source.tensors.items() if name not in layers]
+    counts = [math.prod(spec.shape) for spec in others]
+    return sum(counts), sum(n * spec.dtype.itemsize for n, spec in zip(counts, others, strict=True))

@@ -1,0 +1,82 @@
+"""One plan for all formats of a run: made from the user's rules, changed where a format's readers need it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from auto_round.config.options import Options
+from auto_round.errors import Refusal, UnsupportedError
+from auto_round.export.exporter import Exporter
+from auto_round.export.planning import Planned
+from auto_round.export.table import refusals, scale_dtype
+from auto_round.log import logger
+from auto_round.models.source import ModelSource
+from auto_round.pipeline.deciding.unaddressed import refuse_nothing, with_unaddressed, without_kept
+from auto_round.schemes.make import make_plan
+from auto_round.schemes.plan import Plan
+from auto_round.schemes.request import plan_request
+
+
+def plan_together(
+    source: ModelSource, tokenizer: Any, options: Options, asked: Sequence[Exporter]
+) -> Planned:
+    """One plan for all formats of a run: the planner of formats that have none of their own.
+
+    Arguments as for `Planner`.
+
+    Raises:
+        NothingQuantizedError: the run would only copy the model.
+        UnsupportedError: a format cannot hold the plan; names those that can.
+    """
+    plan = _plan(options, source, asked)
+    return Planned(plan, _exporters(asked, plan, source))
+
+
+def _plan(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> Plan:
+    request = plan_request(options.scheme, scale_dtype(asked, source.dtype))
+    others = {name.rpartition(".")[0] for name in source.tensors}
+    make = partial(
+        make_plan,
+        source.layers,
+        blocks=source.blocks,
+        tied_head=source.tied_head,
+        other_names=sorted(others),
+    )
+    plan = make(request)
+    if objections := _objections(asked, plan, source):
+        uniform = make(replace(request, one_group_size=True))
+        plan = uniform if _objections(asked, uniform, source) < objections else plan
+    plan = without_kept(with_unaddressed(plan, source), source.layers, asked)
+    for warning in plan.warnings:
+        logger.warning(warning)
+    refuse_nothing(plan, source)
+    return plan
+
+
+def _refused(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> list[Refusal]:
+    return [r for e in asked for r in refusals(e, plan, source.layers, source.loading)]
+
+
+def _objections(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> int:
+    """How much formats and their readers have against a plan."""
+    return len(_refused(asked, plan, source)) + sum(len(e.warnings(plan, source.layers)) for e in asked)
+
+
+def _exporters(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> dict[str, Exporter]:
+    """Format name -> exporter with its variant decided.
+
+    Raises:
+        UnsupportedError: a format cannot hold the plan; names those that can.
+    """
+    refused = _refused(asked, plan, source)
+    if refused:
+        others = [e.name for e in asked if all(r.who != e.name for r in refused)]
+        alone = f"; {', '.join(others)} can: run once for each format that is left" if others else ""
+        raise UnsupportedError(f"this plan cannot be written as asked{alone}", refused)
+    for exporter in asked:
+        for note in exporter.warnings(plan, source.layers):
+            logger.warning(note)
+    return {e.name: e.for_plan(plan, source.layers) for e in asked}

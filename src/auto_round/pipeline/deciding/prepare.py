@@ -1,0 +1,64 @@
+"""From options to a job, in four steps; each refuses what it can know to be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from auto_round.config.options import Options
+from auto_round.log import logger
+from auto_round.pipeline.deciding.decide import decide
+from auto_round.pipeline.deciding.effects import idle_options
+from auto_round.pipeline.deciding.fetch_rows import fetch_rows
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.open_model import open_model
+from auto_round.pipeline.deciding.request import make_request
+from auto_round.pipeline.machine.default_device import plain_device
+
+
+@plain_device()
+def prepare(
+    options: Options,
+    *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    dataset: Any = None,
+    output: Path | None = None,
+    rows: bool = True,
+) -> Job:
+    """Decide everything that can be decided without reading weights.
+
+    Args:
+        options: what the user asked for.
+        model: a model in memory instead of `options.model.model`.
+        tokenizer: its tokenizer, an object; None to load it from the model's folder.
+        dataset: calibration data as Python objects instead of `options.calibration.dataset`.
+        output: final folder; None for `options.output.output_dir`.
+        rows: fetch the calibration rows; a dry run does without.
+
+    Raises:
+        AutoRoundError: anything that would make the run fail later, as far as it can be known.
+    """
+    request = make_request(options, dataset=dataset, output=output)
+    opened = open_model(request, model=model, tokenizer=tokenizer)
+    decided = decide(request, opened)
+    data = fetch_rows(opened, decided, dataset=dataset, dry=not rows)
+    job = Job(
+        options=opened.options,
+        source=opened.source,
+        tokenizer=opened.tokenizer,
+        plan=decided.plan,
+        exporters=decided.exporters,
+        rows=data.rows,
+        tuned=data.tuned,
+        tune=decided.tune,
+        device=request.device,
+        dtype=decided.dtype,
+        output=request.output,
+        importance=decided.importance,
+    )
+    for note in idle_options(job):
+        logger.warning(note)
+    return job

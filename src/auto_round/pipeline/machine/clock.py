@@ -1,0 +1,60 @@
+"""Time and memory of a run, and the estimate of what is left."""
+
+from __future__ import annotations
+
+import time
+
+from auto_round.log import Progress
+from auto_round.pipeline.machine.memory import peak_bytes
+
+
+class Clock:
+    """Starts when made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._tuning_since: float | None = None
+        self._skipped = 0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the run began."""
+        return time.perf_counter() - self._start
+
+    @property
+    def peak(self) -> int:
+        """Peak resident memory of the process, bytes."""
+        return peak_bytes()
+
+    def skip(self, units: int) -> None:
+        """Tell that this many units were done in an earlier run."""
+        self._skipped = units
+
+    def event(
+        self,
+        stage: str,
+        done: int,
+        total: int,
+        label: str,
+        *,
+        loss: float | None = None,
+        initial: float | None = None,
+    ) -> Progress:
+        """A progress event, with the time left while tuning."""
+        if stage != "tune":
+            self._tuning_since = self.seconds
+        fresh = done - self._skipped
+        left = None
+        if stage == "tune" and fresh > 0 and self._tuning_since is not None:
+            left = (self.seconds - self._tuning_since) / fresh * (total - done)
+        return Progress(
+            stage,
+            done,
+            total,
+            label,
+            loss=None if loss is None or loss != loss else loss,
+            initial_loss=None if initial is None or initial != initial else initial,
+            seconds=self.seconds,
+            seconds_left=left,
+            peak_bytes=self.peak,
+        )

@@ -1,0 +1,207 @@
+"""One group of blocks: read, tuned, written, and both streams moved past it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.calibration.observe import InputMoments
+from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
+from auto_round.facts.layer import Layer
+from auto_round.numerics.format import Format
+from auto_round.numerics.importance import Importance
+from auto_round.numerics.qtensor import QTensor, QuantizedLayer
+from auto_round.numerics.token_weights import Massive
+from auto_round.pipeline.deciding.activations import formats_inside
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.running.arguments import ArgumentTable
+from auto_round.pipeline.running.group import BlockGroup
+from auto_round.pipeline.running.hard_cases import by_kind
+from auto_round.pipeline.running.input_squares import InputSquares
+from auto_round.pipeline.running.predictions import judged
+from auto_round.pipeline.running.streams import Streams
+from auto_round.pipeline.running.unit import Unit, tune_unit
+from auto_round.tuning.objective import Objective
+from auto_round.tuning.sign_round import TunedBlock
+
+
+@dataclass(frozen=True, slots=True)
+class GroupResult:
+    """What one group of blocks became.
+
+    Attributes:
+        layers: quantized layers by name.
+        others: retrained norm weights and biases by module parameter name.
+        tuned: losses and the step kept.
+        inputs: name of a tensor in the source -> what flowed into it; empty unless that is to be written.
+        massive: tokens with massive activations in the unquantized output.
+        errors: kind of layer -> share of its output that rounding changed, see `hard_cases`.
+    """
+
+    layers: Mapping[str, tuple[Layer, QuantizedLayer]]
+    others: Mapping[str, Tensor]
+    tuned: TunedBlock
+    inputs: Mapping[str, InputSquares]
+    massive: Massive
+    errors: Mapping[str, float]
+
+
+def tune_group(
+    job: Job, indices: Sequence[int], table: ArgumentTable, streams: Streams, objective: Objective
+) -> GroupResult:
+    """Quantize the layers of some neighbouring blocks and move both streams past them.
+
+    Args:
+        job: the run.
+        indices: indices of the blocks, in order.
+        table: arguments of all blocks of their list for all rows.
+        streams: hidden states before the first of these blocks; replaced by those after the last.
+        objective: what tuning differentiates; the last block may be judged otherwise.
+
+    Raises:
+        NumericsError: a weight or the loss is not finite; names the tensor.
+    """
+    with ExitStack() as stack:
+        blocks = [stack.enter_context(job.source.block(i, job.device)) for i in indices]
+        prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
+        unit = _unit(job, indices, BlockGroup(blocks, [job.source.blocks[i].flow for i in indices]), table)
+        found = tune_unit(
+            unit,
+            streams,
+            job.tune,
+            generator=torch.Generator().manual_seed(job.options.calibration.seed + indices[0]),
+            objective=stack.enter_context(judged(job, indices, objective)),
+            from_quantized=job.options.tune.enable_quanted_input,
+        )
+    layers = _layers_of(job, indices, found.tuned.weights)
+    others = {_outside(name, prefixes): value for name, value in found.tuned.others.items()}
+    seen = _inputs_of(job, indices, found.importance, found.moments) if job.saves_imatrix else {}
+    return GroupResult(layers, others, found.tuned, seen, found.massive, by_kind(found.errors))
+
+
+def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTable) -> Unit:
+    """A group with its formats, cast to the dtypes in which it computes.
+
+    Raises:
+        NumericsError: a weight is not finite.
+    """
+    formats = _formats(job, indices)
+    first = job.source.block_lists[job.source.blocks[indices[0]].in_list][0].index
+    prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
+    _refuse_not_finite(group, prefixes)
+    originals = {name: group.get_parameter(name).detach() for name in formats}
+    _cast(job, group, indices)
+    return Unit(
+        group=group,
+        originals=originals,
+        formats=formats,
+        activations=formats_inside(job.plan, job.source.layers, prefixes),
+        observed=_observed(job, indices, group, formats),
+        table=table,
+        blocks=[index - first for index in indices],
+        device=job.device,
+    )
+
+
+def _formats(job: Job, indices: Sequence[int]) -> dict[str, Format]:
+    """Parameter name inside the group -> format; one format for all matrices inside a fused parameter."""
+    found: dict[str, Format] = {}
+    kept: set[str] = set()
+    for layer in job.source.layers:
+        if layer.block not in indices:
+            continue
+        name = _inside(job, indices, layer)
+        fmt = job.plan.format_of(layer.name)
+        if fmt is None or found.setdefault(name, fmt) != fmt:
+            kept.add(name)
+    mixed = sorted(kept & found.keys())
+    if mixed:
+        reason = (
+            f"{mixed[0]} holds several matrices in one parameter, and the plan gives them different schemes"
+        )
+        raise UnsupportedError(
+            "fused experts must share one scheme",
+            [Refusal("tuning", reason, "give all experts of a layer one scheme")],
+        )
+    return found
+
+
+def _inside(job: Job, indices: Sequence[int], layer: Layer) -> str:
+    """Name of a layer's parameter inside the group."""
+    if layer.block is None:
+        raise InternalError(f"{layer.name} lies outside the blocks")
+    prefix = job.source.blocks[layer.block].module
+    return f"{list(indices).index(layer.block)}.{layer.parameter.removeprefix(prefix + '.')}"
+
+
+def _refuse_not_finite(group: BlockGroup, prefixes: Mapping[str, str]) -> None:
+    """Look at every weight before it spoils activations, whose errors would name no tensor."""
+    for name, parameter in group.named_parameters():
+        count = parameter.numel() - int(parameter.isfinite().sum())
+        if count:
+            raise NumericsError(
+                f"{_outside(name, prefixes)}: {count} of {parameter.numel()} weights are NaN or infinite; "
+                "expected finite ones: fetch the model again"
+            )
+
+
+def _cast(job: Job, group: BlockGroup, indices: Sequence[int]) -> None:
+    """Bring a group to the dtypes in which it computes; routers and the like may ask for float32."""
+    for position, index in enumerate(indices):
+        dtypes = job.source.block_dtypes(index, job.dtype)
+        block = group.get_submodule(str(position))
+        for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+
+
+def _outside(name: str, prefixes: Mapping[str, str]) -> str:
+    position, _, rest = name.partition(".")
+    return f"{prefixes[position]}.{rest}"
+
+
+def _observed(
+    job: Job, indices: Sequence[int], group: BlockGroup, formats: Mapping[str, Format]
+) -> list[str]:
+    """Linear modules whose inputs matter: quantized ones for the search, kept ones too for a file."""
+    names = list(formats) if job.tune.search else []
+    if job.saves_imatrix:
+        names = [_inside(job, indices, layer) for layer in job.source.layers if layer.block in indices]
+    unique = dict.fromkeys(n for n in names if isinstance(_owner(group, n), nn.Linear))
+    return [n.removesuffix(".weight") for n in unique]
+
+
+def _inputs_of(
+    job: Job,
+    indices: Sequence[int],
+    importance: Mapping[str, Importance],
+    moments: Mapping[str, InputMoments],
+) -> dict[str, InputSquares]:
+    """What flowed into each matrix of the blocks, by its name in the source."""
+    found: dict[str, InputSquares] = {}
+    for layer in job.source.layers:
+        if layer.block in indices and (name := _inside(job, indices, layer)) in importance:
+            found[layer.tensor] = InputSquares(importance[name].squares.cpu(), moments[name].count)
+    return found
+
+
+def _owner(group: BlockGroup, parameter: str) -> nn.Module:
+    return group.get_submodule(parameter.rpartition(".")[0])
+
+
+def _layers_of(
+    job: Job, indices: Sequence[int], weights: Mapping[str, QTensor]
+) -> dict[str, tuple[Layer, QuantizedLayer]]:
+    """Quantized layers by their names on disk; fused parameters are cut into their matrices."""
+    found: dict[str, tuple[Layer, QuantizedLayer]] = {}
+    for layer in job.source.layers:
+        if layer.block in indices and job.plan.format_of(layer.name) is not None:
+            index = () if layer.expert is None else (layer.expert,)
+            rows = slice(None) if layer.rows is None else slice(*layer.rows)
+            weight = weights[_inside(job, indices, layer)].take(index, rows)
+            found[layer.name] = (layer, QuantizedLayer(weight))
+    return found

@@ -1,0 +1,113 @@
+"""torch.compile for the tuning step: used where it pays, left out where it cannot work."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from auto_round.log import logger
+from auto_round.pipeline.deciding.activations import activation_formats
+from auto_round.pipeline.deciding.job import Job
+from auto_round.tuning.config import TuneConfig
+from auto_round.tuning.objective import PLAIN, Objective, block_objective
+from auto_round.tuning.steps import batch_rows, rows_seen
+from auto_round.tuning.weights import fake_weights
+
+CPU_FLOPS = 3e11
+ACCELERATOR_FLOPS = 1e14
+"""Rough rates of a tuning step, for the decision only."""
+SAVING = 0.3
+"""Share of a step that compiling saves on a CPU (docs/LOG.md)."""
+COMPILE_SECONDS = 40.0
+"""What compiling one kind of block costs, caches cold, on an ordinary core; twice that where two are slow."""
+MOST_KINDS = 8
+"""Kinds of blocks up to which PyTorch keeps compiled code of one function; of further ones it keeps none."""
+
+
+def objective_for(job: Job) -> Objective:
+    """What the tuning steps of a job differentiate: compiled where it pays."""
+    wanted = job.options.tune.enable_torch_compile
+    if not job.tunes or not job.tune.iters:
+        return PLAIN
+    if activation_formats(job.plan, job.source.layers):
+        # Inputs are rounded in hooks, which compiled code of another block would not see.
+        level = logger.warning if wanted else logger.info
+        level("blocks are not compiled: activations are quantized")
+        return PLAIN
+    kinds = block_kinds(job)
+    if kinds > MOST_KINDS:
+        level = logger.warning if wanted else logger.info
+        level("blocks are not compiled: there are %d kinds of them, more than PyTorch keeps", kinds)
+        return PLAIN
+    if wanted is None:
+        wanted = _seconds(job) * SAVING > COMPILE_SECONDS * kinds
+    if wanted and job.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        level = logger.warning if job.options.tune.enable_torch_compile else logger.info
+        level("blocks are not compiled: this machine has no C++ compiler")
+        return PLAIN
+    return compiled_objective() if wanted else PLAIN
+
+
+def block_kinds(job: Job) -> int:
+    """How many times a step has to be compiled: blocks with equal matrices and formats share the code."""
+    kinds: dict[int, list[Any]] = {}
+    for layer in job.source.layers:
+        if layer.block is not None:
+            inside = layer.parameter.removeprefix(job.source.blocks[layer.block].module)
+            kinds.setdefault(layer.block, []).append((inside, layer.shape, job.plan.format_of(layer.name)))
+    return len({tuple(kind) for kind in kinds.values()})
+
+
+def in_equal_passes(config: TuneConfig, tuned: int) -> TuneConfig:
+    """The same settings with passes of one number of rows, whatever the size of a step's batch.
+
+    Compiled code holds for one shape, and batches grow while steps shrink.
+
+    Args:
+        config: settings of the loop.
+        tuned: rows that are tuned on.
+    """
+    sizes = {min(batch_rows(config, step), tuned) for step in range(config.iters)}
+    common = math.gcd(*sizes)
+    most = min(common, config.rows_at_once or common)
+    return replace(config, rows_at_once=next(n for n in range(most, 0, -1) if common % n == 0))
+
+
+def _seconds(job: Job) -> float:
+    """Rough time of all tuning steps without compiling: forward, and both gradients."""
+    weights = sum(math.prod(layer.shape) for layer in job.source.layers if layer.block is not None)
+    tokens = 0 if job.rows is None else len(job.rows.rows[0])
+    rate = CPU_FLOPS if job.device.type == "cpu" else ACCELERATOR_FLOPS
+    return 6 * weights * tokens * rows_seen(job.tune) / rate
+
+
+def compiled_objective(backend: str | Callable[..., Any] = "inductor") -> Objective:
+    """Both functions of a tuning step, compiled; blocks of one kind share the compiled code.
+
+    Args:
+        backend: compiler of `torch.compile`.
+    """
+    return Objective(_Compiled(fake_weights, backend), _Compiled(block_objective, backend))
+
+
+class _Compiled:
+    """A compiled function; when the compiler fails the reason is logged and the plain function runs."""
+
+    def __init__(self, plain: Callable[..., Any], backend: str | Callable[..., Any]) -> None:
+        self._plain = plain
+        self._compiled: Callable[..., Any] | None = torch.compile(plain, dynamic=False, backend=backend)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the plain function gives."""
+        if self._compiled is not None:
+            try:
+                return self._compiled(*arguments)
+            except (RuntimeError, TypeError, AttributeError) as error:  # compilers raise subclasses of these
+                logger.warning("blocks are not compiled: %s", str(error).strip().split("\n")[0])
+                self._compiled = None
+        return self._plain(*arguments)

@@ -1,0 +1,79 @@
+"""Neighbouring blocks run, and tuned, as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.facts.flow import Flow, States
+from auto_round.pipeline.running.arguments import ArgumentTable
+from auto_round.tuning.samples import Arguments, states_of
+
+
+class BlockGroup(nn.Module):
+    """One or several blocks in a row; parameter names are `<position>.<name in the block>`.
+
+    A block that the model skips passes its input on; what the model adds between blocks is added here.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], flows: Sequence[Flow]) -> None:
+        """Put blocks together.
+
+        Args:
+            blocks: in the order in which they run.
+            flows: what each of them takes and returns.
+        """
+        super().__init__()
+        self._orders = tuple(flow.order for flow in flows)
+        for position, block in enumerate(blocks):
+            self.add_module(str(position), block)
+
+    def forward(self, *inputs: Any) -> States:
+        """Run the blocks in turn.
+
+        Args:
+            inputs: what flows in, each `[batch, length, width]`, and behind it a list with, for each block,
+                its arguments (None: skipped) and what is added to what flows into it.
+        """
+        *states, calls = inputs
+        for block, order, (call, added) in zip(self.children(), self._orders, calls, strict=True):
+            states = [s if a is None else s + a.to(s.dtype) for s, a in zip(states, added, strict=True)]
+            if call is not None:
+                args, kwargs = call.given(states)
+                states = list(states_of(block(*args, **kwargs), order))
+        return tuple(states)
+
+
+class GroupArguments:
+    """Looks up the arguments of a group for rows of a stream.
+
+    Attributes:
+        last: rows of the table that were asked for last.
+    """
+
+    def __init__(
+        self, table: ArgumentTable, blocks: Sequence[int], device: torch.device, first_row: int = 0
+    ) -> None:
+        """Remember what to look up.
+
+        Args:
+            table: arguments of all rows.
+            blocks: indices of the group's blocks.
+            device: where tensors are wanted.
+            first_row: row of the table that sample 0 is.
+        """
+        self._table, self._blocks, self._device, self._first = table, blocks, device, first_row
+        self.last: list[int] = []
+        self._last: tuple[tuple[int, ...], Arguments] | None = None
+
+    def __call__(self, index: Sequence[int]) -> Arguments:
+        """Arguments of the group for the given samples."""
+        rows = tuple(self._first + int(i) for i in index)
+        self.last = list(rows)
+        if self._last is None or self._last[0] != rows:
+            calls = [self._table.batch(b, rows, self._device) for b in self._blocks]
+            self._last = (rows, ((calls,), {}))
+        return self._last[1]

@@ -1,0 +1,57 @@
+"""Layers outside the blocks that the plan quantizes: the output head, as a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from auto_round.calibration.observe import InputMoments
+from auto_round.facts.layer import Layer
+from auto_round.numerics.qtensor import QTensor, QuantizedLayer
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.recast import as_wanted
+from auto_round.pipeline.running.input_squares import InputSquares
+from auto_round.pipeline.running.rounding import round_matrix
+from auto_round.pipeline.running.streams import Streams
+
+
+def quantize_outside(
+    job: Job, streams: Streams, write: Callable[[Layer, QuantizedLayer], None]
+) -> tuple[QTensor | None, dict[str, InputSquares]]:
+    """Quantize layers that belong to no block.
+
+    The head is searched with the importance of its own inputs, from the unquantized stream.
+
+    Returns:
+        The head's codes when it is among them, and what flowed into it where that was measured.
+
+    Raises:
+        NumericsError: a weight is not finite.
+    """
+    head: QTensor | None = None
+    inputs: dict[str, InputSquares] = {}
+    for layer, fmt in job.quantized().values():
+        if layer.block is not None:
+            continue
+        importance = None
+        # A head that stays the embedding has been rounded and used as such already.
+        shared = layer.name == job.plan.tied_head and not job.plan.untie_head
+        measured = (job.tune.search or job.saves_imatrix) and streams.tuned
+        if layer.name == job.source.head and measured and not shared:
+            moments = _head_inputs(job, streams)
+            importance = moments.importance()
+            if importance is not None:
+                inputs[layer.tensor] = InputSquares(importance.squares.cpu(), moments.count)
+        weight = as_wanted(job, job.source.read(layer))
+        q = round_matrix(layer.tensor, weight, fmt, job.device, importance, job.effort)
+        write(layer, QuantizedLayer(q))
+        if layer.name == job.source.head:
+            head = q
+    return head, inputs
+
+
+def _head_inputs(job: Job, streams: Streams) -> InputMoments:
+    moments = InputMoments()
+    with job.source.stem(job.device, job.dtype) as stem:
+        for i in range(streams.tuned):
+            moments.add(stem.finish_inputs(streams.reference[0][i : i + 1].to(job.device)))
+    return moments

@@ -1,0 +1,77 @@
+"""The beginning of every calibrated run: what each block receives, and the streams before the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from auto_round.calibration.row import CalibrationRow, joined, masks_of
+from auto_round.facts.flow import States
+from auto_round.models.source import CPU, Stem, Trace
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.running.arguments import ArgumentTable, Place, batch_axes
+from auto_round.pipeline.running.streams import Streams, home_of_streams
+
+
+def trace_rows(
+    job: Job, scratch: Path, embedding: Tensor | None = None, ended: Sequence[Streams] = ()
+) -> tuple[ArgumentTable, Streams]:
+    """Run the model's stem over all rows.
+
+    Args:
+        job: the run; it has rows.
+        scratch: folder for streams that are too large for memory.
+        embedding: the token embedding as the output stores it, where the quantized stream begins; None for
+            the model's own.
+        ended: streams behind the lists of blocks before; as many as there are of them.
+
+    Returns:
+        Arguments of every block of a list for every row, and the streams at its first block.
+    """
+    rows = () if job.rows is None else job.rows.rows
+    begun: list[States] = []
+    rounded: list[States] = []
+    with job.source.stem(CPU, job.dtype, head=False) as stem:
+        table = ArgumentTable(_axes(stem, rows, ended))
+        for i, row in enumerate(rows):
+            reference, quantized = _ends(ended, i)
+            traced = stem.trace(row.inputs, reference)
+            table.add(traced.calls, traced.edits)
+            begun.append(_states(job, traced))
+            if embedding is not None or ended:
+                with nullcontext() if embedding is None else stem.embedding(embedding):
+                    rounded.append(_states(job, stem.trace(row.inputs, quantized)))
+    size = 2 * sum(state.numel() * state.element_size() for states in begun for state in states)
+    home = home_of_streams(job.options.memory, job.device, size)
+    masks = masks_of(rows)
+    if masks is not None and masks.shape[1] != begun[0][0].shape[1]:
+        masks = None  # what flows here does not stand at the rows' positions
+    spill = scratch / f"list-{len(ended)}" if home.files else None
+    streams = Streams.begin(begun, job.tuned, device=home.device, masks=masks, spill=spill)
+    for i, states in enumerate(rounded):
+        streams.restart(i, states)
+    return table, streams
+
+
+def _states(job: Job, traced: Trace) -> States:
+    return tuple(state.detach().to(job.dtype) for state in traced.states)
+
+
+def _ends(ended: Sequence[Streams], row: int) -> tuple[list[States], list[States]]:
+    """What flows out of the lists before for one row: in the unquantized and in the quantized model."""
+    pairs = [streams.row(row) for streams in ended]
+    reference, quantized = ([tuple(s.to(CPU) for s in pair[which]) for pair in pairs] for which in (0, 1))
+    return reference, quantized
+
+
+def _axes(stem: Stem, rows: Sequence[CalibrationRow], ended: Sequence[Streams]) -> Mapping[Place, int]:
+    """How the blocks' arguments grow with the batch: the same row once and twice, a padded one if any is."""
+    number, row = next(((i, row) for i, row in enumerate(rows) if row.mask is not None), (0, rows[0]))
+    ends, _ = _ends(ended, number)
+    repeated = ([tuple(torch.cat([s] * n) for s in states) for states in ends] for n in (1, 2))
+    one, two = (stem.trace(joined([row] * n), end).calls for n, end in zip((1, 2), repeated, strict=True))
+    return batch_axes(one, two)

@@ -1,0 +1,179 @@
+"""One unit of tuning: some blocks, the samples that flow through them, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from auto_round.calibration.observe import InputMoments, observe_inputs
+from auto_round.facts.flow import States
+from auto_round.numerics.activation import ActivationFormat
+from auto_round.numerics.format import Format
+from auto_round.numerics.importance import Importance
+from auto_round.numerics.token_weights import Massive, massive_tokens, token_energy, token_weights
+from auto_round.pipeline.running.arguments import ArgumentTable
+from auto_round.pipeline.running.group import BlockGroup, GroupArguments
+from auto_round.pipeline.running.hard_cases import relative_error
+from auto_round.pipeline.running.streams import Streams
+from auto_round.tuning.config import TuneConfig
+from auto_round.tuning.objective import PLAIN, Objective
+from auto_round.tuning.quantized_inputs import quantized_inputs
+from auto_round.tuning.samples import Samples, run_block
+from auto_round.tuning.sign_round import TunedBlock, tune_block
+from auto_round.tuning.weights import WeightTask
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Blocks that are tuned as one, on their device and in the dtypes in which they compute.
+
+    Attributes:
+        group: the blocks.
+        originals: parameters to quantize, before any cast.
+        formats: what they are rounded to.
+        activations: module of the group -> what its input is rounded to.
+        observed: modules of the group whose inputs are measured.
+        table: what the blocks are called with beside what flows, for every row.
+        blocks: their indices in the table.
+        device: where they are.
+    """
+
+    group: BlockGroup
+    originals: Mapping[str, Tensor]
+    formats: Mapping[str, Format]
+    activations: Mapping[str, ActivationFormat]
+    observed: Sequence[str]
+    table: ArgumentTable
+    blocks: Sequence[int]
+    device: torch.device
+
+    def arguments(self, first_row: int = 0) -> GroupArguments:
+        """Arguments of the group for rows of the table, counted from `first_row`."""
+        return GroupArguments(self.table, self.blocks, self.device, first_row)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model runs all of the blocks."""
+        return not any(self.table.skipped(block) for block in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class TunedUnit:
+    """What blocks became.
+
+    Attributes:
+        tuned: codes, retrained parameters, losses and the step kept.
+        parameters: everything that changed, as the blocks compute with it from now on.
+        importance: what flowed into matrices, by parameter.
+        moments: the counts behind it.
+        massive: tokens with massive activations in the unquantized output, in the first tensor of it.
+        errors: parameter -> share of its output that rounding changed, see `hard_cases`.
+    """
+
+    tuned: TunedBlock
+    parameters: Mapping[str, Tensor]
+    importance: Mapping[str, Importance]
+    moments: Mapping[str, InputMoments]
+    massive: Massive
+    errors: Mapping[str, float]
+
+
+def tune_unit(
+    unit: Unit,
+    streams: Streams,
+    config: TuneConfig,
+    *,
+    generator: torch.Generator,
+    objective: Objective = PLAIN,
+    from_quantized: bool = True,
+) -> TunedUnit:
+    """Quantize some blocks and move both streams past them; the blocks themselves stay as they are.
+
+    Args:
+        unit: the blocks and what to do with them.
+        streams: what flows in before the first of the blocks; replaced by what flows out after the last.
+        config: settings of the loop.
+        generator: source of the order of samples (on the host).
+        objective: what is differentiated.
+        from_quantized: tune on what the quantized blocks before give, rather than the unquantized ones.
+
+    Raises:
+        NumericsError: a weight or the loss is not finite.
+    """
+    group, arguments = unit.group, unit.arguments()
+    moments = _references(unit, streams, arguments, config.pass_rows)
+    importance = {n: found for n, m in moments.items() if (found := m.importance()) is not None}
+    energies = [torch.stack([token_energy(row) for row in target]) for target in streams.targets]
+    weights = tuple(token_weights(energy, streams.mask_of(i)) for i, energy in enumerate(energies))
+    inputs = streams.quantized if from_quantized else streams.reference
+    count = streams.tuned
+    with quantized_inputs(group, unit.activations):
+        tuned = tune_block(
+            group,
+            {n: WeightTask(fmt, unit.originals[n], importance.get(n)) for n, fmt in unit.formats.items()},
+            _samples(inputs, streams.targets, weights, arguments, slice(0, count)),
+            _samples(inputs, streams.targets, weights, unit.arguments(count), slice(count, None)),
+            config if count and unit.runs else replace(config, iters=0),
+            generator=generator,
+            objective=objective,
+        )
+        dtypes = {name: parameter.dtype for name, parameter in group.named_parameters()}
+        rounded = {n: q.format.dequantize(q, dtypes[n]) for n, q in tuned.weights.items()}
+        retrained = {n: p.to(dtypes[n]) for n, p in tuned.others.items()}
+        _advance(unit, rounded | retrained, streams, arguments, config.pass_rows)
+    errors = {
+        name: relative_error(value, unit.originals[name], _squares(importance, name))
+        for name, value in rounded.items()
+    }
+    massive = massive_tokens(energies[0], streams.masks)
+    return TunedUnit(tuned, rounded | retrained, importance, moments, massive, errors)
+
+
+def _squares(importance: Mapping[str, Importance], name: str) -> Tensor | None:
+    return importance[name].squares if name in importance else None
+
+
+def _samples(
+    inputs: States, targets: States, weights: tuple[Tensor, ...], arguments: GroupArguments, rows: slice
+) -> Samples:
+    inside, wanted, each = (tuple(x[rows] for x in states) for states in (inputs, targets, weights))
+    return Samples(inside, wanted, arguments, each)
+
+
+def _references(
+    unit: Unit, streams: Streams, arguments: GroupArguments, at_once: int
+) -> dict[str, InputMoments]:
+    """Write what the unquantized blocks give into the targets; by parameter the second moments of its inputs.
+
+    The channels are observed on the unquantized stream, over the rows that are tuned on.
+    """
+    everything = Samples(streams.reference, streams.reference, arguments)
+    masks, tuned = streams.masks, range(streams.tuned)
+    mask_of = None if masks is None else lambda: masks[arguments.last]
+    with observe_inputs(unit.group, unit.observed, mask_of) as seen:
+        run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=tuned, device=unit.device)
+    rest = range(streams.tuned, streams.rows)
+    run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=rest, device=unit.device)
+    return {f"{name}.weight": moments for name, moments in seen.items()}
+
+
+def _advance(
+    unit: Unit,
+    parameters: Mapping[str, Tensor],
+    streams: Streams,
+    arguments: GroupArguments,
+    at_once: int,
+) -> None:
+    """Replace both streams by the outputs of the unquantized and of the quantized blocks."""
+
+    def quantized(*inputs: object) -> States:
+        output: States = functional_call(unit.group, dict(parameters), inputs)
+        return output
+
+    everything = Samples(streams.quantized, streams.quantized, arguments)
+    run_block(quantized, everything, streams.quantized, batch_size=at_once, device=unit.device)
+    streams.advance()

@@ -1,0 +1,194 @@
+"""The files beside the weights: configurations, tokenizer, report and model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from auto_round.checkpoint.disk import atomic_write_json
+from auto_round.checkpoint.journal import Journal
+from auto_round.checkpoint.record import OURS
+from auto_round.config.groups import CalibrationOptions, TuneOptions
+from auto_round.consumers.lines import loading
+from auto_round.export.exporter import Exporter
+from auto_round.export.hf_config import copy_side_files, read_config, write_configs
+from auto_round.export.model_card import CardFacts, write_model_card
+from auto_round.export.model_card import Measured as Figure
+from auto_round.export.unplanned import with_unplanned
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.plan_table import plan_size
+from auto_round.pipeline.deciding.recast import wanted_dtype
+from auto_round.pipeline.running.hard_cases import hard_cases
+from auto_round.pipeline.running.input_squares import load_inputs
+from auto_round.pipeline.running.measure import Measured
+from auto_round.version import __version__
+
+REPORT = "report.json"
+
+
+def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
+    """Everything that a loader needs beside the weights."""
+    source, blocks = job.source, job.source.blocks
+    plan, layers = with_unplanned(job.plan, source.layers, blocks, source.tensors, source.parameters)
+    for name, exporter in job.exporters.items():
+        if exporter.file is not None:
+            continue  # the file holds all of it
+        folder = folders[name]
+        quantization = exporter.config(plan, layers, blocks, facts(job))
+        if source.folder is not None:
+            config = read_config(source.folder)
+            copy_side_files(source.folder, folder)
+        else:
+            config = {
+                **source.config.to_diff_dict(),
+                "dtype": str(source.dtype).removeprefix("torch."),
+            }
+            if job.tokenizer is not None:
+                job.tokenizer.save_pretrained(folder)
+        own = None if quantization is None else exporter.float_dtype
+        dtype = wanted_dtype(job) if own is None else own
+        write_configs(folder, config, quantization, untied=job.plan.untie_head, dtype=dtype)
+
+
+def facts(job: Job) -> dict[str, bool | int | float | str | None]:
+    """How the model was tuned, where it differs from the defaults."""
+    found: dict[str, bool | int | float | str | None] = {}
+    options = job.options
+    for group, default in ((options.tune, TuneOptions()), (options.calibration, CalibrationOptions())):
+        for name in default.__dataclass_fields__:
+            value = getattr(group, name)
+            if (
+                value != getattr(default, name)
+                and isinstance(value, (bool, int, float, str))
+                and name != "dataset"
+            ):
+                found[name] = value
+    return found
+
+
+def build_report(
+    job: Job, journal: Journal, measured: Measured | None, nbytes: Mapping[str, int]
+) -> dict[str, Any]:
+    """What `report.json` says; no times and no dates, so that equal runs give equal files."""
+    first = next(iter(job.exporters.values()))
+    size = plan_size(job, first)
+    before = sum(s.dtype.itemsize * math.prod(s.shape) for s in job.source.tensors.values())
+    report: dict[str, Any] = {
+        OURS: __version__,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "scheme": job.plan.scheme.label,
+        "formats": list(job.exporters),
+        "method": method(job),
+        "seed": job.options.calibration.seed,
+        "layers": {"quantized": len(job.plan.quantized), "kept": len(job.plan.kept)},
+        "bits_per_quantized_weight": round(size.bits_per_weight, 4),
+        "bytes_before": before,
+        "bytes_after": dict(nbytes),
+        "blocks": [{k: v for k, v in entry.items() if k != "tensors"} for entry in journal.entries],
+    }
+    if job.rows is not None:
+        report["calibration"] = {
+            "dataset": job.options.calibration.dataset,
+            "summary": job.rows.summary,
+            "fingerprint": job.rows.fingerprint,
+            "rows_tuned": job.tuned,
+            "rows_held_out": len(job.rows.rows) - job.tuned if job.judged_apart else 0,
+            "tokens_per_row": len(job.rows.rows[0]),
+        }
+    if measured is not None:
+        c = measured.comparison
+        report["held_out"] = {
+            "positions": c.positions,
+            "tuned_on_too": not job.judged_apart,
+            "perplexity_before": c.perplexity_reference,
+            "perplexity_after": c.perplexity,
+            "kl": c.kl,
+            "same_top_token": c.agreement,
+        }
+    hard = hard_cases(journal.entries, None if measured is None else measured.comparison.kl)
+    if hard:
+        report["hard_cases"] = hard
+    return report
+
+
+def write_report(job: Job, folders: Mapping[str, Path], report: Mapping[str, Any], root: Path) -> None:
+    """Write `report.json` into every folder, and above them when there are several; and the model cards."""
+    for name, exporter in job.exporters.items():
+        atomic_write_json(folders[name] / REPORT, dict(report))
+        write_model_card(folders[name], _card(job, exporter, report, name))
+    if root not in folders.values():
+        atomic_write_json(root / REPORT, dict(report))
+
+
+def hand_over_inputs(job: Job, scratch: Path, folder: Path) -> None:
+    """Give what flowed into the layers to the formats, where it is to be written to a file.
+
+    Args:
+        job: the run.
+        scratch: where the run kept what it saw.
+        folder: folder that will become the output.
+    """
+    if not job.saves_imatrix:
+        return
+    inputs = load_inputs(scratch)
+    for exporter in job.exporters.values():
+        exporter.save_inputs(job.options, inputs, job.output, folder)
+
+
+def method(job: Job) -> str:
+    """One line for people."""
+    tune = job.tune
+    if tune.iters and job.tunes:
+        last = ", the last one by the model's predictions" if job.options.tune.enable_alg_ext else ""
+        return f"SignRound, {tune.iters} steps of {tune.optimizer.value} descent a block{last}"
+    if tune.search:
+        return (
+            "round to nearest in a range searched by importance"
+            if job.tunes
+            else "round to nearest, searched range"
+        )
+    return "plain round to nearest"
+
+
+def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) -> CardFacts:
+    kept: dict[str, int] = {}
+    for layer in job.plan.kept:
+        reason = job.plan.entries[layer].reason
+        kept[reason] = kept.get(reason, 0) + 1
+    held = report.get("held_out")
+    figures = []
+    if held is not None:
+        rows = f"{held['positions']} {'tuned' if held['tuned_on_too'] else 'held-out'} tokens"
+        figures = [
+            Figure(f"perplexity, {rows}", held["perplexity_after"], held["perplexity_before"]),
+            Figure(f"KL from the original, nats per token, {rows}", held["kl"]),
+        ]
+    config = exporter.config(job.plan, job.source.layers, job.source.blocks)
+    model = job.options.model.model
+    hub_id = model if model and not Path(model).exists() and model.count("/") == 1 else None
+    folder = job.source.folder
+    return CardFacts(
+        name=hub_id or (folder.name if folder is not None else type(job.source.config).__name__),
+        scheme=job.plan.scheme.label,
+        exporter=exporter.name,
+        quant_method=None if config is None else config["quant_method"],
+        method=method(job),
+        bits_per_weight=report["bits_per_quantized_weight"],
+        bytes_before=report["bytes_before"],
+        bytes_after=report["bytes_after"][name],
+        quantized=len(job.plan.quantized),
+        kept=[f"{count} matrices: {reason}" for reason, count in sorted(kept.items())],
+        data="" if job.rows is None else job.rows.summary,
+        measured=figures,
+        hub_id=hub_id,
+        options=facts(job),
+        engines=loading(report.get("engines", {}).get(name, {})),
+        auto_class=job.source.facts.auto_class,
+        library=exporter.library,
+        command=exporter.command,
+    )

@@ -1,0 +1,125 @@
+"""What identifies a run, so that an interrupted one is continued only by the same command."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.checkpoint.reader import Checkpoint
+from auto_round.config.options import Options
+from auto_round.models.source import ModelSource
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.machine.description import machine, versions
+from auto_round.pipeline.running.streams import SAVED_AS
+from auto_round.tuning.config import TuneConfig
+from auto_round.version import __version__
+
+
+def signature(job: Job) -> dict[str, Any]:
+    """Settings, data, model and arithmetic of a run, as JSON values."""
+    options = job.options
+    own: dict[str, Any] = {
+        "auto_round": __version__,
+        "torch": torch.__version__,
+        **versions(),
+        "machine": machine(job.device),
+        "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
+        "device": job.device.type,
+        "model_dtype": str(job.source.dtype),
+        "compute_dtype": str(job.dtype),
+        "model": model_fingerprint(job.source),
+        "plan": _plan(job),
+        "formats": {name: _plain(exporter) for name, exporter in job.exporters.items()},
+        "calibration": None
+        if job.rows is None
+        else {"rows": job.rows.fingerprint, "tuned": job.tuned, "seed": options.calibration.seed},
+        "imatrix": _digest(job.importance) if job.importance else None,
+        "save_imatrix": job.saves_imatrix,
+        "tune": _tune(job.tune),
+        "max_shard_size": options.output.max_shard_size,
+        "keep_streams": options.output.resume,
+        "saved_streams": SAVED_AS,
+    }
+    return own | {name: value for name, value in _others(options).items() if name not in own["tune"]}
+
+
+def _tune(tune: TuneConfig) -> dict[str, Any]:
+    """Settings of the loop; of a schedule its values, since two functions may share a name."""
+    found = {f.name: getattr(tune, f.name) for f in dataclasses.fields(tune)}
+    if tune.schedule is not None:
+        found["schedule"] = [float(tune.schedule(step, tune.iters)) for step in range(tune.iters)]
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _others(options: Options) -> dict[str, Any]:
+    """Every option of tuning and of its data by its own name: some are recorded in the output as given.
+
+    Where data comes from is left out: the rows themselves are compared.
+    """
+    found = {f.name: getattr(options.tune, f.name) for f in dataclasses.fields(options.tune)}
+    found |= {name: getattr(options.calibration, name) for name in ("nsamples", "seqlen", "seed")}
+    del found["lr_scheduler"]
+    return {name: _plain(value) for name, value in found.items()}
+
+
+HOW = frozenset(
+    {"torch", "machine", "threads", "device", "compute_dtype", "keep_streams", "saved_streams"}
+    | {"enable_torch_compile"}
+)
+"""Parts of the signature that say how a result is reached: a finished one need not be made again for them."""
+
+
+def request_digest(signature: Mapping[str, Any]) -> str:
+    """SHA-256 of what was asked for, short: equal for two runs that should give the same output."""
+    how = HOW | versions().keys()
+    asked = {key: value for key, value in signature.items() if key not in how}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest(importance: Mapping[str, Tensor]) -> str:
+    """SHA-256 of importances, short."""
+    digest = hashlib.sha256()
+    for name in sorted(importance):
+        digest.update(name.encode())
+        digest.update(importance[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _plan(job: Job) -> dict[str, Any]:
+    """The plan in short, and a digest of all of it."""
+    plan = job.plan
+    return {
+        "scheme": plan.scheme.label,
+        "layers quantized": len(plan.quantized),
+        "layers kept": len(plan.kept),
+        "rules": {rule.key: None if rule.scheme is None else rule.scheme.label for rule in plan.rules},
+        "digest": hashlib.sha256(plan.to_json().encode()).hexdigest()[:16],
+    }
+
+
+def model_fingerprint(source: ModelSource) -> str:
+    """SHA-256 over names, shapes, the configuration and samples of each weight."""
+    digest = hashlib.sha256()
+    for name, spec in source.tensors.items():
+        digest.update(f"{name} {spec.dtype} {tuple(spec.shape)}\n".encode())
+    if source.folder is None:
+        for layer in source.layers:
+            digest.update(source.read(layer).reshape(-1)[:64].double().numpy().tobytes())
+        return digest.hexdigest()
+    with Checkpoint.open(source.folder) as checkpoint:
+        digest.update(checkpoint.fingerprint().encode())
+    digest.update((source.folder / "config.json").read_bytes())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """JSON value of a setting."""
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    return list(value) if isinstance(value, list) else repr(value)

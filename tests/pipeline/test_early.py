@@ -25,7 +25,7 @@ def _nothing_is_fetched(monkeypatch):
     ("given", "said"),
     [
         ({"scheme": "W4A17"}, "W4A16"),
-        ({"scheme": "MXFP4"}, "not there yet"),
+        ({"bits": 5, "data_type": "mx_fp", "group_size": 32}, "not there yet"),
         ({"scheme": "INT8", "act_dynamic": False}, "calibration"),
         ({"layer_config": {"q_proj": {"bit": 8}}}, 'layer_config "q_proj".*bits'),
         ({"layer_config": {"q_proj": "W4A17"}}, "W4A16"),

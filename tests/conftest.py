@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from auto_round.pipeline.machine.description import device
+from auto_round.pipeline.machine import device
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -11,7 +11,7 @@ from auto_round.errors import ConfigError
 from auto_round.log import logger
 from auto_round.pipeline.deciding import open_model
 from auto_round.pipeline.deciding.prepare import prepare
-from auto_round.pipeline.machine.description import device
+from auto_round.pipeline.machine import device
 from auto_round.pipeline.machine.device import choose_device, compute_dtype, rows_at_once
 from auto_round.pipeline.running.streams import home_of_streams
 

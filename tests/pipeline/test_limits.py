@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from auto_round.log import logger
-from auto_round.pipeline.machine.description import device, limits, memory
+from auto_round.pipeline.machine import device, limits, memory
 from auto_round.pipeline.machine.limits import allowed_bytes, usable_cores
 
 TWO_CORES = {

@@ -11,7 +11,7 @@ import torch
 
 from auto_round.config import TuneOptions, all_settings, build_options
 from auto_round.pipeline.deciding.prepare import prepare
-from auto_round.pipeline.machine.description import description as machine
+from auto_round.pipeline.machine import description as machine
 from auto_round.pipeline.writing.signature import signature
 from auto_round.tuning.settings import tune_settings
 from pipeline.runs import SHORT, token_rows

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from auto_round.calibration.records import Tokens
 from auto_round.calibration.rows import CalibrationRows, load_rows
-from auto_round.calibration.samples import Tokens
 from auto_round.calibration.shape import Reason, cut_rows, join_rows
 from auto_round.errors import ConfigError
 from calibration.words import CountingTokenizer, make_tokenizer, words

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from auto_round.calibration.samples import Conversation, Sample, Tokens, samples_of
+from auto_round.calibration.records import Conversation, Sample, Tokens, samples_of
 from auto_round.errors import ConfigError
 
 TALK = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]

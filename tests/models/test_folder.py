@@ -55,14 +55,6 @@ def test_a_stem_without_its_head(saved, monkeypatch):
             assert torch.equal(stem.trace({"input_ids": IDS}).states[0], hidden)
 
 
-def test_prefetching_asks_for_the_blocks_tensors(saved, monkeypatch):
-    with FolderSource.open(saved("mixtral")) as source:
-        asked = []
-        monkeypatch.setattr(source.checkpoint, "prefetch", asked.extend)
-        source.prefetch(1)
-        assert set(asked) == {name for name in source.tensors if name.startswith("model.layers.1.")}
-
-
 def test_a_tied_head_is_read_once(saved, monkeypatch):
     with FolderSource.open(saved("qwen2")) as source:
         read = []

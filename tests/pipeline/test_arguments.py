@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from auto_round.facts.flow import BlockCall
-from auto_round.pipeline.running.arguments import ArgumentTable, batch_axes
+from auto_round.pipeline.running.block_arguments import ArgumentTable, batch_axes
 from pipeline.runs import ROWS, kl_of, quantize
 
 CPU = torch.device("cpu")

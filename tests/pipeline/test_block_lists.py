@@ -10,7 +10,7 @@ from auto_round.models.auto_classes import load_model
 from auto_round.models.families import FLOWS, LISTS
 from auto_round.models.folder import FolderSource
 from auto_round.pipeline.deciding.prepare import prepare
-from auto_round.pipeline.running.trace import trace_rows
+from auto_round.pipeline.running.trace_rows import trace_rows
 from auto_round.testing.tiny_models import tiny_model
 from pipeline.runs import ROWS, SHORT, kl_of, quantize, tree
 from pipeline.two_streams import BLOCK, FLOW, TWO_LISTS, TwoListConfig, TwoListForCausalLM, register

@@ -17,7 +17,7 @@ from auto_round.models.folder import FolderSource
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.quantize import run_job
-from auto_round.pipeline.running.trace import trace_rows
+from auto_round.pipeline.running.trace_rows import trace_rows
 from auto_round.testing.tiny_models import tiny_model
 from pipeline.runs import ROWS, SHORT, tree
 from pipeline.two_streams import BLOCK, FLOW, TwoStreamBlock, TwoStreamConfig, register

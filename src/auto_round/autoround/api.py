@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from auto_round.autoround.attributes import Attributes, Done, layer_schemes
-from auto_round.autoround.signature import collect, make_documentation, make_signature, read_arguments
+from auto_round.autoround.parameters import collect, make_documentation, make_signature, read_arguments
 from auto_round.config import Options, OutputOptions, read_environment
 from auto_round.errors import ConfigError
 from auto_round.log import ProgressSink, ignore_progress, logger

@@ -18,7 +18,7 @@ from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
 from auto_round.pipeline.deciding.activations import activation_formats
 from auto_round.pipeline.machine.device import choose_device
-from auto_round.pipeline.running.group import BlockGroup
+from auto_round.pipeline.running.block_group import BlockGroup
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.unit import Unit, tune_unit
 from auto_round.schemes.make import make_plan

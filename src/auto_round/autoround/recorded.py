@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from auto_round.errors import ConfigError
 from auto_round.facts.flow import BlockCall, Flow, States, split_call
 from auto_round.models.families import flow_of, parameter_names
-from auto_round.pipeline.running.arguments import ArgumentTable
+from auto_round.pipeline.running.block_arguments import ArgumentTable
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from auto_round.calibration.samples import Conversation, Message
+from auto_round.calibration.records import Conversation, Message
 from auto_round.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from auto_round.calibration.chat import Tokenizer, render
-from auto_round.calibration.samples import Sample, Tokens
+from auto_round.calibration.records import Sample, Tokens
 from auto_round.errors import ConfigError
 
 BATCH = 16

@@ -11,9 +11,9 @@ from pathlib import Path
 from auto_round.calibration.chat import Tokenizer
 from auto_round.calibration.encode import TextOptions, encode
 from auto_round.calibration.grammar import DatasetItem, parse_dataset
+from auto_round.calibration.records import Sample, samples_of
 from auto_round.calibration.registry import Platform
 from auto_round.calibration.row import CalibrationRow, fingerprint
-from auto_round.calibration.samples import Sample, samples_of
 from auto_round.calibration.shape import Reason, cut_rows, join_rows
 from auto_round.calibration.sources import Source, open_item, own_source
 from auto_round.errors import ConfigError

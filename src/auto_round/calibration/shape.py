@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from auto_round.calibration.samples import Tokens
+from auto_round.calibration.records import Tokens
 
 Row = tuple[Tensor, Tensor | None]
 Drop = Callable[[str, int], None]

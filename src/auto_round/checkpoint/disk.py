@@ -197,12 +197,6 @@ def reserve(fd: int, size: int) -> None:
                 raise
 
 
-def will_need(fd: int, offset: int, count: int) -> None:
-    """Ask the system to start reading a range into its page cache."""
-    if sys.platform == "linux":
-        os.posix_fadvise(fd, offset, count, os.POSIX_FADV_WILLNEED)
-
-
 def sync_file(path: Path) -> None:
     """Make the bytes of a file survive a power cut."""
     fd = open_file(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows asks for the right to write

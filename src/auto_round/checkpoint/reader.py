@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from auto_round.checkpoint.disk import bytes_of, copy_at, read_at, reading, will_need
+from auto_round.checkpoint.disk import bytes_of, copy_at, read_at, reading
 from auto_round.checkpoint.header import TensorInfo
 from auto_round.checkpoint.open_files import OpenFiles
 from auto_round.checkpoint.shards import INDEX_FILE, SINGLE_FILE, read_file, read_shards
@@ -39,7 +38,6 @@ class Checkpoint:
         self.mistakes = mistakes
         self._tensors = tensors
         self._files = OpenFiles(os.O_RDONLY)
-        self._readahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="readahead")
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -144,11 +142,6 @@ class Checkpoint:
         if done != info.nbytes:
             raise _cut_short(name, info, info.begin + done)
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Start reading tensors into the system's page cache; returns at once, and is never needed."""
-        for name in names:
-            self._readahead.submit(self._read_ahead, self.info(name))
-
     def fingerprint(self) -> str:
         """Hash of every tensor's name, dtype and shape, and of up to 12 KiB of its bytes.
 
@@ -163,7 +156,6 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close all files; reading afterwards is an error."""
-        self._readahead.shutdown(wait=True, cancel_futures=True)
         self._files.close()
 
     def __enter__(self) -> Checkpoint:
@@ -181,10 +173,6 @@ class Checkpoint:
             with reading(file):
                 fd = stack.enter_context(self._files.use(file))
             yield fd
-
-    def _read_ahead(self, info: TensorInfo) -> None:
-        with self._opened(info.file) as fd:
-            will_need(fd, info.begin, info.nbytes)
 
     def _fill(self, name: str, info: TensorInfo, out: Tensor, offset: int) -> Tensor:
         """Fill `out` from the file of a tensor, starting at `offset`."""

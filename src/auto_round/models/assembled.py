@@ -167,10 +167,6 @@ class AssembledSource(ABC):
         dtypes = self._dtypes_for(dtype).items()
         return {name.removeprefix(inside): kept for name, kept in dtypes if name.startswith(inside)}
 
-    def prefetch(self, index: int) -> None:
-        """Start reading the weights of a block; see `ModelSource`."""
-        del index
-
     @contextmanager
     def stem(
         self, device: torch.device = CPU, dtype: torch.dtype | None = None, *, head: bool = True

@@ -81,13 +81,6 @@ class FolderSource(AssembledSource):
 
         return recipe.make(read, self._parts.model)
 
-    def prefetch(self, index: int) -> None:
-        """Start reading the weights of a block into the system's page cache."""
-        inside = f"{self.blocks[index].module}."
-        names = self._parts.names
-        recipes = {r.key: r for target, r in names.by_target.items() if target.startswith(inside)}
-        self.checkpoint.prefetch(piece.name for recipe in recipes.values() for piece in recipe.pieces)
-
     def close(self) -> None:
         """Close the files."""
         self.checkpoint.close()

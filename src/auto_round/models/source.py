@@ -167,10 +167,6 @@ class ModelSource(Protocol):
         """
         ...
 
-    def prefetch(self, index: int) -> None:
-        """Start reading the weights of block `index`, where that helps; returns at once."""
-        ...
-
     def read(self, layer: Layer) -> Tensor:
         """Weight of a layer, `[out, in]`, in its dtype on disk."""
         ...

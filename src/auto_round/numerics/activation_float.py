@@ -13,7 +13,7 @@ from auto_round.numerics.scale import Stats
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredScales:
     """A format of weights as a format of activations: scales follow from each group as the model runs.
 
     Scales and rounding are computed in float32, as vLLM's kernels do; powers of two are exact in any dtype.

@@ -14,7 +14,7 @@ from auto_round.pipeline.deciding.fetch_rows import held_out_rows
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import manifests
 from auto_round.pipeline.machine.memory import peak_bytes
-from auto_round.pipeline.running.predictions import logits_budget
+from auto_round.pipeline.running.last_block import logits_budget
 from auto_round.pipeline.running.streams import Home, home_of_streams
 from auto_round.tuning.steps import held_out_looks, rows_seen
 

@@ -36,7 +36,7 @@ from auto_round.pipeline.running.head import quantize_outside
 from auto_round.pipeline.running.input_squares import save_inputs
 from auto_round.pipeline.running.measure import Measured, measure_streams
 from auto_round.pipeline.running.streams import Streams
-from auto_round.pipeline.running.trace import trace_rows
+from auto_round.pipeline.running.trace_rows import trace_rows
 from auto_round.pipeline.writing.finish import (
     REPORT,
     build_report,

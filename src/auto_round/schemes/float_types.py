@@ -48,7 +48,7 @@ def _fp8_block_weights(scheme: QuantizationScheme) -> Format | Refusal:
 
 
 def _fp8_inputs(fields: InputFields) -> ActivationFormat | Refusal:
-    from auto_round.numerics.activation_float import Measured
+    from auto_round.numerics.activation_float import MeasuredScales
     from auto_round.numerics.group import Group
     from auto_round.numerics.presets_float import fp8_format
 
@@ -56,7 +56,7 @@ def _fp8_inputs(fields: InputFields) -> ActivationFormat | Refusal:
         return Refusal(
             "activations", "steps fixed at calibration are not there yet", "leave out disable_act_dynamic"
         )
-    return _asymmetric("activations", sym=fields.sym) or Measured(fp8_format(Group(fields.group_size)))
+    return _asymmetric("activations", sym=fields.sym) or MeasuredScales(fp8_format(Group(fields.group_size)))
 
 
 def _mx_weights(element: str, scheme: QuantizationScheme) -> Format | Refusal:
@@ -66,7 +66,7 @@ def _mx_weights(element: str, scheme: QuantizationScheme) -> Format | Refusal:
 
 
 def _mx_inputs(element: str, fields: InputFields, *, ceil: bool = False) -> ActivationFormat | Refusal:
-    from auto_round.numerics.activation_float import Measured
+    from auto_round.numerics.activation_float import MeasuredScales
     from auto_round.numerics.presets_float import mx_format
 
     if fields.group_size not in _MX_SIZES:
@@ -74,7 +74,7 @@ def _mx_inputs(element: str, fields: InputFields, *, ceil: bool = False) -> Acti
     if not fields.dynamic:
         return Refusal("activations", "MX scales are always measured", "leave out disable_act_dynamic")
     found = mx_format(f"{element}{fields.bits}", ceil=ceil)
-    return _asymmetric("activations", sym=fields.sym) or Measured(found)
+    return _asymmetric("activations", sym=fields.sym) or MeasuredScales(found)
 
 
 def _nv_weights(scheme: QuantizationScheme) -> Format | Refusal:
@@ -91,7 +91,7 @@ def _nv_e5m3_weights(scheme: QuantizationScheme) -> Format | Refusal:
 
 
 def _nv_e5m3_inputs(fields: InputFields) -> ActivationFormat | Refusal:
-    from auto_round.numerics.activation_float import Measured
+    from auto_round.numerics.activation_float import MeasuredScales
     from auto_round.numerics.grid_float import E5M3
     from auto_round.numerics.presets_float import nv_format
 
@@ -99,7 +99,7 @@ def _nv_e5m3_inputs(fields: InputFields) -> ActivationFormat | Refusal:
         return Refusal(
             "activations", f"NVFP4 has groups of 16, not of {fields.group_size}", "act_group_size 16"
         )
-    return _asymmetric("activations", sym=fields.sym) or Measured(nv_format(E5M3))
+    return _asymmetric("activations", sym=fields.sym) or MeasuredScales(nv_format(E5M3))
 
 
 _MX_LAYOUTS = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}

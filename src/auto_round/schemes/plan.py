@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from auto_round.errors import ConfigError, InternalError
 from auto_round.facts.layer import Layer
 from auto_round.schemes.entry import PlanEntry
+from auto_round.schemes.plan_text import render
 from auto_round.schemes.rules import Kind, Rule
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.schemes.size import PlanSize, measure
-from auto_round.schemes.table import render
 
 if TYPE_CHECKING:
     from auto_round.numerics.activation import ActivationFormat

@@ -10,8 +10,8 @@ from auto_round.export.manifest import Manifest
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.recast import kept_tensors
 from auto_round.schemes.plan import Plan
+from auto_round.schemes.plan_text import render
 from auto_round.schemes.size import PlanSize
-from auto_round.schemes.table import render
 
 
 def manifests(job: Job) -> dict[str, Manifest]:

@@ -18,11 +18,11 @@ from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.numerics.token_weights import Massive
 from auto_round.pipeline.deciding.activations import formats_inside
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.running.arguments import ArgumentTable
-from auto_round.pipeline.running.group import BlockGroup
+from auto_round.pipeline.running.block_arguments import ArgumentTable
+from auto_round.pipeline.running.block_group import BlockGroup
 from auto_round.pipeline.running.hard_cases import by_kind
 from auto_round.pipeline.running.input_squares import InputSquares
-from auto_round.pipeline.running.predictions import judged
+from auto_round.pipeline.running.last_block import judged
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.unit import Unit, tune_unit
 from auto_round.tuning.objective import Objective

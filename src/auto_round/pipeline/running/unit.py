@@ -15,8 +15,8 @@ from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.token_weights import Massive, massive_tokens, token_energy, token_weights
-from auto_round.pipeline.running.arguments import ArgumentTable
-from auto_round.pipeline.running.group import BlockGroup, GroupArguments
+from auto_round.pipeline.running.block_arguments import ArgumentTable
+from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
 from auto_round.pipeline.running.hard_cases import relative_error
 from auto_round.pipeline.running.streams import Streams
 from auto_round.tuning.config import TuneConfig

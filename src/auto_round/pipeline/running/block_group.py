@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from auto_round.facts.flow import Flow, States
-from auto_round.pipeline.running.arguments import ArgumentTable
+from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.tuning.samples import Arguments, states_of
 
 

@@ -13,7 +13,7 @@ from auto_round.calibration.row import CalibrationRow, joined, masks_of
 from auto_round.facts.flow import States
 from auto_round.models.source import CPU, Stem, Trace
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.running.arguments import ArgumentTable, Place, batch_axes
+from auto_round.pipeline.running.block_arguments import ArgumentTable, Place, batch_axes
 from auto_round.pipeline.running.streams import Streams, home_of_streams
 
 

@@ -7,9 +7,10 @@ import torch
 
 from auto_round.errors import UnsupportedError
 from auto_round.facts.flow import HIDDEN_STATES, BlockCall
+from auto_round.models.beside import check_no_containers
 from auto_round.models.folder import FolderSource
 from auto_round.models.live import LiveSource
-from auto_round.models.trace import Recorder, _check_no_state
+from auto_round.models.trace import Recorder
 from auto_round.testing.tiny_models import tiny_config, tiny_model
 from sweep.configurations import known_families
 from sweep.outcome import save_family
@@ -102,12 +103,11 @@ def test_hidden_state_may_come_by_name():
 
 
 def test_carried_state_is_refused():
-    config = tiny_config("llama")
     shared: dict[str, torch.Tensor] = {}
     calls = [BlockCall((), {"shared_kv_states": shared})] * 2
     with pytest.raises(UnsupportedError, match="shared_kv_states"):
-        _check_no_state(calls, config)
-    _check_no_state([BlockCall((), {"x": {}}), BlockCall((), {"x": {}})], config)
+        check_no_containers(calls)
+    check_no_containers([BlockCall((), {"x": {}}), BlockCall((), {"x": {}})])
 
 
 def test_a_second_output_is_refused():
@@ -120,7 +120,13 @@ def test_a_second_output_is_refused():
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("dory", r"in the order \[0, 1, 0, 1\]"), ("deepseek_v4", "shape"), ("rwkv", "exchange")],
+    [
+        ("dory", r"in the order \[0, 1, 0, 1\]"),
+        ("deepseek_v4", "shape"),
+        ("rwkv", "exchange"),
+        ("inkling2_text", "behind its last block"),
+        ("inkling2_loop_text", "behind its last block"),
+    ],
 )
 def test_the_true_reason_is_said_before_weights_are_read(tmp_path, monkeypatch, family, reason):
     if family not in known_families():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -18,9 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auto_round.errors import InternalError, Refusal, UnsupportedError
+from auto_round.errors import InternalError, UnsupportedError
 from auto_round.facts.flow import BlockCall, Flow, States, split_call
 from auto_round.facts.model import TOKENS
+from auto_round.models.beside import (
+    Marks,
+    Passed,
+    check_calls,
+    check_end,
+    check_no_containers,
+    gradients_from,
+    untraceable,
+)
 from auto_round.models.facts import shares_no_caches
 from auto_round.models.families import parameter_names
 from auto_round.models.source import Edits, Trace
@@ -36,6 +45,7 @@ class Recorder:
     Attributes:
         returns_tuple: whether stubs wrap one tensor in a tuple, as their blocks do.
         ends: what the last stub hands on; None in place of a tensor that it was given, and hands on as it is.
+        marks: what all stubs hand on in place of what they are given; None for that itself.
     """
 
     def __init__(self, flows: Sequence[Flow]) -> None:
@@ -46,9 +56,15 @@ class Recorder:
         """
         self.returns_tuple = False
         self.ends: Sequence[Tensor | None] = ()
+        self.marks: Marks | None = None
         self._flows = flows
-        self._seen: list[tuple[int, States, BlockCall]] = []
+        self._seen: list[Passed] = []
         self._versions: list[int] = []
+
+    @property
+    def seen(self) -> tuple[Passed, ...]:
+        """All calls since `start`, in order."""
+        return tuple(self._seen)
 
     def start(self) -> None:
         """Forget the last run."""
@@ -63,14 +79,15 @@ class Recorder:
         except LookupError as error:
             raise untraceable(str(error)) from error
         for i, state in enumerate(states):
-            if self._seen and state is self._seen[-1][1][i] and state._version != self._versions[i]:
+            if self._seen and state is self._seen[-1].handed[i] and state._version != self._versions[i]:
                 raise untraceable(f"the model changes the hidden states in place before block {index}")
-        self._versions = [state._version for state in states]
-        self._seen.append((index, states, call))
-        handed = dict(zip(flow.taken, states, strict=True))
+        handed = dict(zip(flow.taken, states if self.marks is None else self.marks(states), strict=True))
         if index == len(self._flows) - 1:
             known = zip(flow.taken, self.ends, strict=False)
             handed |= {name: end for name, end in known if end is not None}
+        passed = tuple(handed.values())
+        self._versions = [state._version for state in passed]
+        self._seen.append(Passed(index, states, passed, call, parameters))
         output = tuple(handed[name] for name in flow.returned)
         return output if self.returns_tuple or len(output) > 1 else output[0]
 
@@ -80,16 +97,17 @@ class Recorder:
         Raises:
             UnsupportedError: blocks ran in another order than they stand in, or hand on hidden state.
         """
-        order = [index for index, _, _ in self._seen]
+        order = [passed.index for passed in self._seen]
         if not order or order != sorted(set(order)):
             raise untraceable(f"its blocks run in the order {order}, not one after another")
         calls: list[BlockCall | None] = [None] * len(self._flows)
-        states = before = self._seen[0][1]
+        states = before = self._seen[0].received
         edits: list[Edits] = [(None,) * len(states)] * len(self._flows)
-        for index, received, call in self._seen:
-            calls[index] = call
-            edits[index] = tuple(_edit(a, b, index) for a, b in zip(before, received, strict=True))
-            before = received
+        for passed in self._seen:
+            calls[passed.index] = passed.call
+            pairs = zip(before, passed.received, strict=True)
+            edits[passed.index] = tuple(_edit(a, b, passed.index) for a, b in pairs)
+            before = passed.handed
         return Trace(states, tuple(calls), tuple(edits))
 
 
@@ -100,20 +118,6 @@ def _edit(before: Tensor, after: Tensor, index: int) -> Tensor | None:
     if after.shape != before.shape:
         raise untraceable(f"the hidden states change shape before block {index}")
     return after - before
-
-
-def untraceable(reason: str) -> UnsupportedError:
-    """The error that says why a model cannot be run block by block."""
-    return UnsupportedError(
-        "cannot run this model block by block",
-        [
-            Refusal(
-                "models",
-                reason,
-                "use plain rounding, which runs no block: --recipe rtn, or iters=0 and disable_opt_rtn=True",
-            )
-        ],
-    )
 
 
 def make_stubs(blocks: Sequence[nn.Module], recorder: Recorder) -> dict[int, nn.Module]:
@@ -161,8 +165,10 @@ class StubStem:
             except _WRONG_RETURN as error:
                 failure = error
             else:
-                return
-        raise untraceable(f"its blocks exchange more than hidden states ({failure})") from failure
+                break
+        else:
+            raise untraceable(f"its blocks exchange more than hidden states ({failure})") from failure
+        self._refuse_what_flows_beside(probe)
 
     def trace(self, inputs: Mapping[str, Tensor], ended: Sequence[States] = ()) -> Trace:
         """Inputs of every block of a list; see `source.Stem`."""
@@ -178,7 +184,8 @@ class StubStem:
             raise untraceable(
                 f"its hidden states have shape {list(wrong[0].shape)}, not [rows, tokens, width]"
             )
-        _check_no_state(traced.calls, self._model.config)
+        if not shares_no_caches(self._model.config):
+            check_no_containers(traced.calls)
         return traced
 
     def finish(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
@@ -234,10 +241,32 @@ class StubStem:
         for recorder in self._recorders:
             recorder.trace()
 
-    def _run_decoder(self, inputs: Mapping[str, Tensor]) -> Any:
+    def _refuse_what_flows_beside(self, probe: Tensor) -> None:
+        """Refuse a model whose blocks, or whose end, read more of earlier blocks than what flows."""
+        self._run_decoder({TOKENS: probe})
+        ended = [recorder.trace().states for recorder in self._recorders]
+        for number, recorder in enumerate(self._recorders):
+            seen = []
+            for seed in range(2):
+                with self._ending_in(dict(enumerate(ended[:number]))), _marking([recorder], seed):
+                    self._run_decoder({TOKENS: probe}, gradients=True)
+                seen.append(recorder.seen)
+            check_calls(*seen)
+        outputs = []
+        end = {len(ended) - 1: tuple(torch.ones_like(state) for state in ended[-1][:1])}
+        for seed in range(2):
+            with (
+                self._ending_in(end),
+                _marking(self._recorders, seed),
+                gradients_from(self._model.get_input_embeddings()),
+            ):
+                outputs.append(self._run_decoder({TOKENS: probe + seed}, gradients=True).last_hidden_state)
+        check_end(*outputs)
+
+    def _run_decoder(self, inputs: Mapping[str, Tensor], *, gradients: bool = False) -> Any:
         self._start()
         given = {name: value.to(self._device) for name, value in inputs.items()}
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             return self._decoder(**given, use_cache=False)
 
     def _blank(self, hidden: Tensor) -> Tensor:
@@ -261,6 +290,18 @@ class StubStem:
 
 
 @contextmanager
+def _marking(recorders: Sequence[Recorder], seed: int) -> Iterator[None]:
+    """Let the stubs of some lists hand on `Marks` for a while."""
+    for recorder in recorders:
+        recorder.marks = Marks(seed)
+    try:
+        yield
+    finally:
+        for recorder in recorders:
+            recorder.marks = None
+
+
+@contextmanager
 def _forward_replaced(module: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let a module of a throw-away copy compute something else for a while."""
     original = module.forward
@@ -269,16 +310,3 @@ def _forward_replaced(module: Any, forward: Callable[[Tensor], Tensor]) -> Itera
         yield
     finally:
         module.forward = original
-
-
-def _check_no_state(calls: Sequence[BlockCall | None], config: Any) -> None:
-    """Refuse containers that blocks fill for later blocks: empty ones, handed to several blocks."""
-    if shares_no_caches(config):
-        return
-    seen: set[int] = set()
-    for call in calls:
-        for name, value in () if call is None else call.kwargs.items():
-            if isinstance(value, (MutableMapping, MutableSequence)) and not len(value):
-                if id(value) in seen:
-                    raise untraceable(f'its blocks hand on state to later blocks in "{name}"')
-                seen.add(id(value))

@@ -1,0 +1,134 @@
+"""State that reaches a block, or the end of a model, beside what flows: refused before work, and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from auto_round.errors import UnsupportedError
+from auto_round.models.live import LiveSource
+
+WIDTH = 32
+
+
+class WayConfig(PreTrainedConfig):
+    model_type = "auto_round_ways"
+
+    def __init__(self, way="plain", vocab_size=64, hidden_size=WIDTH, num_hidden_layers=3, **named):
+        super().__init__(**{"tie_word_embeddings": False, "pad_token_id": 0} | named)
+        self.way, self.vocab_size, self.hidden_size = way, vocab_size, hidden_size
+        self.num_hidden_layers = num_hidden_layers
+
+
+class WayBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)
+        self.down = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states, beside=None):
+        return hidden_states + self.down(torch.tanh(self.up(hidden_states)))
+
+
+class WayModel(PreTrainedModel):
+    config_class = WayConfig
+    base_model_prefix = "model"
+    _no_split_modules = ("WayBlock",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.mix = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList(WayBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        del attention_mask, use_cache
+        way = self.config.way
+        hidden = embedded = self.embed_tokens(input_ids)
+        stack, memory = [], {"chosen": None}
+        for layer in self.layers:
+            if way == "plain" and stack:
+                hidden = hidden + 0.5 * embedded
+            beside = {
+                "plain": lambda: (embedded, {"mask": None}, 3),
+                "stack": lambda: torch.stack([embedded, *stack], 2),
+                "mixed": lambda: self.mix(stack[-1] if stack else embedded),
+                "choices": lambda h=hidden: h.argmax(-1),
+                "nested": lambda h=hidden: {"of": [(h > 0.5, None)]},
+                "numbers": lambda h=hidden: h.sum().item(),
+                "in a mapping": lambda: (memory, 1),
+            }.get(way, lambda: None)()
+            hidden = layer(hidden, beside)
+            stack.append(hidden)
+            if way == "scaled":
+                hidden = hidden * 1.5
+        if way == "first block at the end":
+            hidden = hidden + self.mix(stack[0])
+        if way == "embedding at the end":
+            hidden = hidden + self.mix(embedded)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden))
+
+
+class WayForCausalLM(PreTrainedModel):
+    config_class = WayConfig
+    base_model_prefix = "model"
+    _no_split_modules = ("WayBlock",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = WayModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        return CausalLMOutput(logits=self.lm_head(self.model(input_ids).last_hidden_state))
+
+
+def source_of(way):
+    torch.manual_seed(0)
+    return LiveSource(WayForCausalLM(WayConfig(way)))
+
+
+def test_what_comes_of_the_tokens_alone_is_no_state():
+    source = source_of("plain")
+    source.refuse_untraceable()
+    with source.stem() as stem:
+        trace = stem.trace({"input_ids": torch.arange(6)[None]})
+    assert [edit[0] is None for edit in trace.edits] == [True, False, False]
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor")  # as the family does
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("stack", 'block 1 is given "beside", which is computed from what earlier blocks hand on'),
+        ("mixed", 'block 1 is given "beside"'),
+        ("choices", 'block 1 is given "beside"'),
+        ("nested", 'block 1 is given "beside"'),
+        ("numbers", 'block 1 is given "beside"'),
+        ("scaled", "before block 1 the model computes with the hidden states"),
+        ("in a mapping", 'hand on state to later blocks in "argument 1"'),
+        ("first block at the end", "behind its last block the model reads more"),
+        ("embedding at the end", "behind its last block the model reads more"),
+    ],
+)
+def test_state_beside_what_flows_is_refused_without_weights(way, reason, monkeypatch):
+    source = source_of(way)
+    monkeypatch.setattr(LiveSource, "_fetch", None)
+    with pytest.raises(UnsupportedError, match=reason) as refused:
+        source.refuse_untraceable()
+    assert "--recipe rtn" in str(refused.value)

@@ -106,3 +106,22 @@ def _layer(name: str, shape: tuple[int, int], stored: Stored | None, case: Case)
     if case.index:
         found[f"{name}.g_idx"] = torch.arange(n_in, dtype=torch.int32) // (size if size > 0 else n_in)
     return found
+
+
+def compressed(
+    folder: Path, weights: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], **group: Any
+) -> Path:
+    """A compressed-tensors folder of one block whose matrices have these tensors."""
+    ends = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    stored = {f"model.layers.0.{end}.{k}": t.clone() for end in ends for k, t in tensors.items()}
+    folder.mkdir()
+    save_file(stored, folder / "model.safetensors")
+    numbers = {"type": "int", "symmetric": True, "strategy": "group", **weights}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": numbers, **group}},
+    }
+    (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16", "quantization_config": config}))
+    return folder

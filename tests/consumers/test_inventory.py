@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from auto_round.cli import main as cli
 from auto_round.consumers.inventory import take_inventory
 from auto_round.errors import CheckpointError, ConfigError
-from consumers.folders import AUTO_ROUND, Case, names, write
+from consumers.folders import AUTO_ROUND, Case, compressed, names, write
 
 KEEP = {"bits": 16, "data_type": "float"}
 
@@ -34,23 +34,6 @@ def test_counts(mixed):
     stored = small * (4 + 20 / 128) + 2 * 256 * 256 * (8 + 24 / 128)
     assert found.bits_per_weight == pytest.approx(stored / (small + 2 * 256 * 256))
     assert found.format == "auto-round (auto_round:auto_gptq)"
-
-
-def compressed(folder, weights, tensors, **group):
-    """A compressed-tensors folder of one block whose matrices have these tensors."""
-    ends = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    stored = {f"model.layers.0.{end}.{k}": t.clone() for end in ends for k, t in tensors.items()}
-    folder.mkdir()
-    save_file(stored, folder / "model.safetensors")
-    numbers = {"type": "int", "symmetric": True, "strategy": "group", **weights}
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": numbers, **group}},
-    }
-    (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16", "quantization_config": config}))
-    return folder
 
 
 def words(bits, size, n=256):

@@ -8,19 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from auto_round.consumers.fields import (
-    FLOAT_BITS,
+    FP8,
+    FP8_STRATEGIES,
+    MXFP4,
+    MXFP6,
+    MXFP8,
+    NVFP4,
     CannotReadError,
     CompressedFields,
     Fields,
+    Inputs,
     agreed,
     make_fields,
 )
 from auto_round.consumers.folder import Folder
 from auto_round.consumers.modules import Module
+from auto_round.layouts.compressed import INT_QUANTIZED
 
 _CLASSES = ("Linear", "FusedMoE", "RoutedExperts")
 _REGEX = "re:"
-_TOKEN = "token"
 
 Group = Mapping[str, Any]
 
@@ -83,23 +89,78 @@ class CompressedReader:
 
 def _fields(folder: Folder, group: Group, name: str) -> Fields:
     weights = group.get("weights") or {}
-    inputs = group.get("input_activations") or {}
     size = weights.get("group_size")
+    strategy = str(weights.get("strategy") or ("channel" if size is None else "group"))
+    in_blocks = strategy == "block"
     plain = make_fields(
-        weights.get("num_bits"), -1 if size is None else size, weights.get("symmetric", True), name
+        weights.get("num_bits"),
+        -1 if size is None or in_blocks else size,
+        weights.get("symmetric", True),
+        name,
     )
-    width = inputs.get("num_bits", FLOAT_BITS)
-    by_token = (
-        bool(inputs.get("dynamic")) and inputs.get("symmetric", True) and inputs.get("strategy") == _TOKEN
-    )
+    numbers = str(weights.get("type", "int"))
+    stated = str(group.get("format") or folder.quantization.get("format") or "")
+    form = (_float_form(plain, strategy, weights) if numbers == "float" else "") or stated
     return CompressedFields(
         plain.bits,
         plain.group_size,
         plain.sym,
-        str(weights.get("type", "int")),
-        str(group.get("format") or folder.quantization.get("format") or ""),
-        width if isinstance(width, int) else FLOAT_BITS,
-        by_token,
+        numbers,
+        stated,
+        strategy,
+        INT_QUANTIZED.name if form == NAIVE and numbers == "int" else form,
+        _block(weights) if in_blocks else None,
+        _inputs(group.get("input_activations")),
+    )
+
+
+NAIVE = "naive-quantized"
+"""`format` of numbers that are stored as they are, whatever their type."""
+
+_GROUPS = {
+    ("tensor_group", 4, 16): NVFP4,
+    ("group", 4, 32): MXFP4,
+    ("group", 6, 32): MXFP6,
+    ("group", 8, 32): MXFP8,
+}
+"""Strategy, bits and group size of floats in groups -> how they are stored."""
+
+_BYTE = "uint8"
+
+
+def _float_form(fields: Fields, strategy: str, weights: Group) -> str:
+    """How engines expect floats to be stored; empty where they know no such floats.
+
+    Source: `_is_nvfp4_format`, `_is_mxfp4` and `_is_mxfp8` in vLLM's `compressed_tensors.py`.
+    """
+    if strategy in FP8_STRATEGIES:
+        return FP8 if fields.bits == 8 else ""
+    found = _GROUPS.get((strategy, fields.bits, fields.group_size), "")
+    bytes_of_exponents = str(weights.get("scale_dtype")).removeprefix("torch.") == _BYTE
+    return "" if found == MXFP8 and not bytes_of_exponents else found
+
+
+def _block(weights: Group) -> tuple[int, int] | None:
+    found = weights.get("block_structure")
+    if isinstance(found, str):
+        found = [int(n) for n in found.split("x") if n.isdigit()]
+    if not isinstance(found, list) or len(found) != 2 or not all(type(n) is int and n > 0 for n in found):
+        return None
+    return found[0], found[1]
+
+
+def _inputs(said: Any) -> Inputs | None:
+    """What flows in; None where it is left alone."""
+    if not isinstance(said, Mapping) or not isinstance(width := said.get("num_bits"), int):
+        return None
+    size = said.get("group_size")
+    return Inputs(
+        width,
+        str(said.get("type", "int")),
+        str(said.get("strategy") or "tensor"),
+        size if isinstance(size, int) else None,
+        bool(said.get("symmetric", True)),
+        bool(said.get("dynamic")),
     )
 
 

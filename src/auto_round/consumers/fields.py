@@ -37,25 +37,89 @@ class Fields:
 
 
 @dataclass(frozen=True, slots=True)
+class Inputs:
+    """How a compressed-tensors group rounds what flows into its layers.
+
+    Attributes:
+        bits: width of a code.
+        numbers: `int` or `float`.
+        strategy: `token`, `tensor`, `group`, `tensor_group`, ...
+        group_size: numbers that share a step; None where the strategy says it.
+        sym: without zero points.
+        dynamic: steps are measured as the model runs, at least those of groups.
+    """
+
+    bits: int
+    numbers: str
+    strategy: str
+    group_size: int | None
+    sym: bool
+    dynamic: bool
+
+
+@dataclass(frozen=True, slots=True)
 class CompressedFields(Fields):
     """Scheme of one module of a compressed-tensors folder.
 
     Attributes:
         numbers: `int` or `float`.
-        form: `format` of its config group: how codes are stored.
-        activations: bits of quantized activations, else 16.
-        by_token: activations get one symmetric step for each token while the model runs.
+        stated: `format` of its config group.
+        strategy: what shares a step: `group`, `tensor_group`, `channel`, `tensor`, `block`.
+        form: how its codes are stored: as stated, but for floats as their other fields say, by which engines
+            go.
+        block: rows and columns of a block.
+        inputs: what flows in, where it is rounded.
     """
 
     numbers: str = "int"
+    stated: str = ""
+    strategy: str = "group"
     form: str = ""
-    activations: int = FLOAT_BITS
-    by_token: bool = False
+    block: tuple[int, int] | None = None
+    inputs: Inputs | None = None
+
+    @property
+    def activations(self) -> int:
+        """Bits of quantized activations, else 16."""
+        return FLOAT_BITS if self.inputs is None else self.inputs.bits
+
+    @property
+    def by_token(self) -> bool:
+        """Activations get one symmetric step for each token while the model runs."""
+        i = self.inputs
+        return i is not None and i.dynamic and i.sym and i.strategy == "token"
 
     def __str__(self) -> str:
+        if self.form in FLOAT_NAMES:
+            return self._float_text()
         text = Fields.__str__(self)
         width, _, rest = text.partition(" ")
-        return text if self.activations >= FLOAT_BITS else f"{width}A{self.activations} {rest}"
+        return text if self.inputs is None else f"{width}A{self.activations} {rest}"
+
+    def _float_text(self) -> str:
+        words = [FLOAT_NAMES[self.form] + ("" if self.activations == self.bits else f"A{self.activations}")]
+        if self.form == FP8:
+            block = None if self.block is None else f"{self.block[0]}x{self.block[1]}"
+            where = {"channel": "per row", "tensor": "per tensor", "block": block or "in blocks"}
+            words.append(where.get(self.strategy, f"g{self.group_size}"))
+        if self.inputs is not None and not self.inputs.dynamic:
+            words.append("static")
+        return " ".join(words)
+
+
+MXFP4, MXFP6, MXFP8, NVFP4 = (
+    "mxfp4-pack-quantized",
+    "mxfp6-pack-quantized",
+    "mxfp8-quantized",
+    "nvfp4-pack-quantized",
+)
+FP8 = "float-quantized"
+
+FP8_STRATEGIES = ("channel", "tensor", "block")
+"""What shares a step of FP8 weights that engines read."""
+
+FLOAT_NAMES = {MXFP4: "MXFP4", MXFP6: "MXFP6", MXFP8: "MXFP8", NVFP4: "NVFP4", FP8: "FP8"}
+"""Floating `format`s of compressed-tensors -> what people call them."""
 
 
 Reading = Callable[[Folder, Module], "Fields | None"]

@@ -45,7 +45,7 @@ class Folder:
     @property
     def format(self) -> str:
         """Method and what tells its variants apart, for people."""
-        keys = ("packing_format", "checkpoint_format", "version", "format")
+        keys = ("packing_format", "checkpoint_format", "format", "version")
         variants = [str(self.quantization[key]) for key in keys if self.quantization.get(key)]
         return f"{self.method} ({variants[0]})" if variants else self.method
 

@@ -20,6 +20,7 @@ from auto_round.consumers.kernels import (
     needs_tiles,
     needs_whole_groups,
 )
+from auto_round.consumers.kernels_float import sglang_floats
 from auto_round.consumers.modules import Module
 from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
 
@@ -85,8 +86,10 @@ def sglang_compressed(module: Module, fields: Fields) -> str:
     Source: SGLang `compressed_tensors/compressed_tensors.py` (`_get_scheme_from_parts`),
     `schemes/compressed_tensors_wNa16.py`.
     """
-    if not isinstance(fields, CompressedFields) or fields.numbers != "int":
+    if not isinstance(fields, CompressedFields):
         return BY_DEVICE
+    if fields.numbers != "int":
+        return sglang_floats(module, fields)
     packed = fields.form == PACK_QUANTIZED.name
     if packed and fields.activations >= FLOAT_BITS:
         if not has_marlin(fields):

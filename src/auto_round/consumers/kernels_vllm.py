@@ -24,6 +24,7 @@ from auto_round.consumers.kernels import (
     needs_whole_groups,
     sizes,
 )
+from auto_round.consumers.kernels_float import vllm_floats
 from auto_round.consumers.modules import Module
 from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
 
@@ -101,8 +102,12 @@ def vllm_compressed(module: Module, fields: Fields) -> str:
     Source: vLLM `compressed_tensors/compressed_tensors.py` (`_get_scheme_from_parts`), `schemes/`,
     `compressed_tensors_moe/`; the order of kernels in `kernels/linear/__init__.py` (`_POSSIBLE_KERNELS`).
     """
-    if not isinstance(fields, CompressedFields) or fields.numbers != "int":
+    if not isinstance(fields, CompressedFields):
         return BY_DEVICE
+    return _whole_numbers(module, fields) if fields.numbers == "int" else vllm_floats(module, fields)
+
+
+def _whole_numbers(module: Module, fields: CompressedFields) -> str:
     if fields.form == INT_QUANTIZED.name:
         return _bytes(fields)
     if fields.form != PACK_QUANTIZED.name or fields.bits not in WIDTHS:

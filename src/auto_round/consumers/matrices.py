@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from auto_round.checkpoint.header import TensorInfo
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import CheckpointError
+from auto_round.facts.tensor import TensorSpec
+from auto_round.layouts.compressed import INT_QUANTIZED, PACK_QUANTIZED
+from auto_round.layouts.compressed_float import FLOATS, FP8_DTYPES, FloatLayout
 
 WORD = 32
 """Bits of the words that codes are packed in."""
@@ -42,12 +45,15 @@ class Matrix:
     Attributes:
         name: name on disk, without suffix.
         order: one of `PLAIN`, `GPTQ`, `AWQ`, `OTHER`.
-        shape: `(out, in)`; of `OTHER` what the headers tell, in stored elements.
+        shape: `(out, in)`; of packed words of compressed-tensors in stored words.
         bits: width of a code; of a plain matrix that of its dtype; 0 where the headers do not tell.
         groups: groups in a row; 0 where the headers do not tell.
         nbytes: bytes of all tensors that stand for it.
         tensors: their names.
         scale_dtype: dtype of the stored steps, None without.
+        form: of `OTHER`, the `format` of compressed-tensors that its tensors look like; empty where they look
+            like none.
+        stored: what lies on disk, by the last name of each tensor.
     """
 
     name: str
@@ -58,6 +64,8 @@ class Matrix:
     nbytes: int
     tensors: tuple[str, ...]
     scale_dtype: torch.dtype | None = None
+    form: str = ""
+    stored: Mapping[str, TensorSpec] = field(default_factory=dict, hash=False)
 
     @property
     def packed(self) -> bool:
@@ -80,7 +88,7 @@ class Matrix:
     @property
     def words(self) -> bool:
         """Whether it is one of compressed-tensors' matrices of packed words."""
-        return self.order == OTHER and any(name.endswith(".weight_packed") for name in self.tensors)
+        return self.form == PACK_QUANTIZED.name
 
     @property
     def weights(self) -> int:
@@ -150,17 +158,49 @@ def _words(layer: str, tensors: Mapping[str, TensorInfo]) -> Matrix:
 
 
 def _compressed(layer: str, tensors: Mapping[str, TensorInfo]) -> Matrix:
-    """A matrix of the compressed-tensors family; its bits are known of floating-point numbers only."""
+    """A matrix of the compressed-tensors family; the bits of whole numbers are in the configuration only."""
     main = tensors.get("weight_packed") or tensors.get("weight")
     if main is None or len(main.shape) != 2:
         raise CheckpointError(f'layer "{layer}" has {", ".join(sorted(tensors))} but no matrix of codes')
-    words = "weight_packed" in tensors
-    bits = 0 if words or main.dtype is torch.int8 else 8 * main.dtype.itemsize
-    scale = tensors.get("weight_scale")
-    if scale is None:
-        return _made(layer, OTHER, (main.shape[0], main.shape[1]), bits, 0, tensors, None)
-    groups = scale.shape[1] if main.dtype in (torch.int32, torch.int8) and len(scale.shape) == 2 else 0
-    return _made(layer, OTHER, (main.shape[0], main.shape[1]), bits, groups, tensors, scale.dtype)
+    scale = tensors.get("weight_scale") or tensors.get("weight_scale_inv")
+    dtype = None if scale is None else scale.dtype
+    columns = scale.shape[1] if scale is not None and len(scale.shape) == 2 else 0
+    shape, bits, groups, form = (main.shape[0], main.shape[1]), 0, 0, ""
+    floats = None if scale is None else _float_layout(tensors, scale)
+    if floats is not None:
+        form, bits = floats.name, floats.grid.bits
+        groups = columns if floats.sizes else 0
+        shape = (main.shape[0], main.shape[1] * 8 * main.dtype.itemsize // bits)
+    elif main.dtype in (torch.int32, torch.int8):
+        form = PACK_QUANTIZED.name if main.dtype is torch.int32 else INT_QUANTIZED.name
+        groups = columns
+    elif "weight_packed" not in tensors:
+        bits = 8 * main.dtype.itemsize
+    return replace(_made(layer, OTHER, shape, bits, groups, tensors, dtype), form=form)
+
+
+def _float_layout(tensors: Mapping[str, TensorInfo], scale: TensorInfo) -> FloatLayout | None:
+    """The floating layout that these tensors look like.
+
+    Codes of 4 and 6 bits are both bytes; how many there are for one scale tells them apart.
+    """
+    for layout in FLOATS.values():
+        fp8 = FP8_DTYPES.get(layout.grid)
+        main = tensors.get("weight_packed" if fp8 is None else "weight")
+        if main is None or main.dtype is not (fp8 or torch.uint8):
+            continue
+        named = {name: dtype for _, name, dtype in layout.parts}
+        if not layout.sizes:
+            if scale.dtype.is_floating_point and scale.dtype.itemsize > 1:
+                return layout
+            continue
+        (size,) = layout.sizes
+        wanted = named.get("weight_scale") or torch.uint8
+        columns = scale.shape[1] if len(scale.shape) == 2 else 0
+        nbytes = columns * size * layout.grid.bits // 8
+        if scale.dtype is wanted and set(named) <= set(tensors) and main.shape[1] == nbytes:
+            return layout
+    return None
 
 
 def _made(
@@ -174,4 +214,5 @@ def _made(
 ) -> Matrix:
     nbytes = sum(info.nbytes for info in tensors.values())
     names = tuple(f"{layer}.{suffix}" for suffix in tensors)
-    return Matrix(layer, order, shape, bits, groups, nbytes, names, scale)
+    stored = {suffix: TensorSpec(info.dtype, tuple(info.shape)) for suffix, info in tensors.items()}
+    return Matrix(layer, order, shape, bits, groups, nbytes, names, scale, "", stored)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from auto_round.consumers.compare import compare
+from auto_round.consumers.compressed import CompressedReader
+from auto_round.consumers.fields import CannotReadError, CompressedFields
 from auto_round.consumers.folder import Folder
 from auto_round.consumers.matrices import AWQ, GPTQ, Matrix
-from auto_round.consumers.modules import split_modules
+from auto_round.consumers.modules import Module, split_modules
 from auto_round.errors import AutoRoundError
 from auto_round.inference.stored_formats import StoredFormats
 from auto_round.layouts.awq import AWQ as AWQLayout  # noqa: N811
+from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.schemes.condense import some
 
 TRANSFORMERS = "Transformers"
 
 _METHODS = ("auto-round", "gptq", "awq")
+_READER = CompressedReader(strict=False)
 
 
 def ask_ourselves(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -22,7 +29,8 @@ def ask_ourselves(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]:
         Reasons (none when it loads), and notes.
     """
     if folder.method not in _METHODS:
-        return (), (f"with the package for {folder.method}",)
+        reasons = tuple(_mismatches(folder)) if folder.method == "compressed-tensors" else ()
+        return reasons, (f"with the package for {folder.method}",)
     try:
         stored = StoredFormats.of_folder(folder.quantization, [m.name for m in folder.matrices])
         wrong = [m.name for m in _layers(folder) if not _agrees(stored, m)]
@@ -36,6 +44,25 @@ def ask_ourselves(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]:
         "awq": "with gptqmodel, or with auto-round and quantization_config=AutoRoundConfig()",
     }
     return (), (notes[folder.method],)
+
+
+def _mismatches(folder: Folder) -> Iterator[str]:
+    """Where the tensors of a compressed-tensors folder are not what its configuration says."""
+    found: dict[str, list[str]] = {}
+    for module in split_modules(folder.packed):
+        try:
+            _compare(folder, module)
+        except CannotReadError as error:
+            found.setdefault(str(error).replace(module.name, "{}"), []).append(module.name)
+    for text, names in found.items():
+        yield text.replace("{}", some(names)) if "{}" in text else f"{text}: {some(names)}"
+
+
+def _compare(folder: Folder, module: Module) -> None:
+    fields = _READER(folder, module)
+    compare(module, fields)
+    if isinstance(fields, CompressedFields) and fields.form not in COMPRESSED:
+        raise CannotReadError(f"expects {module.name} stored as {fields.form}, which is not known here")
 
 
 def _layers(folder: Folder) -> list[Matrix]:

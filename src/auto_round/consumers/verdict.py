@@ -8,18 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from auto_round.consumers.compare import compare
 from auto_round.consumers.engines import ENGINES, GPTQMODEL, NAMES, VLLM, Engine
 from auto_round.consumers.fields import FLOAT_BITS, CannotReadError, CompressedFields, Fields
 from auto_round.consumers.folder import Folder, read_folder
 from auto_round.consumers.humming import runs_with_humming
 from auto_round.consumers.kernels import HALF_ONLY, MARLIN
-from auto_round.consumers.matrices import OTHER, Matrix
-from auto_round.consumers.modules import Module
+from auto_round.consumers.kernels_float import remarks_on_floats
+from auto_round.consumers.matrices import OTHER
 from auto_round.consumers.ours import TRANSFORMERS, ask_ourselves
-from auto_round.layouts.compressed import PACK_QUANTIZED
 from auto_round.schemes.condense import some
-
-_ROUTERS = ("gate", "router")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +102,18 @@ def _replay(folder: Folder, engine: Engine) -> Verdict:
     doubts: dict[str, list[str]] = {}
     used: Counter[str] = Counter()
     unrounded = False
+    remarks: dict[str, None] = {}
     if not reasons:
         for module in engine.modules(folder.matrices):
             try:
                 fields = engine.read(folder, module)
-                doubtful = _compare(module, fields)
+                doubtful = compare(module, fields)
                 if doubtful:
                     doubts.setdefault(doubtful, []).append(module.name)
                 elif fields is not None:
                     kernel = engine.kernel(module, fields)
                     used[kernel] += 1
+                    remarks |= dict.fromkeys(remarks_on_floats(engine.name, fields))
                     unrounded |= kernel.startswith(MARLIN) and _rounds_activations(fields)
             except CannotReadError as error:
                 complaints.setdefault(str(error).replace(module.name, "{}"), []).append(module.name)
@@ -122,6 +122,7 @@ def _replay(folder: Folder, engine: Engine) -> Verdict:
     notes += [_sentence(text, names) for text, names in doubts.items()]
     if any(kernel in HALF_ONLY for kernel in used) and folder.dtype not in ("", "float16"):
         notes.append("its kernel computes in float16: pass --dtype float16")
+    notes += [] if reasons else remarks
     if unrounded:
         notes.append("Marlin leaves activations in 16 bits")
     if reasons and engine.name == VLLM and runs_with_humming(folder):
@@ -131,41 +132,6 @@ def _replay(folder: Folder, engine: Engine) -> Verdict:
 
 def _rounds_activations(fields: Fields) -> bool:
     return isinstance(fields, CompressedFields) and fields.activations < FLOAT_BITS
-
-
-def _compare(module: Module, fields: Fields | None) -> str:
-    """Compare what an engine expects with what lies on disk; text of a doubt that is no refusal.
-
-    Raises:
-        CannotReadError: they differ, so that a tensor is missing or has another shape.
-    """
-    packed = [part for part in module.parts if part.packed]
-    plain = [part for part in module.parts if not part.packed]
-    if fields is None:
-        if packed:
-            raise CannotReadError("takes {} for 16 bits, but it is packed".replace("{}", module.name))
-        return ""
-    if plain and len(module.parts) == 1 and module.name.rpartition(".")[2] in _ROUTERS:
-        return "{} is not named as kept: loads only if the engine never quantizes it"
-    if plain:
-        raise CannotReadError(f"expects {fields} for {module.name}, but finds 16 bits")
-    for part in packed:
-        _compare_part(module, part, fields)
-    return ""
-
-
-def _compare_part(module: Module, part: Matrix, fields: Fields) -> None:
-    if isinstance(fields, CompressedFields) and (fields.form == PACK_QUANTIZED.name) != part.words:
-        raise CannotReadError(
-            f"expects {module.name} stored as {fields.form}, but finds another order of bytes"
-        )
-    if part.bits and part.bits != fields.bits:
-        raise CannotReadError(f"expects {fields} for {module.name}, but finds {part.bits} bits")
-    n_in = part.inputs(fields.bits)
-    if part.groups and part.groups != fields.groups(n_in):
-        raise CannotReadError(
-            f"expects {fields} for {module.name}, but finds {part.groups} groups of {n_in} inputs"
-        )
 
 
 def _other_reasons(folder: Folder, engine: Engine) -> Iterator[str]:

@@ -64,6 +64,7 @@ def test_the_list_of_formats_and_schemes():
     assert set(described["auto_gptq"]) == set(described["gptqmodel"]) == integers
     assert set(described["auto_round:auto_awq"]) == set(described["auto_awq"]) == {"W4A16", "BF16"}
     floats = {"MXFP4", "MXFP4_RCEIL", "MXFP6", "MXFP8", "MXFP8_RCEIL", "FPW8A16", "FP8_BLOCK"}
+    floats |= {"FP8_STATIC", "NVFP4"}
     others = {"W5A16", "W6A16", "INT8", "INT8_W8A8", "INT4"} | floats
     assert set(described["llm_compressor"]) == integers | others
     assert set(described["fake"]) >= set(described["llm_compressor"])

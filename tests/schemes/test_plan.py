@@ -149,10 +149,11 @@ def test_remedies_of_the_group_error_work(plan):
 
 
 def test_later_schemes_are_refused_before_work(plan):
-    with pytest.raises(UnsupportedError, match="NVFP4"):
-        plan(scheme="NVFP4")
-    with pytest.raises(UnsupportedError, match="NVFP4"):
-        plan(layer_config={"k_proj": "NVFP4"})
+    later = {"bits": 4, "super_bits": 6}
+    with pytest.raises(UnsupportedError, match="super_bits"):
+        plan(overrides=later)
+    with pytest.raises(UnsupportedError, match="super_bits"):
+        plan(layer_config={"k_proj": later})
 
 
 def test_fused_siblings_are_warned_about(plan):

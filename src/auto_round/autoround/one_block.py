@@ -14,7 +14,7 @@ from auto_round.config import Options
 from auto_round.errors import ConfigError
 from auto_round.facts.flow import States
 from auto_round.facts.layer import Layer, Role
-from auto_round.numerics.activation import ActivationFormat
+from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.pipeline.deciding.activations import activation_formats
 from auto_round.pipeline.machine.device import choose_device
@@ -102,9 +102,7 @@ def _unit(
     )
 
 
-def _formats(
-    block: nn.Module, options: Options
-) -> tuple[Mapping[str, Format], Mapping[str, ActivationFormat]]:
+def _formats(block: nn.Module, options: Options) -> tuple[Mapping[str, Format], Mapping[str, InputFormat]]:
     """Formats of the block's linear weights by parameter, and of their inputs by module.
 
     Names in rules are those inside the block.

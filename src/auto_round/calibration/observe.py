@@ -1,11 +1,12 @@
-"""What flows into linear layers: second moments of the input channels, the weights of rounding errors."""
+"""What flows into linear layers: second moments of channels, the weights of rounding errors, and extremes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,42 @@ class InputMoments:
         return Importance(squares, products)
 
 
+class InputLargest:
+    """Largest magnitude of the activations at tokens that count: each counts in full, however large.
+
+    Attributes:
+        largest: float32 scalar; None before the first token.
+    """
+
+    def __init__(self) -> None:
+        self.largest: Tensor | None = None
+
+    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Look at activations; arguments as for `InputMoments.add`."""
+        if mask is not None and mask.shape == x.shape[:-1]:
+            x = x[mask.to(x.device)]
+        if x.numel():
+            found = x.detach().abs().amax().float()
+            self.largest = found if self.largest is None else torch.maximum(self.largest, found)
+
+    def value(self) -> float | None:
+        """The largest magnitude; None when no token was seen.
+
+        Raises:
+            NumericsError: an activation was not finite.
+        """
+        if self.largest is None:
+            return None
+        found = float(self.largest)
+        if not math.isfinite(found):
+            raise NumericsError("an input channel saw activations that are not finite")
+        return found
+
+
+class _Observer(Protocol):
+    def add(self, x: Tensor, mask: Tensor | None = None) -> None: ...
+
+
 @contextmanager
 def observe_inputs(
     block: nn.Module, names: Sequence[str], mask_of: MaskOf | None = None
@@ -97,25 +134,44 @@ def observe_inputs(
     Raises:
         ConfigError: the block has no such module.
     """
+    moments = {name: InputMoments() for name in names}
+    with _observing(block, moments, mask_of):
+        yield moments
+
+
+@contextmanager
+def observe_largest(
+    block: nn.Module, names: Sequence[str], mask_of: MaskOf | None = None
+) -> Iterator[Mapping[str, InputLargest]]:
+    """The same for largest magnitudes."""
+    largest = {name: InputLargest() for name in names}
+    with _observing(block, largest, mask_of):
+        yield largest
+
+
+@contextmanager
+def _observing(
+    block: nn.Module, observers: Mapping[str, _Observer], mask_of: MaskOf | None
+) -> Iterator[None]:
+    """Show observers the first input of their modules while the context lasts."""
     modules = dict(block.named_modules())
-    if missing := [name for name in names if name not in modules]:
+    if missing := [name for name in observers if name not in modules]:
         raise ConfigError(
             f'the block has no module "{missing[0]}"; {nearest(missing[0], filter(None, modules))}'
         )
-    moments = {name: InputMoments() for name in names}
     handles = [
         modules[name].register_forward_pre_hook(partial(_observe, seen, mask_of), with_kwargs=True)
-        for name, seen in moments.items()
+        for name, seen in observers.items()
     ]
     try:
-        yield moments
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _observe(
-    moments: InputMoments,
+    observer: _Observer,
     mask_of: MaskOf | None,
     module: nn.Module,
     args: tuple[Any, ...],
@@ -123,4 +179,4 @@ def _observe(
 ) -> None:
     del module
     x = args[0] if args else next(iter(kwargs.values()))
-    moments.add(x, None if mask_of is None else mask_of())
+    observer.add(x, None if mask_of is None else mask_of())

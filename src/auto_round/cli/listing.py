@@ -45,7 +45,7 @@ def _schemes() -> str:
             later.append(name)
         else:
             now[name] = scheme.label
-    return _table({**now, "(not there yet)": ", ".join(later)})
+    return _table({**now, **({"(not there yet)": ", ".join(later)} if later else {})})
 
 
 def _datasets() -> str:

@@ -15,12 +15,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from auto_round.errors import InternalError, Refusal
 from auto_round.export.reader_names import module_names
 from auto_round.facts.layer import Layer, Role
+from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.compressed import INT_QUANTIZED, LAYOUT_VERSION
 from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.layouts.layout import Layout
+from auto_round.numerics.activation_float import Calibrated
 from auto_round.schemes.number_type import CompressedWords, InputFields
 from auto_round.schemes.number_types import INT, NUMBER_TYPES
 from auto_round.schemes.plan import Plan
@@ -142,7 +146,7 @@ def _group(scheme: QuantizationScheme) -> dict[str, Any]:
     }
     return {
         "weights": weights,
-        "input_activations": None if scheme.inputs is None else _inputs(scheme.inputs),
+        "input_activations": None if scheme.inputs is None else _inputs(scheme, scheme.inputs),
         "output_activations": None,
         "format": compressed_layout(scheme).name,
     }
@@ -158,7 +162,37 @@ def _more(words: CompressedWords) -> dict[str, Any]:
     return found
 
 
-def _inputs(fields: InputFields) -> dict[str, Any]:
+_INPUT_TENSORS = {"step": "input_scale", "tensor": "input_global_scale"}
+"""Stored part of an activation format that calibration fixes -> its tensor.
+
+Source: `initialize_qparams` in compressed-tensors 0.20, `quantization/lifecycle/initialize.py`."""
+
+
+def input_tensor(scheme: QuantizationScheme, dtype: torch.dtype) -> tuple[str, TensorSpec] | None:
+    """Tensor of the number that calibration fixes for a layer's input: its last name, dtype and shape.
+
+    Args:
+        scheme: of the layer.
+        dtype: of the model, in which readers hold steps.
+    """
+    fmt = scheme.activation_format()
+    if not isinstance(fmt, Calibrated):
+        return None
+    return _INPUT_TENSORS[fmt.part], TensorSpec(fmt.stored_in(dtype).dtype, (1,))
+
+
+_LOCAL = "local"
+"""`dynamic` where groups are measured as the model runs, over a number that calibration fixed."""
+
+
+def _dynamic(scheme: QuantizationScheme) -> bool | str:
+    fmt = scheme.activation_format()
+    if not isinstance(fmt, Calibrated):
+        return True
+    return False if fmt.format.group.size == 0 else _LOCAL
+
+
+def _inputs(scheme: QuantizationScheme, fields: InputFields) -> dict[str, Any]:
     words = _words(fields.data_type)
     return {
         "num_bits": fields.bits,
@@ -166,7 +200,7 @@ def _inputs(fields: InputFields) -> dict[str, Any]:
         "symmetric": fields.sym,
         "strategy": _INPUT_STRATEGIES.get(fields.group_size, words.strategy),
         "group_size": fields.group_size if fields.group_size > 0 else None,
-        "dynamic": fields.dynamic,
+        "dynamic": _dynamic(scheme),
         **_more(words),
     }
 

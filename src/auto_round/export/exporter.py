@@ -22,7 +22,7 @@ from auto_round.export.verification import Finished
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
-from auto_round.numerics.activation import ActivationFormat
+from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.schemes.plan import Plan
@@ -144,7 +144,7 @@ class Exporter(ABC):
         """Why Transformers would not load what is written for this plan, or not as it is meant."""
         return []
 
-    def holds_activation(self, fmt: ActivationFormat) -> bool:
+    def holds_activation(self, fmt: InputFormat) -> bool:
         """Whether a plan may round what flows into layers to this format.
 
         Either the output says so to its readers, or it holds nothing but weights anyway.

@@ -19,6 +19,7 @@ from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import LAYOUTS, layout_for
 from auto_round.numerics.activation import ActivationFormat
+from auto_round.numerics.activation_float import Calibrated
 from auto_round.numerics.format import Format
 from auto_round.numerics.presets import SCALE_DTYPES
 from auto_round.schemes.number_types import NUMBER_TYPES, stored_type
@@ -187,7 +188,13 @@ class StoredFormats:
         if fields is None or scheme is None or fmt is None:
             return None
         layout = _layout(fields) if _PACKING in fields else self.layout
-        return StoredLayer(fmt, layout, scheme.sym, scheme.activation_format())
+        inputs = scheme.activation_format()
+        if isinstance(inputs, Calibrated):
+            raise UnsupportedError(
+                f'layer "{names[0]}" wants activations with steps fixed at calibration',
+                [Refusal("auto_round", "runs activations that are measured")],
+            )
+        return StoredLayer(fmt, layout, scheme.sym, inputs)
 
     def _fields(self, names: Sequence[str]) -> dict[str, Any] | None:
         for name in names:

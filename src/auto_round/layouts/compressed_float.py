@@ -140,6 +140,4 @@ FLOATS: dict[str, FloatLayout] = {
 
 def _flat(fmt: Format, part: str, shape: Sequence[int]) -> tuple[int, ...]:
     """Stored shape of a part; what belongs to the whole tensor is one number in a line."""
-    stored = fmt.rule.stored[part]
-    whole = fmt.group.size == 0 or stored.span == (0, 0)
-    return (1,) if whole else stored.shape(fmt.group.scale_shape(shape))
+    return (1,) if part in fmt.shared else fmt.rule.stored[part].shape(fmt.group.scale_shape(shape))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from auto_round.numerics.activation import straight_through
+from auto_round.numerics.activation import ActivationFormat, straight_through
 from auto_round.numerics.format import Format
 from auto_round.numerics.scale import Stats
+from auto_round.numerics.scale_float import LargestToTop
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,123 @@ class MeasuredScales:
         """What `fake_quantize` gives, without a gradient."""
         with torch.no_grad():
             tokens = x.reshape(-1, x.shape[-1]).float()
-            grouped = self.format.group.split(tokens)
-            # Not `format.stats`: that looks for infinities, and so would wait for an accelerator.
-            stats = Stats(grouped.amin(-1).clamp_max_(0), grouped.amax(-1).clamp_min_(0))
+            stats = _measure(tokens, self.format)
             return self.format.fake_quantize(tokens, stats, None, None).to(x.dtype).reshape(x.shape)
+
+
+def _measure(tokens: Tensor, fmt: Format) -> Stats:
+    """Range of each group of `[tokens, in]` float32."""
+    grouped = fmt.group.split(tokens)
+    # Not `format.stats`: that looks for infinities, and so would wait for an accelerator.
+    return Stats(grouped.amin(-1).clamp_max_(0), grouped.amax(-1).clamp_min_(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A format of activations of which calibration is to fix the number that the whole tensor has.
+
+    That number follows from the largest magnitude seen: the step, or, where groups have measured numbers of
+    their own, what these are divided by.
+
+    Attributes:
+        format: numbers, and groups along the last axis: size 0, or such that share a number.
+    """
+
+    format: Format
+
+    @property
+    def name(self) -> str:
+        """For example `nvfp4_calibrated`."""
+        return f"{self.format.name}_calibrated"
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return self.format.grid.bits
+
+    @property
+    def end_steps(self) -> float:
+        """That of the grid."""
+        return self.format.grid.end_steps
+
+    @property
+    def part(self) -> str:
+        """Name of the number in the stored parts of the format's scales."""
+        (name,) = self.format.shared
+        return name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the number is stored."""
+        return self.format.rule.stored[self.part].dtype
+
+    def stored_in(self, dtype: torch.dtype) -> Calibrated:
+        """The same with a step that is stored in a model's dtype; other numbers have dtypes of their own."""
+        rule = self.format.rule
+        if not isinstance(rule, LargestToTop):
+            return self
+        return Calibrated(replace(self.format, rule=replace(rule, dtype=dtype)))
+
+    def fixed(self, largest: float) -> Fixed:
+        """The format for inputs of this largest magnitude."""
+        return Fixed(self.format, largest)
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A format of activations whose number for the whole tensor is known; see `Calibrated`.
+
+    What lies above the calibrated range saturates. Computed in float32, as for `Measured`.
+
+    Attributes:
+        format: numbers, and groups along the last axis.
+        largest: magnitude that the number follows from, a float32.
+    """
+
+    format: Format
+    largest: float
+
+    @property
+    def name(self) -> str:
+        """For example `nvfp4_fixed`."""
+        return f"{self.format.name}_fixed"
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return self.format.grid.bits
+
+    @property
+    def end_steps(self) -> float:
+        """That of the grid."""
+        return self.format.grid.end_steps
+
+    @property
+    def number(self) -> Tensor:
+        """What is stored of it, `[1]` in the dtype of the part."""
+        stats = self._stats(torch.device("cpu"))
+        scale = self.format.bind(stats).rule_for(stats).fit(stats, self.format.grid)
+        (part,) = self.format.shared
+        return scale.parts[part].reshape(1)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """`x` `[..., in]` rounded to the format, same dtype; the gradient passes straight through."""
+        return straight_through(x, self)
+
+    def round(self, x: Tensor) -> Tensor:
+        """What `fake_quantize` gives, without a gradient."""
+        with torch.no_grad():
+            tokens = x.reshape(-1, x.shape[-1]).float()
+            whole = self._stats(x.device)
+            stats = whole if self.format.group.size == 0 else _measure(tokens, self.format)
+            fmt = self.format.bind(whole)
+            return fmt.fake_quantize(tokens, stats, None, None).to(x.dtype).reshape(x.shape)
+
+    def _stats(self, device: torch.device) -> Stats:
+        """The calibrated range, `[1, 1]`."""
+        hi = torch.full((1, 1), self.largest, dtype=torch.float32, device=device)
+        return Stats(-hi, hi)
+
+
+InputFormat: TypeAlias = ActivationFormat | Calibrated
+"""What a scheme says of the input of a layer: a rounding, or one that waits for calibration."""

@@ -51,6 +51,17 @@ class Format:
         """
         return self if self.bound is not None else replace(self, bound=self.rule.bind(stats, self.grid))
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Stored parts of which a whole matrix has one number."""
+        stored = self.rule.stored
+        return tuple(n for n, part in stored.items() if self.group.size == 0 or part.span == (0, 0))
+
+    @property
+    def ties(self) -> bool:
+        """Whether weights that are bound together share a number: the rule has one for a whole matrix."""
+        return any(part.span == (0, 0) for part in self.rule.stored.values())
+
     def rule_for(self, stats: Stats) -> BoundRule:
         """The rule for a weight of these ranges."""
         return self.bound or self.rule.bind([stats], self.grid)

@@ -111,7 +111,8 @@ class OverTensor:
         sizes = [larger_side(each, None).amax((-2, -1), keepdim=True) for each in stats]
         largest = sizes[0]
         for size in sizes[1:]:
-            largest = torch.maximum(largest, size.amax().expand_as(largest).to(largest.device))
+            other = size if size.shape == largest.shape else size.amax().expand_as(largest)
+            largest = torch.maximum(largest, other.to(largest.device))
         top = torch.finfo(torch.float32).max
         shared = (grid.hi * self.top / largest).clamp_max(top)
         return BoundOverTensor(self, torch.where(largest > 0, shared, 1.0))

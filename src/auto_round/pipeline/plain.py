@@ -9,12 +9,15 @@ from auto_round.facts.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QuantizedLayer
+from auto_round.numerics.scale import Stats
 from auto_round.numerics.search import BY_SQUARES
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.recast import as_wanted
 from auto_round.pipeline.machine.workers import workers
 from auto_round.pipeline.running.rounding import round_matrix
+from auto_round.pipeline.running.shared_numbers import bind_tied, tied_layers
 from auto_round.pipeline.writing.outputs import Written
+from auto_round.tuning.weights import measured
 
 BURST_BYTES = 1 << 30
 """Source bytes between two journal entries; each entry waits for the disk."""
@@ -54,6 +57,7 @@ def round_layers(
     Raises:
         NumericsError: a weight is not finite; names the tensor.
     """
+    formats = _bound(job, layers)
 
     def work(item: tuple[Layer, Format]) -> tuple[str, Written]:
         layer, fmt = item
@@ -62,10 +66,33 @@ def round_layers(
         importance, effort = None, None
         if squares is not None and job.effort is not None:
             importance, effort = Importance(squares), BY_SQUARES
-        q = round_matrix(layer.tensor, weight, fmt, job.device, importance, effort)
+        bound = formats.get(layer.name, fmt)
+        q = round_matrix(layer.tensor, weight, bound, job.device, importance, effort)
         return layer.name, put(layer, QuantizedLayer(q))
 
     # The largest first, so that none of them is begun when the others are at their end.
     largest_first = sorted(layers, key=lambda item: nbytes(item[0]), reverse=True)
     with workers(job.device) as pool:
         return dict(pool.map(work, largest_first))
+
+
+def _bound(job: Job, layers: Sequence[tuple[Layer, Format]]) -> dict[str, Format]:
+    """Formats of the layers that share a number with others, bound to the ranges of all of them.
+
+    These are read twice. Layers that share a number lie in one block, and so in one burst.
+    """
+    formats = {layer.name: fmt for layer, fmt in layers}
+    tied = tied_layers(formats)
+    if not tied:
+        return {}
+    shared = {name for names in tied for name in names}
+
+    def extremes(item: tuple[Layer, Format]) -> tuple[str, Stats]:
+        layer, fmt = item
+        stats = measured(layer.tensor, fmt, as_wanted(job, job.source.read(layer)).to(job.device))
+        whole = Stats(stats.lo.amin((-2, -1), keepdim=True), stats.hi.amax((-2, -1), keepdim=True))
+        return layer.name, whole
+
+    with workers(job.device) as pool:
+        ranges = dict(pool.map(extremes, (item for item in layers if item[0].name in shared)))
+    return bind_tied(formats, tied, ranges)

@@ -116,7 +116,10 @@ def _method(job: Job) -> str:
         return method(job)
     rows = f"{wanted.nsamples} rows of {wanted.seqlen} tokens from {wanted.dataset}"
     if not tune.iters:
-        return f"round to nearest in a range searched by importance, {rows}"
+        how = (
+            "round to nearest in a range searched by importance" if tune.search else "plain round to nearest"
+        )
+        return f"{how}, {rows}"
     return f"SignRound, {tune.iters} steps of {tune.optimizer.value} descent a block, {rows}"
 
 

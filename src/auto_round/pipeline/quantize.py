@@ -33,6 +33,7 @@ from auto_round.pipeline.result import Result
 from auto_round.pipeline.running.blocks import GroupResult, tune_group
 from auto_round.pipeline.running.compile import in_equal_passes, objective_for
 from auto_round.pipeline.running.head import quantize_outside
+from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import save_inputs
 from auto_round.pipeline.running.measure import Measured, measure_streams
 from auto_round.pipeline.running.streams import Streams
@@ -109,7 +110,7 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
         if job.options.output.verify:
             progress(clock.event("verify", 0, 1, "reload and compare"))
             report["tensors_read_back"] = check_written(journal, folders, job.exporters)
-            report["verified"] = verify_all(job, folders, measured)
+            report["verified"] = verify_all(job, folders, measured, InputRanges.from_entries(journal.entries))
             progress(clock.event("verify", 1, 1, "reload and compare"))
         write_report(job, folders, report, folder.folder)
         hand_over_inputs(job, folder.scratch, folder.folder)
@@ -278,7 +279,7 @@ def _figures(result: GroupResult) -> dict[str, Any]:
         found = {"initial_loss": tuned.initial_loss, "loss": tuned.loss, "best_step": tuned.best_step}
     if massive.tokens:
         found |= {"massive_tokens": massive.tokens, "massive_energy": massive.energy}
-    return found | {"errors": dict(result.errors)}
+    return found | {"errors": dict(result.errors), **result.ranges.to_entry()}
 
 
 def _saved(scratch: Path, number: int) -> Path:

@@ -10,12 +10,14 @@ from auto_round.errors import Refusal
 from auto_round.schemes.number_type import CompressedWords, InputFields, NumberType
 
 if TYPE_CHECKING:
-    from auto_round.numerics.activation import ActivationFormat
+    from auto_round.numerics.activation_float import InputFormat
     from auto_round.numerics.format import Format
     from auto_round.schemes.scheme import QuantizationScheme
 
 _MX_SIZES = (32,)
 _NV_SIZES = (16,)
+NV_STATIC = "nv_fp4_with_static_gs"
+"""Name of NVFP4 for inputs, as auto-round 0.16 spells it."""
 _E8M0 = "torch.uint8"
 _E4M3 = "torch.float8_e4m3fn"
 
@@ -47,16 +49,23 @@ def _fp8_block_weights(scheme: QuantizationScheme) -> Format | Refusal:
     )
 
 
-def _fp8_inputs(fields: InputFields) -> ActivationFormat | Refusal:
-    from auto_round.numerics.activation_float import MeasuredScales
+def _fp8_inputs(fields: InputFields) -> InputFormat | Refusal:
+    from auto_round.numerics.activation_float import Calibrated, MeasuredScales
     from auto_round.numerics.group import Group
     from auto_round.numerics.presets_float import fp8_format
 
-    if not fields.dynamic:
+    if refusal := _asymmetric("activations", sym=fields.sym):
+        return refusal
+    found = fp8_format(Group(fields.group_size))
+    if fields.dynamic:
+        return MeasuredScales(found)
+    if fields.group_size != 0:
         return Refusal(
-            "activations", "steps fixed at calibration are not there yet", "leave out disable_act_dynamic"
+            "activations",
+            "a step that calibration fixes is one for the whole tensor, tokens and groups are not known then",
+            "act_group_size 0, or leave out disable_act_dynamic",
         )
-    return _asymmetric("activations", sym=fields.sym) or MeasuredScales(fp8_format(Group(fields.group_size)))
+    return Calibrated(found)
 
 
 def _mx_weights(element: str, scheme: QuantizationScheme) -> Format | Refusal:
@@ -65,7 +74,7 @@ def _mx_weights(element: str, scheme: QuantizationScheme) -> Format | Refusal:
     return _asymmetric("weights", sym=scheme.sym) or mx_format(f"{element}{scheme.bits}")
 
 
-def _mx_inputs(element: str, fields: InputFields, *, ceil: bool = False) -> ActivationFormat | Refusal:
+def _mx_inputs(element: str, fields: InputFields, *, ceil: bool = False) -> InputFormat | Refusal:
     from auto_round.numerics.activation_float import MeasuredScales
     from auto_round.numerics.presets_float import mx_format
 
@@ -83,6 +92,26 @@ def _nv_weights(scheme: QuantizationScheme) -> Format | Refusal:
     return _asymmetric("weights", sym=scheme.sym) or nv_format()
 
 
+def _nv_inputs(fields: InputFields, *, measured: bool = False) -> InputFormat | Refusal:
+    """Groups have measured numbers, over one for the whole tensor that calibration fixes.
+
+    Args:
+        fields: what the scheme says.
+        measured: the type's name does not say that the number is fixed, so `act_dynamic` has to.
+    """
+    from auto_round.numerics.activation_float import Calibrated
+    from auto_round.numerics.presets_float import nv_format
+
+    if fields.group_size not in _NV_SIZES:
+        return Refusal(
+            "activations", f"NVFP4 has groups of 16, not of {fields.group_size}", "act_group_size 16"
+        )
+    if measured and fields.dynamic:
+        reason = "the number over all groups of NVFP4 inputs is fixed at calibration, not measured"
+        return Refusal("activations", reason, f"act_data_type {NV_STATIC}")
+    return _asymmetric("activations", sym=fields.sym) or Calibrated(nv_format())
+
+
 def _nv_e5m3_weights(scheme: QuantizationScheme) -> Format | Refusal:
     from auto_round.numerics.grid_float import E5M3
     from auto_round.numerics.presets_float import nv_format
@@ -90,7 +119,7 @@ def _nv_e5m3_weights(scheme: QuantizationScheme) -> Format | Refusal:
     return _asymmetric("weights", sym=scheme.sym) or nv_format(E5M3)
 
 
-def _nv_e5m3_inputs(fields: InputFields) -> ActivationFormat | Refusal:
+def _nv_e5m3_inputs(fields: InputFields) -> InputFormat | Refusal:
     from auto_round.numerics.activation_float import MeasuredScales
     from auto_round.numerics.grid_float import E5M3
     from auto_round.numerics.presets_float import nv_format
@@ -99,6 +128,8 @@ def _nv_e5m3_inputs(fields: InputFields) -> ActivationFormat | Refusal:
         return Refusal(
             "activations", f"NVFP4 has groups of 16, not of {fields.group_size}", "act_group_size 16"
         )
+    if not fields.dynamic:
+        return Refusal("activations", "E5M3 scales are always measured", "leave out disable_act_dynamic")
     return _asymmetric("activations", sym=fields.sym) or MeasuredScales(nv_format(E5M3))
 
 
@@ -164,8 +195,20 @@ FLOAT_TYPES: dict[str, NumberType] = {
         bits=(4,),
         group_sizes=_NV_SIZES,
         weights=_nv_weights,
+        input_bits=(4,),
+        inputs=partial(_nv_inputs, measured=True),
         compressed=CompressedWords(
             type="float", format=_always("nvfp4-pack-quantized"), strategy="tensor_group", scale_dtype=_E4M3
+        ),
+    ),
+    NV_STATIC: NumberType(
+        spellings={NV_STATIC: {"bits": 4}},
+        bits=(),
+        weights=lambda _: None,
+        input_bits=(4,),
+        inputs=_nv_inputs,
+        compressed=CompressedWords(
+            type="float", format=_always(""), strategy="tensor_group", scale_dtype=_E4M3
         ),
     ),
     "nvfp4_v2": NumberType(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from auto_round.errors import Refusal
 
 if TYPE_CHECKING:
-    from auto_round.numerics.activation import ActivationFormat
+    from auto_round.numerics.activation_float import InputFormat
     from auto_round.numerics.format import Format
     from auto_round.schemes.scheme import QuantizationScheme
 
@@ -77,7 +77,7 @@ class NumberType:
     group_sizes: tuple[int, ...] = ()
     weights: Callable[[QuantizationScheme], Format | Refusal | None]
     input_bits: tuple[int, ...] = ()
-    inputs: Callable[[InputFields], ActivationFormat | Refusal] | None = None
+    inputs: Callable[[InputFields], InputFormat | Refusal] | None = None
     runs_inputs: bool = False
     stored: str = ""
     compressed: CompressedWords | None = None

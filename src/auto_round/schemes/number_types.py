@@ -1,7 +1,7 @@
 """The table of number types: what `data_type` and `act_data_type` of a scheme mean, one row each.
 
 A row says how formats are made from a scheme's fields, and which words stand for the type in the
-configurations of folders. A type that has spellings but no row is known and not there yet.
+configurations of folders.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from auto_round.schemes.float_types import FLOAT_TYPES
 from auto_round.schemes.number_type import CompressedWords, InputFields, NumberType
 
 if TYPE_CHECKING:
-    from auto_round.numerics.activation import ActivationFormat
+    from auto_round.numerics.activation_float import InputFormat
     from auto_round.numerics.format import Format
     from auto_round.schemes.scheme import QuantizationScheme
 
@@ -41,7 +41,7 @@ def weights_of(scheme: QuantizationScheme) -> Format | Refusal:
     return found
 
 
-def inputs_of(fields: InputFields) -> ActivationFormat | Refusal:
+def inputs_of(fields: InputFields) -> InputFormat | Refusal:
     """What the input of a layer is rounded to, or why that is not there yet."""
     row = NUMBER_TYPES.get(fields.data_type)
     if row is None or row.inputs is None or fields.bits not in row.input_bits:
@@ -67,12 +67,11 @@ def stored_type(word: str) -> str | None:
 
 def spellings() -> dict[str, dict[str, Any]]:
     """Every spelling of `data_type` and the fields that it decides; those of bits win over `bits`."""
-    there = {
+    return {
         spelling: {"data_type": name, **others}
         for name, row in NUMBER_TYPES.items()
         for spelling, others in row.spellings.items()
     }
-    return {**there, **{name: dict(fields) for name, fields in LATER.items() if name not in there}}
 
 
 def _there() -> str:
@@ -89,11 +88,12 @@ def _whole_weights(scheme: QuantizationScheme) -> Format | Refusal:
     )
 
 
-def _whole_inputs(fields: InputFields) -> ActivationFormat | Refusal:
+def _whole_inputs(fields: InputFields) -> InputFormat | Refusal:
     from auto_round.numerics.activation import TokenInt
 
     if not fields.dynamic:
-        reason, remedy = "steps fixed at calibration are not there yet", "leave out disable_act_dynamic"
+        reason = "steps of whole numbers fixed at calibration are not there yet"
+        remedy = "leave out disable_act_dynamic"
         return Refusal("activations", reason, remedy)
     if fields.group_size != -1:
         size = fields.group_size
@@ -175,8 +175,3 @@ NUMBER_TYPES: dict[str, NumberType] = {
     **FLOAT_TYPES,
 }
 """Number types by `data_type`."""
-
-LATER: dict[str, dict[str, Any]] = {
-    "nv_fp4_with_static_gs": {"data_type": "nv_fp4_with_static_gs", "bits": 4},
-}
-"""Spellings of types that have no row yet."""

@@ -16,7 +16,7 @@ from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.schemes.size import PlanSize, measure
 
 if TYPE_CHECKING:
-    from auto_round.numerics.activation import ActivationFormat
+    from auto_round.numerics.activation_float import InputFormat
     from auto_round.numerics.format import Format
 
 _JSON_VERSION = 1
@@ -99,7 +99,7 @@ class Plan:
         scheme = self.scheme_of(name)
         return None if scheme is None else scheme.weight_format()
 
-    def activation_of(self, name: str) -> ActivationFormat | None:
+    def activation_of(self, name: str) -> InputFormat | None:
         """What the input of a layer is rounded to; None when it is left alone.
 
         Raises:

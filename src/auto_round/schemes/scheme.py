@@ -12,7 +12,7 @@ from auto_round.schemes.number_types import NUMBER_TYPES, inputs_of, spellings, 
 from auto_round.schemes.vocabulary import BITS, RECIPES, SCALE_DTYPES, spelled
 
 if TYPE_CHECKING:
-    from auto_round.numerics.activation import ActivationFormat
+    from auto_round.numerics.activation_float import InputFormat
     from auto_round.numerics.format import Format
 
 _KEPT_BITS = 16
@@ -178,7 +178,7 @@ class QuantizationScheme(Mapping[str, Any]):
             )
         return found[0]
 
-    def activation_format(self) -> ActivationFormat | None:
+    def activation_format(self) -> InputFormat | None:
         """What the layer's input is rounded to; None when it is left alone.
 
         Raises:
@@ -213,7 +213,7 @@ def check_type(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be {wanted}, got {value!r}")
 
 
-def _formats(scheme: QuantizationScheme) -> tuple[Format, ActivationFormat | None] | Refusal:
+def _formats(scheme: QuantizationScheme) -> tuple[Format, InputFormat | None] | Refusal:
     """Formats of weights and inputs of a scheme that quantizes something, or why they are not there yet."""
     if not scheme.quantized:
         return Refusal("activations", "they are quantized with the weights only", "give bits of 2 to 8 too")
@@ -249,6 +249,9 @@ def _merge(base: QuantizationScheme, values: Mapping[str, Any]) -> QuantizationS
     for name, known in (("data_type", spellings()), ("scale_dtype", SCALE_DTYPES)):
         if name in given:
             given |= spelled(name, given[name], known)
+    if "act_data_type" in given:
+        fields = spelled("act_data_type", given["act_data_type"], spellings())
+        given |= {f"act_{name}": value for name, value in fields.items()}
     if "data_type" not in given and not base.quantized and given.get("bits", _KEPT_BITS) != _KEPT_BITS:
         given["data_type"] = "int"
     return replace(base, **given)

@@ -17,19 +17,43 @@ FUSED = (
 """Last components of names that vLLM and SGLang load into one matrix."""
 
 _EXPERTS = re.compile(r"(.*\bexperts)\.")
+_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(.*)")
+
+
+_FAMILIES = {last: family for family in FUSED for last in family}
+
+
+def joined_matrices(names: Iterable[str]) -> dict[str, list[str]]:
+    """Container of each fused matrix -> the layers that are rows of it: q/k/v, gate/up, each expert's too.
+
+    Such layers get the same input, and engines keep one number where each has a number for a whole tensor.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        groups.setdefault(f"{parent}.{'/'.join(_FAMILIES.get(last, (last,)))}", []).append(name)
+    return groups
+
+
+def expert_peers(names: Iterable[str]) -> dict[str, list[str]]:
+    """Layers of experts by what they are in each expert of their block: `experts.*.up_proj`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if (found := _EXPERT.fullmatch(name)) is not None:
+            groups.setdefault(f"{found[1]}.*.{found[2]}", []).append(name)
+    return groups
 
 
 def fused_groups(names: Iterable[str]) -> dict[str, list[str]]:
     """Container of each fused matrix -> the layers in it: q/k/v, gate/up, all experts of a block."""
-    families = {last: family for family in FUSED for last in family}
     groups: dict[str, list[str]] = {}
     for name in names:
         parent, _, last = name.rpartition(".")
         experts = _EXPERTS.match(name)
         if experts is not None and "shared" not in experts.group(1).rpartition(".")[2]:
             groups.setdefault(experts.group(1), []).append(name)
-        elif last in families:
-            groups.setdefault(f"{parent}.{'/'.join(families[last])}", []).append(name)
+        elif last in _FAMILIES:
+            groups.setdefault(f"{parent}.{'/'.join(_FAMILIES[last])}", []).append(name)
     return groups
 
 

@@ -40,6 +40,7 @@ class TuneConfig:
         tune_range: learn range multipliers.
         tune_norm_bias: also learn the block's norm weights and biases.
         keep_best: return the best parameters seen on the held-out samples, else the last ones.
+        ranges: what flows into layers fixes numbers of their formats; tuning itself does not look at this.
         patience: stop after this many steps without a better held-out loss, which is looked at ten times in a
             run; 0 never stops early.
     """
@@ -59,12 +60,13 @@ class TuneConfig:
     tune_range: bool = True
     tune_norm_bias: bool = False
     keep_best: bool = True
+    ranges: bool = False
     patience: int = 0
 
     @property
     def needs_rows(self) -> bool:
-        """Whether calibration rows are needed: tuning and the weighted search do, plain rounding does not."""
-        return self.iters > 0 or self.search
+        """Whether calibration rows are needed: for tuning, the weighted search, and ranges of inputs."""
+        return self.iters > 0 or self.search or self.ranges
 
     @property
     def pass_rows(self) -> int:

@@ -60,10 +60,7 @@ class Weight:
             NumericsError: the weight is not finite.
         """
         original = block.get_parameter(name).detach() if task.original is None else task.original
-        try:
-            stats = task.format.stats(original)
-        except NumericsError as error:
-            raise NumericsError(f"{name}: {error}") from None
+        stats = measured(name, task.format, original)
         fmt = task.format.bind(stats)
         if effort is None:
             knobs = Knobs(torch.ones_like(stats.lo), torch.ones_like(stats.hi))
@@ -80,6 +77,18 @@ class Weight:
         """Codes and scale of what was tuned."""
         with torch.no_grad():
             return self.format.quantize(self.original, self.knobs, self.v)
+
+
+def measured(name: str, fmt: Format, w: Tensor) -> Stats:
+    """Ranges of a weight's groups; arguments as for `Format.stats`.
+
+    Raises:
+        NumericsError: the weight is not finite; names it.
+    """
+    try:
+        return fmt.stats(w)
+    except NumericsError as error:
+        raise NumericsError(f"{name}: {error}") from None
 
 
 def fake_weights(weights: Mapping[str, Weight]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer, Role
 from auto_round.facts.tensor import TensorSpec
-from auto_round.numerics.activation import ActivationFormat
+from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.schemes.plan import Plan
@@ -32,7 +32,7 @@ class FakeFormat(Exporter):
 
     any_plan: ClassVar[bool] = True
 
-    def holds_activation(self, fmt: ActivationFormat) -> bool:
+    def holds_activation(self, fmt: InputFormat) -> bool:
         """Any: the folder holds nothing but weights, and a warning says so."""
         return True
 

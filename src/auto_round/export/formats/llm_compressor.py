@@ -13,6 +13,7 @@ from auto_round.errors import InternalError, Refusal
 from auto_round.export.compressed_config import (
     compressed_layout,
     group_of,
+    input_tensor,
     loader_notes,
     quantization_config,
     refuse_numbers,
@@ -25,7 +26,7 @@ from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.layouts.layout import Layout
-from auto_round.numerics.activation import ActivationFormat
+from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.schemes.plan import Plan
@@ -41,19 +42,26 @@ class LLMCompressorFormat(Exporter):
     Attributes:
         name: name on the command line.
         orders: layer -> name of its order of bytes; None until a plan has decided.
+        inputs: layer -> tensor of what calibration fixes for its input, where it fixes something.
     """
 
     name: str = "llm_compressor"
     orders: Mapping[str, str] | None = field(default=None, hash=False)
+    inputs: Mapping[str, tuple[str, TensorSpec]] = field(default_factory=dict, hash=False)
 
     scales_in_model_dtype: ClassVar[bool] = True
 
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> LLMCompressorFormat:
         """This format with the order of bytes of each layer decided."""
-        schemes = {layer.name: plan.scheme_of(layer.name) for layer in layers}
-        return replace(
-            self, orders={n: compressed_layout(s).name for n, s in schemes.items() if s is not None}
-        )
+        orders: dict[str, str] = {}
+        inputs: dict[str, tuple[str, TensorSpec]] = {}
+        for layer in layers:
+            scheme = plan.scheme_of(layer.name)
+            if scheme is not None:
+                orders[layer.name] = compressed_layout(scheme).name
+                if (found := input_tensor(scheme, layer.dtype)) is not None:
+                    inputs[layer.name] = found
+        return replace(self, orders=orders, inputs=inputs)
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """One refusal for each reason, with the layers that it holds for."""
@@ -84,7 +92,7 @@ class LLMCompressorFormat(Exporter):
         """What Transformers cannot load of the folder, where anything is packed."""
         return unloadable(self.name, plan, layers, loading) if plan.quantized else []
 
-    def holds_activation(self, fmt: ActivationFormat) -> bool:
+    def holds_activation(self, fmt: InputFormat) -> bool:
         """All that can be planned: a group of the configuration says how its inputs are rounded."""
         return True
 
@@ -106,6 +114,9 @@ class LLMCompressorFormat(Exporter):
         found = dict(self._layout(layer).spec(fmt, layer.shape))
         if _has_steps(fmt):
             found[_SCALE] = replace(found[_SCALE], dtype=layer.dtype)
+        if layer.name in self.inputs:
+            name, spec = self.inputs[layer.name]
+            found[name] = spec
         return prefixed(layer, found)
 
     def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
@@ -113,6 +124,11 @@ class LLMCompressorFormat(Exporter):
         found = dict(self._layout(layer).pack(q.weight))
         if _has_steps(q.weight.format):
             found[_SCALE] = found[_SCALE].to(layer.dtype)
+        if layer.name in self.inputs:
+            if q.input_scale is None:
+                raise InternalError(f"{layer.name}: nothing has fixed the number of its input")
+            name, spec = self.inputs[layer.name]
+            found[name] = q.input_scale.to(spec.dtype)
         return prefixed(layer, found)
 
     def config(

@@ -20,10 +20,12 @@ from auto_round.inference.convert_model import change_backend
 from auto_round.log import logger
 from auto_round.models.source import ModelSource
 from auto_round.numerics.activation import ActivationFormat
+from auto_round.numerics.activation_float import InputFormat
 from auto_round.pipeline.checking.reload import MemoryEndedError, Reader, predict_one_token
 from auto_round.pipeline.deciding.activations import activation_formats
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.memory import release_freed_memory
+from auto_round.pipeline.running.input_ranges import NO_RANGES, InputRanges
 from auto_round.pipeline.running.measure import Measured, counted
 from auto_round.tuning.quantized_inputs import quantized_inputs
 
@@ -56,10 +58,12 @@ class TunedModel:
     Attributes:
         job: the run.
         measured: the tuned model's last hidden states for the held-out rows; None without data.
+        ranges: largest magnitudes of inputs, where numbers follow from them.
     """
 
     job: Job
     measured: Measured | None
+    ranges: InputRanges = NO_RANGES
 
     @property
     def source(self) -> ModelSource:
@@ -92,7 +96,9 @@ class TunedModel:
             if self.measured is None or job.rows is None:
                 predict_one_token(reader.load(folder), folder)
                 return {"tokens": 1}
-            return _compared(job, reader, folder, self.measured, job.rows.rows[job.tuned :])
+            # A folder of dense weights does not say how inputs are rounded.
+            inputs = self.ranges.formats(_activations(job)) if method is None else {}
+            return _compared(job, reader, folder, self.measured, inputs)
         except MemoryEndedError as error:
             return {"skipped": str(error)}
 
@@ -121,14 +127,23 @@ class TunedModel:
 
 
 def _compared(
-    job: Job, reader: Reader, folder: Path, measured: Measured, held_out: Sequence[CalibrationRow]
+    job: Job, reader: Reader, folder: Path, measured: Measured, inputs: Mapping[str, ActivationFormat]
 ) -> dict[str, Any]:
-    """Figures of a reloaded folder on held-out rows, and a sample."""
+    """Figures of a reloaded folder on held-out rows, and a sample.
+
+    Args:
+        job: the run.
+        reader: loads the folder.
+        folder: what was written.
+        measured: the tuned model on these rows.
+        inputs: module -> what its input has to be rounded to here.
+    """
+    held_out = () if job.rows is None else job.rows.rows[job.tuned :]
     rows = _beginnings(job, held_out[:ROWS])
     tuned = _tuned_logits(job, measured, rows)
     release_freed_memory()
     model = reader.load(folder)
-    with quantized_inputs(model, _own_activations(job, reader.method)):
+    with quantized_inputs(model, inputs):
         comparison, largest, each = _compare(job, model, tuned, rows)
         limit = _largest_kl(job)
         if not (comparison.kl <= limit or (_routes(job) and _few_flips(each, limit))):
@@ -169,7 +184,7 @@ def _few_flips(each: Tensor, limit: float) -> bool:
 
 def _largest_kl(job: Job) -> float:
     """Divergence up to which a reloaded folder counts as the same model, nats per token."""
-    steps = [fmt.end_steps for fmt in activation_formats(job.plan, job.source.layers).values()]
+    steps = [fmt.end_steps for fmt in _activations(job).values()]
     return LARGEST_KL_COARSE if min(steps, default=FINE) < FINE else LARGEST_KL
 
 
@@ -217,9 +232,9 @@ def _compare(
     return comparison, largest, torch.cat(each)
 
 
-def _own_activations(job: Job, method: str | None) -> dict[str, ActivationFormat]:
-    """Inputs that have to be rounded here since the folder does not say so: it keeps dense weights only."""
-    return {} if method is not None else activation_formats(job.plan, job.source.layers)
+def _activations(job: Job) -> dict[str, InputFormat]:
+    """What inputs are rounded to, by module."""
+    return activation_formats(job.plan, job.source.layers)
 
 
 def _sample(job: Job, model: Any, prompt: Tensor) -> dict[str, str]:
@@ -255,7 +270,9 @@ def _generate(job: Job, model: Any, prompt: Tensor) -> str:
     return text
 
 
-def verify_all(job: Job, folders: Mapping[str, Path], measured: Measured | None) -> dict[str, Any]:
+def verify_all(
+    job: Job, folders: Mapping[str, Path], measured: Measured | None, ranges: InputRanges = NO_RANGES
+) -> dict[str, Any]:
     """Verify every output; format name -> figures."""
-    tuned = TunedModel(job, measured)
+    tuned = TunedModel(job, measured, ranges)
     return {name: job.exporters[name].verify(folder, tuned) for name, folder in folders.items()}

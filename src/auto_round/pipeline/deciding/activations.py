@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.layer import Layer
-from auto_round.numerics.activation import ActivationFormat
+from auto_round.numerics.activation_float import Calibrated, InputFormat
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 
@@ -36,19 +36,27 @@ def refuse_unreachable(plan: Plan, layers: Sequence[Layer]) -> None:
         raise UnsupportedError("these activations cannot be quantized", refusals)
 
 
-def activation_formats(plan: Plan, layers: Iterable[Layer]) -> dict[str, ActivationFormat]:
-    """Dotted name of each module in the model's tree -> what its input is rounded to."""
-    found: dict[str, ActivationFormat] = {}
+def activation_formats(plan: Plan, layers: Iterable[Layer]) -> dict[str, InputFormat]:
+    """Dotted name of each module in the model's tree -> what its input is rounded to.
+
+    Steps that calibration fixes are stored in the dtype of the layer, as its readers hold them.
+    """
+    found: dict[str, InputFormat] = {}
     for layer in layers:
         fmt, module = plan.activation_of(layer.name), _module(layer)
         if fmt is not None and module is not None:
-            found[module] = fmt
+            found[module] = fmt.stored_in(layer.dtype) if isinstance(fmt, Calibrated) else fmt
     return found
+
+
+def to_calibrate(formats: Mapping[str, InputFormat]) -> list[str]:
+    """Modules of whose inputs calibration is to fix a number."""
+    return [name for name, fmt in formats.items() if isinstance(fmt, Calibrated)]
 
 
 def formats_inside(
     plan: Plan, layers: Iterable[Layer], prefixes: Mapping[str, str]
-) -> dict[str, ActivationFormat]:
+) -> dict[str, InputFormat]:
     """`activation_formats` by names inside a group of blocks: position in the group -> path of the block."""
     found = activation_formats(plan, layers)
     return {

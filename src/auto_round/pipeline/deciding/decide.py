@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from auto_round.export.exporter import Exporter
-from auto_round.pipeline.deciding.activations import refuse_unreachable
+from auto_round.pipeline.deciding.activations import activation_formats, refuse_unreachable, to_calibrate
 from auto_round.pipeline.deciding.open_model import Opened
 from auto_round.pipeline.deciding.plan_together import plan_together
 from auto_round.pipeline.deciding.recast import named_dtype
@@ -55,6 +55,7 @@ def decide(request: Request, opened: Opened) -> Decided:
     refuse_unreachable(plan, opened.source.layers)
     schemes = [plan.scheme_of(name) for name in plan.quantized]
     tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=16))
+    tune = replace(tune, ranges=bool(to_calibrate(activation_formats(plan, opened.source.layers))))
     for exporter in planned.exporters.values():
         exporter.check(options, request.output, calibrated=tune.needs_rows)
     sparing = options.memory.low_gpu_mem_usage

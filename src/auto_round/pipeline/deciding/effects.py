@@ -32,7 +32,7 @@ def _rounds(job: Job) -> bool:
 
 
 def _needs_no_rows(job: Job) -> bool:
-    return job.tune.iters == 0 and not job.tune.search
+    return not job.tune.needs_rows
 
 
 def _has_no_rows(job: Job) -> bool:

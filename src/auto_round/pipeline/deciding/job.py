@@ -61,7 +61,7 @@ class Job:
 
     @property
     def tunes(self) -> bool:
-        """Some rows are there to tune on, or to weigh a search by."""
+        """Some rows are there to tune on, to weigh a search by, or to calibrate inputs."""
         return self.rows is not None and self.tuned > 0
 
     @property

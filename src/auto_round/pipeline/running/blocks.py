@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from auto_round.calibration.observe import InputMoments
 from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
 from auto_round.facts.layer import Layer
+from auto_round.numerics.activation_float import Fixed
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
-from auto_round.numerics.qtensor import QTensor, QuantizedLayer
+from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.numerics.token_weights import Massive
 from auto_round.pipeline.deciding.activations import formats_inside
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup
 from auto_round.pipeline.running.hard_cases import by_kind
+from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import InputSquares
 from auto_round.pipeline.running.last_block import judged
 from auto_round.pipeline.running.streams import Streams
-from auto_round.pipeline.running.unit import Unit, tune_unit
+from auto_round.pipeline.running.unit import TunedUnit, Unit, tune_unit
 from auto_round.tuning.objective import Objective
 from auto_round.tuning.sign_round import TunedBlock
 
@@ -40,6 +42,7 @@ class GroupResult:
         inputs: name of a tensor in the source -> what flowed into it; empty unless that is to be written.
         massive: tokens with massive activations in the unquantized output.
         errors: kind of layer -> share of its output that rounding changed, see `hard_cases`.
+        ranges: largest magnitudes of inputs by module, where numbers follow from them.
     """
 
     layers: Mapping[str, tuple[Layer, QuantizedLayer]]
@@ -48,6 +51,7 @@ class GroupResult:
     inputs: Mapping[str, InputSquares]
     massive: Massive
     errors: Mapping[str, float]
+    ranges: InputRanges
 
 
 def tune_group(
@@ -77,10 +81,14 @@ def tune_group(
             objective=stack.enter_context(judged(job, indices, objective)),
             from_quantized=job.options.tune.enable_quanted_input,
         )
-    layers = _layers_of(job, indices, found.tuned.weights)
+    layers = _layers_of(job, indices, found)
     others = {_outside(name, prefixes): value for name, value in found.tuned.others.items()}
     seen = _inputs_of(job, indices, found.importance, found.moments) if job.saves_imatrix else {}
-    return GroupResult(layers, others, found.tuned, seen, found.massive, by_kind(found.errors))
+    ranges = InputRanges(
+        {_outside(name, prefixes): size for name, size in found.ranges.largest.items()},
+        tuple(_outside(name, prefixes) for name in found.ranges.borrowed),
+    )
+    return GroupResult(layers, others, found.tuned, seen, found.massive, by_kind(found.errors), ranges)
 
 
 def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTable) -> Unit:
@@ -193,15 +201,15 @@ def _owner(group: BlockGroup, parameter: str) -> nn.Module:
     return group.get_submodule(parameter.rpartition(".")[0])
 
 
-def _layers_of(
-    job: Job, indices: Sequence[int], weights: Mapping[str, QTensor]
-) -> dict[str, tuple[Layer, QuantizedLayer]]:
+def _layers_of(job: Job, indices: Sequence[int], tuned: TunedUnit) -> dict[str, tuple[Layer, QuantizedLayer]]:
     """Quantized layers by their names on disk; fused parameters are cut into their matrices."""
     found: dict[str, tuple[Layer, QuantizedLayer]] = {}
     for layer in job.source.layers:
         if layer.block in indices and job.plan.format_of(layer.name) is not None:
             index = () if layer.expert is None else (layer.expert,)
             rows = slice(None) if layer.rows is None else slice(*layer.rows)
-            weight = weights[_inside(job, indices, layer)].take(index, rows)
-            found[layer.name] = (layer, QuantizedLayer(weight))
+            name = _inside(job, indices, layer)
+            inputs = tuned.activations.get(name.removesuffix(".weight"))
+            scale = inputs.number if isinstance(inputs, Fixed) else None
+            found[layer.name] = (layer, QuantizedLayer(tuned.tuned.weights[name].take(index, rows), scale))
     return found

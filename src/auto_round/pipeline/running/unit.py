@@ -9,22 +9,28 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from auto_round.calibration.observe import InputMoments, observe_inputs
+from auto_round.calibration.observe import InputLargest, InputMoments, observe_inputs, observe_largest
 from auto_round.facts.flow import States
 from auto_round.numerics.activation import ActivationFormat
+from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.token_weights import Massive, massive_tokens, token_energy, token_weights
+from auto_round.pipeline.deciding.activations import to_calibrate
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
 from auto_round.pipeline.running.hard_cases import relative_error
+from auto_round.pipeline.running.input_ranges import InputRanges, settle_ranges
+from auto_round.pipeline.running.shared_numbers import bind_tied, tied_layers
 from auto_round.pipeline.running.streams import Streams
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.objective import PLAIN, Objective
 from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.samples import Samples, run_block
 from auto_round.tuning.sign_round import TunedBlock, tune_block
-from auto_round.tuning.weights import WeightTask
+from auto_round.tuning.weights import WeightTask, measured
+
+_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,7 @@ class Unit:
     group: BlockGroup
     originals: Mapping[str, Tensor]
     formats: Mapping[str, Format]
-    activations: Mapping[str, ActivationFormat]
+    activations: Mapping[str, InputFormat]
     observed: Sequence[str]
     table: ArgumentTable
     blocks: Sequence[int]
@@ -72,6 +78,8 @@ class TunedUnit:
         moments: the counts behind it.
         massive: tokens with massive activations in the unquantized output, in the first tensor of it.
         errors: parameter -> share of its output that rounding changed, see `hard_cases`.
+        ranges: largest magnitudes of inputs, where numbers follow from them.
+        activations: module -> what its input is rounded to, all numbers known.
     """
 
     tuned: TunedBlock
@@ -80,6 +88,8 @@ class TunedUnit:
     moments: Mapping[str, InputMoments]
     massive: Massive
     errors: Mapping[str, float]
+    ranges: InputRanges
+    activations: Mapping[str, ActivationFormat]
 
 
 def tune_unit(
@@ -102,19 +112,23 @@ def tune_unit(
         from_quantized: tune on what the quantized blocks before give, rather than the unquantized ones.
 
     Raises:
-        NumericsError: a weight or the loss is not finite.
+        NumericsError: a weight, an activation or the loss is not finite.
+        UnsupportedError: the number of an input follows from calibration, and no token reached the layer.
     """
     group, arguments = unit.group, unit.arguments()
-    moments = _references(unit, streams, arguments, config.pass_rows)
+    moments, largest = _references(unit, streams, arguments, config.pass_rows)
     importance = {n: found for n, m in moments.items() if (found := m.importance()) is not None}
     energies = [torch.stack([token_energy(row) for row in target]) for target in streams.targets]
     weights = tuple(token_weights(energy, streams.mask_of(i)) for i, energy in enumerate(energies))
+    ranges = settle_ranges({name: seen.value() for name, seen in largest.items()})
+    activations = ranges.formats(unit.activations)
+    formats = _bound(unit)
     inputs = streams.quantized if from_quantized else streams.reference
     count = streams.tuned
-    with quantized_inputs(group, unit.activations):
+    with quantized_inputs(group, activations):
         tuned = tune_block(
             group,
-            {n: WeightTask(fmt, unit.originals[n], importance.get(n)) for n, fmt in unit.formats.items()},
+            {n: WeightTask(fmt, unit.originals[n], importance.get(n)) for n, fmt in formats.items()},
             _samples(inputs, streams.targets, weights, arguments, slice(0, count)),
             _samples(inputs, streams.targets, weights, unit.arguments(count), slice(count, None)),
             config if count and unit.runs else replace(config, iters=0),
@@ -130,7 +144,29 @@ def tune_unit(
         for name, value in rounded.items()
     }
     massive = massive_tokens(energies[0], streams.masks)
-    return TunedUnit(tuned, rounded | retrained, importance, moments, massive, errors)
+    return TunedUnit(
+        tuned,
+        rounded | retrained,
+        importance,
+        moments,
+        massive,
+        errors,
+        ranges=ranges,
+        activations=activations,
+    )
+
+
+def _bound(unit: Unit) -> dict[str, Format]:
+    """The formats, those of weights that share a number bound to the ranges of all of them.
+
+    Raises:
+        NumericsError: a weight is not finite; names it.
+    """
+    modules = {name.removesuffix(_WEIGHT): name for name in unit.formats}
+    formats = {module: unit.formats[name] for module, name in modules.items()}
+    tied = tied_layers(formats)
+    stats = {m: measured(modules[m], formats[m], unit.originals[modules[m]]) for names in tied for m in names}
+    return {modules[module]: fmt for module, fmt in bind_tied(formats, tied, stats).items()}
 
 
 def _squares(importance: Mapping[str, Importance], name: str) -> Tensor | None:
@@ -146,19 +182,27 @@ def _samples(
 
 def _references(
     unit: Unit, streams: Streams, arguments: GroupArguments, at_once: int
-) -> dict[str, InputMoments]:
-    """Write what the unquantized blocks give into the targets; by parameter the second moments of its inputs.
+) -> tuple[dict[str, InputMoments], Mapping[str, InputLargest]]:
+    """Write what the unquantized blocks give into the targets.
 
-    The channels are observed on the unquantized stream, over the rows that are tuned on.
+    Inputs are observed on the unquantized stream, over the rows that are tuned on.
+
+    Returns:
+        By parameter the second moments of its inputs, and by module the largest of them where a number
+        follows from it.
     """
     everything = Samples(streams.reference, streams.reference, arguments)
     masks, tuned = streams.masks, range(streams.tuned)
     mask_of = None if masks is None else lambda: masks[arguments.last]
-    with observe_inputs(unit.group, unit.observed, mask_of) as seen:
+    ranged = to_calibrate(unit.activations)
+    with (
+        observe_inputs(unit.group, unit.observed, mask_of) as seen,
+        observe_largest(unit.group, ranged, mask_of) as largest,
+    ):
         run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=tuned, device=unit.device)
     rest = range(streams.tuned, streams.rows)
     run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=rest, device=unit.device)
-    return {f"{name}.weight": moments for name, moments in seen.items()}
+    return {name + _WEIGHT: moments for name, moments in seen.items()}, largest
 
 
 def _advance(

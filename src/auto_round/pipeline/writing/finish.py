@@ -24,6 +24,7 @@ from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import plan_size
 from auto_round.pipeline.deciding.recast import wanted_dtype
 from auto_round.pipeline.running.hard_cases import hard_cases
+from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import load_inputs
 from auto_round.pipeline.running.measure import Measured
 from auto_round.version import __version__
@@ -110,6 +111,8 @@ def build_report(
             "kl": c.kl,
             "same_top_token": c.agreement,
         }
+    if borrowed := InputRanges.from_entries(journal.entries).borrowed:
+        report["inputs_ranged_by_peers"] = len(borrowed)
     hard = hard_cases(journal.entries, None if measured is None else measured.comparison.kl)
     if hard:
         report["hard_cases"] = hard

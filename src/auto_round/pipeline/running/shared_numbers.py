@@ -1,0 +1,39 @@
+"""Weights that share a stored number: matrices that engines keep as one are bound together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from auto_round.numerics.format import Format
+from auto_round.numerics.scale import Stats
+from auto_round.schemes.siblings import joined_matrices
+
+
+def tied_layers(formats: Mapping[str, Format]) -> list[list[str]]:
+    """Layers whose weights share a number, two or more together: those of one format in one fused matrix."""
+    found: list[list[str]] = []
+    for members in joined_matrices(formats).values():
+        alike: dict[Format, list[str]] = {}
+        for name in members:
+            if formats[name].ties:
+                alike.setdefault(formats[name], []).append(name)
+        found += [names for names in alike.values() if len(names) > 1]
+    return found
+
+
+def bind_tied(
+    formats: Mapping[str, Format], tied: Iterable[list[str]], stats: Mapping[str, Stats]
+) -> dict[str, Format]:
+    """The formats, those of tied layers bound to the ranges of all of them.
+
+    Args:
+        formats: layer -> format.
+        tied: from `tied_layers`.
+        stats: ranges of each tied layer.
+    """
+    bound = dict(formats)
+    for names in tied:
+        for name in names:
+            others = [stats[other] for other in names if other != name]
+            bound[name] = formats[name].bind(stats[name], *others)
+    return bound

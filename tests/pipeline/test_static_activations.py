@@ -1,0 +1,210 @@
+"""Activation scales fixed at calibration: what reloads is what was tuned, and scales are what was seen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from auto_round.errors import AutoRoundError, UnsupportedError
+from auto_round.pipeline.running.input_ranges import InputRanges, settle_ranges
+from auto_round.schemes.siblings import joined_matrices
+from pipeline.runs import ROWS, kl_of, quantize, tree, weights
+
+LIBRARY = "compressed_tensors"
+SCALES = {"FP8_STATIC": "input_scale", "NVFP4": "input_global_scale"}
+PLAIN = {"iters": 0, "disable_opt_rtn": True}
+SEARCHED = {"iters": 0, "disable_opt_rtn": False}
+TUNED_ROWS = 4  # `nsamples` of the short runs
+
+
+def run(model, out, scheme, **given):
+    return quantize(model, out, **{"format": "llm_compressor", "scheme": scheme, "group_size": None, **given})
+
+
+def largest_inputs(model, rows):
+    """Largest magnitude that flows into each linear layer, by Transformers alone."""
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    found = {}
+
+    def look(name):
+        def hook(module, args):
+            found[name] = max(found.get(name, 0.0), float(args[0].abs().max()))
+
+        return hook
+
+    for name, module in net.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(look(name))
+    with torch.no_grad():
+        net(input_ids=torch.tensor(rows))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("scheme", "given"),
+    [("FP8_STATIC", {}), ("FP8_STATIC", PLAIN), ("NVFP4", {}), ("NVFP4", SEARCHED), ("NVFP4", PLAIN)],
+    ids=str,
+)
+def test_the_library_predicts_what_was_tuned(tiny, tmp_path, scheme, given):
+    pytest.importorskip(LIBRARY)
+    result = run(tiny("llama"), tmp_path / "out", scheme, format="llm_compressor,fake", **given)
+    # A difference of one bit before the border of two codes is a whole step of a coarse input.
+    assert kl_of(result)["llm_compressor"] < 1e-2
+    assert kl_of(result)["fake"] < 1e-6
+    config = json.loads((result.folders[0] / "quantization_config.json").read_text())
+    (group,) = config["config_groups"].values()
+    inputs = group["input_activations"]
+    found = (inputs["strategy"], inputs["dynamic"], inputs["group_size"])
+    assert found == {
+        "FP8_STATIC": ("tensor", False, None),
+        "NVFP4": ("tensor_group", "local", 16),
+    }.get(scheme)
+
+
+@pytest.mark.parametrize("scheme", SCALES)
+def test_scales_are_the_observed_extremes(tiny, tmp_path, scheme):
+    """Plain rounding: by the rows that are tuned on, and no others."""
+    rows = [[int(t) for t in row] for row in ROWS]
+    result = run(tiny("llama"), tmp_path / "out", scheme, verify=False, **PLAIN)
+    stored = weights(result.folders[0])
+    # The rows are shuffled: which were tuned on is known by the extremes of the report only where all agree.
+    wanted = result.report["blocks"]
+    largest = {name: size for entry in wanted for name, size in entry["input_largest"].items()}
+    everything = largest_inputs(tiny("llama"), rows)
+    assert largest.keys() == set(result.plan.quantized)
+    for name, size in largest.items():
+        assert 0 < size <= everything[name]
+        scale = stored[f"{name}.{SCALES[scheme]}"]
+        assert scale.shape == (1,)
+        if scheme == "NVFP4":
+            assert torch.equal(scale, 448 * 6 / torch.tensor([size]))
+        else:
+            assert torch.equal(scale, (torch.tensor([size]) / 448).bfloat16())
+
+
+def test_only_rows_that_are_tuned_on_are_looked_at(tiny, tmp_path):
+    """All rows alike: the extremes are those of one of them."""
+    rows = [ROWS[0]] * len(ROWS)
+    result = run(tiny("llama"), tmp_path / "out", "FP8_STATIC", verify=False, dataset=rows, **PLAIN)
+    wanted = largest_inputs(tiny("llama"), rows[:1])
+    for entry in result.report["blocks"]:
+        for name, size in entry["input_largest"].items():
+            assert size == pytest.approx(wanted[name], rel=0.01), name
+
+
+@pytest.mark.parametrize(("given", "inputs"), [({"scheme": "NVFP4"}, True), ({"act_bits": 16}, False)])
+@pytest.mark.parametrize("way", [PLAIN, SEARCHED, {}], ids=["plain", "searched", "tuned"])
+def test_siblings_share_their_numbers(tiny, tmp_path, given, inputs, way):
+    """A number for a whole matrix is one for q/k/v and one for gate/up: of weights, and of inputs."""
+    result = run(tiny("llama"), tmp_path / "out", **{"scheme": "NVFP4", **given}, verify=False, **way)
+    stored = weights(result.folders[0])
+    original = weights(tiny("llama"))
+    groups = joined_matrices(result.plan.quantized)
+    assert sorted(map(len, groups.values())) == [1, 1, 1, 1, 2, 2, 3, 3]
+    for names in groups.values():
+        largest = max(float(original[f"{name}.weight"].abs().max()) for name in names)
+        for name in names:
+            assert torch.equal(stored[f"{name}.weight_global_scale"], 448 * 6 / torch.tensor([largest]))
+        assert len({float(stored[f"{name}.input_global_scale"]) for name in names if inputs}) == inputs
+
+
+@pytest.mark.parametrize("given", [{}, PLAIN], ids=["tuned", "plain"])
+@pytest.mark.parametrize("scheme", SCALES)
+def test_a_continued_run_gives_the_same_bytes(tiny, tmp_path, scheme, given):
+    """What calibration fixed in the blocks before is needed to verify a folder of dense weights."""
+
+    class Stop(Exception):  # noqa: N818  stands for a signal
+        pass
+
+    def progress(event):
+        if event.stage == "tune" and event.done == 1:
+            raise Stop
+
+    common = {"format": "llm_compressor,fake", **given}
+    run(tiny("llama"), tmp_path / "whole", scheme, **common)
+    with pytest.raises(Stop):
+        run(tiny("llama"), tmp_path / "out", scheme, progress=progress, **common)
+    run(tiny("llama"), tmp_path / "out", scheme, **common)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_plain_and_tuned_runs_fix_the_same_numbers(tiny, tmp_path):
+    ranges = [
+        InputRanges.from_entries(
+            run(tiny("llama"), tmp_path / str(i), "NVFP4", format="fake", verify=False, **way).report[
+                "blocks"
+            ]
+        )
+        for i, way in enumerate((PLAIN, SEARCHED, {"enable_quanted_input": False}))
+    ]
+    assert ranges[0] == ranges[1] == ranges[2]
+
+
+def test_tokens_that_do_not_count_are_not_looked_at():
+    from auto_round.calibration.observe import InputLargest
+
+    seen = InputLargest()
+    assert seen.value() is None
+    x = torch.tensor([[[1.0, -2.0], [50.0, 3.0]], [[0.5, 0.0], [1.0, 1.0]]])
+    seen.add(x, torch.tensor([[True, False], [True, True]]))
+    assert seen.value() == 2.0
+    seen.add(x)
+    assert seen.value() == 50.0
+
+
+def test_experts_without_tokens_take_the_largest_of_their_peers():
+    seen = {
+        "0.mlp.experts.0.gate_proj": 2.0,
+        "0.mlp.experts.0.up_proj": 3.0,
+        "0.mlp.experts.0.down_proj": 7.0,
+        "0.mlp.experts.1.gate_proj": 5.0,
+        "0.mlp.experts.1.up_proj": 4.0,
+        "0.mlp.experts.1.down_proj": 1.0,
+        "0.mlp.experts.2.gate_proj": None,
+        "0.mlp.experts.2.up_proj": None,
+        "0.mlp.experts.2.down_proj": None,
+        "1.mlp.experts.0.down_proj": 100.0,
+    }
+    ranges = settle_ranges(seen)
+    assert list(ranges.largest.values()) == [3.0, 3.0, 7.0, 5.0, 5.0, 1.0, 5.0, 5.0, 7.0, 100.0]
+    assert ranges.borrowed == tuple(name for name, size in seen.items() if size is None)
+    assert InputRanges.from_entries([json.loads(json.dumps(ranges.to_entry()))]) == ranges
+
+
+def test_layers_that_nothing_reached_are_named():
+    with pytest.raises(UnsupportedError, match="o_proj"):
+        settle_ranges({"0.self_attn.q_proj": 1.0, "0.self_attn.o_proj": None})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"scheme": "MXFP4", "act_dynamic": False}, "always measured"),
+        ({"scheme": "NVFP4_E5M3", "act_dynamic": False, "format": "fake"}, "always measured"),
+        ({"scheme": "FP8_STATIC", "act_group_size": -1}, "one for the whole tensor"),
+        ({"scheme": "NVFP4", "act_group_size": 32}, "groups of 16"),
+        ({"scheme": "NVFP4", "act_data_type": "nv_fp4"}, "nv_fp4_with_static_gs"),
+        ({"scheme": "NVFP4", "act_sym": False}, "no zero points"),
+        ({"scheme": "NVFP4", "format": "auto_round"}, "leave activations alone"),
+        ({"scheme": "FP8_STATIC", "format": "gguf:q4_k_m"}, "gguf"),
+        ({"scheme": "NVFP4", "data_type": "nv_fp4_with_static_gs"}, "not there yet"),
+        ({"scheme": "FP8_STATIC", "dataset": []}, "row"),
+    ],
+)
+def test_refusals_come_before_any_work(tiny, tmp_path, given, said):
+    with pytest.raises(AutoRoundError, match=said):
+        run(tiny("llama"), tmp_path / "out", **{**PLAIN, **given})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_type_of_weights_says_the_same_with_fixed_inputs(tiny, tmp_path):
+    """`nv_fp` inputs that are not measured are those of the long name."""
+    outs = [
+        run(tiny("llama"), tmp_path / str(i), "NVFP4", verify=False, **PLAIN, **given)
+        for i, given in enumerate(({}, {"act_data_type": "nv_fp4", "act_dynamic": False}))
+    ]
+    files = [(out.folders[0] / "model.safetensors").read_bytes() for out in outs]
+    assert files[0] == files[1]

@@ -24,7 +24,7 @@ from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.compressed import INT_QUANTIZED, LAYOUT_VERSION
 from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.layouts.layout import Layout
-from auto_round.numerics.activation_float import Calibrated
+from auto_round.numerics.activation_float import CalibratedScale
 from auto_round.schemes.number_type import CompressedWords, InputFields
 from auto_round.schemes.number_types import INT, NUMBER_TYPES
 from auto_round.schemes.plan import Plan
@@ -176,7 +176,7 @@ def input_tensor(scheme: QuantizationScheme, dtype: torch.dtype) -> tuple[str, T
         dtype: of the model, in which readers hold steps.
     """
     fmt = scheme.activation_format()
-    if not isinstance(fmt, Calibrated):
+    if not isinstance(fmt, CalibratedScale):
         return None
     return _INPUT_TENSORS[fmt.part], TensorSpec(fmt.stored_in(dtype).dtype, (1,))
 
@@ -187,7 +187,7 @@ _LOCAL = "local"
 
 def _dynamic(scheme: QuantizationScheme) -> bool | str:
     fmt = scheme.activation_format()
-    if not isinstance(fmt, Calibrated):
+    if not isinstance(fmt, CalibratedScale):
         return True
     return False if fmt.format.group.size == 0 else _LOCAL
 

@@ -19,7 +19,7 @@ from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import LAYOUTS, layout_for
 from auto_round.numerics.activation import ActivationFormat
-from auto_round.numerics.activation_float import Calibrated
+from auto_round.numerics.activation_float import CalibratedScale
 from auto_round.numerics.format import Format
 from auto_round.numerics.presets import SCALE_DTYPES
 from auto_round.schemes.number_types import NUMBER_TYPES, stored_type
@@ -189,7 +189,7 @@ class StoredFormats:
             return None
         layout = _layout(fields) if _PACKING in fields else self.layout
         inputs = scheme.activation_format()
-        if isinstance(inputs, Calibrated):
+        if isinstance(inputs, CalibratedScale):
             raise UnsupportedError(
                 f'layer "{names[0]}" wants activations with steps fixed at calibration',
                 [Refusal("auto_round", "runs activations that are measured")],

@@ -61,7 +61,7 @@ def _measure(tokens: Tensor, fmt: Format) -> Stats:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibrated:
+class CalibratedScale:
     """A format of activations of which calibration is to fix the number that the whole tensor has.
 
     That number follows from the largest magnitude seen: the step, or, where groups have measured numbers of
@@ -99,23 +99,23 @@ class Calibrated:
         """Dtype in which the number is stored."""
         return self.format.rule.stored[self.part].dtype
 
-    def stored_in(self, dtype: torch.dtype) -> Calibrated:
+    def stored_in(self, dtype: torch.dtype) -> CalibratedScale:
         """The same with a step that is stored in a model's dtype; other numbers have dtypes of their own."""
         rule = self.format.rule
         if not isinstance(rule, LargestToTop):
             return self
-        return Calibrated(replace(self.format, rule=replace(rule, dtype=dtype)))
+        return CalibratedScale(replace(self.format, rule=replace(rule, dtype=dtype)))
 
-    def fixed(self, largest: float) -> Fixed:
+    def fixed(self, largest: float) -> FixedScale:
         """The format for inputs of this largest magnitude."""
-        return Fixed(self.format, largest)
+        return FixedScale(self.format, largest)
 
 
 @dataclass(frozen=True, slots=True)
-class Fixed:
-    """A format of activations whose number for the whole tensor is known; see `Calibrated`.
+class FixedScale:
+    """A format of activations whose number for the whole tensor is known; see `CalibratedScale`.
 
-    What lies above the calibrated range saturates. Computed in float32, as for `Measured`.
+    What lies above the calibrated range saturates. Computed in float32, as for `MeasuredScales`.
 
     Attributes:
         format: numbers, and groups along the last axis.
@@ -167,5 +167,5 @@ class Fixed:
         return Stats(-hi, hi)
 
 
-InputFormat: TypeAlias = ActivationFormat | Calibrated
+InputFormat: TypeAlias = ActivationFormat | CalibratedScale
 """What a scheme says of the input of a layer: a rounding, or one that waits for calibration."""

@@ -67,7 +67,7 @@ class QuantizedLayer:
     Attributes:
         weight: codes and scales of the matrix.
         input_scale: the number of the input that calibration fixed, `[1]`: its step, or, where groups have
-            measured numbers, what these are divided by (`activation_float.Fixed.number`); None where all is
+            measured numbers, what these are divided by (`FixedScale.number`); None where all is
             measured as the model runs, or where the input is left alone.
         output_scale: step of the output where a cache holds it quantized, float32; None elsewhere.
     """

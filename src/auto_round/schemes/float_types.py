@@ -50,7 +50,7 @@ def _fp8_block_weights(scheme: QuantizationScheme) -> Format | Refusal:
 
 
 def _fp8_inputs(fields: InputFields) -> InputFormat | Refusal:
-    from auto_round.numerics.activation_float import Calibrated, MeasuredScales
+    from auto_round.numerics.activation_float import CalibratedScale, MeasuredScales
     from auto_round.numerics.group import Group
     from auto_round.numerics.presets_float import fp8_format
 
@@ -65,7 +65,7 @@ def _fp8_inputs(fields: InputFields) -> InputFormat | Refusal:
             "a step that calibration fixes is one for the whole tensor, tokens and groups are not known then",
             "act_group_size 0, or leave out disable_act_dynamic",
         )
-    return Calibrated(found)
+    return CalibratedScale(found)
 
 
 def _mx_weights(element: str, scheme: QuantizationScheme) -> Format | Refusal:
@@ -99,7 +99,7 @@ def _nv_inputs(fields: InputFields, *, measured: bool = False) -> InputFormat | 
         fields: what the scheme says.
         measured: the type's name does not say that the number is fixed, so `act_dynamic` has to.
     """
-    from auto_round.numerics.activation_float import Calibrated
+    from auto_round.numerics.activation_float import CalibratedScale
     from auto_round.numerics.presets_float import nv_format
 
     if fields.group_size not in _NV_SIZES:
@@ -109,7 +109,7 @@ def _nv_inputs(fields: InputFields, *, measured: bool = False) -> InputFormat | 
     if measured and fields.dynamic:
         reason = "the number over all groups of NVFP4 inputs is fixed at calibration, not measured"
         return Refusal("activations", reason, f"act_data_type {NV_STATIC}")
-    return _asymmetric("activations", sym=fields.sym) or Calibrated(nv_format())
+    return _asymmetric("activations", sym=fields.sym) or CalibratedScale(nv_format())
 
 
 def _nv_e5m3_weights(scheme: QuantizationScheme) -> Format | Refusal:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.layer import Layer
-from auto_round.numerics.activation_float import Calibrated, InputFormat
+from auto_round.numerics.activation_float import CalibratedScale, InputFormat
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 
@@ -45,13 +45,13 @@ def activation_formats(plan: Plan, layers: Iterable[Layer]) -> dict[str, InputFo
     for layer in layers:
         fmt, module = plan.activation_of(layer.name), _module(layer)
         if fmt is not None and module is not None:
-            found[module] = fmt.stored_in(layer.dtype) if isinstance(fmt, Calibrated) else fmt
+            found[module] = fmt.stored_in(layer.dtype) if isinstance(fmt, CalibratedScale) else fmt
     return found
 
 
 def to_calibrate(formats: Mapping[str, InputFormat]) -> list[str]:
     """Modules of whose inputs calibration is to fix a number."""
-    return [name for name, fmt in formats.items() if isinstance(fmt, Calibrated)]
+    return [name for name, fmt in formats.items() if isinstance(fmt, CalibratedScale)]
 
 
 def formats_inside(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from auto_round.calibration.observe import InputMoments
 from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
 from auto_round.facts.layer import Layer
-from auto_round.numerics.activation_float import Fixed
+from auto_round.numerics.activation_float import FixedScale
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QuantizedLayer
@@ -210,6 +210,6 @@ def _layers_of(job: Job, indices: Sequence[int], tuned: TunedUnit) -> dict[str, 
             rows = slice(None) if layer.rows is None else slice(*layer.rows)
             name = _inside(job, indices, layer)
             inputs = tuned.activations.get(name.removesuffix(".weight"))
-            scale = inputs.number if isinstance(inputs, Fixed) else None
+            scale = inputs.number if isinstance(inputs, FixedScale) else None
             found[layer.name] = (layer, QuantizedLayer(tuned.tuned.weights[name].take(index, rows), scale))
     return found

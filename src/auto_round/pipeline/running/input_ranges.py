@@ -8,7 +8,7 @@ from typing import Any
 
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.numerics.activation import ActivationFormat
-from auto_round.numerics.activation_float import Calibrated, InputFormat
+from auto_round.numerics.activation_float import CalibratedScale, InputFormat
 from auto_round.schemes.condense import some
 from auto_round.schemes.siblings import expert_peers, joined_matrices
 
@@ -48,7 +48,7 @@ class InputRanges:
         """What inputs are rounded to once these numbers are known."""
         found: dict[str, ActivationFormat] = {}
         for name, fmt in formats.items():
-            found[name] = fmt.fixed(self.largest[name]) if isinstance(fmt, Calibrated) else fmt
+            found[name] = fmt.fixed(self.largest[name]) if isinstance(fmt, CalibratedScale) else fmt
         return found
 
 

@@ -1,4 +1,7 @@
-"""The table of kernels: priority, other names, and the names of kernels that there are no more or not yet."""
+"""The table of kernels: one row each, with its priority and other names.
+
+Behind it stand names that users may ask for and that mean no kernel here, with the reason.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Weights of a band of rows as the search sees them: errors and sums of each group for any scale.
+"""A band of rows for the range search: the error of each group, and its least-squares sums, for any scale.
 
-`Band` weighs the error of each weight by itself, `CorrelatedBand` knows in addition which errors cancel.
+With errors `e = dequantized - w`, `Band` measures `sum(importance * e**2)`: each weight by itself.
+`CorrelatedBand` measures `e @ products @ e`, where errors of different weights may cancel.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ def fold(x: Tensor, dim: int) -> Tensor:
 
 
 class Errors(Protocol):
-    """What a search asks about a band of rows."""
+    """What a search needs to know of a band of rows."""
 
     def error(self, grid: Grid, scale: Scale) -> Tensor:
         """Weighted squared error of each group, `[rows, n_groups]`, when rounded with `scale`."""
         ...
 
     def moments(self, grid: Grid, scale: Scale) -> Moments:
-        """Sums over the numbers that `scale` leads to, zero point removed."""
+        """Sums over the numbers that weights are rounded to with `scale`, less the zero point."""
         ...
 
 
@@ -57,8 +58,11 @@ class Band:
     Args:
         w: the weights.
         importance: of their errors.
-        along: how often the part of a group's error that lies along its weights counts in addition. Such
-            errors do not average out: they shrink or stretch what a layer says, the same way in every layer.
+        along: extra weight of errors in proportion to the weights themselves. With errors `e` and the
+            importance `i`, the error of a group is
+            `sum(i * e**2) + along * sum(i * e * w)**2 / sum(i * w**2)`. The second term is the part of `e`
+            that lies along `w`: it makes a layer's output shorter or longer, and in all layers alike, so
+            that it does not average out.
     """
 
     def __init__(self, w: Tensor, importance: Tensor | None, along: float = 0.0) -> None:
@@ -79,16 +83,16 @@ class Band:
         """Weighted squared error of each group, `[rows, n_groups]`, when rounded with `scale`."""
         u, n = self._round(grid, scale)
         off = u.sub_(n)
-        lean: Tensor | float = 0.0
-        if self._along is not None:
-            leaning = torch.mul(off, self._w, out=self._product)
+        along: Tensor | float = 0.0
+        if self._along is not None:  # along * sum(i * e * w)**2 / sum(i * w**2), in units of the step
+            products = torch.mul(off, self._w, out=self._product)
             if self._importance is not None:
-                leaning.mul_(self._importance)
-            lean = fold(leaning, 0).square() * self._along
+                products.mul_(self._importance)
+            along = fold(products, 0).square() * self._along
         square = off.square_()
         if self._importance is not None:
             square.mul_(self._importance)
-        return (fold(square, 0) + lean) * scale.step.square()
+        return (fold(square, 0) + along) * scale.step.square()
 
     def moments(self, grid: Grid, scale: Scale) -> Moments:
         """Sums over the numbers that `scale` leads to, zero point removed."""
@@ -106,12 +110,14 @@ class Band:
 
 
 class CorrelatedBand:
-    """Weights of a band of rows and the products of the inputs that they are multiplied by.
+    """Weights of a band of rows and the mean products of the inputs that they are multiplied by.
+
+    Sums over a group become products with the matrix `products`: `sum(i * n * w)` is `n @ products @ w`.
 
     Args:
         w: `[rows, n_groups, width]` float32.
-        products: `[n_groups * k, piece, piece]` float32: each group is cut into `k` pieces, the last one of
-            a row may be filled up.
+        products: `[n_groups * k, piece, piece]` float32, `mean(x x')` of the inputs `x` of each piece. A
+            group is cut into `k` pieces; the last piece of a row may be filled up with zeros.
     """
 
     def __init__(self, w: Tensor, products: Tensor) -> None:
@@ -129,7 +135,7 @@ class CorrelatedBand:
         self._sum = self._by_group((self._w * self._each).sum(-1))
 
     def error(self, grid: Grid, scale: Scale) -> Tensor:
-        """Mean square of what each group's errors do to the output, `[rows, n_groups]`."""
+        """Mean square of each group's share of the output's error, `e @ products @ e`, `[rows, n_groups]`."""
         u, n = self._round(grid, scale)
         u.sub_(n)
         cost = torch.bmm(u, self._products, out=self._cost).mul_(u)

@@ -1,4 +1,4 @@
-"""`Band` by a C program, on CPUs: the same numbers from one pass over the weights instead of eight."""
+"""`Band` computed by a C program on CPUs: the same bits from one pass over the weights instead of eight."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class CompiledBand:
 
 
 def squares_band(grid: Grid, w: Tensor, importance: Tensor | None, along: float = 0.0) -> Errors:
-    """What a search asks about weights when each error counts by itself, in the fastest way there is here.
+    """`Band` for these weights: by the C program where it can be used, else by PyTorch.
 
     Args:
         grid: that the weights are to be rounded to.

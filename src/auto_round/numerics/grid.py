@@ -16,7 +16,7 @@ class Grid(Protocol):
         bits: width of a code.
         lo: smallest number of the grid.
         hi: largest number of the grid.
-        end_steps: how far the number farthest from the middle lies from it, in units of the spacing there.
+        end_steps: distance of the number farthest from the middle, in units of the spacing there.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Numbers that the groups of a block share: one float16 number, of which each group has a whole multiple."""
+"""Steps (or floors) of a block of groups stored as one float16 number times a small whole number each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def join(blocks: Tensor, n_groups: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Multiples:
-    """How the groups of a block share one float16 number: each has a whole multiple of it.
+    """How the groups of a block share one float16 number: a group's value is `shared * multiple`.
 
     Attributes:
         bits: width of a multiple.
@@ -59,7 +59,7 @@ class Multiples:
         return torch.int8 if self.signed else torch.uint8
 
     def share(self, x: Tensor) -> Tensor:
-        """Shared number of each block so that its largest number becomes the anchor, `[..., n_blocks]`."""
+        """Shared number of each block, `[..., n_blocks]`: `x / anchor` for its `x` of largest magnitude."""
         blocks = gather(x, self.per)
         largest = blocks.amax(-1)
         if self.signed:
@@ -67,10 +67,10 @@ class Multiples:
         return legal_step(largest / self.anchor, torch.float16)
 
     def divide(self, x: Tensor, shared: Tensor) -> Tensor:
-        """Multiple of each group, float32, straight-through gradient.
+        """Multiple of each group: `round(x / shared)` in its range, float32, straight-through gradient.
 
-        A multiple of 0 would make all weights of the group alike; the one next to it contains that case,
-        since weights are rounded to the nearest number.
+        Signed multiples are never 0, which would make all weights of a group 0. Where that is best, the
+        multiple 1 gives it too: weights are rounded to the nearest number.
         """
         ratio = join(gather(x, self.per) / shared.unsqueeze(-1), x.shape[-1])
         multiple = clamp_ste(round_ste(ratio), self.least, self.most)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a scale rule may know of each group.
+    """Range of each group: all that a scale rule knows of the weights.
 
     Attributes:
         lo: `min(group, 0)`, `[..., rows, n_groups]` float32.
@@ -73,7 +73,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class PartSpec:
-    """One stored part of a weight's scales: what a number of it is, and how many groups it is for.
+    """One stored part of a weight's scales: how each of its numbers is stored, and how many groups share it.
 
     Attributes:
         dtype: of the tensor in `Scale.parts`.
@@ -93,7 +93,7 @@ class PartSpec:
         return (*groups[:-2], *ends)
 
     def rows(self, groups: slice) -> slice:
-        """Rows of the part that belong to some rows of groups.
+        """Rows of the part that hold the numbers of some rows of groups.
 
         Raises:
             UnsupportedError: they begin among groups that share a number.
@@ -113,16 +113,17 @@ class PartSpec:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Importance-weighted sums over each group, `[rows, n_groups]` float32; a weight `w` has the number `n`.
+    """Least-squares sums over each group, `[rows, n_groups]` float32.
 
-    Numbers are those of the grid, without the zero point.
+    `i` is the importance of a weight `w`, and `n` the number that it is rounded to, less the zero point. From
+    these sums follow the best step and floor while `n` stays: `sum(i * (n * step - floor - w)**2)` is least.
 
     Attributes:
-        one: sum of the importance.
-        n: of `n`.
-        w: of `w`.
-        nn: of `n * n`.
-        nw: of `n * w`.
+        one: `sum(i)`.
+        n: `sum(i * n)`.
+        w: `sum(i * w)`.
+        nn: `sum(i * n * n)`.
+        nw: `sum(i * n * w)`.
     """
 
     one: Tensor
@@ -133,7 +134,7 @@ class Moments:
 
 
 class BoundRule(Protocol):
-    """How a group's scale follows from its own range and knobs, all else being known."""
+    """A scale rule that knows its shared numbers: the rest follows from a group's own range and knobs."""
 
     def matrix(self, i: int) -> BoundRule:
         """The rule of one matrix of a stack of weights `[n, out, in]`."""
@@ -144,15 +145,15 @@ class BoundRule(Protocol):
         ...
 
     def search(self, task: SearchTask, effort: Effort) -> Knobs:
-        """Knobs of small error for some rows of a weight; at least as good as the measured range."""
+        """Knobs of a small error for some rows of a weight, never worse than the measured range."""
         ...
 
 
 class ScaleRule(Protocol):
     """What is stored of a weight's scales, and how they are found.
 
-    Numbers that groups of several rows or several weights share depend on all of them: `bind` looks at those
-    first. What it gives can be used on some rows at a time.
+    A number that several rows or several weights share depends on all of them. `bind` sees their ranges and
+    settles such numbers; the rule that it returns works on any part of the rows.
     """
 
     @property
@@ -166,10 +167,10 @@ class ScaleRule(Protocol):
         ...
 
     def bind(self, stats: Sequence[Stats], grid: Grid) -> BoundRule:
-        """The rule for weights of these ranges, which share what is stored once a matrix.
+        """The rule with its shared numbers settled.
 
         Args:
-            stats: ranges of the whole weight, and of others that are to have the same shared numbers.
+            stats: ranges of the whole weight, then of other weights that must get the same shared numbers.
             grid: numbers that weights are rounded to.
         """
         ...
@@ -180,7 +181,7 @@ class ScaleRule(Protocol):
 
 
 class SelfBound:
-    """A rule whose rows know nothing of others, so that it is bound as it is."""
+    """A rule without numbers shared by several rows or weights: binding changes nothing."""
 
     __slots__ = ()
 

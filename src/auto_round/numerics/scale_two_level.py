@@ -1,4 +1,4 @@
-"""Two-level scales: neighbouring groups share a float16 number, each holds a small whole multiple of it.
+"""Two-level scales: a group's step is a small whole multiple of a float16 number that its block shares.
 
 Source: llama.cpp's K-quants (`ggml-common.h: block_q2_K ... block_q6_K`), arithmetic of gguf-py 0.19
 `quants.py`: `(d * sc) * n - (dmin * mn)`, every product rounded to float32.

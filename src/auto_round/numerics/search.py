@@ -1,7 +1,7 @@
-"""Importance-weighted search for the range of each group, over any format.
+"""Importance-weighted search for the range of each group, for any format.
 
-A weight is cut into bands of rows, and the format's rule searches each of them. With rounding to nearest this
-is "optimized RTN"; before tuning it gives the starting point.
+A weight is cut into bands of rows, and the format's scale rule searches each band. Followed by rounding to
+nearest this is "optimized RTN"; followed by tuning it is the starting point.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ QUICK = Effort(points=10, rounds=2, shared_rounds=1, distances=6)
 THOROUGH = Effort(points=48, rounds=5, shared_rounds=1, distances=24)
 """For optimized RTN, where nothing follows."""
 BY_SQUARES = replace(THOROUGH, along=1.0)
-"""The same with importances of a file, which do not tell what cancels. Steps of least squares shrink a
-matrix by 2 % at 3 bits. Counting that part of the error twice halves it, and the model's KL falls by 3 % at
-2 and 3 bits (docs/LOG.md)."""
+"""The same with an importance file, which holds squares of inputs only. The least-squares step makes a matrix
+shorter, by 2 % at 3 bits. With `along=1` that part of the error counts twice: it halves, and the model's KL
+falls by 3 % at 2 and 3 bits (docs/LOG.md)."""
 
 
 def search_knobs(fmt: Format, w: Tensor, importance: Importance | None, effort: Effort) -> Knobs:
     """Knobs of smallest `sum(importance * (w - dequantize(quantize(w)))**2)` in each group.
 
-    What `effort.along` adds to that sum, it counts too. Where products of inputs are known, it is the mean
-    square of what the errors of a group do to the output. Never worse than the measured range: that is the
-    first candidate.
+    `effort.along` adds a term to that sum (`band.Band` has the formula). Where products of inputs are known,
+    the error is `e @ products @ e` instead, the mean square of a group's share of the output's error. The
+    result is never worse than the measured range, which is the first candidate.
 
     Args:
         fmt: numeric format.

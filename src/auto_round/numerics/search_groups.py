@@ -1,6 +1,6 @@
-"""Range search of groups that share nothing: each keeps the knobs of its own smallest error.
+"""Range search, group by group: knobs are tried on the weights, and those of the smallest error are kept.
 
-The search knows nothing of grids: a rule proposes knobs, and what they lead to is tried on the weights.
+The scale rule proposes the knobs; the search itself knows neither grids nor scales.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from auto_round.numerics.grid import Grid
 from auto_round.numerics.scale import Knobs, Moments, Scale, SelfBound, Stats
 
 FARTHEST = 0.45
-"""Ranges are tried again up to this share around the best one by squares alone."""
+"""Where products of inputs are known, how far around the first search's knobs the second one looks: 0.45
+tries ranges from 55 % to 145 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +30,10 @@ class Effort:
         points: sizes of the whole range that are tried first.
         rounds: rounds of local moves and least-squares refits after that.
         shared_rounds: rounds over numbers that groups share.
-        distances: how far around what was found ranges are tried again, where products of inputs are known;
-            one round of moves and refits follows each six.
-        along: what errors along a group's own weights count in addition, where products are not known.
+        distances: of the second search, where products of inputs are known: how many distances from the first
+            one's knobs are tried, up to `FARTHEST`. Then follow `distances // 6` rounds of refits and moves.
+        along: extra weight of errors along a group's own weights, where products are not known; the formula
+            stands at `band.Band`.
     """
 
     points: int
@@ -61,7 +63,10 @@ class SearchTask:
 
 
 class GroupRule(SelfBound, ABC):
-    """A rule whose groups share nothing with others, or nothing that it does not know."""
+    """A rule under which a group's scale follows from that group alone, all shared numbers being known.
+
+    A new rule implements `stored`, `read` and the four abstract methods; this class adds the search.
+    """
 
     __slots__ = ()
 
@@ -71,7 +76,7 @@ class GroupRule(SelfBound, ABC):
         return True
 
     def search(self, task: SearchTask, effort: Effort) -> Knobs:
-        """Each group by itself."""
+        """Knobs of the smallest error found; each group is searched by itself."""
         return search_groups(self, task, effort)[0]
 
     @abstractmethod
@@ -84,21 +89,28 @@ class GroupRule(SelfBound, ABC):
 
     @abstractmethod
     def moves(self, knobs: Knobs, radius: float) -> Iterator[Knobs]:
-        """Neighbours of `knobs` at about `radius`."""
+        """Knobs beside `knobs`: one end of the range, or both, times about `1 - radius` and `1 + radius`."""
 
     @abstractmethod
     def refit(self, stats: Stats, grid: Grid, scale: Scale, moments: Moments) -> Knobs | None:
-        """Knobs of the least-squares scale for the grid numbers that `scale` led to; None without one."""
+        """Knobs of the least-squares scale while codes stay; None where there is no such scale.
+
+        Args:
+            stats: measured ranges.
+            grid: numbers that weights are rounded to.
+            scale: what weights were rounded with.
+            moments: sums over the numbers that they were rounded to.
+        """
 
 
 def search_groups(rule: GroupRule, task: SearchTask, effort: Effort) -> tuple[Knobs, Errors]:
-    """Knobs of smallest error of each group, beginning with the measured range.
+    """Knobs of the smallest error found for each group; the measured range is the first candidate.
 
-    Where products of inputs are known, the knobs found by squares alone are the start of a second search for
-    the smallest mean square of what the errors of a group do to the output.
+    The first search minimizes `sum(importance * e**2)`. Where products of inputs are known, a second one
+    starts there and minimizes `e @ products @ e`, the mean square of a group's share of the output's error.
 
     Returns:
-        The knobs, and what the last search asked about the weights.
+        The knobs, and the errors and sums of the last search for whoever searches on.
     """
     along = effort.along if task.products is None else 0.0
     band = squares_band(task.grid, task.w, task.importance, along)
@@ -119,7 +131,7 @@ class _Search:
         self._error = self._try(start)
 
     def search(self, effort: Effort) -> Knobs:
-        """Over the rule's own starts, then by refits and ever smaller moves."""
+        """Try the rule's starts; then refit and move, each round half as far as the one before."""
         for knobs in self._rule.starts(self._stats, self._grid, effort.points):
             self._consider(knobs)
         for i in range(effort.rounds):
@@ -127,7 +139,7 @@ class _Search:
         return self._best
 
     def search_around(self, distances: int) -> Knobs:
-        """Around the start, as far as `FARTHEST`, then by refits and ever smaller moves."""
+        """Try moves from the start as far as `FARTHEST`; then refit and move, each round half as far."""
         start = self._best
         for i in range(distances):
             for knobs in self._rule.moves(start, FARTHEST * (i + 1) / distances):

@@ -1,9 +1,14 @@
-"""Second level of the range search: numbers that the groups of a block share, and each group's multiples.
+"""Range search of two-level scales: the numbers that a block shares, and the multiple of each group.
 
-The first level gives every group the step and floor it would like to have. Here each block finds shared
-numbers of which these are nearly whole multiples. With codes kept, the error of a group is a quadratic
-function of its step and floor, so that many shared numbers are compared through a few sums; what looks best
-is then tried on the weights themselves, and kept where it is. Last, multiples move by one where that helps.
+A group's step is `d * sc`, its floor `dmin * mn`: `d` and `dmin` are shared by the groups of a block, `sc`
+and `mn` are small whole numbers of each group. The search takes these steps:
+
+1. Each group finds the step and floor that suit it best, as if nothing were shared (`search_groups`).
+2. Each block looks for `d` and `dmin` of which these are nearly whole multiples. While codes stay as they
+   are, the error of a group is a quadratic function of its step and floor, so a few sums (`Moments`) tell the
+   error for many `d` and `dmin`.
+3. The best of them are tried on the weights, which are rounded anew, and kept where the error is smaller.
+4. Multiples move by one where that lowers the error.
 """
 
 from __future__ import annotations
@@ -26,9 +31,10 @@ FIRST_ROUNDS = 3
 """The first level's effort: more would be lost again in rounding to multiples."""
 
 REACH = 1.2
-"""Shared numbers are tried as far as moves the largest number of a block by so many multiples."""
+"""How far shared numbers are tried on both sides, measured at the largest number of a block: so many
+multiples more or less, factors of `1 - REACH / |anchor|` to `1 + REACH / |anchor|`."""
 TRIES = 9
-"""Shared numbers that are tried."""
+"""How many shared numbers are tried in that range."""
 
 
 MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
@@ -36,21 +42,21 @@ MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
 
 
 class TwoLevel(Protocol):
-    """A rule whose groups share numbers, as its search sees it."""
+    """What the search needs of a rule whose groups share numbers."""
 
     @property
     def steps(self) -> Multiples:
-        """How steps share a number."""
+        """How a block stores its steps: a shared number and whole multiples of it."""
         ...
 
     @property
     def floors(self) -> Multiples | None:
-        """How floors do; None without floors."""
+        """How a block stores its floors; None for a rule without floors."""
         ...
 
     @property
     def alone(self) -> GroupRule:
-        """The rule of a group with unrounded numbers of its own."""
+        """The rule that each group would have if it shared nothing: step and floor are not rounded."""
         ...
 
     def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
@@ -58,7 +64,7 @@ class TwoLevel(Protocol):
         ...
 
     def best(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """Step and floor of each group of least squares, were they free."""
+        """Least-squares step and floor of each group, as if it shared nothing."""
         ...
 
     def knobs(self, stats: Stats, grid: Grid, step: Tensor, floor: Tensor | None) -> Knobs:
@@ -67,7 +73,7 @@ class TwoLevel(Protocol):
 
 
 def search_shared(rule: TwoLevel, task: SearchTask, effort: Effort) -> Knobs:
-    """Knobs of smallest error: first of groups by themselves, then with what they share."""
+    """Knobs of the smallest error found: each group by itself first, then with its block's shared numbers."""
     first = replace(effort, points=min(effort.points, FIRST_POINTS), rounds=FIRST_ROUNDS)
     knobs, band = search_groups(rule.alone, task, first)
     return SharedSearch(rule, task.grid, task.stats, band).search(knobs, effort.shared_rounds)
@@ -75,10 +81,10 @@ def search_shared(rule: TwoLevel, task: SearchTask, effort: Effort) -> Knobs:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Shared numbers and multiples of the steps, or of the floors, of a band of rows.
+    """The steps (or the floors) of a band of rows, each as `shared * multiple`.
 
     Attributes:
-        how: how they are shared.
+        how: which groups share a number, and the range of multiples.
         shared: `[rows, n_blocks]` float32, each a float16 number.
         multiple: `[rows, n_groups]` float32, whole numbers.
     """
@@ -93,7 +99,7 @@ class Level:
         return self.how.value(self.shared, self.multiple)
 
     def where(self, better: Tensor, other: Level) -> Level:
-        """Blocks of `other` where `better` `[rows, n_blocks]`, else own ones."""
+        """A level with the blocks of `other` where `better` `[rows, n_blocks]` is True, else its own."""
         return Level(
             self.how,
             torch.where(better, other.shared, self.shared),
@@ -101,7 +107,7 @@ class Level:
         )
 
     def moved(self, by: int) -> Level:
-        """All multiples moved by one inside their range; the anchor stays, a block needs one there."""
+        """All multiples plus `by`, kept in their range; those at the anchor stay, since a block needs one."""
         moved = (self.multiple + by).clamp(self.how.least, self.how.most)
         if self.how.signed:
             moved = torch.where(moved == 0, moved + by, moved)
@@ -110,17 +116,17 @@ class Level:
         )
 
     def only(self, groups: Tensor, other: Level) -> Level:
-        """Multiples of `other` where `groups` `[rows, n_groups]`."""
+        """A level with the multiples of `other` where `groups` `[rows, n_groups]` is True, else its own."""
         return Level(self.how, self.shared, torch.where(groups, other.multiple, self.multiple))
 
 
 def fit_level(how: Multiples, wanted: Tensor, curve: Tensor) -> Level:
-    """Level of about the smallest `sum(curve * (value - wanted)**2)` in each block.
+    """Shared numbers and multiples with a small `sum(curve * (shared * multiple - wanted)**2)` in each block.
 
     Args:
-        how: how numbers are shared.
-        wanted: step or floor that each group would like, `[rows, n_groups]`.
-        curve: what a squared distance from it costs, same shape.
+        how: which groups share a number, and the range of multiples.
+        wanted: the best step (or floor) of each group by itself, `[rows, n_groups]`.
+        curve: how fast a group's error grows away from it: `curve * distance**2`, same shape.
     """
     plain, pinned, width = how.share(wanted), _largest(how, wanted), REACH / abs(how.anchor)
     best, least = None, None
@@ -139,7 +145,7 @@ def fit_level(how: Multiples, wanted: Tensor, curve: Tensor) -> Level:
 
 
 def _largest(how: Multiples, wanted: Tensor) -> Tensor:
-    """Marks the largest number of each block, `[rows, n_groups]`; none where all are 0."""
+    """True at the group of largest magnitude in each block, `[rows, n_groups]`; nowhere if all are 0."""
     blocks = gather(wanted, how.per).abs()
     at = blocks.argmax(-1, keepdim=True)
     marks = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, at, blocks.amax(-1, keepdim=True) > 0)
@@ -148,12 +154,12 @@ def _largest(how: Multiples, wanted: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Levels of a band and the error they lead to.
+    """A candidate of the search: steps and floors of a band, and the error of rounding with them.
 
     Attributes:
-        steps: of the steps.
-        floors: of the floors; None where the format has none.
-        error: `[rows, n_groups]`, on the weights themselves.
+        steps: shared numbers and multiples of the steps.
+        floors: those of the floors; None where the format has none.
+        error: of each group, `[rows, n_groups]`.
     """
 
     steps: Level
@@ -167,22 +173,28 @@ class State:
 
 
 class SharedSearch:
-    """Search over the blocks of a band of rows."""
+    """Search for the shared numbers and multiples of each block of a band of rows."""
 
     def __init__(self, rule: TwoLevel, grid: Grid, stats: Stats, band: Errors) -> None:
         self._rule, self._grid, self._stats, self._band = rule, grid, stats, band
 
     def search(self, knobs: Knobs, rounds: int) -> Knobs:
-        """Knobs of smallest error, beginning from what each group would like."""
+        """Knobs of the smallest error found.
+
+        Args:
+            knobs: the best knobs of each group by itself.
+            rounds: how often shared numbers are proposed, fitted and moved.
+        """
         state = self._read(self._rule.fit(self._stats, self._grid, knobs))
         began = state.error
-        wish = self._rule.alone.fit(self._stats, self._grid, knobs)
+        # The scale that codes are taken from: at first each group's own, then the best that blocks can store.
+        scale = self._rule.alone.fit(self._stats, self._grid, knobs)
         for _ in range(rounds):
-            moments = self._band.moments(self._grid, wish)
+            moments = self._band.moments(self._grid, scale)
             state = self._better(state, self._propose(moments))
             state = self._better(state, self._refine(state))
             state = self._nudge(state)
-            wish = state.scale
+            scale = state.scale
         state = self._better(state, self._refine(state))
         return self._keep(knobs, began, state)
 
@@ -199,11 +211,11 @@ class SharedSearch:
         return State(steps, floors, self._band.error(self._grid, scale))
 
     def _propose(self, moments: Moments) -> State:
-        """Levels that come close to what suits the numbers of the weights."""
+        """Shared numbers and multiples near the least-squares step and floor of each group."""
         step, floor = self._rule.best(moments)
         if self._rule.floors is None:
             return self._state(fit_level(self._rule.steps, step, moments.nn), None)
-        # With the floor free to follow, a step off by e costs the variance of the numbers times e squared.
+        # If the step is off by e and the floor follows, the error grows by e**2 * sum(i * (n - mean(n))**2).
         spare = (moments.nn - moments.n.square() / moments.one).clamp_min(0)
         steps = fit_level(self._rule.steps, step, torch.where(floor > 0, spare, moments.nn))
         follows = floor + moments.n / moments.one * (steps.value - step)
@@ -211,7 +223,11 @@ class SharedSearch:
         return self._state(steps, fit_level(self._rule.floors, follows, moments.one))
 
     def _refine(self, state: State) -> State:
-        """Shared numbers of least squares for the numbers and multiples as they are."""
+        """Least-squares `d` and `dmin` of each block while codes and multiples stay.
+
+        The minimum of `sum(i * (n * d * sc - dmin * mn - w)**2)` over a block solves `a d - b dmin = p` and
+        `b d - c dmin = q`, with the sums below.
+        """
         m = self._band.moments(self._grid, state.scale)
         how, sc = state.steps.how, state.steps.multiple
         a, p = _sums(how, sc * sc * m.nn), _sums(how, sc * m.nw)
@@ -221,12 +237,12 @@ class SharedSearch:
         b, c, q = _sums(how, sc * mn * m.n), _sums(how, mn * mn * m.one), _sums(how, mn * m.w)
         free = a * c - b * b
         both = free > 1e-6 * a * c
-        d = torch.where(both, (p * c - b * q) / free, p / a)  # not a number where all codes are 0
+        d = torch.where(both, (p * c - b * q) / free, p / a)  # NaN where all codes are 0
         dmin = torch.where(both, (b * p - a * q) / free, state.floors.shared)
         return self._state(_with_shared(state.steps, d), _with_shared(state.floors, dmin))
 
     def _better(self, old: State, new: State) -> State:
-        """The better of two states, block by block."""
+        """Of each block, the state with the smaller error."""
         how = old.steps.how
         better = _sums(how, new.error) < _sums(how, old.error)
         floors = old.floors
@@ -235,7 +251,7 @@ class SharedSearch:
         return State(old.steps.where(better, new.steps), floors, _where(how, better, new.error, old.error))
 
     def _nudge(self, state: State) -> State:
-        """Multiples moved by one where that lowers the error of their group."""
+        """Each group's multiples moved by one where that lowers its error."""
         for by_step, by_floor in MOVES if state.floors is not None else MOVES[:2]:
             moved = None if state.floors is None else state.floors.moved(by_floor)
             new = self._state(state.steps.moved(by_step), moved)
@@ -249,7 +265,7 @@ class SharedSearch:
         return state
 
     def _keep(self, knobs: Knobs, began: Tensor, state: State) -> Knobs:
-        """Knobs of the state, or those it began with, with error `began`, where these turn out better."""
+        """Knobs that lead to `state`; in blocks where their error is not below `began`, the `knobs` given."""
         rule, grid, how = self._rule, self._grid, state.steps.how
         scale = state.scale
         found = rule.knobs(self._stats, grid, scale.step, scale.floor)
@@ -259,7 +275,7 @@ class SharedSearch:
 
 
 def _where(how: Multiples, blocks: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """`yes` in the groups of marked blocks `[rows, n_blocks]`, `no` in the others."""
+    """`torch.where` for groups: `yes` in those whose block `[rows, n_blocks]` is True, `no` in the others."""
     chosen = torch.where(blocks.unsqueeze(-1), gather(yes, how.per), gather(no, how.per))
     return join(chosen, no.shape[-1])
 
@@ -270,7 +286,7 @@ def _sums(how: Multiples, x: Tensor) -> Tensor:
 
 
 def _with_shared(level: Level, shared: Tensor) -> Level:
-    """The level with other shared numbers, rounded to float16; unusable ones are left as they were."""
+    """`level` with `shared` rounded to float16; the old number stays where the new one is 0 or not finite."""
     rounded = shared.to(torch.float16).to(torch.float32)
     usable = torch.isfinite(rounded) & ((rounded != 0) if level.how.signed else (rounded > 0))
     return Level(level.how, torch.where(usable, rounded, level.shared), level.multiple)

@@ -83,7 +83,7 @@ def run(
 
 @plain_device()
 def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
-    """Do what `run` promises, for a job that is prepared."""
+    """Run a job that is prepared, or continue it where an earlier run was killed; see `run`."""
     with ExitStack() as stack:
         exact = job.options.tune.enable_deterministic_algorithms
         stack.enter_context(deterministic_kernels(wanted=exact))
@@ -119,7 +119,7 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
 
 
 def _earlier(job: Job, out: Path, clock: Clock) -> Result:
-    """The result of an earlier run with the same settings, as it lies there."""
+    """The result of an earlier run with the same settings, read from its folder."""
     logger.warning(
         "%s is finished already, with the same settings: nothing was done (to do it again: --overwrite, in "
         "Python overwrite=True)",
@@ -131,7 +131,7 @@ def _earlier(job: Job, out: Path, clock: Clock) -> Result:
 
 @dataclass(frozen=True, slots=True)
 class _Loop:
-    """Everything that one run needs at hand while it goes through the blocks."""
+    """The loop over the blocks, with all that it needs. What the journal calls finished is not done again."""
 
     job: Job
     scratch: Path

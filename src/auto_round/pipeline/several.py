@@ -12,10 +12,10 @@ from auto_round.pipeline.deciding.job import folder_of
 
 
 def runs_of(options: Options) -> tuple[Options, ...]:
-    """The runs that a request comes to: formats that share a plan first, then each that plans for itself.
+    """The runs of a request: one for all formats that share a plan, then one for each that makes its own.
 
-    For a plan of a format's own the scheme of the others says nothing. Formats that take any plan belong to
-    the first run.
+    Formats that take any plan belong to the first run. A format that makes its own plan does not use the
+    scheme of the others.
     """
     names = options.output.formats
     alone = [name for name in names if plans_alone(name)]

@@ -1,4 +1,4 @@
-"""Condense: many layer names that differ in their numbers as a few, for people."""
+"""Condense: a long list of layer names, for people: those that differ in numbers only become one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a number type is: how formats are made from a scheme's fields, and its words in configurations."""
+"""The columns of the table of number types: what makes a type's formats, and its words in configurations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class InputFields:
-    """What a scheme says of the inputs of a layer, with what it leaves out filled in.
+    """The `act_*` fields of a scheme; where it leaves one out, the field of the weights stands for it.
 
     Attributes:
         data_type: number type.
@@ -35,7 +35,7 @@ class InputFields:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedWords:
-    """How compressed-tensors speaks of a type.
+    """Words for a type in the configurations of compressed-tensors.
 
     Attributes:
         type: `type` of its numbers, `int` or `float`.
@@ -57,18 +57,18 @@ class NumberType:
     """One number type.
 
     Attributes:
-        called: what there is of it, in words for refusals; empty where it needs no naming there.
+        called: how messages name what is supported ("... is not there yet, CALLED are"); empty: not named.
         spellings: accepted spelling -> fields that it decides besides `data_type`.
         bits: widths of weights.
         group_sizes: sizes of groups; empty for any.
-        weights: format of the weights of a scheme, or why there is none; None where it has none for these
-            fields.
-        input_bits: widths of inputs.
-        inputs: what the input of a layer is rounded to, or why there is no such thing.
-        runs_inputs: auto-round folders whose inputs are of this type are loaded.
+        weights: makes the format of a scheme's weights, or says why there is none. None means that fields
+            and type do not go together, with no more to say.
+        input_bits: widths of inputs; empty where inputs cannot be of this type.
+        inputs: makes the activation format of a layer's input, or says why there is none.
+        runs_inputs: whether auto-round folders with inputs of this type can be loaded.
         stored: `data_type` in configurations of auto-round folders; empty where they cannot hold it.
         compressed: words of compressed-tensors; None where it cannot hold it.
-        blocks: a scheme of this type is known by the name of its format.
+        blocks: whether people know a scheme of this type by its format's name, such as `Q4_K`.
     """
 
     called: str = ""

@@ -1,7 +1,7 @@
 """The table of number types: what `data_type` and `act_data_type` of a scheme mean, one row each.
 
 A row says how formats are made from a scheme's fields, and which words stand for the type in the
-configurations of folders.
+configurations of folders; `number_type.py` explains its columns.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def stored_word(data_type: str) -> str:
 def stored_type(word: str) -> str | None:
     """Number type that `data_type` of an auto-round folder means; None where no folder holds it.
 
-    Tools add to a word what they did (`int_sym`); what it begins with counts.
+    Some tools add to the word (`int_sym`), so only its beginning is compared; the longest match wins.
     """
     rows = ((row.stored, name) for name, row in NUMBER_TYPES.items() if row.stored)
     found = [(len(stored), name) for stored, name in rows if word.startswith(stored)]
@@ -103,7 +103,7 @@ def _whole_inputs(fields: InputFields) -> InputFormat | Refusal:
 
 
 def _whole_bytes(scheme: QuantizationScheme) -> str:
-    """Bytes for the products of 8 by 8 bits, else packed words.
+    """`format` of compressed-tensors: one byte a code for products of 8 by 8 bits, else packed words.
 
     vLLM and SGLang have such products for one step a row; beside any other weights vLLM takes quantized
     activations from packed words only.

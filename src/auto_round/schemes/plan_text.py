@@ -1,4 +1,4 @@
-"""Table: a plan as text for people, one row for all blocks that look alike."""
+"""A plan as a table for people, with one row for all blocks that look alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Smaller groups where those of the scheme do not divide a row, and the user named no size."""
+"""Smaller groups for layers whose rows the scheme's group size does not divide.
+
+Only where that size is the scheme's default: a size that the user chose is never changed.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,18 @@ def regroup(
     request: PlanRequest,
     rules: Mapping[str, Rule],
 ) -> tuple[dict[str, PlanEntry], list[str]]:
-    """Give layers whose rows are no whole number of groups the largest groups that divide them.
+    """Give each layer whose rows are no whole number of groups the largest group size that divides them.
+
+    With `request.one_group_size` all layers without a chosen size get the smallest of these.
 
     Args:
-        layers: every layer.
-        asked: entries by name.
-        request: what the user said of schemes.
-        rules: reason of an entry -> the rule of `layer_config` that it comes from.
+        layers: every layer of the model.
+        asked: layer name -> its entry in the plan so far.
+        request: the user's request, which tells whether a group size was chosen.
+        rules: reason of an entry (`PlanEntry.reason`) -> the rule of `layer_config` that it comes from.
 
     Returns:
-        The entries, and what to tell the user.
+        The entries with the new sizes, and a sentence for the user (none where nothing changed).
     """
     sizes: dict[str, int] = {}
     for layer in layers:
@@ -53,7 +58,13 @@ def regroup(
 def with_common_group(
     base: QuantizationScheme, asked: Mapping[str, PlanEntry], entries: Mapping[str, PlanEntry]
 ) -> QuantizationScheme:
-    """The scheme of the whole with the group size that all of its layers came to, if it is one."""
+    """The plan's own scheme, with the group size of its layers if they all got the same other one.
+
+    Args:
+        base: the plan's scheme.
+        asked: layer name -> its entry before `regroup`.
+        entries: the same after it.
+    """
     own = [name for name, entry in asked.items() if entry.scheme is not None and not entry.fixed]
     sizes = {scheme.group_size for name in own if (scheme := entries[name].scheme) is not None}
     return replace(base, group_size=sizes.pop()) if len(sizes) == 1 and _regrouped(base, sizes) else base
@@ -64,7 +75,7 @@ def _regrouped(base: QuantizationScheme, sizes: set[int]) -> bool:
 
 
 def _is_free(entry: PlanEntry, request: PlanRequest, rules: Mapping[str, Rule]) -> bool:
-    """Whether the group size of an entry is the default of its scheme rather than anybody's wish."""
+    """Whether the group size of an entry is its scheme's default; False where the user chose it."""
     own = request.overrides.get("group_size") is None and not names_group_size(request.scheme)
     rule = rules.get(entry.reason)
     if rule is None:

@@ -1,4 +1,4 @@
-"""Siblings: layers that inference engines fuse into one matrix and that therefore want one scheme."""
+"""Siblings: layers that inference engines fuse into one matrix, so that they should have one scheme."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words of a scheme: widths, dtypes of steps, recipes of mixed presets. Number types: `number_types`."""
+"""Words that fields of a scheme may hold: widths, dtypes, recipes. For number types see `number_types.py`."""
 
 from __future__ import annotations
 

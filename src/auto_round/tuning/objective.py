@@ -1,4 +1,7 @@
-"""What a tuning step differentiates: rounding, and the block's squared distance to the unquantized block."""
+"""What a tuning step differentiates: the rounding of weights, and the loss of the block's output.
+
+The loss is the mean of `weight * (output - target)**2`, with the unquantized block's output as the target.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Tuning the last block by what the model says: the divergence of its predictions from the original's.
+"""Loss of the last block: the divergence of the model's predictions from those of the original model.
 
-Between blocks nobody knows which errors matter, so all count alike. After the last one it is known: what the
-norm and the head make of them.
+The loss of all other blocks is a squared distance, since nobody knows there which errors of the hidden
+states matter. Behind the last block only the norm and the head follow, so the predictions themselves can be
+compared.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from auto_round.tuning.samples import Batch
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """Loss of a model's last block; takes the place of `objective.block_objective`.
+    """Loss of a model's last block, to be used instead of `objective.block_objective`.
 
     Attributes:
         finish: logits `[1, n, vocabulary]` of hidden states `[1, n, hidden]`, position by position;
@@ -31,10 +32,13 @@ class Predictions:
     at_once: int
 
     def __call__(self, block: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """Mean KL(original || block with other parameters), nats per position; as `block_objective` else.
+        """Mean of `sum(p * (log p - log q))` over positions, nats per position; float32 scalar.
 
-        Only the first of the tensors that flow on says something. A divergence is bounded by what the model
-        says, whatever an activation's size: every position counts alike unless its weight is 0.
+        `p = softmax(finish(target))` are the original model's predictions, with the sum over the vocabulary,
+        and `q = softmax(finish(output))` those of the block with other parameters; `output` is the first of
+        the tensors that flow on. Positions of weight 0 are left out and all others count alike: unlike a
+        squared distance, a divergence does not grow with the size of activations. Arguments as for
+        `objective.block_objective`.
         """
         output, target = block_outputs(block, parameters, batch)[0], batch.targets[0]
         weights, count = batch.weights[0], batch.counts[0]
@@ -47,9 +51,9 @@ class Predictions:
 
 
 class _Divergence(torch.autograd.Function):
-    """Sum of KL(target || output) over positions `[n, hidden]`; logits are held for a few at a time.
+    """Sum of KL(target || output) over positions `[n, hidden]`; logits are held for a few of them at a time.
 
-    The gradient is found on the way forward, so that the logits need not be kept nor made again.
+    The forward pass computes the gradient too, so that logits are neither kept nor computed again.
     """
 
     @staticmethod

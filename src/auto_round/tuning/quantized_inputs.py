@@ -1,4 +1,4 @@
-"""Rounds what flows into some modules while a context lasts: how a model with quantized activations runs."""
+"""Quantized activations: the inputs of some modules are rounded while a context lasts."""
 
 from __future__ import annotations
 

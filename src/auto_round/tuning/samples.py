@@ -26,8 +26,9 @@ class Batch(NamedTuple):
         targets: what the unquantized block gives.
         weights: of each of the targets `[batch, length]` float32, how much the error of each position counts,
             0 at padding; None where all count alike.
-        counts: elements over which the loss of each of the targets is the mean, of which this batch may hold
-            a part; float32 scalars, see `counted_elements`.
+        counts: for each of the targets, the number of elements that its loss is divided by, a float32 scalar
+            (see `counted_elements`). When a batch goes through the block in parts, it is that of the whole
+            batch, so that the losses of the parts add up.
     """
 
     inputs: States
@@ -39,7 +40,7 @@ class Batch(NamedTuple):
 
 
 def no_arguments(index: Sequence[int]) -> Arguments:
-    """For blocks that take nothing but what flows."""
+    """No further arguments: for blocks that take nothing but the hidden states."""
     return (), {}
 
 

@@ -213,10 +213,10 @@ class _Loop:
 
 
 def _gradient_scale(loss: Tensor, counts: Sequence[Tensor]) -> Tensor:
-    """What gradients are multiplied by on their way through a block in float16.
+    """Factor of the loss, and so of the gradients, while they pass through a block in float16.
 
-    That type ends at 6e-8 and at 65504, and a mean over millions of elements has smaller gradients. Scaled so
-    they are about 1/64 at the block's output, which leaves room for sums over tokens.
+    Positive numbers of float16 reach from 6e-8 to 65504, and gradients of a mean over millions of elements
+    are smaller. With the factor they are about 1/64 at the block's output: sums over tokens still fit.
     """
     return reduce(torch.add, counts) * 2.0**-7 / loss.detach().sqrt().clamp_min(1e-9)
 

@@ -1,4 +1,4 @@
-"""Steps of the tuning loop: optimizers, step sizes, batch sizes, and when the held-out loss is looked at."""
+"""Steps of the tuning loop: optimizers, step sizes, batch sizes, and when the held-out loss is computed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def batch_rows(config: TuneConfig, step: int) -> int:
 
 
 def rows_seen(config: TuneConfig) -> int:
-    """Rows that all steps of a run see, if there are enough of them for whole batches."""
+    """Rows that go through a block in all steps together, if there are enough of them for whole batches."""
     return sum(batch_rows(config, step) for step in range(config.iters)) * config.accumulate
 
 
@@ -113,10 +113,11 @@ def held_out_looks(config: TuneConfig) -> list[int]:
 
 
 def range_rate(config: TuneConfig, end_steps: float) -> float:
-    """Step size of the range multipliers of groups whose outermost weights lie so many steps from the middle.
+    """Step size of the range multipliers.
 
-    By default a signed step moves these weights as far as a step of an offset would, whatever the grid: of 8
-    quantization steps to each side half a percent is more than of 2 (docs/LOG.md).
+    A multiplier that changes by `r` moves a group's outermost weights by `r * end_steps` quantization steps.
+    By default that is as far as a step of an offset moves them, whatever the grid: half a percent is more of
+    a grid with 8 steps to each side than of one with 2 (docs/LOG.md).
     """
     if config.range_lr is not None:
         return config.range_lr

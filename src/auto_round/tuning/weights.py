@@ -1,4 +1,4 @@
-"""Weights under tuning: what is asked of each, and its state while it is tuned."""
+"""Weights under tuning: the task of each weight, and its tuned parameters."""
 
 from __future__ import annotations
 

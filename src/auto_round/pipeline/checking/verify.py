@@ -1,4 +1,4 @@
-"""Verification: the folder is reloaded from disk and must predict what the tuned model predicted."""
+"""The check that a written folder reloads, and predicts what the tuned model predicted."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _routes(job: Job) -> bool:
 
 
 def _few_flips(each: Tensor, limit: float) -> bool:
-    """Whether a few positions alone are to blame for a divergence above the limit.
+    """Whether a divergence is small once a few positions are left out, and not large with them.
 
     Two experts may be as good as equal for a token: then the last bit of a number decides, and another order
     of additions sends the token elsewhere. An error of weights is seen at every token that reaches them:

@@ -1,4 +1,4 @@
-"""Options that a run takes and that change nothing in it: said, each with the reason."""
+"""Options that have no effect on a run although the user set them: each is named with the reason."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _is_local(job: Job) -> bool:
 
 
 def idle_options(job: Job) -> list[str]:
-    """One sentence for each reason why options that the user set to something else than usual do nothing."""
+    """One sentence for each reason, with the options that the user changed and that have no effect for it."""
     changed = set(_changed(job.options))
     said: dict[str, str] = {}
     for row in IDLE:

@@ -23,7 +23,7 @@ HELD_OUT = 8
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What a run sees of the world.
+    """The calibration rows of a run.
 
     Attributes:
         rows: calibration rows, those held out last; None for plain rounding without data.

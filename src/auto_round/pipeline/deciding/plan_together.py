@@ -61,7 +61,7 @@ def _refused(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> list
 
 
 def _objections(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> int:
-    """How much formats and their readers have against a plan."""
+    """How many objections formats and their readers have to a plan."""
     return len(_refused(asked, plan, source)) + sum(len(e.warnings(plan, source.layers)) for e in asked)
 
 

@@ -22,7 +22,7 @@ def named_dtype(name: str | None) -> torch.dtype | None:
 
 
 def wanted_dtype(job: Job) -> torch.dtype | None:
-    """What the user wants the model to be in; None for what it is in."""
+    """The dtype that the user asked for; None to keep the model's own."""
     return named_dtype(job.options.model.model_dtype)
 
 
@@ -43,6 +43,6 @@ def kept_tensors(job: Job) -> Mapping[str, TensorSpec]:
 
 
 def as_wanted(job: Job, weight: Tensor) -> Tensor:
-    """A weight from disk as it is rounded."""
+    """A weight from disk in the dtype that it is rounded from."""
     wanted = wanted_dtype(job)
     return weight if wanted is None else weight.to(wanted)

@@ -1,4 +1,4 @@
-"""Matrices that have to stay at 16 bits: said in the plan, refused where nothing else is left."""
+"""Matrices that cannot be quantized: the plan warns of them; a run with no others is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FEW = 0.0005
 
 
 def with_unaddressed(plan: Plan, source: ModelSource) -> Plan:
-    """The plan with a warning for each reason why matrices are kept that nothing can be said of."""
+    """The plan with a warning for each reason why some matrices cannot be addressed and stay as they are."""
     grouped = _by_reason(source)
     if not grouped or not _asks(plan):
         return plan
@@ -33,7 +33,7 @@ def with_unaddressed(plan: Plan, source: ModelSource) -> Plan:
 
 
 def without_kept(plan: Plan, layers: Sequence[Layer], exporters: Sequence[Exporter]) -> Plan:
-    """The plan without layers that the readers of some asked format cannot do with packed."""
+    """The plan with those layers kept that readers of some requested format cannot load packed."""
     entries = dict(plan.entries)
     reasons: dict[str, list[str]] = {}
     for layer in layers:

@@ -1,4 +1,4 @@
-"""What each block receives beside what flows, kept once however many rows and blocks share it."""
+"""Arguments of each block beside the hidden states (masks, position embeddings), equal ones kept once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Place = tuple[object, ...]
 
 
 def batch_axes(one: Sequence[BlockCall | None], two: Sequence[BlockCall | None]) -> Mapping[Place, int]:
-    """Axis along which each argument grows with the batch, learned from the model itself.
+    """Batch axis of each argument, found by calling the model with one batch and with twice that batch.
 
     Whether rows share a tensor cannot be seen from one row: BLOOM's alibi is `[batch * heads, 1, length]`,
     rotary embeddings are `[1, length, width]` for any batch.
@@ -84,11 +84,11 @@ class ArgumentTable:
         self._edits.append(tuple(edits))
 
     def skipped(self, block: int) -> bool:
-        """The model leaves this block out for these rows."""
+        """Whether the model leaves this block out."""
         return bool(self._calls) and self._calls[0][block] is None
 
     def batch(self, block: int, rows: Iterable[int], device: torch.device) -> tuple[BlockCall | None, Edits]:
-        """Arguments of one block for several rows, and what is added to what flows into it beforehand.
+        """Arguments of one block for several rows, and what the model adds to its hidden states beforehand.
 
         Raises:
             UnsupportedError: rows need arguments that cannot be put into one batch.
@@ -145,7 +145,7 @@ def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Joiner:
-    """Makes one value for several rows of the values for each.
+    """Puts the arguments of single rows together into those of a batch.
 
     Attributes:
         axes: what `batch_axes` gives.
@@ -156,7 +156,7 @@ class _Joiner:
     device: torch.device
 
     def __call__(self, values: Sequence[Any], place: Place) -> Any:
-        """One value; `values` are alike but for the rows that they belong to."""
+        """One argument of the batch from `values`, that argument of each row."""
         first = values[0]
         if any(v is None for v in values) and any(isinstance(v, Tensor) for v in values):
             values = _fill_masks(values)

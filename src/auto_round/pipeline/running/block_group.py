@@ -48,10 +48,10 @@ class BlockGroup(nn.Module):
 
 
 class GroupArguments:
-    """Looks up the arguments of a group for rows of a stream.
+    """Arguments of a group's blocks for chosen rows of a stream, looked up in the table.
 
     Attributes:
-        last: rows of the table that were asked for last.
+        last: rows of the table in the last call.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""One group of blocks: read, tuned, written, and both streams moved past it."""
+"""One group of neighbouring blocks: its weights are read and tuned, and both streams move past it."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ class GroupResult:
         layers: quantized layers by name.
         others: retrained norm weights and biases by module parameter name.
         tuned: losses and the step kept.
-        inputs: name of a tensor in the source -> what flowed into it; empty unless that is to be written.
+        inputs: name of a matrix in the source -> mean squares of its inputs; empty unless a file of them is
+            asked for.
         massive: tokens with massive activations in the unquantized output.
-        errors: kind of layer -> share of its output that rounding changed, see `hard_cases`.
-        ranges: largest magnitudes of inputs by module, where numbers follow from them.
+        errors: kind of layer -> relative error of its output, see `hard_cases.relative_error`.
+        ranges: module -> largest magnitude of its input, where the step of the input follows from it.
     """
 
     layers: Mapping[str, tuple[Layer, QuantizedLayer]]
@@ -92,7 +93,7 @@ def tune_group(
 
 
 def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTable) -> Unit:
-    """A group with its formats, cast to the dtypes in which it computes.
+    """The group as a unit of tuning: formats found, and blocks cast to the dtypes in which they compute.
 
     Raises:
         NumericsError: a weight is not finite.
@@ -147,7 +148,7 @@ def _inside(job: Job, indices: Sequence[int], layer: Layer) -> str:
 
 
 def _refuse_not_finite(group: BlockGroup, prefixes: Mapping[str, str]) -> None:
-    """Look at every weight before it spoils activations, whose errors would name no tensor."""
+    """Refuse NaN and infinite weights here, where the tensor has a name: later only activations show them."""
     for name, parameter in group.named_parameters():
         count = parameter.numel() - int(parameter.isfinite().sum())
         if count:
@@ -158,7 +159,7 @@ def _refuse_not_finite(group: BlockGroup, prefixes: Mapping[str, str]) -> None:
 
 
 def _cast(job: Job, group: BlockGroup, indices: Sequence[int]) -> None:
-    """Bring a group to the dtypes in which it computes; routers and the like may ask for float32."""
+    """Cast a group to the dtypes in which it computes; some parameters, such as routers', stay float32."""
     for position, index in enumerate(indices):
         dtypes = job.source.block_dtypes(index, job.dtype)
         block = group.get_submodule(str(position))
@@ -175,7 +176,7 @@ def _outside(name: str, prefixes: Mapping[str, str]) -> str:
 def _observed(
     job: Job, indices: Sequence[int], group: BlockGroup, formats: Mapping[str, Format]
 ) -> list[str]:
-    """Linear modules whose inputs matter: quantized ones for the search, kept ones too for a file."""
+    """Linear modules whose inputs are measured: quantized ones for the search, all for an imatrix file."""
     names = list(formats) if job.tune.search else []
     if job.saves_imatrix:
         names = [_inside(job, indices, layer) for layer in job.source.layers if layer.block in indices]
@@ -189,7 +190,7 @@ def _inputs_of(
     importance: Mapping[str, Importance],
     moments: Mapping[str, InputMoments],
 ) -> dict[str, InputSquares]:
-    """What flowed into each matrix of the blocks, by its name in the source."""
+    """Name of a matrix in the source -> mean squares of its inputs, for the blocks of the group."""
     found: dict[str, InputSquares] = {}
     for layer in job.source.layers:
         if layer.block in indices and (name := _inside(job, indices, layer)) in importance:

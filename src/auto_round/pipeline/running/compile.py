@@ -1,4 +1,4 @@
-"""torch.compile for the tuning step: used where it pays, left out where it cannot work."""
+"""torch.compile for the tuning step: whether it saves more time than it takes, and whether it can work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOST_KINDS = 8
 
 
 def objective_for(job: Job) -> Objective:
-    """What the tuning steps of a job differentiate: compiled where it pays."""
+    """The functions of a tuning step, compiled where that is asked for or saves time."""
     wanted = job.options.tune.enable_torch_compile
     if not job.tunes or not job.tune.iters:
         return PLAIN
@@ -64,9 +64,10 @@ def block_kinds(job: Job) -> int:
 
 
 def in_equal_passes(config: TuneConfig, tuned: int) -> TuneConfig:
-    """The same settings with passes of one number of rows, whatever the size of a step's batch.
+    """The same settings, but every pass through the block has the same number of rows.
 
-    Compiled code holds for one shape, and batches grow while steps shrink.
+    Compiled code is made for one shape, while batches grow during a run: so each batch is cut into passes of
+    a size that divides all of them.
 
     Args:
         config: settings of the loop.

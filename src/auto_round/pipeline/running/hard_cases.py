@@ -21,7 +21,7 @@ AT_ONCE = 1 << 22
 
 
 def relative_error(rounded: Tensor, original: Tensor, squares: Tensor | None) -> float:
-    """Share of a matrix' output that rounding changed, channels taken as independent.
+    """Relative squared error of a layer's output, when its input channels are taken as independent.
 
     Args:
         rounded: `[..., out, in]`, as it would come back from its codes.
@@ -51,7 +51,7 @@ def relative_error(rounded: Tensor, original: Tensor, squares: Tensor | None) ->
 
 
 def by_kind(errors: Mapping[str, float]) -> dict[str, float]:
-    """Mean over the matrices of each kind.
+    """Mean error of the matrices of each kind.
 
     Args:
         errors: parameter name -> its error.
@@ -63,7 +63,7 @@ def by_kind(errors: Mapping[str, float]) -> dict[str, float]:
 
 
 def hard_cases(entries: Sequence[Mapping[str, Any]], kl: float | None) -> dict[str, Any]:
-    """What a report says about them; empty where nothing was hard.
+    """What the report says of hard cases; empty where there were none.
 
     Args:
         entries: of the journal, one a group of blocks or a layer.

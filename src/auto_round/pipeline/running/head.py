@@ -22,7 +22,7 @@ def quantize_outside(
     The head is searched with the importance of its own inputs, from the unquantized stream.
 
     Returns:
-        The head's codes when it is among them, and what flowed into it where that was measured.
+        The head's codes if it was quantized, and the mean squares of its inputs where they were measured.
 
     Raises:
         NumericsError: a weight is not finite.

@@ -1,4 +1,4 @@
-"""What flowed into layers, kept beside the streams until a run ends, so that a killed run forgets nothing."""
+"""Mean squares of layers' inputs, kept in files until the run ends, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _MEAN, _TOKENS = ":mean", ":tokens"
 
 
 class InputSquares(NamedTuple):
-    """Inputs of one matrix.
+    """Mean square of what flowed into one matrix.
 
     Attributes:
-        mean: mean square of each channel, `[in]` float32.
-        tokens: tokens behind it.
+        mean: of each input channel, `[in]` float32.
+        tokens: number of tokens that the mean is over.
     """
 
     mean: Tensor
@@ -27,7 +27,7 @@ class InputSquares(NamedTuple):
 
 
 def save_inputs(scratch: Path, unit: str, found: Mapping[str, InputSquares]) -> None:
-    """Keep what one unit of work saw: complete and durable, or not at all; an older file is replaced.
+    """Write what one unit of work measured, complete and durable or not at all; an older file is replaced.
 
     Args:
         scratch: folder of the run.

@@ -1,4 +1,7 @@
-"""The last block, judged by the model's predictions where that is asked for."""
+"""Loss of the last block: with `enable_alg_ext` the divergence of the model's predictions.
+
+All other blocks are tuned by the squared distance of their outputs.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def logits_budget(job: Job) -> int:
 
 @contextmanager
 def judged(job: Job, indices: Sequence[int], objective: Objective) -> Iterator[Objective]:
-    """What the tuning of a group of blocks differentiates, while it lasts.
+    """The functions of a tuning step for a group of blocks; for the last one the head is loaded meanwhile.
 
     Args:
         job: the run.

@@ -1,4 +1,4 @@
-"""What the held-out rows say: perplexity before and after, and logits that a reloaded folder must give."""
+"""Held-out rows: perplexity before and after, and the logits that a reloaded folder must reproduce."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def measure_streams(job: Job, streams: Streams, head: QTensor | None) -> Measure
 
 
 def counted(row: CalibrationRow, start: int, end: int) -> Tensor | None:
-    """Which predictions after positions `start ... end - 1` count: `[positions]` bool; None for all.
+    """Which of the predictions made at positions `start ... end - 1` count: `[positions]` bool; None for all.
 
     A prediction counts when the token before it and the token it predicts are no padding.
     """

@@ -1,4 +1,4 @@
-"""Rounding of one matrix that no block tunes: from disk, outside of the blocks, or beside all layers."""
+"""Rounding of one matrix without tuning: in runs without data, outside of the blocks, or of embeddings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def round_matrix(
     importance: Importance | None = None,
     effort: Effort | None = None,
 ) -> QTensor:
-    """Round a matrix to nearest, with `effort` in the range of smallest importance-weighted error.
+    """Round a matrix to nearest; with `effort` the range of each group is searched first.
 
     Args:
         name: what it is called, for errors.

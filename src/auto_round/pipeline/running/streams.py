@@ -121,7 +121,7 @@ class Streams:
         return reference, quantized
 
     def restart(self, row: int, states: States) -> None:
-        """Let the quantized stream begin elsewhere for one row; tensors `[1, length, width]`."""
+        """Overwrite one row of the quantized stream, where it begins elsewhere; `[1, length, width]` each."""
         for to, state in zip(self.quantized, states, strict=True):
             to[row] = state[0]
 

@@ -1,4 +1,4 @@
-"""The beginning of every calibrated run: what each block receives, and the streams before the first."""
+"""The trace of calibration rows: the arguments of every block, and the streams before the first block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from auto_round.pipeline.running.streams import Streams, home_of_streams
 def trace_rows(
     job: Job, scratch: Path, embedding: Tensor | None = None, ended: Sequence[Streams] = ()
 ) -> tuple[ArgumentTable, Streams]:
-    """Run the model's stem over all rows.
+    """Run the model's stem (all but its blocks) on every row.
 
     Args:
         job: the run; it has rows.

@@ -1,4 +1,4 @@
-"""One unit of tuning: some blocks, the samples that flow through them, and what they become."""
+"""One unit of tuning: neighbouring blocks that are tuned together, and the result."""
 
 from __future__ import annotations
 
@@ -69,17 +69,17 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class TunedUnit:
-    """What blocks became.
+    """Result of tuning a unit.
 
     Attributes:
         tuned: codes, retrained parameters, losses and the step kept.
         parameters: everything that changed, as the blocks compute with it from now on.
-        importance: what flowed into matrices, by parameter.
-        moments: the counts behind it.
+        importance: parameter -> second moments of its inputs.
+        moments: parameter -> the sums that they were computed from, with the number of tokens.
         massive: tokens with massive activations in the unquantized output, in the first tensor of it.
-        errors: parameter -> share of its output that rounding changed, see `hard_cases`.
-        ranges: largest magnitudes of inputs, where numbers follow from them.
-        activations: module -> what its input is rounded to, all numbers known.
+        errors: parameter -> relative error of its output, see `hard_cases.relative_error`.
+        ranges: module -> largest magnitude of its input, where the step of the input follows from it.
+        activations: module -> what its input is rounded to, with that step.
     """
 
     tuned: TunedBlock
@@ -183,13 +183,13 @@ def _samples(
 def _references(
     unit: Unit, streams: Streams, arguments: GroupArguments, at_once: int
 ) -> tuple[dict[str, InputMoments], Mapping[str, InputLargest]]:
-    """Write what the unquantized blocks give into the targets.
+    """Run the unquantized blocks: their outputs become the targets, their inputs are measured on the way.
 
-    Inputs are observed on the unquantized stream, over the rows that are tuned on.
+    Inputs are those of the unquantized stream, over the rows that are tuned on.
 
     Returns:
-        By parameter the second moments of its inputs, and by module the largest of them where a number
-        follows from it.
+        Parameter -> sums of squares and of products of its inputs; module -> largest magnitude of its input,
+        where the step of the input follows from it.
     """
     everything = Samples(streams.reference, streams.reference, arguments)
     masks, tuned = streams.masks, range(streams.tuned)

@@ -139,7 +139,7 @@ class Outputs:
         return output.exporter.decode_rest(part, stored), written
 
     def copy_rest(self) -> None:
-        """Write what no layer gave: embeddings, norms, biases, kept layers."""
+        """Write all tensors that are no quantized layers: embeddings, norms, biases, kept layers."""
         for output in self._outputs:
             write_rest(self._job, output.exporter, output.manifest, output.writer)
 

@@ -1,4 +1,4 @@
-"""What an output holds besides quantized layers: copied from the source, or made as its format says."""
+"""Tensors of an output that are no quantized layers: copied from the source, or made as the format says."""
 
 from __future__ import annotations
 

@@ -121,3 +121,16 @@ def test_same_seed_same_weights(block, hidden):
 def test_wrong_inputs(block, inputs, text):
     with pytest.raises(ConfigError, match=text):
         tuner().quantize_block(block, inputs)
+
+
+@pytest.mark.parametrize("scheme", ["FP8_STATIC", "NVFP4"])
+def test_scales_of_inputs_are_calibrated_on_the_samples(block, hidden, scheme):
+    """What lies far above them saturates; the outputs that are handed back are those of rounded inputs."""
+    reference = block(hidden)[0].detach()
+    made = AutoRound("m", scheme=scheme, seqlen=8, iters=0, disable_opt_rtn=True)
+    q_out, out = made.quantize_block(block, hidden)
+    assert torch.equal(out, reference)
+    plain = block(hidden)[0].detach()
+    assert not torch.equal(q_out, plain)
+    error = (q_out - reference).square().mean() / reference.square().mean()
+    assert 1e-6 < float(error) < 0.02

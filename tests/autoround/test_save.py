@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from auto_round import AutoRound
@@ -103,3 +104,17 @@ def test_a_gptq_folder_is_loaded_and_written_again_from_its_codes(folder, rows, 
     other = AutoModelForCausalLM.from_pretrained(again, dtype=torch.float16)
     assert torch.equal(logits(other), wanted)
     assert json.loads((again / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("scheme", ["FP8_STATIC", "NVFP4"])
+def test_what_calibration_fixed_is_written_again(folder, rows, tmp_path, scheme):
+    pytest.importorskip("compressed_tensors")
+    given = {"bits": None, "group_size": None, "iters": 0, "disable_opt_rtn": True}
+    rounder = quantizer(folder, rows, format="llm_compressor", scheme=scheme, **given)
+    rounder.quantize()
+    (again,) = rounder.save_quantized(tmp_path / "again", format="llm_compressor")
+    paths = [again, *rounder.save_quantized(tmp_path / "both", format="llm_compressor,fake")]
+    first, second = (load_file(path / "model.safetensors") for path in paths[:2])
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[n].view(torch.uint8), second[n].view(torch.uint8)) for n in first)
+    assert sum(name.endswith(("input_scale", "input_global_scale")) for name in first) == 10

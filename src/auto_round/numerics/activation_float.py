@@ -115,7 +115,11 @@ class CalibratedScale:
 class FixedScale:
     """A format of activations whose number for the whole tensor is known; see `CalibratedScale`.
 
-    What lies above the calibrated range saturates. Computed in float32, as for `MeasuredScales`.
+    What lies above the calibrated range saturates. Computed in float32, as for `MeasuredScales`, but for
+    the step that the extreme of a measured group asks for: in the dtype of the activations, as
+    compressed-tensors 0.20 divides there (`calculate_qparams` in `quantization/utils/helpers.py`). One group
+    in a hundred would get another scale; codes this coarse carry that on until the models differ by half of
+    what all rounding does. vLLM's kernel divides in float32.
 
     Attributes:
         format: numbers, and groups along the last axis.
@@ -157,12 +161,19 @@ class FixedScale:
         with torch.no_grad():
             tokens = x.reshape(-1, x.shape[-1]).float()
             whole = self._stats(x.device)
-            stats = whole if self.format.group.size == 0 else _measure(tokens, self.format)
+            stats = whole if self.format.group.size == 0 else self._measured(tokens, x.dtype)
             fmt = self.format.bind(whole)
             return fmt.fake_quantize(tokens, stats, None, None).to(x.dtype).reshape(x.shape)
 
+    def _measured(self, tokens: Tensor, dtype: torch.dtype) -> Stats:
+        """Ranges of groups whose extremes are as many steps as the grid goes, of steps that `dtype` holds."""
+        stats = _measure(tokens, self.format)
+        # A tensor on the device: CUDA multiplies by the reciprocal of a plain number.
+        end = torch.full((), self.format.grid.hi, dtype=torch.float32, device=tokens.device)
+        return Stats(*((side / end).to(dtype).float() * end for side in (stats.lo, stats.hi)))
+
     def _stats(self, device: torch.device) -> Stats:
-        """The calibrated range, `[1, 1]`."""
+        """The calibrated range, `[1, 1]` float32."""
         hi = torch.full((1, 1), self.largest, dtype=torch.float32, device=device)
         return Stats(-hi, hi)
 

@@ -1,4 +1,8 @@
-"""Activations in the floating formats of weights: one definition of the numbers serves both."""
+"""Activation formats made from the floating formats of weights, so that both have the same numbers.
+
+Scales are measured as the model runs (`MeasuredScales`), or calibration fixes one number of them
+(`CalibratedScale`, which becomes a `FixedScale`).
+"""
 
 from __future__ import annotations
 
@@ -62,13 +66,14 @@ def _measure(tokens: Tensor, fmt: Format) -> Stats:
 
 @dataclass(frozen=True, slots=True)
 class CalibratedScale:
-    """A format of activations of which calibration is to fix the number that the whole tensor has.
+    """An activation format with one number for the whole tensor, which calibration has not fixed yet.
 
-    That number follows from the largest magnitude seen: the step, or, where groups have measured numbers of
-    their own, what these are divided by.
+    The number follows from the largest magnitude seen at calibration. It is the step itself (FP8), or what
+    the measured numbers of the groups are divided by (NVFP4).
 
     Attributes:
-        format: numbers, and groups along the last axis: size 0, or such that share a number.
+        format: numbers, and groups along the last axis: one for the whole tensor, or groups that share a
+            number.
     """
 
     format: Format
@@ -113,7 +118,7 @@ class CalibratedScale:
 
 @dataclass(frozen=True, slots=True)
 class FixedScale:
-    """A format of activations whose number for the whole tensor is known; see `CalibratedScale`.
+    """An activation format whose number for the whole tensor is known; see `CalibratedScale`.
 
     What lies above the calibrated range saturates. Computed in float32, as for `MeasuredScales`, but for
     the step that the extreme of a measured group asks for: in the dtype of the activations, as
@@ -146,7 +151,7 @@ class FixedScale:
 
     @property
     def number(self) -> Tensor:
-        """What is stored of it, `[1]` in the dtype of the part."""
+        """The number as it is stored, `[1]` in the dtype of the part."""
         stats = self._stats(torch.device("cpu"))
         scale = self.format.bind(stats).rule_for(stats).fit(stats, self.format.grid)
         (part,) = self.format.shared
@@ -179,4 +184,4 @@ class FixedScale:
 
 
 InputFormat: TypeAlias = ActivationFormat | CalibratedScale
-"""What a scheme says of the input of a layer: a rounding, or one that waits for calibration."""
+"""What the input of a layer is rounded to: a format, or one whose scale waits for calibration."""

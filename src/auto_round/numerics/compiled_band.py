@@ -30,7 +30,7 @@ INSTRUCTIONS = {
 shared with machines that can do less."""
 
 _ROUNDING = ("-fno-math-errno", "-fno-trapping-math")
-"""Without these, C may not round by an instruction."""
+"""Without these, C compilers may call a function to round where one instruction would do."""
 
 
 class _Request(ctypes.Structure):

@@ -13,7 +13,7 @@ TILE = 128
 """Channels whose products are kept: the usual group size, and cheap beside the layer itself."""
 
 _LEAST = 1e-4
-"""Share of the mean that every channel has at least: no weight is free."""
+"""Least importance of a channel, as a share of the mean, so that every weight counts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from auto_round.numerics.ste import replace_ste
 BIAS = 127
 """The byte of `2**0`."""
 NOT_A_NUMBER = 255
-"""The byte that stands for no number."""
+"""The byte that stands for NaN."""
 LEAST = -126
 """Least exponent of a step. `2**-127` could be read too, but it is subnormal in float32, where processors may
 flush it to 0."""
@@ -62,7 +62,7 @@ class PowerOfTwo(GroupRule):
         return Scale(replace_ste(size, step, step / size.detach().clamp_min(1e-30)), None)
 
     def read(self, parts: Mapping[str, Tensor]) -> Scale:
-        """Step of each byte; that of no number is no number."""
+        """Step of each byte; NaN for `NOT_A_NUMBER`."""
         octet = parts["exponent"].to(torch.int32)
         one = torch.ones(octet.shape, dtype=torch.float32, device=octet.device)
         step = torch.ldexp(one, octet - (BIAS + self.fraction))

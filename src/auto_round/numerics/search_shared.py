@@ -28,7 +28,7 @@ from auto_round.numerics.search_groups import Effort, GroupRule, SearchTask, sea
 
 FIRST_POINTS = 24
 FIRST_ROUNDS = 3
-"""The first level's effort: more would be lost again in rounding to multiples."""
+"""Effort of the search of single groups: a finer result would be lost in rounding to multiples."""
 
 REACH = 1.2
 """How far shared numbers are tried on both sides, measured at the largest number of a block: so many
@@ -38,7 +38,7 @@ TRIES = 9
 
 
 MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
-"""Moves of the multiples of a group's step and floor; the first two leave the floor alone."""
+"""What is added to the multiples of a group's step and of its floor; the first two leave the floor alone."""
 
 
 class TwoLevel(Protocol):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 CAP = 4.0
-"""Mean squares above so many medians of the row count as that many (measured: docs/LOG.md)."""
+"""A token's mean square counts as at most so many medians of its row (measured: docs/LOG.md)."""
 MASSIVE = 100.0
 """A token is called massive when its mean square is above so many medians of its row, that is ten times in
 amplitude. Only reports use this."""

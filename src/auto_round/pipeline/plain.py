@@ -70,7 +70,7 @@ def round_layers(
         q = round_matrix(layer.tensor, weight, bound, job.device, importance, effort)
         return layer.name, put(layer, QuantizedLayer(q))
 
-    # The largest first, so that none of them is begun when the others are at their end.
+    # The largest first, so that no worker begins a large one when the others have finished.
     largest_first = sorted(layers, key=lambda item: nbytes(item[0]), reverse=True)
     with workers(job.device) as pool:
         return dict(pool.map(work, largest_first))

@@ -26,7 +26,7 @@ from auto_round.schemes.siblings import fused_warnings
 __all__ = ["KEPT_ROLES", "PlanRequest", "make_plan"]
 
 ROUTER, HEAD, OUTSIDE, EXPERT = "router", "head", "outside the blocks", "expert"
-"""Values of `models.layer.Role` that the default rules tell apart."""
+"""Values of `facts.layer.Role` that the default rules tell apart."""
 
 KEPT_ROLES = {
     ROUTER: "router",

@@ -144,7 +144,7 @@ class QuantizationScheme(Mapping[str, Any]):
         return _merge(cls(), values)
 
     def for_role(self, role: str) -> QuantizationScheme:
-        """The scheme that a layer of this role (a value of `models.layer.Role`) gets."""
+        """The scheme that a layer of this role (a value of `facts.layer.Role`) gets."""
         changes = RECIPES[self.recipe].get(role, {}) if self.recipe else {}
         return replace(self, recipe=None, **changes) if self.recipe else self
 

@@ -20,7 +20,7 @@ SCALE_DTYPES: dict[str, dict[str, Any]] = {
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "W4A16_MIXED": {"linear": {"bits": 8}, "shared expert": {"bits": 8}, "head": {"bits": 8}},
 }
-"""Mixed presets: role of a layer (values of `models.layer.Role`) -> fields that differ from the scheme."""
+"""Mixed presets: role of a layer (values of `facts.layer.Role`) -> fields that differ from the scheme."""
 
 
 def spelled(field: str, value: Any, table: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

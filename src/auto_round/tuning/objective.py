@@ -59,7 +59,7 @@ class Objective:
 
 
 PLAIN = Objective()
-"""Nothing compiled."""
+"""The functions of a tuning step for most blocks, not compiled."""
 
 
 def block_loss(output: Tensor, target: Tensor, weights: Tensor | None, count: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from auto_round.facts.flow import States
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""Positional arguments after what flows, and keyword arguments."""
+"""A block's arguments beside the hidden states: further positional ones, and keyword arguments."""
 
 
 class Batch(NamedTuple):

@@ -6,7 +6,7 @@ from auto_round.config.groups import TuneOptions
 from auto_round.tuning.config import Optimizer, TuneConfig
 
 PLAIN_FROM_BITS = 8
-"""From this width on, `iters=0` rounds plainly unless asked: a search gains nothing that can be measured."""
+"""From this width on `iters=0` does not search ranges unless asked: nothing measurable would be gained."""
 
 
 def tune_settings(tune: TuneOptions, bits: int) -> TuneConfig:

@@ -17,7 +17,7 @@ ADAM_LR = 0.02
 ADAM_RANGE_LR = 0.005
 """Adam's step for range multipliers (measured: docs/LOG.md)."""
 GROWTH = ((0.6, 0.25), (0.8, 0.5), (1.0, 1.0))
-"""Until which part of a run a step sees which share of the batch (measured: docs/LOG.md)."""
+"""(part of the run, share of the batch): steps before that part use that share (measured: docs/LOG.md)."""
 LOOKS = 10
 """How many times the held-out loss is looked at during a run."""
 STEPS_BETWEEN_LOOKS = 10

@@ -37,8 +37,8 @@ LARGEST_KL = 1e-3
 """Divergence that 16-bit arithmetic in another order may cause, nats per token; an error of one code in
 one layer of a small model gives more (docs/LOG.md)."""
 FINE = 128
-"""Steps to the largest number from which rounded activations count as fine: whole numbers of 8 bits have as
-many, FP8 has 14."""
+"""Activation formats count as fine when their largest number is at least so many steps: whole numbers of 8
+bits have as many, FP8 has 14."""
 LARGEST_KL_COARSE = 3e-2
 """The same where activations are rounded more coarsely: the smallest difference in front of the border
 between two codes moves an input by a whole step (0.01 on random models of two blocks with 4 bits, 0.003 on a

@@ -15,7 +15,7 @@ from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan
 
 _FEW = 0.0005
-"""Share of the weights below which matrices are named without one."""
+"""A warning gives the share of the model's weights from this share on."""
 
 
 def with_unaddressed(plan: Plan, source: ModelSource) -> Plan:

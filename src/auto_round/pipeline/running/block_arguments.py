@@ -14,7 +14,7 @@ from auto_round.facts.flow import BlockCall
 from auto_round.models.source import Edits
 
 Place = tuple[object, ...]
-"""Where a tensor lies: block, "args" or "kwargs", then positions and keys."""
+"""Path to a tensor among the arguments: block, "args" or "kwargs", then positions and keys."""
 
 
 def batch_axes(one: Sequence[BlockCall | None], two: Sequence[BlockCall | None]) -> Mapping[Place, int]:

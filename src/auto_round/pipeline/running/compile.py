@@ -20,13 +20,13 @@ from auto_round.tuning.weights import fake_weights
 
 CPU_FLOPS = 3e11
 ACCELERATOR_FLOPS = 1e14
-"""Rough rates of a tuning step, for the decision only."""
+"""Rough rates of a tuning step, operations per second: only to decide whether compiling pays."""
 SAVING = 0.3
 """Share of a step that compiling saves on a CPU (docs/LOG.md)."""
 COMPILE_SECONDS = 40.0
 """What compiling one kind of block costs, caches cold, on an ordinary core; twice that where two are slow."""
 MOST_KINDS = 8
-"""Kinds of blocks up to which PyTorch keeps compiled code of one function; of further ones it keeps none."""
+"""Most kinds of blocks for which PyTorch keeps compiled code of one function; for more it keeps none."""
 
 
 def objective_for(job: Job) -> Objective:

@@ -15,7 +15,7 @@ FAR_KL = 0.3
 """Nats per token from which on a run says that the model has become another one, and what would help. It is
 a rise of the perplexity by about a third."""
 WORST = 3
-"""Kinds of layers that are named then."""
+"""How many kinds of layers are named then, those of the largest errors."""
 AT_ONCE = 1 << 22
 """Weights compared at a time."""
 

@@ -33,7 +33,7 @@ def quantize_outside(
         if layer.block is not None:
             continue
         importance = None
-        # A head that stays the embedding has been rounded and used as such already.
+        # A tied head is the embedding, which was rounded before the first block.
         shared = layer.name == job.plan.tied_head and not job.plan.untie_head
         measured = (job.tune.search or job.saves_imatrix) and streams.tuned
         if layer.name == job.source.head and measured and not shared:

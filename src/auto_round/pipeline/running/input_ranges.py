@@ -1,4 +1,7 @@
-"""Numbers of inputs that calibration fixes: what was seen, shared by layers that engines keep as one."""
+"""Calibrated inputs: the largest magnitude of each layer's input, from which its stored scale follows.
+
+Layers that engines keep as one matrix share one magnitude.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +24,22 @@ class InputRanges:
     """Largest magnitudes of inputs.
 
     Attributes:
-        largest: module -> the number that its format follows from.
-        borrowed: modules that no token reached: theirs is the largest of their peers.
+        largest: module -> largest magnitude of its input.
+        borrowed: experts that no token reached: they have the largest magnitude of the other experts.
     """
 
     largest: Mapping[str, float] = field(default_factory=dict)
     borrowed: tuple[str, ...] = ()
 
     def to_entry(self) -> dict[str, Any]:
-        """What the journal keeps; numbers are read back as they were."""
+        """Part of a journal entry; `from_entries` gives back the same numbers."""
         if not self.largest:
             return {}
         return {_SEEN: dict(self.largest), **({_BORROWED: list(self.borrowed)} if self.borrowed else {})}
 
     @classmethod
     def from_entries(cls, entries: Iterable[Mapping[str, Any]]) -> InputRanges:
-        """What a journal kept."""
+        """Ranges of all entries of a journal."""
         largest: dict[str, float] = {}
         borrowed: list[str] = []
         for entry in entries:
@@ -45,7 +48,7 @@ class InputRanges:
         return cls(largest, tuple(borrowed))
 
     def formats(self, formats: Mapping[str, InputFormat]) -> dict[str, ActivationFormat]:
-        """What inputs are rounded to once these numbers are known."""
+        """Module -> activation format, with the scales that follow from these magnitudes."""
         found: dict[str, ActivationFormat] = {}
         for name, fmt in formats.items():
             found[name] = fmt.fixed(self.largest[name]) if isinstance(fmt, CalibratedScale) else fmt
@@ -57,10 +60,10 @@ NO_RANGES = InputRanges()
 
 
 def settle_ranges(seen: Mapping[str, float | None]) -> InputRanges:
-    """Numbers of all modules of some blocks from what each of them saw.
+    """Largest magnitudes for all modules of some blocks.
 
-    Layers that engines keep as one matrix get the larger number; experts that saw no token the largest of
-    the same layer in the other experts.
+    Layers that engines keep as one matrix get the largest of theirs. An expert without tokens gets the
+    largest magnitude of the same layer in the other experts.
 
     Args:
         seen: module -> largest magnitude of its input; None where no token reached it.

@@ -19,7 +19,7 @@ SPILL_BYTES = 2 << 30
 off."""
 
 SAVED_AS = 2
-"""Number of the way in which streams are saved; a run that saved them otherwise is not continued."""
+"""Version of the files that streams are saved in; a run with files of another version is not continued."""
 
 
 class Home(NamedTuple):

@@ -72,7 +72,8 @@ HOW = frozenset(
     {"torch", "machine", "threads", "device", "compute_dtype", "keep_streams", "saved_streams"}
     | {"enable_torch_compile"}
 )
-"""Parts of the signature that say how a result is reached: a finished one need not be made again for them."""
+"""Parts of the signature that change how a result is reached, not what was asked for: a finished output with
+others of these is still what was asked for."""
 
 
 def request_digest(signature: Mapping[str, Any]) -> str:

@@ -9,7 +9,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from auto_round.errors import UnsupportedError
+from auto_round.models import rehearsal
+from auto_round.models.folder import FolderSource
 from auto_round.models.live import LiveSource
+from sweep.configurations import known_families
 
 WIDTH = 32
 
@@ -23,14 +26,56 @@ class WayConfig(PreTrainedConfig):
         self.num_hidden_layers = num_hidden_layers
 
 
+KEPT = {}
+"""What blocks leave in their file: tables, or state."""
+
+
+class Memory:
+    """An object that several blocks hold."""
+
+    kept = None
+
+
 class WayBlock(nn.Module):
-    def __init__(self, config):
+    last = None
+
+    def __init__(self, config, index, shared, memory):
         super().__init__()
+        self.config, self.index = config, index
+        self.shared, self.memory = shared, memory
+        self.alone = Memory()
         self.up = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)
         self.down = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states, beside=None):
+        if leave := LEAVE.get(self.config.way):
+            leave(self, hidden_states * 2, beside)
         return hidden_states + self.down(torch.tanh(self.up(hidden_states)))
+
+
+def leave_nothing_for_others(block, kept, beside):
+    """What nobody asks for, tables that do not depend on what flows, and numbers."""
+    block.nobody_asks = block.alone.kept = block.up.nobody_asks = kept
+    KEPT.setdefault(kept.shape, torch.ones(kept.shape))
+    block.config.blocks_run = block.index
+
+
+LEAVE = {
+    "list with places": lambda block, kept, beside: beside.__setitem__(block.index, kept),
+    "choices in a list": lambda block, kept, beside: beside.__setitem__(block.index, kept.argmax(-1)),
+    "object": lambda block, kept, beside: setattr(beside, "kept", kept),
+    "tensor in place": lambda block, kept, beside: beside.add_(kept.sum(-1).detach()),
+    "own attribute": lambda block, kept, beside: setattr(block, "last", kept),
+    "attribute of a shared module": lambda block, kept, beside: setattr(block.shared, "last", kept),
+    "buffer of a shared module": lambda block, kept, beside: setattr(block.shared, "seen", kept.mean()),
+    "shared object": lambda block, kept, beside: setattr(block.memory, "kept", kept),
+    "configuration": lambda block, kept, beside: setattr(block.config, "kept", kept),
+    "file": lambda block, kept, beside: KEPT.update({block.index: kept}),
+    "choices in the file": lambda block, kept, beside: KEPT.update({block.index: kept.argmax(-1)}),
+    "class": lambda block, kept, beside: setattr(WayBlock, "kept", kept),
+    "harmless": leave_nothing_for_others,
+}
+"""Way -> what a block leaves behind."""
 
 
 class WayModel(PreTrainedModel):
@@ -42,7 +87,9 @@ class WayModel(PreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.mix = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.layers = nn.ModuleList(WayBlock(config) for _ in range(config.num_hidden_layers))
+        shared, memory, count = nn.Identity(), Memory(), config.num_hidden_layers
+        shared.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.layers = nn.ModuleList(WayBlock(config, i, shared, memory) for i in range(count))
         self.norm = nn.LayerNorm(config.hidden_size)
         self.post_init()
 
@@ -54,6 +101,7 @@ class WayModel(PreTrainedModel):
         way = self.config.way
         hidden = embedded = self.embed_tokens(input_ids)
         stack, memory = [], {"chosen": None}
+        places, carried, sums = [0] * len(self.layers), Memory(), torch.zeros(input_ids.shape)
         for layer in self.layers:
             if way == "plain" and stack:
                 hidden = hidden + 0.5 * embedded
@@ -65,9 +113,15 @@ class WayModel(PreTrainedModel):
                 "nested": lambda h=hidden: {"of": [(h > 0.5, None)]},
                 "numbers": lambda h=hidden: h.sum().item(),
                 "in a mapping": lambda: (memory, 1),
+                "list with places": lambda: places,
+                "choices in a list": lambda: places,
+                "object": lambda: carried,
+                "tensor in place": lambda: sums,
             }.get(way, lambda: None)()
             hidden = layer(hidden, beside)
             stack.append(hidden)
+            if layer.last is not None:
+                hidden = hidden + layer.last
             if way == "scaled":
                 hidden = hidden * 1.5
         if way == "first block at the end":
@@ -103,12 +157,14 @@ def source_of(way):
     return LiveSource(WayForCausalLM(WayConfig(way)))
 
 
-def test_what_comes_of_the_tokens_alone_is_no_state():
-    source = source_of("plain")
+@pytest.mark.parametrize("way", ["plain", "harmless"])
+def test_what_comes_of_the_tokens_alone_is_no_state(way):
+    source = source_of(way)
     source.refuse_untraceable()
     with source.stem() as stem:
         trace = stem.trace({"input_ids": torch.arange(6)[None]})
-    assert [edit[0] is None for edit in trace.edits] == [True, False, False]
+    assert [edit[0] is None for edit in trace.edits] == [True, *[way != "plain"] * 2]
+    assert not KEPT
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor")  # as the family does
@@ -124,6 +180,18 @@ def test_what_comes_of_the_tokens_alone_is_no_state():
         ("in a mapping", 'hand on state to later blocks in "argument 1"'),
         ("first block at the end", "behind its last block the model reads more"),
         ("embedding at the end", "behind its last block the model reads more"),
+        ("list with places", 'leaves state for others in "beside"'),
+        ("choices in a list", 'leaves state for others in "beside"'),
+        ("object", 'leaves state for others in "beside.kept"'),
+        ("tensor in place", 'leaves state for others in "beside"'),
+        ("own attribute", 'leaves state for others in "WayBlock.last"'),
+        ("attribute of a shared module", 'leaves state for others in "Identity.last"'),
+        ("buffer of a shared module", 'leaves state for others in "Identity.seen"'),
+        ("shared object", 'leaves state for others in "WayBlock.memory.kept"'),
+        ("configuration", 'leaves state for others in "WayBlock.config.kept"'),
+        ("file", "leaves state for others in .*KEPT"),
+        ("choices in the file", "leaves state for others in .*KEPT"),
+        ("class", 'leaves state for others in "WayBlock.kept"'),
     ],
 )
 def test_state_beside_what_flows_is_refused_without_weights(way, reason, monkeypatch):
@@ -132,3 +200,16 @@ def test_state_beside_what_flows_is_refused_without_weights(way, reason, monkeyp
     with pytest.raises(UnsupportedError, match=reason) as refused:
         source.refuse_untraceable()
     assert "--recipe rtn" in str(refused.value)
+    assert not KEPT
+    assert not hasattr(WayBlock, "kept")
+    assert not hasattr(source.config, "kept")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_blocks_run_without_weights(saved, monkeypatch, family):
+    """One that does not is passed over, and what it leaves behind is not found."""
+    if family not in known_families():
+        pytest.skip("this Transformers has no such family")
+    monkeypatch.setattr(rehearsal, "_WANTS_WEIGHTS", ())
+    with FolderSource.open(saved(family)) as source:
+        source.refuse_untraceable()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
-from auto_round.facts.flow import States
+from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.model import TOKENS, ModelFacts
@@ -25,9 +25,10 @@ from auto_round.models.facts import model_facts
 from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.names import NameMap, Recipe
+from auto_round.models.rehearsal import Part, refuse_left_state
 from auto_round.models.roles import find_decoder, find_head, find_towers
 from auto_round.models.skeleton import weight_dtypes
-from auto_round.models.source import CPU, Stem
+from auto_round.models.source import CPU, Stem, Trace
 from auto_round.models.trace import Recorder, StubStem, make_stubs
 
 
@@ -197,9 +198,25 @@ class AssembledSource(ABC):
         decoder = real.get_submodule(find_decoder(real, [block.module for block in self.blocks]))
         with freed_on_exit(real):
             probe = {TOKENS: torch.zeros(1, 4, dtype=torch.int64, device=CPU)}
-            stem, ended = StubStem(real, decoder, recorders, None), list[States]()
+            stem, traces = StubStem(real, decoder, recorders, None), list[Trace]()
             for _ in self.block_lists:
-                ended.append(stem.trace(probe, ended).states)
+                traces.append(stem.trace(probe, [trace.states for trace in traces]))
+        calls = [call for trace in traces for call in trace.calls]
+        flowing = [trace.states for trace in traces for _ in trace.calls]
+        refuse_left_state(model, self._weightless(calls, flowing), calls)
+
+    def _weightless(self, calls: Sequence[BlockCall | None], flowing: Sequence[States]) -> Iterator[Part]:
+        """Blocks with zeros for weights, which take no memory, and what each is called with."""
+        dtypes = self._dtypes_for(self._parts.dtype)
+        for block, call, states in zip(self.blocks, calls, flowing, strict=True):
+            if call is not None:
+                module = self._parts.model.get_submodule(block.module)
+                zeros = {
+                    name: torch.zeros((), dtype=dtypes[f"{block.module}.{name}"]).expand(meta.shape)
+                    for name, meta in module.state_dict().items()
+                    if meta.is_meta
+                }
+                yield Part(block.index, module, real_copy(module, zeros, CPU, {}), states, call)
 
     def _outside_stem(self, spare: str | None) -> list[str]:
         """Module paths that a stem does without: blocks, encoders, and `spare`."""

@@ -54,11 +54,11 @@ as a model runs; the others' are where an extreme would round to the number beyo
 
 
 def mx_format(element: str, *, ceil: bool = False) -> Format:
-    """Format of microscaling: 32 neighbouring weights over a power of two.
+    """Microscaling (MX) format: 32 neighbouring weights share a power of two as their step.
 
     Args:
         element: a row of `MX_ELEMENTS`.
-        ceil: nothing saturates, at the price of a coarser grid for some groups.
+        ceil: take the least power under which nothing saturates; some groups then get a coarser step.
 
     Raises:
         ConfigError: an element that is not known.
@@ -71,11 +71,13 @@ def mx_format(element: str, *, ceil: bool = False) -> Format:
 
 
 def nv_format(blocks: FloatGrid = E4M3) -> Format:
-    """NVFP4: 16 neighbouring weights over an FP8 number over a number for the whole tensor.
+    """NVFP4: 16 neighbouring weights share an FP8 number, and the whole tensor shares one more number.
+
+    The step of a group is the first divided by the second, see `OverTensor`.
 
     Args:
-        blocks: grid of the FP8 numbers; with `E5M3` (unsigned) their range does without a tensor's number,
-            which is kept for weights of any size.
+        blocks: grid of the FP8 numbers. The range of `E5M3` (unsigned) would mostly do without the tensor's
+            number; it is kept so that weights of any size fit.
     """
     top = NV_TOP if blocks == E4M3 else blocks.hi
     name = "nvfp4" if blocks == E4M3 else "nvfp4_e5m3"
@@ -83,7 +85,7 @@ def nv_format(blocks: FloatGrid = E4M3) -> Format:
 
 
 def fp8_format(group: Group, *, grid: FloatGrid = E4M3, scale_dtype: torch.dtype = torch.float32) -> Format:
-    """FP8 numbers over one float for each row, for a block of rows and columns or for the whole tensor.
+    """FP8 weights with one float as the step of a row, of a block of rows and columns, or of a whole tensor.
 
     Args:
         group: weights that share the float.

@@ -85,7 +85,10 @@ def affine_knobs(stats: Stats, grid: Grid, step: Tensor, floor: Tensor) -> Knobs
 
 
 def line(moments: Moments) -> tuple[Tensor, Tensor]:
-    """Step and floor (not negative) of the weighted least squares of `w ~ n * step - floor`."""
+    """Least-squares step and floor of each group: where `sum(i * (n * step - floor - w)**2)` is least.
+
+    Floors are not negative: where the best one would be, the step of the best line through zero and no floor.
+    """
     m = moments
     free = m.one * m.nn - m.n.square()
     slope = (m.one * m.nw - m.n * m.w) / free

@@ -22,16 +22,17 @@ from auto_round.numerics.search_groups import Effort, SearchTask
 from auto_round.numerics.search_shared import search_shared
 
 TUNABLE = False
-"""A step of the group that decides about a shared number moves all others too, and the offsets never settle
-(docs/LOG.md): ranges stay as searched."""
+"""Ranges of these formats stay as searched. The group of the largest step decides the shared number, so
+tuning its range would move the steps of the whole block, and rounding offsets would never settle
+(docs/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedSigned(SelfBound):
-    """Symmetric groups whose signed steps are multiples of one number a block: Q3_K and Q6_K.
+    """Symmetric groups with steps `d * sc`: `d` for each block, a signed `sc` for each group. Q3_K and Q6_K.
 
     Attributes:
-        steps: how steps share a number.
+        steps: how a block stores its steps: `d` and the range of `sc`.
     """
 
     steps: Multiples
@@ -39,15 +40,16 @@ class SharedSigned(SelfBound):
 
     @property
     def floors(self) -> None:
-        """There are none."""
+        """None: symmetric groups have no floors."""
         return
 
     @property
     def alone(self) -> SignedMax:
         """The rule of a group with an unrounded step of its own.
 
-        Ranges wider than measured are tried too, and extremes at one end only: steps that share a number lose
-        less by it afterwards (0.8 % less error in the end at 3 bits, 3 % at 6; docs/LOG.md).
+        Its search also tries ranges wider than measured, and always maps the larger extreme to the grid's
+        lowest number: such steps lose less when they become multiples of a shared number (0.8 % less error in
+        the end at 3 bits, 3 % at 6; docs/LOG.md).
         """
         return SignedMax(torch.float32, reach=(0.45, 1.28), flipped_bits=0)
 
@@ -74,22 +76,22 @@ class SharedSigned(SelfBound):
         return search_shared(self, task, effort)
 
     def best(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """Step through zero; the floor is 0."""
+        """Least-squares step `sum(i * n * w) / sum(i * n * n)`; the floor is 0."""
         step = moments.nw / moments.nn.clamp_min(1e-30)
         return step, torch.zeros_like(step)
 
     def knobs(self, stats: Stats, grid: Grid, step: Tensor, floor: Tensor | None) -> Knobs:
-        """The extreme is the step times the lowest number."""
+        """Knobs that lead to these steps: the larger extreme becomes `step * grid.lo`."""
         return signed_knobs(stats, step.abs() * -grid.lo, step > 0)
 
 
 @dataclass(frozen=True, slots=True)
 class SharedAffine(SelfBound):
-    """Asymmetric groups whose steps and floors are multiples of two numbers a block: Q2_K, Q4_K and Q5_K.
+    """Asymmetric groups with steps `d * sc` and floors `dmin * mn`: Q2_K, Q4_K and Q5_K.
 
     Attributes:
-        steps: how steps share a number.
-        floors: how floors do.
+        steps: how a block stores its steps: `d` and the range of `sc`.
+        floors: how a block stores its floors: `dmin` and the range of `mn`.
     """
 
     steps: Multiples

@@ -26,7 +26,8 @@ _FAMILIES = {last: family for family in FUSED for last in family}
 def joined_matrices(names: Iterable[str]) -> dict[str, list[str]]:
     """Container of each fused matrix -> the layers that are rows of it: q/k/v, gate/up, each expert's too.
 
-    Such layers get the same input, and engines keep one number where each has a number for a whole tensor.
+    Such layers get the same input. Where a format stores one number a tensor, engines keep one for the whole
+    fused matrix, so these layers must share it.
     """
     groups: dict[str, list[str]] = {}
     for name in names:

@@ -14,7 +14,7 @@ _WEIGHT = ".weight"
 
 
 def refuse_unreachable(plan: Plan, layers: Sequence[Layer]) -> None:
-    """Refuse to quantize activations where no module of its own receives them.
+    """Refuse to quantize inputs of a layer that shares its module with others, or lies outside the blocks.
 
     Raises:
         UnsupportedError: there are such layers; names them.

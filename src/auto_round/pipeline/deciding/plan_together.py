@@ -23,7 +23,7 @@ from auto_round.schemes.request import plan_request
 def plan_together(
     source: ModelSource, tokenizer: Any, options: Options, asked: Sequence[Exporter]
 ) -> Planned:
-    """One plan for all formats of a run: the planner of formats that have none of their own.
+    """One plan for all formats of a run that do not plan for themselves.
 
     Arguments as for `Planner`.
 

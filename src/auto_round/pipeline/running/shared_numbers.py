@@ -1,4 +1,4 @@
-"""Weights that share a stored number: matrices that engines keep as one are bound together."""
+"""Weights that must share a stored number, since engines fuse them into one matrix, are bound together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from auto_round.schemes.siblings import joined_matrices
 
 
 def tied_layers(formats: Mapping[str, Format]) -> list[list[str]]:
-    """Layers whose weights share a number, two or more together: those of one format in one fused matrix."""
+    """Sets of two or more layers whose weights share a number: parts of one fused matrix, in one format."""
     found: list[list[str]] = []
     for members in joined_matrices(formats).values():
         alike: dict[Format, list[str]] = {}

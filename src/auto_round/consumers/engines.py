@@ -17,8 +17,9 @@ from auto_round.consumers.compressed import CompressedReader
 from auto_round.consumers.demands import Demands
 from auto_round.consumers.fields import Reading
 from auto_round.consumers.kernels import MARLIN_GROUPS, KernelOf
+from auto_round.consumers.kernels_float import vllm_inc_floats
 from auto_round.consumers.kernels_vllm import vllm_awq, vllm_compressed, vllm_gptq, vllm_inc_gptq
-from auto_round.consumers.matrices import AWQ, GPTQ, Matrix
+from auto_round.consumers.matrices import AWQ, GPTQ, OTHER, Matrix
 from auto_round.consumers.modules import Module, fused_modules, split_modules
 from auto_round.consumers.readers import AutoRoundReader, AWQReader, GPTQReader, read_awq_dynamic
 
@@ -56,6 +57,18 @@ _PACKINGS = ("packing_format", ("auto_round:auto_gptq", "auto_round:auto_awq"))
 _BACKENDS = ("backend", ("auto", "gptq", "gptq:marlin", "awq", "awq:marlin", "marlin"))
 _INTEGERS = (("data_type", ("int",)), _PACKINGS, _BACKENDS)
 _INC = Demands(("bits", "group_size"), (("bits", (2, 3, 4, 5, 6, 7, 8)), *_INTEGERS), beside=True)
+_INC_FLOATS = Demands(
+    ("bits", "group_size"),
+    (
+        ("data_type", ("mx_fp",)),
+        ("packing_format", ("auto_round:llm_compressor",)),
+        ("bits", (4, 8)),
+        ("group_size", (32,)),
+        ("sym", (True,)),
+        ("backend", ("auto",)),
+    ),
+    beside=True,
+)
 _ROUTED = Demands(
     ("bits", "group_size", "sym"), (("bits", (2, 3, 4, 8)), *_INTEGERS, ("desc_act", (False,))), beside=True
 )
@@ -71,6 +84,7 @@ _SGLANG_READER = AutoRoundReader(re.fullmatch, ends=False)
 ENGINES: tuple[Engine, ...] = (
     Engine(VLLM, AUTO_ROUND, GPTQ, fused_modules, _VLLM_READER, vllm_inc_gptq, _INC, _INC_SOURCE),
     Engine(VLLM, AUTO_ROUND, AWQ, fused_modules, _VLLM_READER, vllm_awq, _INC, _INC_SOURCE),
+    Engine(VLLM, AUTO_ROUND, OTHER, fused_modules, _VLLM_READER, vllm_inc_floats, _INC_FLOATS, _INC_SOURCE),
     Engine(
         VLLM,
         "gptq",
@@ -118,6 +132,16 @@ ENGINES: tuple[Engine, ...] = (
         fused_modules,
         _SGLANG_READER,
         kernels_sglang.sglang_auto_round_awq,
+        _ROUTED,
+        _ROUTED_SOURCE,
+    ),
+    Engine(
+        SGLANG,
+        AUTO_ROUND,
+        OTHER,
+        fused_modules,
+        _SGLANG_READER,
+        kernels_sglang.sglang_auto_round_gptq,
         _ROUTED,
         _ROUTED_SOURCE,
     ),

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.consumers.compressed import CompressedReader
-from auto_round.consumers.fields import CannotReadError
+from auto_round.consumers.fields import FLOAT_NAMES, CannotReadError, CompressedFields, Inputs
 from auto_round.consumers.folder import Folder, read_folder
 from auto_round.consumers.matrices import Matrix
 from auto_round.consumers.modules import Module
 from auto_round.consumers.verdict import Verdict, judge_folder
 from auto_round.errors import AutoRoundError
-from auto_round.inference.stored_formats import StoredFormats
+from auto_round.inference.stored_formats import StoredFormats, StoredLayer
 from auto_round.schemes.condense import some
 from auto_round.schemes.scheme import QuantizationScheme
 
@@ -110,7 +110,7 @@ def _compressed(folder: Folder) -> Contents:
 
 
 def _integers(folder: Folder) -> Contents:
-    """GPTQ and AWQ words; bits alone where the configuration cannot be read."""
+    """GPTQ and AWQ words, and floats; bits alone where the configuration cannot be read."""
     try:
         stored = StoredFormats.of_folder(folder.quantization, [m.name for m in folder.matrices])
         labels = {m.name: _label(stored, m) for m in folder.packed}
@@ -119,9 +119,23 @@ def _integers(folder: Folder) -> Contents:
     return {m.name: (labels[m.name], m.weights if m.bits else 0) for m in folder.packed}
 
 
+def _float_label(matrix: Matrix, how: StoredLayer) -> str:
+    """The same words for floats as in compressed-tensors folders."""
+    size, inputs = how.format.group.size, how.activation
+    strategy = {-1: "channel", 0: "tensor"}.get(size, "group")
+    rounded = None if inputs is None else Inputs(inputs.bits, "float", "", None, sym=True, dynamic=True)
+    return str(
+        CompressedFields(
+            matrix.bits, size, sym=True, strategy=strategy, form=matrix.form, numbers="float", inputs=rounded
+        )
+    )
+
+
 def _label(stored: StoredFormats, matrix: Matrix) -> str:
     how = stored.layer((matrix.name,))
     if how is None or how.format.grid.bits != matrix.bits:
         return f"W{matrix.bits}, not as configured"
+    if matrix.form in FLOAT_NAMES:
+        return _float_label(matrix, how)
     step = str(matrix.scale_dtype).removeprefix("torch.")
     return QuantizationScheme(matrix.bits, how.format.group.size, how.sym, scale_dtype=step).label

@@ -24,6 +24,8 @@ _AS_THEY_ARE = ("naive-quantized", "int-quantized", "float-quantized", "nvfp4-pa
 """`format`s of FP8 that lead to its schemes. Source: `is_activation_quantization_format` of both."""
 
 _NV_GROUP = 16
+_MX_GROUP = 32
+_INC_FORMS = {4: MXFP4, 8: MXFP8}
 
 
 def vllm_floats(module: Module, fields: CompressedFields) -> str:
@@ -38,6 +40,22 @@ def vllm_floats(module: Module, fields: CompressedFields) -> str:
     _needs_fp8_inputs(module, fields)
     if fields.block is not None:
         _needs_blocks(module, fields.block)
+    return BY_DEVICE
+
+
+def vllm_inc_floats(module: Module, fields: Fields) -> str:
+    """vLLM, `auto-round` folders: MXFP4 and MXFP8, by their bits.
+
+    Source: vLLM 0.32 `inc/inc.py` (`_validate_mxfp_quantization`), `inc/schemes/factory.py`.
+    """
+    wanted = _INC_FORMS.get(fields.bits)
+    if wanted is None or fields.group_size != _MX_GROUP or not fields.sym:
+        raise CannotReadError(
+            f"has no scheme for floats of {fields.bits} bits in groups of {fields.group_size}"
+        )
+    other = [part.form for part in module.parts if part.form != wanted]
+    if other:
+        raise CannotReadError(f"expects {module.name} stored as {wanted}, but finds {other[0] or 'others'}")
     return BY_DEVICE
 
 

@@ -34,8 +34,9 @@ _COMPRESSED = (
     "input_global_scale",
 )
 
-PLAIN, GPTQ, AWQ, OTHER = "plain", "gptq", "awq", "other"
-"""Orders of stored codes: none (16 bits or more), packed along the input, along the output, anything else."""
+PLAIN, GPTQ, AWQ, BLOCKS, OTHER = "plain", "gptq", "awq", "blocks", "other"
+"""Orders of stored codes: none (16 bits or more), packed along the input, along the output, FP8 with
+`weight_scale_inv`, anything else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Matrix:
 
     Attributes:
         name: name on disk, without suffix.
-        order: one of `PLAIN`, `GPTQ`, `AWQ`, `OTHER`.
+        order: one of `PLAIN`, `GPTQ`, `AWQ`, `BLOCKS`, `OTHER`.
         shape: `(out, in)`; of packed words of compressed-tensors in stored words.
         bits: width of a code; of a plain matrix that of its dtype; 0 where the headers do not tell.
         groups: groups in a row; 0 where the headers do not tell.
@@ -176,7 +177,8 @@ def _compressed(layer: str, tensors: Mapping[str, TensorInfo]) -> Matrix:
         groups = columns
     elif "weight_packed" not in tensors:
         bits = 8 * main.dtype.itemsize
-    return replace(_made(layer, OTHER, shape, bits, groups, tensors, dtype), form=form)
+    order = BLOCKS if "weight_scale_inv" in tensors else OTHER
+    return replace(_made(layer, order, shape, bits, groups, tensors, dtype), form=form)
 
 
 def _float_layout(tensors: Mapping[str, TensorInfo], scale: TensorInfo) -> FloatLayout | None:

@@ -8,7 +8,7 @@ from auto_round.consumers.compare import compare
 from auto_round.consumers.compressed import CompressedReader
 from auto_round.consumers.fields import CannotReadError, CompressedFields
 from auto_round.consumers.folder import Folder
-from auto_round.consumers.matrices import AWQ, GPTQ, Matrix
+from auto_round.consumers.matrices import AWQ, GPTQ, OTHER, Matrix
 from auto_round.consumers.modules import Module, split_modules
 from auto_round.errors import AutoRoundError
 from auto_round.inference.stored_formats import StoredFormats
@@ -78,6 +78,9 @@ def _agrees(stored: StoredFormats, matrix: Matrix) -> bool:
     held = how is not None and how.layout.accepts(how.format, matrix.shape) is None
     if how is None or not held or not matrix.packed:
         return held == matrix.packed
+    if matrix.order == OTHER:
+        spec = how.layout.spec(how.format, matrix.shape)
+        return {n: t for n, t in matrix.stored.items() if not n.startswith("input_")} == dict(spec)
     order = AWQ if isinstance(how.layout, AWQLayout) else GPTQ
     found = (matrix.order, matrix.bits, matrix.groups)
     return found == (order, how.format.grid.bits, how.format.group.count(matrix.shape[1]))

@@ -15,7 +15,7 @@ from auto_round.consumers.folder import Folder, read_folder
 from auto_round.consumers.humming import runs_with_humming
 from auto_round.consumers.kernels import HALF_ONLY, MARLIN
 from auto_round.consumers.kernels_float import remarks_on_floats
-from auto_round.consumers.matrices import OTHER
+from auto_round.consumers.matrices import BLOCKS, OTHER
 from auto_round.consumers.ours import TRANSFORMERS, ask_ourselves
 from auto_round.schemes.condense import some
 
@@ -89,7 +89,7 @@ def _order_agrees(folder: Folder, engine: Engine) -> bool:
 
 def _order_text(folder: Folder, orders: set[str]) -> str:
     stated = folder.quantization.get("packing_format", folder.method)
-    if OTHER in orders:
+    if orders & {OTHER, BLOCKS}:
         return f"not known: the table of engines has no row for {stated}"
     return f"the tensors are packed as {' and '.join(sorted(orders))}, the configuration says {stated}"
 

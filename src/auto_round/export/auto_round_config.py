@@ -32,6 +32,9 @@ from auto_round.version import __version__
 KEPT: Mapping[str, Any] = {"bits": 16, "data_type": "float"}
 """Entry of a layer inside the blocks that keeps its weights."""
 
+KEPT_INPUTS: Mapping[str, Any] = {"act_bits": 16, "act_data_type": "float"}
+"""What a layer's entry says of inputs that are left alone, where the top rounds inputs."""
+
 DEFAULT_FACTS: Mapping[str, Any] = {
     "amp": True,
     "batch_size": 8,
@@ -107,6 +110,15 @@ def _fields(scheme: QuantizationScheme) -> dict[str, Any]:
     }
     if scheme.scale_dtype != "float16":
         fields["scale_dtype"] = f"torch.{scheme.scale_dtype}"
+    inputs = scheme.inputs
+    if inputs is not None:
+        fields |= {
+            "act_bits": inputs.bits,
+            "act_group_size": inputs.group_size,
+            "act_sym": inputs.sym,
+            "act_data_type": stored_word(inputs.data_type),
+            "act_dynamic": inputs.dynamic,
+        }
     return fields
 
 
@@ -140,10 +152,13 @@ def _override(
     """Entry of one layer; empty when the fields at the top say it all."""
     scheme = scheme_of(plan, layer)
     inside = any(layer.name.startswith(f"{p}.") for p in prefixes)
+    unrounded = KEPT_INPUTS if "act_bits" in base else {}
     if scheme is None:
-        return tuple(KEPT.items()) if inside else ()
+        return (*KEPT.items(), *unrounded.items()) if inside else ()
     known = base if inside else {}
     fields = fields_of(scheme)
+    if scheme.inputs is None:
+        fields |= unrounded
     if "scale_dtype" in known:
         fields.setdefault("scale_dtype", "torch.float16")
     differing = {k: v for k, v in fields.items() if known.get(k) != v}

@@ -31,6 +31,7 @@ EXPORTERS: dict[str, Exporter] = {
         AutoRoundFormat("auto_round:auto_gptq", packing="auto_round:auto_gptq"),
         AutoRoundFormat("auto_round:gptqmodel", packing="auto_round:gptqmodel"),
         AutoRoundFormat("auto_round:auto_awq", packing="auto_round:auto_awq"),
+        AutoRoundFormat("auto_round:llm_compressor", packing="auto_round:llm_compressor"),
         GPTQFormat("auto_gptq", "gptq"),
         GPTQFormat("gptqmodel", "gptq_v2"),
         AWQFormat("auto_awq"),
@@ -42,7 +43,6 @@ EXPORTERS: dict[str, Exporter] = {
 """Output formats by the name that a user gives."""
 
 LATER = (
-    "auto_round:llm_compressor",
     "auto_round:fp8",
     "auto_round:fp8_static",
     "auto_round:mlx",

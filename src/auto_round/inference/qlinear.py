@@ -23,6 +23,10 @@ ORDER = "g_idx"
 """Tensor of GPTQ checkpoints with the group of each input, which some of them leave out."""
 
 
+WEIGHT = "weight"
+"""Tensor of checkpoints whose codes have a dtype of their own."""
+
+
 def named(layer: str, error: UnsupportedError) -> UnsupportedError:
     """The same error with the layer's name in front."""
     return UnsupportedError(f'layer "{layer}": {str(error).splitlines()[0]}', error.refusals)
@@ -43,7 +47,8 @@ class PackedWeight(nn.Module):
         self.layout = layout
         self.shape = shape
         for suffix, spec in layout.spec(fmt, shape).items():
-            self.register_buffer(suffix, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
+            # Not `register_buffer`: FP8 codes are stored as `weight`, which `QuantLinear` has as a property.
+            self._buffers[suffix] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
 
     def parts(self) -> dict[str, Tensor]:
         """The stored tensors by suffix."""
@@ -122,7 +127,12 @@ class QuantLinear(PackedWeight, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """`[out, in]` in the dtype of the layer, dequantized when an operation needs its numbers."""
+        """`[out, in]` in the dtype of the layer, dequantized when an operation needs its numbers.
+
+        Where a checkpoint stores codes under this name, these are what there is until the kernel takes over.
+        """
+        if not self.adopted and WEIGHT in self._buffers:
+            return self._kernel_buffers()[WEIGHT]
         device = next(iter(self._tensors())).device
         return DenseWeight(self.spec.shape, self.spec.dtype, device, self.dequantize)
 

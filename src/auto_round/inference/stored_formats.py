@@ -299,7 +299,7 @@ def _inputs(name: str, fields: Mapping[str, Any], word: str) -> dict[str, Any]:
     if data_type is None or not NUMBER_TYPES[data_type].runs_inputs:
         raise UnsupportedError(
             f'layer "{name}" wants activations of {fields["act_bits"]} bits',
-            [Refusal("auto_round", "runs weight-only schemes in this version")],
+            [Refusal("auto_round", f"does not run {fields.get('act_data_type', word)} in this version")],
         )
     named = {
         key: fields[key] for key in FIELD_TYPES if key.startswith("act_") and fields.get(key) is not None

@@ -50,9 +50,13 @@ class FloatLayout:
     sizes: tuple[int, ...]
     parts: tuple[tuple[str, str, torch.dtype | None], ...]
 
+    def holds(self, fmt: Format) -> bool:
+        """Whether a format has the layout's numbers and parts of scales, sizes aside."""
+        return fmt.grid == self.grid and list(fmt.rule.stored) == [part for part, _, _ in self.parts]
+
     def accepts(self, fmt: Format, shape: Sequence[int]) -> Refusal | None:
         """None for the layout's own grid, scales and group sizes, and groups that divide the rows."""
-        if fmt.grid != self.grid or list(fmt.rule.stored) != [part for part, _, _ in self.parts]:
+        if not self.holds(fmt):
             return Refusal(self.name, f"holds other numbers than {fmt.name}")
         if len(shape) != 2:
             return Refusal(self.name, f"holds matrices [out, in], not shape {list(shape)}")

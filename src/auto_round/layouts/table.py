@@ -7,6 +7,8 @@ from typing import Any
 
 from auto_round.errors import ConfigError, nearest
 from auto_round.layouts.awq import AWQ
+from auto_round.layouts.by_numbers import ByNumbers
+from auto_round.layouts.compressed_float import FLOATS
 from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layout import Layout
 
@@ -25,6 +27,9 @@ GPTQ_V2_INDEXED = GPTQ("gptq_v2_indexed", minus_one=False, indexed=True)
 AWQ_GEMM = AWQ("awq_gemm")
 """4 bits, interleaved along the output."""
 
+COMPRESSED_FLOATS = ByNumbers("llm_compressor", tuple(FLOATS.values()))
+"""Floating numbers as compressed-tensors stores them."""
+
 LAYOUTS: dict[str, Layout] = {
     "auto_round:auto_gptq": GPTQ_V1,
     "auto_round:gptq": GPTQ_V1,
@@ -33,6 +38,7 @@ LAYOUTS: dict[str, Layout] = {
     "auto_round:gptqmodel": GPTQ_PLAIN,
     "auto_round:auto_awq": AWQ_GEMM,
     "auto_round:awq": AWQ_GEMM,
+    "auto_round:llm_compressor": COMPRESSED_FLOATS,
 }
 """Layouts by `packing_format`, with the spellings that loaders accept."""
 

@@ -148,6 +148,8 @@ FLOAT_TYPES: dict[str, NumberType] = {
         weights=_fp8_weights,
         input_bits=(8,),
         inputs=_fp8_inputs,
+        runs_inputs=True,
+        stored="fp",
         compressed=CompressedWords(type="float", format=_always("float-quantized")),
     ),
     "fp_block": NumberType(
@@ -168,6 +170,8 @@ FLOAT_TYPES: dict[str, NumberType] = {
         weights=partial(_mx_weights, "fp"),
         input_bits=tuple(_MX_LAYOUTS),
         inputs=partial(_mx_inputs, "fp"),
+        runs_inputs=True,
+        stored="mx_fp",
         compressed=CompressedWords(
             type="float", format=lambda scheme: _MX_LAYOUTS[scheme.bits], scale_dtype=_E8M0
         ),
@@ -178,6 +182,8 @@ FLOAT_TYPES: dict[str, NumberType] = {
         weights=lambda _: None,
         input_bits=tuple(_MX_LAYOUTS),
         inputs=partial(_mx_inputs, "fp", ceil=True),
+        runs_inputs=True,
+        stored="mx_fp_rceil",
         compressed=CompressedWords(type="float", format=_always(""), scale_dtype=_E8M0),
     ),
     "mx_int": NumberType(
@@ -197,6 +203,7 @@ FLOAT_TYPES: dict[str, NumberType] = {
         weights=_nv_weights,
         input_bits=(4,),
         inputs=partial(_nv_inputs, measured=True),
+        stored="nv_fp",
         compressed=CompressedWords(
             type="float", format=_always("nvfp4-pack-quantized"), strategy="tensor_group", scale_dtype=_E4M3
         ),

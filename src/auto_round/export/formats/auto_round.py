@@ -1,4 +1,4 @@
-"""The `auto_round` format: packed whole numbers, loaded by Transformers, vLLM and SGLang."""
+"""The `auto_round` format: packed numbers, loaded by Transformers; whole ones also by vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from auto_round.export.packed import OneLayout, gather_refusals, quantized_layer
 from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.integers import is_symmetric
 from auto_round.layouts.layout import Layout
-from auto_round.layouts.table import AWQ_GEMM, GPTQ_V1, layout_for
+from auto_round.layouts.table import AWQ_GEMM, COMPRESSED_FLOATS, GPTQ_V1, layout_for
+from auto_round.numerics.activation_float import InputFormat, MeasuredScales
 from auto_round.numerics.format import Format
+from auto_round.numerics.grid_float import FloatGrid
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 
@@ -28,7 +30,7 @@ Source: vLLM `inc/schemes/inc_wna16_scheme.py` (`CUDA_HUMMING_SUPPORTED_BITS`), 
 
 @dataclass(frozen=True, slots=True)
 class AutoRoundFormat(OneLayout):
-    """Packed whole numbers with one of four `packing_format`s.
+    """Packed numbers with one of five `packing_format`s.
 
     A quantized head that was tied to the embedding is written apart (`lm_head.qweight`, ...); the embedding
     stays and `config.json` has to say that they are no longer tied.
@@ -36,8 +38,8 @@ class AutoRoundFormat(OneLayout):
     Attributes:
         name: name on the command line.
         packing: `packing_format` to write; None to take the one that fits the plan: `auto_round:auto_gptq`
-            for symmetric plans, `auto_round:auto_awq` for asymmetric ones of 4 bits throughout, else
-            `auto_round`.
+            for symmetric plans, `auto_round:auto_awq` for asymmetric ones of 4 bits throughout,
+            `auto_round:llm_compressor` where there are floating numbers, else `auto_round`.
     """
 
     packing: str | None = None
@@ -48,7 +50,20 @@ class AutoRoundFormat(OneLayout):
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """One refusal for each reason, with the layers that it holds for."""
-        return gather_refusals(plan, layers, self.for_plan(plan, layers)._refusal)
+        exact = self.for_plan(plan, layers)
+
+        def refuse(layer: Layer, fmt: Format) -> Refusal | None:
+            scheme = plan.scheme_of(layer.name)
+            if scheme is not None and scheme.act_quantized and not isinstance(fmt.grid, FloatGrid):
+                reason = "its readers leave activations of layers of whole numbers alone"
+                return Refusal(self.name, reason, "use the format llm_compressor or fake")
+            return exact._refusal(layer, fmt)
+
+        return gather_refusals(plan, layers, refuse)
+
+    def holds_activation(self, fmt: InputFormat) -> bool:
+        """Floating numbers whose scales are measured as the model runs."""
+        return isinstance(fmt, MeasuredScales)
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
         """Who reads zero points that are stored minus one."""
@@ -87,12 +102,31 @@ class AutoRoundFormat(OneLayout):
                 "are: weights would be off by one step without an error",
                 "use the format auto_round or auto_round:gptqmodel, or a symmetric scheme",
             )
+        if layout is COMPRESSED_FLOATS:
+            return refuse_floats(self.name, layer, fmt)
         return refuse_unloadable(self.name, layer, fmt, layout)
+
+
+def refuse_floats(who: str, layer: Layer, fmt: Format) -> Refusal | None:
+    """Why loaders of `auto_round` folders do not read a layer of floating numbers; None where they do.
+
+    Source: Transformers 5.24 `AutoRoundConfig.post_init`, which takes group sizes that are whole numbers and
+    no 0.
+    """
+    refusal = COMPRESSED_FLOATS.accepts(fmt, layer.shape)
+    if refusal is not None:
+        return replace(refusal, who=who, remedy=refusal.remedy or "use the format fake")
+    if fmt.group.size == 0 or fmt.group.rows > 1:
+        what = "one scale for a whole tensor" if fmt.group.size == 0 else "scales of blocks of several rows"
+        return Refusal(who, f"Transformers does not load {what} from it", "use the format llm_compressor")
+    return None
 
 
 def _fitting(plan: Plan, layers: Sequence[Layer]) -> str:
     """`packing_format` for a plan."""
     quantized = quantized_layers(plan, layers)
+    if any(isinstance(fmt.grid, FloatGrid) for _, fmt in quantized):
+        return "auto_round:llm_compressor"
     if all(is_symmetric(fmt) for _, fmt in quantized):
         return "auto_round:auto_gptq"
     uniform = all(not is_symmetric(fmt) and fmt.grid.bits == AWQ_BITS for _, fmt in quantized)

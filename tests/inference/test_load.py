@@ -256,7 +256,8 @@ def test_damaged_tensors_are_errors(tmp_path):
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        ({"packing_format": "auto_round:llm_compressor"}, UnsupportedError, "not in this version"),
+        ({"packing_format": "auto_round:fp8_static"}, UnsupportedError, "not in this version"),
+        ({"packing_format": "auto_round:llm_compressor"}, UnsupportedError, "int of 4 bits"),
         ({"data_type": "mx_fp"}, UnsupportedError, "mx_fp"),
         ({"act_bits": 8}, UnsupportedError, "activations of 8 bits"),
         ({"desc_act": True}, UnsupportedError, "desc_act"),

@@ -34,6 +34,9 @@ SOURCE_OF_AUTO_ROUND = {
 }
 """Configuration of a folder of auto-round 0.16.1 (MXFP4, `iters 0`)."""
 
+WIDE = {"hidden_size": 128, "intermediate_size": 256}
+"""Sizes that blocks of 128 divide."""
+
 CASES = {
     "MXFP4": {"scheme": "MXFP4"},
     "MXFP4_RCEIL": {"scheme": "MXFP4_RCEIL"},
@@ -74,6 +77,7 @@ def test_words_of_auto_round_0_16(tiny, tmp_path):
     want = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     config["quantization_config"] = SOURCE_OF_AUTO_ROUND
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantization_config.json").write_text(json.dumps(SOURCE_OF_AUTO_ROUND))
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model(ids).logits, want)
     verdicts = {v.engine: v for v in take_inventory(folder).verdicts}
@@ -109,9 +113,9 @@ def test_mixed_floats(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"scheme": "FPW8A16"}, "one scale for a whole tensor"),
-        ({"scheme": "FP8_BLOCK", "act_bits": 16}, "blocks of several rows"),
-        ({"scheme": "MXINT4"}, "mx"),
+        ({"scheme": "FPW8A16", "group_size": 0}, "one scale for a whole tensor"),
+        ({"scheme": "FP8_BLOCK", "group_size": 128, "act_bits": 16}, "blocks of several rows"),
+        ({"scheme": "MXINT4"}, "mxint4|mx_int|zero point|scale"),
         (
             {"scheme": "W4A16", "act_bits": 8, "act_data_type": "fp", "act_group_size": -1},
             "whole numbers alone",
@@ -121,4 +125,4 @@ def test_mixed_floats(tiny, tmp_path):
 )
 def test_what_it_cannot_hold_is_refused_before_work(tiny, tmp_path, given, reason):
     with pytest.raises(UnsupportedError, match=reason):
-        quantize(tiny("llama"), tmp_path / "out", format="auto_round", **given)
+        quantize(tiny("llama", **WIDE), tmp_path / "out", format="auto_round", **given)

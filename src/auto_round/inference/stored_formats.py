@@ -15,12 +15,14 @@ from auto_round.inference.foreign import (
     foreign_top,
     is_listed,
 )
+from auto_round.layouts.by_numbers import ByNumbers
 from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import LAYOUTS, layout_for
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import CalibratedScale
 from auto_round.numerics.format import Format
+from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.presets import SCALE_DTYPES
 from auto_round.schemes.number_types import NUMBER_TYPES, stored_type
 from auto_round.schemes.scheme import FIELD_TYPES, QuantizationScheme
@@ -188,6 +190,16 @@ class StoredFormats:
         if fields is None or scheme is None or fmt is None:
             return None
         layout = _layout(fields) if _PACKING in fields else self.layout
+        if isinstance(layout, ByNumbers) != isinstance(fmt.grid, FloatGrid):
+            raise UnsupportedError(
+                f'layer "{names[0]}" is stored as {scheme.data_type} of {scheme.bits} bits, which the '
+                f"order of bytes {layout.name} does not hold",
+                [
+                    Refusal(
+                        "auto_round", "packing_format and data_type contradict each other, or one is missing"
+                    )
+                ],
+            )
         inputs = scheme.activation_format()
         if isinstance(inputs, CalibratedScale):
             raise UnsupportedError(

@@ -26,6 +26,7 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.grid_float import E2M1, E2M3, E4M3, E5M2
 from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.scale_float import OverTensor
 
 FP8_DTYPES: dict[Grid, torch.dtype] = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 """Grids whose codes PyTorch has a dtype for."""
@@ -52,6 +53,8 @@ class FloatLayout:
 
     def holds(self, fmt: Format) -> bool:
         """Whether a format has the layout's numbers and parts of scales, sizes aside."""
+        if isinstance(fmt.rule, OverTensor) and fmt.rule.blocks != E4M3:
+            return False
         return fmt.grid == self.grid and list(fmt.rule.stored) == [part for part, _, _ in self.parts]
 
     def accepts(self, fmt: Format, shape: Sequence[int]) -> Refusal | None:

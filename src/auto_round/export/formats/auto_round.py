@@ -54,10 +54,11 @@ class AutoRoundFormat(OneLayout):
 
         def refuse(layer: Layer, fmt: Format) -> Refusal | None:
             scheme = plan.scheme_of(layer.name)
-            if scheme is not None and scheme.act_quantized and not isinstance(fmt.grid, FloatGrid):
-                reason = "its readers leave activations of layers of whole numbers alone"
-                return Refusal(self.name, reason, "use the format llm_compressor or fake")
-            return exact._refusal(layer, fmt)
+            found = exact._refusal(layer, fmt)
+            if found or scheme is None or not scheme.act_quantized or isinstance(fmt.grid, FloatGrid):
+                return found
+            reason = "its readers leave activations of layers of whole numbers alone"
+            return Refusal(self.name, reason, "use the format llm_compressor or fake")
 
         return gather_refusals(plan, layers, refuse)
 

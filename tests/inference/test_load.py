@@ -80,6 +80,14 @@ def test_reference_equals_the_dequantized_model(tmp_path, name):
     assert torch.equal(logits(model), logits(oracle))
 
 
+@pytest.mark.parametrize("name", ["gptq", "bf16"])
+def test_scales_that_transformers_widens_are_read_as_stored(tmp_path, monkeypatch, name):
+    """Some models keep everything called "scale" in float32, which also finds the scales of packed layers."""
+    oracle = write_folder(tmp_path, REQUESTS[name])
+    monkeypatch.setattr(type(oracle), "_keep_in_fp32_modules_strict", {"scale"})
+    assert torch.equal(logits(load(tmp_path, "torch")), logits(oracle))
+
+
 @pytest.mark.parametrize("name", [n for n in REQUESTS if n not in ("gptq8", "mixed")])
 def test_int4_kernel_is_near_the_dequantized_model(tmp_path, name):
     oracle = write_folder(tmp_path, REQUESTS[name])

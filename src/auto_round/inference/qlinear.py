@@ -77,7 +77,21 @@ class PackedWeight(nn.Module):
             raise UnsupportedError(
                 "a quantized layer has no weights in memory; give a device_map that leaves no layer on disk"
             )
-        return self.layout.unpack(parts, self.fmt, self.shape)
+        wanted = self.layout.spec(self.fmt, self.shape)
+        narrow = {name: _narrowed(part, wanted[name].dtype) for name, part in parts.items()}
+        return self.layout.unpack(narrow, self.fmt, self.shape)
+
+
+def _narrowed(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stored float as it was stored, where that loses nothing.
+
+    Transformers widens tensors while it loads them whose names hold a word of the model's
+    `_keep_in_fp32_modules_strict`, and `scale` is in some models' list.
+    """
+    if part.dtype is dtype or not (part.dtype is torch.float32 and dtype.is_floating_point):
+        return part
+    stored = part.to(dtype)
+    return stored if torch.equal(stored.to(part.dtype), part) else part
 
 
 class QuantLinear(PackedWeight, nn.Linear):

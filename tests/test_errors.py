@@ -38,8 +38,8 @@ def model(tmp_path_factory):
         ({"group_size": 48}, ValueError),
         ({"device_map": "abacus"}, ValueError),
         ({"dataset": "no-such-file.jsonl"}, FileNotFoundError),
-        ({"scheme": "MXFP4"}, NotImplementedError),
-        ({"scheme": "MXFP4"}, ValueError),
+        ({"bits": 5, "data_type": "mx_fp"}, NotImplementedError),
+        ({"bits": 5, "data_type": "mx_fp"}, ValueError),
         ({"bits": 5}, NotImplementedError),
     ],
 )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
 from auto_round.layouts.awq import AWQ
 from auto_round.layouts.bits import pack_bits, unpack_bits
+from auto_round.layouts.by_numbers import ByNumbers
 from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.table import (
     AWQ_GEMM,
@@ -30,7 +31,11 @@ from auto_round.testing.layout_kit import check_layout, random_qtensor
 from auto_round.testing.slow_reader import PACKINGS, Stored, read_weight
 
 SHAPES = ((32, 64), (64, 96))
-ALL = LAYOUTS | CHECKPOINT_LAYOUTS
+ALL = {
+    name: layout
+    for name, layout in (LAYOUTS | CHECKPOINT_LAYOUTS).items()
+    if not isinstance(layout, ByNumbers)  # floating numbers: test_compressed_float.py
+}
 
 
 def test_the_slow_reader_knows_every_packing_format():

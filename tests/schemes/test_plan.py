@@ -261,3 +261,12 @@ def test_some_says_how_many_sets_it_leaves_out():
     assert some(names) == "a.{0-1}.x, b, c and 1 more"
     assert some(names, most=1) == "a.{0-1}.x and 3 more"
     assert some(names, most=4) == "a.{0-1}.x, b, c, d"
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "NVFP4", "INT8_W8A8", "FP8_STATIC"])
+def test_layers_of_16_bits_are_kept_with_their_inputs(plan, scheme):
+    made = plan(scheme=scheme, layer_config={"o_proj": {"bits": 16}})
+    kept = [name for name in made.entries if name.endswith("o_proj")]
+    assert kept
+    assert all(made.format_of(name) is None and made.activation_of(name) is None for name in kept)
+    assert made.quantized

@@ -212,7 +212,9 @@ class AssembledSource(ABC):
             if call is not None:
                 module = self._parts.model.get_submodule(block.module)
                 zeros = {
-                    name: torch.zeros((), dtype=dtypes[f"{block.module}.{name}"]).expand(meta.shape)
+                    name: torch.zeros((), dtype=dtypes[f"{block.module}.{name}"], device=CPU).expand(
+                        meta.shape
+                    )
                     for name, meta in module.state_dict().items()
                     if meta.is_meta
                 }

@@ -71,8 +71,10 @@ class Marks:
         return tuple(self._marked(state) for state in states)
 
     def _marked(self, state: Tensor) -> Tensor:
-        numbers = torch.rand(state.shape, generator=self._generator).to(state.device, state.dtype)
-        return numbers.requires_grad_() + 0  # a model may change what is not the first of its graph in place
+        numbers = torch.rand(state.shape, generator=self._generator, dtype=torch.float32, device="cpu")
+        return (
+            numbers.to(state.device, state.dtype).requires_grad_() + 0
+        )  # a model may change what is not the first of its graph in place
 
 
 @contextmanager

@@ -254,6 +254,8 @@ def _merge(base: QuantizationScheme, values: Mapping[str, Any]) -> QuantizationS
         given |= {f"act_{name}": value for name, value in fields.items()}
     if "data_type" not in given and not base.quantized and given.get("bits", _KEPT_BITS) != _KEPT_BITS:
         given["data_type"] = "int"
+    if given.get("bits") in (_KEPT_BITS, 2 * _KEPT_BITS):  # a layer that is kept is kept with its inputs
+        given.setdefault("act_bits", _KEPT_BITS)
     return replace(base, **given)
 
 

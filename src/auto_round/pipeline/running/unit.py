@@ -141,21 +141,19 @@ def tune_unit(
         rounded = {n: _as_read(unit, n, q, dtypes[n]) for n, q in tuned.weights.items()}
         retrained = {n: p.to(dtypes[n]) for n, p in tuned.others.items()}
         _advance(unit, rounded | retrained, streams, arguments, config.pass_rows)
-    errors = {
+    massive, errors = massive_tokens(energies[0], streams.masks), _errors(unit, rounded, importance)
+    both = rounded | retrained
+    return TunedUnit(tuned, both, importance, moments, massive, errors, ranges, activations)
+
+
+def _errors(
+    unit: Unit, rounded: Mapping[str, Tensor], importance: Mapping[str, Importance]
+) -> dict[str, float]:
+    """Share of each layer's output that rounding changed, by the name of its weight."""
+    return {
         name: relative_error(value, unit.originals[name], _squares(importance, name))
         for name, value in rounded.items()
     }
-    massive = massive_tokens(energies[0], streams.masks)
-    return TunedUnit(
-        tuned,
-        rounded | retrained,
-        importance,
-        moments,
-        massive,
-        errors,
-        ranges=ranges,
-        activations=activations,
-    )
 
 
 def _as_read(unit: Unit, name: str, q: QTensor, dtype: torch.dtype) -> Tensor:

@@ -19,21 +19,14 @@ from auto_round.numerics.scale_float import LargestToTop
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredScales:
-    """A format of weights as a format of activations: scales follow from each group as the model runs.
-
-    Scales and rounding are computed in float32, as vLLM's kernels do; powers of two are exact in any dtype.
+class _OfFormat:
+    """What activation formats take from a format of weights.
 
     Attributes:
-        format: numbers, and groups along the last axis; size -1 is a group for each token, 0 one for all.
+        format: numbers, and groups along the last axis.
     """
 
     format: Format
-
-    @property
-    def name(self) -> str:
-        """For example `mxfp4_measured`."""
-        return f"{self.format.name}_measured"
 
     @property
     def bits(self) -> int:
@@ -44,6 +37,22 @@ class MeasuredScales:
     def end_steps(self) -> float:
         """That of the grid."""
         return self.format.grid.end_steps
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredScales(_OfFormat):
+    """A format of weights as a format of activations: scales follow from each group as the model runs.
+
+    Scales and rounding are computed in float32, as vLLM's kernels do; powers of two are exact in any dtype.
+
+    Attributes:
+        format: numbers, and groups along the last axis; size -1 is a group for each token, 0 one for all.
+    """
+
+    @property
+    def name(self) -> str:
+        """For example `mxfp4_measured`."""
+        return f"{self.format.name}_measured"
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` rounded to the format, same dtype; the gradient passes straight through."""
@@ -65,7 +74,7 @@ def _measure(tokens: Tensor, fmt: Format) -> Stats:
 
 
 @dataclass(frozen=True, slots=True)
-class CalibratedScale:
+class CalibratedScale(_OfFormat):
     """An activation format with one number for the whole tensor, which calibration has not fixed yet.
 
     The number follows from the largest magnitude seen at calibration. It is the step itself (FP8), or what
@@ -76,22 +85,10 @@ class CalibratedScale:
             number.
     """
 
-    format: Format
-
     @property
     def name(self) -> str:
         """For example `nvfp4_calibrated`."""
         return f"{self.format.name}_calibrated"
-
-    @property
-    def bits(self) -> int:
-        """Width of a code."""
-        return self.format.grid.bits
-
-    @property
-    def end_steps(self) -> float:
-        """That of the grid."""
-        return self.format.grid.end_steps
 
     @property
     def part(self) -> str:
@@ -117,7 +114,7 @@ class CalibratedScale:
 
 
 @dataclass(frozen=True, slots=True)
-class FixedScale:
+class FixedScale(_OfFormat):
     """An activation format whose number for the whole tensor is known; see `CalibratedScale`.
 
     What lies above the calibrated range saturates. Computed in float32, as for `MeasuredScales`, but for
@@ -131,23 +128,12 @@ class FixedScale:
         largest: magnitude that the number follows from, a float32.
     """
 
-    format: Format
     largest: float
 
     @property
     def name(self) -> str:
         """For example `nvfp4_fixed`."""
         return f"{self.format.name}_fixed"
-
-    @property
-    def bits(self) -> int:
-        """Width of a code."""
-        return self.format.grid.bits
-
-    @property
-    def end_steps(self) -> float:
-        """That of the grid."""
-        return self.format.grid.end_steps
 
     @property
     def number(self) -> Tensor:

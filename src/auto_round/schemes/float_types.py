@@ -30,22 +30,14 @@ def _asymmetric(what: str, *, sym: bool) -> Refusal | None:
     return None if sym else Refusal(what, "floating numbers have no zero points", "leave out asym")
 
 
-def _fp8_weights(scheme: QuantizationScheme) -> Format | Refusal:
+def _fp8_weights(scheme: QuantizationScheme, *, blocks: bool = False) -> Format | Refusal:
     from auto_round.numerics.group import Group
-    from auto_round.numerics.presets import SCALE_DTYPES
-    from auto_round.numerics.presets_float import fp8_format
-
-    return _asymmetric("weights", sym=scheme.sym) or fp8_format(
-        Group(scheme.group_size), scale_dtype=SCALE_DTYPES[scheme.scale_dtype]
-    )
-
-
-def _fp8_block_weights(scheme: QuantizationScheme) -> Format | Refusal:
     from auto_round.numerics.presets import SCALE_DTYPES
     from auto_round.numerics.presets_float import FP8_BLOCK, fp8_format
 
+    group = FP8_BLOCK if blocks else Group(scheme.group_size)
     return _asymmetric("weights", sym=scheme.sym) or fp8_format(
-        FP8_BLOCK, scale_dtype=SCALE_DTYPES[scheme.scale_dtype]
+        group, scale_dtype=SCALE_DTYPES[scheme.scale_dtype]
     )
 
 
@@ -86,10 +78,18 @@ def _mx_inputs(element: str, fields: InputFields, *, ceil: bool = False) -> Inpu
     return _asymmetric("activations", sym=fields.sym) or MeasuredScales(found)
 
 
-def _nv_weights(scheme: QuantizationScheme) -> Format | Refusal:
+def _nv_weights(scheme: QuantizationScheme, *, e5m3: bool = False) -> Format | Refusal:
+    from auto_round.numerics.grid_float import E4M3, E5M3
     from auto_round.numerics.presets_float import nv_format
 
-    return _asymmetric("weights", sym=scheme.sym) or nv_format()
+    return _asymmetric("weights", sym=scheme.sym) or nv_format(E5M3 if e5m3 else E4M3)
+
+
+def _other_groups(fields: InputFields) -> Refusal | None:
+    """Why inputs have no groups like these in NVFP4; None where they are its own."""
+    if fields.group_size in _NV_SIZES:
+        return None
+    return Refusal("activations", f"NVFP4 has groups of 16, not of {fields.group_size}", "act_group_size 16")
 
 
 def _nv_inputs(fields: InputFields, *, measured: bool = False) -> InputFormat | Refusal:
@@ -102,21 +102,12 @@ def _nv_inputs(fields: InputFields, *, measured: bool = False) -> InputFormat | 
     from auto_round.numerics.activation_float import CalibratedScale
     from auto_round.numerics.presets_float import nv_format
 
-    if fields.group_size not in _NV_SIZES:
-        return Refusal(
-            "activations", f"NVFP4 has groups of 16, not of {fields.group_size}", "act_group_size 16"
-        )
+    if refusal := _other_groups(fields):
+        return refusal
     if measured and fields.dynamic:
         reason = "the number over all groups of NVFP4 inputs is fixed at calibration, not measured"
         return Refusal("activations", reason, f"act_data_type {NV_STATIC}")
     return _asymmetric("activations", sym=fields.sym) or CalibratedScale(nv_format())
-
-
-def _nv_e5m3_weights(scheme: QuantizationScheme) -> Format | Refusal:
-    from auto_round.numerics.grid_float import E5M3
-    from auto_round.numerics.presets_float import nv_format
-
-    return _asymmetric("weights", sym=scheme.sym) or nv_format(E5M3)
 
 
 def _nv_e5m3_inputs(fields: InputFields) -> InputFormat | Refusal:
@@ -124,10 +115,8 @@ def _nv_e5m3_inputs(fields: InputFields) -> InputFormat | Refusal:
     from auto_round.numerics.grid_float import E5M3
     from auto_round.numerics.presets_float import nv_format
 
-    if fields.group_size not in _NV_SIZES:
-        return Refusal(
-            "activations", f"NVFP4 has groups of 16, not of {fields.group_size}", "act_group_size 16"
-        )
+    if refusal := _other_groups(fields):
+        return refusal
     if not fields.dynamic:
         return Refusal("activations", "E5M3 scales are always measured", "leave out disable_act_dynamic")
     return _asymmetric("activations", sym=fields.sym) or MeasuredScales(nv_format(E5M3))
@@ -157,7 +146,7 @@ FLOAT_TYPES: dict[str, NumberType] = {
         spellings={"fp_block": {"bits": 8}},
         bits=(8,),
         group_sizes=(128,),
-        weights=_fp8_block_weights,
+        weights=partial(_fp8_weights, blocks=True),
         compressed=CompressedWords(
             type="float", format=_always("float-quantized"), strategy="block", block=(128, 128)
         ),
@@ -223,7 +212,7 @@ FLOAT_TYPES: dict[str, NumberType] = {
         spellings={"nvfp4_v2": {"bits": 4}},
         bits=(4,),
         group_sizes=_NV_SIZES,
-        weights=_nv_e5m3_weights,
+        weights=partial(_nv_weights, e5m3=True),
         input_bits=(4,),
         inputs=_nv_e5m3_inputs,
     ),

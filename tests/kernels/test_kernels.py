@@ -259,13 +259,13 @@ def test_trials_find_wrong_kernels_and_failing_ones():
         assert "no such instruction" in str(trial(Failing(error=error), FOUR_ASYM))
 
 
-def test_untried_kernels_are_not_trusted(monkeypatch, without_program):
+def test_untried_kernels_are_not_trusted(without_program):
     """A kernel that is tried first and found wrong is passed over, and named in the refusal."""
     wrong = replace(KERNELS["torch"], kernel=Skewed(), priority=9, tried=True)
-    monkeypatch.setattr("auto_round.kernels.select.KERNELS", {"wrong": wrong, **KERNELS})
-    assert select_kernel(spec_of()).name == "cpu_int4"
+    kernels = {"wrong": wrong, **KERNELS}
+    assert select_kernel(spec_of(), kernels=kernels).name == "cpu_int4"
     with pytest.raises(UnsupportedError, match="wrong results"):
-        select_kernel(spec_of(), "wrong")
+        select_kernel(spec_of(), "wrong", kernels)
 
 
 @dataclass(frozen=True)

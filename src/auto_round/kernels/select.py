@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError, nearest
 from auto_round.kernels.check import trial
@@ -14,12 +15,13 @@ AUTO = "auto"
 """Backend that leaves the choice to the table."""
 
 
-def select_kernel(spec: LinearSpec, backend: str = AUTO) -> Kernel:
+def select_kernel(spec: LinearSpec, backend: str = AUTO, kernels: Mapping[str, Entry] = KERNELS) -> Kernel:
     """Kernel for one layer.
 
     Args:
         spec: the layer.
         backend: `auto`, or a kernel's name or alias in any case.
+        kernels: the table among whose rows the choice is made.
 
     Raises:
         ConfigError: a backend that is not known.
@@ -27,7 +29,7 @@ def select_kernel(spec: LinearSpec, backend: str = AUTO) -> Kernel:
     """
     asked = backend.casefold()
     unnamed = asked == AUTO or asked in STAND_INS
-    entries = _candidates(asked)
+    entries = _candidates(asked, kernels)
     refusals = []
     for entry in sorted(entries, key=lambda e: -e.priority):
         refusal = _leaves_inputs(entry, spec) or entry.kernel.refuses(spec)
@@ -44,10 +46,10 @@ def select_kernel(spec: LinearSpec, backend: str = AUTO) -> Kernel:
     )
 
 
-def describe_kernels() -> dict[str, str]:
+def describe_kernels(kernels: Mapping[str, Entry] = KERNELS) -> dict[str, str]:
     """Kernel -> devices, widths, priority, other names, and whether it can run here, in words."""
     rows = {}
-    for name, entry in KERNELS.items():
+    for name, entry in kernels.items():
         refusal = entry.kernel.refuses(entry.sample)
         state = "can run here" if refusal is None else f"cannot run here: {refusal.reason}"
         if refusal is not None and refusal.remedy:
@@ -61,22 +63,22 @@ def describe_kernels() -> dict[str, str]:
     return rows
 
 
-def _candidates(asked: str) -> list[Entry]:
+def _candidates(asked: str, kernels: Mapping[str, Entry]) -> list[Entry]:
     if asked == AUTO:
-        return list(KERNELS.values())
-    found = [e for name, e in KERNELS.items() if asked in (name, *e.aliases)]
+        return list(kernels.values())
+    found = [e for name, e in kernels.items() if asked in (name, *e.aliases)]
     if found:
         return found
     if asked in STAND_INS:
         _tell(asked)
-        return [KERNELS[name] for name in STAND_INS[asked].names]
+        return [kernels[name] for name in STAND_INS[asked].names]
     if asked in ABSENT:
         reason, instead = ABSENT[asked]
         raise UnsupportedError(
             f'backend "{asked}" is not in this version',
             [Refusal(asked, reason, f'use backend="auto" or backend="{instead}"')],
         )
-    names = [AUTO, *KERNELS, *(alias for e in KERNELS.values() for alias in e.aliases), *STAND_INS]
+    names = [AUTO, *kernels, *(alias for e in kernels.values() for alias in e.aliases), *STAND_INS]
     raise ConfigError(f'unknown backend "{asked}"; {nearest(asked, names)}')
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from auto_round.consumers.fields import CannotReadError
 from auto_round.consumers.folder import Folder
-from auto_round.consumers.matrices import GPTQ, Matrix
 from auto_round.consumers.modules import fused_modules
 from auto_round.consumers.readers import AutoRoundReader
+from auto_round.stored.matrices import GPTQ, Matrix
 from peer.test_vllm import PEER
 
 pytestmark = pytest.mark.peer

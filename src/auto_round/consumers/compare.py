@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from auto_round.consumers.fields import FP8, FP8_STRATEGIES, NVFP4, CannotReadError, CompressedFields, Fields
-from auto_round.consumers.matrices import Matrix
 from auto_round.consumers.modules import Module
+from auto_round.stored.matrices import Matrix
 
 _ROUTERS = ("gate", "router")
 _SCALE = "weight_scale"

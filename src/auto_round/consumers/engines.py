@@ -19,9 +19,9 @@ from auto_round.consumers.fields import Reading
 from auto_round.consumers.kernels import MARLIN_GROUPS, KernelOf
 from auto_round.consumers.kernels_float import vllm_inc_floats
 from auto_round.consumers.kernels_vllm import vllm_awq, vllm_compressed, vllm_gptq, vllm_inc_gptq
-from auto_round.consumers.matrices import AWQ, GPTQ, OTHER, Matrix
 from auto_round.consumers.modules import Module, fused_modules, split_modules
 from auto_round.consumers.readers import AutoRoundReader, AWQReader, GPTQReader, read_awq_dynamic
+from auto_round.stored.matrices import AWQ, GPTQ, OTHER, Matrix
 
 VLLM, SGLANG, GPTQMODEL = "vLLM", "SGLang", "GPTQModel"
 

@@ -10,8 +10,8 @@ from typing import Any
 from auto_round.checkpoint.disk import reading
 from auto_round.checkpoint.header import MAX_JSON_BYTES, parse_json_object
 from auto_round.checkpoint.reader import Checkpoint
-from auto_round.consumers.matrices import Matrix, find_matrices
 from auto_round.errors import CheckpointError, ConfigError, MissingError
+from auto_round.stored.matrices import Matrix, find_matrices
 
 CONFIG = "config.json"
 QUANTIZATION_CONFIG = "quantization_config.json"

@@ -10,13 +10,13 @@ from typing import Any
 from auto_round.consumers.compressed import CompressedReader
 from auto_round.consumers.fields import FLOAT_NAMES, CannotReadError, CompressedFields, Inputs
 from auto_round.consumers.folder import Folder, read_folder
-from auto_round.consumers.matrices import Matrix
 from auto_round.consumers.modules import Module
 from auto_round.consumers.verdict import Verdict, judge_folder
 from auto_round.errors import AutoRoundError
-from auto_round.inference.stored_formats import StoredFormats, StoredLayer
 from auto_round.schemes.condense import some
 from auto_round.schemes.scheme import QuantizationScheme
+from auto_round.stored.formats import StoredFormats, StoredLayer
+from auto_round.stored.matrices import Matrix
 
 
 @dataclass(frozen=True, slots=True)

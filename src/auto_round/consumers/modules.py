@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from auto_round.consumers.matrices import Matrix
 from auto_round.export.reader_names import EXPERTS, MERGED
 from auto_round.schemes.siblings import fused_groups
+from auto_round.stored.matrices import Matrix
 
 LM_HEAD = "lm_head"
 

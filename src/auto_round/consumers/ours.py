@@ -8,13 +8,13 @@ from auto_round.consumers.compare import compare
 from auto_round.consumers.compressed import CompressedReader
 from auto_round.consumers.fields import CannotReadError, CompressedFields
 from auto_round.consumers.folder import Folder
-from auto_round.consumers.matrices import AWQ, GPTQ, OTHER, Matrix
 from auto_round.consumers.modules import Module, split_modules
 from auto_round.errors import AutoRoundError
-from auto_round.inference.stored_formats import StoredFormats
 from auto_round.layouts.awq import AWQ as AWQLayout  # noqa: N811
 from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.schemes.condense import some
+from auto_round.stored.formats import StoredFormats
+from auto_round.stored.matrices import AWQ, GPTQ, OTHER, Matrix
 
 TRANSFORMERS = "Transformers"
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from auto_round.consumers.fields import FLOAT_BITS, CannotReadError, Fields, agreed, make_fields
 from auto_round.consumers.folder import Folder
-from auto_round.consumers.matrices import PLAIN
 from auto_round.consumers.modules import Module
 from auto_round.errors import ConfigError
-from auto_round.inference.foreign import dynamic_rule
-from auto_round.inference.stored_formats import PATTERN_CHARACTERS
+from auto_round.stored.foreign import dynamic_rule
+from auto_round.stored.formats import PATTERN_CHARACTERS
+from auto_round.stored.matrices import PLAIN
 
 Match = Callable[[str, str], object]
 """`re.search`, `re.fullmatch`: does a pattern meet a name."""

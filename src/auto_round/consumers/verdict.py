@@ -15,9 +15,9 @@ from auto_round.consumers.folder import Folder, read_folder
 from auto_round.consumers.humming import runs_with_humming
 from auto_round.consumers.kernels import HALF_ONLY, MARLIN
 from auto_round.consumers.kernels_float import remarks_on_floats
-from auto_round.consumers.matrices import BLOCKS, OTHER
 from auto_round.consumers.ours import TRANSFORMERS, ask_ourselves
 from auto_round.schemes.condense import some
+from auto_round.stored.matrices import BLOCKS, OTHER
 
 
 @dataclass(frozen=True, slots=True)

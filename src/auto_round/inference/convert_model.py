@@ -16,11 +16,11 @@ from auto_round.errors import CheckpointError, ConfigError, Refusal, Unsupported
 from auto_round.inference.disk_names import ConfigNames, DiskNames
 from auto_round.inference.experts import PackedExperts, expert_names, pack_experts
 from auto_round.inference.qlinear import ORDER, PackedWeight, QuantLinear, named
-from auto_round.inference.stored_formats import FLOAT_BITS, StoredFormats, StoredLayer
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.select import AUTO, select_kernel
 from auto_round.log import logger
 from auto_round.models.roles import find_block_lists, linear_shape
+from auto_round.stored.formats import FLOAT_BITS, StoredFormats, StoredLayer
 
 _READ_MARK = "_is_hf_initialized"
 """What Transformers sets on every tensor that it read from a checkpoint."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.inference.disk_names import ConfigNames
 from auto_round.inference.qlinear import PackedWeight, named
-from auto_round.inference.stored_formats import StoredFormats
 from auto_round.models.names import Recipe
 from auto_round.models.roles import fused_experts
+from auto_round.stored.formats import StoredFormats
 
 WEIGHT = ".weight"
 

@@ -14,13 +14,11 @@ import torch
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.config.groups import CalibrationOptions, TuneOptions
 from auto_round.consumers.folder import read_folder
-from auto_round.consumers.matrices import OTHER, Matrix
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
 from auto_round.export.exporter import Facts
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.inference.qlinear import ORDER, named
-from auto_round.inference.stored_formats import StoredFormats, StoredLayer
 from auto_round.layouts.awq import AWQ
 from auto_round.layouts.gptq import GPTQ
 from auto_round.models.roles import role_in_block
@@ -30,6 +28,8 @@ from auto_round.schemes.condense import some
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
+from auto_round.stored.formats import StoredFormats, StoredLayer
+from auto_round.stored.matrices import OTHER, Matrix
 
 _BLOCK = re.compile(r"(.+?\.(\d+))\.(.+)")
 _MIDDLES = torch.tensor(-0x77777778, dtype=torch.int32, device="cpu")

@@ -8,13 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
-from auto_round.inference.foreign import (
-    dynamic_rule,
-    foreign_layout,
-    foreign_method,
-    foreign_top,
-    is_listed,
-)
 from auto_round.layouts.by_numbers import ByNumbers
 from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layout import Layout
@@ -26,6 +19,13 @@ from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.presets import SCALE_DTYPES
 from auto_round.schemes.number_types import NUMBER_TYPES, stored_type
 from auto_round.schemes.scheme import FIELD_TYPES, QuantizationScheme
+from auto_round.stored.foreign import (
+    dynamic_rule,
+    foreign_layout,
+    foreign_method,
+    foreign_top,
+    is_listed,
+)
 
 FLOAT_BITS = 16
 """Width from which a weight counts as not quantized."""

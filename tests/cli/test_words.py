@@ -7,7 +7,7 @@ import io
 import pytest
 
 from auto_round.cli.folder import folder_name, with_named_folder
-from auto_round.cli.progress import describe, drawn_progress
+from auto_round.cli.progress import drawn_progress, event_line
 from auto_round.cli.summary import summary
 from auto_round.cli.units import duration, gain, size
 from auto_round.config import build_options
@@ -48,7 +48,7 @@ EVENT = Progress("tune", 3, 28, "model.layers.2", 0.5, 1.0, 60.0, 125.0, 1_500_0
 
 
 def test_describe_says_block_loss_time_and_memory():
-    text = describe(EVENT)
+    text = event_line(EVENT)
     for part in ("tuning 3/28", "model.layers.2", "1 -> 0.5 (-50 %)", "2 min 05 s left", "peak 1.5 GB"):
         assert part in text
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_round.errors import InternalError
-from auto_round.export.auto_round_config import quantization_config
+from auto_round.export.auto_round_config import auto_round_config
 from auto_round.export.table import EXPORTERS
 from auto_round.facts.layer import Block
 from auto_round.schemes.make import PlanRequest, make_plan
@@ -114,7 +114,7 @@ def test_a_sixteen_bit_scheme_with_a_few_quantized_layers():
 def test_blocks_under_two_names():
     case = small_case(S(4, 32))
     blocks = (case.blocks[0], Block(1, "model.tower.blocks.1", "model.tower.blocks.1"))
-    config = quantization_config("auto_round", case.plan, case.layers, blocks)
+    config = auto_round_config("auto_round", case.plan, case.layers, blocks)
     assert config["block_name_to_quantize"] == ["model.layers", "model.tower.blocks"]
 
 

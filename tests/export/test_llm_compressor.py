@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from auto_round.errors import InternalError
-from auto_round.export.compressed_config import loader_notes, quantization_config
+from auto_round.export.compressed_config import compressed_config, loader_notes
 from auto_round.export.formats.llm_compressor import LLMCompressorFormat
-from auto_round.export.table import EXPORTERS, plans_alone, refusals, scale_dtype
+from auto_round.export.table import EXPORTERS, all_refusals, plans_alone, scale_dtype
 from auto_round.facts.layer import Layer, Role
 from auto_round.facts.loading import Loading
 from auto_round.numerics.presets import int_format
@@ -94,10 +94,10 @@ def test_what_transformers_cannot_load(loading, changes, reasons):
     layers = matrices("ab")
     schemes = {"a": scheme_of(4, 32), "b": scheme_of(4, 32), **changes}
     plan = Plan(scheme_of(4, 32), {name: PlanEntry(scheme, "") for name, scheme in schemes.items()})
-    found = refusals(EXPORTER, plan, layers, loading)
+    found = all_refusals(EXPORTER, plan, layers, loading)
     assert len(found) == len(reasons)
     assert all(reason in str(refusal) for reason, refusal in zip(reasons, found, strict=True))
-    assert not refusals(EXPORTERS["auto_round"], plan, layers, loading)
+    assert not all_refusals(EXPORTERS["auto_round"], plan, layers, loading)
 
 
 def test_the_configuration_of_w8a8():
@@ -175,7 +175,7 @@ def test_compressed_tensors_accepts_the_configurations():
     quantization = pytest.importorskip("compressed_tensors.quantization")
     for scheme in (*ONE.values(), scheme_of(2, 16)):
         case = small_case(scheme, changes={"model.layers.0.mlp.down_proj": scheme_of(8, 32, scheme.sym)})
-        config = quantization_config(case.plan, case.layers)
+        config = compressed_config(case.plan, case.layers)
         parsed = quantization.QuantizationConfig.model_validate(config)
         assert parsed.quantization_status == "compressed"
         assert [g.format for g in parsed.config_groups.values()] == [
@@ -208,7 +208,7 @@ def test_kept_layers_that_differ_in_numbers_are_one_expression():
     blocks = range(12)
     quantized = [f"model.layers.{i}.mlp.gate_proj" for i in blocks]
     plan, layers = planned(quantized, [f"model.layers.{i}.mlp.gate" for i in blocks])
-    config = quantization_config(plan, layers)
+    config = compressed_config(plan, layers)
     assert config["ignore"] == [r"re:.*\.layers\.\d+\.mlp\.gate$"]
     for layer in layers:
         assert (in_library(config, layer.name, ()) is None) == (layer.name not in quantized)
@@ -219,14 +219,14 @@ def test_kept_layers_that_differ_in_numbers_are_one_expression():
 def test_an_expression_never_finds_a_quantized_layer():
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(4)]
     plan, layers = planned(names[:2], names[2:])
-    config = quantization_config(plan, layers)
+    config = compressed_config(plan, layers)
     assert config["ignore"] == names[2:]
     assert [in_library(config, n, ()) is None for n in names] == [False, False, True, True]
 
 
 def test_nothing_quantized_looks_unquantized():
     plan, layers = planned([], ["model.layers.0.mlp.up_proj"])
-    assert quantization_config(plan, layers) is None
+    assert compressed_config(plan, layers) is None
 
 
 @pytest.mark.parametrize(
@@ -258,9 +258,9 @@ def test_zero_points_of_experts_are_refused():
 )
 def test_other_formats_refuse_activations(name):
     case = small_case(W4A8)
-    assert "leave activations alone" in str(refusals(EXPORTERS[name], case.plan, case.layers)[0])
-    assert not refusals(EXPORTER, case.plan, case.layers)
-    assert not refusals(EXPORTERS["fake"], case.plan, case.layers)
+    assert "leave activations alone" in str(all_refusals(EXPORTERS[name], case.plan, case.layers)[0])
+    assert not all_refusals(EXPORTER, case.plan, case.layers)
+    assert not all_refusals(EXPORTERS["fake"], case.plan, case.layers)
     assert "leaves activations alone" in EXPORTERS["fake"].warnings(case.plan, case.layers)[0]
 
 
@@ -355,5 +355,5 @@ def test_wrong_tensors_fail(change):
 
 def test_expressions_are_anchored():
     plan, layers = planned(["model.layers.0.mlp.gate_proj"], [f"model.layers.{i}.mlp.gate" for i in range(2)])
-    (entry,) = quantization_config(plan, layers)["ignore"]
+    (entry,) = compressed_config(plan, layers)["ignore"]
     assert not re.match(entry.removeprefix("re:"), "model.layers.0.mlp.gate_proj")

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from auto_round.export.model_card import CardFacts, Measured, model_card, write_model_card
+from auto_round.export.model_card import CardFacts, Figure, model_card, write_model_card
 
 FACTS = CardFacts(
     name="tiny",
@@ -20,7 +20,7 @@ FACTS = CardFacts(
     quantized=14,
     kept=("lm_head: head",),
     data="python-docs, 128 rows of 512 tokens",
-    measured=(Measured("perplexity | held out", 12.3456, 12.0), Measured("KL, nats per token", 0.00123456)),
+    measured=(Figure("perplexity | held out", 12.3456, 12.0), Figure("KL, nats per token", 0.00123456)),
     options={"iters": 50},
 )
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from auto_round.kernels import triton_table
-from auto_round.kernels.fields import Fields
+from auto_round.kernels.fields import BitFields
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.triton_linear import TritonKernel
 from auto_round.numerics.presets import int_format
@@ -133,7 +133,7 @@ def test_programs_fit_into_shared_memory(capability, shared, bits, tokens):
     pytest.importorskip("triton")
     from auto_round.kernels import triton_code
 
-    fields = Fields(bits, 4096, 128)
+    fields = BitFields(bits, 4096, 128)
     tile = triton_table.prefill_tile(tokens, fields.per_word, shared)
     given = {
         "BITS": bits,

@@ -28,7 +28,7 @@ from auto_round.layouts.table import (
 from auto_round.numerics.presets import FORMATS, int_format
 from auto_round.testing.failure import ConformanceError
 from auto_round.testing.layout_kit import check_layout, random_qtensor
-from auto_round.testing.slow_reader import PACKINGS, Stored, read_weight
+from auto_round.testing.slow_reader import PACKINGS, StoredAs, read_weight
 
 SHAPES = ((32, 64), (64, 96))
 ALL = {
@@ -233,7 +233,7 @@ def test_a_zero_point_of_zero_is_stored_from_the_other_end_in_version_1(bits):
     assert unpack_bits(parts["qzeros"], bits).max() < top
     codes = unpack_bits(parts["qweight"].t(), bits)
     assert torch.equal(codes[3, 32:], top - q.codes[3, 32:])
-    seen = read_weight(parts, Stored("gptq", 1, bits, 32), (32, 64))
+    seen = read_weight(parts, StoredAs("gptq", 1, bits, 32), (32, 64))
     assert torch.equal(seen, fmt.dequantize(q))
     back = GPTQ_V1.unpack(parts, fmt, (32, 64))
     assert torch.equal(back.codes, q.codes)
@@ -246,7 +246,7 @@ def test_a_group_of_zeros_and_one_without_negative_weights_survive_version_1():
     w[:, 32:] = 0
     q = fmt.quantize(w)
     assert not q.scale.parts["zero"].any()
-    assert torch.equal(read_weight(GPTQ_V1.pack(q), Stored("gptq", 1, 2, 32), w.shape), fmt.dequantize(q))
+    assert torch.equal(read_weight(GPTQ_V1.pack(q), StoredAs("gptq", 1, 2, 32), w.shape), fmt.dequantize(q))
 
 
 def test_a_wrapped_zero_point_of_someone_else_is_read_as_0():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from auto_round.models.anatomy import _Dissection
-from auto_round.models.names import NameMap, Piece, Recipe
+from auto_round.models.names import DiskTensor, NameMap, Recipe
 from auto_round.models.skeleton import build_skeleton
 from auto_round.testing.tiny_models import tiny_config
 
@@ -24,7 +24,7 @@ from auto_round.testing.tiny_models import tiny_config
 )
 def test_beginning_of_the_names_of_a_block(names, place):
     recipes = tuple(
-        Recipe(target, (target,), (Piece(name, name),), None)
+        Recipe(target, (target,), (DiskTensor(name, name),), None)
         for i, name in enumerate(names)
         for target in [f"model.layers.1.part{i}"]
     )

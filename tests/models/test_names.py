@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from auto_round.errors import CheckpointError
 from auto_round.facts.tensor import TensorSpec
-from auto_round.models.names import Piece, Recipe, map_names
+from auto_round.models.names import DiskTensor, Recipe, map_names
 from auto_round.models.places import Locator, Place
 from auto_round.models.skeleton import build_skeleton
 from auto_round.testing.tiny_models import tiny_config
@@ -38,7 +38,7 @@ class Modelless:
 
 
 def located(experts, heights, **how):
-    pieces = tuple(Piece(f"{e}.{p}", str(p)) for p in range(len(heights)) for e in range(experts))
+    pieces = tuple(DiskTensor(f"{e}.{p}", str(p)) for p in range(len(heights)) for e in range(experts))
     disk = {
         f"{e}.{p}": TensorSpec(torch.bfloat16, (h, 7)) for p, h in enumerate(heights) for e in range(experts)
     }

@@ -18,7 +18,7 @@ from auto_round.checkpoint.writer import Shard
 from auto_round.config import build_options
 from auto_round.errors import CheckpointError, ConfigError, Refusal, UnsupportedError
 from auto_round.export import table
-from auto_round.export.exporter import Exporter, Facts
+from auto_round.export.exporter import Exporter, TuningFacts
 from auto_round.export.manifest import Manifest
 from auto_round.export.planning import Planner
 from auto_round.export.verification import Finished
@@ -71,7 +71,7 @@ class Boxes(Exporter):
         }
 
     def config(
-        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
+        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: TuningFacts | None = None
     ) -> dict[str, Any]:
         return {"quant_method": self.name, "layers": [name for name, _ in self.formats]}
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from auto_round.schemes.gguf_mixture import Facts, Shape
+from auto_round.schemes.gguf_mixture import MixtureFacts, Shape
 from auto_round.schemes.gguf_types import FILE_TYPES
 
 TABLES = Path(__file__).parent / "gguf_tables.json"
@@ -86,10 +86,10 @@ FILES = {name: kind.number for name, kind in FILE_TYPES.items() if name != "q2_k
 """File types by name."""
 
 
-def facts(model: dict[str, Any]) -> Facts:
+def facts(model: dict[str, Any]) -> MixtureFacts:
     """What the rules know of one of `MODELS`."""
     names = ("arch", "n_layer", "n_head", "n_head_kv", "n_expert", "imatrix")
-    return Facts(**{name: model[name] for name in names})
+    return MixtureFacts(**{name: model[name] for name in names})
 
 
 def shapes(model: dict[str, Any]) -> list[Shape]:

@@ -12,7 +12,7 @@ from auto_round.schemes import gguf_mixture
 from auto_round.schemes.gguf_mixture import (
     RULES,
     Category,
-    Rule,
+    MixtureRule,
     Shape,
     When,
     choose_types,
@@ -109,7 +109,7 @@ def test_tables_hold_every_model() -> None:
     assert Path(__file__).with_name("gguf_tables.json").stat().st_size < 300_000
 
 
-UNSEEN = (Rule(Category.QKV, (), "q8_0", When.EXPERTS8), Rule(Category.QKV, ("q2_k",), "q3_k"))
+UNSEEN = (MixtureRule(Category.QKV, (), "q8_0", When.EXPERTS8), MixtureRule(Category.QKV, ("q2_k",), "q3_k"))
 """Rules for fused projections with eight experts, and without grouped queries, which no model above has; in
 llama.cpp they are the rules for V."""
 

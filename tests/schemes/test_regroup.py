@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from auto_round.errors import ConfigError
-from auto_round.export.table import parse_formats, refusals
+from auto_round.export.table import all_refusals, parse_formats
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import PlanRequest
 from auto_round.schemes.scheme import PRESET_SCHEMES, QuantizationScheme, names_group_size
@@ -97,7 +97,7 @@ def test_the_scheme_of_the_whole_follows_when_all_layers_do(layers):
 @pytest.mark.parametrize("name", ["auto_round", "auto_gptq", "gptqmodel", "fake"])
 def test_formats_that_hold_several_sizes(plan, name):
     made, few = plan(layer_config={"bad_proj": "BF16"})
-    assert not [r for e in parse_formats(name) for r in refusals(e, made, few)]
+    assert not [r for e in parse_formats(name) for r in all_refusals(e, made, few)]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class Tokenizer(Protocol):
         ...
 
 
-def render(
+def render_chat(
     sample: str | Conversation, tokenizer: Tokenizer, use_template: bool | None, system_prompt: str | None
 ) -> tuple[str, bool]:
     """Return the text of a sample, and whether the template already put the special tokens in.

@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from auto_round.calibration.chat import Tokenizer, render
+from auto_round.calibration.chat import Tokenizer, render_chat
 from auto_round.calibration.records import Sample, Tokens
 from auto_round.errors import ConfigError
 
@@ -65,7 +65,7 @@ def _encode_batch(batch: Sequence[Sample], tokenizer: Tokenizer, options: TextOp
         if isinstance(sample, Tokens):
             made[index] = _without_padding(sample, tokenizer)
         elif sample:
-            text, special = render(sample, tokenizer, options.use_template, options.system_prompt)
+            text, special = render_chat(sample, tokenizer, options.use_template, options.system_prompt)
             (templated if special else plain)[index] = text
     for texts, add_special in ((plain, True), (templated, False)):
         ids = _tokenize(list(texts.values()), tokenizer, options.seqlen, add_special=add_special)

@@ -21,7 +21,7 @@ SECONDS_BETWEEN_LINES = 10.0
 """Plain lines of stages that report often are at least this far apart; blocks are always shown."""
 
 
-def describe(event: Progress) -> str:
+def event_line(event: Progress) -> str:
     """Say in one line what was just finished, with loss, time left and peak memory."""
     parts = [f"{VERBS.get(event.stage, event.stage)} {event.done}/{event.total}"]
     if event.label:
@@ -57,7 +57,7 @@ def plain_lines(stream: TextIO) -> ProgressSink:
         if soon and event.loss is None and event.done < event.total:
             return
         last = (event.stage, event.seconds)
-        stream.write(describe(event) + "\n")
+        stream.write(event_line(event) + "\n")
         stream.flush()
 
     return show
@@ -83,7 +83,7 @@ def _bar(stream: TextIO) -> Iterator[ProgressSink]:
             verb = VERBS.get(event.stage, event.stage)
             bars.update(task, description=verb, completed=event.done, total=event.total, note=_note(event))
             if event.loss is not None:
-                console.print(describe(event), markup=False, highlight=False)
+                console.print(event_line(event), markup=False, highlight=False)
 
         yield show
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from auto_round.errors import InternalError
-from auto_round.export.exporter import Facts
+from auto_round.export.exporter import TuningFacts
 from auto_round.export.packed import scheme_of, top_scheme
 from auto_round.export.reader_names import EXPERTS, merged_names
 from auto_round.facts.layer import Block, Layer
@@ -57,12 +57,12 @@ Override = tuple[tuple[str, Any], ...]
 """Fields of an `extra_config` entry, hashable."""
 
 
-def quantization_config(
+def auto_round_config(
     packing_format: str,
     plan: Plan,
     layers: Sequence[Layer],
     blocks: Sequence[Block],
-    facts: Facts | None = None,
+    facts: TuningFacts | None = None,
 ) -> dict[str, Any] | None:
     """Dictionary for `config.json` and `quantization_config.json`; None when nothing is quantized.
 
@@ -178,7 +178,7 @@ def _patterns(plan: Plan, overrides: Mapping[str, Override]) -> Iterator[tuple[s
                 break
 
 
-def _news(facts: Facts) -> dict[str, Any]:
+def _news(facts: TuningFacts) -> dict[str, Any]:
     """Facts that differ from the defaults; a learning rate of one over the steps is the default too."""
     iters = facts.get("iters", DEFAULT_FACTS["iters"])
     usual = 1 / iters if isinstance(iters, (int, float)) and iters > 0 else None

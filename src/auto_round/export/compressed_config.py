@@ -25,10 +25,10 @@ from auto_round.layouts.compressed import INT_QUANTIZED, LAYOUT_VERSION
 from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.activation_float import CalibratedScale
-from auto_round.schemes.number_type import CompressedWords, InputFields
 from auto_round.schemes.number_types import INT, NUMBER_TYPES
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
+from auto_round.schemes.type_columns import CompressedWords, InputFields
 from auto_round.version import __version__
 
 MIXED = "mixed-precision"
@@ -65,7 +65,7 @@ def _words(data_type: str) -> CompressedWords:
     return words
 
 
-def quantization_config(plan: Plan, layers: Sequence[Layer]) -> dict[str, Any] | None:
+def compressed_config(plan: Plan, layers: Sequence[Layer]) -> dict[str, Any] | None:
     """Dictionary for `config.json` and `quantization_config.json`; None when nothing is quantized.
 
     Args:

@@ -27,7 +27,7 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.schemes.plan import Plan
 
-Facts = Mapping[str, bool | int | float | str | None]
+TuningFacts = Mapping[str, bool | int | float | str | None]
 """How a model was tuned, by option name, for example `{"iters": 200, "nsamples": 128}`."""
 
 Inputs = Mapping[str, tuple[Tensor, int]]
@@ -171,7 +171,7 @@ class Exporter(ABC):
         """Full tensor name -> stored tensor of one quantized layer."""
 
     def config(
-        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
+        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: TuningFacts | None = None
     ) -> dict[str, Any] | None:
         """The `quantization_config` of `config.json`; None when the folder is to look unquantized."""
         return None

@@ -13,7 +13,7 @@ from auto_round.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Figure:
     """One figure of the model before and after.
 
     Attributes:
@@ -63,7 +63,7 @@ class CardFacts:
     quantized: int
     kept: Sequence[str] = ()
     data: str = ""
-    measured: Sequence[Measured] = ()
+    measured: Sequence[Figure] = ()
     hub_id: str | None = None
     license: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)

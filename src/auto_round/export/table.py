@@ -123,7 +123,7 @@ def parse_formats(text: str) -> list[Exporter]:
     return [EXPORTERS[name] for name in dict.fromkeys(names)]
 
 
-def refusals(
+def all_refusals(
     exporter: Exporter, plan: Plan, layers: Sequence[Layer], loading: Loading | None = None
 ) -> list[Refusal]:
     """Why a plan cannot be written in a format: activations that it cannot describe, and its own reasons.
@@ -184,6 +184,6 @@ def _writes(exporter: Exporter, scheme: QuantizationScheme) -> bool:
     try:
         for scheme in schemes.values():
             scheme.weight_format()
-        return not refusals(exporter, plan, layers)
+        return not all_refusals(exporter, plan, layers)
     except UnsupportedError:
         return False

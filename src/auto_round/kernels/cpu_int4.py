@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
-from auto_round.kernels.int4_codes import MIDDLE, Planes, is_whole
+from auto_round.kernels.int4_codes import MIDDLE, CodePlanes, is_whole
 from auto_round.kernels.int4_order import Order, Scratch, find_order
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.operators import register_operator
@@ -147,11 +147,11 @@ def _group(spec: LinearSpec) -> int | None:
     return next((g for g in GROUPS if width % g == 0 and n_in % g == 0), None)
 
 
-def _planes(spec: LinearSpec) -> Planes:
+def _planes(spec: LinearSpec) -> CodePlanes:
     width = _group(spec)
     if width is None:
         raise ValueError(f"packed int4 matrices refuse groups of {spec.fmt.name} in rows of {spec.shape[1]}")
-    return Planes(spec.fmt, spec.shape[1], width)
+    return CodePlanes(spec.fmt, spec.shape[1], width)
 
 
 def _order() -> Order:

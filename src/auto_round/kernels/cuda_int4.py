@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
-from auto_round.kernels.int4_codes import Planes, is_whole
+from auto_round.kernels.int4_codes import CodePlanes, is_whole
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.reference import PART
 from auto_round.kernels.tiles import TileOrder
@@ -120,11 +120,11 @@ def _tile_inputs(spec: LinearSpec) -> int:
     return 16 * inner
 
 
-def _planes(spec: LinearSpec) -> Planes:
+def _planes(spec: LinearSpec) -> CodePlanes:
     width = _width(spec)
     if width is None:
         raise ValueError(f"torch_int4 refuses groups of {spec.fmt.name} in rows of {spec.shape[1]}")
-    return Planes(spec.fmt, spec.shape[1], width)
+    return CodePlanes(spec.fmt, spec.shape[1], width)
 
 
 def _pack(codes: Tensor, tile_inputs: int) -> Tensor:

@@ -29,7 +29,7 @@ BAND = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class Fields:
+class BitFields:
     """Places of the codes of a matrix.
 
     Attributes:
@@ -43,7 +43,7 @@ class Fields:
     width: int
 
     @classmethod
-    def of(cls, fmt: Format, n_in: int) -> Fields:
+    def of(cls, fmt: Format, n_in: int) -> BitFields:
         """Places of the codes of a format in rows of `n_in`."""
         return cls(fmt.grid.bits, n_in, fmt.group.width(n_in))
 

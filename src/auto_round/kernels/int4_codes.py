@@ -33,7 +33,7 @@ def is_whole(fmt: Format) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Planes:
+class CodePlanes:
     """How codes of one weight become planes.
 
     Attributes:

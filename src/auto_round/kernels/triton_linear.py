@@ -18,7 +18,7 @@ from torch import Tensor
 
 from auto_round.errors import Refusal
 from auto_round.kernels import triton_table as table
-from auto_round.kernels.fields import Fields
+from auto_round.kernels.fields import BitFields
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.operators import ANY_DEVICE, register_operator
 from auto_round.kernels.reference import PART
@@ -64,13 +64,13 @@ class TritonKernel:
         return spec.dtype
 
     def prepare(self, q: QTensor, spec: LinearSpec) -> Mapping[str, Tensor]:
-        """Words in the order of `Fields` and the scale's parts as stored."""
-        words = Fields.of(spec.fmt, spec.shape[1]).pack(q.codes)
+        """Words in the order of `BitFields` and the scale's parts as stored."""
+        words = BitFields.of(spec.fmt, spec.shape[1]).pack(q.codes)
         return {"words": words, **{PART + name: part.contiguous() for name, part in q.scale.parts.items()}}
 
     def restore(self, buffers: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
         """Inverse of `prepare`."""
-        codes = Fields.of(spec.fmt, spec.shape[1]).unpack(buffers["words"])
+        codes = BitFields.of(spec.fmt, spec.shape[1]).unpack(buffers["words"])
         parts = {name.removeprefix(PART): b for name, b in buffers.items() if name.startswith(PART)}
         return QTensor(codes, spec.fmt.rule.read(parts), spec.fmt)
 
@@ -78,7 +78,7 @@ class TritonKernel:
         self, x: Tensor, buffers: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None
     ) -> Tensor:
         """`x W^T + bias`, sums in float32."""
-        fields = Fields.of(spec.fmt, spec.shape[1])
+        fields = BitFields.of(spec.fmt, spec.shape[1])
         multiply = torch.ops.auto_round.triton_linear if torch.compiler.is_compiling() else _multiply
         y: Tensor = multiply(
             x,
@@ -102,7 +102,7 @@ class _Call:
     zero: Tensor
     has_zero: bool
     n_out: int
-    fields: Fields
+    fields: BitFields
     step_row: int
 
     def some_rows(self, rows: slice) -> _Call:
@@ -146,7 +146,7 @@ def _multiply(
 ) -> Tensor:
     """`x W^T + bias` of a prepared weight; `layer` is its outputs, bits and the width of its groups."""
     n_out, bits, width = layer
-    fields = Fields(bits, x.shape[-1], width)
+    fields = BitFields(bits, x.shape[-1], width)
     flat = x.reshape(-1, fields.n_in)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()

@@ -25,7 +25,7 @@ from auto_round.models.facts import model_facts
 from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.names import NameMap, Recipe
-from auto_round.models.rehearsal import Part, refuse_left_state
+from auto_round.models.rehearsal import RehearsedBlock, refuse_left_state
 from auto_round.models.roles import find_decoder, find_head, find_towers
 from auto_round.models.skeleton import weight_dtypes
 from auto_round.models.source import CPU, Stem, Trace
@@ -205,7 +205,9 @@ class AssembledSource(ABC):
         flowing = [trace.states for trace in traces for _ in trace.calls]
         refuse_left_state(model, self._weightless(calls, flowing), calls)
 
-    def _weightless(self, calls: Sequence[BlockCall | None], flowing: Sequence[States]) -> Iterator[Part]:
+    def _weightless(
+        self, calls: Sequence[BlockCall | None], flowing: Sequence[States]
+    ) -> Iterator[RehearsedBlock]:
         """Blocks with zeros for weights, which take no memory, and what each is called with."""
         dtypes = self._dtypes_for(self._parts.dtype)
         for block, call, states in zip(self.blocks, calls, flowing, strict=True):
@@ -218,7 +220,7 @@ class AssembledSource(ABC):
                     for name, meta in module.state_dict().items()
                     if meta.is_meta
                 }
-                yield Part(block.index, module, real_copy(module, zeros, CPU, {}), states, call)
+                yield RehearsedBlock(block.index, module, real_copy(module, zeros, CPU, {}), states, call)
 
     def _outside_stem(self, spare: str | None) -> list[str]:
         """Module paths that a stem does without: blocks, encoders, and `spare`."""

@@ -20,7 +20,7 @@ from auto_round.models.skeleton import (
     absent_by_design,
     build_skeleton,
     fill_derived,
-    read_config,
+    read_model_config,
     straighten,
     tied_weights,
     untie,
@@ -96,7 +96,7 @@ class FolderSource(AssembledSource):
 
 def _open(folder: Path, checkpoint: Checkpoint, trust: bool, dtype: torch.dtype | None) -> Parts:
     disk = {name: TensorSpec(i.dtype, i.shape) for name in checkpoint.names for i in [checkpoint.info(name)]}
-    config = read_config(folder, trust_remote_code=trust)
+    config = read_model_config(folder, trust_remote_code=trust)
     computing = dtype or _own_dtype(config, disk)
     model = build_skeleton(config, computing, trust_remote_code=trust)
     names = map_names(model, disk, straighten(model))

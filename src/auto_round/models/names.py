@@ -18,7 +18,7 @@ _NUMBERED = re.compile(r"(.*\.)(\d+)(\..*)")  # greedy: the last number in the n
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class DiskTensor:
     """One tensor on disk that goes into a recipe.
 
     Attributes:
@@ -45,7 +45,7 @@ class Recipe:
 
     key: str
     targets: tuple[str, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[DiskTensor, ...]
     converter: Any | None
     transposed: bool = False
 
@@ -131,7 +131,7 @@ def _collect(model: Any, wanted: Mapping[str, Tensor], disk: Iterable[str]) -> t
         if key not in wanted:
             orphans.append(name)
             continue
-        piece = Piece(name, name if pattern is None else pattern)
+        piece = DiskTensor(name, name if pattern is None else pattern)
         old = drafts.get(key)
         if old is None:
             converter = None if pattern is None else copy.deepcopy(converter_of[pattern])

@@ -66,7 +66,7 @@ def _is_one_number(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RehearsedBlock:
     """One block of a rehearsal.
 
     Attributes:
@@ -116,7 +116,7 @@ class _Holder:
                 _put_back(self.holder, self.held, key)
 
 
-def refuse_left_state(model: Any, parts: Iterable[Part], calls: Sequence[BlockCall | None]) -> None:
+def refuse_left_state(model: Any, parts: Iterable[RehearsedBlock], calls: Sequence[BlockCall | None]) -> None:
     """Run blocks without weights and refuse what they leave behind for others.
 
     A block that does not run without weights is passed over.
@@ -152,7 +152,7 @@ def refuse_left_state(model: Any, parts: Iterable[Part], calls: Sequence[BlockCa
             raise untraceable(f"block {part.index} leaves state for others in {left}")
 
 
-def _left_behind(part: Part, holders: Sequence[_Holder]) -> str | None:
+def _left_behind(part: RehearsedBlock, holders: Sequence[_Holder]) -> str | None:
     """Where a block leaves what was computed from what flows, or is made anew each time."""
     found: list[list[dict[Any, Any]]] = []
     for seed in range(2):
@@ -177,14 +177,14 @@ def _is_state(first: Any, second: Any) -> bool:
     return any(t.requires_grad for t in after) or (bool(after) and replaced)
 
 
-def _in_arguments(part: Part, shared: frozenset[int]) -> Iterator[_Holder]:
+def _in_arguments(part: RehearsedBlock, shared: frozenset[int]) -> Iterator[_Holder]:
     for name, value in arguments(part.call, parameter_names(part.skeleton)):
         for inner in walk(value):
             if id(inner) in shared and (isinstance(inner, Tensor) or _may_change(inner)):
                 yield _Holder(name, inner, _content(inner), any_change=True)
 
 
-def _in_modules(part: Part, owners: Mapping[int, int], asked: frozenset[str]) -> Iterator[_Holder]:
+def _in_modules(part: RehearsedBlock, owners: Mapping[int, int], asked: frozenset[str]) -> Iterator[_Holder]:
     """Attributes of the block's modules, and what hangs on them."""
     for path, module in part.real.named_modules():
         original = part.skeleton.get_submodule(path)

@@ -18,7 +18,7 @@ from auto_round.models.roles import is_transposed_linear
 META = torch.device("meta")
 
 
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration in a model folder.
 
     Raises:

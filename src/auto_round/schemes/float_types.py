@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from auto_round.errors import Refusal
-from auto_round.schemes.number_type import CompressedWords, InputFields, NumberType
+from auto_round.schemes.type_columns import CompressedWords, InputFields, NumberType
 
 if TYPE_CHECKING:
     from auto_round.numerics.activation_float import InputFormat

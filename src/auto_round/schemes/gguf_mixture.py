@@ -43,7 +43,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class MixtureFacts:
     """What the rules know of a model.
 
     Attributes:
@@ -91,7 +91,7 @@ class When(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class MixtureRule:
     """The first rule that applies gives the type; without one the file type's base stays.
 
     Attributes:
@@ -111,46 +111,46 @@ class Rule:
 
 _5K_OUT = ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m")
 
-RULES: tuple[Rule, ...] = (
-    *(Rule(c, (), "q8_0", When.EXPERTS8) for c in (Category.V, Category.QKV, Category.K)),
+RULES: tuple[MixtureRule, ...] = (
+    *(MixtureRule(c, (), "q8_0", When.EXPERTS8) for c in (Category.V, Category.QKV, Category.K)),
     *(
         rule
         for c in (Category.V, Category.QKV)
         for rule in (
-            Rule(c, ("q2_k", "q2_k_s"), "q4_k", When.GQA4),
-            Rule(c, ("q2_k",), "q3_k"),
-            Rule(c, ("q3_k_m",), "q5_k", When.FIRST_TWO),
-            Rule(c, ("q3_k_m",), "q4_k"),
-            Rule(c, ("q3_k_l",), "q5_k"),
-            Rule(c, ("q4_k_m", "q5_k_m"), "q6_k", When.MORE_BITS),
-            Rule(c, ("q4_k_s",), "q5_k", When.FIRST_FOUR),
+            MixtureRule(c, ("q2_k", "q2_k_s"), "q4_k", When.GQA4),
+            MixtureRule(c, ("q2_k",), "q3_k"),
+            MixtureRule(c, ("q3_k_m",), "q5_k", When.FIRST_TWO),
+            MixtureRule(c, ("q3_k_m",), "q4_k"),
+            MixtureRule(c, ("q3_k_l",), "q5_k"),
+            MixtureRule(c, ("q4_k_m", "q5_k_m"), "q6_k", When.MORE_BITS),
+            MixtureRule(c, ("q4_k_s",), "q5_k", When.FIRST_FOUR),
         )
     ),
-    Rule(Category.DOWN, ("q2_k",), "q3_k"),
-    Rule(Category.DOWN, ("q2_k_s",), "q4_k", When.EIGHTH),
-    Rule(Category.DOWN, ("q3_k_m",), "q5_k", When.SIXTEENTH),
-    Rule(Category.DOWN, ("q3_k_m",), "q4_k", When.MORE_BITS, falcon=True),
-    Rule(Category.DOWN, ("q3_k_m",), "q4_k", falcon=False),
-    Rule(Category.DOWN, ("q3_k_l",), "q4_k", falcon=True),
-    Rule(Category.DOWN, ("q3_k_l",), "q5_k"),
-    Rule(Category.DOWN, ("q4_k_m",), "q6_k", When.SIXTEENTH, falcon=True),
-    Rule(Category.DOWN, ("q4_k_m",), "q5_k", When.MORE_BITS, falcon=True),
-    Rule(Category.DOWN, ("q4_k_m",), "q6_k", When.MORE_BITS, falcon=False),
-    Rule(Category.DOWN, ("q5_k_m",), "q6_k", When.MORE_BITS),
-    Rule(Category.DOWN, ("q4_k_s",), "q5_k", When.EIGHTH, falcon=False),
-    Rule(Category.DOWN, ("q4_0",), "q4_1", When.EIGHTH_IMATRIX),
-    Rule(Category.DOWN, ("q5_0",), "q5_1", When.EIGHTH_IMATRIX),
-    Rule(Category.ATTN_OUT, ("q3_k_l",), "q4_k", falcon=True),
-    Rule(Category.ATTN_OUT, _5K_OUT, "q5_k", When.EXPERTS8, falcon=False),
-    Rule(Category.ATTN_OUT, ("q2_k",), "q3_k", When.NOT_EXPERTS8, falcon=False),
-    Rule(Category.ATTN_OUT, ("q3_k_m",), "q4_k", When.NOT_EXPERTS8, falcon=False),
-    Rule(Category.ATTN_OUT, ("q3_k_l",), "q5_k", When.NOT_EXPERTS8, falcon=False),
+    MixtureRule(Category.DOWN, ("q2_k",), "q3_k"),
+    MixtureRule(Category.DOWN, ("q2_k_s",), "q4_k", When.EIGHTH),
+    MixtureRule(Category.DOWN, ("q3_k_m",), "q5_k", When.SIXTEENTH),
+    MixtureRule(Category.DOWN, ("q3_k_m",), "q4_k", When.MORE_BITS, falcon=True),
+    MixtureRule(Category.DOWN, ("q3_k_m",), "q4_k", falcon=False),
+    MixtureRule(Category.DOWN, ("q3_k_l",), "q4_k", falcon=True),
+    MixtureRule(Category.DOWN, ("q3_k_l",), "q5_k"),
+    MixtureRule(Category.DOWN, ("q4_k_m",), "q6_k", When.SIXTEENTH, falcon=True),
+    MixtureRule(Category.DOWN, ("q4_k_m",), "q5_k", When.MORE_BITS, falcon=True),
+    MixtureRule(Category.DOWN, ("q4_k_m",), "q6_k", When.MORE_BITS, falcon=False),
+    MixtureRule(Category.DOWN, ("q5_k_m",), "q6_k", When.MORE_BITS),
+    MixtureRule(Category.DOWN, ("q4_k_s",), "q5_k", When.EIGHTH, falcon=False),
+    MixtureRule(Category.DOWN, ("q4_0",), "q4_1", When.EIGHTH_IMATRIX),
+    MixtureRule(Category.DOWN, ("q5_0",), "q5_1", When.EIGHTH_IMATRIX),
+    MixtureRule(Category.ATTN_OUT, ("q3_k_l",), "q4_k", falcon=True),
+    MixtureRule(Category.ATTN_OUT, _5K_OUT, "q5_k", When.EXPERTS8, falcon=False),
+    MixtureRule(Category.ATTN_OUT, ("q2_k",), "q3_k", When.NOT_EXPERTS8, falcon=False),
+    MixtureRule(Category.ATTN_OUT, ("q3_k_m",), "q4_k", When.NOT_EXPERTS8, falcon=False),
+    MixtureRule(Category.ATTN_OUT, ("q3_k_l",), "q5_k", When.NOT_EXPERTS8, falcon=False),
 )
 """Rules inside the blocks, strongest first. A fused `attn_qkv` follows V: llama.cpp has rules of its own for
 it, behind these and therefore never reached."""
 
 WIDER_V: Mapping[str, str] = {"q3_k": "q5_k", "q4_k": "q5_k"}
-"""V of models with few and small V matrices (`Facts.wide_v`), after the rules."""
+"""V of models with few and small V matrices (`MixtureFacts.wide_v`), after the rules."""
 
 NARROWER_ROWS: Mapping[str, str] = {
     "q2_k": "q4_0",
@@ -222,7 +222,7 @@ def is_quantizable(tensor: Shape) -> bool:
     )
 
 
-def choose_types(facts: Facts, wanted: FileType, tensors: Iterable[Shape]) -> dict[str, str]:
+def choose_types(facts: MixtureFacts, wanted: FileType, tensors: Iterable[Shape]) -> dict[str, str]:
     """Type of every tensor of a file.
 
     Args:
@@ -274,7 +274,7 @@ def _block(name: str) -> int:
 
 
 def _choose(
-    facts: Facts,
+    facts: MixtureFacts,
     wanted: FileType,
     tensor: Shape,
     category: Category,
@@ -305,7 +305,9 @@ def _mixed(name: str, category: Category) -> str:
     return "q2_k" if _EXPERTS.search(name) else "q4_k"
 
 
-def _applies(rule: Rule, facts: Facts, wanted: str, category: Category, position: tuple[int, int]) -> bool:
+def _applies(
+    rule: MixtureRule, facts: MixtureFacts, wanted: str, category: Category, position: tuple[int, int]
+) -> bool:
     if rule.category is not category or (rule.files and wanted not in rule.files):
         return False
     if rule.falcon is not None and rule.falcon is not (facts.arch == "falcon"):
@@ -313,7 +315,7 @@ def _applies(rule: Rule, facts: Facts, wanted: str, category: Category, position
     return _holds(rule.when, facts, position)
 
 
-def _holds(when: When, facts: Facts, position: tuple[int, int]) -> bool:
+def _holds(when: When, facts: MixtureFacts, position: tuple[int, int]) -> bool:
     i, n = position
     return {
         When.ALWAYS: True,

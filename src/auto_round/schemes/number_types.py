@@ -1,7 +1,7 @@
 """The table of number types: what `data_type` and `act_data_type` of a scheme mean, one row each.
 
 A row says how formats are made from a scheme's fields, and which words stand for the type in the
-configurations of folders; `number_type.py` explains its columns.
+configurations of folders; `type_columns.py` explains its columns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from auto_round.errors import Refusal
 from auto_round.schemes.float_types import FLOAT_TYPES
-from auto_round.schemes.number_type import CompressedWords, InputFields, NumberType
+from auto_round.schemes.type_columns import CompressedWords, InputFields, NumberType
 
 if TYPE_CHECKING:
     from auto_round.numerics.activation_float import InputFormat

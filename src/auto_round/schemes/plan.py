@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from auto_round.errors import ConfigError, InternalError
 from auto_round.facts.layer import Layer
 from auto_round.schemes.entry import PlanEntry
-from auto_round.schemes.plan_text import render
+from auto_round.schemes.plan_text import render_plan
 from auto_round.schemes.rules import Kind, Rule
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.schemes.size import PlanSize, measure
@@ -157,7 +157,7 @@ class Plan:
         size = self.measure(
             listed, other_weights=other_weights, other_bytes=other_bytes, stored_bytes=stored_bytes
         )
-        return render(self.entries, listed, size, self.warnings)
+        return render_plan(self.entries, listed, size, self.warnings)
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives back an equal one."""

@@ -12,7 +12,7 @@ from auto_round.schemes.size import PlanSize
 _Row = tuple[str, ...]
 
 
-def render(
+def render_plan(
     entries: Mapping[str, PlanEntry],
     layers: Sequence[Layer],
     size: PlanSize,

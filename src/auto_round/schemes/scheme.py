@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError, nearest
-from auto_round.schemes.number_type import InputFields
 from auto_round.schemes.number_types import NUMBER_TYPES, inputs_of, spellings, weights_of
+from auto_round.schemes.type_columns import InputFields
 from auto_round.schemes.vocabulary import BITS, RECIPES, SCALE_DTYPES, spelled
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.testing import compressed_reader
 from auto_round.testing.config_reader import FIELDS, MERGING, READERS, Found, Reader, merged_names
 from auto_round.testing.failure import require
-from auto_round.testing.slow_reader import PACKINGS, Stored, read_weight
+from auto_round.testing.slow_reader import PACKINGS, StoredAs, read_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,4 +235,4 @@ def _read(
     if method == "compressed-tensors":
         return compressed_reader.read_weight(parts, found, layer.shape)
     order, zero_offset = PACKINGS[config[_ORDER_KEYS[method]]]
-    return read_weight(parts, Stored(order, zero_offset, found["bits"], found["group_size"]), layer.shape)
+    return read_weight(parts, StoredAs(order, zero_offset, found["bits"], found["group_size"]), layer.shape)

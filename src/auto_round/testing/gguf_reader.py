@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from auto_round.export.gguf.model import describe
+from auto_round.export.gguf.model import describe_gguf
 from auto_round.export.gguf.tensors import Change, GgufTensor, Piece
 from auto_round.models.folder import FolderSource
 
@@ -25,7 +25,7 @@ def read_gguf(model: Path, file: Path) -> dict[str, Tensor]:
     there = {t.name: t for t in gguf.GGUFReader(file).tensors}
     found: dict[str, Tensor] = {}
     with FolderSource.open(model) as source:
-        for tensor in describe(source, AutoTokenizer.from_pretrained(model), "x").tensors:
+        for tensor in describe_gguf(source, AutoTokenizer.from_pretrained(model), "x").tensors:
             stored = there[tensor.name]
             rows = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
             rows = rows.reshape(-1, tensor.shape[-1])

@@ -12,7 +12,7 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale_integer import MinMax
 from auto_round.testing.failure import require
-from auto_round.testing.slow_reader import PACKINGS, Stored, read_weight
+from auto_round.testing.slow_reader import PACKINGS, StoredAs, read_weight
 
 
 def random_qtensor(fmt: Format, shape: Sequence[int], seed: int, *, positive: bool = False) -> QTensor:
@@ -58,7 +58,7 @@ def check_layout(
     # Where zero points are stored minus one, the sign of an asymmetric step says how a group is written.
     q = random_qtensor(fmt, shape, seed, positive=zero_offset == 1 and isinstance(fmt.rule, MinMax))
     parts = check_round_trip(layout, q)
-    seen = read_weight(parts, Stored(order, zero_offset, fmt.grid.bits, fmt.group.size), shape)
+    seen = read_weight(parts, StoredAs(order, zero_offset, fmt.grid.bits, fmt.group.size), shape)
     where = f"{layout.name} {fmt.name} {list(shape)}"
     require(torch.equal(seen, fmt.dequantize(q)), f"{where}: another reader finds other weights")
 

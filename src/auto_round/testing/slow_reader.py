@@ -18,7 +18,7 @@ _AWQ_NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredAs:
     """How a packed weight lies in its tensors.
 
     Attributes:
@@ -49,7 +49,7 @@ PACKINGS: dict[str, tuple[Order, int]] = {
 """`packing_format`, `checkpoint_format` or `version` -> order of words and offset of zero points."""
 
 
-def read_weight(parts: Mapping[str, Tensor], stored: Stored, shape: Sequence[int]) -> Tensor:
+def read_weight(parts: Mapping[str, Tensor], stored: StoredAs, shape: Sequence[int]) -> Tensor:
     """Weight `[out, in]` float32 of the tensors `qweight`, `qzeros`, `scales` and, where it is, `g_idx`.
 
     Exact: each weight is `(code - zero) * scale`, rounded once. The offset is added to a zero point as vLLM's

@@ -12,7 +12,7 @@ from auto_round.errors import CheckpointError
 from auto_round.export.gguf.imatrix import Importances, read_imatrix, write_imatrix
 from auto_round.export.gguf.model import GgufModel
 from auto_round.export.gguf.tensors import GgufTensor, Piece
-from auto_round.schemes.gguf_mixture import Facts
+from auto_round.schemes.gguf_mixture import MixtureFacts
 
 pytest.importorskip("gguf")
 
@@ -38,7 +38,7 @@ def _model() -> GgufModel:
         GgufTensor("blk.0.attn_q.weight", (4, 8), (Piece("q.weight", 0, 4),)),
         GgufTensor("blk.0.ffn_up_exps.weight", (3, 2, 8), experts),
     )
-    return GgufModel("llama", {}, tensors, Facts("llama", 1, 2, 2, 3), {})
+    return GgufModel("llama", {}, tensors, MixtureFacts("llama", 1, 2, 2, 3), {})
 
 
 def test_written_file_reads_back(tmp_path: Path) -> None:

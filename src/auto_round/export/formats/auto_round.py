@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from auto_round.errors import InternalError, Refusal
-from auto_round.export.auto_round_config import quantization_config
-from auto_round.export.exporter import Facts
+from auto_round.export.auto_round_config import auto_round_config
+from auto_round.export.exporter import TuningFacts
 from auto_round.export.packed import OneLayout, gather_refusals, quantized_layers, refuse_unloadable
 from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.integers import is_symmetric
@@ -81,13 +81,13 @@ class AutoRoundFormat(OneLayout):
         ]
 
     def config(
-        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
+        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: TuningFacts | None = None
     ) -> dict[str, Any] | None:
         """The `quantization_config`; None when the plan quantizes nothing."""
         packing = self.for_plan(plan, layers).packing
         if packing is None:
             raise InternalError(f"{self.name} did not decide on a packing")
-        return quantization_config(packing, plan, layers, blocks, facts)
+        return auto_round_config(packing, plan, layers, blocks, facts)
 
     def _layout(self) -> Layout:
         if self.packing is None:

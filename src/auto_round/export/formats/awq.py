@@ -11,7 +11,7 @@ import torch
 
 from auto_round.errors import Refusal
 from auto_round.export.awq_config import awq_config, clashes
-from auto_round.export.exporter import Facts
+from auto_round.export.exporter import TuningFacts
 from auto_round.export.packed import (
     OneLayout,
     gather_refusals,
@@ -46,9 +46,9 @@ class AWQFormat(OneLayout):
         return [*gather_refusals(plan, layers, self._refusal), *self._of_all(plan, layers)]
 
     def config(
-        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
+        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: TuningFacts | None = None
     ) -> dict[str, Any] | None:
-        """The `quantization_config`; None when the plan quantizes nothing. Facts are left to report.json."""
+        """The `quantization_config`; None when the plan quantizes nothing."""
         return awq_config(plan, layers, blocks)
 
     def _layout(self) -> Layout:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from auto_round.errors import Refusal
-from auto_round.export.exporter import Facts
+from auto_round.export.exporter import TuningFacts
 from auto_round.export.gptq_config import gptq_config
 from auto_round.export.packed import OneLayout, gather_refusals, quantized_layers, refuse_foreign
 from auto_round.facts.layer import Block, Layer
@@ -65,9 +65,9 @@ class GPTQFormat(OneLayout):
         return notes
 
     def config(
-        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
+        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: TuningFacts | None = None
     ) -> dict[str, Any] | None:
-        """The `quantization_config`; None when the plan quantizes nothing. Facts are left to report.json."""
+        """The `quantization_config`; None when the plan quantizes nothing."""
         return gptq_config(self.checkpoint_format, plan, layers, blocks)
 
     def _layout(self) -> Layout:

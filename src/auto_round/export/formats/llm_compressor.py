@@ -11,15 +11,15 @@ from torch import Tensor
 
 from auto_round.errors import InternalError, Refusal
 from auto_round.export.compressed_config import (
+    compressed_config,
     compressed_layout,
     group_of,
     input_tensor,
     loader_notes,
-    quantization_config,
     refuse_numbers,
 )
 from auto_round.export.compressed_loading import unloadable
-from auto_round.export.exporter import Exporter, Facts
+from auto_round.export.exporter import Exporter, TuningFacts
 from auto_round.export.packed import gather_refusals, prefixed, refuse_transposed
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
@@ -132,10 +132,10 @@ class LLMCompressorFormat(Exporter):
         return prefixed(layer, found)
 
     def config(
-        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: Facts | None = None
+        self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: TuningFacts | None = None
     ) -> dict[str, Any] | None:
         """The `quantization_config`; None when the plan quantizes nothing."""
-        return quantization_config(plan, layers)
+        return compressed_config(plan, layers)
 
     def _layout(self, layer: Layer) -> Layout:
         if self.orders is None:

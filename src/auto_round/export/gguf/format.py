@@ -17,9 +17,9 @@ from auto_round.errors import InternalError, Refusal
 from auto_round.export.exporter import Exporter, Inputs, Rest
 from auto_round.export.gguf.file import GgufFile, pack_rows
 from auto_round.export.gguf.imatrix import read_imatrix
-from auto_round.export.gguf.model import describe, model_name
+from auto_round.export.gguf.model import describe_gguf, model_name
 from auto_round.export.gguf.plan import plan_gguf
-from auto_round.export.gguf.request import settle
+from auto_round.export.gguf.request import settle_gguf
 from auto_round.export.gguf.save_imatrix import check_save_imatrix, save_imatrix
 from auto_round.export.gguf.template import from_template, with_name
 from auto_round.export.gguf.verify import verify_gguf
@@ -74,7 +74,7 @@ class GgufFormat(Exporter):
     @classmethod
     def settle(cls, options: Options, beside: Collection[str]) -> Options:
         """Scheme and layer rules in GGUF's words, see `request.settle`."""
-        return settle(options, beside)
+        return settle_gguf(options, beside)
 
     @property
     def presets(self) -> tuple[str, ...]:
@@ -107,7 +107,7 @@ class GgufFormat(Exporter):
         name = model_name(source.folder, options.model.model, source.config)
         template = options.output.gguf_template
         if template is None:
-            model = describe(source, tokenizer, name)
+            model = describe_gguf(source, tokenizer, name)
         else:
             model = with_name(from_template(Path(template), source), name)
         steered = tune_settings(options.tune, TYPES[self.kind.base].bits).needs_rows

@@ -18,7 +18,7 @@ from auto_round.export.gguf.tokenizer import tokenizer_metadata
 from auto_round.export.gguf.values import Metadata, Value
 from auto_round.facts.layer import Role
 from auto_round.models.source import ModelSource
-from auto_round.schemes.gguf_mixture import Facts, Shape
+from auto_round.schemes.gguf_mixture import MixtureFacts, Shape
 
 QUANTIZATION_VERSION = 2
 """`general.quantization_version`. Source: `GGML_QNT_VERSION` of ggml.h."""
@@ -42,7 +42,7 @@ class GgufModel:
     arch: str
     metadata: Metadata
     tensors: tuple[GgufTensor, ...]
-    facts: Facts
+    facts: MixtureFacts
     given: Mapping[str, Tensor]
     kept: Mapping[str, str] = field(default_factory=dict)
     apart: frozenset[str] = frozenset()
@@ -61,7 +61,7 @@ class GgufModel:
         return found
 
 
-def describe(source: ModelSource, tokenizer: Any, name: str) -> GgufModel:
+def describe_gguf(source: ModelSource, tokenizer: Any, name: str) -> GgufModel:
     """Metadata and tensor names of a model of a known family.
 
     Args:
@@ -83,12 +83,12 @@ def describe(source: ModelSource, tokenizer: Any, name: str) -> GgufModel:
     return GgufModel(family.arch, metadata, tensors, facts_of(family.arch, config), {})
 
 
-def facts_of(arch: str, config: Any) -> Facts:
+def facts_of(arch: str, config: Any) -> MixtureFacts:
     """What decides on types, from the text model's configuration."""
     experts = next(
         (n for key in ("num_local_experts", "num_experts") if (n := getattr(config, key, None))), 0
     )
-    return Facts(
+    return MixtureFacts(
         arch=arch,
         n_layer=int(config.num_hidden_layers),
         n_head=int(config.num_attention_heads),

@@ -25,7 +25,7 @@ _OF_BITS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
 """Type for rules that name nothing but bits."""
 
 
-def settle(options: Options, beside: Collection[str]) -> Options:
+def settle_gguf(options: Options, beside: Collection[str]) -> Options:
     """The options with scheme, formats and layer rules of the GGUF file that they ask for; else unchanged.
 
     The format names the mixture, and so does the scheme: whichever is given decides, both must agree. A

@@ -26,7 +26,7 @@ from auto_round.export.gguf.values import Value
 from auto_round.facts.layer import Layer
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.source import ModelSource
-from auto_round.schemes.gguf_mixture import Facts, Shape, is_quantizable
+from auto_round.schemes.gguf_mixture import MixtureFacts, Shape, is_quantizable
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _OWN = ("general.architecture", "general.file_type", "general.quantization_version")
@@ -99,7 +99,7 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path} is not a GGUF file that can be read: {error}") from error
 
 
-def _facts(arch: str, metadata: Mapping[str, Value]) -> Facts:
+def _facts(arch: str, metadata: Mapping[str, Value]) -> MixtureFacts:
     def number(key: str, default: int) -> int:
         value = metadata.get(f"{arch}.{key}")
         if value is None:
@@ -108,7 +108,7 @@ def _facts(arch: str, metadata: Mapping[str, Value]) -> Facts:
         return int(first)
 
     heads = number("attention.head_count", 1)
-    return Facts(
+    return MixtureFacts(
         arch=arch,
         n_layer=number("block_count", 0),
         n_head=heads,

@@ -23,7 +23,7 @@ from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.export.exporter import Exporter
 from auto_round.export.hf_config import write_configs
 from auto_round.export.manifest import Manifest
-from auto_round.export.table import parse_formats, refusals
+from auto_round.export.table import all_refusals, parse_formats
 from auto_round.export.unplanned import with_unplanned
 from auto_round.facts.layer import Layer
 from auto_round.facts.loading import Loading
@@ -153,7 +153,7 @@ def _fitting(exporter: Exporter, stored: Stored, loading: Loading | None) -> tup
     found: list[Refusal] = []
     for plan in (stored.plan, with_steps(stored.plan, "float16")):
         fitting = exporter.for_plan(plan, stored.layers)
-        refused = refusals(fitting, plan, stored.layers, loading)
+        refused = all_refusals(fitting, plan, stored.layers, loading)
         if not refused:
             return fitting, plan
         found = found or refused

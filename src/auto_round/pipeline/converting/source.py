@@ -15,7 +15,7 @@ from auto_round.checkpoint.reader import Checkpoint
 from auto_round.config.groups import CalibrationOptions, TuneOptions
 from auto_round.consumers.folder import read_folder
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
-from auto_round.export.exporter import Facts
+from auto_round.export.exporter import TuningFacts
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.inference.qlinear import ORDER, named
@@ -62,7 +62,7 @@ class Stored:
     blocks: tuple[Block, ...]
     plan: Plan
     tensors: Mapping[str, TensorSpec]
-    facts: Facts
+    facts: TuningFacts
     formats: StoredFormats
     shapes: Mapping[str, tuple[int, int]]
     parameters: Mapping[str, str] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from auto_round.export.manifest import Manifest
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.recast import kept_tensors
 from auto_round.schemes.plan import Plan
-from auto_round.schemes.plan_text import render
+from auto_round.schemes.plan_text import render_plan
 from auto_round.schemes.size import PlanSize
 
 
@@ -24,7 +24,7 @@ def plan_table(job: Job) -> str:
     first, *others = job.exporters.items()
     name, exporter = first
     size = plan_size(job, exporter)
-    table = render(job.plan.entries, job.source.layers, size, job.plan.warnings)
+    table = render_plan(job.plan.entries, job.source.layers, size, job.plan.warnings)
     lines = [f"format {name}:", table] if others else [table]
     if exporter.histogram():
         lines += [types_of(exporter)]

@@ -11,7 +11,7 @@ from auto_round.config.options import Options
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.export.exporter import Exporter
 from auto_round.export.planning import Planned
-from auto_round.export.table import refusals, scale_dtype
+from auto_round.export.table import all_refusals, scale_dtype
 from auto_round.log import logger
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.unaddressed import refuse_nothing, with_unaddressed, without_kept
@@ -57,7 +57,7 @@ def _plan(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> P
 
 
 def _refused(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> list[Refusal]:
-    return [r for e in asked for r in refusals(e, plan, source.layers, source.loading)]
+    return [r for e in asked for r in all_refusals(e, plan, source.layers, source.loading)]
 
 
 def _objections(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> int:

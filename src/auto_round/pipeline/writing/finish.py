@@ -17,8 +17,7 @@ from auto_round.config.groups import CalibrationOptions, TuneOptions
 from auto_round.consumers.lines import loading
 from auto_round.export.exporter import Exporter
 from auto_round.export.hf_config import copy_side_files, read_config, write_configs
-from auto_round.export.model_card import CardFacts, write_model_card
-from auto_round.export.model_card import Measured as Figure
+from auto_round.export.model_card import CardFacts, Figure, write_model_card
 from auto_round.export.unplanned import with_unplanned
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import plan_size

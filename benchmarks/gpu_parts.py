@@ -218,6 +218,7 @@ def quantized(emit: Emit, scale: Scale, name: str, config: dict[str, Any], **giv
     from auto_round.pipeline.deciding.fetch_rows import held_out_rows
     from auto_round.pipeline.deciding.prepare import prepare
     from auto_round.pipeline.estimate import estimate, measure_rates, measure_sizes, operations
+    from auto_round.pipeline.plan_run import workload
     from auto_round.pipeline.quantize import run
 
     generator = torch.Generator().manual_seed(0)
@@ -231,14 +232,14 @@ def quantized(emit: Emit, scale: Scale, name: str, config: dict[str, Any], **giv
         if scale.small:
             settings |= {"group_size": 32, "not_use_best_mse": True}
         options = build_options(settings)
-        job = prepare(options, dataset=rows, rows=False)
-        expected, work = estimate(job, measure_rates(job)), operations(job, measure_sizes(job))
+        work = workload(prepare(options, dataset=rows, rows=False))
+        expected, counted = estimate(work, measure_rates(work)), operations(work, measure_sizes(work))
         emit(
             "expected",
             model=name,
             s=round(expected.seconds, 1),
             device_MiB=expected.device_bytes >> 20,
-            TFLOP=round(work / 1e12, 3),
+            TFLOP=round(counted / 1e12, 3),
         )
         if DEVICE == "cuda":
             torch.cuda.empty_cache()

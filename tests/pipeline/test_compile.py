@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 
 from auto_round.config import build_options
 from auto_round.pipeline import quantize as main_job
@@ -13,7 +15,7 @@ from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.running import compile as compiling
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.objective import PLAIN
-from auto_round.tuning.steps import batch_rows
+from auto_round.tuning.steps import batch_rows, rows_seen
 from pipeline.runs import SHORT, quantize, token_rows
 
 
@@ -63,29 +65,54 @@ def job(tiny):
     return make
 
 
+def kinds(job):
+    return compiling.block_kinds(job.plan, job.source.layers, job.source.blocks)
+
+
 def test_kinds(job):
-    assert compiling.block_kinds(job()) == 1
-    assert compiling.block_kinds(job(layer_config={"layers.1": {"bits": 8}})) == 2
-    assert compiling.block_kinds(job(layer_config={"layers.1.mlp.up_proj": "BF16"})) == 2
+    assert kinds(job()) == 1
+    assert kinds(job(layer_config={"layers.1": {"bits": 8}})) == 2
+    assert kinds(job(layer_config={"layers.1.mlp.up_proj": "BF16"})) == 2
 
 
-def test_not_by_itself_where_it_does_not_pay(job, monkeypatch):
+def steps(wanted=None, kinds=1, paid=0.0, rounds_inputs=False):
+    """Steps whose compiling is paid back so many times."""
+    seconds = paid * compiling.COMPILE_SECONDS / compiling.SAVING
+    return compiling.TuningSteps(
+        wanted, kinds, rounds_inputs, seconds * compiling.CPU_FLOPS, torch.device("cpu")
+    )
+
+
+def test_not_by_itself_where_it_does_not_pay(monkeypatch):
     monkeypatch.setattr(compiling, "compiled_objective", lambda: pytest.fail("compiled"))
     monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
-    assert compiling.objective_for(job(iters=200, seqlen=16)) is PLAIN
-    assert compiling.objective_for(job(enable_torch_compile=False)) is PLAIN
+    assert compiling.objective_for(steps(paid=0.9)) is PLAIN
+    assert compiling.objective_for(steps(wanted=False, paid=5)) is PLAIN
 
 
-def test_by_itself_where_it_pays_for_all_kinds(job, monkeypatch):
+def test_by_itself_where_it_pays_for_all_kinds(monkeypatch):
     monkeypatch.setattr(compiling, "compiled_objective", lambda: "compiled")
     monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
-    monkeypatch.setattr(compiling, "_seconds", lambda job: 1.5 * compiling.COMPILE_SECONDS / compiling.SAVING)
-    assert compiling.objective_for(job()) == "compiled"
-    assert compiling.objective_for(job(layer_config={"layers.1": {"bits": 8}})) is PLAIN
+    assert compiling.objective_for(steps(paid=1.5)) == "compiled"
+    assert compiling.objective_for(steps(kinds=2, paid=1.5)) is PLAIN
+    assert compiling.objective_for(steps(wanted=True)) == "compiled"
 
 
-def test_more_kinds_than_pytorch_keeps(job, monkeypatch, caplog):
-    monkeypatch.setattr(compiling, "MOST_KINDS", 0)
+def test_operations_of_a_small_run(job):
+    planned = job(iters=200, seqlen=16)
+    weights = sum(math.prod(layer.shape) for layer in planned.source.layers if layer.block is not None)
+    found = compiling.step_operations(planned.source.layers, 16, planned.tune)
+    assert found == 6 * weights * 16 * rows_seen(planned.tune)
+    assert found / compiling.CPU_FLOPS * compiling.SAVING < compiling.COMPILE_SECONDS
+
+
+def test_not_where_inputs_are_rounded(monkeypatch, caplog):
     monkeypatch.setattr(main_job.logger, "propagate", True)
-    assert compiling.objective_for(job(enable_torch_compile=True)) is PLAIN
-    assert "1 kinds" in caplog.text
+    assert compiling.objective_for(steps(wanted=True, rounds_inputs=True)) is PLAIN
+    assert "activations are quantized" in caplog.text
+
+
+def test_more_kinds_than_pytorch_keeps(monkeypatch, caplog):
+    monkeypatch.setattr(main_job.logger, "propagate", True)
+    assert compiling.objective_for(steps(wanted=True, kinds=compiling.MOST_KINDS + 1)) is PLAIN
+    assert f"{compiling.MOST_KINDS + 1} kinds" in caplog.text

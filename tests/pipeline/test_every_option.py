@@ -14,7 +14,7 @@ from auto_round.config import all_settings, build_options
 from auto_round.errors import ConfigError
 from auto_round.export.table import EXPORTERS, settle_formats
 from auto_round.log import logger
-from auto_round.pipeline.deciding.effects import IDLE, idle_options
+from auto_round.pipeline.deciding.effects import IDLE
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.several import runs_of
 from auto_round.schemes.scheme import QuantizationScheme
@@ -155,18 +155,20 @@ def test_another_value_changes_what_is_written(tiny, tmp_path, caplog, monkeypat
 def test_what_does_nothing_is_said(tiny, caplog, monkeypatch, name):
     monkeypatch.setattr(logger, "propagate", True)
     value, beside = SILENT[name]
-    notes = prepared(tiny, {**beside, name: value})
+    notes = prepared(tiny, {**beside, name: value}, caplog)
     assert any(name in note.split(" ha")[0].split(", ") for note in notes), notes
-    assert not any(name in note for note in prepared(tiny, beside))
+    assert not any(name in note for note in prepared(tiny, beside, caplog))
 
 
-def prepared(tiny, given):
+def prepared(tiny, given, caplog):
     """What is said of options without effect."""
     gguf = "format" in given
     short = {"device_map": "cpu"} if gguf else {"device_map": "cpu", "group_size": 32}
     model = tiny("llama", vocab_size=288) if gguf else tiny("llama")
     options = build_options({**short, "model": str(model), "output_dir": "out", **given})
-    return idle_options(prepare(options, rows=False, tokenizer=byte_level_tokenizer()))
+    caplog.clear()
+    prepare(options, rows=False, tokenizer=byte_level_tokenizer())
+    return [said for said in caplog.messages if "no effect" in said]
 
 
 @pytest.mark.parametrize("given", [PLAIN, {"iters": 1}], ids=["plain", "tuned"])
@@ -294,8 +296,8 @@ def test_rules_of_a_gguf_file_may_give_the_fields_of_a_type(fields, preset):
 
 def test_a_scheme_that_a_gguf_file_does_not_follow_is_said(tiny, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
-    prepared(tiny, {"format": "gguf:q4_k_m", "scheme": "W4A16", "iters": 0})
+    prepared(tiny, {"format": "gguf:q4_k_m", "scheme": "W4A16", "iters": 0}, caplog)
     assert "scheme: no effect" in caplog.text
     caplog.clear()
-    prepared(tiny, {"format": "gguf:q4_k_m", "iters": 0})
+    prepared(tiny, {"format": "gguf:q4_k_m", "iters": 0}, caplog)
     assert "no effect" not in caplog.text

@@ -11,7 +11,7 @@ from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.pipeline.deciding.plan_table import manifests, plan_size
 from auto_round.pipeline.estimate import Rates, estimate, measure_sizes
-from auto_round.pipeline.plan_run import dry_run
+from auto_round.pipeline.plan_run import dry_run, workload
 from pipeline.runs import ROWS, SHORT, quantize, weights
 
 HEADS = {"head_dim": 16}
@@ -90,7 +90,7 @@ def test_estimates_grow_with_the_work(tiny, tmp_path):
     model = tiny("llama", max_position_embeddings=4096)
 
     def expected(**given):
-        return estimate(planned(model, tmp_path / "out", **given).job, RATES)
+        return estimate(workload(planned(model, tmp_path / "out", **given).job), RATES)
 
     base = expected()
     assert expected(iters=200).seconds > 10 * base.seconds
@@ -108,18 +108,18 @@ def test_only_the_chosen_experts_count_in_time(tiny, tmp_path):
     def seconds(chosen):
         experts = {"moe_intermediate_size": 32, "num_experts_per_tok": chosen}
         job = planned(tiny("qwen3_moe", **HEADS, **experts), tmp_path / "out").job
-        return estimate(job, Rates(operations=1e6, bandwidth=1e12)).seconds
+        return estimate(workload(job), Rates(operations=1e6, bandwidth=1e12)).seconds
 
     assert seconds(1) < seconds(2) < seconds(4)
 
 
 def test_sizes_of_the_streams(tiny, tmp_path):
     job = planned(tiny("llama"), tmp_path / "out", nsamples=24, seqlen=16).job
-    sizes = measure_sizes(job)
+    sizes = measure_sizes(workload(job))
     assert sizes.tokens == 27 * 16  # 24 rows and an eighth held out
     assert sizes.stream == 27 * 16 * 64 * torch.bfloat16.itemsize
 
 
 def test_rows_are_no_longer_than_the_context(tiny, tmp_path):
     job = planned(tiny("llama"), tmp_path / "out", nsamples=24, seqlen=2048).job
-    assert measure_sizes(job).tokens == 27 * 64
+    assert measure_sizes(workload(job)).tokens == 27 * 64

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from auto_round.config.groups import MemoryOptions
 from auto_round.facts.layer import Layer, Role
-from auto_round.pipeline.deciding.fetch_rows import held_out_rows
-from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.plan_table import manifests
+from auto_round.models.source import ModelSource
+from auto_round.numerics.search import THOROUGH
 from auto_round.pipeline.machine.memory import peak_bytes
 from auto_round.pipeline.running.last_block import logits_budget
 from auto_round.pipeline.running.streams import Home, home_of_streams
+from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.steps import held_out_looks, rows_seen
 
 TUNING_BYTES = 25
@@ -36,6 +37,43 @@ MEASURED_TOKENS = 4096
 """Most rows of the matrix product that is timed."""
 WORKSPACE = 96 << 20
 """Logits, packed codes and what the C library keeps, bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a run's cost follows from.
+
+    Attributes:
+        source: the model, of which shapes are read.
+        tune: settings of the tuning loop.
+        device: where blocks are tuned.
+        dtype: dtype in which blocks run.
+        memory: what to save memory at the cost of time.
+        rows: calibration rows, those held out too; 0 without data.
+        held_out: how many of them judge and are not tuned on.
+        seqlen: tokens of a row.
+        nblocks: blocks tuned as one.
+        by_predictions: the last block is tuned by what the model predicts.
+        reloads: what was written is loaded and compared.
+        continues: streams are saved, so that a killed run can continue.
+        quantized: weights that are quantized.
+        output_bytes: all output folders together.
+    """
+
+    source: ModelSource
+    tune: TuneConfig
+    device: torch.device
+    dtype: torch.dtype
+    memory: MemoryOptions
+    rows: int
+    held_out: int
+    seqlen: int
+    nblocks: int
+    by_predictions: bool
+    reloads: bool
+    continues: bool
+    quantized: int
+    output_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +131,15 @@ class Estimate:
     seconds: float
 
 
-def estimate(job: Job, rates: Rates) -> Estimate:
+def estimate(work: Workload, rates: Rates) -> Estimate:
     """Estimate a run; nothing is read but shapes."""
-    sizes = measure_sizes(job)
-    output = sum(m.nbytes for m in manifests(job).values())
-    home = _home(job, sizes)
-    tuning = _tuning_bytes(job, sizes)
-    if job.options.tune.enable_alg_ext:
-        tuning += sizes.outside + logits_budget(job)
-    rest = sizes.outside + (output if job.options.output.verify and sizes.tokens else 0)
-    on_device = job.device.type != "cpu"
+    sizes = measure_sizes(work)
+    home = _home(work, sizes)
+    tuning = _tuning_bytes(work, sizes)
+    if work.by_predictions:
+        tuning += sizes.outside + logits_budget(work.device, sparing=work.memory.low_gpu_mem_usage)
+    rest = sizes.outside + (work.output_bytes if work.reloads and sizes.tokens else 0)
+    on_device = work.device.type != "cpu"
     streams = 0 if home.files else 3 * sizes.stream  # with the targets
     tracing = sizes.outside + sizes.stream
     if home.device.type != "cpu":
@@ -113,65 +150,58 @@ def estimate(job: Job, rates: Rates) -> Estimate:
     return Estimate(
         host_bytes=peak_bytes() + WORKSPACE + host,
         device_bytes=max(tuning, rest) + WORKSPACE if on_device else 0,
-        output_bytes=output,
-        scratch_bytes=_scratch(job, sizes),
-        seconds=_seconds(job, sizes, rates),
+        output_bytes=work.output_bytes,
+        scratch_bytes=_scratch(work, sizes),
+        seconds=_seconds(work, sizes, rates),
     )
 
 
-def operations(job: Job, sizes: Sizes) -> float:
+def operations(work: Workload, sizes: Sizes) -> float:
     """Floating-point operations with the weights: reference and quantized pass, tuning steps, and looks."""
-    share = _active_share(job)
-    inside = [layer for layer in job.source.layers if layer.block is not None]
+    share = _active_share(work)
+    inside = [layer for layer in work.source.layers if layer.block is not None]
     active = sum(math.prod(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in inside)
     ends = 0.0
-    if job.options.tune.enable_alg_ext:
-        facts = job.source.facts
-        seen = rows_seen(job.tune) * job.options.calibration.seqlen
+    if work.by_predictions:
+        facts = work.source.facts
+        seen = rows_seen(work.tune) * work.seqlen
         ends = HEAD_PASSES * float(seen) * facts.vocabulary * facts.width
-    return 2 * (active * _passes(job, sizes) + ends)
+    return 2 * (active * _passes(work, sizes) + ends)
 
 
-def measure_rates(job: Job, seconds: float = 0.4) -> Rates:
+def measure_rates(work: Workload, seconds: float = 0.4) -> Rates:
     """Time a matrix product of the job's shapes, and an elementwise operation, for a moment.
 
     Args:
-        job: the run.
+        work: the run.
         seconds: how long in all; one of each is always timed.
     """
-    shapes = [layer.shape for layer in job.source.layers if layer.block is not None]
+    shapes = [layer.shape for layer in work.source.layers if layer.block is not None]
     out, width = max(shapes, key=math.prod, default=(1024, 1024))
-    tokens = max(1, min(job.tune.batch_size * job.options.calibration.seqlen, MEASURED_TOKENS))
-    hidden = torch.ones(tokens, width, dtype=job.dtype, device=job.device)
-    weight = torch.ones(out, width, dtype=job.dtype, device=job.device)
-    vector = torch.ones(1 << 22, dtype=torch.float32, device=job.device)
-    product = _fastest(lambda: hidden @ weight.T, seconds / 2, job.device)
-    elementwise = _fastest(lambda: vector + vector, seconds / 2, job.device)
+    tokens = max(1, min(work.tune.batch_size * work.seqlen, MEASURED_TOKENS))
+    hidden = torch.ones(tokens, width, dtype=work.dtype, device=work.device)
+    weight = torch.ones(out, width, dtype=work.dtype, device=work.device)
+    vector = torch.ones(1 << 22, dtype=torch.float32, device=work.device)
+    product = _fastest(lambda: hidden @ weight.T, seconds / 2, work.device)
+    elementwise = _fastest(lambda: vector + vector, seconds / 2, work.device)
     return Rates(2 * tokens * out * width / product, 12 * vector.numel() / elementwise)
 
 
-def measure_sizes(job: Job) -> Sizes:
-    """Sizes of a run from its options and the shapes of the model."""
-    source, wanted = job.source, job.options.calibration
-    itemsize = job.dtype.itemsize
-    rows = 0
-    if job.rows is not None:
-        rows = len(job.rows.rows)
-    elif job.tune.needs_rows:
-        rows = wanted.nsamples + held_out_rows(wanted.nsamples)
+def measure_sizes(work: Workload) -> Sizes:
+    """Sizes of a run from its settings and the shapes of the model."""
+    source, rows, itemsize = work.source, work.rows, work.dtype.itemsize
     blocks: dict[int, int] = {}
     for layer in source.layers:
         if layer.block is not None:
             blocks[layer.block] = blocks.get(layer.block, 0) + math.prod(layer.shape)
-    members = max(1, job.options.tune.nblocks)
-    batch = min(job.tune.batch_size, max(1, rows))
-    largest = max(blocks.values(), default=0) * members
+    batch = min(work.tune.batch_size, max(1, rows))
+    largest = max(blocks.values(), default=0) * work.nblocks
     total = sum(math.prod(spec.shape) for spec in source.tensors.values())
     return Sizes(
-        tokens=rows * wanted.seqlen,
-        batch_tokens=batch * wanted.seqlen,
-        pass_tokens=min(job.tune.pass_rows, batch) * wanted.seqlen,
-        stream=rows * wanted.seqlen * source.facts.width * itemsize,
+        tokens=rows * work.seqlen,
+        batch_tokens=batch * work.seqlen,
+        pass_tokens=min(work.tune.pass_rows, batch) * work.seqlen,
+        stream=rows * work.seqlen * source.facts.width * itemsize,
         block=largest * itemsize,
         block_weights=largest,
         outside=max(0, total - sum(blocks.values())) * itemsize,
@@ -191,48 +221,48 @@ def _fastest(work: Callable[[], object], seconds: float, device: torch.device) -
     return best
 
 
-def _tuning_bytes(job: Job, sizes: Sizes) -> int:
+def _tuning_bytes(work: Workload, sizes: Sizes) -> int:
     """Memory while the largest block is worked on."""
-    own = job.source.dtype
-    copies = sizes.block + (sizes.block_weights * own.itemsize if own is not job.dtype else 0)
+    own = work.source.dtype
+    copies = sizes.block + (sizes.block_weights * own.itemsize if own is not work.dtype else 0)
     if not sizes.tokens:
-        largest = max((math.prod(layer.shape) for layer in job.source.layers), default=0)
+        largest = max((math.prod(layer.shape) for layer in work.source.layers), default=0)
         return largest * 16
-    activations = _activations(job, sizes)
-    if not job.tune.iters:
+    activations = _activations(work, sizes)
+    if not work.tune.iters:
         return copies + sizes.block_weights + activations // 4
-    buffers = 8 if job.tune.optimizer.value == "adam" else 4 if job.tune.momentum else 0
+    buffers = 8 if work.tune.optimizer.value == "adam" else 4 if work.tune.momentum else 0
     return copies + sizes.block_weights * (TUNING_BYTES + buffers) + activations
 
 
-def _activations(job: Job, sizes: Sizes) -> int:
+def _activations(work: Workload, sizes: Sizes) -> int:
     """What the backward pass through the largest block keeps, bytes."""
-    facts = job.source.facts
-    share = _active_share(job)
+    facts = work.source.facts
+    share = _active_share(work)
     widths: dict[int, float] = {}
-    for layer in job.source.layers:
+    for layer in work.source.layers:
         if layer.block is not None:
             part = share if layer.role is Role.EXPERT else 1.0
             widths[layer.block] = widths.get(layer.block, 0.0) + part * sum(layer.shape)
-    length, heads = job.options.calibration.seqlen, facts.heads
+    length, heads = work.seqlen, facts.heads
     each = max(widths.values(), default=0.0) * 2 + 8 * facts.width + heads * length
-    return int(sizes.pass_tokens * each * job.dtype.itemsize * max(1, job.options.tune.nblocks))
+    return int(sizes.pass_tokens * each * work.dtype.itemsize * work.nblocks)
 
 
-def _home(job: Job, sizes: Sizes) -> Home:
-    return home_of_streams(job.options.memory, job.device, 2 * sizes.stream)
+def _home(work: Workload, sizes: Sizes) -> Home:
+    return home_of_streams(work.memory, work.device, 2 * sizes.stream)
 
 
-def _scratch(job: Job, sizes: Sizes) -> int:
+def _scratch(work: Workload, sizes: Sizes) -> int:
     """Both streams before and after a block, and with the targets those that back the memory."""
-    saved = 4 * sizes.stream if job.options.output.resume else 0
-    return saved + (3 * sizes.stream if _home(job, sizes).files else 0)
+    saved = 4 * sizes.stream if work.continues else 0
+    return saved + (3 * sizes.stream if _home(work, sizes).files else 0)
 
 
-def _active_share(job: Job) -> float:
+def _active_share(work: Workload) -> float:
     """Share of the experts that a token passes through."""
-    chosen = job.source.facts.chosen_experts
-    experts = _experts(job.source.layers)
+    chosen = work.source.facts.chosen_experts
+    experts = _experts(work.source.layers)
     return min(1.0, chosen / experts) if chosen and experts else 1.0
 
 
@@ -241,30 +271,29 @@ def _experts(layers: Sequence[Layer]) -> int:
     return len(found)
 
 
-def _passes(job: Job, sizes: Sizes) -> float:
+def _passes(work: Workload, sizes: Sizes) -> float:
     """Tokens that go through all blocks; those whose gradients are wanted count `PASSES` times."""
     if not sizes.tokens:
         return 0.0
     passes = 2.0 * sizes.tokens
-    if job.tune.iters:
+    if work.tune.iters:
         passes += PASSES * min(
-            rows_seen(job.tune) * job.options.calibration.seqlen,
-            job.tune.iters * job.tune.accumulate * sizes.batch_tokens,
+            rows_seen(work.tune) * work.seqlen,
+            work.tune.iters * work.tune.accumulate * sizes.batch_tokens,
         )
-        looks = 1 + len(held_out_looks(job.tune))
-        passes += looks * held_out_rows(job.options.calibration.nsamples) * job.options.calibration.seqlen
+        looks = 1 + len(held_out_looks(work.tune))
+        passes += looks * work.held_out * work.seqlen
     return passes
 
 
-def _seconds(job: Job, sizes: Sizes, rates: Rates) -> float:
+def _seconds(work: Workload, sizes: Sizes, rates: Rates) -> float:
     """Arithmetic with the weights, and what is moved for rounding, searching and between operations."""
-    quantized = sum(math.prod(layer.shape) for layer, _ in job.quantized().values())
-    moved = quantized * 4.0 * job.source.dtype.itemsize
+    moved = work.quantized * 4.0 * work.source.dtype.itemsize
     if sizes.tokens:
-        candidates = 0 if job.effort is None else job.effort.points + 3 * job.effort.rounds
-        moved += quantized * SEARCH_BYTES * (candidates if not job.tune.iters else candidates // 4)
-    if sizes.tokens and job.tune.iters:
-        moved += quantized * ROUNDING_BYTES * float(job.tune.iters)
-    kept = _activations(job, sizes) / sizes.pass_tokens / max(1, job.options.tune.nblocks)
-    moved += _passes(job, sizes) * kept * TRAFFIC * len(job.source.blocks)
-    return operations(job, sizes) / rates.operations + moved / rates.bandwidth
+        candidates = THOROUGH.points + 3 * THOROUGH.rounds if work.tune.search else 0
+        moved += work.quantized * SEARCH_BYTES * (candidates if not work.tune.iters else candidates // 4)
+    if sizes.tokens and work.tune.iters:
+        moved += work.quantized * ROUNDING_BYTES * float(work.tune.iters)
+    kept = _activations(work, sizes) / sizes.pass_tokens / work.nblocks
+    moved += _passes(work, sizes) * kept * TRAFFIC * len(work.source.blocks)
+    return operations(work, sizes) / rates.operations + moved / rates.bandwidth

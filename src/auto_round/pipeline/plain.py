@@ -61,7 +61,7 @@ def round_layers(
 
     def work(item: tuple[Layer, Format]) -> tuple[str, Written]:
         layer, fmt = item
-        weight = as_wanted(job, job.source.read(layer))
+        weight = as_wanted(job.source.read(layer), job.kept_dtype)
         squares = job.importance.get(layer.tensor)
         importance, effort = None, None
         if squares is not None and job.effort is not None:
@@ -89,7 +89,7 @@ def _bound(job: Job, layers: Sequence[tuple[Layer, Format]]) -> dict[str, Format
 
     def extremes(item: tuple[Layer, Format]) -> tuple[str, Stats]:
         layer, fmt = item
-        stats = measured(layer.tensor, fmt, as_wanted(job, job.source.read(layer)).to(job.device))
+        stats = measured(layer.tensor, fmt, as_wanted(job.source.read(layer), job.kept_dtype).to(job.device))
         whole = Stats(stats.lo.amin((-2, -1), keepdim=True), stats.hi.amax((-2, -1), keepdim=True))
         return layer.name, whole
 

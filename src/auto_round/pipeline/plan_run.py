@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,13 @@ from torch import nn
 from auto_round.checkpoint.workfolder import refuse_occupied
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
+from auto_round.pipeline.deciding.fetch_rows import held_out_rows
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.plan_table import plan_table
+from auto_round.pipeline.deciding.plan_table import manifests, plan_table
 from auto_round.pipeline.deciding.prepare import prepare
-from auto_round.pipeline.estimate import Estimate, Rates, estimate, measure_rates
+from auto_round.pipeline.estimate import Estimate, Rates, Workload, estimate, measure_rates
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.memory import available_bytes
-from auto_round.pipeline.writing.finish import method
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,8 @@ def dry_run(
         AutoRoundError: the run itself would be refused, except for its output folder: that is reported.
     """
     job = prepare(options, model=model, tokenizer=tokenizer, dataset=dataset, rows=False)
-    rates = measure_rates(job)
+    work = workload(job)
+    rates = measure_rates(work)
     out = job.output.expanduser().resolve()
     partial = out.with_name(out.name + ".partial")
     blocked = ""
@@ -101,7 +103,7 @@ def dry_run(
         job=job,
         table=plan_table(job),
         rates=rates,
-        estimate=estimate(job, rates),
+        estimate=estimate(work, rates),
         available_bytes=available_bytes(),
         free_bytes=_free_bytes(out),
         blocked=blocked,
@@ -109,11 +111,38 @@ def dry_run(
     )
 
 
+def workload(job: Job) -> Workload:
+    """What the cost of a run follows from; rows that are not fetched yet are counted."""
+    calibration, output = job.options.calibration, job.options.output
+    held_out = held_out_rows(calibration.nsamples)
+    rows = 0
+    if job.rows is not None:
+        rows = len(job.rows.rows)
+    elif job.tune.needs_rows:
+        rows = calibration.nsamples + held_out
+    return Workload(
+        source=job.source,
+        tune=job.tune,
+        device=job.device,
+        dtype=job.dtype,
+        memory=job.memory,
+        rows=rows,
+        held_out=held_out,
+        seqlen=calibration.seqlen,
+        nblocks=job.options.tune.nblocks,
+        by_predictions=job.options.tune.enable_alg_ext,
+        reloads=output.verify,
+        continues=output.resume,
+        quantized=sum(math.prod(layer.shape) for layer, _ in job.quantized().values()),
+        output_bytes=sum(m.nbytes for m in manifests(job).values()),
+    )
+
+
 def _method(job: Job) -> str:
     """The method as the report will say it, and the data that it needs."""
     tune, wanted = job.tune, job.options.calibration
     if not tune.needs_rows:
-        return method(job)
+        return job.method.sentence
     rows = f"{wanted.nsamples} rows of {wanted.seqlen} tokens from {wanted.dataset}"
     if not tune.iters:
         how = (

@@ -17,10 +17,12 @@ from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.config.options import Options
 from auto_round.consumers.lines import judge_outputs
+from auto_round.evaluate.logits import positions_at_once
 from auto_round.facts.layer import Block, Layer
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.pipeline.checking.verify import verify_all
+from auto_round.pipeline.deciding.activations import activation_formats
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
@@ -30,11 +32,18 @@ from auto_round.pipeline.machine.determinism import deterministic_kernels
 from auto_round.pipeline.machine.memory import keep_freed_memory, release_freed_memory
 from auto_round.pipeline.plain import bursts, nbytes, round_layers
 from auto_round.pipeline.result import Result
-from auto_round.pipeline.running.blocks import GroupResult, tune_group
-from auto_round.pipeline.running.compile import in_equal_passes, objective_for
+from auto_round.pipeline.running.blocks import GroupResult, GroupTuning, tune_group
+from auto_round.pipeline.running.compile import (
+    TuningSteps,
+    block_kinds,
+    in_equal_passes,
+    objective_for,
+    step_operations,
+)
 from auto_round.pipeline.running.head import quantize_outside
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import save_inputs
+from auto_round.pipeline.running.last_block import logits_budget
 from auto_round.pipeline.running.measure import Measured, measure_streams
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.trace_rows import trace_rows
@@ -47,7 +56,7 @@ from auto_round.pipeline.writing.finish import (
 )
 from auto_round.pipeline.writing.outputs import Outputs, Written, check_written
 from auto_round.pipeline.writing.signature import request_digest, signature
-from auto_round.tuning.objective import PLAIN
+from auto_round.tuning.objective import PLAIN, Objective
 
 
 def run(
@@ -154,8 +163,8 @@ class _Loop:
     def _tune_blocks(self) -> Streams:
         """Quantize all blocks, list by list; returns the streams behind the last of them."""
         job, embedding = self.job, self._embedding()
-        objective = objective_for(job)
-        if objective is not PLAIN:
+        how = self._group_tuning()
+        if how.objective is not PLAIN:
             job = replace(job, tune=in_equal_passes(job.tune, job.tuned))
         lists = [_groups(blocks, job.options.tune.nblocks) for blocks in job.source.block_lists]
         count, done = sum(map(len, lists)), self._finished()
@@ -168,7 +177,7 @@ class _Loop:
             if start:
                 streams.restore(_saved(self.scratch, before + start))
             for number, (unit, indices) in enumerate(groups[start:], start=before + start + 1):
-                result = tune_group(job, indices, table, streams, objective)
+                result = tune_group(job, indices, table, streams, how)
                 self._keep(result, unit, number, streams)
                 if number > before + 1:  # what flows out of a list is needed until the end
                     _saved(self.scratch, number - 1).unlink(missing_ok=True)
@@ -178,6 +187,35 @@ class _Loop:
             ended.append(streams)
         release_freed_memory()
         return ended[-1]
+
+    def _group_tuning(self) -> GroupTuning:
+        """What is the same for all groups of blocks."""
+        job, options = self.job, self.job.options
+        positions = 0
+        if options.tune.enable_alg_ext and job.rows is not None:
+            budget = logits_budget(job.device, sparing=job.memory.low_gpu_mem_usage)
+            # Positions of several rows stand in a line, no longer than a model's table of positions.
+            positions = min(positions_at_once(job.source.facts.vocabulary, budget), len(job.rows.rows[0]))
+        return GroupTuning(
+            objective=self._objective(),
+            seed=options.calibration.seed,
+            from_quantized=options.tune.enable_quanted_input,
+            positions=positions,
+        )
+
+    def _objective(self) -> Objective:
+        """What tuning differentiates; compiled where that is asked for or saves time."""
+        job, source = self.job, self.job.source
+        if job.rows is None or not job.tunes or not job.tune.iters:
+            return PLAIN
+        steps = TuningSteps(
+            wanted=job.options.tune.enable_torch_compile,
+            kinds=block_kinds(job.plan, source.layers, source.blocks),
+            rounds_inputs=bool(activation_formats(job.plan, source.layers)),
+            operations=step_operations(source.layers, len(job.rows.rows[0]), job.tune),
+            device=job.device,
+        )
+        return objective_for(steps)
 
     def _say_begun(self, units: Sequence[str]) -> None:
         """Tell what the rows are, and how far an earlier run came."""

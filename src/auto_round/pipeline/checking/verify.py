@@ -89,7 +89,7 @@ class TunedModel:
         job = self.job
         config = exporter.config(job.plan, job.source.layers, job.source.blocks)
         method = None if config is None else config["quant_method"]
-        reader = Reader(method, job.dtype, job.device, job.options.model.trust_remote_code)
+        reader = Reader(method, job.dtype, job.device, job.trusts_code)
         if why := reader.obstacle(folder):
             return {"skipped": why}
         try:

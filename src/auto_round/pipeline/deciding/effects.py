@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from auto_round.config.option import settings
 from auto_round.config.options import GROUPS, Options
-from auto_round.pipeline.deciding.job import Job
+from auto_round.export.exporter import Exporter
+from auto_round.tuning.config import TuneConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What was decided of a run, as far as options can lose their effect by it.
+
+    Attributes:
+        options: what the user asked for.
+        tune: settings of the tuning loop.
+        exporters: formats that are written.
+        has_rows: some calibration rows are there.
+        quantizes_inputs: inputs of layers are quantized.
+        on_cpu: blocks are tuned on the CPU.
+        folder: where the model lies; None for one in memory.
+    """
+
+    options: Options
+    tune: TuneConfig
+    exporters: Collection[Exporter]
+    has_rows: bool
+    quantizes_inputs: bool
+    on_cpu: bool
+    folder: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +49,23 @@ class Idle:
 
     names: tuple[str, ...]
     why: str
-    where: Callable[[Job], bool]
+    where: Callable[[Settled], bool]
 
 
-def _rounds(job: Job) -> bool:
-    return job.tune.iters == 0
+def _rounds(run: Settled) -> bool:
+    return run.tune.iters == 0
 
 
-def _needs_no_rows(job: Job) -> bool:
-    return not job.tune.needs_rows
+def _needs_no_rows(run: Settled) -> bool:
+    return not run.tune.needs_rows
 
 
-def _has_no_rows(job: Job) -> bool:
-    return _needs_no_rows(job) and job.rows is None and "dataset" not in job.options.given
+def _has_no_rows(run: Settled) -> bool:
+    return _needs_no_rows(run) and not run.has_rows and "dataset" not in run.options.given
 
 
-def _on_cpu(job: Job) -> bool:
-    return job.device.type == "cpu"
+def _on_cpu(run: Settled) -> bool:
+    return run.on_cpu
 
 
 IDLE: Final = (
@@ -63,49 +88,48 @@ IDLE: Final = (
         "iters 0 rounds without tuning",
         _rounds,
     ),
-    Idle(("momentum",), "Adam has its own", lambda job: job.options.tune.enable_adam),
+    Idle(("momentum",), "Adam has its own", lambda run: run.options.tune.enable_adam),
     Idle(
         ("minmax_lr",),
         "ranges are not tuned (enable_minmax_tuning is off)",
-        lambda job: not job.tune.tune_range,
+        lambda run: not run.tune.tune_range,
     ),
     Idle(
         ("disable_opt_rtn",),
         "it says how iters 0 rounds; tuning always begins with searched ranges",
-        lambda job: not _rounds(job),
+        lambda run: not _rounds(run),
     ),
     Idle(("nsamples",), "plain rounding needs no data", _needs_no_rows),
     Idle(("batch_size", "seqlen", "seed", "amp"), "plain rounding runs no block", _has_no_rows),
     Idle(
         ("tokenizer",),
         "nothing is tokenized, and the folder gets the tokenizer files of the model",
-        lambda job: _has_no_rows(job) and all(e.file is None for e in job.exporters.values()),
+        lambda run: _has_no_rows(run) and all(e.file is None for e in run.exporters),
     ),
     Idle(("enable_deterministic_algorithms",), "runs on a CPU are deterministic anyway", _on_cpu),
     Idle(("low_gpu_mem_usage",), "blocks are tuned on the CPU", _on_cpu),
     Idle(
         ("act_group_size", "act_sym", "act_data_type", "act_dynamic"),
         "activations are not quantized (--act_bits 8, or a scheme such as INT8)",
-        lambda job: not job.plan.scheme.act_quantized,
+        lambda run: not run.quantizes_inputs,
     ),
-    Idle(("platform",), "the model is a folder and the data need no hub", lambda job: _is_local(job)),
+    Idle(("platform",), "the model is a folder and the data need no hub", lambda run: _is_local(run)),
 )
 """One row for each reason; formats add their own (`Exporter.idle`)."""
 
 
-def _is_local(job: Job) -> bool:
-    folder = job.source.folder
-    return _has_no_rows(job) and folder is not None and str(folder) == job.options.model.model
+def _is_local(run: Settled) -> bool:
+    return _has_no_rows(run) and run.folder is not None and str(run.folder) == run.options.model.model
 
 
-def idle_options(job: Job) -> list[str]:
+def idle_options(run: Settled) -> list[str]:
     """One sentence for each reason, with the options that the user changed and that have no effect for it."""
-    changed = set(_changed(job.options))
+    changed = set(_changed(run.options))
     said: dict[str, str] = {}
     for row in IDLE:
-        if row.where(job):
+        if row.where(run):
             said.update((name, row.why) for name in row.names if name in changed and name not in said)
-    for exporter in job.exporters.values():
+    for exporter in run.exporters:
         said.update((n, why) for n, why in exporter.idle.items() if n in changed and n not in said)
     reasons: dict[str, list[str]] = {}
     for name, why in said.items():

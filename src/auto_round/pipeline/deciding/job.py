@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from auto_round.calibration.rows import CalibrationRows
+from auto_round.config.groups import MemoryOptions
 from auto_round.config.options import Options
 from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer
@@ -18,6 +19,8 @@ from auto_round.models.source import ModelSource
 from auto_round.numerics.format import Format
 from auto_round.numerics.search import THOROUGH
 from auto_round.numerics.search_groups import Effort
+from auto_round.pipeline.deciding.method import Method, method_of
+from auto_round.pipeline.deciding.recast import named_dtype
 from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
 
@@ -25,6 +28,8 @@ from auto_round.tuning.config import TuneConfig
 @dataclass(frozen=True, slots=True)
 class Job:
     """One quantization run, ready to start.
+
+    What drives a run (`quantize`, `plan_run`) reads `options`; everything below takes the values it needs.
 
     Attributes:
         options: what the user asked for.
@@ -75,6 +80,31 @@ class Job:
     def saves_imatrix(self) -> bool:
         """Importances of inputs are written to a file at the end."""
         return self.options.output.save_imatrix is not None
+
+    @property
+    def method(self) -> Method:
+        """How the model is quantized, in words."""
+        return method_of(self.options, self.tune, with_rows=self.tunes)
+
+    @property
+    def memory(self) -> MemoryOptions:
+        """What to save memory at the cost of time."""
+        return self.options.memory
+
+    @property
+    def kept_dtype(self) -> torch.dtype | None:
+        """Dtype of what output folders keep, and from which weights are rounded; None for the model's own."""
+        return named_dtype(self.options.model.model_dtype)
+
+    @property
+    def largest_shard(self) -> int:
+        """Bytes of the largest weight file."""
+        return self.options.output.max_shard_size
+
+    @property
+    def trusts_code(self) -> bool:
+        """Code that lies in the model's folder may be run."""
+        return self.options.model.trust_remote_code
 
     def quantized(self) -> dict[str, tuple[Layer, Format]]:
         """Layers to quantize, by name, with their formats."""

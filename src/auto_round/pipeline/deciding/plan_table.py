@@ -62,7 +62,7 @@ def types_of(exporter: Exporter) -> str:
 
 def manifest_of(job: Job, exporter: Exporter) -> Manifest:
     """What one output holds."""
-    return exporter.manifest(job.plan, job.source.layers, kept_tensors(job))
+    return exporter.manifest(job.plan, job.source.layers, kept_tensors(job.source.tensors, job.kept_dtype))
 
 
 def _outside_of_layers(job: Job) -> tuple[int, int]:

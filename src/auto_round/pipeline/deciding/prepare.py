@@ -10,7 +10,7 @@ from torch import nn
 from auto_round.config.options import Options
 from auto_round.log import logger
 from auto_round.pipeline.deciding.decide import decide
-from auto_round.pipeline.deciding.effects import idle_options
+from auto_round.pipeline.deciding.effects import Settled, idle_options
 from auto_round.pipeline.deciding.fetch_rows import fetch_rows
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.open_model import open_model
@@ -59,6 +59,15 @@ def prepare(
         output=request.output,
         importance=decided.importance,
     )
-    for note in idle_options(job):
+    settled = Settled(
+        options=job.options,
+        tune=job.tune,
+        exporters=job.exporters.values(),
+        has_rows=job.rows is not None,
+        quantizes_inputs=job.plan.scheme.act_quantized,
+        on_cpu=job.device.type == "cpu",
+        folder=job.source.folder,
+    )
+    for note in idle_options(settled):
         logger.warning(note)
     return job

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from auto_round.config.groups import long_dtype
 from auto_round.facts.tensor import TensorSpec
-from auto_round.pipeline.deciding.job import Job
 
 _NAMED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -21,17 +20,15 @@ def named_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None or name == "auto" else _NAMED[long_dtype(name)]
 
 
-def wanted_dtype(job: Job) -> torch.dtype | None:
-    """The dtype that the user asked for; None to keep the model's own."""
-    return named_dtype(job.options.model.model_dtype)
-
-
-def kept_tensors(job: Job) -> Mapping[str, TensorSpec]:
+def kept_tensors(tensors: Mapping[str, TensorSpec], wanted: torch.dtype | None) -> Mapping[str, TensorSpec]:
     """Every tensor of the source as an output folder keeps it.
 
     Those of another dtype than most weights stay: a model keeps them so on purpose (routers in float32).
+
+    Args:
+        tensors: what the source holds.
+        wanted: the dtype that the user asked for; None for the model's own.
     """
-    wanted, tensors = wanted_dtype(job), job.source.tensors
     sizes: Counter[torch.dtype] = Counter()
     for spec in tensors.values():
         if spec.dtype in _NAMED.values():
@@ -42,7 +39,6 @@ def kept_tensors(job: Job) -> Mapping[str, TensorSpec]:
     return {n: replace(s, dtype=wanted) if s.dtype is own else s for n, s in tensors.items()}
 
 
-def as_wanted(job: Job, weight: Tensor) -> Tensor:
-    """A weight from disk in the dtype that it is rounded from."""
-    wanted = wanted_dtype(job)
+def as_wanted(weight: Tensor, wanted: torch.dtype | None) -> Tensor:
+    """A weight from disk in the dtype that it is rounded from; `wanted` as for `kept_tensors`."""
     return weight if wanted is None else weight.to(wanted)

@@ -24,11 +24,29 @@ from auto_round.pipeline.running.block_group import BlockGroup
 from auto_round.pipeline.running.hard_cases import by_kind
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import InputSquares
-from auto_round.pipeline.running.last_block import judged
+from auto_round.pipeline.running.last_block import by_predictions
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.unit import TunedUnit, Unit, tune_unit
 from auto_round.tuning.objective import Objective
 from auto_round.tuning.sign_round import TunedBlock
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTuning:
+    """How groups of blocks are tuned, the same for all of them.
+
+    Attributes:
+        objective: what tuning differentiates.
+        seed: of the batches' order; each group adds the number of its first block.
+        from_quantized: the blocks see what the quantized ones before them give, not the unquantized ones.
+        positions: the last block is tuned by the model's predictions, so many positions at a time; 0 for by
+            its output, like all others.
+    """
+
+    objective: Objective
+    seed: int
+    from_quantized: bool = True
+    positions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +74,7 @@ class GroupResult:
 
 
 def tune_group(
-    job: Job, indices: Sequence[int], table: ArgumentTable, streams: Streams, objective: Objective
+    job: Job, indices: Sequence[int], table: ArgumentTable, streams: Streams, how: GroupTuning
 ) -> GroupResult:
     """Quantize the layers of some neighbouring blocks and move both streams past them.
 
@@ -65,7 +83,7 @@ def tune_group(
         indices: indices of the blocks, in order.
         table: arguments of all blocks of their list for all rows.
         streams: hidden states before the first of these blocks; replaced by those after the last.
-        objective: what tuning differentiates; the last block may be judged otherwise.
+        how: what is the same for all groups.
 
     Raises:
         NumericsError: a weight or the loss is not finite; names the tensor.
@@ -73,14 +91,18 @@ def tune_group(
     with ExitStack() as stack:
         blocks = [stack.enter_context(job.source.block(i, job.device)) for i in indices]
         prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
+        objective = how.objective
+        if how.positions and indices[-1] == len(job.source.blocks) - 1:
+            last = by_predictions(job.source, job.device, job.dtype, objective, how.positions)
+            objective = stack.enter_context(last)
         unit = _unit(job, indices, BlockGroup(blocks, [job.source.blocks[i].flow for i in indices]), table)
         found = tune_unit(
             unit,
             streams,
             job.tune,
-            generator=torch.Generator().manual_seed(job.options.calibration.seed + indices[0]),
-            objective=stack.enter_context(judged(job, indices, objective)),
-            from_quantized=job.options.tune.enable_quanted_input,
+            generator=torch.Generator().manual_seed(how.seed + indices[0]),
+            objective=objective,
+            from_quantized=how.from_quantized,
         )
     layers = _layers_of(job, indices, found)
     others = {_outside(name, prefixes): value for name, value in found.tuned.others.items()}

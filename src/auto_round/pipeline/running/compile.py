@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from auto_round.facts.layer import Block, Layer
 from auto_round.log import logger
-from auto_round.pipeline.deciding.activations import activation_formats
-from auto_round.pipeline.deciding.job import Job
+from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.objective import PLAIN, Objective, block_objective
 from auto_round.tuning.steps import batch_rows, rows_seen
@@ -29,37 +29,56 @@ MOST_KINDS = 8
 """Most kinds of blocks for which PyTorch keeps compiled code of one function; for more it keeps none."""
 
 
-def objective_for(job: Job) -> Objective:
+@dataclass(frozen=True, slots=True)
+class TuningSteps:
+    """What decides whether the tuning step of a run is compiled.
+
+    Attributes:
+        wanted: what the user said; None where that is left to us.
+        kinds: how many times a step has to be compiled, see `block_kinds`.
+        rounds_inputs: inputs of layers are quantized.
+        operations: floating-point operations of all steps, see `step_operations`.
+        device: where blocks are tuned.
+    """
+
+    wanted: bool | None
+    kinds: int
+    rounds_inputs: bool
+    operations: float
+    device: torch.device
+
+    @property
+    def seconds(self) -> float:
+        """Rough time of all steps without compiling."""
+        return self.operations / (CPU_FLOPS if self.device.type == "cpu" else ACCELERATOR_FLOPS)
+
+
+def objective_for(steps: TuningSteps) -> Objective:
     """The functions of a tuning step, compiled where that is asked for or saves time."""
-    wanted = job.options.tune.enable_torch_compile
-    if not job.tunes or not job.tune.iters:
-        return PLAIN
-    if activation_formats(job.plan, job.source.layers):
+    level = logger.warning if steps.wanted else logger.info
+    if steps.rounds_inputs:
         # Inputs are rounded in hooks, which compiled code of another block would not see.
-        level = logger.warning if wanted else logger.info
         level("blocks are not compiled: activations are quantized")
         return PLAIN
-    kinds = block_kinds(job)
-    if kinds > MOST_KINDS:
-        level = logger.warning if wanted else logger.info
-        level("blocks are not compiled: there are %d kinds of them, more than PyTorch keeps", kinds)
+    if steps.kinds > MOST_KINDS:
+        level("blocks are not compiled: there are %d kinds of them, more than PyTorch keeps", steps.kinds)
         return PLAIN
+    wanted = steps.wanted
     if wanted is None:
-        wanted = _seconds(job) * SAVING > COMPILE_SECONDS * kinds
-    if wanted and job.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        level = logger.warning if job.options.tune.enable_torch_compile else logger.info
+        wanted = steps.seconds * SAVING > COMPILE_SECONDS * steps.kinds
+    if wanted and steps.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         level("blocks are not compiled: this machine has no C++ compiler")
         return PLAIN
     return compiled_objective() if wanted else PLAIN
 
 
-def block_kinds(job: Job) -> int:
+def block_kinds(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> int:
     """How many times a step has to be compiled: blocks with equal matrices and formats share the code."""
     kinds: dict[int, list[Any]] = {}
-    for layer in job.source.layers:
+    for layer in layers:
         if layer.block is not None:
-            inside = layer.parameter.removeprefix(job.source.blocks[layer.block].module)
-            kinds.setdefault(layer.block, []).append((inside, layer.shape, job.plan.format_of(layer.name)))
+            inside = layer.parameter.removeprefix(blocks[layer.block].module)
+            kinds.setdefault(layer.block, []).append((inside, layer.shape, plan.format_of(layer.name)))
     return len({tuple(kind) for kind in kinds.values()})
 
 
@@ -79,12 +98,16 @@ def in_equal_passes(config: TuneConfig, tuned: int) -> TuneConfig:
     return replace(config, rows_at_once=next(n for n in range(most, 0, -1) if common % n == 0))
 
 
-def _seconds(job: Job) -> float:
-    """Rough time of all tuning steps without compiling: forward, and both gradients."""
-    weights = sum(math.prod(layer.shape) for layer in job.source.layers if layer.block is not None)
-    tokens = 0 if job.rows is None else len(job.rows.rows[0])
-    rate = CPU_FLOPS if job.device.type == "cpu" else ACCELERATOR_FLOPS
-    return 6 * weights * tokens * rows_seen(job.tune) / rate
+def step_operations(layers: Sequence[Layer], tokens: int, config: TuneConfig) -> float:
+    """Floating-point operations of all tuning steps: forward, and both gradients, 2 a weight and token each.
+
+    Args:
+        layers: the layers of the model.
+        tokens: tokens of a row.
+        config: settings of the loop.
+    """
+    weights = sum(math.prod(layer.shape) for layer in layers if layer.block is not None)
+    return 6.0 * weights * tokens * rows_seen(config)
 
 
 def compiled_objective(backend: str | Callable[..., Any] = "inductor") -> Objective:

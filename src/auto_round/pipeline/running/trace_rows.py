@@ -46,7 +46,7 @@ def trace_rows(
                 with nullcontext() if embedding is None else stem.embedding(embedding):
                     rounded.append(_states(job, stem.trace(row.inputs, quantized)))
     size = 2 * sum(state.numel() * state.element_size() for states in begun for state in states)
-    home = home_of_streams(job.options.memory, job.device, size)
+    home = home_of_streams(job.memory, job.device, size)
     masks = masks_of(rows)
     if masks is not None and masks.shape[1] != begun[0][0].shape[1]:
         masks = None  # what flows here does not stand at the rows' positions

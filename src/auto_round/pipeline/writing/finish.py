@@ -13,7 +13,6 @@ import transformers
 from auto_round.checkpoint.disk import atomic_write_json
 from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.record import OURS
-from auto_round.config.groups import CalibrationOptions, TuneOptions
 from auto_round.consumers.lines import loading
 from auto_round.export.exporter import Exporter
 from auto_round.export.hf_config import copy_side_files, read_config, write_configs
@@ -21,7 +20,6 @@ from auto_round.export.model_card import CardFacts, Figure, write_model_card
 from auto_round.export.unplanned import with_unplanned
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import plan_size
-from auto_round.pipeline.deciding.recast import wanted_dtype
 from auto_round.pipeline.running.hard_cases import hard_cases
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import load_inputs
@@ -39,7 +37,7 @@ def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
         if exporter.file is not None:
             continue  # the file holds all of it
         folder = folders[name]
-        quantization = exporter.config(plan, layers, blocks, facts(job))
+        quantization = exporter.config(plan, layers, blocks, job.method.facts)
         if source.folder is not None:
             config = read_config(source.folder)
             copy_side_files(source.folder, folder)
@@ -51,24 +49,8 @@ def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
             if job.tokenizer is not None:
                 job.tokenizer.save_pretrained(folder)
         own = None if quantization is None else exporter.float_dtype
-        dtype = wanted_dtype(job) if own is None else own
+        dtype = job.kept_dtype if own is None else own
         write_configs(folder, config, quantization, untied=job.plan.untie_head, dtype=dtype)
-
-
-def facts(job: Job) -> dict[str, bool | int | float | str | None]:
-    """How the model was tuned, where it differs from the defaults."""
-    found: dict[str, bool | int | float | str | None] = {}
-    options = job.options
-    for group, default in ((options.tune, TuneOptions()), (options.calibration, CalibrationOptions())):
-        for name in default.__dataclass_fields__:
-            value = getattr(group, name)
-            if (
-                value != getattr(default, name)
-                and isinstance(value, (bool, int, float, str))
-                and name != "dataset"
-            ):
-                found[name] = value
-    return found
 
 
 def build_report(
@@ -83,8 +65,8 @@ def build_report(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "scheme": job.plan.scheme.label,
         "formats": list(job.exporters),
-        "method": method(job),
-        "seed": job.options.calibration.seed,
+        "method": job.method.sentence,
+        "seed": job.method.seed,
         "layers": {"quantized": len(job.plan.quantized), "kept": len(job.plan.kept)},
         "bits_per_quantized_weight": round(size.bits_per_weight, 4),
         "bytes_before": before,
@@ -93,7 +75,7 @@ def build_report(
     }
     if job.rows is not None:
         report["calibration"] = {
-            "dataset": job.options.calibration.dataset,
+            "dataset": job.method.dataset,
             "summary": job.rows.summary,
             "fingerprint": job.rows.fingerprint,
             "rows_tuned": job.tuned,
@@ -142,21 +124,6 @@ def hand_over_inputs(job: Job, scratch: Path, folder: Path) -> None:
         exporter.save_inputs(job.options, inputs, job.output, folder)
 
 
-def method(job: Job) -> str:
-    """One line for people."""
-    tune = job.tune
-    if tune.iters and job.tunes:
-        last = ", the last one by the model's predictions" if job.options.tune.enable_alg_ext else ""
-        return f"SignRound, {tune.iters} steps of {tune.optimizer.value} descent a block{last}"
-    if tune.search:
-        return (
-            "round to nearest in a range searched by importance"
-            if job.tunes
-            else "round to nearest, searched range"
-        )
-    return "plain round to nearest"
-
-
 def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) -> CardFacts:
     kept: dict[str, int] = {}
     for layer in job.plan.kept:
@@ -171,7 +138,7 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
             Figure(f"KL from the original, nats per token, {rows}", held["kl"]),
         ]
     config = exporter.config(job.plan, job.source.layers, job.source.blocks)
-    model = job.options.model.model
+    model = job.method.model
     hub_id = model if model and not Path(model).exists() and model.count("/") == 1 else None
     folder = job.source.folder
     return CardFacts(
@@ -179,7 +146,7 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
         scheme=job.plan.scheme.label,
         exporter=exporter.name,
         quant_method=None if config is None else config["quant_method"],
-        method=method(job),
+        method=job.method.sentence,
         bits_per_weight=report["bits_per_quantized_weight"],
         bytes_before=report["bytes_before"],
         bytes_after=report["bytes_after"][name],
@@ -188,7 +155,7 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
         data="" if job.rows is None else job.rows.summary,
         measured=figures,
         hub_id=hub_id,
-        options=facts(job),
+        options=job.method.facts,
         engines=loading(report.get("engines", {}).get(name, {})),
         auto_class=job.source.facts.auto_class,
         library=exporter.library,

@@ -80,7 +80,7 @@ class Outputs:
         self._job = job
         self._outputs: list[_Output] = []
         finished = [tensor.partition("/") for tensor in done]
-        size = job.options.output.max_shard_size
+        size = job.largest_shard
         for name, exporter in job.exporters.items():
             manifest = manifest_of(job, exporter)
             specs = {t: (spec.dtype, tuple(spec.shape)) for t, spec in manifest.specs.items()}

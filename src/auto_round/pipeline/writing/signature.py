@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from auto_round.checkpoint.reader import Checkpoint
-from auto_round.config.options import Options
+from auto_round.config.groups import CalibrationOptions, TuneOptions
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.description import machine, versions
@@ -23,7 +23,7 @@ from auto_round.version import __version__
 
 def signature(job: Job) -> dict[str, Any]:
     """Settings, data, model and arithmetic of a run, as JSON values."""
-    options = job.options
+    calibration, output = job.options.calibration, job.options.output
     own: dict[str, Any] = {
         "auto_round": __version__,
         "torch": torch.__version__,
@@ -38,15 +38,16 @@ def signature(job: Job) -> dict[str, Any]:
         "formats": {name: _plain(exporter) for name, exporter in job.exporters.items()},
         "calibration": None
         if job.rows is None
-        else {"rows": job.rows.fingerprint, "tuned": job.tuned, "seed": options.calibration.seed},
+        else {"rows": job.rows.fingerprint, "tuned": job.tuned, "seed": calibration.seed},
         "imatrix": _digest(job.importance) if job.importance else None,
         "save_imatrix": job.saves_imatrix,
         "tune": _tune(job.tune),
-        "max_shard_size": options.output.max_shard_size,
-        "keep_streams": options.output.resume,
+        "max_shard_size": output.max_shard_size,
+        "keep_streams": output.resume,
         "saved_streams": SAVED_AS,
     }
-    return own | {name: value for name, value in _others(options).items() if name not in own["tune"]}
+    others = _others(job.options.tune, calibration)
+    return own | {name: value for name, value in others.items() if name not in own["tune"]}
 
 
 def _tune(tune: TuneConfig) -> dict[str, Any]:
@@ -57,13 +58,13 @@ def _tune(tune: TuneConfig) -> dict[str, Any]:
     return {name: _plain(value) for name, value in found.items()}
 
 
-def _others(options: Options) -> dict[str, Any]:
+def _others(tune: TuneOptions, calibration: CalibrationOptions) -> dict[str, Any]:
     """Every option of tuning and of its data by its own name: some are recorded in the output as given.
 
     Where data comes from is left out: the rows themselves are compared.
     """
-    found = {f.name: getattr(options.tune, f.name) for f in dataclasses.fields(options.tune)}
-    found |= {name: getattr(options.calibration, name) for name in ("nsamples", "seqlen", "seed")}
+    found = {f.name: getattr(tune, f.name) for f in dataclasses.fields(tune)}
+    found |= {name: getattr(calibration, name) for name in ("nsamples", "seqlen", "seed")}
     del found["lr_scheduler"]
     return {name: _plain(value) for name, value in found.items()}
 

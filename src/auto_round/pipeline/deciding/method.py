@@ -1,0 +1,67 @@
+"""How a model was quantized, in the words of reports, model cards and configurations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from auto_round.config.groups import CalibrationOptions, TuneOptions
+from auto_round.config.options import Options
+from auto_round.export.exporter import TuningFacts
+from auto_round.tuning.config import TuneConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What a finished folder tells of its making.
+
+    Attributes:
+        sentence: one line for people.
+        facts: options of tuning and its data that differ from the defaults.
+        seed: of every random choice.
+        dataset: names of the calibration data, as the user gave them.
+        model: name or folder of the model, as the user gave it; None for one in memory.
+    """
+
+    sentence: str
+    facts: TuningFacts
+    seed: int
+    dataset: str
+    model: str | None
+
+
+def method_of(options: Options, tune: TuneConfig, *, with_rows: bool) -> Method:
+    """What a run with these options will tell.
+
+    Args:
+        options: what the user asked for.
+        tune: settings of the tuning loop.
+        with_rows: some rows are there to tune on, or to weigh a search by.
+    """
+    return Method(
+        sentence=_sentence(tune, with_rows=with_rows, by_predictions=options.tune.enable_alg_ext),
+        facts=_facts(options.tune, options.calibration),
+        seed=options.calibration.seed,
+        dataset=options.calibration.dataset,
+        model=options.model.model,
+    )
+
+
+def _sentence(tune: TuneConfig, *, with_rows: bool, by_predictions: bool) -> str:
+    if tune.iters and with_rows:
+        last = ", the last one by the model's predictions" if by_predictions else ""
+        return f"SignRound, {tune.iters} steps of {tune.optimizer.value} descent a block{last}"
+    if tune.search:
+        found = "round to nearest in a range searched by importance"
+        return found if with_rows else "round to nearest, searched range"
+    return "plain round to nearest"
+
+
+def _facts(tune: TuneOptions, calibration: CalibrationOptions) -> TuningFacts:
+    found: dict[str, bool | int | float | str | None] = {}
+    for group, default in ((tune, TuneOptions()), (calibration, CalibrationOptions())):
+        for name in default.__dataclass_fields__:
+            value = getattr(group, name)
+            told = isinstance(value, (bool, int, float, str)) and name != "dataset"
+            if told and value != getattr(default, name):
+                found[name] = value
+    return found

@@ -21,7 +21,7 @@ def test_code_of_the_folder_says_it():
 
 
 def test_one_row_serves_another_class(tmp_path, monkeypatch):
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.llama.modeling_llama import LlamaConfig, LlamaForCausalLM
 
     class PictureConfig(LlamaConfig):
@@ -31,16 +31,16 @@ def test_one_row_serves_another_class(tmp_path, monkeypatch):
         config_class = PictureConfig
 
     AutoConfig.register(PictureConfig.model_type, PictureConfig, exist_ok=True)
-    AutoModelForImageTextToText.register(PictureConfig, PictureModel, exist_ok=True)
+    AutoModelForSeq2SeqLM.register(PictureConfig, PictureModel, exist_ok=True)
     config = PictureConfig(**tiny_config("llama").to_diff_dict() | {"model_type": PictureConfig.model_type})
     PictureModel(config).save_pretrained(tmp_path / "model")
     with pytest.raises(Exception, match="causal language model"):
         FolderSource.open(tmp_path / "model")
 
-    monkeypatch.setattr(auto_classes, "AUTO_CLASSES", (CAUSAL_LM, "AutoModelForImageTextToText"))
+    monkeypatch.setattr(auto_classes, "AUTO_CLASSES", (CAUSAL_LM, "AutoModelForSeq2SeqLM"))
     assert type(config) not in AutoModelForCausalLM._model_mapping
     with FolderSource.open(tmp_path / "model") as source:
-        assert source.facts.auto_class == "AutoModelForImageTextToText"
+        assert source.facts.auto_class == "AutoModelForSeq2SeqLM"
         assert len(source.blocks) == config.num_hidden_layers
     model = load_model(tmp_path / "model", trust_remote_code=False)
     assert type(model) is PictureModel

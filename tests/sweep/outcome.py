@@ -11,6 +11,7 @@ import torch
 
 from auto_round.config import build_options
 from auto_round.errors import UnsupportedError
+from auto_round.models.auto_classes import auto_class, auto_class_name
 from auto_round.pipeline.quantize import run
 from auto_round.testing.tiny_models import tiny_tokenizer
 from sweep.configurations import family_config
@@ -56,10 +57,14 @@ class Outcome:
 
 def save_family(family: str, folder: Path) -> Path:
     """Write a tiny random model of a family with a tokenizer of bytes."""
-    from transformers import AutoModelForCausalLM
+    return save_config(family_config(family), folder)
 
+
+def save_config(config: Any, folder: Path) -> Path:
+    """Write a random model of a configuration with a tokenizer of bytes."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(family_config(family), dtype=torch.float32).eval()
+    made = auto_class(auto_class_name(config))
+    model = made.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

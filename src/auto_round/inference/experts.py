@@ -53,6 +53,12 @@ class PackedExperts(nn.Module):
             if name not in recipes:
                 self.register_parameter(name, parameter)
 
+    def __getattr__(self, name: str) -> Any:
+        """Parameters of the module that this one stands for: code that initializes weights asks for them."""
+        if name in self.__dict__.get("_recipes", {}):
+            return self._fused[0].get_parameter(name)
+        return super().__getattr__(name)
+
     def dequantize(self, model: Any) -> nn.Module:
         """The module that this one stands for, with its weights.
 

@@ -26,10 +26,10 @@ from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.names import NameMap, Recipe
 from auto_round.models.rehearsal import RehearsedBlock, refuse_left_state
-from auto_round.models.roles import find_decoder, find_head, find_towers
+from auto_round.models.roles import find_head, find_towers
 from auto_round.models.skeleton import weight_dtypes
 from auto_round.models.source import CPU, Stem, Trace
-from auto_round.models.trace import Recorder, StubStem, make_stubs
+from auto_round.models.trace import Recorder, StemParts, StubStem, make_stubs
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +182,11 @@ class AssembledSource(ABC):
         real, recorders = self._stubbed(
             left_out, self._gather(self._in_stem(left_out), device, dtype), device
         )
-        decoder = real.get_submodule(find_decoder(real, [block.module for block in self.blocks]))
         output = real.get_submodule(head_path) if head_path and head else None
         with freed_on_exit(real):
-            yield StubStem(real, decoder, recorders, output)
+            yield StubStem(real, self._stem_parts(real), recorders, output)
 
-    def refuse_untraceable(self) -> None:
+    def refuse_untraceable(self) -> frozenset[int]:
         """See `ModelSource`: the stem runs with zeros in place of its weights, which take no memory."""
         model = self._parts.model
         left_out = self._outside_stem(None if self.tied_head else find_head(model))
@@ -195,15 +194,18 @@ class AssembledSource(ABC):
         absent = [name for name in self._in_stem(left_out) if meta[name].is_meta]
         zeros = {n: torch.zeros((), dtype=dtypes[n], device=CPU).expand(meta[n].shape) for n in absent}
         real, recorders = self._stubbed(left_out, zeros, CPU)
-        decoder = real.get_submodule(find_decoder(real, [block.module for block in self.blocks]))
         with freed_on_exit(real):
             probe = {TOKENS: torch.zeros(1, 4, dtype=torch.int64, device=CPU)}
-            stem, traces = StubStem(real, decoder, recorders, None), list[Trace]()
+            stem, traces = StubStem(real, self._stem_parts(real), recorders, None), list[Trace]()
             for _ in self.block_lists:
                 traces.append(stem.trace(probe, [trace.states for trace in traces]))
         calls = [call for trace in traces for call in trace.calls]
         flowing = [trace.states for trace in traces for _ in trace.calls]
         refuse_left_state(model, self._weightless(calls, flowing), calls)
+        return frozenset(block.index for block, call in zip(self.blocks, calls, strict=True) if call is None)
+
+    def _stem_parts(self, model: Any) -> StemParts:
+        return StemParts.of(model, [block.module for block in self.blocks])
 
     def _weightless(
         self, calls: Sequence[BlockCall | None], flowing: Sequence[States]

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 CAUSAL_LM = "AutoModelForCausalLM"
-AUTO_CLASSES = (CAUSAL_LM,)
-"""Tried in this order: the first that knows a configuration builds and loads its model."""
+AUTO_CLASSES = ("AutoModelForImageTextToText", CAUSAL_LM, "AutoModelForMultimodalLM")
+"""Tried in this order: the first that knows a configuration builds and loads its model.
+
+Some configurations with images are known to the causal class too, which builds the part that reads text.
+"""
 
 
 def auto_class_name(config: Any) -> str:
-    """Name of the first of `AUTO_CLASSES` that knows a configuration; of the first one where none does.
+    """Name of the first of `AUTO_CLASSES` that knows a configuration; the causal one where none does.
 
     Args:
         config: of Transformers, or made by code in the model's folder.
@@ -20,9 +23,10 @@ def auto_class_name(config: Any) -> str:
 
     own_code = getattr(config, "auto_map", None) or {}
     for name in AUTO_CLASSES:
-        if name in own_code or type(config) in getattr(transformers, name)._model_mapping:
+        known = getattr(transformers, name, None)  # the last came after Transformers 5.0
+        if name in own_code or (known is not None and type(config) in known._model_mapping):
             return name
-    return AUTO_CLASSES[0]
+    return CAUSAL_LM
 
 
 def auto_class(name: str) -> Any:

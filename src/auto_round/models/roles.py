@@ -122,12 +122,32 @@ def find_decoder(model: Any, blocks: Sequence[str]) -> str:
 
     `get_decoder` is not asked: for models with an unusual prefix it returns the whole model.
     """
+    return _smallest_around(model, blocks)
+
+
+def find_text_model(model: Any, blocks: Sequence[str]) -> str:
+    """Module path of the smallest complete model around all blocks and the head: from token ids to logits.
+
+    As a rule that is the whole model. One that reads images too may hold a whole language model.
+    """
+    head = model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is head), "")
+    return _smallest_around(model, [*blocks, path])
+
+
+def text_model(model: Any) -> Any:
+    """What `find_text_model` finds around the blocks of a model."""
+    blocks = [path for members in find_block_lists(model) for path in members]
+    return model.get_submodule(find_text_model(model, blocks))
+
+
+def _smallest_around(model: Any, paths: Sequence[str]) -> str:
     from transformers import PreTrainedModel
 
-    path = blocks[0]
+    path = paths[0]
     while path:
         path = path.rpartition(".")[0]
-        around = all(block.startswith(f"{path}.") for block in blocks)
+        around = all(inside.startswith(f"{path}.") for inside in paths)
         if around and isinstance(model.get_submodule(path), PreTrainedModel):
             break
     return path

@@ -75,7 +75,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
                 Refusal(
                     "transformers",
                     "it has none for this type" if unknown else str(error).strip().split("\n", 1)[0],
-                    "language models only, none with images or sound; a newer Transformers may know more",
+                    "models that write text only; a newer Transformers may know more",
                 )
             ],
         ) from error

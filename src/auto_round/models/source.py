@@ -183,8 +183,11 @@ class ModelSource(Protocol):
         """Any tensor of `tensors`, as it lies on disk."""
         ...
 
-    def refuse_untraceable(self) -> None:
+    def refuse_untraceable(self) -> frozenset[int]:
         """Find out, without reading a weight, whether the model can be run block by block.
+
+        Returns:
+            Indices of blocks that are not run for text alone, as those that read images only.
 
         Raises:
             UnsupportedError: it cannot; says why.

@@ -12,6 +12,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -32,6 +33,7 @@ from auto_round.models.beside import (
 )
 from auto_round.models.facts import shares_no_caches
 from auto_round.models.families import parameter_names
+from auto_round.models.roles import find_decoder, find_text_model
 from auto_round.models.source import Edits, Trace
 
 _CACHES = frozenset({"past_key_values", "past_key_value", "use_cache", "layer_past"})
@@ -130,17 +132,36 @@ def make_stubs(blocks: Sequence[nn.Module], recorder: Recorder) -> dict[int, nn.
     return stubs
 
 
+@dataclass(frozen=True, slots=True)
+class StemParts:
+    """Models inside a model: all of it, but where it reads more than text.
+
+    Attributes:
+        decoder: turns token ids into hidden states.
+        text_model: turns token ids into logits.
+    """
+
+    decoder: Any
+    text_model: Any
+
+    @classmethod
+    def of(cls, model: Any, blocks: Sequence[str]) -> StemParts:
+        """The smallest ones around blocks of these module paths."""
+        paths = (find_decoder(model, blocks), find_text_model(model, blocks))
+        return cls(*map(model.get_submodule, paths))
+
+
 class StubStem:
     """A model whose blocks are stubs; satisfies `source.Stem`."""
 
     def __init__(
-        self, model: Any, decoder: nn.Module, recorders: Sequence[Recorder], head: nn.Module | None
+        self, model: Any, parts: StemParts, recorders: Sequence[Recorder], head: nn.Module | None
     ) -> None:
         """Find out what the blocks return.
 
         Args:
             model: real weights everywhere but in the blocks, which are stubs of `recorders`.
-            decoder: the part of `model` that turns token ids into hidden states.
+            parts: the models inside `model`.
             recorders: what the stubs of each list of blocks report to.
             head: the output head inside `model`; None when it has none.
 
@@ -148,7 +169,8 @@ class StubStem:
             UnsupportedError: the model cannot be run block by block.
         """
         self._model = model
-        self._decoder = decoder
+        self._decoder = parts.decoder
+        self._text_model = parts.text_model
         self._recorders = recorders
         self._head = head
         self._device = next(p.device for p in model.get_input_embeddings().parameters())
@@ -231,7 +253,7 @@ class StubStem:
     def _run_model(self, hidden: Tensor) -> Tensor:
         """Logits of the model whose last block gives `hidden`."""
         with self._ending_in({len(self._recorders) - 1: (hidden,)}):
-            logits: Tensor = self._model(**{TOKENS: self._blank(hidden)}, use_cache=False).logits
+            logits: Tensor = self._text_model(**{TOKENS: self._blank(hidden)}, use_cache=False).logits
         return logits
 
     def _probe(self, input_ids: Tensor) -> None:

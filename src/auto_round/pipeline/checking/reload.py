@@ -16,6 +16,7 @@ from auto_round.errors import AutoRoundError, CheckpointError
 from auto_round.export.hf_config import read_config
 from auto_round.log import logger
 from auto_round.models.auto_classes import load_model
+from auto_round.models.roles import text_model
 from auto_round.pipeline.machine.memory import available_bytes
 
 CPU = torch.device("cpu")
@@ -105,7 +106,7 @@ def predict_one_token(model: Any, folder: Path) -> None:
     """
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     with torch.no_grad(), _failures(folder):
-        logits = model(input_ids=token, use_cache=False).logits
+        logits = text_model(model)(input_ids=token, use_cache=False).logits
     bad = int((~logits.isfinite()).sum())
     if bad:
         raise CheckpointError(

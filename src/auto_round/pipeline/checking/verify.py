@@ -18,6 +18,7 @@ from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Role
 from auto_round.inference.convert_model import change_backend
 from auto_round.log import logger
+from auto_round.models.roles import text_model
 from auto_round.models.source import ModelSource
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
@@ -218,7 +219,7 @@ def _compare(
     last = len(rows[0]) - 1
     with torch.no_grad():
         inputs = {name: value.to(job.device) for name, value in joined(rows).items()}
-        reloaded = model(**inputs, use_cache=False).logits
+        reloaded = text_model(model)(**inputs, use_cache=False).logits
     step = positions_at_once(tuned.shape[-1])
     for i, row in enumerate(rows):
         for start in range(0, last, step):

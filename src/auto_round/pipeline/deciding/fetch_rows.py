@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,11 +11,13 @@ from auto_round.calibration.registry import Platform
 from auto_round.calibration.rows import CalibrationRows, load_rows
 from auto_round.config.groups import CalibrationOptions
 from auto_round.config.options import Options
-from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.log import logger
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.decide import Decided
 from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer
+from auto_round.schemes.condense import some
+from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
 
 HELD_OUT = 8
@@ -49,7 +52,7 @@ def fetch_rows(opened: Opened, decided: Decided, *, dataset: Any = None, dry: bo
         AutoRoundError: no data.
     """
     options, source, tokenizer = opened.options, opened.source, opened.tokenizer
-    if decided.importance or not _runs_by_blocks(options, decided.tune, source, dataset) or dry:
+    if decided.importance or not _runs_by_blocks(opened, decided, dataset) or dry:
         return Data()
     if tokenizer is None and decided.tune.needs_rows and dataset is None and source.folder is not None:
         tokenizer = load_tokenizer(options, source, required=True)
@@ -88,23 +91,44 @@ def _rows(options: Options, tune: TuneConfig, tokenizer: Any, dataset: Any) -> D
     return Data(rows, count - (min(beside, max(1, count // 8)) if short else beside))
 
 
-def _runs_by_blocks(options: Options, tune: TuneConfig, source: ModelSource, dataset: Any) -> bool:
+def _runs_by_blocks(opened: Opened, decided: Decided, dataset: Any) -> bool:
     """Whether the model can be run on calibration rows, which plain rounding can do without.
 
     Raises:
         UnsupportedError: it cannot, and the rows are needed.
     """
-    needed = tune.needs_rows
+    options, source, needed = opened.options, opened.source, decided.tune.needs_rows
     if not needed and dataset is None and options.calibration.dataset == CalibrationOptions().dataset:
         return True  # nothing is run
     try:
-        source.refuse_untraceable()
+        _refuse_unreached(source, decided.plan, source.refuse_untraceable())
     except UnsupportedError as error:
         if needed:
             raise
         logger.warning("plain rounding without a measurement on the data: %s", error)
         return False
     return True
+
+
+def _refuse_unreached(source: ModelSource, plan: Plan, skipped: Collection[int]) -> None:
+    """Refuse rows that do not reach blocks with layers to quantize.
+
+    Raises:
+        UnsupportedError: there are such blocks.
+    """
+    layers = (layer for layer in source.layers if layer.block in skipped)
+    unreached = [layer.name for layer in layers if plan.scheme_of(layer.name) is not None]
+    if unreached:
+        raise UnsupportedError(
+            "text alone does not run all blocks of this model",
+            [
+                Refusal(
+                    "models",
+                    f"{some(unreached)} are called only where there are images",
+                    "keep them (--ignore_layers), or use plain rounding, which runs no block: --recipe rtn",
+                )
+            ],
+        )
 
 
 def _refuse_unknown_tokens(rows: CalibrationRows, source: ModelSource) -> None:

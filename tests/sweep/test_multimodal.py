@@ -1,0 +1,47 @@
+"""Models that read images or sound, tuned with text: language blocks are packed, the rest is copied."""
+
+from __future__ import annotations
+
+import pytest
+
+from auto_round.checkpoint.reader import Checkpoint
+from sweep.multimodal import known_models, model_config
+from sweep.outcome import advised, save_config, sweep
+
+FORMATS = ("auto_round", "auto_gptq", "auto_awq", "llm_compressor")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made.clear()
+            made[name] = save_config(model_config(name), tmp_path_factory.mktemp("model") / name)
+        return made[name]
+
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("name", known_models())
+def test_tuned_with_text_or_refused_with_advice_that_works(saved, tmp_path, name, fmt):
+    source, out = saved(name), tmp_path / "out"
+    outcome = sweep(source, name, fmt, "tuned", out)
+    if outcome.refused:
+        assert not list(tmp_path.iterdir()), "it was refused after work had begun"
+        other = advised(outcome)
+        assert other is not None, outcome.refused
+        outcome = sweep(source, name, *other, out)
+        assert not outcome.refused, outcome.refused
+    assert outcome.packed
+    assert outcome.verified is not None
+    assert "skipped" not in outcome.verified
+    with Checkpoint.open(source) as before, Checkpoint.open(out) as after:
+        kept = set(before.names) & set(after.names)
+        assert all(before.read(n).equal(after.read(n)) for n in kept)
+        assert any("vision" in n or "visual" in n or "image" in n for n in kept)
+        gone = set(before.names) - kept
+        assert not any(part in n for n in gone for part in ("vision", "visual", "audio", "projector"))

@@ -152,7 +152,7 @@ def build_parser() -> Parser:
 
 
 def _add(section: argparse._ArgumentGroup, setting: Setting) -> None:
-    """Add the flags of one option: the first is shown, its other spellings work unseen."""
+    """Add the flags of one option; `--help` shows the first, its other spellings work too."""
     shown = setting.flags[0]
     if setting.kind != "flag":
         for flag in setting.flags:

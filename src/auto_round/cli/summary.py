@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from auto_round.pipeline.result import Result
 
 MANY_BITS = 4
-"""Runs below are advised to give 4 bits to their worst layers, others 8."""
+"""Runs with fewer bits are advised to give their worst layers 4 bits, others 8."""
 
 
 def summary(result: Result) -> str:
@@ -82,10 +82,10 @@ def _hard_cases(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _far(far: Mapping[str, Any], bits: float) -> str:
-    """Say that a model differs much from its original, and what to do about it.
+    """Say that the quantized model differs much from the original, and what to do about it.
 
     Args:
-        far: what the report says of it.
+        far: `far_from_the_original` of the report's `hard_cases`.
         bits: bits per quantized weight of the run.
     """
     words = f"a KL above {far['bound']} means that the model says other things than the original"

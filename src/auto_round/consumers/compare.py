@@ -51,7 +51,7 @@ def _compare_part(module: Module, part: Matrix, fields: Fields) -> None:
 
 
 def _compare_scales(module: Module, part: Matrix, fields: CompressedFields) -> None:
-    """Tensors of floats that headers tell, but the number of groups does not."""
+    """Check dtype and shape of the scales of floats, which the number of groups does not tell."""
     missing = [name for name in _tensors(fields) if name not in part.stored]
     if missing:
         raise CannotReadError(f"expects {fields} for {module.name}, but finds no {' and no '.join(missing)}")
@@ -64,7 +64,7 @@ def _compare_scales(module: Module, part: Matrix, fields: CompressedFields) -> N
 
 
 def _tensors(fields: CompressedFields) -> Iterator[str]:
-    """Tensors of floats without which readers would compute with whatever lies in memory."""
+    """Check for tensors that readers of floats do not miss, but compute with random memory without."""
     if fields.form == FP8:
         yield _SCALE
         if fields.inputs is not None and not fields.inputs.dynamic:

@@ -16,8 +16,7 @@ class Demands:
     Attributes:
         keys: keys that must be there; a tuple holds spellings of which one is enough.
         values: key -> accepted values, where the key is there.
-        beside: a `quantization_config.json` has to say the same as `config.json`: it is what is read where it
-            lies beside the weights.
+        beside: a `quantization_config.json` must say the same as `config.json`: the engine reads it instead.
     """
 
     keys: tuple[str | tuple[str, ...], ...] = ()

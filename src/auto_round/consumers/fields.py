@@ -46,7 +46,7 @@ class Inputs:
         strategy: `token`, `tensor`, `group`, `tensor_group`, ...
         group_size: numbers that share a step; None where the strategy says it.
         sym: without zero points.
-        dynamic: steps are measured as the model runs, at least those of groups.
+        dynamic: steps are measured as the model runs; with `tensor_group` those of groups only.
     """
 
     bits: int
@@ -65,8 +65,7 @@ class CompressedFields(Fields):
         numbers: `int` or `float`.
         stated: `format` of its config group.
         strategy: what shares a step: `group`, `tensor_group`, `channel`, `tensor`, `block`.
-        form: how its codes are stored: as stated, but for floats as their other fields say, by which engines
-            go.
+        form: how its codes are stored. For floats engines go by the other fields, not by `stated`.
         block: rows and columns of a block.
         inputs: what flows in, where it is rounded.
     """
@@ -127,7 +126,7 @@ Reading = Callable[[Folder, Module], "Fields | None"]
 
 
 class CannotReadError(Exception):
-    """An engine stops with an error at this module; the text says why. Never leaves this package."""
+    """An engine stops with an error at this module; the text says why. Caught inside of `consumers`."""
 
 
 def make_fields(bits: Any, group_size: Any, sym: Any, where: str) -> Fields:

@@ -82,7 +82,7 @@ def needs_whole_groups(module: Module, fields: Fields) -> None:
 
 
 def needs_groups(fields: Fields) -> None:
-    """Raise for one group a row, by which some engines divide."""
+    """Raise for group size -1 (one group a row), since some engines divide by the group size."""
     if fields.group_size <= 0:
         raise CannotReadError(
             f"has no kernel for one group a row of {fields.bits} bits in this order of bytes"
@@ -96,7 +96,7 @@ def needs_four_bits(fields: Fields) -> None:
 
 
 def experts_kernel(module: Module, fields: Fields) -> str:
-    """Marlin where the sizes fit, else the WNA16 kernel, which takes groups of 4 and 8 bits.
+    """Marlin where the sizes fit, else the WNA16 kernel, which takes 4 and 8 bits in groups.
 
     The hidden size is the longer side that all projections share: inputs of gate and up, outputs of down.
     """

@@ -73,7 +73,7 @@ def sglang_floats(module: Module, fields: CompressedFields) -> str:
 
 
 def remarks_on_floats(engine: str, fields: Fields) -> tuple[str, ...]:
-    """What becomes of activations where an engine does not do what the folder says, for people.
+    """Sentences for people where an engine treats activations in another way than the folder says.
 
     Args:
         engine: "vLLM" or "SGLang".
@@ -114,7 +114,7 @@ def _is_nvfp4(inputs: Inputs) -> bool:
 
 
 def _needs_fp8_inputs(module: Module, fields: CompressedFields) -> None:
-    """Raise for activations that FP8 weights have no scheme with."""
+    """Raise where an engine has no scheme for FP8 weights with these activations."""
     inputs = fields.inputs
     if fields.stated not in _AS_THEY_ARE:
         raise CannotReadError(f"has no scheme for {fields} stored as {fields.stated}")

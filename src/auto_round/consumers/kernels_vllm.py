@@ -1,6 +1,6 @@
 """Which kernel vLLM multiplies a module with on one NVIDIA GPU, or why it has none.
 
-Humming, an own package of kernels for 2 to 8 bits, is a requirement of vLLM's CUDA build.
+vLLM's CUDA build requires Humming, a separate package of kernels for 2 to 8 bits.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _whole_numbers(module: Module, fields: CompressedFields) -> str:
 
 
 def _packed_experts(module: Module, fields: Fields) -> str:
-    """Marlin pads the intermediate size here; what it does not take goes to Triton or Humming in groups."""
+    """Kernel of packed experts: Marlin, which pads the intermediate size, else Triton or Humming."""
     hidden, _ = expert_sizes(module, fields)
     if has_marlin(fields) and all(n % 128 == 0 for n in hidden):
         return MARLIN_EXPERTS

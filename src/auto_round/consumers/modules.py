@@ -64,7 +64,7 @@ def _experts(layers: Mapping[str, Matrix]) -> dict[str, str]:
 
 
 def _merged(name: str, layers: Mapping[str, Matrix]) -> tuple[list[str], str]:
-    """The parts of the merged matrix whose first part a layer is, and its name; no parts without one."""
+    """Parts and name of the merged matrix that begins with this layer; no parts where none does."""
     parent, _, last = name.rpartition(".")
     for merged, parts in MERGED:
         present = [part for p in parts if (part := f"{parent}.{p}") in layers]
@@ -74,5 +74,5 @@ def _merged(name: str, layers: Mapping[str, Matrix]) -> tuple[list[str], str]:
 
 
 def _is_layer(matrix: Matrix) -> bool:
-    """Whether an engine has a linear layer for it: everything in blocks, and packed matrices elsewhere."""
+    """Whether an engine builds a linear layer for a matrix: all in blocks, and packed ones elsewhere."""
     return matrix.in_block or matrix.packed or matrix.name.rpartition(".")[2] == LM_HEAD

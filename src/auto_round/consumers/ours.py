@@ -1,4 +1,4 @@
-"""Whether Transformers loads a folder through this package: the question is put to our own reader."""
+"""Whether Transformers loads a folder through this package, as our own reader says."""
 
 from __future__ import annotations
 

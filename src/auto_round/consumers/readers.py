@@ -59,7 +59,7 @@ class AutoRoundReader:
         return self._fields(folder, module.name, inside)
 
     def _common(self, folder: Folder, module: Module, names: Sequence[str], inside: bool) -> Fields | None:
-        """The one scheme of several names; engines compare all numbers, also those of layers in 16 bits."""
+        """The one scheme of several names. Engines compare all fields, of layers in 16 bits too."""
         found = agreed(module, {name: self._fields(folder, name, inside) for name in names})
         values = [self._values(folder, name, inside) for name in names]
         if any(value != values[0] for value in values):
@@ -124,8 +124,8 @@ class GPTQReader:
     `python/sglang/srt/layers/quantization/utils.py`; GPTQModel `gptqmodel/utils/model.py`.
 
     Attributes:
-        lists: keeps layers that `modules_in_block_to_quantize` does not name, or, without that key, those
-            that are not packed on disk.
+        lists: layers that `modules_in_block_to_quantize` does not name are kept; without that key, those that
+            are not packed on disk.
     """
 
     lists: bool

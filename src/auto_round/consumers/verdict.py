@@ -29,7 +29,7 @@ class Verdict:
         loads: whether it loads the folder.
         kernels: kernel -> modules that it multiplies; empty where the engine decides by device.
         reasons: why it does not load.
-        notes: what one has to know or do.
+        notes: what a user has to know or do.
     """
 
     engine: str
@@ -81,7 +81,7 @@ def _judge(folder: Folder, name: str) -> Verdict:
 
 
 def _order_agrees(folder: Folder, engine: Engine) -> bool:
-    """The engine takes the order of bytes from `packing_format`, where there is one."""
+    """Whether a row is for the folder's order of bytes, which `packing_format` names where it is there."""
     packing = folder.quantization.get("packing_format")
     known = [order for order in ("gptq", "awq") if order in str(packing)]
     return not engine.order or packing is None or not known or engine.order in known

@@ -1,10 +1,11 @@
 """The `quantization_config` of the `auto_round` format, as Transformers, vLLM and SGLang read it.
 
-All three look for a layer's exact name in `extra_config` first, then for expressions that find it
-(Transformers and vLLM by `re.search`, SGLang by `re.fullmatch`), then take the fields at the top. They leave
-layers alone whose names do not begin with `block_name_to_quantize`, except those that `extra_config` names.
-vLLM takes an exact entry without `bits` for 16 bits, so every entry has them; it asks for the module of all
-experts of a block and not for single ones, so that gets an entry, too.
+How all three find the settings of a layer: its exact name in `extra_config` first, then expressions that find
+it (Transformers and vLLM by `re.search`, SGLang by `re.fullmatch`), then the fields at the top. Layers whose
+names do not begin with `block_name_to_quantize` are left alone, except those that `extra_config` names.
+
+vLLM reads an exact entry without `bits` as 16 bits, so every entry has `bits`. It asks for the module of all
+experts of a block, not for single experts, so that module gets an entry too.
 
 Source: Transformers 5 `AutoRoundConfig`; vLLM 0.32 `quantization/inc/inc.py`, `inc/config_parser.py`; SGLang
 `quantization/auto_round.py`.
@@ -123,7 +124,7 @@ def _fields(scheme: QuantizationScheme) -> dict[str, Any]:
 
 
 def _with_zero_points(scheme: QuantizationScheme) -> dict[str, Any]:
-    """Fields for the AWQ order of bytes, which always stores zero points; with `sym` true Marlin is left."""
+    """Fields for the AWQ order of bytes, which stores zero points; `sym` true would keep vLLM from Marlin."""
     return {**_fields(scheme), "sym": False}
 
 
@@ -135,9 +136,9 @@ def _prefixes(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> l
 
 
 def _extra_config(plan: Plan, overrides: Mapping[str, Override]) -> dict[str, dict[str, Any]]:
-    """Layers that differ from the top by name, and the user's patterns where all readers agree on them.
+    """Entries of layers that differ from the top, and the user's patterns where all readers agree.
 
-    Names come first in every reader; tools that know no expressions find each layer by them.
+    Names come before patterns in every reader, and serve tools that know no expressions.
     """
     experts = {
         name: overrides[part] for name, part in merged_names(overrides).items() if name.endswith(EXPERTS)
@@ -166,7 +167,7 @@ def _override(
 
 
 def _patterns(plan: Plan, overrides: Mapping[str, Override]) -> Iterator[tuple[str, list[str]]]:
-    """Patterns of the user that find layers of one and the same entry and nothing else, with those layers."""
+    """Patterns of the user whose layers all have one and the same entry, with these layers."""
     for rule in plan.rules:
         if rule.kind is Kind.EXACT:
             continue
@@ -179,7 +180,7 @@ def _patterns(plan: Plan, overrides: Mapping[str, Override]) -> Iterator[tuple[s
 
 
 def _news(facts: TuningFacts) -> dict[str, Any]:
-    """Facts that differ from the defaults; a learning rate of one over the steps is the default too."""
+    """Facts that differ from the defaults; a learning rate of 1/iters is the default too."""
     iters = facts.get("iters", DEFAULT_FACTS["iters"])
     usual = 1 / iters if isinstance(iters, (int, float)) and iters > 0 else None
     kept = {

@@ -1,13 +1,17 @@
 """The `quantization_config` of AWQ folders, as vLLM, SGLang, Transformers, GPTQModel and AutoAWQ read it.
 
-One width and one group size hold for all layers, except those that `modules_to_not_convert` names. Each
-reader matches its entries in another way: vLLM, SGLang and AutoAWQ look for an entry anywhere in a name (of a
-merged matrix SGLang takes its own name, vLLM those of its parts); Transformers takes it as an expression for
-the beginning of the name, or as its end; GPTQModel ignores the list and goes by `dynamic`. Entries are chosen
-so that all agree, and both lists are written.
+One width and one group size hold for all layers, except those that `modules_to_not_convert` names. Readers
+match an entry of that list in different ways:
 
-`zero_point` is true for symmetric weights too: their zero points are stored like any (8 throughout), and
-without it vLLM leaves Marlin for its slow kernels, which know float16 only.
+* vLLM, SGLang and AutoAWQ look for it anywhere in a name; of a merged matrix SGLang takes the matrix's own
+  name, vLLM those of its parts;
+* Transformers takes it as an expression that matches the beginning of the name, or as the name's end;
+* GPTQModel ignores the list and goes by `dynamic`.
+
+Entries are chosen so that all agree, and both lists are written.
+
+`zero_point` is true for symmetric weights too: their zero points are stored like any others (all are 8).
+Without it vLLM would take its slow kernels, which know float16 only, instead of Marlin.
 
 Source: vLLM `quantization/auto_awq.py` (`is_layer_skipped`, `check_marlin_supported`); Transformers 5
 `quantizers_utils.should_convert_module`; AutoAWQ 0.2 `utils/module.py`; GPTQModel 7 `models/loader.py`.
@@ -53,7 +57,7 @@ def awq_config(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> 
 
 
 def not_converted(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> list[str]:
-    """`modules_to_not_convert`: names in a block where no written name contains these, else full names."""
+    """`modules_to_not_convert`: kept layers, by short names that no quantized layer's name contains."""
     says = {layer.name: scheme_of(plan, layer) is None for layer in layers}
     merged = merged_names(says)
     written = [name for layer in layers if not says[layer.name] for name in module_names(layer)]
@@ -71,7 +75,7 @@ def not_converted(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) 
 
 
 def clashes(plan: Plan, layers: Sequence[Layer]) -> list[tuple[str, str]]:
-    """Kept layers whose whole name lies in that of a quantized one, which vLLM would skip too; both names."""
+    """Pairs of a kept and a quantized layer whose name contains the kept one's: vLLM would skip both."""
     written = [layer.name for layer in layers if scheme_of(plan, layer)]
     text = "\n".join(written)
     found = [entry for entry in not_converted(plan, layers, ()) if entry in text]
@@ -79,7 +83,7 @@ def clashes(plan: Plan, layers: Sequence[Layer]) -> list[tuple[str, str]]:
 
 
 def _shortest(name: str, places: Sequence[str], written: str) -> str:
-    """The name without the block's, where no written name (one a line) contains that."""
+    """The name without the block's, where no name in `written` (one a line) contains it."""
     for place in places:
         short = name.removeprefix(place)
         if short != name and short not in written:

@@ -1,9 +1,10 @@
 """The `quantization_config` of the `llm_compressor` format, as compressed-tensors, vLLM and SGLang read it.
 
-A config group holds the numbers of its layers and `targets`: exact names first, then expressions (`re:`,
-found at the beginning of a name), then names of classes. `ignore` beats all of them and is written alike.
-Transformers takes the numbers of experts from the first group, so theirs comes first.
-vLLM asks about the parts of a matrix that it fuses (q/k/v, gate/up) by their own names; it wants one answer.
+A config group holds the settings of its layers (bits, group size and so on), and `targets`, which name them:
+exact names count first, then expressions (`re:...`, matched at the beginning of a name), then names of
+classes. `ignore` has entries of the same kinds and overrules all groups. Transformers takes the settings of
+experts from the first group, so theirs comes first. vLLM asks about the parts of a matrix that it fuses
+(q/k/v, gate/up) by their own names, and refuses different answers.
 
 Source: compressed-tensors 0.20 `quantization/quant_config.py`, `quant_args.py`, `utils/match.py`; vLLM
 `quantization/compressed_tensors/utils.py`.
@@ -42,7 +43,7 @@ _SEVERAL = 2
 
 
 def refuse_numbers(who: str, scheme: QuantizationScheme) -> Refusal | None:
-    """Why compressed-tensors cannot speak of a scheme's weights or inputs; None where it can."""
+    """Why compressed-tensors cannot describe a scheme's weights or inputs; None where it can."""
     named = [("weights", scheme.data_type)]
     if scheme.inputs is not None:
         named.append(("activations", scheme.inputs.data_type))
@@ -104,23 +105,24 @@ def compressed_config(plan: Plan, layers: Sequence[Layer]) -> dict[str, Any] | N
 
 
 def is_joined(layer: Layer) -> bool:
-    """Whether Transformers makes one weight of a layer and others, as it does of experts."""
+    """Whether Transformers joins a layer's weight with others while it loads them: it stacks experts."""
     return layer.expert is not None or layer.rows is not None or layer.role is Role.EXPERT
 
 
 def _unpacked_on_loading(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether Transformers is to unpack weights while it loads them, which it does for one group only.
+    """Whether the configuration tells Transformers to unpack weights while it loads them.
 
-    Otherwise it unpacks them in the first call, and until then layers have no `weight`: models whose code
-    reads it do not load, and adapters find none. Zero points are never unpacked later (5.23 makes no room for
-    packed ones). Where activations are rounded too, unpacking would do without that.
+    That works for one config group only. Otherwise Transformers unpacks weights in the first call, and until
+    then layers have no `weight`: models whose code reads it do not load, and adapters find none. Zero points
+    are never unpacked later (5.23 makes no room for packed ones). Where activations are rounded too, weights
+    are not unpacked, since activations would no longer be rounded then.
     """
     alone = len(groups) == 1 and groups[0]["input_activations"] is None
     return alone or not all(group["weights"]["symmetric"] for group in groups)
 
 
 def group_of(scheme: QuantizationScheme) -> tuple[object, ...]:
-    """What tells config groups apart; the scale's dtype is in the tensors."""
+    """Key of a layer's config group: equal keys, one group. The scale's dtype is no part of it."""
     return (scheme.data_type, scheme.bits, scheme.group_size, scheme.sym, scheme.inputs)
 
 
@@ -153,7 +155,7 @@ def _group(scheme: QuantizationScheme) -> dict[str, Any]:
 
 
 def _more(words: CompressedWords) -> dict[str, Any]:
-    """What only some types say of themselves."""
+    """Fields that only some number types have."""
     found: dict[str, Any] = {}
     if words.block is not None:
         found["block_structure"] = list(words.block)
@@ -169,11 +171,11 @@ Source: `initialize_qparams` in compressed-tensors 0.20, `quantization/lifecycle
 
 
 def input_tensor(scheme: QuantizationScheme, dtype: torch.dtype) -> tuple[str, TensorSpec] | None:
-    """Tensor of the number that calibration fixes for a layer's input: its last name, dtype and shape.
+    """Suffix and spec of the tensor for what calibration fixes of a layer's input; None for nothing.
 
     Args:
         scheme: of the layer.
-        dtype: of the model, in which readers hold steps.
+        dtype: dtype of the model, in which readers hold scales.
     """
     fmt = scheme.activation_format()
     if not isinstance(fmt, CalibratedScale):
@@ -208,7 +210,7 @@ def _inputs(scheme: QuantizationScheme, fields: InputFields) -> dict[str, Any]:
 def _targets(members: Sequence[Layer], *, alone: bool) -> list[str]:
     """Every matrix where there is one group, else the layers by name.
 
-    vLLM's class of the head is no `Linear`, so that its name is given in any case.
+    vLLM's class of the head is not `Linear`, so the head is always named.
     """
     if alone:
         return [*(layer.name for layer in members if layer.role is Role.HEAD), _CLASS]
@@ -216,7 +218,7 @@ def _targets(members: Sequence[Layer], *, alone: bool) -> list[str]:
 
 
 def _ignored(plan: Plan, layers: Sequence[Layer]) -> list[str]:
-    """Kept layers; those that differ in numbers only as one expression, where it finds no quantized layer."""
+    """Kept layers; several names that differ only in numbers become one expression, where that is safe."""
     quantized = [
         n for layer in layers if plan.entries[layer.name].scheme is not None for n in module_names(layer)
     ]
@@ -235,7 +237,7 @@ def _ignored(plan: Plan, layers: Sequence[Layer]) -> list[str]:
 def _pattern(name: str) -> str:
     """Expression for a name and all that differ from it in numbers only.
 
-    What stands before the container of the blocks is left open: vLLM knows some models under other prefixes.
+    The prefix before the list of blocks is left open, since vLLM gives some models other prefixes.
     """
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)

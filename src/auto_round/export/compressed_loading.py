@@ -1,8 +1,8 @@
-"""What Transformers cannot load of a compressed-tensors folder, though the folder is as it should be.
+"""Layers of a correct compressed-tensors folder that Transformers cannot load.
 
-Tensors that it converts (experts that are stacked, convolutions put side by side, matrices that are split) it
-unpacks first, all of a model by the numbers of one config group, and passes nothing on that is not packed.
-Some modules it replaces by others whose tensors have other names.
+Transformers converts some tensors while it loads them: it stacks experts, puts convolutions side by side,
+splits matrices. It unpacks such tensors first, all with the settings of one config group, and loses those
+that are not packed. It also replaces some modules by others whose tensors have other names.
 
 Source: Transformers 5.24 `integrations/compressed_tensors.py`, `quantizers/base.py`; 5.17 does so with
 experts.

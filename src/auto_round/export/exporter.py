@@ -1,4 +1,4 @@
-"""Exporter: what a format's output holds, what its readers cannot do with, and how it is read back."""
+"""Exporter: what an output of a format holds, what its readers refuse, and how it is read back."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ Inputs = Mapping[str, tuple[Tensor, int]]
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """A tensor of an output that no layer gives and that is not copied from the source.
+    """A tensor of an output that belongs to no quantized layer and is no copy from the source.
 
     Attributes:
         values: what is stored, or the rows `[rows, in]` that are rounded first.
-        format: numbers that they are rounded to; None stores them as they are.
+        format: numeric format that the rows are rounded to; None stores the values as they are.
     """
 
     values: Tensor
@@ -51,9 +51,8 @@ class Rest:
 class Exporter(ABC):
     """One output format: a row of `export.table`. Stateless: a method is a function of its arguments.
 
-    A format of a folder of safetensors gives `spec`, `encode`, `config`, and what its readers refuse; all
-    else has a default. A format that decides on more (its own plan, a file of its own kind) replaces the
-    defaults that it needs.
+    A format that is a folder of safetensors defines `spec`, `encode`, `config` and `refusals`; all else has a
+    default. A format with a plan or a kind of file of its own overrides more.
 
     Attributes:
         name: name on the command line, for example `auto_round`.
@@ -102,7 +101,7 @@ class Exporter(ABC):
         return None
 
     def needs_tokenizer(self, options: Options) -> bool:
-        """Whether the output holds the tokenizer's words, so that there has to be one."""
+        """Whether the output holds the vocabulary, so that a tokenizer is needed."""
         return False
 
     def check(self, options: Options, output: Path, *, calibrated: bool) -> None:
@@ -128,7 +127,8 @@ class Exporter(ABC):
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> Exporter:
         """The exporter to use for this plan: where a format has variants, the one that fits.
 
-        Everything below but `refusals`, `unloadable`, `warnings` and `kept` is asked of the result.
+        `refusals`, `unloadable`, `warnings` and `kept` may be asked before; all other methods below are asked
+        of the result.
         """
         return self
 
@@ -147,12 +147,12 @@ class Exporter(ABC):
     def holds_activation(self, fmt: InputFormat) -> bool:
         """Whether a plan may round what flows into layers to this format.
 
-        Either the output says so to its readers, or it holds nothing but weights anyway.
+        True where the output tells its readers to do so, or where it holds weights only and promises nothing.
         """
         return False
 
     def kept(self, layer: Layer) -> str:
-        """Why a layer has to stay as it is for this format's readers; empty where it has not."""
+        """Why this format's readers need a layer unquantized; empty where they do not."""
         return ""
 
     # What is written.
@@ -195,7 +195,7 @@ class Exporter(ABC):
         return make_manifest(parts, layers, tensors, bias_dtype=self.float_dtype)
 
     def encode_plain(self, source: str, value: Tensor) -> Mapping[str, Tensor]:
-        """Stored tensors of one that is not quantized, by its name and value in the source."""
+        """What is stored of a tensor that is not quantized, from its name and value in the source."""
         return {source: value}
 
     def rest(self, name: str, read: Callable[[str], Tensor]) -> Rest:
@@ -213,14 +213,14 @@ class Exporter(ABC):
 
     @property
     def embedding(self) -> tuple[str, str] | None:
-        """The token embedding where this format rounds it: its name in the manifest, and in the source.
+        """Names of the token embedding in the manifest and in the source, where this format rounds it.
 
-        The model is run with what it came to. None where it is kept.
+        The model is then run with the rounded embedding. None where it is kept.
         """
         return None
 
     def decode_rest(self, name: str, stored: Tensor) -> Tensor:
-        """What a rounded tensor of the rest comes to, float32 `[rows, in]`."""
+        """Dequantized values of a stored tensor that `encode_rest` gave, float32 `[rows, in]`."""
         raise InternalError(f"{self.name} rounds no tensors outside of layers")
 
     def save_inputs(self, options: Options, inputs: Inputs, output: Path, folder: Path) -> None:
@@ -261,7 +261,7 @@ class Exporter(ABC):
             yield checkpoint.read
 
     def verify(self, folder: Path, run: Finished) -> dict[str, Any]:
-        """Reload the output as its users would, and compare it with the tuned model; what was found.
+        """Reload the output as its users would, and compare it with the tuned model; returns the figures.
 
         Raises:
             CheckpointError: it does not load, or is not what was tuned.

@@ -1,7 +1,8 @@
 """The `quantization_config` of GPTQ folders, as GPTQModel, vLLM, SGLang and Transformers read it.
 
-How the readers find what a layer is (sources: GPTQModel 7 `quantization/config.py`, `models/loader.py`; vLLM
-`quantization/auto_gptq.py`, `utils/gptq_utils.py`; optimum, which Transformers calls, `gptq/quantizer.py`):
+How the readers find the settings of a layer (sources: GPTQModel 7 `quantization/config.py`,
+`models/loader.py`; vLLM `quantization/auto_gptq.py`, `utils/gptq_utils.py`; optimum, which Transformers
+calls, `gptq/quantizer.py`):
 
 * the fields at the top hold for every linear layer of the blocks, and for the head when `lm_head` is true;
 * `dynamic` changes that: the first expression that matches from the start of a name (`re.match`) decides,
@@ -9,7 +10,7 @@ How the readers find what a layer is (sources: GPTQModel 7 `quantization/config.
 * `modules_in_block_to_quantize` lists the layers that are quantized: optimum compares ends of names, vLLM
   looks for entries in names and, without a list, takes those of all packed tensors.
 
-All of them read `config.json`, the older ones when there is no `quantize_config.json`: none is written.
+All of them read `config.json`; older ones only where there is no `quantize_config.json`, so none is written.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def output_config(
         quantization_config: of the output; None for a folder that looks unquantized.
         untied: the head has been given tensors of its own.
         dtype: in which readers of this folder should compute; None for the source's. Loaders cast the other
-            tensors to it. Where it is float16, models that do not survive that keep their own.
+            tensors to it. Models whose activations overflow in float16 keep their own dtype instead.
     """
     config = {key: value for key, value in source.items() if key != "quantization_config"}
     if untied:

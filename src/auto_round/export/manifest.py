@@ -21,8 +21,8 @@ class Manifest:
 
     Attributes:
         specs: name of each output tensor -> dtype and shape, in the order of the source.
-        copied: names of the source's tensors that are taken over: byte for byte, but for biases of quantized
-            layers, which get the dtype of their spec.
+        copied: names of the source's tensors that are copied byte for byte; only biases of quantized layers
+            are cast, to the dtype of their spec.
         encoded: name of each quantized layer -> names of the tensors that stand for it.
     """
 
@@ -80,7 +80,7 @@ def make_manifest(
 
 
 def _is_tied(layer: Layer) -> bool:
-    """A head whose weight on disk is another layer's (the embedding): that one stays."""
+    """Whether a head shares its tensor on disk with the embedding, which stays."""
     return layer.role is Role.HEAD and layer.tensor != f"{layer.name}.weight"
 
 

@@ -71,7 +71,7 @@ def gather_refusals(
 
 
 def refuse_unloadable(who: str, layer: Layer, fmt: Format, layout: Layout) -> Refusal | None:
-    """Why no loader of packed whole numbers reads a layer, or its layout cannot hold it; None if neither.
+    """Why no loader of packed whole numbers reads a layer, or its layout cannot hold it; None if all is well.
 
     Args:
         who: name of the output format.

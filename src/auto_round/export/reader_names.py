@@ -27,7 +27,7 @@ EXPERTS = ("experts", "experts.routed_experts")
 
 
 def module_names(layer: Layer) -> tuple[str, ...]:
-    """Name on disk and, where the layer is a module of its own with another path, that path."""
+    """Name on disk, and the path of the layer's module where that differs."""
     path = layer.parameter.removesuffix(".weight")
     if layer.expert is not None or layer.rows is not None or path == layer.parameter:
         return (layer.name,)
@@ -35,7 +35,7 @@ def module_names(layer: Layer) -> tuple[str, ...]:
 
 
 def merged_names(says: Mapping[str, object]) -> dict[str, str]:
-    """Name of each merged matrix of whose parts the same is said -> one of its parts.
+    """Merged matrix -> one of its parts; only those for whose parts the configuration says the same.
 
     Args:
         says: name of every layer -> what the configuration says of it; compared by equality.

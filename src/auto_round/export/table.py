@@ -60,7 +60,7 @@ def plans_alone(name: str) -> bool:
 
 
 def takes_any_plan(name: str) -> bool:
-    """Whether a format may be written in the run of one that plans for itself."""
+    """Whether a format takes any plan, so that it may be written beside a format that plans for itself."""
     return name in EXPORTERS and EXPORTERS[name].any_plan
 
 

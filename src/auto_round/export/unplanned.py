@@ -1,8 +1,8 @@
 """Matrices of a checkpoint that no plan knows: routers and experts that are bare parameters, further blocks.
 
-Readers build linear layers for them all the same: vLLM's Qwen3-MoE asks the configuration whether `mlp.gate`
-is quantized, and layers for multi-token prediction lie beside the blocks. So configurations have to say that
-they are kept.
+Readers may build linear layers for them, and ask the configuration about each: vLLM's Qwen3-MoE asks whether
+`mlp.gate` is quantized, and layers for multi-token prediction lie beside the blocks. So configurations must
+say that they are kept.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class _Dissection:
                 yield from self._matrices(f"{full}.weight", index, role)
 
     def _bare(self, module: nn.Module, path: str, index: int) -> Iterator[Layer]:
-        """Parameters of a module that is no linear layer: fused experts, or something to keep."""
+        """Own parameters of a module that is not a linear layer: fused experts, or weights to be kept."""
         for name, transposed in fused_experts(module).items():
             if transposed:
                 self._refuse(f"{path}.{name}", "its experts are stored transposed")
@@ -174,7 +174,7 @@ class _Dissection:
     def _disk_prefix(self, path: str) -> str:
         """Beginning of most of a block's names on disk, up to the block's number.
 
-        Some may lie elsewhere, as queries of all blocks that are kept side by side.
+        A few may lie elsewhere: some checkpoints keep the queries of all blocks side by side in one tensor.
         """
         number = path.rpartition(".")[2]
         recipes = (r for target, r in self._names.by_target.items() if target.startswith(f"{path}."))
@@ -188,6 +188,6 @@ class _Dissection:
 
 
 def _up_to(number: str, name: str) -> Iterator[str]:
-    """Beginnings of a name that end with a number as a component."""
+    """Beginnings of a dotted name that end with a number: `a.0` and `a.0.b.1` of `a.0.b.1.c`."""
     parts = name.split(".")
     yield from (".".join(parts[: i + 1]) for i, part in enumerate(parts) if part == number)

@@ -110,7 +110,7 @@ class AssembledSource(ABC):
 
     @cached_property
     def tied_head(self) -> bool:
-        """See `ModelSource`; the whole model is walked through for it, and 20,000 layers may ask."""
+        """See `ModelSource`. Kept once found: it is a walk through the whole model, and every layer asks."""
         head = find_head(self._parts.model)
         pairs = self._parts.tied.items()
         return head is not None and any(f"{head}.weight" in pair for pair in pairs)
@@ -244,7 +244,7 @@ class AssembledSource(ABC):
     ) -> tuple[nn.Module, list[Recorder]]:
         """A copy of the model with stubs for blocks and nothing in place of what else is left out.
 
-        With it what the stubs of each list report to.
+        Returns it with the recorders to which the stubs report, one for each list of blocks.
         """
         model = self._parts.model
         recorders = [Recorder([block.flow for block in blocks]) for blocks in self.block_lists]
@@ -260,7 +260,8 @@ class AssembledSource(ABC):
     ) -> dict[str, Tensor]:
         """Values of module tensors by full name, in their dtypes and on the device.
 
-        Tied tensors are fetched once. Names that no checkpoint holds are left out: the skeleton has them.
+        Tied tensors are fetched once. Tensors that no checkpoint holds (derived buffers) are left out: the
+        skeleton has their values.
         """
         dtypes = self._dtypes_for(self._parts.dtype if dtype is None else dtype)
         made: dict[str, Tensor] = {}

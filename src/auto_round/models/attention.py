@@ -50,7 +50,7 @@ class _CausalAttention(torch.autograd.Function):
         rows, repeats, length, width = q.shape
         size = length // BANDS
         dq, dk, dv = torch.empty_like(q), k, v
-        for i in reversed(range(BANDS)):  # the last band reaches every key: it writes, the others add
+        for i in reversed(range(BANDS)):  # the last band writes all gradients, others add
             p, band, end = kept[i], slice(i * size, (i + 1) * size), (i + 1) * size
             g = grad[:, :, band].reshape(rows, repeats * size, v.shape[-1])
             stacked = q[:, :, band].reshape(rows, repeats * size, width)
@@ -139,8 +139,8 @@ def _attend(
 def install(model: Any) -> None:
     """Let a model that would take PyTorch's attention take this one.
 
-    Models that ask for the name "sdpa" in their own code, as those with sparse attention do, would compute
-    something else under another name: they stay as they are.
+    Some models (those with sparse attention) ask in their own code whether their attention is called "sdpa",
+    and compute something else if it is not. They keep PyTorch's.
     """
     if model.config._attn_implementation == "sdpa" and not compares(model, "_attn_implementation", "sdpa"):
         model.set_attn_implementation(register())

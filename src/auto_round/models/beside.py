@@ -1,9 +1,11 @@
-"""What reaches a block, or the end of a model, beside what its blocks hand on: it must not come from a block.
+"""Finds models that read results of earlier blocks beside what flows from block to block.
 
-The stubs of a trace compute nothing. So whatever else depends on what blocks hand on would be as the stubs
-left it: a stack of the states of all blocks so far, choices of tokens, a list that blocks fill. It is found
-twice, because each way alone misses some: by gradients, which know what was computed from what even where
-weights are zero, and by handing on other numbers, which also change what has no gradient.
+Blocks are tuned one by one, with the arguments that a trace found. The stubs of that trace compute nothing,
+so an argument that depends on the output of earlier blocks would hold what the stubs left there: a stack of
+the states of all blocks so far, choices of tokens, a list that blocks fill. Such models are refused.
+
+Two searches look for it, because each misses something. Gradients know what was computed from what, even
+where weights are zero. Handing on other numbers also changes values that have no gradient, such as indices.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from auto_round.facts.flow import BlockCall, States
 _DEEPEST = 4
 """How far arguments are walked through: a mapping of lists of pairs in an object."""
 _ROUNDINGS = 8
-"""Steps of the dtype by which an addend may differ after it was added and taken away again."""
+"""Rounding steps by which an addend may differ after it was added and subtracted again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,10 @@ def untraceable(reason: str) -> UnsupportedError:
 
 
 class Marks:
-    """Numbers that stubs hand on in place of what they were given; gradients lead back to them."""
+    """Random numbers that stubs hand on in place of what they were given; gradients lead back to them."""
 
     def __init__(self, seed: int) -> None:
-        """Start anew; other seeds give other numbers."""
+        """Begin the sequence of numbers that belongs to a seed."""
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, states: States) -> States:
@@ -91,14 +93,14 @@ def gradients_from(module: nn.Module) -> Iterator[None]:
 
 
 def check_calls(first: Sequence[Passed], second: Sequence[Passed]) -> None:
-    """Refuse what changes when stubs hand on other numbers.
+    """Refuse a model whose blocks get other arguments when the stubs hand on other numbers.
 
     Args:
         first: calls of the stubs of one list, in order, while they handed on `Marks`.
         second: the same with other numbers.
 
     Raises:
-        UnsupportedError: blocks are given more of earlier blocks than what flows.
+        UnsupportedError: an argument of a block depends on earlier blocks.
     """
     if [passed.index for passed in first] != [passed.index for passed in second]:
         raise untraceable("which of its blocks run depends on what the blocks before them give")
@@ -127,14 +129,14 @@ def check_end(first: Tensor, second: Tensor) -> None:
         second: the same for other tokens and other numbers; the last block handed on the same.
 
     Raises:
-        UnsupportedError: one depends on more than the last block.
+        UnsupportedError: what comes out depends on more than the output of the last block.
     """
     if _depends(first, second):
         raise untraceable("behind its last block the model reads more than what that block hands on")
 
 
 def check_no_containers(calls: Sequence[BlockCall | None]) -> None:
-    """Refuse containers that blocks fill for later blocks: those without content, handed to several blocks.
+    """Refuse empty containers that are handed to several blocks: blocks fill them for later blocks.
 
     Raises:
         UnsupportedError: there is one.
@@ -158,14 +160,14 @@ def _waits_for_content(part: Any) -> bool:
 
 
 def arguments(call: BlockCall, parameters: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Names and values of what a block is called with; names of positions where `parameters` has some."""
+    """Names and values of what a block is called with; positional ones get their names from `parameters`."""
     for position, value in enumerate(call.args):
         yield parameters[position] if position < len(parameters) else f"argument {position}", value
     yield from call.kwargs.items()
 
 
 def walk(value: Any, deepest: int = _DEEPEST) -> Iterator[Any]:
-    """A value and what it holds, modules and what can be called left out."""
+    """A value and everything inside of it, without modules and functions."""
     yield value
     if deepest:
         for part in _parts(value):
@@ -183,7 +185,7 @@ def _parts(value: Any) -> Sequence[Any]:
 
 
 def _depends(one: Any, other: Any) -> bool:
-    """Whether gradients lead anywhere from one of two values, or its tensors and numbers differ."""
+    """Whether one of two values has gradients to the marks, or their tensors or numbers differ."""
     ones, others = ([part for part in walk(value) if _counts(part)] for value in (one, other))
     if len(ones) != len(others) or any(isinstance(part, Tensor) and part.requires_grad for part in ones):
         return True
@@ -203,7 +205,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _same_addend(received: Tensor, handed: Tensor, received_then: Tensor, handed_then: Tensor) -> bool:
-    """Whether the same was added to both."""
+    """Whether the same number was added to both marks (a model may add a constant between blocks)."""
     if torch.equal(received, handed) and torch.equal(received_then, handed_then):
         return True
     one, other = received.float() - handed.float(), received_then.float() - handed_then.float()

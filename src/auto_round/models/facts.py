@@ -44,7 +44,7 @@ def expert_counts(config: Any) -> frozenset[int]:
 
 
 def shares_no_caches(config: Any) -> bool:
-    """Whether a family whose last blocks may read the caches of earlier ones has none that do."""
+    """True where no block reads the key-value cache of another, in a family whose last blocks may."""
     return bool(text_config(config).to_dict().get(_SHARED_CACHES) == 0)
 
 

@@ -1,4 +1,4 @@
-"""What the modules of a family do not say of themselves: rows for those that are no list of plain blocks."""
+"""Tables for families whose blocks are not one plain list: what their modules do not say of themselves."""
 
 from __future__ import annotations
 

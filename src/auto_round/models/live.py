@@ -54,7 +54,7 @@ class LiveSource(AssembledSource):
         return
 
     def read_tensor(self, name: str) -> Tensor:
-        """Any tensor of `tensors`, as it would be on disk."""
+        """Any tensor of `tensors`, in the name and shape that it would have on disk."""
         recipe = self._recipes[name]
         layer = self._places.get(name)
         if recipe.converter is None or layer is None:

@@ -32,7 +32,7 @@ def real_copy(
     memo: dict[int, object] = dict(replaced)
     for owner in module.modules():
         if id(owner) in replaced:
-            memo.update({id(t): t for t in [*owner.parameters(), *owner.buffers()]})  # never copied
+            memo.update({id(t): t for t in [*owner.parameters(), *owner.buffers()]})  # not copied
         # Configurations are shared by all modules of a model and are only read.
         config = owner.__dict__.get("config")
         if config is not None:

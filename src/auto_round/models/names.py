@@ -82,7 +82,7 @@ class NameMap:
 
     @property
     def parameters(self) -> dict[str, str]:
-        """Tensor on disk -> parameter of the module tree, where the one is the other."""
+        """Tensor on disk -> parameter of the module tree, where both are the same matrix."""
         return {r.pieces[0].name: r.targets[0] for r in self.recipes if len(r.pieces) == len(r.targets) == 1}
 
 
@@ -149,7 +149,10 @@ def _collect(model: Any, wanted: Mapping[str, Tensor], disk: Iterable[str]) -> t
 def _finished(
     draft: Recipe, model: Any, wanted: Mapping[str, Tensor], disk: Mapping[str, TensorSpec]
 ) -> Recipe:
-    """The draft with its real targets, after a rehearsal without data that also checks the shapes."""
+    """The draft with its real targets, found by running the converter on tensors without data.
+
+    That checks the shapes too.
+    """
     names = [piece.name for piece in draft.pieces]
     shown = f'"{names[0]}"' + (f" and {len(names) - 1} more" if len(names) > 1 else "")
     shape = wanted[draft.key].shape
@@ -178,7 +181,7 @@ def _finished(
 
 
 def _gaps(names: list[str], count: int) -> list[str]:
-    """Names that are lacking among those that differ in one number, which should go from 0 to `count`."""
+    """Missing names in a numbered sequence `0 ... count - 1`."""
     numbers: dict[tuple[str, str], set[int]] = {}
     for name in names:
         found = _NUMBERED.fullmatch(name)

@@ -1,8 +1,9 @@
 """Linear layers whose weights other code reads: found in the source of a model's classes.
 
-A layer whose weight is multiplied elsewhere, or changed in place, cannot be replaced by packed codes: nobody
-would call it, or the change would be lost. Of others only the dtype is asked, or they are initialized by
-name: our loader answers for their `weight`, not every loader does.
+Some code multiplies by `layer.weight` instead of calling the layer, or changes the weight in place. Such a
+layer cannot be replaced by packed codes: nobody would call it, or the change would be lost. Other code only
+asks for the dtype of a weight, or initializes it by its name. Our loader answers for the `weight` of these
+layers; not every loader does.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Read:
 
 
 def read_elsewhere(model: nn.Module) -> dict[str, str]:
-    """Module paths whose `weight` other code needs as it is -> why."""
+    """Module path -> why other code needs the `weight` of that module as it is."""
     found: dict[str, str] = {}
     paths = [path for path, _ in model.named_modules()]
     for path, module in model.named_modules():
@@ -120,7 +121,7 @@ def _is_fact(node: ast.AST, above: dict[ast.AST, ast.AST]) -> bool:
 
 
 def _in_branch(node: ast.AST, above: dict[ast.AST, ast.AST]) -> bool:
-    """Whether an expression lies below an `if`: ways of computing that hardly any model takes."""
+    """Whether an expression lies below an `if`: such branches are for special cases that few models take."""
     at: ast.AST | None = node
     while at is not None and not isinstance(at, ast.If):
         at = above.get(at)

@@ -1,8 +1,8 @@
-"""Each block run once without weights: whether it leaves anything behind for the blocks after it.
+"""Runs each block once without weights, to find out whether it leaves anything behind for later blocks.
 
-A block is computed alone, from a fresh copy, with the arguments that the trace found. What it leaves in its
-arguments, in modules or objects that it shares with other blocks, in attributes that others ask for, or in
-names of its source file would be lost, or be older than it should be.
+While tuning, a block is computed alone, from a fresh copy, with the arguments that the trace found. A block
+may leave results in its arguments, in modules or objects that it shares with other blocks, in attributes that
+others ask for, or in global names of its source file. These would be lost, or be stale.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _WANTS_WEIGHTS = (
     ArithmeticError,
     ImportError,
 )
-"""What a block may raise that cannot do with zeros, or with memory that all numbers of a weight share."""
+"""What a block may raise that cannot run with zeros, or with weights that are one number in memory."""
 _PLAIN = (dict, list, defaultdict, OrderedDict)
-"""Containers that only hold: others may make what they are asked for."""
+"""Containers that only hold values; others may make an entry when they are asked for it."""
 
 
 class WeightlessProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Products with zeros that take no memory are zero, and need not be computed."""
+    """Weights are zeros that take no memory; products with them are zero and are not computed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operator's result."""
@@ -92,7 +92,7 @@ class _Holder:
         where: what it is, for people.
         holder: mapping, list, tensor, class or other object.
         held: its content, kept alive.
-        any_change: whether everything new counts, or only tensors.
+        any_change: everything new counts as state, not tensors only.
         read: names that others ask for; None where they may ask for all.
     """
 
@@ -103,7 +103,7 @@ class _Holder:
     read: frozenset[str] | None = None
 
     def new(self) -> dict[Any, Any]:
-        """Content that was not there before, or was something else."""
+        """Content that is not what it was before the call."""
         now = {k: v for k, v in _content(self.holder).items() if self.read is None or k in self.read}
         return {k: v for k, v in now.items() if k not in self.held or not _same(self.held[k], v)}
 
@@ -153,7 +153,7 @@ def refuse_left_state(model: Any, parts: Iterable[RehearsedBlock], calls: Sequen
 
 
 def _left_behind(part: RehearsedBlock, holders: Sequence[_Holder]) -> str | None:
-    """Where a block leaves what was computed from what flows, or is made anew each time."""
+    """Where a block leaves tensors that depend on its input, or that it makes anew in each call."""
     found: list[list[dict[Any, Any]]] = []
     for seed in range(2):
         args, kwargs = part.call.given(Marks(seed)(part.states))
@@ -171,7 +171,7 @@ def _left_behind(part: RehearsedBlock, holders: Sequence[_Holder]) -> str | None
 
 
 def _is_state(first: Any, second: Any) -> bool:
-    """Whether tensors come from what flows, or are made anew each time; tables that are kept are neither."""
+    """Whether tensors depend on the input or are new in each call; tables made once and kept are neither."""
     before, after = ([t for t in walk(value) if isinstance(t, Tensor)] for value in (first, second))
     replaced = len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True))
     return any(t.requires_grad for t in after) or (bool(after) and replaced)
@@ -185,7 +185,7 @@ def _in_arguments(part: RehearsedBlock, shared: frozenset[int]) -> Iterator[_Hol
 
 
 def _in_modules(part: RehearsedBlock, owners: Mapping[int, int], asked: frozenset[str]) -> Iterator[_Holder]:
-    """Attributes of the block's modules, and what hangs on them."""
+    """Attributes of the block's modules, and of the objects in these attributes."""
     for path, module in part.real.named_modules():
         original = part.skeleton.get_submodule(path)
         read = None if owners[id(original)] > 1 else asked
@@ -212,7 +212,7 @@ def _in_files(kinds: Collection[Any]) -> Iterator[_Holder]:
 
 
 def _owners(model: nn.Module) -> Counter[int]:
-    """`id` of each module, and of what modules hold that may change -> how many modules hold it."""
+    """`id` of each module, and of each changeable object that modules hold -> how many modules hold it."""
     held: Counter[int] = Counter()
     for module in model.modules():
         held.update(id(child) for child in module.children())

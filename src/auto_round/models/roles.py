@@ -1,4 +1,4 @@
-"""Which modules are blocks, and what each linear layer does, asked from the model itself."""
+"""Which modules are blocks, and the role of each linear layer, as the modules themselves show it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def is_linear(module: nn.Module) -> bool:
     """True for layers that are a plain matrix product (and an optional bias) by a weight `[out, in]`.
 
-    A subclass may multiply in its own way, as grouped projections do: it is tried on a few numbers.
+    A subclass may compute something else (grouped projections do), so it is tried on a few numbers.
     """
     if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
         return False

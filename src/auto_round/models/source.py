@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 Edits = tuple[Tensor | None, ...]
-"""What a model adds to each of the `States` before a block, after the block before it; None where nothing."""
+"""What a model adds to each of the `States` between two blocks; None where it adds nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class ModelSource(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, str]:
-        """Tensor on disk -> parameter of the module tree, where the one is the other."""
+        """Tensor on disk -> parameter of the module tree, where both are the same matrix."""
         ...
 
     @property
@@ -147,7 +147,7 @@ class ModelSource(Protocol):
     ) -> AbstractContextManager[nn.Module]:
         """Block `index` with its weights: evaluation mode, no gradients.
 
-        On exit the memory of every weight is freed, also of those that are still referred to: clone what is
+        On exit the memory of every weight is freed, even if somebody still holds the tensor: clone what is
         to be kept.
 
         Args:
@@ -190,7 +190,7 @@ class ModelSource(Protocol):
             Indices of blocks that are not run for text alone, as those that read images only.
 
         Raises:
-            UnsupportedError: it cannot; says why.
+            UnsupportedError: it cannot be run block by block, with the reason.
         """
         ...
 

@@ -1,9 +1,9 @@
 """Stub trace: run a model whose blocks only note what they are given, so no block is computed.
 
-The stem is the model with every block replaced by a stub that hands on its own input. One run of it yields
-what each block would receive besides what flows (masks, rotary embeddings, per-layer inputs), and what the
-model adds between blocks. With the last stub returning given hidden states instead, the same run computes
-everything after the blocks.
+The stem is the model with every block replaced by a stub, which returns its input. One run of it shows what
+each block receives besides the hidden states (masks, rotary embeddings, per-layer inputs), and what the model
+adds between blocks. When the last stub returns given hidden states instead, the same run computes everything
+after the blocks.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Recorder:
 
     Attributes:
         returns_tuple: whether stubs wrap one tensor in a tuple, as their blocks do.
-        ends: what the last stub hands on; None in place of a tensor that it was given, and hands on as it is.
-        marks: what all stubs hand on in place of what they are given; None for that itself.
+        ends: what the last stub hands on; None for a tensor that it hands on as it got it.
+        marks: what all stubs hand on instead of their input; None for the input itself.
     """
 
     def __init__(self, flows: Sequence[Flow]) -> None:
@@ -94,7 +94,7 @@ class Recorder:
         return output if self.returns_tuple or len(output) > 1 else output[0]
 
     def trace(self) -> Trace:
-        """What was seen since `start`.
+        """What the stubs saw since `start`.
 
         Raises:
             UnsupportedError: blocks ran in another order than they stand in, or hand on hidden state.

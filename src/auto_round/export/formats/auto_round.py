@@ -63,11 +63,11 @@ class AutoRoundFormat(OneLayout):
         return gather_refusals(plan, layers, refuse)
 
     def holds_activation(self, fmt: InputFormat) -> bool:
-        """Floating numbers whose scales are measured as the model runs."""
+        """True for floating numbers whose scales are measured as the model runs."""
         return isinstance(fmt, MeasuredScales)
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
-        """Who reads zero points that are stored minus one."""
+        """Readers that take zero points stored minus one for something else."""
         form = self.for_plan(plan, layers)
         if form._layout() is not GPTQ_V1:
             return []

@@ -33,11 +33,11 @@ class FakeFormat(Exporter):
     any_plan: ClassVar[bool] = True
 
     def holds_activation(self, fmt: InputFormat) -> bool:
-        """Any: the folder holds nothing but weights, and a warning says so."""
+        """True for all: the folder holds weights only, and a warning says that it tells nothing of inputs."""
         return True
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
-        """That nothing says how activations are quantized, where they are."""
+        """Says that the folder does not tell how activations are quantized, where they are."""
         if not any(plan.activation_of(name) for name in plan.quantized):
             return []
         return [f"{self.name}: the folder holds rounded weights, and leaves activations alone"]

@@ -42,7 +42,7 @@ class GPTQFormat(OneLayout):
         return gather_refusals(plan, layers, self._refusal)
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
-        """What readers of GPTQ folders make of asymmetric weights and of several schemes."""
+        """Readers of GPTQ folders that cannot do with asymmetric weights, or with several schemes."""
         written = quantized_layers(plan, layers)
         notes = []
         asymmetric = [layer.name for layer, fmt in written if not is_symmetric(fmt)]

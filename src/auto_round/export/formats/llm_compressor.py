@@ -97,7 +97,7 @@ class LLMCompressorFormat(Exporter):
         return True
 
     def kept(self, layer: Layer) -> str:
-        """Layers whose weight other code asks for: compressed-tensors gives them none until they have run."""
+        """Layers whose `weight` other code asks for: compressed-tensors makes it in their first call."""
         return _ASKED if layer.asked else ""
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
@@ -107,9 +107,8 @@ class LLMCompressorFormat(Exporter):
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """`<layer>.weight_packed` or `<layer>.weight`, `<layer>.weight_scale` and what belongs to them.
 
-        Steps lie in the layer's dtype, which holds theirs exactly: compressed-tensors
-        multiplies in the dtype of the scale, and products in float16 would round the weights of a float32
-        model twice.
+        Scales are stored in the layer's dtype, which holds them exactly. compressed-tensors multiplies in the
+        dtype of the scale, so float16 scales would round the weights of a float32 model twice.
         """
         found = dict(self._layout(layer).spec(fmt, layer.shape))
         if _has_steps(fmt):
@@ -158,7 +157,7 @@ class LLMCompressorFormat(Exporter):
 
 
 def _refuse_dtype(who: str, layer: Layer, fmt: Format) -> Refusal | None:
-    """Why loaders would compute with other numbers than were tuned, or in another dtype than the model's."""
+    """Why loaders would use other scales than were tuned, or compute in another dtype than the model's."""
     own = str(layer.dtype).removeprefix("torch.")
     if not _has_steps(fmt):
         if layer.dtype is torch.bfloat16:
@@ -180,7 +179,7 @@ def _refuse_dtype(who: str, layer: Layer, fmt: Format) -> Refusal | None:
 
 
 def _has_steps(fmt: Format) -> bool:
-    """Whether scales are steps, rather than codes of a byte."""
+    """Whether scales are stored as floats of 16 or 32 bits, not as codes of one byte."""
     return "step" in fmt.rule.stored
 
 

@@ -1,4 +1,4 @@
-"""A GGUF file with everything decided: its bytes before the tensors, and what is written at once."""
+"""A GGUF file with everything decided: the bytes before its tensors, and the parts in which it is written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PLAIN: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16,
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is written at once: a tensor of the file, or the rows of it that one source tensor gives.
+    """What is written in one go: a tensor of the file, or the rows of it that come from one source tensor.
 
     Attributes:
         tensor: tensor of the file.

@@ -33,8 +33,8 @@ def plan_gguf(
 ) -> tuple[Plan, dict[str, str]]:
     """Types of all tensors, and the plan of all layers.
 
-    The mixture decides where the user does not; it counts as if the user's tensors were its own, so that a
-    rule for one layer changes nothing else.
+    The mixture decides where the user does not. Some of its rules count tensors ("the first eighth"); the
+    user's tensors are counted too, so that a rule for one layer changes no other.
 
     Args:
         source: the model.
@@ -142,7 +142,7 @@ def _fixed(base: Plan, source: ModelSource, places: _Places) -> dict[str, str]:
 
 
 def _may_choose(tensor: GgufTensor, layer: Layer, entry: PlanEntry) -> bool:
-    """Whether the user has a choice; tensors that llama.cpp reads in 32 bits only leave none."""
+    """Whether the user may choose the type of a tensor; llama.cpp reads some in 32 bits only."""
     if is_quantizable(_shape(tensor)):
         return True
     if entry.scheme is not None:

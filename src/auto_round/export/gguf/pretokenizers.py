@@ -1,8 +1,9 @@
 """Names that llama.cpp gives to ways of cutting text into words before byte-level BPE.
 
-Two ways lead to a name. The first is llama.cpp's own: a text of everything that is cut differently somewhere
-is encoded, and the hash of its tokens is looked up; it knows a vocabulary only when llama.cpp has seen it.
-The second looks at the rules in the tokenizer itself, so that new vocabularies with known rules work too.
+Two ways lead to a name. The first is llama.cpp's own: a text is encoded that holds whatever tokenizers are
+known to cut differently, and the hash of its tokens is looked up. That works only for vocabularies which
+llama.cpp has seen. The second reads the rules in the tokenizer itself, so that new vocabularies with known
+rules work too.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def name_by_rules(tokenizer: Mapping[str, Any]) -> str | None:
 
 
 def _is_harmless(normalizer: Mapping[str, Any]) -> bool:
-    """Canonical composition, which llama.cpp leaves out for every model."""
+    """True for Unicode's canonical composition (NFC), which llama.cpp leaves out for every model."""
     parts = normalizer.get("normalizers", [normalizer])
     return all(part.get("type") == "NFC" for part in parts)
 

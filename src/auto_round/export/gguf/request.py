@@ -120,9 +120,9 @@ def _refuse_fields(options: Options, wanted: FileType) -> None:
 def _say_what_decides(options: Options, wanted: FileType) -> None:
     """A scheme of whole numbers gives way to the type, and a warning says to which; others are refused.
 
-    Scripts name one scheme for all formats and say last which format they want: its widths and groups are
-    packed formats' business. Rounded activations, other kinds of numbers and weights that stay as they are
-    ask for something else, which no type serves.
+    Scripts name one scheme for all formats, so the widths and groups of whole numbers give way here. Rounded
+    activations, other kinds of numbers, or weights that stay as they are, are wishes that no GGUF type
+    fulfils, and are refused.
     """
     asked, kind = options.scheme, TYPES[wanted.base]
     if kind.preset is None and asked.scheme == "BF16" and not asked.overrides():
@@ -158,7 +158,7 @@ def _fields(scheme: object) -> dict[str, Any]:
 def _contradictions(fields: Mapping[str, Any], scheme: QuantizationScheme | None) -> list[str]:
     """Single fields of a scheme that say something else than the type that most tensors get.
 
-    `data_type="int"` is all whole numbers, GGUF has kinds of them; `act_bits=16` rounds nothing.
+    `data_type="int"` agrees with every type of whole numbers, and `act_bits=16` (nothing rounded) with all.
     """
     if scheme is None:
         return sorted(fields)

@@ -48,8 +48,8 @@ def from_template(path: Path, source: ModelSource) -> GgufModel:
     """A model described by a template.
 
     Tensors whose rows are all found come from the checkpoint. Others (transposed matrices, changed norms,
-    constants) are taken from the template as they are. Layers of which some rows are found nowhere have to
-    lie in one of these, number by number: llama.cpp has half of a latent attention's matrix transposed.
+    constants) are taken from the template as they are. A layer of which some rows are found nowhere must
+    lie in one of these, number by number: llama.cpp stores half of a latent attention's matrix transposed.
 
     Args:
         path: file with 16- or 32-bit tensors.
@@ -193,7 +193,7 @@ def _pieces(
 def _stored_apart(
     path: Path, source: ModelSource, tensors: Sequence[GgufTensor], plain: Mapping[str, Any]
 ) -> frozenset[str]:
-    """Layers of which some rows lie in the template transposed; every other layer has to, row for row."""
+    """Layers of which some rows lie in the template transposed; all others must lie there row for row."""
     rows: dict[str, set[int]] = {}
     for tensor in tensors:
         for piece in tensor.pieces:

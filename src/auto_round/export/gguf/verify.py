@@ -104,8 +104,8 @@ def _error(run: Finished, file: GgufFile, wanted: GgufTensor, there: Any) -> flo
 def _predictions(path: Path, ids: Tensor) -> Tensor:
     """What llama.cpp predicts after each token but the last, `[tokens - 1, vocabulary]` float32.
 
-    llama.cpp rounds activations to 8 bits and reads the rounded embedding, so it does not predict exactly
-    what the tuned model does: the figures are for people.
+    llama.cpp rounds activations to 8 bits and uses the rounded embedding, so its predictions are not exactly
+    those of the tuned model: the figures are for people, and nothing is refused by them.
     """
     import llama_cpp
     import numpy as np

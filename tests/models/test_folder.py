@@ -32,8 +32,8 @@ def edit_config(folder, **values) -> None:
 def test_only_the_block_is_read(saved, monkeypatch):
     with FolderSource.open(saved("llama")) as source:
         read = []
-        original = source.checkpoint.read
-        monkeypatch.setattr(source.checkpoint, "read", lambda name: read.append(name) or original(name))
+        original = source.files.read
+        monkeypatch.setattr(source.files, "read", lambda name: read.append(name) or original(name))
         with source.block(1):
             pass
         assert set(read) == {name for name in source.tensors if name.startswith("model.layers.1.")}
@@ -46,8 +46,8 @@ def test_only_the_block_is_read(saved, monkeypatch):
 def test_a_stem_without_its_head(saved, monkeypatch):
     with FolderSource.open(saved("llama")) as source:
         read = []
-        original = source.checkpoint.read
-        monkeypatch.setattr(source.checkpoint, "read", lambda name: read.append(name) or original(name))
+        original = source.files.read
+        monkeypatch.setattr(source.files, "read", lambda name: read.append(name) or original(name))
         with source.stem(head=False) as stem:
             hidden = stem.trace({"input_ids": IDS}).states[0]
         assert sorted(read) == ["model.embed_tokens.weight", "model.norm.weight"]
@@ -58,8 +58,8 @@ def test_a_stem_without_its_head(saved, monkeypatch):
 def test_a_tied_head_is_read_once(saved, monkeypatch):
     with FolderSource.open(saved("qwen2")) as source:
         read = []
-        original = source.checkpoint.read
-        monkeypatch.setattr(source.checkpoint, "read", lambda name: read.append(name) or original(name))
+        original = source.files.read
+        monkeypatch.setattr(source.files, "read", lambda name: read.append(name) or original(name))
         with source.stem():
             assert read.count("model.embed_tokens.weight") == 1
         (head,) = (layer for layer in source.layers if layer.role is Role.HEAD)
@@ -225,10 +225,11 @@ def test_not_a_causal_model(tmp_path):
         FolderSource.open(folder)
 
 
-def test_quantized_already(tmp_path):
+@pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "quark", ""])
+def test_quantized_in_a_way_that_is_not_known(tmp_path, method):
     folder = save_tiny_model("llama", tmp_path / "m")
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
-    with pytest.raises(UnsupportedError, match="quantized already"):
+    edit_config(folder, quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(UnsupportedError, match=f'"{method or "a method that it does not name"}"'):
         FolderSource.open(folder)
 
 

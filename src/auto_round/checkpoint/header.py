@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from auto_round.checkpoint.disk import read_at
+from auto_round.checkpoint.disk import read_at, reading
 from auto_round.checkpoint.dtypes import DTYPES, dtype_name
 from auto_round.errors import CheckpointError, nearest
 
@@ -121,6 +121,19 @@ def read_header(fd: int, file: Path) -> dict[str, TensorInfo]:
     ordered = dict(sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)))
     _check_coverage(ordered, file, 8 + length, size)
     return ordered
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no JSON object.
+    """
+    with reading(path):
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: longer than {MAX_JSON_BYTES} bytes")
+        text = path.read_bytes()
+    return parse_json_object(text, str(path))
 
 
 def parse_json_object(text: bytes, what: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from auto_round.checkpoint.header import TensorInfo
 from auto_round.checkpoint.open_files import OpenFiles
 from auto_round.checkpoint.shards import INDEX_FILE, SINGLE_FILE, read_file, read_shards
 from auto_round.errors import CheckpointError, ConfigError, InternalError, MissingError, nearest
+from auto_round.facts.tensor import TensorSpec
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SAMPLE_BYTES = 4096
@@ -89,6 +90,15 @@ class Checkpoint:
             raise CheckpointError(
                 f'{self.folder}: no tensor "{name}" in its safetensors files; {hint}'
             ) from None
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        info = self.info(name)
+        return TensorSpec(info.dtype, tuple(info.shape))
 
     def read(self, name: str) -> Tensor:
         """Tensor in fresh CPU memory that the caller owns.

@@ -23,8 +23,8 @@ from auto_round.checkpoint.disk import (
 )
 from auto_round.checkpoint.header import Spec, build_header, nbytes_of
 from auto_round.checkpoint.open_files import OpenFiles
-from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.shards import INDEX_FILE, SINGLE_FILE
+from auto_round.checkpoint.tensors import Tensors
 from auto_round.errors import CheckpointError, ConfigError, InternalError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -177,20 +177,20 @@ class ShardWriter:
             write_at(fd, data, shard.begins[name])
         self._wrote(name, shard)
 
-    def copy(self, name: str, checkpoint: Checkpoint, source_name: str | None = None) -> None:
-        """Copy one tensor byte for byte from a checkpoint, where it may be called `source_name`.
+    def copy(self, name: str, tensors: Tensors, source_name: str | None = None) -> None:
+        """Copy one tensor byte for byte from a model, where it may be called `source_name`.
 
         Raises:
             InternalError: not in the manifest, or of another dtype or shape there.
-            CheckpointError: the checkpoint lacks it, or its file ends early.
+            CheckpointError: the model lacks it, or its file ends early.
             ConfigError: disk full.
         """
-        source = checkpoint.info(source_name or name)
+        source = tensors.spec(source_name or name)
         self._check(name, (source.dtype, source.shape))
         shard = self._home[name]
         path = self.folder / shard.file
         with writing(path), self._files.use(path) as fd:
-            checkpoint.copy_into(source_name or name, fd, shard.begins[name])
+            tensors.copy_into(source_name or name, fd, shard.begins[name])
         self._wrote(name, shard)
 
     def mark_written(self, names: Iterable[str]) -> None:

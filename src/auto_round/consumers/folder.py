@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.checkpoint.disk import reading
-from auto_round.checkpoint.header import MAX_JSON_BYTES, parse_json_object
+from auto_round.checkpoint.header import read_object
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import CheckpointError, ConfigError, MissingError
 from auto_round.stored.matrices import Matrix, find_matrices
@@ -91,16 +91,3 @@ def read_folder(path: str | Path) -> Folder:
             f"{folder}: {CONFIG} says that the model is quantized, but no tensor in it is packed"
         )
     return Folder(folder, config, quantization, beside, matrices, nbytes)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: it cannot be read, or is no JSON object.
-    """
-    with reading(path):
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: longer than {MAX_JSON_BYTES} bytes")
-        text = path.read_bytes()
-    return parse_json_object(text, str(path))

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from auto_round.consumers.folder import CONFIG, read_object
+from auto_round.checkpoint.header import read_object
+from auto_round.consumers.folder import CONFIG
 from auto_round.consumers.verdict import judge_folder
 from auto_round.errors import CheckpointError
 from auto_round.log import logger

@@ -11,6 +11,7 @@ import torch
 
 from auto_round.checkpoint.disk import atomic_write_bytes, atomic_write_json, reading, writing
 from auto_round.errors import CheckpointError
+from auto_round.stored.configuration import DTYPE_KEYS, TEXT_CONFIGS, without_quantization
 
 SIDE_FILES = (
     "generation_config.json",
@@ -41,16 +42,11 @@ SIDE_FILES = (
 """Files beside the weights that are copied byte for byte, as patterns relative to the folder."""
 
 _TIED = "tie_word_embeddings"
+"""Some nested configs tie by default and say so nowhere."""
 
 NOT_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4", "plamo2")
 """`model_type`s whose activations leave the range of float16. Source: vLLM `config/model.py`,
 `_FLOAT16_NOT_SUPPORTED_MODELS`."""
-
-_DTYPE = ("dtype", "torch_dtype")
-"""Names of the model's dtype; the second in files of Transformers before 5."""
-
-_TEXT = ("text_config", "llm_config", "language_config")
-"""Nested configs of language models; some tie by default and say so nowhere."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -88,10 +84,10 @@ def output_config(
         dtype: in which readers of this folder should compute; None for the source's. Loaders cast the other
             tensors to it. Models whose activations overflow in float16 keep their own dtype instead.
     """
-    config = {key: value for key, value in source.items() if key != "quantization_config"}
+    config = without_quantization(source)
     if untied:
         for key, value in config.items():
-            if isinstance(value, Mapping) and (key in _TEXT or _TIED in value):
+            if isinstance(value, Mapping) and (key in TEXT_CONFIGS or _TIED in value):
                 config[key] = {**value, _TIED: False}
         config[_TIED] = False
     if dtype is not None and not (dtype is torch.float16 and _needs_range(source)):
@@ -102,18 +98,18 @@ def output_config(
 
 
 def _needs_range(source: Mapping[str, Any]) -> bool:
-    nested = [value for key in _TEXT if isinstance(value := source.get(key), Mapping)]
+    nested = [value for key in TEXT_CONFIGS if isinstance(value := source.get(key), Mapping)]
     return any(config.get("model_type") in NOT_FLOAT16 for config in (source, *nested))
 
 
 def _computing_in(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The same configuration with another dtype, in the language model's own part too."""
-    changed = {key: dtype if key in _DTYPE else value for key, value in config.items()}
-    for key in _TEXT:
+    changed = {key: dtype if key in DTYPE_KEYS else value for key, value in config.items()}
+    for key in TEXT_CONFIGS:
         part = changed.get(key)
         if isinstance(part, Mapping):
-            changed[key] = {k: dtype if k in _DTYPE else value for k, value in part.items()}
-    return changed if any(key in config for key in _DTYPE) else {**changed, _DTYPE[1]: dtype}
+            changed[key] = {k: dtype if k in DTYPE_KEYS else value for k, value in part.items()}
+    return changed if any(key in config for key in DTYPE_KEYS) else {**changed, DTYPE_KEYS[1]: dtype}
 
 
 def write_configs(

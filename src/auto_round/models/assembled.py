@@ -62,7 +62,7 @@ class AssembledSource(ABC):
 
     @abstractmethod
     def read_tensor(self, name: str) -> Tensor:
-        """Any tensor of `tensors`, as it lies on disk."""
+        """Any tensor of `tensors`."""
 
     @abstractmethod
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:

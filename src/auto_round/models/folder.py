@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auto_round.checkpoint.header import read_object
 from auto_round.checkpoint.reader import Checkpoint
+from auto_round.checkpoint.tensors import Tensors
 from auto_round.facts.tensor import TensorSpec
 from auto_round.log import logger
 from auto_round.models.anatomy import dissect
@@ -25,20 +27,19 @@ from auto_round.models.skeleton import (
     tied_weights,
     untie,
 )
+from auto_round.stored.unpacked import open_plain
 
 
 class FolderSource(AssembledSource):
-    """A `ModelSource` over a folder of safetensors files.
+    """A `ModelSource` over a folder of safetensors files, plain or quantized.
 
-    Only what is asked for is read, so that memory holds about one block.
-
-    Attributes:
-        checkpoint: the opened files.
+    Only what is asked for is read, so that memory holds about one block. Packed weights are unpacked one
+    matrix at a time.
     """
 
-    def __init__(self, checkpoint: Checkpoint, parts: Parts) -> None:
+    def __init__(self, files: Tensors, parts: Parts) -> None:
         super().__init__(parts)
-        self.checkpoint = checkpoint
+        self._files = files
 
     @classmethod
     def open(
@@ -54,14 +55,16 @@ class FolderSource(AssembledSource):
         Raises:
             ConfigError: no such folder, no configuration, or it needs code that is not trusted.
             CheckpointError: weights are missing, damaged, or of another model than the configuration.
-            UnsupportedError: not a causal language model, or quantized already.
+            UnsupportedError: not a causal language model, or quantized in a way that is not known.
         """
         folder = Path(path)
         checkpoint = Checkpoint.open(folder)
         for mistake in checkpoint.mistakes:
             logger.warning(mistake)
         try:
-            return cls(checkpoint, _open(folder, checkpoint, trust_remote_code, dtype))
+            config = read_model_config(folder, trust_remote_code=trust_remote_code)
+            files = open_plain(checkpoint, read_object(folder / "config.json"))
+            return cls(files, _open(config, files, trust_remote_code, dtype))
         except BaseException:
             checkpoint.close()
             raise
@@ -69,21 +72,26 @@ class FolderSource(AssembledSource):
     @property
     def folder(self) -> Path:
         """The folder."""
-        return self.checkpoint.folder
+        return self._files.folder
+
+    @property
+    def files(self) -> Tensors:
+        """Its tensors as they are copied; see `ModelSource`."""
+        return self._files
 
     def read_tensor(self, name: str) -> Tensor:
-        """Any tensor of `tensors`, as it lies on disk."""
-        return self.checkpoint.read(name)
+        """Any tensor of `tensors`."""
+        return self._files.read(name)
 
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
         def read(name: str) -> Tensor:
-            return self.checkpoint.read(name).to(dtype)
+            return self._files.read(name).to(dtype)
 
         return recipe.make(read, self._parts.model)
 
     def close(self) -> None:
         """Close the files."""
-        self.checkpoint.close()
+        self._files.close()
 
     def __enter__(self) -> FolderSource:
         return self
@@ -94,16 +102,15 @@ class FolderSource(AssembledSource):
         self.close()
 
 
-def _open(folder: Path, checkpoint: Checkpoint, trust: bool, dtype: torch.dtype | None) -> Parts:
-    disk = {name: TensorSpec(i.dtype, i.shape) for name in checkpoint.names for i in [checkpoint.info(name)]}
-    config = read_model_config(folder, trust_remote_code=trust)
+def _open(config: Any, files: Tensors, trust: bool, dtype: torch.dtype | None) -> Parts:
+    disk = {name: files.spec(name) for name in files.names}
     computing = dtype or _own_dtype(config, disk)
     model = build_skeleton(config, computing, trust_remote_code=trust)
     names = map_names(model, disk, straighten(model))
-    tied = _really_tied(model, names, checkpoint)
+    tied = _really_tied(model, names, files)
     missing = missing_tensors(model, names, tied)
     excused = absent_by_design(model, missing)
-    check_complete(missing - excused, str(folder))
+    check_complete(missing - excused, str(files.folder))
     fill_derived(model, excused)
     return Parts(model, computing, disk, names, tied, dissect(model, names, disk, tied))
 
@@ -115,7 +122,7 @@ def _own_dtype(config: Any, disk: Mapping[str, TensorSpec]) -> torch.dtype:
     return next((spec.dtype for spec in disk.values() if spec.dtype.is_floating_point), torch.float32)
 
 
-def _really_tied(model: Any, names: NameMap, checkpoint: Checkpoint) -> dict[str, str]:
+def _really_tied(model: Any, names: NameMap, files: Tensors) -> dict[str, str]:
     """Tied weights, without those that the checkpoint holds twice with different values."""
     tied = tied_weights(model)
     for target, source in list(tied.items()):
@@ -123,7 +130,7 @@ def _really_tied(model: Any, names: NameMap, checkpoint: Checkpoint) -> dict[str
         recipes = [r for r in pair if r is not None and r.converter is None]
         if len(recipes) < 2:
             continue
-        first, second = (checkpoint.read(r.pieces[0].name) for r in recipes)
+        first, second = (files.read(r.pieces[0].name) for r in recipes)
         if not torch.equal(first, second):
             del tied[target]
             untie(model, target)

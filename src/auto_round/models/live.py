@@ -53,6 +53,11 @@ class LiveSource(AssembledSource):
         """None: there is no folder."""
         return
 
+    @property
+    def files(self) -> None:
+        """None: there are no files."""
+        return
+
     def read_tensor(self, name: str) -> Tensor:
         """Any tensor of `tensors`, in the name and shape that it would have on disk."""
         recipe = self._recipes[name]
@@ -82,8 +87,12 @@ def _check_usable(model: Any) -> None:
         )
     if model.config.to_dict().get("quantization_config"):
         raise UnsupportedError(
-            "this model is quantized already; expected 16- or 32-bit weights",
-            [Refusal("models", "rounding codes again loses accuracy", "start from the original weights")],
+            "this model in memory is quantized already; expected 16- or 32-bit weights",
+            [
+                Refusal(
+                    "models", "only folders are unpacked as they are read", "give the folder, or the original"
+                )
+            ],
         )
     absent = [name for name, weight in model.named_parameters() if weight.device == META]
     if absent:

@@ -19,11 +19,10 @@ META = torch.device("meta")
 
 
 def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The configuration in a model folder.
+    """The configuration in a model folder, of the plain model where it is quantized.
 
     Raises:
         ConfigError: there is none, it cannot be parsed, or it needs code from the folder that is not trusted.
-        UnsupportedError: the model is quantized already.
     """
     from transformers import AutoConfig
 
@@ -38,13 +37,9 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         )
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise ConfigError(f'cannot read "{folder / "config.json"}": {error}{_code_hint(error)}') from error
-    quantized = config.to_dict().get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method", "unknown method")
-        raise UnsupportedError(
-            f'the model in "{folder}" is quantized already ({method}); expected 16- or 32-bit weights',
-            [Refusal("models", "rounding codes again loses accuracy", "start from the original weights")],
-        )
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     return config
 
 

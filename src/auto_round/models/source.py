@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from auto_round.checkpoint.tensors import Tensors
 from auto_round.errors import Refusal
 from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.layer import Block, Layer
@@ -119,7 +120,7 @@ class ModelSource(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
-        """Every tensor on disk, in disk order, those without a module included."""
+        """Every tensor on disk, in disk order, those without a module included; packed ones as if plain."""
         ...
 
     @property
@@ -140,6 +141,11 @@ class ModelSource(Protocol):
     @property
     def folder(self) -> Path | None:
         """The checkpoint's folder; None for a model in memory."""
+        ...
+
+    @property
+    def files(self) -> Tensors | None:
+        """The tensors on disk, to be copied from file to file; None for a model in memory."""
         ...
 
     def block(
@@ -168,7 +174,7 @@ class ModelSource(Protocol):
         ...
 
     def read(self, layer: Layer) -> Tensor:
-        """Weight of a layer, `[out, in]`, in its dtype on disk."""
+        """Weight of a layer, `[out, in]`, in its dtype on disk; unpacked where it is packed there."""
         ...
 
     def disk_name(self, parameter: str) -> str:
@@ -180,7 +186,7 @@ class ModelSource(Protocol):
         ...
 
     def read_tensor(self, name: str) -> Tensor:
-        """Any tensor of `tensors`, as it lies on disk."""
+        """Any tensor of `tensors`."""
         ...
 
     def refuse_untraceable(self) -> frozenset[int]:

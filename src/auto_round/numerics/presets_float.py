@@ -99,6 +99,16 @@ def fp8_format(group: Group, *, grid: FloatGrid = E4M3, scale_dtype: torch.dtype
     return Format(name, grid, group, LargestToTop(scale_dtype))
 
 
+def fp8_powers(group: Group, *, grid: FloatGrid = E4M3) -> Format:
+    """FP8 weights with a power of two as the step of a group; arguments as in `fp8_format`.
+
+    DeepSeek's newer models store the steps of their blocks so.
+    """
+    element = "fp8" if grid == E4M3 else "fp8_e5m2"
+    plain = fp8_format(group, grid=grid)
+    return Format(f"{plain.name}_e8m0", grid, group, below_rule(MX_ELEMENTS[element].limit))
+
+
 FP8_BLOCK = Group(128, 128)
 """Blocks of DeepSeek-V3's FP8 weights. Source: its technical report (arXiv 2412.19437), section 3.3."""
 

@@ -53,12 +53,14 @@ class StoredLayer:
         layout: order of the stored bytes.
         sym: its weight is stored without zero points of its own.
         activation: what its input is rounded to; None where it is left alone.
+        scheme: all of it in words, with the steps' dtype as the configuration says.
     """
 
     format: Format
     layout: Layout
     sym: bool
-    activation: ActivationFormat | None = None
+    activation: ActivationFormat | None
+    scheme: QuantizationScheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,7 @@ class StoredFormats:
                 f'layer "{names[0]}" wants activations with steps fixed at calibration',
                 [Refusal("auto_round", "runs activations that are measured")],
             )
-        return StoredLayer(fmt, layout, scheme.sym, inputs)
+        return StoredLayer(fmt, layout, scheme.sym, inputs, scheme)
 
     def _fields(self, names: Sequence[str]) -> dict[str, Any] | None:
         for name in names:

@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.writer import ShardWriter
 from auto_round.errors import NumericsError
 from auto_round.export.exporter import Exporter
@@ -33,13 +32,11 @@ def write_rest(job: Job, exporter: Exporter, manifest: Manifest, writer: ShardWr
             writer.put(name, make_rest(job, exporter, name))
         elif manifest.specs[name].dtype != job.source.tensors[name].dtype:
             writer.put(name, cast(name, job.source.read_tensor(name), manifest.specs[name].dtype))
-    if job.source.folder is None:
-        for name in writer.missing:
+    for name in writer.missing:
+        if job.source.files is None:
             writer.put(name, job.source.read_tensor(name))
-    elif writer.missing:
-        with Checkpoint.open(job.source.folder) as checkpoint:
-            for name in writer.missing:
-                writer.copy(name, checkpoint)
+        else:
+            writer.copy(name, job.source.files)
 
 
 def make_rest(job: Job, exporter: Exporter, name: str) -> Tensor:

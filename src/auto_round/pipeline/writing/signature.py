@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.checkpoint.reader import Checkpoint
 from auto_round.config.groups import CalibrationOptions, TuneOptions
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.job import Job
@@ -110,12 +109,11 @@ def model_fingerprint(source: ModelSource) -> str:
     digest = hashlib.sha256()
     for name, spec in source.tensors.items():
         digest.update(f"{name} {spec.dtype} {tuple(spec.shape)}\n".encode())
-    if source.folder is None:
+    if source.folder is None or source.files is None:
         for layer in source.layers:
             digest.update(source.read(layer).reshape(-1)[:64].double().numpy().tobytes())
         return digest.hexdigest()
-    with Checkpoint.open(source.folder) as checkpoint:
-        digest.update(checkpoint.fingerprint().encode())
+    digest.update(source.files.fingerprint().encode())
     digest.update((source.folder / "config.json").read_bytes())
     return digest.hexdigest()
 

@@ -1,0 +1,60 @@
+"""Named tensors that can be read one by one, wherever they lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from auto_round.facts.tensor import TensorSpec
+
+
+class Tensors(Protocol):
+    """The tensors of a model's folder; nothing is kept in memory.
+
+    All methods may be called from several threads.
+    """
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tensor names in the order of their bytes."""
+        ...
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor; no weight is read.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """Tensor in fresh CPU memory that the caller owns.
+
+        Raises:
+            CheckpointError: no such tensor, or its file is damaged.
+        """
+        ...
+
+    def copy_into(self, name: str, fd: int, offset: int) -> None:
+        """Write the bytes of a tensor to an open file.
+
+        Raises:
+            CheckpointError: no such tensor, or its file is damaged.
+            OSError: the target cannot be written.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Hash that tells two models apart without reading them whole."""
+        ...
+
+    def close(self) -> None:
+        """Close all files; reading afterwards is an error."""
+        ...

@@ -30,9 +30,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auto_round.config import build_options
+from auto_round.evaluate.gguf_weights import gguf_weights
 from auto_round.pipeline.quantize import run
 from auto_round.schemes.gguf_types import FILE_TYPES
-from auto_round.testing.gguf_reader import read_gguf
 
 QUANTIZER = Path(__file__).parents[1] / "tests" / "peer" / "drivers" / "quantize_with_llama_cpp.py"
 PREDICT = """
@@ -94,7 +94,7 @@ class Scale:
     @torch.no_grad()
     def weigh(self, file: Path) -> dict[str, float]:
         """Figures of one file."""
-        state = self.original | read_gguf(self.model, file)
+        state = self.original | dict(gguf_weights(self.model, file))
         if self.loaded.get_output_embeddings().weight is self.loaded.get_input_embeddings().weight:
             state.pop("lm_head.weight", None)
         _, unexpected = self.loaded.load_state_dict(state, strict=False)

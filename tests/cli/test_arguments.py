@@ -184,11 +184,6 @@ def test_other_commands(words, verb, topics):
     assert (command.verb, command.topics) == (verb, topics)
 
 
-def test_eval_command_says_not_yet():
-    with pytest.raises(UnsupportedError, match="not there yet"):
-        parse(["eval", "--model", "m", "--tasks", "piqa"])
-
-
 def test_values_keep_their_dashes():
     given = parse(["some-model", "--dataset=a-b.jsonl:num=3", "--output-dir", "x-y"]).given
     assert given == {"model": "some-model", "dataset": "a-b.jsonl:num=3", "output_dir": "x-y"}

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from auto_round.config import (
+    EVALUATION_GROUPS,
     GROUPS,
     RECIPES,
     Environment,
@@ -35,7 +36,7 @@ def test_names_are_unique_across_groups_and_with_later_work():
 
 
 def test_every_default_is_admitted_and_settling_is_stable():
-    for group in GROUPS.values():
+    for group in (*GROUPS.values(), *EVALUATION_GROUPS.values()):
         first = group()
         again = group(**{f.name: getattr(first, f.name) for f in dataclasses.fields(group)})
         assert first == again

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from auto_round.errors import CheckpointError, UnsupportedError
 from auto_round.export.formats.llm_compressor import LLMCompressorFormat
+from auto_round.inference import load_folder
 from auto_round.numerics.activation import TokenInt
-from auto_round.pipeline.checking import reload
 from auto_round.tuning.quantized_inputs import quantized_inputs
 from pipeline.runs import ROWS, kl_of, quantize, weights
 
@@ -123,7 +123,9 @@ def test_plain_rounding_writes_the_same_codes_without_data(tiny, tmp_path):
 
 
 def test_without_the_library_the_report_says_so(tiny, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(reload, "_PACKAGES", {"compressed-tensors": ("no_such_module", "compressed-tensors")})
+    monkeypatch.setattr(
+        load_folder, "PACKAGES", {"compressed-tensors": ("no_such_module", "compressed-tensors")}
+    )
     with caplog.at_level(logging.WARNING, "auto_round"):
         result = quantize(tiny("llama"), tmp_path / "out", format="llm_compressor", iters=0)
     assert "compressed-tensors" in result.report["verified"]["llm_compressor"]["skipped"]

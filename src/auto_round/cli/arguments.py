@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from auto_round.config import GROUPS, RECIPES, Setting, all_settings, settings
+from auto_round.cli.flags import Parser, add_flags, underscored, with_model
+from auto_round.config import GROUPS, RECIPES, all_settings, settings
 from auto_round.config.later import GRANTED, LATER, granted_notes, later_names, not_there_yet
 from auto_round.errors import ConfigError, nearest
 
 USAGE = """auto-round MODEL [options]          make MODEL small
        auto-round inspect FOLDER [--json]
        auto-round convert FOLDER --format FORMAT [--output DIR]
+       auto-round eval MODEL [--original MODEL --text FILE] [options]
        auto-round list [format|scheme|dataset|backend]
        auto-round help | --version"""
-FOLDER_COMMANDS = ("inspect", "convert")
-"""Commands on finished folders; each reads its own words."""
-COMMANDS = ("quantize", "list", "eval", "help", *FOLDER_COMMANDS)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that raises `ConfigError` where argparse would exit."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise ConfigError(message)
+FOLDER_COMMANDS = ("inspect", "convert", "eval")
+"""Commands on finished models; each reads its own words."""
+COMMANDS = ("quantize", "list", "help", *FOLDER_COMMANDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +53,7 @@ def parse(argv: Sequence[str], recipe: str = "default") -> Command:
         ConfigError: unknown flag (with the nearest flags), a missing or a wrong value, no model.
         UnsupportedError: a flag of later work.
     """
-    words = [_underscored(word) for word in argv]
+    words = [underscored(word) for word in argv]
     verb = words[0] if words and words[0] in COMMANDS else ""
     if verb == "help" and len(words) > 1 and words[1] in ("list", *FOLDER_COMMANDS):
         verb, words = words[1], [words[1], "--help"]
@@ -69,8 +63,6 @@ def parse(argv: Sequence[str], recipe: str = "default") -> Command:
         return Command(verb, {}, topics=tuple(words[1:]))
     if not words or verb == "help" or "-h" in words or "--help" in words:
         return Command("help", {})
-    if verb == "eval":
-        raise not_there_yet(["eval"])
     return _quantize(words[1:] if verb else words, recipe)
 
 
@@ -89,28 +81,7 @@ def _quantize(words: list[str], recipe: str) -> Command:
         raise not_there_yet(later, prefix="--")
     granted = [name for name in GRANTED if given.pop(name, False)]
     recipe = given.pop("recipe", recipe)
-    return Command("quantize", _with_model(given), recipe, notes=tuple(granted_notes(granted)))
-
-
-def _with_model(given: dict[str, Any]) -> dict[str, Any]:
-    """Bring the bare model name and `--model` together."""
-    bare = given.pop("bare_model", None)
-    named = given.get("model")
-    if bare is None and named is None:
-        raise ConfigError(
-            "no model given: write its folder or hub name, for example: auto-round path/to/model"
-        )
-    if bare is not None and named is not None and bare != named:
-        raise ConfigError(f'two models given, "{bare}" and "{named}": give one of them')
-    return {**given, "model": named if bare is None else bare}
-
-
-def _underscored(word: str) -> str:
-    """Write `--group-size=64` as `--group_size=64`; values are left alone."""
-    if not word.startswith("--") or word == "--":
-        return word
-    flag, equals, value = word[2:].partition("=")
-    return "--" + flag.replace("-", "_") + equals + value
+    return Command("quantize", with_model(given), recipe, notes=tuple(granted_notes(granted)))
 
 
 def _unknown(words: Sequence[str]) -> ConfigError:
@@ -146,77 +117,9 @@ def build_parser() -> Parser:
         section = parser.add_argument_group(name, group.__doc__)
         for setting in settings(group):
             if setting.spec.cli:
-                _add(section, setting)
+                add_flags(section, setting)
     _add_later(parser)
     return parser
-
-
-def _add(section: argparse._ArgumentGroup, setting: Setting) -> None:
-    """Add the flags of one option; `--help` shows the first, its other spellings work too."""
-    shown = setting.flags[0]
-    if setting.kind != "flag":
-        for flag in setting.flags:
-            section.add_argument(
-                f"--{flag}",
-                dest=setting.name,
-                type=_reader(setting),
-                metavar=_metavar(setting),
-                help=_help(setting) if flag == shown else argparse.SUPPRESS,
-            )
-        return
-    either = section.add_mutually_exclusive_group()
-    for flag in dict.fromkeys((*setting.flags, *setting.spec.off, *(f"no_{flag}" for flag in setting.flags))):
-        either.add_argument(
-            f"--{flag}",
-            dest=setting.name,
-            action="store_const",
-            const=flag in setting.flags,
-            help=_switch_help(setting, flag) or argparse.SUPPRESS,
-        )
-
-
-def _switch_help(setting: Setting, flag: str) -> str:
-    """Return the help of one flag of a switch; empty for spellings that are not shown."""
-    if flag in setting.spec.off[:1]:
-        return setting.spec.off_help
-    shown = flag == setting.flags[0] and setting.default is not True
-    return setting.spec.help if shown else ""
-
-
-def _reader(setting: Setting) -> Callable[[str], Any]:
-    """Return the function that reads the text of an option's value."""
-    numbers: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
-
-    def read(text: str) -> Any:
-        number = numbers.get(setting.kind)
-        if number is None or setting.spec.convert is not None:
-            return setting.admit(text)
-        try:
-            value = number(text)
-        except ValueError:
-            raise setting.refuse(text, f"expected {setting.expected()}") from None
-        return setting.admit(value)
-
-    def read_or_say(text: str) -> Any:
-        try:
-            return read(text)
-        except ConfigError as error:  # argparse would replace the words of a ValueError by its own
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return read_or_say
-
-
-def _metavar(setting: Setting) -> str:
-    if setting.spec.choices:
-        return "{" + ",".join(setting.spec.choices) + "}"
-    if setting.spec.convert is not None:
-        return "TEXT"
-    return {"int": "N", "float": "X"}.get(setting.kind, "TEXT")
-
-
-def _help(setting: Setting) -> str:
-    shown = setting.default not in (None, "", ()) and not setting.spec.choices
-    return setting.spec.help.replace("%", "%%") + (f" [{setting.default}]" if shown else "")
 
 
 def _add_later(parser: argparse.ArgumentParser) -> None:

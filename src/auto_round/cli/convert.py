@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from auto_round.cli.arguments import Parser
+from auto_round.cli.flags import Parser
 from auto_round.cli.quantize import quiet_transformers
 from auto_round.cli.units import size
 from auto_round.consumers.verdict import judge_folder

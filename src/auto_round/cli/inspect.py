@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from auto_round.cli.arguments import Parser
+from auto_round.cli.flags import Parser
 from auto_round.cli.units import size
 from auto_round.consumers.inventory import Inventory, take_inventory
 

@@ -24,6 +24,8 @@ EXIT_REQUEST = 2
 """Exit code when the request is wrong or asks for what is not there."""
 EXIT_FAILED = 1
 """Exit code when the work failed."""
+EXIT_TOO_FAR = 3
+"""Exit code when a model is measured to be further from its original than it may be."""
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -58,6 +60,11 @@ def main_rtn(argv: Sequence[str] | None = None) -> int:
 def main_opt_rtn(argv: Sequence[str] | None = None) -> int:
     """Run `auto-round-opt-rtn`."""
     return _run(argv, "opt_rtn")
+
+
+def main_eval(argv: Sequence[str] | None = None) -> int:
+    """Run `auto-round-eval`."""
+    return _run(["eval", *(sys.argv[1:] if argv is None else argv)], "default")
 
 
 def _run(argv: Sequence[str] | None, recipe: str) -> int:
@@ -105,6 +112,10 @@ def _dispatch(argv: Sequence[str], recipe: str) -> int:
         from auto_round.cli.convert import convert
 
         print(convert(command.topics))
+    elif command.verb == "eval":
+        from auto_round.cli.evaluate import evaluate
+
+        return 0 if evaluate(command.topics) else EXIT_TOO_FAR
     else:
         from auto_round.cli.quantize import quantize
 

@@ -16,6 +16,9 @@ VERBS = {
     "tune": "tuning",
     "write": "writing",
     "verify": "verifying",
+    "original": "running the original",
+    "floor": "measuring the noise floor",
+    "compare": "running the model",
 }
 SECONDS_BETWEEN_LINES = 10.0
 """Plain lines of stages that report often are at least this far apart; blocks are always shown."""

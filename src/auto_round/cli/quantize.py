@@ -23,7 +23,7 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
     options = with_named_folder(build_options(given, recipe, environment))
     from auto_round.pipeline.several import runs_of
 
-    _set_threads(environment.num_threads)
+    set_threads(environment.num_threads)
     if options.output.dry_run:
         from auto_round.pipeline.plan_run import dry_run
 
@@ -57,7 +57,7 @@ def quiet_transformers() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
 
 
-def _set_threads(wanted: int | None) -> None:
+def set_threads(wanted: int | None) -> None:
     """As many CPU threads as the user wants, else no more than there are cores.
 
     PyTorch counts those of the machine, also in a container that has few of them.

@@ -5,10 +5,12 @@ from __future__ import annotations
 from auto_round.config.env import (
     VARIABLES,
     Environment,
+    cache_folder,
     environment_markdown,
     read_environment,
     unknown_variables,
 )
+from auto_round.config.evaluation import EvaluationOptions, FidelityOptions
 from auto_round.config.groups import (
     CalibrationOptions,
     MemoryOptions,
@@ -20,6 +22,7 @@ from auto_round.config.groups import (
 )
 from auto_round.config.option import Setting, Spec, settings
 from auto_round.config.options import (
+    EVALUATION_GROUPS,
     GROUPS,
     Options,
     all_settings,
@@ -30,11 +33,14 @@ from auto_round.config.options import (
 from auto_round.config.recipes import RECIPES
 
 __all__ = [
+    "EVALUATION_GROUPS",
     "GROUPS",
     "RECIPES",
     "VARIABLES",
     "CalibrationOptions",
     "Environment",
+    "EvaluationOptions",
+    "FidelityOptions",
     "MemoryOptions",
     "ModelOptions",
     "Options",
@@ -46,6 +52,7 @@ __all__ = [
     "all_settings",
     "argument_names",
     "build_options",
+    "cache_folder",
     "environment_markdown",
     "long_dtype",
     "options_markdown",

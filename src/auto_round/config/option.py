@@ -33,6 +33,7 @@ class Spec:
         convert: turns what a user may write (text, list, number) into the field's type; raises TypeError,
             ValueError or FileNotFoundError.
         cli: False for what only Python can give.
+        many: the flag takes any number of words.
     """
 
     help: str
@@ -45,6 +46,7 @@ class Spec:
     high: float | None = None
     convert: Callable[[Any], Any] | None = None
     cli: bool = True
+    many: bool = False
 
 
 def option(default: Any, spec: Spec) -> Any:

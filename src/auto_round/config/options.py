@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from auto_round.config.env import Environment
+from auto_round.config.evaluation import EvaluationOptions, FidelityOptions
 from auto_round.config.groups import (
     CalibrationOptions,
     MemoryOptions,
@@ -30,6 +31,11 @@ GROUPS: Final[Mapping[str, type]] = MappingProxyType(
         "output": OutputOptions,
     }
 )
+
+EVALUATION_GROUPS: Final[Mapping[str, type]] = MappingProxyType(
+    {"evaluation": EvaluationOptions, "fidelity": FidelityOptions}
+)
+"""Options of `auto-round eval`, beside those of the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,10 +114,10 @@ def _settled_names(given: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def options_markdown() -> str:
+def options_markdown(groups: Mapping[str, type] = GROUPS) -> str:
     """Return the tables of options for the manual: Python argument, flags, default, meaning."""
     lines: list[str] = []
-    for key, group in GROUPS.items():
+    for key, group in groups.items():
         title = (group.__doc__ or "").strip().splitlines()[0]
         lines += [f"### {key}: {title}", "", "| argument | flags | default | meaning |", "|---|---|---|---|"]
         for setting in settings(group):

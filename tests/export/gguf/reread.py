@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from auto_round.testing.gguf_reader import read_gguf
+from auto_round.evaluate.gguf_weights import gguf_weights
 
 
 def reread(model: Path, file: Path) -> Any:
@@ -20,7 +20,7 @@ def reread(model: Path, file: Path) -> Any:
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    found = read_gguf(model, file)
+    found = dict(gguf_weights(model, file))
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loaded.save_pretrained(file.parent.parent / "reread")
     path = file.parent.parent / "reread" / "model.safetensors"

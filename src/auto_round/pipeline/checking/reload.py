@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +12,12 @@ import torch
 
 from auto_round.errors import AutoRoundError, CheckpointError
 from auto_round.export.hf_config import read_config
+from auto_round.inference.load_folder import Loading, load_folder, unpacked_to
 from auto_round.log import logger
-from auto_round.models.auto_classes import load_model
 from auto_round.models.roles import text_model
 from auto_round.pipeline.machine.memory import available_bytes
 
 CPU = torch.device("cpu")
-_PACKAGES = {"compressed-tensors": ("compressed_tensors", "compressed-tensors")}
-"""`quant_method` that Transformers loads with another package -> its module, and its name to install it."""
 _SHOWN = 4
 
 
@@ -43,7 +39,7 @@ class Reader:
 
     def obstacle(self, folder: Path) -> str:
         """Why this machine cannot read the folder back, with a warning; empty where it can."""
-        if missing := self._missing_package():
+        if missing := self._loading().missing_package():
             logger.warning("not verified: loading %s needs a package: pip install %s", folder, missing)
             return f"Transformers loads this format with the package {missing} only"
         size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
@@ -60,39 +56,22 @@ class Reader:
         Raises:
             CheckpointError: Transformers does not load it, or finds weights missing.
         """
-        from transformers import AutoRoundConfig
-
-        # Other packages hold scales in the dtype of the model: one narrower than its own would round them.
-        own = self.dtype is None or self.method in _PACKAGES
-        settings: dict[str, Any] = {"dtype": "auto" if own else self.dtype}
-        if self.method is not None and self.method not in _PACKAGES:
-            settings["quantization_config"] = AutoRoundConfig(backend="torch")
-        if self.device.type != "cpu":
-            settings["device_map"] = {"": str(self.device)}
-        with warnings.catch_warnings(), _failures(folder):
-            # Transformers warns that only the backend of what is passed will be used: that is what is meant.
-            warnings.simplefilter("ignore", UserWarning)
-            model, found = load_model(
-                folder, trust_remote_code=self.trust, output_loading_info=True, **settings
-            )
-        missing = sorted(found["missing_keys"])
+        with _failures(folder):
+            model, missing = load_folder(folder, self._loading())
         if missing:
             raise CheckpointError(
                 f"{folder}: {len(missing)} weights of the model are not found in it: "
                 f"{', '.join(missing[:_SHOWN])}. {_REPORT}"
             )
-        model.eval()
         if self.dtype is not None and model.dtype is not self.dtype:
             predict_one_token(model, folder)  # unpacks its weights
-            for parameter in model.parameters():
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(self.dtype)
+            unpacked_to(model, self.dtype)
         return model
 
-    def _missing_package(self) -> str:
-        """Package without which Transformers does not load the folder; empty when nothing is missing."""
-        module, package = _PACKAGES.get(self.method or "", ("", ""))
-        return package if module and importlib.util.find_spec(module) is None else ""
+    def _loading(self) -> Loading:
+        on_cpu = self.device.type == "cpu"
+        placement = {} if on_cpu else {"device_map": {"": str(self.device)}}
+        return Loading(self.method, self.dtype, placement, self.trust)
 
 
 _REPORT = "Please report this; the unfinished folder is kept"

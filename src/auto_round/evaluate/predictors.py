@@ -1,0 +1,162 @@
+"""Models that predict: rows of tokens in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from auto_round.errors import AutoRoundError, CheckpointError, ConfigError, UnsupportedError
+from auto_round.evaluate.gguf_weights import gguf_weights
+from auto_round.evaluate.subject import Subject
+from auto_round.inference.load_folder import Loading, load_folder, unpacked_to
+from auto_round.log import logger
+from auto_round.models.auto_classes import auto_class, auto_class_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SHOWN = 4
+
+
+class Predictor(Protocol):
+    """A model."""
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """What follows each token but the last.
+
+        Args:
+            rows: `[rows, length]` int64.
+
+        Returns:
+            `[rows, length - 1, vocabulary]`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How models are opened.
+
+    Attributes:
+        dtype: dtype in which they compute.
+        placement: arguments of `from_pretrained` that say where they run; none for the CPU.
+        trust: run model code that lies in a folder.
+        beside: folder of the model that GGUF files were made from; None where there is none.
+    """
+
+    dtype: torch.dtype
+    placement: Mapping[str, Any] = field(default_factory=dict)
+    trust: bool = False
+    beside: Path | None = None
+
+
+class TransformersPredictor:
+    """A model of Transformers."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """See `Predictor`."""
+        with torch.inference_mode():
+            found: Tensor = self._model(input_ids=rows.to(self._model.device), use_cache=False).logits
+        return found[:, :-1]
+
+
+def open_model(subject: Subject, how: Opening) -> Any:
+    """The Transformers model of a folder or of a GGUF file's weights.
+
+    Raises:
+        CheckpointError: it does not load, or weights are missing.
+        ConfigError: a package that its format needs is not installed.
+        UnsupportedError: a GGUF file of a model that cannot be built.
+    """
+    if subject.is_gguf:
+        return _open_gguf(subject, how)
+    loading = Loading(
+        subject.method, how.dtype, how.placement, how.trust, "auto" if how.placement else "torch"
+    )
+    if package := loading.missing_package():
+        raise ConfigError(f"Transformers loads {subject.path} with a package: pip install {package}")
+    with failures(subject.path):
+        model, missing = load_folder(subject.path, loading)
+    if missing:
+        raise CheckpointError(
+            f"{subject.path}: {len(missing)} weights of the model are not found in it: "
+            f"{', '.join(missing[:_SHOWN])}"
+        )
+    if model.dtype is not how.dtype:
+        with failures(subject.path):  # unpacks its weights
+            TransformersPredictor(model).logits(torch.zeros(1, 2, dtype=torch.int64, device=model.device))
+        unpacked_to(model, how.dtype)
+    return model
+
+
+def _open_gguf(subject: Subject, how: Opening) -> Any:
+    """The weights of a file in the model of the folder that it was made from, or as Transformers reads it."""
+    if how.beside is not None:
+        try:
+            model = _filled(subject.path, how.beside, how)
+        except UnsupportedError as error:
+            logger.info("%s is read by Transformers, since %s", subject.path, error)
+        else:
+            return model
+    from transformers import AutoModelForCausalLM
+
+    folder, name = subject.path.parent, subject.path.name
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=how.dtype, **how.placement
+        ).eval()
+    except Exception as error:
+        raise UnsupportedError(
+            f"{subject.path}: Transformers does not read this file ({type(error).__name__}: "
+            f"{str(error).strip()[:200]}); compare it with the folder that it was made from (--original), or "
+            "have llama.cpp run it (--gguf_engine llama_cpp)"
+        ) from error
+
+
+def _filled(file: Path, folder: Path, how: Opening) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=how.trust, local_files_only=True)
+    mapping = auto_class(auto_class_name(config))._model_mapping
+    if type(config) not in mapping:
+        raise UnsupportedError("the class of the model is not Transformers' own")
+    state = {name: value.to(how.dtype) for name, value in gguf_weights(folder, file)}
+    with failures(file):
+        model, found = mapping[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=how.dtype,
+            output_loading_info=True,
+            **how.placement,
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{file} lacks {len(missing)} weights of {folder}: {', '.join(missing[:_SHOWN])}"
+        )
+    return model.eval()
+
+
+@contextmanager
+def failures(path: Path) -> Iterator[None]:
+    """What Transformers raises, as errors that say which model they are about."""
+    try:
+        yield
+    except (AutoRoundError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        raise CheckpointError(
+            f"{path}: Transformers does not load and run it ({type(error).__name__}: "
+            f"{str(error).strip()[:300]})"
+        ) from error

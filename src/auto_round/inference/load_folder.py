@@ -1,0 +1,68 @@
+"""A folder loaded as a user would load it, with the kernels and in the dtype that a measurement wants."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_round.models.auto_classes import load_model
+
+PACKAGES = {"compressed-tensors": ("compressed_tensors", "compressed-tensors")}
+"""`quant_method` that Transformers loads with another package -> its module, and its name to install it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How a folder is loaded.
+
+    Attributes:
+        method: its `quant_method`; None where it looks unquantized.
+        dtype: dtype in which it computes; None for its own.
+        placement: arguments of `from_pretrained` that say where it runs; none for the CPU.
+        trust: run model code that lies in it.
+        backend: kernels of packed layers.
+    """
+
+    method: str | None
+    dtype: torch.dtype | None = None
+    placement: Mapping[str, Any] = field(default_factory=dict)
+    trust: bool = False
+    backend: str = "torch"
+
+    def missing_package(self) -> str:
+        """Package without which Transformers does not load the folder; empty when nothing is missing."""
+        module, package = PACKAGES.get(self.method or "", ("", ""))
+        return package if module and importlib.util.find_spec(module) is None else ""
+
+
+def load_folder(folder: Path, how: Loading) -> tuple[Any, list[str]]:
+    """The model of a folder in evaluation mode, and names of its weights that the folder lacks.
+
+    Raises:
+        Exception: whatever Transformers raises.
+    """
+    from transformers import AutoRoundConfig
+
+    # Other packages hold scales in the dtype of the model: one narrower than its own would round them.
+    own = how.dtype is None or how.method in PACKAGES
+    settings: dict[str, Any] = {"dtype": "auto" if own else how.dtype, **how.placement}
+    if how.method is not None and how.method not in PACKAGES:
+        settings["quantization_config"] = AutoRoundConfig(backend=how.backend)
+    with warnings.catch_warnings():
+        # Transformers warns that only the backend of what is passed will be used: that is what is meant.
+        warnings.simplefilter("ignore", UserWarning)
+        model, found = load_model(folder, trust_remote_code=how.trust, output_loading_info=True, **settings)
+    return model.eval(), sorted(found["missing_keys"])
+
+
+def unpacked_to(model: Any, dtype: torch.dtype) -> None:
+    """Have a model compute in a dtype that it was not loaded in; it has been run once, so it is unpacked."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

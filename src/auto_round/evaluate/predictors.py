@@ -17,6 +17,7 @@ from auto_round.evaluate.subject import Subject
 from auto_round.inference.load_folder import Loading, load_folder, unpacked_to
 from auto_round.log import logger
 from auto_round.models.auto_classes import auto_class, auto_class_name
+from auto_round.models.roles import text_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +61,7 @@ class TransformersPredictor:
     """A model of Transformers."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self._model = text_model(model)
 
     def logits(self, rows: Tensor) -> Tensor:
         """See `Predictor`."""

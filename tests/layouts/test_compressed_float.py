@@ -10,7 +10,7 @@ from auto_round.layouts.table import LAYOUTS
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid_float import E2M1, E2M3, E4M3
 from auto_round.numerics.group import Group
-from auto_round.numerics.presets_float import FLOAT_FORMATS
+from auto_round.numerics.presets_float import FLOAT_FORMATS, FP8_BLOCK, fp8_format
 from auto_round.numerics.scale_float import LargestToTop, OverTensor
 from auto_round.numerics.scale_power import floor_rule
 from auto_round.testing.layout_kit import check_round_trip
@@ -88,6 +88,27 @@ def test_the_library_writes_the_same_bytes(name):
     theirs = compressor.compress({"weight": w.float(), **scales}, scheme)
     codes = next(iter(ours))
     assert torch.equal(ours[codes].view(torch.uint8), theirs[codes].view(torch.uint8))
+
+
+BLOCKS = fp8_format(FP8_BLOCK)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (200, 256), (256, 200), (96, 64), (130, 300)], ids=str)
+def test_blocks_may_be_short_on_both_sides_as_in_the_library(shape):
+    naive = pytest.importorskip("compressed_tensors.compressors.naive_quantized.base")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    layout, w = FLOATS["float-quantized"], weight(shape).float()
+    assert layout.accepts(BLOCKS, shape) is None
+    ours = check_round_trip(layout, BLOCKS.quantize(w))
+    args = quantization.QuantizationArgs(
+        type="float", num_bits=8, symmetric=True, strategy="block", block_structure=[128, 128]
+    )
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = naive.NaiveQuantizationCompressor
+    theirs = compressor.compress({"weight": w, "weight_scale": ours["weight_scale"]}, scheme)
+    assert torch.equal(ours["weight"].view(torch.uint8), theirs["weight"].view(torch.uint8))
+    seen = compressor.decompress(dict(ours), scheme)["weight"]
+    assert torch.equal(seen, BLOCKS.dequantize(BLOCKS.quantize(w)))
 
 
 @pytest.mark.parametrize("name", FORMATS)

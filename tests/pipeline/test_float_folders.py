@@ -37,6 +37,31 @@ def test_the_library_predicts_what_was_tuned(tiny, tmp_path, name):
     assert group["weights"]["type"] == "float"
 
 
+ODD = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 48}
+
+
+def test_blocks_may_be_short(tiny, tmp_path):
+    pytest.importorskip(LIBRARY)
+    given = {"scheme": "FP8_BLOCK", "group_size": None, "act_bits": 16}
+    result = quantize(tiny("llama", **ODD), tmp_path / "out", format="llm_compressor,fake", **given)
+    assert max(kl_of(result).values()) < 1e-6
+    stored = weights(result.folders[0])
+    assert stored["model.layers.0.mlp.down_proj.weight"].shape == (96, 160)
+    assert stored["model.layers.0.mlp.down_proj.weight_scale"].shape == (1, 2)
+    assert stored["model.layers.0.mlp.up_proj.weight_scale"].shape == (2, 1)
+    reasons = result.report["engines"]["llm_compressor"]["vLLM"]["reasons"]
+    assert any("blocks of 128 inputs, which do not divide" in reason for reason in reasons), reasons
+
+
+def test_groups_of_inputs_may_not_be_short(tiny, tmp_path):
+    with pytest.raises(UnsupportedError, match="128 does not divide 96 inputs") as caught:
+        quantize(tiny("llama", **ODD), tmp_path / "out", scheme="FP8_BLOCK", group_size=None)
+    text = str(caught.value)
+    assert "q_proj" in text
+    assert "--act_bits 16" in text
+    assert "--ignore_layers" in text
+
+
 def test_scales_are_the_bytes_that_readers_expect(tiny, tmp_path):
     pytest.importorskip(LIBRARY)
     result = quantize(tiny("llama"), tmp_path / "out", format="llm_compressor", scheme="MXFP4", iters=0)

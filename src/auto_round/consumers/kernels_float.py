@@ -133,11 +133,16 @@ def _needs_fp8_inputs(module: Module, fields: CompressedFields) -> None:
 
 
 def _needs_blocks(module: Module, block: tuple[int, int]) -> None:
-    """Raise where blocks would reach over the border of two merged matrices.
+    """Raise where blocks would reach over the border of two merged matrices, or end inside of a row.
 
-    Source: `validate_fp8_block_shape` and `validate_fp8_block_shape_moe` in vLLM `utils/fp8_utils.py`.
+    Source: `validate_fp8_block_shape`, `validate_fp8_block_shape_moe` and `per_token_group_quant_fp8` in vLLM
+    `utils/fp8_utils.py`; groups of Marlin's scales in `utils/marlin_utils_fp8.py`.
     """
-    rows, _ = block
+    rows, columns = block
+    if short := sorted({part.shape[1] for part in module.parts if part.shape[1] % columns}):
+        raise CannotReadError(
+            f"multiplies {module.name} in blocks of {columns} inputs, which do not divide {short[0]}"
+        )
     inside = [part.shape[0] for part in module.parts[:-1]]
     if module.experts:
         _, inner = expert_sizes(module, Fields(8, -1, True))

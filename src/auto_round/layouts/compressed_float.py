@@ -58,7 +58,10 @@ class FloatLayout:
         return fmt.grid == self.grid and list(fmt.rule.stored) == [part for part, _, _ in self.parts]
 
     def accepts(self, fmt: Format, shape: Sequence[int]) -> Refusal | None:
-        """None for the layout's own grid, scales and group sizes, and groups that divide the rows."""
+        """None for the layout's own grid, scales and group sizes, and groups that divide the rows.
+
+        Blocks of several rows may be short on both sides: compressed-tensors pads them.
+        """
         if not self.holds(fmt):
             return Refusal(self.name, f"holds other numbers than {fmt.name}")
         if len(shape) != 2:
@@ -67,7 +70,8 @@ class FloatLayout:
             sizes = ", ".join(map(str, self.sizes))
             return Refusal(self.name, f"needs groups of {sizes}, not {fmt.group.size}")
         width = fmt.group.width(shape[1])
-        if shape[1] % width or (self.sizes and width != fmt.group.size):
+        short = shape[1] % width and fmt.group.rows == 1
+        if short or (self.sizes and width != fmt.group.size):
             return Refusal(
                 self.name,
                 f"needs full groups: {fmt.group.size} does not divide {shape[1]} inputs",

@@ -146,6 +146,7 @@ FLOAT_TYPES: dict[str, NumberType] = {
         spellings={"fp_block": {"bits": 8}},
         bits=(8,),
         group_sizes=(128,),
+        short_groups=True,
         weights=partial(_fp8_weights, blocks=True),
         compressed=CompressedWords(
             type="float", format=_always("float-quantized"), strategy="block", block=(128, 128)

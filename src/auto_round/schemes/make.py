@@ -9,6 +9,7 @@ from auto_round.errors import ConfigError
 from auto_round.facts.layer import Block, Layer
 from auto_round.schemes.condense import condense
 from auto_round.schemes.entry import PlanEntry
+from auto_round.schemes.number_types import has_short_groups
 from auto_round.schemes.plan import Plan, PlanRequest
 from auto_round.schemes.regroup import regroup, with_common_group
 from auto_round.schemes.rules import (
@@ -20,7 +21,14 @@ from auto_round.schemes.rules import (
     match_layer_config,
 )
 from auto_round.schemes.scheme import QuantizationScheme, parse_scheme
-from auto_round.schemes.shapes import MULTIPLE, Misfit, awkward_shape, divides, refuse_misfits
+from auto_round.schemes.shapes import (
+    MULTIPLE,
+    Misfit,
+    awkward_shape,
+    divides,
+    refuse_input_misfits,
+    refuse_misfits,
+)
 from auto_round.schemes.siblings import fused_warnings
 
 __all__ = ["KEPT_ROLES", "PlanRequest", "make_plan"]
@@ -175,6 +183,7 @@ def _fit_shapes(
     entries: dict[str, PlanEntry] = {}
     awkward: list[str] = []
     misfits: list[Misfit] = []
+    of_inputs: list[Misfit] = []
     for scheme in dict.fromkeys(entry.scheme for entry in asked.values()):
         if scheme is not None:
             scheme.weight_format()  # refuses what cannot be computed yet, once for each scheme
@@ -187,9 +196,14 @@ def _fit_shapes(
         if why is not None:
             entries[layer.name] = PlanEntry(None, why, entry.fixed)
             awkward.append(layer.name)
-        elif not divides(entry.scheme.group_size, layer.shape[1]):
-            misfits.append(Misfit(layer.name, layer.shape[1], entry.scheme.group_size))
+            continue
+        n_in, size, inputs = layer.shape[1], entry.scheme.group_size, entry.scheme.inputs
+        if not divides(size, n_in) and not has_short_groups(entry.scheme.data_type):
+            misfits.append(Misfit(layer.name, n_in, size))
+        elif inputs is not None and not divides(inputs.group_size, n_in):
+            of_inputs.append(Misfit(layer.name, n_in, inputs.group_size))
     refuse_misfits(misfits)
+    refuse_input_misfits(of_inputs)
     if not awkward:
         return entries, []
     where = ", ".join(map(str, condense(awkward)))

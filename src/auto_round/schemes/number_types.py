@@ -50,6 +50,11 @@ def inputs_of(fields: InputFields) -> InputFormat | Refusal:
     return row.inputs(fields)
 
 
+def has_short_groups(data_type: str) -> bool:
+    """Whether the last groups of a row of weights may be short."""
+    return data_type in NUMBER_TYPES and NUMBER_TYPES[data_type].short_groups
+
+
 def stored_word(data_type: str) -> str:
     """`data_type` in the configuration of an auto-round folder; the type's own name where none holds it."""
     return NUMBER_TYPES[data_type].stored if data_type in NUMBER_TYPES else data_type

@@ -11,6 +11,7 @@ from dataclasses import replace
 from auto_round.facts.layer import Layer
 from auto_round.schemes.condense import condense
 from auto_round.schemes.entry import PlanEntry
+from auto_round.schemes.number_types import has_short_groups
 from auto_round.schemes.plan import PlanRequest
 from auto_round.schemes.rules import Rule
 from auto_round.schemes.scheme import QuantizationScheme, names_group_size
@@ -42,7 +43,8 @@ def regroup(
         if entry.scheme is None or awkward_shape(layer.shape) or not _is_free(entry, request, rules):
             continue
         group = entry.scheme.group_size
-        size = None if divides(group, layer.shape[1]) else fitting_group(group, layer.shape[1])
+        fits = divides(group, layer.shape[1]) or has_short_groups(entry.scheme.data_type)
+        size = None if fits else fitting_group(group, layer.shape[1])
         if size is not None:
             sizes[layer.name] = size
     if not sizes:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.schemes.condense import some
 
 MULTIPLE = 32
@@ -25,7 +25,7 @@ class Misfit:
     Attributes:
         name: name of the layer.
         n_in: length of a row, its in_features.
-        group_size: weights in a group.
+        group_size: weights, or inputs, in a group.
     """
 
     name: str
@@ -71,6 +71,31 @@ def refuse_misfits(misfits: Iterable[Misfit]) -> None:
         + f"\neither use a size that fits everywhere (--group_size {best}), or keep these layers "
         f'(--ignore_layers {piece}) or give them their own size (layer_config {{"{piece}": '
         f'{{"group_size": {best}}}}})'
+    )
+
+
+def refuse_input_misfits(misfits: Sequence[Misfit]) -> None:
+    """Refuse groups of inputs that do not divide: engines and compressed-tensors take whole ones only.
+
+    Raises:
+        UnsupportedError: there are any; names layers, in_features and the remedies.
+    """
+    if not misfits:
+        return
+    cases: dict[tuple[int, int], list[str]] = {}
+    for misfit in misfits:
+        cases.setdefault((misfit.group_size, misfit.n_in), []).append(misfit.name)
+    piece = misfits[0].name.rpartition(".")[2]
+    remedy = (
+        f'leave the inputs alone (--act_bits 16, or layer_config {{"{piece}": {{"act_bits": 16}}}}), or keep '
+        f"these layers (--ignore_layers {piece})"
+    )
+    raise UnsupportedError(
+        "the inputs of some layers are not a whole number of groups",
+        [
+            Refusal("activations", f"{some(names, most=4)}: {size} does not divide {n_in} inputs", remedy)
+            for (size, n_in), names in cases.items()
+        ],
     )
 
 

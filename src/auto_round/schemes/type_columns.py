@@ -61,6 +61,7 @@ class NumberType:
         spellings: accepted spelling -> fields that it decides besides `data_type`.
         bits: widths of weights.
         group_sizes: sizes of groups; empty for any.
+        short_groups: whether the last groups of a row may be short, as readers of the type take them.
         weights: makes the format of a scheme's weights, or says why there is none. None means that fields
             and type do not go together, with no more to say.
         input_bits: widths of inputs; empty where inputs cannot be of this type.
@@ -75,6 +76,7 @@ class NumberType:
     spellings: Mapping[str, Mapping[str, Any]]
     bits: tuple[int, ...]
     group_sizes: tuple[int, ...] = ()
+    short_groups: bool = False
     weights: Callable[[QuantizationScheme], Format | Refusal | None]
     input_bits: tuple[int, ...] = ()
     inputs: Callable[[InputFields], InputFormat | Refusal] | None = None

@@ -118,7 +118,7 @@ def error(model: LlamaForCausalLM, twin: LlamaForCausalLM) -> float:
     for module in twin.model.layers[0].modules():
         if isinstance(module, QuantLinear):
             x = torch.randn(3, module.in_features, generator=generator).bfloat16()
-            w = module.fmt.dequantize(module.restore()).double()
+            w = module.fmt.dequantize(module.restore().weight).double()
             with torch.inference_mode():
                 difference = (module(x).double() - x.double() @ w.t()).abs() / (
                     x.double().abs() @ w.abs().t()

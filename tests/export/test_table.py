@@ -31,7 +31,7 @@ def test_lists_of_names(text, names):
     assert [exporter.name for exporter in parse_formats(text)] == names
 
 
-@pytest.mark.parametrize("name", [*LATER, "auto-round:fp8-static"])
+@pytest.mark.parametrize("name", [*LATER, "auto-round:mlx"])
 def test_later_formats_say_so(name):
     with pytest.raises(UnsupportedError, match="not there yet"):
         parse_formats(f"auto_round,{name}")
@@ -65,9 +65,11 @@ def test_the_list_of_formats_and_schemes():
     assert set(described["auto_round:auto_awq"]) == set(described["auto_awq"]) == {"W4A16", "BF16"}
     floats = {"MXFP4", "MXFP4_RCEIL", "MXFP6", "MXFP8", "MXFP8_RCEIL", "FPW8A16", "FP8_BLOCK"}
     floats |= {"FP8_STATIC", "NVFP4"}
-    held = floats - {"FPW8A16", "FP8_BLOCK", "FP8_STATIC", "NVFP4"}
+    held = floats - {"FP8_BLOCK"}
     assert set(described["auto_round"]) == integers | held
     assert set(described["auto_round:llm_compressor"]) == held | {"BF16"}
+    assert set(described["auto_round:fp8_static"]) == {"FP8_STATIC", "BF16"}
+    assert set(described["auto_round:fp8"]) == {"FPW8A16", "BF16"}
     others = {"W5A16", "W6A16", "INT8", "INT8_W8A8", "INT4"} | floats
     assert set(described["llm_compressor"]) == integers | others
     assert set(described["fake"]) >= set(described["llm_compressor"])

@@ -238,7 +238,7 @@ def test_what_a_weight_answers(load, fmt):
     weight = layer.weight
     assert isinstance(layer, torch.nn.Linear)
     assert (weight.dtype, weight.device.type, tuple(weight.shape)) == (torch.bfloat16, "cpu", (96, 64))
-    dense = layer.restore().format.dequantize(layer.restore(), torch.bfloat16)
+    dense = layer.restore().weight.format.dequantize(layer.restore().weight, torch.bfloat16)
     x = torch.randn(3, 64, dtype=torch.bfloat16)
     assert torch.equal(weight.clone(), dense)
     assert torch.equal(torch.nn.functional.linear(x, weight), torch.nn.functional.linear(x, dense))

@@ -26,7 +26,7 @@ def test_change_of_kernel_keeps_codes_and_steps() -> None:
     other = select_kernel(spec, "auto")
     layer.change_kernel(other, spec)
     assert layer.kernel is other
-    restored = layer.restore()
+    restored = layer.restore().weight
     assert torch.equal(restored.codes, q.codes)
     assert torch.equal(restored.scale.step, q.scale.step)
     layer.change_kernel(select_kernel(spec, "torch"), spec)

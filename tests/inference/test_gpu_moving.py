@@ -21,4 +21,4 @@ def test_to_a_gpu_and_back(backend):
     want = x.double() @ q.format.dequantize(q).double().t() + layer.bias.cpu().double()
     assert (layer(x.to(DEVICE)).cpu().double() - want).abs().max() < 0.02 * want.abs().max()
     layer.backend = "auto"
-    assert torch.equal(layer.to("cpu").restore().codes, q.codes)
+    assert torch.equal(layer.to("cpu").restore().weight.codes, q.codes)

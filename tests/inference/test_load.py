@@ -264,7 +264,7 @@ def test_damaged_tensors_are_errors(tmp_path):
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        ({"packing_format": "auto_round:fp8_static"}, UnsupportedError, "not in this version"),
+        ({"packing_format": "auto_round:mlx"}, UnsupportedError, "not in this version"),
         ({"packing_format": "auto_round:llm_compressor"}, UnsupportedError, "int of 4 bits"),
         ({"data_type": "mx_fp"}, UnsupportedError, "mx_fp"),
         ({"act_bits": 8}, UnsupportedError, "activations of 8 bits"),

@@ -38,8 +38,8 @@ def test_another_dtype(backend, dtype):
     for name, b in layer.named_buffers():
         assert b.dtype == before[name].dtype
         assert torch.equal(b, before[name])
-    assert torch.equal(layer.restore().codes, q.codes)
-    assert torch.equal(layer.restore().scale.step, q.scale.step)
+    assert torch.equal(layer.restore().weight.codes, q.codes)
+    assert torch.equal(layer.restore().weight.scale.step, q.scale.step)
     y = layer(x)
     assert y.dtype == dtype
     want = x.double() @ q.format.dequantize(q).double().t() + layer.bias.double()
@@ -65,8 +65,8 @@ def test_without_a_named_backend_the_kernel_is_chosen_anew():
         assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.dequantize(), layer.bias))
     layer.to(torch.bfloat16)
     assert layer.kernel == first
-    assert torch.equal(layer.restore().codes, q.codes)
-    assert torch.equal(layer.restore().scale.step, q.scale.step)
+    assert torch.equal(layer.restore().weight.codes, q.codes)
+    assert torch.equal(layer.restore().weight.scale.step, q.scale.step)
 
 
 def test_before_loading_tensors_move_freely():

@@ -198,7 +198,7 @@ def test_layers_that_nothing_reached_are_named():
         ({"scheme": "NVFP4", "act_group_size": 32}, "groups of 16"),
         ({"scheme": "NVFP4", "act_data_type": "nv_fp4"}, "nv_fp4_with_static_gs"),
         ({"scheme": "NVFP4", "act_sym": False}, "no zero points"),
-        ({"scheme": "NVFP4", "format": "auto_round"}, "leave activations alone"),
+        ({"scheme": "NVFP4", "format": "auto_gptq"}, "leave activations alone"),
         ({"scheme": "FP8_STATIC", "format": "gguf:q4_k_m"}, "gguf"),
         ({"scheme": "NVFP4", "data_type": "nv_fp4_with_static_gs"}, "not there yet"),
         ({"scheme": "FP8_STATIC", "dataset": []}, "row"),

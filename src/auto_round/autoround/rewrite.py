@@ -8,19 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from auto_round.checkpoint.disk import writing
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.consumers.lines import judge_outputs
 from auto_round.errors import ConfigError
-from auto_round.export.compressed_config import compressed_layout, input_tensor
-from auto_round.facts.layer import Layer
+from auto_round.export.compressed_config import compressed_layout
+from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import layout_of
-from auto_round.numerics.format import Format
-from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.pipeline.checking.verify import verify_all
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.default_device import plain_device
@@ -58,9 +54,10 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
         ):
             quantized = job.quantized()
             for layer, fmt in quantized.values():
-                scheme = job.plan.scheme_of(layer.name)
-                q = _read(finished, layer, fmt, _layout(config, scheme))
-                outputs.put(layer, QuantizedLayer(q, _input_scale(finished, layer, scheme)))
+                order = _layout(config, job.plan.scheme_of(layer.name))
+                stored = LayerLayout(order, fmt, layer.shape, job.plan.inputs_of(layer))
+                parts = {suffix: finished.read(f"{layer.name}.{suffix}") for suffix in stored.spec()}
+                outputs.put(layer, stored.unpack(parts))
             codes = {f"{name}.weight" for name in quantized}  # some layouts keep the name of the weight
             for name in job.source.tensors:
                 if name in finished and name not in codes:
@@ -118,16 +115,3 @@ def _layout(config: Mapping[str, Any], scheme: QuantizationScheme | None) -> Lay
     if scheme is None or config["quant_method"] != "compressed-tensors":
         return layout_of(config)
     return compressed_layout(scheme)
-
-
-def _input_scale(finished: Checkpoint, layer: Layer, scheme: QuantizationScheme | None) -> Tensor | None:
-    """What calibration fixed for the input of a layer, as the folder holds it; None where that is nothing."""
-    found = None if scheme is None else input_tensor(scheme, layer.dtype)
-    return None if found is None else finished.read(f"{layer.name}.{found[0]}")
-
-
-def _read(finished: Checkpoint, layer: Layer, fmt: Format, layout: Layout) -> QTensor:
-    """Codes of one layer."""
-    suffixes = layout.spec(fmt, layer.shape)
-    parts = {suffix: finished.read(f"{layer.name}.{suffix}") for suffix in suffixes}
-    return layout.unpack(parts, fmt, layer.shape)

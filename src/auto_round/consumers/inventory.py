@@ -121,7 +121,7 @@ def _integers(folder: Folder) -> Contents:
 
 def _float_label(matrix: Matrix, how: StoredLayer) -> str:
     """The same words for floats as in compressed-tensors folders."""
-    size, inputs = how.format.group.size, how.activation
+    size, inputs = how.format.group.size, how.inputs
     strategy = {-1: "channel", 0: "tensor"}.get(size, "group")
     rounded = None if inputs is None else Inputs(inputs.bits, "float", "", None, sym=True, dynamic=True)
     return str(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from auto_round.consumers.compare import compare
 from auto_round.consumers.compressed import CompressedReader
 from auto_round.consumers.fields import CannotReadError, CompressedFields
 from auto_round.consumers.folder import Folder
 from auto_round.consumers.modules import Module, split_modules
 from auto_round.errors import AutoRoundError
+from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.awq import AWQ as AWQLayout  # noqa: N811
 from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.schemes.condense import some
@@ -79,8 +82,17 @@ def _agrees(stored: StoredFormats, matrix: Matrix) -> bool:
     if how is None or not held or not matrix.packed:
         return held == matrix.packed
     if matrix.order == OTHER:
-        spec = how.layout.spec(how.format, matrix.shape)
-        return {n: t for n, t in matrix.stored.items() if not n.startswith("input_")} == dict(spec)
+        spec = how.tensors(matrix.shape).spec()
+        found = {n: t for n, t in matrix.stored.items() if n in spec or not n.startswith("input_")}
+        return found.keys() == spec.keys() and all(_fits(found[name], spec[name]) for name in spec)
     order = AWQ if isinstance(how.layout, AWQLayout) else GPTQ
-    found = (matrix.order, matrix.bits, matrix.groups)
-    return found == (order, how.format.grid.bits, how.format.group.count(matrix.shape[1]))
+    seen = (matrix.order, matrix.bits, matrix.groups)
+    return seen == (order, how.format.grid.bits, how.format.group.count(matrix.shape[1]))
+
+
+def _fits(stored: TensorSpec, wanted: TensorSpec) -> bool:
+    """Whether a tensor is what is expected, or floats that become so without loss while they are loaded."""
+    if stored == wanted or tuple(stored.shape) != tuple(wanted.shape):
+        return stored == wanted
+    narrow = stored.dtype in (torch.float16, torch.bfloat16)
+    return narrow and wanted.dtype is torch.float32

@@ -23,8 +23,8 @@ from auto_round.export.packed import scheme_of, top_scheme
 from auto_round.export.reader_names import EXPERTS, merged_names
 from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.awq import AWQ
-from auto_round.layouts.table import layout_for
-from auto_round.schemes.number_types import stored_word
+from auto_round.layouts.table import FP8, layout_for
+from auto_round.schemes.number_types import steps_of, stored_word
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.rules import Kind
 from auto_round.schemes.scheme import QuantizationScheme
@@ -80,12 +80,13 @@ def auto_round_config(
     if not plan.quantized:
         return None
     fields_of = _with_zero_points if isinstance(layout_for(packing_format), AWQ) else _fields
-    base = fields_of(top_scheme(plan, layers, fields_of))
+    base = _loadable(fields_of(top_scheme(plan, layers, fields_of)))
     prefixes = _prefixes(plan, layers, blocks)
     config: dict[str, Any] = {
         "quant_method": "auto-round",
         "packing_format": packing_format,
         **base,
+        **(_fp8_words(base) if layout_for(packing_format) is FP8 else {}),
         "autoround_version": __version__,
     }
     if prefixes:
@@ -102,14 +103,15 @@ def auto_round_config(
 
 
 def _fields(scheme: QuantizationScheme) -> dict[str, Any]:
-    """What readers need of a scheme; the scale's dtype only where it is not float16."""
+    """What readers need of a scheme; the dtype of steps only where it is not the usual one of the type."""
     fields: dict[str, Any] = {
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "sym": scheme.sym,
         "data_type": stored_word(scheme.data_type),
     }
-    if scheme.scale_dtype != "float16":
+    fmt = scheme.weight_format()
+    if fmt is not None and "step" in fmt.rule.stored and scheme.scale_dtype != steps_of(scheme.data_type):
         fields["scale_dtype"] = f"torch.{scheme.scale_dtype}"
     inputs = scheme.inputs
     if inputs is not None:
@@ -121,6 +123,20 @@ def _fields(scheme: QuantizationScheme) -> dict[str, Any]:
             "act_dynamic": inputs.dynamic,
         }
     return fields
+
+
+def _loadable(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields for the top: Transformers does not load a configuration that says `group_size` 0 there.
+
+    So the layers say it themselves. Source: `AutoRoundConfig.post_init` in Transformers 5.24.
+    """
+    return {**fields, "group_size": -1} if fields["group_size"] == 0 else fields
+
+
+def _fp8_words(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What FP8 folders of auto-round 0.16 say besides."""
+    fixed = "act_bits" in fields and not fields["act_dynamic"]
+    return {"fmt": "e4m3", "activation_scheme": "static" if fixed else "dynamic"}
 
 
 def _with_zero_points(scheme: QuantizationScheme) -> dict[str, Any]:
@@ -161,7 +177,7 @@ def _override(
     if scheme.inputs is None:
         fields |= unrounded
     if "scale_dtype" in known:
-        fields.setdefault("scale_dtype", "torch.float16")
+        fields.setdefault("scale_dtype", f"torch.{steps_of(scheme.data_type)}")
     differing = {k: v for k, v in fields.items() if known.get(k) != v}
     return tuple(({"bits": scheme.bits} | differing).items()) if differing else ()
 

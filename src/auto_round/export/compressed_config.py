@@ -16,12 +16,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from auto_round.errors import InternalError, Refusal
 from auto_round.export.reader_names import module_names
 from auto_round.facts.layer import Layer, Role
-from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.compressed import INT_QUANTIZED, LAYOUT_VERSION
 from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.layouts.layout import Layout
@@ -162,25 +159,6 @@ def _more(words: CompressedWords) -> dict[str, Any]:
     if words.scale_dtype is not None:
         found["scale_dtype"] = words.scale_dtype
     return found
-
-
-_INPUT_TENSORS = {"step": "input_scale", "tensor": "input_global_scale"}
-"""Stored part of an activation format that calibration fixes -> its tensor.
-
-Source: `initialize_qparams` in compressed-tensors 0.20, `quantization/lifecycle/initialize.py`."""
-
-
-def input_tensor(scheme: QuantizationScheme, dtype: torch.dtype) -> tuple[str, TensorSpec] | None:
-    """Suffix and spec of the tensor for what calibration fixes of a layer's input; None for nothing.
-
-    Args:
-        scheme: of the layer.
-        dtype: dtype of the model, in which readers hold scales.
-    """
-    fmt = scheme.activation_format()
-    if not isinstance(fmt, CalibratedScale):
-        return None
-    return _INPUT_TENSORS[fmt.part], TensorSpec(fmt.stored_in(dtype).dtype, (1,))
 
 
 _LOCAL = "local"

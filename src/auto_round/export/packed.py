@@ -16,7 +16,9 @@ from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.integers import step_dtype
+from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
+from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.schemes.condense import some
@@ -34,18 +36,26 @@ LOADABLE_BITS = (2, 3, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class OneLayout(Exporter):
-    """A format that stores all layers in one order of bytes."""
+    """A format that stores the weights of all layers in one order of bytes."""
 
     @abstractmethod
     def _layout(self) -> Layout: ...
 
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """The tensors of the layout, for example `<layer>.qweight`."""
-        return prefixed(layer, self._layout().spec(fmt, layer.shape))
+        return prefixed(layer, self._stored(layer, fmt).spec())
 
     def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The tensors of `spec`."""
-        return prefixed(layer, self._layout().pack(q.weight))
+        return prefixed(layer, self._stored(layer, q.weight.format).pack(q))
+
+    def _stored(self, layer: Layer, fmt: Format) -> LayerLayout:
+        return LayerLayout(self._layout(), fmt, layer.shape)
+
+
+def planned_inputs(plan: Plan, layers: Sequence[Layer]) -> dict[str, InputFormat]:
+    """Layer -> what its input is rounded to, where it is."""
+    return {layer.name: fmt for layer in layers if (fmt := plan.inputs_of(layer)) is not None}
 
 
 def quantized_layers(plan: Plan, layers: Sequence[Layer]) -> list[tuple[Layer, Format]]:

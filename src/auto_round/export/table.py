@@ -10,7 +10,7 @@ import torch
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError, Refusal, UnsupportedError, nearest
 from auto_round.export.exporter import Exporter
-from auto_round.export.formats.auto_round import AutoRoundFormat
+from auto_round.export.formats.auto_round import FP8_OTHER, FP8_STATIC, AutoRoundFormat
 from auto_round.export.formats.awq import AWQFormat
 from auto_round.export.formats.fake import FakeFormat
 from auto_round.export.formats.gptq import GPTQFormat
@@ -19,6 +19,7 @@ from auto_round.export.gguf.format import EVERY_TYPE
 from auto_round.facts.layer import Layer, Role
 from auto_round.facts.loading import Loading
 from auto_round.schemes.entry import PlanEntry
+from auto_round.schemes.float_types import FLOAT_TYPES
 from auto_round.schemes.make import KEPT_ROLES
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import PRESET_SCHEMES, QuantizationScheme
@@ -32,6 +33,8 @@ EXPORTERS: dict[str, Exporter] = {
         AutoRoundFormat("auto_round:gptqmodel", packing="auto_round:gptqmodel"),
         AutoRoundFormat("auto_round:auto_awq", packing="auto_round:auto_awq"),
         AutoRoundFormat("auto_round:llm_compressor", packing="auto_round:llm_compressor"),
+        AutoRoundFormat("auto_round:fp8_static", packing=FP8_STATIC),
+        AutoRoundFormat("auto_round:fp8", packing=FP8_OTHER),
         GPTQFormat("auto_gptq", "gptq"),
         GPTQFormat("gptqmodel", "gptq_v2"),
         AWQFormat("auto_awq"),
@@ -43,8 +46,6 @@ EXPORTERS: dict[str, Exporter] = {
 """Output formats by the name that a user gives."""
 
 LATER = (
-    "auto_round:fp8",
-    "auto_round:fp8_static",
     "auto_round:mlx",
     "fp8",
     "mlx",
@@ -146,11 +147,23 @@ def all_refusals(
     return [Refusal(exporter.name, reason, f"use the format {' or '.join(others)}"), *found]
 
 
-def scale_dtype(exporters: Iterable[Exporter], model: torch.dtype) -> str | None:
-    """Dtype of scales when the user names none: the model's where a format wants that; None for the usual."""
+def scale_dtype(exporters: Iterable[Exporter], model: torch.dtype, data_type: str) -> str | None:
+    """Dtype of scales when the user names none; None for the usual one.
+
+    It is the model's where a format wants that. Steps of floating numbers are always in the dtype of the
+    model: readers hold them in it, and those of FP8 are so small that float16 would lose bits.
+
+    Args:
+        exporters: the formats that are written.
+        model: dtype of the model.
+        data_type: number type of the weights.
+    """
     own = str(model).removeprefix("torch.")
+    if own not in SCALE_DTYPES:
+        return None
     wanted = any(exporter.scales_in_model_dtype for exporter in exporters)
-    return own if wanted and own in SCALE_DTYPES and model.itemsize == _HALF else None
+    floating = data_type in FLOAT_TYPES
+    return own if floating or (wanted and model.itemsize == _HALF) else None
 
 
 _HALF = 2
@@ -178,7 +191,8 @@ def _writes(exporter: Exporter, scheme: QuantizationScheme) -> bool:
         for role in Role
         if role.value not in KEPT_ROLES
     ]
-    scheme = replace(scheme, scale_dtype=scale_dtype([exporter], torch.bfloat16) or scheme.scale_dtype)
+    own = scale_dtype([exporter], torch.bfloat16, scheme.data_type)
+    scheme = replace(scheme, scale_dtype=own or scheme.scale_dtype)
     schemes = {layer.name: scheme.for_role(layer.role.value) for layer in layers}
     plan = Plan(scheme, {name: PlanEntry(s if s.quantized else None, "") for name, s in schemes.items()})
     try:

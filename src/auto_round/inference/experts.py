@@ -81,7 +81,7 @@ class PackedExperts(nn.Module):
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
         try:
-            q = self._weights[name].unpack()
+            q = self._weights[name].unpack().weight
         except UnsupportedError as error:
             raise named(name.removesuffix(WEIGHT), error) from error
         return q.format.dequantize(q, dtype)
@@ -144,7 +144,7 @@ def _packed_weights(
             continue
         if not inside.startswith(f"{path}."):
             raise _unusual(layer, f'it would be loaded as "{inside}", outside of "{path}"')
-        packed = PackedWeight(how.format, how.layout, (n_out, n_in))
+        packed = PackedWeight(how.tensors((n_out, n_in)))
         found[piece.name] = (inside.removeprefix(f"{path}."), packed)
     plain = [piece.name for piece in recipe.pieces if piece.name not in found]
     if found and plain:

@@ -12,12 +12,13 @@ from torch.autograd.function import once_differentiable
 
 from auto_round.errors import CheckpointError, InternalError, UnsupportedError
 from auto_round.inference.dense_weight import DenseWeight
-from auto_round.kernels.kernel import Kernel, LinearSpec
+from auto_round.kernels.kernel import INPUT, Kernel, LinearSpec
 from auto_round.kernels.select import AUTO, select_kernel
 from auto_round.layouts.gptq import GPTQ
+from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 
 ORDER = "g_idx"
 """Tensor of GPTQ checkpoints with the group of each input, which some of them leave out."""
@@ -36,37 +37,40 @@ class PackedWeight(nn.Module):
     """The tensors of one weight as a layout stores them, on the meta device until a checkpoint fills them.
 
     Attributes:
-        fmt: numeric format of the weight.
-        layout: order of the stored bytes.
-        shape: `(out, in)`.
+        stored: how its bytes lie.
     """
 
-    def __init__(self, fmt: Format, layout: Layout, shape: tuple[int, int]) -> None:
+    def __init__(self, stored: LayerLayout) -> None:
         nn.Module.__init__(self)  # a subclass is a linear layer too, whose weight is not to be made
-        self.fmt = fmt
-        self.layout = layout
-        self.shape = shape
-        for suffix, spec in layout.spec(fmt, shape).items():
+        self.stored = stored
+        for suffix, spec in stored.spec().items():
             # Not `register_buffer`: FP8 codes are stored as `weight`, which `QuantLinear` has as a property.
             self._buffers[suffix] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
 
+    @property
+    def fmt(self) -> Format:
+        """Numeric format of the weight."""
+        return self.stored.format
+
     def parts(self) -> dict[str, Tensor]:
         """The stored tensors by suffix."""
-        return {suffix: self.get_buffer(suffix) for suffix in self.layout.spec(self.fmt, self.shape)}
+        return {suffix: self.get_buffer(suffix) for suffix in self.stored.spec()}
 
     @property
     def ordered(self) -> bool:
         """Whether the stored tensors have a `g_idx`."""
-        return isinstance(self.layout, GPTQ) and self.layout.indexed
+        order = self.stored.weight
+        return isinstance(order, GPTQ) and order.indexed
 
     def drop_order(self) -> None:
         """Expect the tensors without `g_idx`."""
-        if isinstance(self.layout, GPTQ):
-            self.layout = replace(self.layout, indexed=False)
+        order = self.stored.weight
+        if isinstance(order, GPTQ):
+            self.stored = self.stored.with_weight(replace(order, indexed=False))
             del self._buffers[ORDER]
 
-    def unpack(self) -> QTensor:
-        """The quantized weight.
+    def unpack(self) -> QuantizedLayer:
+        """The quantized weight, and the number of its input where there is one.
 
         Raises:
             UnsupportedError: the tensors were left on disk or were never loaded.
@@ -77,9 +81,12 @@ class PackedWeight(nn.Module):
             raise UnsupportedError(
                 "a quantized layer has no weights in memory; give a device_map that leaves no layer on disk"
             )
-        wanted = self.layout.spec(self.fmt, self.shape)
+        return self._read(parts)
+
+    def _read(self, parts: Mapping[str, Tensor]) -> QuantizedLayer:
+        wanted = self.stored.spec()
         narrow = {name: _narrowed(part, wanted[name].dtype) for name, part in parts.items()}
-        return self.layout.unpack(narrow, self.fmt, self.shape)
+        return self.stored.unpack(narrow)
 
 
 def _narrowed(part: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,7 +128,7 @@ class QuantLinear(PackedWeight, nn.Linear):
         bias: nn.Parameter | None,
         backend: str = AUTO,
     ) -> None:
-        super().__init__(spec.fmt, layout, spec.shape)
+        super().__init__(LayerLayout(layout, spec.fmt, spec.shape, spec.inputs))
         self.out_features, self.in_features = spec.shape
         self.spec = spec
         self.kernel = kernel
@@ -155,7 +162,7 @@ class QuantLinear(PackedWeight, nn.Linear):
         dtype = dtype or self.spec.dtype
         if not self.adopted and any(part.is_meta for part in self.parts().values()):
             return torch.empty(self.spec.shape, dtype=dtype, device="meta")
-        q = self.restore()
+        q = self.restore().weight
         return q.format.dequantize(q, dtype)
 
     def adopt(self, kernel: Kernel, spec: LinearSpec) -> None:
@@ -172,9 +179,12 @@ class QuantLinear(PackedWeight, nn.Linear):
         """Let another kernel take over from the one that runs the layer now; the weight stays bit for bit."""
         self._hand_over(self.restore(), kernel, spec)
 
-    def restore(self) -> QTensor:
-        """The quantized weight, bit for bit as it was loaded."""
-        return self.kernel.restore(self._kernel_buffers(), self.spec) if self.adopted else self.unpack()
+    def restore(self) -> QuantizedLayer:
+        """The quantized weight and the number of its input, bit for bit as they were loaded."""
+        if not self.adopted:
+            return self.unpack()
+        buffers = self._kernel_buffers()
+        return QuantizedLayer(self.kernel.restore(buffers, self.spec), buffers.get(INPUT))
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias` in the dtype of `x`."""
@@ -189,8 +199,8 @@ class QuantLinear(PackedWeight, nn.Linear):
             return y
         return self.kernel.linear(x, self._kernel_buffers(), self.spec, self.bias)
 
-    def _hand_over(self, q: QTensor, kernel: Kernel, spec: LinearSpec) -> None:
-        buffers = kernel.prepare(q, spec)
+    def _hand_over(self, layer: QuantizedLayer, kernel: Kernel, spec: LinearSpec) -> None:
+        buffers = _buffers(layer, kernel, spec)
         self._buffers.clear()
         self._non_persistent_buffers_set.clear()
         for name, buffer in buffers.items():
@@ -247,7 +257,7 @@ class QuantLinear(PackedWeight, nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.adopted:
-            for suffix, part in self.layout.pack(self.restore()).items():
+            for suffix, part in self.stored.pack(self.restore()).items():
                 destination[prefix + suffix] = part
 
     def _load_from_state_dict(
@@ -262,7 +272,7 @@ class QuantLinear(PackedWeight, nn.Linear):
         if not self.adopted:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
             return
-        wanted = self.layout.spec(self.fmt, self.shape)
+        wanted = self.stored.spec()
         parts = {suffix: state_dict[prefix + suffix] for suffix in wanted if prefix + suffix in state_dict}
         others = {name: t for name, t in state_dict.items() if name.removeprefix(prefix) not in parts}
         super()._load_from_state_dict(others, prefix, local_metadata, strict, *reports)
@@ -278,7 +288,7 @@ class QuantLinear(PackedWeight, nn.Linear):
         """Fill the kernel's buffers from stored tensors."""
         device = next(iter(self._tensors())).device
         here = {suffix: part.detach().to(device) for suffix, part in parts.items()}
-        made = self.kernel.prepare(self.layout.unpack(here, self.fmt, self.shape), self.spec)
+        made = _buffers(self._read(here), self.kernel, self.spec)
         for name, buffer in self._kernel_buffers().items():
             buffer.copy_(made[name])
 
@@ -311,7 +321,15 @@ def _kept(buffer: Tensor, changed: Tensor) -> Tensor:
     return changed if changed.dtype == buffer.dtype else buffer.to(changed.device)
 
 
-def _moved(q: QTensor, device: torch.device) -> QTensor:
-    """The same weight on another device."""
+def _buffers(layer: QuantizedLayer, kernel: Kernel, spec: LinearSpec) -> dict[str, Tensor]:
+    """What a kernel needs of a layer."""
+    number = {} if layer.input_scale is None else {INPUT: layer.input_scale}
+    return {**kernel.prepare(layer.weight, spec), **number}
+
+
+def _moved(layer: QuantizedLayer, device: torch.device) -> QuantizedLayer:
+    """The same layer on another device."""
+    q, number = layer.weight, layer.input_scale
     parts = {name: part.to(device) for name, part in q.scale.parts.items()}
-    return QTensor(q.codes.to(device), q.format.rule.read(parts), q.format)
+    moved = QTensor(q.codes.to(device), q.format.rule.read(parts), q.format)
+    return QuantizedLayer(moved, None if number is None else number.to(device))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
-from auto_round.kernels.kernel import Kernel, LinearSpec
+from auto_round.kernels.kernel import INPUT, Kernel, LinearSpec, rounded_input
+from auto_round.numerics.activation_float import CalibratedScale
 from auto_round.numerics.qtensor import QTensor
 
 EPS32 = 2.0**-24
@@ -64,11 +65,13 @@ def _is_right(kernel: Kernel, spec: LinearSpec) -> bool:
         torch.randn(spec.shape, generator=generator, dtype=torch.float32, device="cpu").to(spec.device)
     )
     w = spec.fmt.dequantize(q).double()
-    buffers = kernel.prepare(q, spec)
+    buffers = dict(kernel.prepare(q, spec))
     for tokens in TRIAL_TOKENS:
         x = torch.randn(tokens, spec.shape[1], generator=generator, dtype=torch.float32, device="cpu")
         x = x.to(spec.device, spec.dtype)
-        rounded = x if spec.activation is None else spec.activation.fake_quantize(x)
+        if isinstance(spec.inputs, CalibratedScale):
+            buffers[INPUT] = spec.inputs.fixed(float(x.abs().max())).number.to(spec.device)
+        rounded = rounded_input(x, buffers, spec)
         y = rounded.double() @ w.t()
         error = (kernel.linear(x, buffers, spec, None).double() - y).abs()
         if not bool((error <= error_bound(kernel, spec, q, rounded, y)).all()):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
-from auto_round.numerics.activation import ActivationFormat
+from auto_round.numerics.activation_float import InputFormat, with_number
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 
@@ -24,14 +24,34 @@ class LinearSpec:
         shape: `(out, in)`.
         dtype: dtype of the activations and of the result.
         device: kind of device that holds both, for example `cpu`.
-        activation: what the input is rounded to before it is multiplied; None where it is left alone.
+        inputs: what the input is rounded to before it is multiplied; None where it is left alone. The number
+            that calibration fixed for it, where there is one, lies in the buffer `INPUT`.
     """
 
     fmt: Format
     shape: tuple[int, int]
     dtype: torch.dtype
     device: str
-    activation: ActivationFormat | None = None
+    inputs: InputFormat | None = None
+
+
+INPUT = "input"
+"""Buffer of a layer with the number of its input that calibration fixed, `[1]`.
+
+It belongs to no weight, so no kernel prepares or restores it."""
+
+
+def rounded_input(x: Tensor, buffers: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+    """What flows into a layer as it is to be multiplied, same shape and dtype.
+
+    Args:
+        x: `[..., in]`.
+        buffers: those of the layer.
+        spec: the layer.
+    """
+    if spec.inputs is None:
+        return x
+    return with_number(spec.inputs, buffers.get(INPUT)).fake_quantize(x)
 
 
 class Kernel(Protocol):
@@ -74,7 +94,7 @@ class Kernel(Protocol):
 
         Args:
             x: `[..., in]` in `spec.dtype`.
-            buffers: at least what `prepare` returned.
+            buffers: at least what `prepare` returned, and `INPUT` where calibration fixes a number of `x`.
             spec: the layer.
             bias: `[out]` or None.
 

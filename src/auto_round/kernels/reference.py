@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
-from auto_round.kernels.kernel import LinearSpec
+from auto_round.kernels.kernel import LinearSpec, rounded_input
 from auto_round.layouts.bits import WIDTHS, WORD, pack_bits, unpack_bits
 from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.qtensor import QTensor, take_parts
@@ -70,8 +70,7 @@ class TorchKernel:
         self, x: Tensor, buffers: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None
     ) -> Tensor:
         """`x W^T + bias` with the weight dequantized to the dtype of `x`."""
-        if spec.activation is not None:
-            x = spec.activation.fake_quantize(x)
+        x = rounded_input(x, buffers, spec)
         return torch.nn.functional.linear(x, self.weight(buffers, spec, x.dtype), bias)
 
 

@@ -89,11 +89,9 @@ def _tell(asked: str) -> None:
 
 
 def _leaves_inputs(entry: Entry, spec: LinearSpec) -> Refusal | None:
-    if spec.activation is None or entry.inputs:
+    if spec.inputs is None or entry.inputs:
         return None
-    return Refusal(
-        entry.kernel.name, f"does not round inputs, which this layer wants ({spec.activation.name})"
-    )
+    return Refusal(entry.kernel.name, f"does not round inputs, which this layer wants ({spec.inputs.name})")
 
 
 def _reluctance(entry: Entry, spec: LinearSpec) -> Refusal | None:

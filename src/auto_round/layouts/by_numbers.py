@@ -49,6 +49,10 @@ class ByNumbers:
         """
         return self._of(fmt).unpack(parts, fmt, shape)
 
+    def holds(self, fmt: Format) -> bool:
+        """Whether one of the layouts has the numbers and scales of a format, sizes aside."""
+        return self._find(fmt) is not None
+
     def _find(self, fmt: Format) -> FloatLayout | None:
         return next((layout for layout in self.layouts if layout.holds(fmt)), None)
 

@@ -44,12 +44,14 @@ class FloatLayout:
         grid: of the codes.
         sizes: group sizes that readers take; empty for any that divides the rows.
         parts: part of the scale, its tensor, and the dtype that readers view its bytes as (None for its own).
+        line: scales of rows are numbers in a line, `[out]`; groups are rows, or the whole tensor.
     """
 
     name: str
     grid: Grid
     sizes: tuple[int, ...]
     parts: tuple[tuple[str, str, torch.dtype | None], ...]
+    line: bool = False
 
     def holds(self, fmt: Format) -> bool:
         """Whether a format has the layout's numbers and parts of scales, sizes aside."""
@@ -66,6 +68,9 @@ class FloatLayout:
             return Refusal(self.name, f"holds other numbers than {fmt.name}")
         if len(shape) != 2:
             return Refusal(self.name, f"holds matrices [out, in], not shape {list(shape)}")
+        if self.line and (fmt.group.size > 0 or fmt.group.rows > 1):
+            what = f"groups of {fmt.group.rows} x {fmt.group.size}"
+            return Refusal(self.name, f"holds one scale for each row or for the whole tensor, not {what}")
         if self.sizes and fmt.group.size not in self.sizes:
             sizes = ", ".join(map(str, self.sizes))
             return Refusal(self.name, f"needs groups of {sizes}, not {fmt.group.size}")
@@ -87,7 +92,7 @@ class FloatLayout:
             codes = {"weight": TensorSpec(FP8_DTYPES[self.grid], (n_out, n_in))}
         for part, name, dtype in self.parts:
             stored = fmt.rule.stored[part]
-            codes[name] = TensorSpec(dtype or stored.dtype, _flat(fmt, part, shape))
+            codes[name] = TensorSpec(dtype or stored.dtype, self._shape(fmt, part, shape))
         return codes
 
     def pack(self, q: QTensor) -> Mapping[str, Tensor]:
@@ -101,7 +106,7 @@ class FloatLayout:
             found = {"weight_packed": packed.contiguous()}
         for part, name, dtype in self.parts:
             value = q.scale.parts[part].contiguous()
-            found[name] = value.reshape(_flat(q.format, part, q.shape)).view(dtype or value.dtype)
+            found[name] = value.reshape(self._shape(q.format, part, q.shape)).view(dtype or value.dtype)
         return found
 
     def unpack(self, parts: Mapping[str, Tensor], fmt: Format, shape: Sequence[int]) -> QTensor:
@@ -123,6 +128,13 @@ class FloatLayout:
             for part, name, _ in self.parts
         }
         return QTensor(codes, fmt.rule.read(read), fmt)
+
+    def _shape(self, fmt: Format, part: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """Stored shape of a part; what belongs to the whole tensor is one number in a line."""
+        if part in fmt.shared:
+            return (1,)
+        found = fmt.rule.stored[part].shape(fmt.group.scale_shape(shape))
+        return found[:-1] if self.line else found
 
 
 _EXPONENT = (("exponent", "weight_scale", None),)
@@ -149,6 +161,5 @@ FLOATS: dict[str, FloatLayout] = {
 """Layouts of floating formats by the `format` of a compressed-tensors configuration."""
 
 
-def _flat(fmt: Format, part: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """Stored shape of a part; what belongs to the whole tensor is one number in a line."""
-    return (1,) if part in fmt.shared else fmt.rule.stored[part].shape(fmt.group.scale_shape(shape))
+FP8_LINES = FloatLayout("auto_round_fp8", E4M3, (), _STEP, line=True)
+"""FP8 weights as auto-round 0.16 writes them (`packing_format` `auto_round:fp8_static`)."""

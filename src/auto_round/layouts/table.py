@@ -8,7 +8,7 @@ from typing import Any
 from auto_round.errors import ConfigError, nearest
 from auto_round.layouts.awq import AWQ
 from auto_round.layouts.by_numbers import ByNumbers
-from auto_round.layouts.compressed_float import FLOATS
+from auto_round.layouts.compressed_float import FLOATS, FP8_LINES
 from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layout import Layout
 
@@ -30,6 +30,9 @@ AWQ_GEMM = AWQ("awq_gemm")
 COMPRESSED_FLOATS = ByNumbers("llm_compressor", tuple(FLOATS.values()))
 """Floating numbers as compressed-tensors stores them."""
 
+FP8 = ByNumbers("auto_round:fp8", (FP8_LINES,))
+"""FP8 weights with a scale for each row, or one."""
+
 LAYOUTS: dict[str, Layout] = {
     "auto_round:auto_gptq": GPTQ_V1,
     "auto_round:gptq": GPTQ_V1,
@@ -39,6 +42,8 @@ LAYOUTS: dict[str, Layout] = {
     "auto_round:auto_awq": AWQ_GEMM,
     "auto_round:awq": AWQ_GEMM,
     "auto_round:llm_compressor": COMPRESSED_FLOATS,
+    "auto_round:fp8_static": FP8,
+    "auto_round:fp8": FP8,
 }
 """Layouts by `packing_format`, with the spellings that loaders accept."""
 

@@ -12,10 +12,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from auto_round.errors import InternalError
 from auto_round.numerics.activation import ActivationFormat, straight_through
 from auto_round.numerics.format import Format
-from auto_round.numerics.scale import Stats
-from auto_round.numerics.scale_float import LargestToTop
+from auto_round.numerics.scale import BoundRule, KnownScale, Stats
+from auto_round.numerics.scale_float import BoundOverTensor, LargestToTop, OverTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +110,18 @@ class CalibratedScale(_OfFormat):
         return CalibratedScale(replace(self.format, rule=replace(rule, dtype=dtype)))
 
     def fixed(self, largest: float) -> FixedScale:
-        """The format for inputs of this largest magnitude."""
-        return FixedScale(self.format, largest)
+        """The format for inputs of this largest magnitude, a float32."""
+        hi = torch.full((1, 1), largest, dtype=torch.float32, device="cpu")
+        stats = Stats(-hi, hi)
+        scale = self.format.bind(stats).rule_for(stats).fit(stats, self.format.grid)
+        return self.holding(scale.parts[self.part])
+
+    def holding(self, number: Tensor) -> FixedScale:
+        """The format with the number as it is stored, one element in the dtype of the part."""
+        return FixedScale(self.format, number.reshape(1))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FixedScale(_OfFormat):
     """An activation format whose number for the whole tensor is known; see `CalibratedScale`.
 
@@ -125,23 +133,15 @@ class FixedScale(_OfFormat):
 
     Attributes:
         format: numbers, and groups along the last axis.
-        largest: magnitude that the number follows from, a float32.
+        number: the number as it is stored, `[1]` in the dtype of the part, on any device.
     """
 
-    largest: float
+    number: Tensor
 
     @property
     def name(self) -> str:
         """For example `nvfp4_fixed`."""
         return f"{self.format.name}_fixed"
-
-    @property
-    def number(self) -> Tensor:
-        """The number as it is stored, `[1]` in the dtype of the part."""
-        stats = self._stats(torch.device("cpu"))
-        scale = self.format.bind(stats).rule_for(stats).fit(stats, self.format.grid)
-        (part,) = self.format.shared
-        return scale.parts[part].reshape(1)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` rounded to the format, same dtype; the gradient passes straight through."""
@@ -151,23 +151,52 @@ class FixedScale(_OfFormat):
         """What `fake_quantize` gives, without a gradient."""
         with torch.no_grad():
             tokens = x.reshape(-1, x.shape[-1]).float()
-            whole = self._stats(x.device)
-            stats = whole if self.format.group.size == 0 else self._measured(tokens, x.dtype)
-            fmt = self.format.bind(whole)
-            return fmt.fake_quantize(tokens, stats, None, None).to(x.dtype).reshape(x.shape)
+            fmt = replace(self.format, bound=self._rule(x.device))
+            return (
+                fmt.fake_quantize(tokens, self._measured(tokens, x.dtype), None, None)
+                .to(x.dtype)
+                .reshape(x.shape)
+            )
+
+    def _rule(self, device: torch.device) -> BoundRule:
+        """The scale rule that knows the number."""
+        number = self.number.to(device).reshape(1, 1)
+        rule = self.format.rule
+        if isinstance(rule, OverTensor):
+            return BoundOverTensor(rule, number)
+        (part,) = self.format.shared
+        return KnownScale(rule.read({part: number}))
 
     def _measured(self, tokens: Tensor, dtype: torch.dtype) -> Stats:
-        """Ranges of groups whose extremes are as many steps as the grid goes, of steps that `dtype` holds."""
+        """Ranges of groups whose extremes are as many steps as the grid goes, of steps that `dtype` holds.
+
+        Where one group is the whole tensor its scale is known, and nothing is measured.
+        """
+        if self.format.group.size == 0:
+            nothing = tokens.new_zeros((1, 1))
+            return Stats(nothing, nothing)
         stats = _measure(tokens, self.format)
         # A tensor on the device: CUDA multiplies by the reciprocal of a plain number.
         end = torch.full((), self.format.grid.hi, dtype=torch.float32, device=tokens.device)
         return Stats(*((side / end).to(dtype).float() * end for side in (stats.lo, stats.hi)))
 
-    def _stats(self, device: torch.device) -> Stats:
-        """The calibrated range, `[1, 1]` float32."""
-        hi = torch.full((1, 1), self.largest, dtype=torch.float32, device=device)
-        return Stats(-hi, hi)
-
 
 InputFormat: TypeAlias = ActivationFormat | CalibratedScale
 """What the input of a layer is rounded to: a format, or one whose scale waits for calibration."""
+
+
+def with_number(fmt: InputFormat, number: Tensor | None) -> ActivationFormat:
+    """The format that rounds inputs: the same, or where calibration fixes a number, the one that has it.
+
+    Args:
+        fmt: format of a layer's input.
+        number: the number as it is stored, where calibration fixes one.
+
+    Raises:
+        InternalError: there is no number where one is needed.
+    """
+    if not isinstance(fmt, CalibratedScale):
+        return fmt
+    if number is None:
+        raise InternalError(f"nothing has fixed the number of {fmt.name} inputs")
+    return fmt.holding(number)

@@ -194,6 +194,32 @@ class SelfBound:
         return self
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class KnownScale:
+    """A rule that has been given its scale: it is the same whatever the range.
+
+    Attributes:
+        scale: of all groups.
+    """
+
+    scale: Scale
+
+    def matrix(self, i: int) -> KnownScale:
+        """The rule of one matrix of a stack."""
+        parts = {name: part[i] for name, part in self.scale.parts.items()}
+        zero, floor = (None if x is None else x[i] for x in (self.scale.zero, self.scale.floor))
+        return KnownScale(Scale(self.scale.step[i], zero, parts, floor))
+
+    def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
+        """The scale."""
+        return self.scale
+
+    def search(self, task: SearchTask, effort: Effort) -> Knobs:
+        """Nothing is left to be searched: the measured range."""
+        ones = torch.ones_like(task.stats.lo)
+        return Knobs(ones, ones)
+
+
 def stored_bits(rule: ScaleRule, groups: Sequence[int]) -> int:
     """Bits that scales of shape `groups` `[..., rows, n_groups]` take on disk."""
     return sum(math.prod(part.shape(groups)) * part.bits for part in rule.stored.values())

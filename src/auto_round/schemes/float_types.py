@@ -22,6 +22,9 @@ _E8M0 = "torch.uint8"
 _E4M3 = "torch.float8_e4m3fn"
 
 
+_WIDE = "float32"
+"""Dtype that holds steps of any other: auto-round 0.16 writes them in that of the model, and says nothing."""
+
 _KEPT = ("float", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32")
 """Names of the types that models come in: a layer with 16 bits is kept."""
 
@@ -139,6 +142,7 @@ FLOAT_TYPES: dict[str, NumberType] = {
         inputs=_fp8_inputs,
         runs_inputs=True,
         stored="fp",
+        steps=_WIDE,
         compressed=CompressedWords(type="float", format=_always("float-quantized")),
     ),
     "fp_block": NumberType(
@@ -193,6 +197,7 @@ FLOAT_TYPES: dict[str, NumberType] = {
         weights=_nv_weights,
         input_bits=(4,),
         inputs=partial(_nv_inputs, measured=True),
+        runs_inputs=True,
         stored="nv_fp",
         compressed=CompressedWords(
             type="float", format=_always("nvfp4-pack-quantized"), strategy="tensor_group", scale_dtype=_E4M3
@@ -204,6 +209,8 @@ FLOAT_TYPES: dict[str, NumberType] = {
         weights=lambda _: None,
         input_bits=(4,),
         inputs=_nv_inputs,
+        runs_inputs=True,
+        stored=NV_STATIC,
         compressed=CompressedWords(
             type="float", format=_always(""), strategy="tensor_group", scale_dtype=_E4M3
         ),

@@ -60,6 +60,11 @@ def stored_word(data_type: str) -> str:
     return NUMBER_TYPES[data_type].stored if data_type in NUMBER_TYPES else data_type
 
 
+def steps_of(data_type: str) -> str:
+    """Dtype of steps where the configuration of an auto-round folder names none."""
+    return NUMBER_TYPES[data_type].steps
+
+
 def stored_type(word: str) -> str | None:
     """Number type that `data_type` of an auto-round folder means; None where no folder holds it.
 

@@ -108,6 +108,13 @@ class Plan:
         scheme = self.scheme_of(name)
         return None if scheme is None else scheme.activation_format()
 
+    def inputs_of(self, layer: Layer) -> InputFormat | None:
+        """`activation_of` a layer, its number stored in the dtype in which readers hold that of the layer."""
+        from auto_round.numerics.activation_float import CalibratedScale
+
+        fmt = self.activation_of(layer.name)
+        return fmt.stored_in(layer.dtype) if isinstance(fmt, CalibratedScale) else fmt
+
     def measure(
         self,
         layers: Iterable[Layer],

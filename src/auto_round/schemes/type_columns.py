@@ -68,6 +68,9 @@ class NumberType:
         inputs: makes the activation format of a layer's input, or says why there is none.
         runs_inputs: whether auto-round folders with inputs of this type can be loaded.
         stored: `data_type` in configurations of auto-round folders; empty where they cannot hold it.
+        steps: dtype of steps where the configuration of an auto-round folder names none; also what a run
+            stores when the user names none, but that floating steps then get the dtype of the model. Types
+            whose scales have one dtype only are not asked.
         compressed: words of compressed-tensors; None where it cannot hold it.
         blocks: whether people know a scheme of this type by its format's name, such as `Q4_K`.
     """
@@ -82,5 +85,6 @@ class NumberType:
     inputs: Callable[[InputFields], InputFormat | Refusal] | None = None
     runs_inputs: bool = False
     stored: str = ""
+    steps: str = "float16"
     compressed: CompressedWords | None = None
     blocks: bool = False

@@ -10,10 +10,10 @@ from typing import Any
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.layouts.by_numbers import ByNumbers
 from auto_round.layouts.gptq import GPTQ
+from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import LAYOUTS, layout_for
-from auto_round.numerics.activation import ActivationFormat
-from auto_round.numerics.activation_float import CalibratedScale
+from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.presets import SCALE_DTYPES
@@ -33,6 +33,7 @@ FLOAT_BITS = 16
 _HEAD = "lm_head"
 _BLOCK = re.compile(r"(.+?)\.\d+\.")
 _PACKING = "packing_format"
+_E4M3 = "e4m3"
 _FILLED = "model_free"
 """Mark of folders that auto-round 0.15 and later write without building the model: a short last group is
 stored at full length."""
@@ -52,15 +53,19 @@ class StoredLayer:
         format: numeric format of its weight.
         layout: order of the stored bytes.
         sym: its weight is stored without zero points of its own.
-        activation: what its input is rounded to; None where it is left alone.
+        inputs: what its input is rounded to; None where it is left alone.
         scheme: all of it in words, with the steps' dtype as the configuration says.
     """
 
     format: Format
     layout: Layout
     sym: bool
-    activation: ActivationFormat | None
+    inputs: InputFormat | None
     scheme: QuantizationScheme
+
+    def tensors(self, shape: tuple[int, int]) -> LayerLayout:
+        """How the layer lies on disk, whose weight has this shape."""
+        return LayerLayout(self.layout, self.format, shape, self.inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,11 @@ class StoredFormats:
             ConfigError: an expression that is not one, or a field with an impossible value.
             UnsupportedError: byte orders that this version does not read.
         """
+        if config.get("fmt", _E4M3) != _E4M3:
+            raise UnsupportedError(
+                f"this checkpoint holds FP8 numbers of the kind {config['fmt']}",
+                [Refusal("auto_round", f"loads the kind {_E4M3}")],
+            )
         foreign = foreign_method(config)
         if config.get("desc_act") and foreign is None:
             raise UnsupportedError(
@@ -192,7 +202,8 @@ class StoredFormats:
         if fields is None or scheme is None or fmt is None:
             return None
         layout = _layout(fields) if _PACKING in fields else self.layout
-        if isinstance(layout, ByNumbers) != isinstance(fmt.grid, FloatGrid):
+        held = layout.holds(fmt) if isinstance(layout, ByNumbers) else not isinstance(fmt.grid, FloatGrid)
+        if not held:
             raise UnsupportedError(
                 f'layer "{names[0]}" is stored as {scheme.data_type} of {scheme.bits} bits, which the '
                 f"order of bytes {layout.name} does not hold",
@@ -202,13 +213,7 @@ class StoredFormats:
                     )
                 ],
             )
-        inputs = scheme.activation_format()
-        if isinstance(inputs, CalibratedScale):
-            raise UnsupportedError(
-                f'layer "{names[0]}" wants activations with steps fixed at calibration',
-                [Refusal("auto_round", "runs activations that are measured")],
-            )
-        return StoredLayer(fmt, layout, scheme.sym, inputs, scheme)
+        return StoredLayer(fmt, layout, scheme.sym, scheme.activation_format(), scheme)
 
     def _fields(self, names: Sequence[str]) -> dict[str, Any] | None:
         for name in names:
@@ -296,7 +301,8 @@ def _scheme(name: str, fields: Mapping[str, Any]) -> QuantizationScheme | None:
         raise UnsupportedError(
             f'layer "{name}" has group_size {size!r}', [Refusal("auto_round", "loads groups along the input")]
         )
-    scale = str(fields.get("scale_dtype", "float16")).removeprefix("torch.")
+    usual = NUMBER_TYPES[data_type].steps
+    scale = str(fields.get("scale_dtype", usual)).removeprefix("torch.")
     if scale not in SCALE_DTYPES:
         raise ConfigError(f'scale_dtype of layer "{name}" is {scale}, expected one of {list(SCALE_DTYPES)}')
     inputs = _inputs(name, fields, word)

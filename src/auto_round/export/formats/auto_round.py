@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from auto_round.errors import InternalError, Refusal
 from auto_round.export.auto_round_config import auto_round_config
 from auto_round.export.exporter import TuningFacts
-from auto_round.export.packed import OneLayout, gather_refusals, quantized_layers, refuse_unloadable
+from auto_round.export.packed import (
+    OneLayout,
+    gather_refusals,
+    planned_inputs,
+    quantized_layers,
+    refuse_unloadable,
+)
 from auto_round.facts.layer import Block, Layer
+from auto_round.layouts.by_numbers import ByNumbers
 from auto_round.layouts.integers import is_symmetric
+from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
-from auto_round.layouts.table import AWQ_GEMM, COMPRESSED_FLOATS, GPTQ_V1, layout_for
-from auto_round.numerics.activation_float import InputFormat, MeasuredScales
+from auto_round.layouts.table import AWQ_GEMM, FP8, GPTQ_V1, layout_for
+from auto_round.numerics.activation_float import CalibratedScale, InputFormat, MeasuredScales
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid_float import FloatGrid
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 
 AWQ_BITS = 4
+
+FP8_STATIC, FP8_OTHER = "auto_round:fp8_static", "auto_round:fp8"
+"""Packings of FP8 with and without scales of inputs that calibration fixed."""
 
 READ_AS_THEY_ARE = (2, 3)
 """Widths whose zero points vLLM takes as stored in every packing of codes along the input.
@@ -39,14 +50,19 @@ class AutoRoundFormat(OneLayout):
         name: name on the command line.
         packing: `packing_format` to write; None to take the one that fits the plan: `auto_round:auto_gptq`
             for symmetric plans, `auto_round:auto_awq` for asymmetric ones of 4 bits throughout,
-            `auto_round:llm_compressor` where there are floating numbers, else `auto_round`.
+            `auto_round:fp8_static` for FP8 with one scale for each row or tensor, of weights and of inputs,
+            `auto_round:fp8` for such weights alone, `auto_round:llm_compressor` for other floating numbers,
+            else `auto_round`.
+        inputs: layer -> what its input is rounded to, where it is.
     """
 
     packing: str | None = None
+    inputs: Mapping[str, InputFormat] = field(default_factory=dict, hash=False)
 
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> AutoRoundFormat:
         """This format with its packing decided."""
-        return self if self.packing else replace(self, packing=_fitting(plan, layers))
+        packing = self.packing or _fitting(plan, layers)
+        return replace(self, packing=packing, inputs=planned_inputs(plan, layers))
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """One refusal for each reason, with the layers that it holds for."""
@@ -54,7 +70,7 @@ class AutoRoundFormat(OneLayout):
 
         def refuse(layer: Layer, fmt: Format) -> Refusal | None:
             scheme = plan.scheme_of(layer.name)
-            found = exact._refusal(layer, fmt)
+            found = exact._refusal(layer, fmt) or exact._refuse_inputs(plan.activation_of(layer.name))
             if found or scheme is None or not scheme.act_quantized or isinstance(fmt.grid, FloatGrid):
                 return found
             reason = "its readers leave activations of layers of whole numbers alone"
@@ -63,8 +79,8 @@ class AutoRoundFormat(OneLayout):
         return gather_refusals(plan, layers, refuse)
 
     def holds_activation(self, fmt: InputFormat) -> bool:
-        """True for floating numbers whose scales are measured as the model runs."""
-        return isinstance(fmt, MeasuredScales)
+        """True for floating numbers."""
+        return isinstance(fmt, MeasuredScales | CalibratedScale)
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
         """Readers that take zero points stored minus one for something else."""
@@ -94,6 +110,9 @@ class AutoRoundFormat(OneLayout):
             raise InternalError(f"{self.name} has several packings: ask for_plan first")
         return layout_for(self.packing)
 
+    def _stored(self, layer: Layer, fmt: Format) -> LayerLayout:
+        return LayerLayout(self._layout(), fmt, layer.shape, self.inputs.get(layer.name))
+
     def _refusal(self, layer: Layer, fmt: Format) -> Refusal | None:
         layout = self._layout()
         if layout is GPTQ_V1 and not is_symmetric(fmt) and fmt.grid.bits in READ_AS_THEY_ARE:
@@ -103,34 +122,53 @@ class AutoRoundFormat(OneLayout):
                 "are: weights would be off by one step without an error",
                 "use the format auto_round or auto_round:gptqmodel, or a symmetric scheme",
             )
-        if layout is COMPRESSED_FLOATS:
-            return refuse_floats(self.name, layer, fmt)
+        if isinstance(layout, ByNumbers):
+            return refuse_floats(self.name, layer, fmt, layout)
         return refuse_unloadable(self.name, layer, fmt, layout)
 
+    def _refuse_inputs(self, inputs: InputFormat | None) -> Refusal | None:
+        """Why a packing of FP8 does not say how a layer's input is rounded; None where it does."""
+        calibrated = isinstance(inputs, CalibratedScale)
+        if self.packing == FP8_STATIC and not calibrated:
+            reason = "holds layers whose inputs have one scale that calibration fixes"
+            return Refusal(self.name, reason, f"use the scheme FP8_STATIC, or the format {FP8_OTHER}")
+        if self.packing == FP8_OTHER and calibrated:
+            return Refusal(self.name, "holds no scales of inputs", f"use the format {FP8_STATIC}")
+        return None
 
-def refuse_floats(who: str, layer: Layer, fmt: Format) -> Refusal | None:
+
+def refuse_floats(who: str, layer: Layer, fmt: Format, layout: Layout) -> Refusal | None:
     """Why loaders of `auto_round` folders do not read a layer of floating numbers; None where they do.
 
-    Source: Transformers 5.24 `AutoRoundConfig.post_init`, which takes group sizes that are whole numbers and
-    no 0.
+    Blocks of rows have group sizes of two numbers, which Transformers 5.24 does not take
+    (`AutoRoundConfig.post_init`).
     """
-    refusal = COMPRESSED_FLOATS.accepts(fmt, layer.shape)
-    if refusal is not None:
-        return replace(refusal, who=who, remedy=refusal.remedy or "use the format fake")
-    if fmt.group.size == 0 or fmt.group.rows > 1:
-        what = "one scale for a whole tensor" if fmt.group.size == 0 else "scales of blocks of several rows"
-        return Refusal(who, f"Transformers does not load {what} from it", "use the format llm_compressor")
-    return None
+    if fmt.group.rows > 1:
+        reason = "Transformers does not load scales of blocks of several rows from it"
+        return Refusal(who, reason, "use the format llm_compressor")
+    refusal = layout.accepts(fmt, layer.shape)
+    return refusal and replace(refusal, who=who, remedy=refusal.remedy or "use the format fake")
 
 
 def _fitting(plan: Plan, layers: Sequence[Layer]) -> str:
     """`packing_format` for a plan."""
     quantized = quantized_layers(plan, layers)
     if any(isinstance(fmt.grid, FloatGrid) for _, fmt in quantized):
-        return "auto_round:llm_compressor"
+        return _fitting_floats(plan, quantized)
     if all(is_symmetric(fmt) for _, fmt in quantized):
         return "auto_round:auto_gptq"
     uniform = all(not is_symmetric(fmt) and fmt.grid.bits == AWQ_BITS for _, fmt in quantized)
     if uniform and all(AWQ_GEMM.accepts(fmt, layer.shape) is None for layer, fmt in quantized):
         return "auto_round:auto_awq"
     return "auto_round"
+
+
+def _fitting_floats(plan: Plan, quantized: Sequence[tuple[Layer, Format]]) -> str:
+    """`packing_format` for floating numbers: that of auto-round 0.16 for FP8 where it has one."""
+    inputs = {plan.activation_of(layer.name) for layer, _ in quantized}
+    if all(FP8.accepts(fmt, layer.shape) is None for layer, fmt in quantized):
+        if all(isinstance(each, CalibratedScale) for each in inputs):
+            return FP8_STATIC
+        if all(fmt.group.size == 0 for _, fmt in quantized) and inputs == {None}:
+            return FP8_OTHER
+    return "auto_round:llm_compressor"

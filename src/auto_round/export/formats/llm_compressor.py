@@ -14,17 +14,17 @@ from auto_round.export.compressed_config import (
     compressed_config,
     compressed_layout,
     group_of,
-    input_tensor,
     loader_notes,
     refuse_numbers,
 )
 from auto_round.export.compressed_loading import unloadable
 from auto_round.export.exporter import Exporter, TuningFacts
-from auto_round.export.packed import gather_refusals, prefixed, refuse_transposed
+from auto_round.export.packed import gather_refusals, planned_inputs, prefixed, refuse_transposed
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.compressed_table import COMPRESSED
+from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
@@ -42,26 +42,20 @@ class LLMCompressorFormat(Exporter):
     Attributes:
         name: name on the command line.
         orders: layer -> name of its order of bytes; None until a plan has decided.
-        inputs: layer -> tensor of what calibration fixes for its input, where it fixes something.
+        inputs: layer -> what its input is rounded to, where it is.
     """
 
     name: str = "llm_compressor"
     orders: Mapping[str, str] | None = field(default=None, hash=False)
-    inputs: Mapping[str, tuple[str, TensorSpec]] = field(default_factory=dict, hash=False)
+    inputs: Mapping[str, InputFormat] = field(default_factory=dict, hash=False)
 
     scales_in_model_dtype: ClassVar[bool] = True
 
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> LLMCompressorFormat:
         """This format with the order of bytes of each layer decided."""
-        orders: dict[str, str] = {}
-        inputs: dict[str, tuple[str, TensorSpec]] = {}
-        for layer in layers:
-            scheme = plan.scheme_of(layer.name)
-            if scheme is not None:
-                orders[layer.name] = compressed_layout(scheme).name
-                if (found := input_tensor(scheme, layer.dtype)) is not None:
-                    inputs[layer.name] = found
-        return replace(self, orders=orders, inputs=inputs)
+        schemes = {layer.name: s for layer in layers if (s := plan.scheme_of(layer.name)) is not None}
+        orders = {name: compressed_layout(scheme).name for name, scheme in schemes.items()}
+        return replace(self, orders=orders, inputs=planned_inputs(plan, layers))
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """One refusal for each reason, with the layers that it holds for."""
@@ -110,24 +104,16 @@ class LLMCompressorFormat(Exporter):
         Scales are stored in the layer's dtype, which holds them exactly. compressed-tensors multiplies in the
         dtype of the scale, so float16 scales would round the weights of a float32 model twice.
         """
-        found = dict(self._layout(layer).spec(fmt, layer.shape))
+        found = self._stored(layer, fmt).spec()
         if _has_steps(fmt):
             found[_SCALE] = replace(found[_SCALE], dtype=layer.dtype)
-        if layer.name in self.inputs:
-            name, spec = self.inputs[layer.name]
-            found[name] = spec
         return prefixed(layer, found)
 
     def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The tensors of `spec`."""
-        found = dict(self._layout(layer).pack(q.weight))
+        found = self._stored(layer, q.weight.format).pack(q)
         if _has_steps(q.weight.format):
             found[_SCALE] = found[_SCALE].to(layer.dtype)
-        if layer.name in self.inputs:
-            if q.input_scale is None:
-                raise InternalError(f"{layer.name}: nothing has fixed the number of its input")
-            name, spec = self.inputs[layer.name]
-            found[name] = q.input_scale.to(spec.dtype)
         return prefixed(layer, found)
 
     def config(
@@ -135,6 +121,9 @@ class LLMCompressorFormat(Exporter):
     ) -> dict[str, Any] | None:
         """The `quantization_config`; None when the plan quantizes nothing."""
         return compressed_config(plan, layers)
+
+    def _stored(self, layer: Layer, fmt: Format) -> LayerLayout:
+        return LayerLayout(self._layout(layer), fmt, layer.shape, self.inputs.get(layer.name))
 
     def _layout(self, layer: Layer) -> Layout:
         if self.orders is None:

@@ -43,9 +43,9 @@ def activation_formats(plan: Plan, layers: Iterable[Layer]) -> dict[str, InputFo
     """
     found: dict[str, InputFormat] = {}
     for layer in layers:
-        fmt, module = plan.activation_of(layer.name), _module(layer)
+        fmt, module = plan.inputs_of(layer), _module(layer)
         if fmt is not None and module is not None:
-            found[module] = fmt.stored_in(layer.dtype) if isinstance(fmt, CalibratedScale) else fmt
+            found[module] = fmt
     return found
 
 

@@ -18,6 +18,7 @@ from auto_round.pipeline.deciding.unaddressed import refuse_nothing, with_unaddr
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.request import plan_request
+from auto_round.schemes.scheme import parse_scheme
 
 
 def plan_together(
@@ -36,7 +37,8 @@ def plan_together(
 
 
 def _plan(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> Plan:
-    request = plan_request(options.scheme, scale_dtype(asked, source.dtype))
+    wanted = parse_scheme(options.scheme.scheme, options.scheme.overrides())
+    request = plan_request(options.scheme, scale_dtype(asked, source.dtype, wanted.data_type))
     others = {name.rpartition(".")[0] for name in source.tensors}
     make = partial(
         make_plan,

@@ -57,7 +57,8 @@ def test_requests(model, given, builtin):
         ({"layer_config": "no-such-rules.json"}, FileNotFoundError),
         ({"no_such_argument": 1}, TypeError),
         ({"bs": 1, "batch_size": 2}, TypeError),
-        ({"avg_bits": 3}, NotImplementedError),
+        ({"avg_bits": 3}, ValueError),
+        ({"algorithm": "awq"}, NotImplementedError),
     ],
 )
 def test_arguments(model, given, builtin):

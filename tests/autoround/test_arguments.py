@@ -128,7 +128,6 @@ def test_errors(positional, named, text):
 @pytest.mark.parametrize(
     "named",
     [
-        {"avg_bits": 5},
         {"static_kv_dtype": "fp8"},
         {"processor": object()},
         {"algorithm": "awq"},
@@ -142,7 +141,7 @@ def test_later_work_says_so(named):
     assert next(iter(named)) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["AutoScheme", "AutoRoundMLLM", "AutoRoundDiffusion"])
+@pytest.mark.parametrize("name", ["AutoRoundMLLM", "AutoRoundDiffusion"])
 def test_later_classes_can_be_imported(name):
     with pytest.raises(UnsupportedError, match="not there yet"):
         getattr(auto_round, name)("anything", key=1)

@@ -32,7 +32,6 @@ PLAIN = """
 --no_amp | --no_low_gpu_mem_usage | --enable_alg_ext | --enable_lfq
 """
 LATER = """
---avg_bits 5 | --target_bits 5 | --options W4A16,W8A16 | --ignore_scale_zp_bits | --shared_layers a b
 --static_kv_dtype fp8 | --static_attention_dtype float8_e4m3fn
 --tasks | --tasks mmlu,piqa | --task a b | --eval_bs 4 | --limit 0.5 | --eval_task_by_task
 --eval_backend vllm | --vllm_args=tensor_parallel_size=2,gpu_memory_utilization=0.8
@@ -59,9 +58,12 @@ GUIDE = """
 --model_name Qwen/Qwen3-0.6B --scheme W4A16 --quant_lm_head --format auto_round
 --model Qwen/Qwen3-0.6B --dataset ./tmp.json,NeelNanda/pile-10k:num=256,mbpp:num=128
 Qwen/Qwen3-0.6B --bs 1 --gradient_accumulate_steps 8
+--model_name m --avg_bits 6 --options mxfp4,mxfp8 --ignore_scale_zp_bits --iters 0 --format fake
+m --target_bits 5 --options W4A16,W8A16 --shared_layers fc1 fc2 --shared-layers a b,c
+m --target_size 4.2GB --options gguf:q2_k_s,gguf:q4_k_s --score_method kl
+m --target_kl 0.02 --options W4A16,BF16 --score_nsamples 4
 """
 GUIDE_LATER = """
---model_name m --avg_bits 6 --options mxfp4,mxfp8 --ignore_scale_zp_bits --iters 0 --format fake
 --model Qwen/Qwen3-0.6B --bits 4 --format auto_round,auto_gptq --tasks mmlu
 --model Qwen/Qwen3-0.6B --bits 4 --format auto_round,auto_gptq --tasks mmlu --eval_backend vllm
 --model=your_model_path --eval --device_map 0,1 --tasks lambada_openai --eval_bs 16

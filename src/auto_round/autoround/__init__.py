@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from auto_round.autoround.api import AutoRound
-from auto_round.autoround.placeholders import AutoRoundDiffusion, AutoRoundMLLM, AutoScheme
+from auto_round.autoround.auto_scheme import AutoScheme
+from auto_round.autoround.placeholders import AutoRoundDiffusion, AutoRoundMLLM
 
 __all__ = ["AutoRound", "AutoRoundDiffusion", "AutoRoundMLLM", "AutoScheme"]

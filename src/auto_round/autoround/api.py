@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from auto_round.autoround.attributes import Attributes, Done, layer_schemes
+from auto_round.autoround.auto_scheme import AutoScheme
 from auto_round.autoround.parameters import collect, make_documentation, make_signature, read_arguments
 from auto_round.config import Options, OutputOptions, read_environment
 from auto_round.errors import ConfigError
 from auto_round.log import ProgressSink, ignore_progress, logger
+from auto_round.schemes import parse_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +60,9 @@ class AutoRound(Attributes):
     ) -> None:
         given = collect(positional, named)
         self._dataset = _live(given.get("dataset"))
+        self._score_dataset = (
+            scheme.dataset if isinstance(scheme := given.get("scheme"), AutoScheme) else None
+        )
         if self._dataset is not None:
             given["dataset"] = f"{type(self._dataset).__name__} given from Python"
         self._model, self._tokenizer = _live(model), _live(tokenizer)
@@ -85,20 +90,22 @@ class AutoRound(Attributes):
         from auto_round.pipeline.machine.clock import Clock
         from auto_round.pipeline.quantize import run_job
 
+        options = self._chosen()
         space = read_environment().work_space
         if space is not None:
             space.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix="auto_round-", dir=space)
-        first = self.options.output.formats[0]
-        if self._scheme().act_quantized and first == OutputOptions().format:
+        first = options.output.formats[0]
+        scheme = parse_scheme(options.scheme.scheme, options.scheme.overrides())
+        if scheme.act_quantized and first == OutputOptions().format:
             first = "fake"  # nobody chose a format, and the usual one says nothing of activations
         output = self._output(Path(scratch.name) / "model", first)
-        settled, (exporter, *_) = settle_formats(replace(self.options, output=output))
+        settled, (exporter, *_) = settle_formats(replace(options, output=output))
         if exporter.library != "transformers":  # rounded weights beside it are for PyTorch
             output = replace(settled.output, format=f"{exporter.name},fake")
-        job = self._prepare(replace(self.options, output=output), rows=True)
+        job = self._prepare(replace(options, output=output), rows=True)
         result = run_job(job, self._progress, Clock())
-        self._finished = _Finished(scratch, job, result)
+        self._finished = _Finished(scratch, job, result, options)
         self._done = Done(result.plan, result.folders[-1])
         return self._remember(self._read(result.folders[-1])), layer_schemes(result.plan)
 
@@ -136,9 +143,12 @@ class AutoRound(Attributes):
         output = self._output(output_dir, format, overwrite)
         if format is not None:
             done.refuse_other_plans(output.formats)
-        settled, asked = settle_formats(replace(self.options, output=output))
+        chosen = replace(
+            self.options, scheme=done.asked.scheme, auto=done.asked.auto, chosen=done.asked.chosen
+        )
+        settled, asked = settle_formats(replace(chosen, output=output))
         if all(exporter.planner is None for exporter in asked):
-            job = self._prepare(replace(self.options, output=output), rows=False)
+            job = self._prepare(replace(chosen, output=output), rows=False)
         else:
             job = replace(done.job, output=Path(output.output_dir), options=settled)
             job = replace(job, exporters={e.name: job.exporters[e.name] for e in asked})
@@ -184,7 +194,8 @@ class AutoRound(Attributes):
         clock = Clock()
         _say_what_stays(inplace)
         options = replace(self.options, output=self._output(output_dir, format, overwrite))
-        jobs = [self._prepare(part, rows=True) for part in runs_of(options)]
+        runs = [part for wanted in self._choices(options) for part in runs_of(wanted)]
+        jobs = [self._prepare(part, rows=True) for part in runs]
         results = []
         for job in jobs:
             results.append(run_job(job, self._progress, clock))
@@ -239,6 +250,29 @@ class AutoRound(Attributes):
             overwrite=output.overwrite if overwrite is None else overwrite,
         )
 
+    def _chosen(self) -> Options:
+        """The options with the scheme that AutoScheme chose, where it is asked for.
+
+        Raises:
+            ConfigError: it is asked for several.
+        """
+        found = self._choices(self.options)
+        if len(found) > 1:
+            raise ConfigError(
+                f"quantize() makes one model, and {len(found)} targets are given: give one, or call "
+                "quantize_and_save(), which writes an output for each"
+            )
+        return found[0]
+
+    def _choices(self, options: Options) -> tuple[Options, ...]:
+        """One request for each target of AutoScheme; the request itself where none is asked for."""
+        if not options.auto.asked:
+            return (options,)
+        from auto_round.autoscheme.runs import Given, choose_schemes
+
+        given = Given(self._model, self._tokenizer, self._dataset, self._score_dataset)
+        return choose_schemes(options, self._progress, given)
+
     def _prepare(self, options: Options, *, rows: bool) -> Job:
         from auto_round.pipeline.deciding.prepare import prepare
 
@@ -249,11 +283,12 @@ class AutoRound(Attributes):
 
 @dataclass(frozen=True, slots=True)
 class _Finished:
-    """What `quantize()` leaves for `save_quantized`: its folder, deleted with this object, and its job."""
+    """What `quantize()` leaves for `save_quantized`: a folder (goes with this object), job, options."""
 
     scratch: tempfile.TemporaryDirectory[str]
     job: Job
     result: Result
+    asked: Options
 
     @property
     def planned_by(self) -> Exporter | None:

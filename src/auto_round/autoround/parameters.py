@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from auto_round.autoround.auto_scheme import AutoScheme
 from auto_round.config import (
     GROUPS,
     Options,
@@ -77,6 +78,8 @@ def read_arguments(given: Mapping[str, Any], recipe: str) -> Options:
         ConfigError: a wrong value.
         UnsupportedError: an argument of later work.
     """
+    if isinstance(scheme := given.get("scheme"), AutoScheme):
+        given = {**{name: value for name, value in given.items() if name != "scheme"}, **scheme.arguments()}
     now, later = split_later(given)
     if later:
         raise not_there_yet(later)

@@ -7,15 +7,6 @@ from typing import Any, NoReturn
 from auto_round.errors import UnsupportedError
 
 
-class AutoScheme:
-    """A scheme for each layer chosen from a budget of bits; not there yet."""
-
-    def __init__(self, *given: Any, **options: Any) -> NoReturn:
-        raise UnsupportedError(
-            "AutoScheme is not there yet in this version; name a scheme, with layer_config for exceptions"
-        )
-
-
 class AutoRoundMLLM:
     """Vision-language models; not there yet."""
 

@@ -49,6 +49,7 @@ def add_flags(section: argparse._ArgumentGroup, setting: Setting) -> None:
                 dest=setting.name,
                 type=str if setting.spec.many else _reader(setting),
                 nargs="*" if setting.spec.many else None,
+                action="append" if setting.spec.again else "store",
                 metavar=_metavar(setting),
                 help=_help(setting) if flag == shown else argparse.SUPPRESS,
             )

@@ -22,6 +22,8 @@ def with_named_folder(options: Options) -> Options:
     scheme = parse_scheme(options.scheme.scheme, options.scheme.overrides())
     first = options.output.formats[0]
     kind = first.partition(":")[0] if plans_alone(first) else ""
+    if options.auto.asked:
+        kind = "auto" if len(options.auto.avg_bits) != 1 else f"auto-{options.auto.avg_bits[0]:g}bits"
     name = folder_name(options.model.model, scheme, kind)
     folder = Path(options.output.output_dir) / name
     return replace(options, output=replace(options.output, output_dir=str(folder)))

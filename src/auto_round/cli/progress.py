@@ -13,6 +13,7 @@ from auto_round.log import Progress, ProgressSink
 VERBS = {
     "load": "reading",
     "calibrate": "calibrating",
+    "score": "measuring sensitivity",
     "tune": "tuning",
     "write": "writing",
     "verify": "verifying",

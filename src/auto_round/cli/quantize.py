@@ -9,7 +9,7 @@ from typing import Any
 from auto_round.cli.folder import with_named_folder
 from auto_round.cli.progress import drawn_progress
 from auto_round.cli.summary import summary
-from auto_round.config import build_options, read_environment
+from auto_round.config import Options, build_options, read_environment
 from auto_round.log import logger
 
 
@@ -21,13 +21,11 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
     """
     environment = read_environment()
     options = with_named_folder(build_options(given, recipe, environment))
-    from auto_round.pipeline.several import runs_of
-
     set_threads(environment.num_threads)
     if options.output.dry_run:
         from auto_round.pipeline.plan_run import dry_run
 
-        print("\n\n".join(dry_run(part).text for part in runs_of(options)))
+        print("\n\n".join(dry_run(part).text for part in _runs(options)))
         return
     from auto_round.pipeline.deciding.prepare import prepare
     from auto_round.pipeline.machine.clock import Clock
@@ -35,7 +33,7 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
 
     quiet_transformers()
     clock = Clock()
-    jobs = [prepare(part) for part in runs_of(options)]
+    jobs = [prepare(part) for part in _runs(options)]
     for job in jobs:
         try:
             with drawn_progress() as progress:
@@ -46,6 +44,20 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
             raise
         print(summary(result))
         clock = Clock()
+
+
+def _runs(options: Options) -> list[Options]:
+    """The runs of a request; where schemes are to be chosen, that is done here, also for a dry run."""
+    from auto_round.pipeline.several import runs_of
+
+    if not options.auto.asked:
+        return list(runs_of(options))
+    from auto_round.autoscheme.runs import choose_schemes
+
+    quiet_transformers()
+    with drawn_progress() as progress:
+        chosen = choose_schemes(options, progress)
+    return [part for wanted in chosen for part in runs_of(wanted)]
 
 
 def quiet_transformers() -> None:

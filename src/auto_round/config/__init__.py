@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from auto_round.config.auto_scheme import AutoSchemeOptions
 from auto_round.config.env import (
     VARIABLES,
     Environment,
@@ -37,6 +38,7 @@ __all__ = [
     "GROUPS",
     "RECIPES",
     "VARIABLES",
+    "AutoSchemeOptions",
     "CalibrationOptions",
     "Environment",
     "EvaluationOptions",

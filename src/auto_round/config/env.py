@@ -30,6 +30,7 @@ VARIABLES: Final = (
     Variable(
         "AR_WORK_SPACE", "", "folder for the scratch files of `AutoRound.quantize()`; empty: the system's"
     ),
+    Variable("AR_CACHE", "~/.cache/auto_round", "folder where AutoScheme keeps the scores that it measured"),
     Variable("AR_OMP_NUM_THREADS", "", "CPU threads of the commands; empty: PyTorch's own choice"),
 )
 
@@ -43,12 +44,14 @@ class Environment:
         use_modelscope: download from ModelScope.
         work_space: folder for scratch files, None for the system's.
         num_threads: CPU threads, None for PyTorch's choice.
+        cache: folder for what is measured once.
     """
 
     log_level: str = "INFO"
     use_modelscope: bool = False
     work_space: Path | None = None
     num_threads: int | None = None
+    cache: Path = Path("~/.cache/auto_round")
 
 
 def read_environment(source: Mapping[str, str] | None = None) -> Environment:
@@ -68,6 +71,7 @@ def read_environment(source: Mapping[str, str] | None = None) -> Environment:
         use_modelscope=_switch("AR_USE_MODELSCOPE", texts["AR_USE_MODELSCOPE"]),
         work_space=Path(space) if space else None,
         num_threads=_count("AR_OMP_NUM_THREADS", texts["AR_OMP_NUM_THREADS"]),
+        cache=Path(texts["AR_CACHE"] or "~/.cache/auto_round"),
     )
 
 

@@ -48,12 +48,6 @@ LATER: Final = (
         lists=("tasks", "task"),
     ),
     Later(
-        "AutoScheme (a scheme chosen for each layer)",
-        switches=("ignore_scale_zp_bits",),
-        values=("avg_bits", "target_bits", "options"),
-        lists=("shared_layers",),
-    ),
-    Later(
         "a choice of algorithms (AWQ, SVDQuant, rotations)",
         switches=(
             "awq_apply_clip",

@@ -34,6 +34,7 @@ class Spec:
             ValueError or FileNotFoundError.
         cli: False for what only Python can give.
         many: the flag takes any number of words.
+        again: the flag may be given more than once; `convert` gets a list of what each held.
     """
 
     help: str
@@ -47,6 +48,7 @@ class Spec:
     convert: Callable[[Any], Any] | None = None
     cli: bool = True
     many: bool = False
+    again: bool = False
 
 
 def option(default: Any, spec: Spec) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
+from auto_round.config.auto_scheme import AutoSchemeOptions
 from auto_round.config.env import Environment
 from auto_round.config.evaluation import EvaluationOptions, FidelityOptions
 from auto_round.config.groups import (
@@ -25,6 +26,7 @@ GROUPS: Final[Mapping[str, type]] = MappingProxyType(
     {
         "model": ModelOptions,
         "scheme": SchemeOptions,
+        "auto": AutoSchemeOptions,
         "calibration": CalibrationOptions,
         "tune": TuneOptions,
         "memory": MemoryOptions,
@@ -44,15 +46,19 @@ class Options:
 
     Attributes:
         given: names of the options that the user set, to whatever value.
+        chosen: what AutoScheme chose, as JSON values, to be written beside the output; None where it was not
+            asked.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
     scheme: SchemeOptions = field(default_factory=SchemeOptions)
+    auto: AutoSchemeOptions = field(default_factory=AutoSchemeOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     tune: TuneOptions = field(default_factory=TuneOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     given: frozenset[str] = field(default=frozenset(), compare=False)
+    chosen: Mapping[str, Any] | None = field(default=None, compare=False)
 
 
 def all_settings() -> tuple[Setting, ...]:

@@ -21,6 +21,49 @@ def names(value: Any) -> tuple[str, ...]:
     return tuple(name for part in value for name in names(part))
 
 
+def numbers(value: Any) -> tuple[float, ...]:
+    """Turn `"2.5,3"`, `3`, or a list of numbers into numbers above zero."""
+    parts = names(value) if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    found = []
+    for part in parts:
+        if isinstance(part, bool) or not isinstance(part, str | int | float):
+            raise TypeError("expected numbers such as 3 or 2.5,3,4")
+        try:
+            number = float(part)
+        except ValueError:
+            raise ValueError("expected numbers such as 3 or 2.5,3,4") from None
+        if not 0 < number < float("inf"):
+            raise ValueError("expected numbers above zero")
+        found.append(number)
+    return tuple(dict.fromkeys(found))
+
+
+def sizes(value: Any) -> tuple[int, ...]:
+    """Turn `"4.2GB,5GB"`, a number of bytes, or a list of them into bytes."""
+    parts = names(value) if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    return tuple(dict.fromkeys(size_bytes(part) for part in parts))
+
+
+def schemes(value: Any) -> tuple[Any, ...]:
+    """Turn `"W2A16,W4A16"`, one scheme, or a list of schemes into schemes; they are read later."""
+    if isinstance(value, str):
+        return names(value)
+    if isinstance(value, Mapping):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise TypeError("expected a comma list or a list of schemes")
+    return tuple(scheme for part in value for scheme in schemes(part))
+
+
+def name_groups(value: Any) -> tuple[tuple[str, ...], ...]:
+    """Turn `[["a", "b"], ["c d"]]`, or `["a", "b"]` for one set, into sets of names."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError('expected a list of lists of layer names or patterns, such as [["q_proj", "k_proj"]]')
+    parts = list(value)
+    groups = [parts] if parts and all(isinstance(part, str) for part in parts) else parts
+    return tuple(found for group in groups if (found := names(group)))
+
+
 def size_bytes(value: Any) -> int:
     """Turn `"5GB"`, `"512 MiB"` or a number of bytes into bytes."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -45,6 +88,11 @@ def device(value: Any) -> Any:
     return str(value)
 
 
+def device_or_none(value: Any) -> Any:
+    """The same; nothing stands for nothing."""
+    return None if value is None else device(value)
+
+
 def layer_rules(value: Any) -> Mapping[str, Any]:
     """Turn JSON, relaxed text such as `{k_proj:{bits:8}}`, a `.json` path or a mapping into a mapping."""
     if isinstance(value, Mapping):
@@ -62,7 +110,8 @@ def layer_rules(value: Any) -> Mapping[str, Any]:
         rules = _relaxed(value)
     if not isinstance(rules, dict):
         raise TypeError('expected {"layer name": scheme, ...}')
-    return rules
+    inside = rules.get("layer_config")  # a plan that AutoScheme wrote says more than rules
+    return inside if isinstance(inside, dict) and "made_by" in rules else rules
 
 
 def _relaxed(text: str) -> Any:

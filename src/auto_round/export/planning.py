@@ -24,11 +24,13 @@ class Planned:
         plan: scheme of every layer.
         exporters: format name -> exporter with its variant decided.
         importance: tensor in the source -> mean square of its inputs `[in]`, where a file says so.
+        notes: what the user may want to know of it, a sentence each.
     """
 
     plan: Plan
     exporters: Mapping[str, Exporter]
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Planner(Protocol):

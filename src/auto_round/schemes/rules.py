@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,6 +139,21 @@ def match_rule(
         raise ConfigError(f'layer_config "{key}" matches no layer; {nearest_layers(key, names)}')
     rule = Rule(key, kind, None if kept else replace(scheme, recipe=None), regex)
     return Match(rule, frozenset(found))
+
+
+def find_layers(key: str, names: Mapping[str, None]) -> list[str]:
+    """Layers that a name or pattern names, as in `layer_config`; `*.q_proj` works too.
+
+    Args:
+        key: exact name, part of a name, regular expression, or shell pattern that begins with `*`.
+        names: every layer, as keys.
+
+    Raises:
+        ConfigError: a malformed expression.
+    """
+    if key.startswith("*"):  # no regular expression begins so
+        return fnmatch.filter(names, key)
+    return _find(key, names)[2]
 
 
 def _find(key: str, names: Mapping[str, None]) -> tuple[Kind, str, list[str]]:

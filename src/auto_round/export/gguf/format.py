@@ -29,7 +29,6 @@ from auto_round.export.verification import Finished
 from auto_round.facts.layer import Layer
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.gguf import GGUF_BLOCKS
-from auto_round.log import logger
 from auto_round.models.source import ModelSource
 from auto_round.numerics.format import Format
 from auto_round.numerics.presets import GGUF_FORMATS
@@ -112,14 +111,12 @@ class GgufFormat(Exporter):
             model = with_name(from_template(Path(template), source), name)
         steered = tune_settings(options.tune, TYPES[self.kind.base].bits).needs_rows
         plan, types = plan_gguf(source, model, self.kind, plan_request(options.scheme), imatrix=steered)
-        for warning in plan.warnings:
-            logger.warning(warning)
         file = GgufFile(self.kind, f"{name}-{self.kind.name.upper()}.gguf", model, types)
         exporters: dict[str, Exporter] = {self.name: replace(self, made=file)}
         exporters |= {e.name: e.for_plan(plan, source.layers) for e in asked if e.name != self.name}
         path = options.calibration.imatrix
         importance = {} if path is None else read_imatrix(Path(path)).for_sources(model)
-        return Planned(plan, exporters, importance)
+        return Planned(plan, exporters, importance, plan.warnings)
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """Layers whose planned format is not the type of their tensor: none, when the plan is this file's."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from auto_round.export.exporter import Exporter
+from auto_round.log import logger
 from auto_round.pipeline.deciding.activations import activation_formats, refuse_unreachable, to_calibrate
 from auto_round.pipeline.deciding.open_model import Opened
 from auto_round.pipeline.deciding.plan_together import plan_together
@@ -39,10 +40,15 @@ class Decided:
     dtype: torch.dtype
 
 
-def decide(request: Request, opened: Opened) -> Decided:
+def decide(request: Request, opened: Opened, *, quiet: bool = False) -> Decided:
     """Make the plan, ask the formats for refusals, and settle how layers are rounded.
 
     A format with a planner of its own makes the plan; all others of a run share one.
+
+    Args:
+        request: what is asked for.
+        opened: the model.
+        quiet: a trial, of which the user hears nothing but refusals.
 
     Raises:
         UnsupportedError: a format cannot hold the plan, or the model cannot be quantized as asked.
@@ -52,6 +58,8 @@ def decide(request: Request, opened: Opened) -> Decided:
     planners = (planner for exporter in request.formats if (planner := exporter.planner) is not None)
     planned = next(planners, plan_together)(opened.source, opened.tokenizer, options, request.formats)
     plan = planned.plan
+    for note in () if quiet else planned.notes:
+        logger.warning(note)
     refuse_unreachable(plan, opened.source.layers)
     schemes = [plan.scheme_of(name) for name in plan.quantized]
     tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=16))

@@ -12,7 +12,6 @@ from auto_round.errors import Refusal, UnsupportedError
 from auto_round.export.exporter import Exporter
 from auto_round.export.planning import Planned
 from auto_round.export.table import all_refusals, scale_dtype
-from auto_round.log import logger
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.unaddressed import refuse_nothing, with_unaddressed, without_kept
 from auto_round.schemes.make import make_plan
@@ -33,7 +32,9 @@ def plan_together(
         UnsupportedError: a format cannot hold the plan; names those that can.
     """
     plan = _plan(options, source, asked)
-    return Planned(plan, _exporters(asked, plan, source))
+    exporters = _exporters(asked, plan, source)
+    notes = [note for exporter in asked for note in exporter.warnings(plan, source.layers)]
+    return Planned(plan, exporters, notes=(*plan.warnings, *notes))
 
 
 def _plan(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> Plan:
@@ -52,8 +53,6 @@ def _plan(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> P
         uniform = make(replace(request, one_group_size=True))
         plan = uniform if _objections(asked, uniform, source) < objections else plan
     plan = without_kept(with_unaddressed(plan, source), source.layers, asked)
-    for warning in plan.warnings:
-        logger.warning(warning)
     refuse_nothing(plan, source)
     return plan
 
@@ -78,7 +77,4 @@ def _exporters(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> di
         others = [e.name for e in asked if all(r.who != e.name for r in refused)]
         alone = f"; {', '.join(others)} can: run once for each format that is left" if others else ""
         raise UnsupportedError(f"this plan cannot be written as asked{alone}", refused)
-    for exporter in asked:
-        for note in exporter.warnings(plan, source.layers):
-            logger.warning(note)
     return {e.name: e.for_plan(plan, source.layers) for e in asked}

@@ -123,9 +123,9 @@ def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTa
     formats = _formats(job, indices)
     first = job.source.block_lists[job.source.blocks[indices[0]].in_list][0].index
     prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
-    _refuse_not_finite(group, prefixes)
+    refuse_not_finite(group, prefixes)
     originals = {name: group.get_parameter(name).detach() for name in formats}
-    _cast(job, group, indices)
+    cast_group(job, group, indices)
     return Unit(
         group=group,
         originals=originals,
@@ -145,7 +145,7 @@ def _formats(job: Job, indices: Sequence[int]) -> dict[str, Format]:
     for layer in job.source.layers:
         if layer.block not in indices:
             continue
-        name = _inside(job, indices, layer)
+        name = inside_group(job, indices, layer)
         fmt = job.plan.format_of(layer.name)
         if fmt is None or found.setdefault(name, fmt) != fmt:
             kept.add(name)
@@ -161,7 +161,7 @@ def _formats(job: Job, indices: Sequence[int]) -> dict[str, Format]:
     return found
 
 
-def _inside(job: Job, indices: Sequence[int], layer: Layer) -> str:
+def inside_group(job: Job, indices: Sequence[int], layer: Layer) -> str:
     """Name of a layer's parameter inside the group."""
     if layer.block is None:
         raise InternalError(f"{layer.name} lies outside the blocks")
@@ -169,7 +169,7 @@ def _inside(job: Job, indices: Sequence[int], layer: Layer) -> str:
     return f"{list(indices).index(layer.block)}.{layer.parameter.removeprefix(prefix + '.')}"
 
 
-def _refuse_not_finite(group: BlockGroup, prefixes: Mapping[str, str]) -> None:
+def refuse_not_finite(group: BlockGroup, prefixes: Mapping[str, str]) -> None:
     """Refuse NaN and infinite weights here, where the tensor has a name: later only activations show them."""
     for name, parameter in group.named_parameters():
         count = parameter.numel() - int(parameter.isfinite().sum())
@@ -180,7 +180,7 @@ def _refuse_not_finite(group: BlockGroup, prefixes: Mapping[str, str]) -> None:
             )
 
 
-def _cast(job: Job, group: BlockGroup, indices: Sequence[int]) -> None:
+def cast_group(job: Job, group: BlockGroup, indices: Sequence[int]) -> None:
     """Cast a group to the dtypes in which it computes; some parameters, such as routers', stay float32."""
     for position, index in enumerate(indices):
         dtypes = job.source.block_dtypes(index, job.dtype)
@@ -201,7 +201,7 @@ def _observed(
     """Linear modules whose inputs are measured: quantized ones for the search, all for an imatrix file."""
     names = list(formats) if job.tune.search else []
     if job.saves_imatrix:
-        names = [_inside(job, indices, layer) for layer in job.source.layers if layer.block in indices]
+        names = [inside_group(job, indices, layer) for layer in job.source.layers if layer.block in indices]
     unique = dict.fromkeys(n for n in names if isinstance(_owner(group, n), nn.Linear))
     return [n.removesuffix(".weight") for n in unique]
 
@@ -215,7 +215,7 @@ def _inputs_of(
     """Name of a matrix in the source -> mean squares of its inputs, for the blocks of the group."""
     found: dict[str, InputSquares] = {}
     for layer in job.source.layers:
-        if layer.block in indices and (name := _inside(job, indices, layer)) in importance:
+        if layer.block in indices and (name := inside_group(job, indices, layer)) in importance:
             found[layer.tensor] = InputSquares(importance[name].squares.cpu(), moments[name].count)
     return found
 
@@ -231,7 +231,7 @@ def _layers_of(job: Job, indices: Sequence[int], tuned: TunedUnit) -> dict[str, 
         if layer.block in indices and job.plan.format_of(layer.name) is not None:
             index = () if layer.expert is None else (layer.expert,)
             rows = slice(None) if layer.rows is None else slice(*layer.rows)
-            name = _inside(job, indices, layer)
+            name = inside_group(job, indices, layer)
             inputs = tuned.activations.get(name.removesuffix(".weight"))
             scale = inputs.number if isinstance(inputs, FixedScale) else None
             found[layer.name] = (layer, QuantizedLayer(tuned.tuned.weights[name].take(index, rows), scale))

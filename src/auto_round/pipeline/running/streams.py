@@ -101,7 +101,7 @@ class Streams:
         """
         reference, quantized, targets = (
             tuple(
-                _storage((len(rows), *state.shape[1:]), state.dtype, device, spill, f"{name}-{position}")
+                storage((len(rows), *state.shape[1:]), state.dtype, device, spill, f"{name}-{position}")
                 for position, state in enumerate(rows[0])
             )
             for name in ("reference", "quantized", "targets")
@@ -145,15 +145,24 @@ class Streams:
         return {f"{name}.{i}": state for name, states in both.items() for i, state in enumerate(states)}
 
 
-def _storage(
+def storage(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, spill: Path | None, name: str
 ) -> Tensor:
+    """Room for hidden states.
+
+    Args:
+        shape: of the tensor.
+        dtype: of its numbers.
+        device: where it lies when it is not spilled.
+        spill: folder for a file that backs it; None keeps it in memory.
+        name: of that file, without its ending.
+    """
     if spill is None:
         return torch.empty(*shape, dtype=dtype, device=device)
     count = 1
     for n in shape:
         count *= n
-    spill.mkdir(exist_ok=True)
+    spill.mkdir(parents=True, exist_ok=True)
     path = spill / f"{name}.stream"
     with writing(path), path.open("wb") as file:
         reserve(file.fileno(), count * dtype.itemsize)  # a full disk must not surface while memory is written

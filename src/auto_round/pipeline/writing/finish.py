@@ -27,6 +27,8 @@ from auto_round.pipeline.running.measure import Measured
 from auto_round.version import __version__
 
 REPORT = "report.json"
+CHOSEN = "auto_scheme.json"
+"""What AutoScheme chose; `--layer_config` takes it back."""
 
 
 def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
@@ -92,6 +94,10 @@ def build_report(
             "kl": c.kl,
             "same_top_token": c.agreement,
         }
+    if job.options.chosen is not None:
+        report["auto_scheme"] = {
+            k: v for k, v in job.options.chosen.items() if k not in ("use", "layer_config")
+        }
     if borrowed := InputRanges.from_entries(journal.entries).borrowed:
         report["inputs_ranged_by_peers"] = len(borrowed)
     hard = hard_cases(journal.entries, None if measured is None else measured.comparison.kl)
@@ -104,6 +110,8 @@ def write_report(job: Job, folders: Mapping[str, Path], report: Mapping[str, Any
     """Write `report.json` into every folder, and above them when there are several; and the model cards."""
     for name, exporter in job.exporters.items():
         atomic_write_json(folders[name] / REPORT, dict(report))
+        if job.options.chosen is not None:
+            atomic_write_json(folders[name] / CHOSEN, job.options.chosen)
         write_model_card(folders[name], _card(job, exporter, report, name))
     if root not in folders.values():
         atomic_write_json(root / REPORT, dict(report))

@@ -1,0 +1,221 @@
+"""From a request with AutoScheme to ordinary requests, one for each target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.autoscheme.candidates import Candidates, make_candidates
+from auto_round.autoscheme.decision import Decision, decide_on, refuse_unreachable, targets_of
+from auto_round.autoscheme.parts import Setting
+from auto_round.autoscheme.plan_file import written
+from auto_round.autoscheme.request import Option, gguf_base, is_gguf, read_options, with_scheme
+from auto_round.autoscheme.scores import measured_scores
+from auto_round.calibration.rows import CalibrationRows, load_rows
+from auto_round.config.options import Options
+from auto_round.export.table import scale_dtype
+from auto_round.facts.layer import Role
+from auto_round.log import ProgressSink, ignore_progress, logger
+from auto_round.pipeline.deciding.decide import Decided, decide
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer, open_model
+from auto_round.pipeline.deciding.request import Request, make_request
+from auto_round.pipeline.deciding.unaddressed import without_kept
+from auto_round.pipeline.machine.clock import Clock
+from auto_round.pipeline.machine.default_device import plain_device
+from auto_round.schemes.make import make_plan
+from auto_round.schemes.plan import Plan
+from auto_round.schemes.request import plan_request
+from auto_round.schemes.scheme import parse_scheme
+
+ROWS, ROWS_OF_EXPERTS = 16, 64
+"""Rows that sensitivities are measured on when the user says nothing; experts see a part of them each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Objects that travel beside the options.
+
+    Attributes:
+        model: a model in memory instead of the named one.
+        tokenizer: its tokenizer.
+        dataset: calibration data instead of the named data set.
+        score_dataset: data for sensitivities, where it is other data.
+    """
+
+    model: nn.Module | None = None
+    tokenizer: Any = None
+    dataset: Any = None
+    score_dataset: Any = None
+
+
+NOTHING = Given()
+
+
+@plain_device()
+def choose_schemes(
+    options: Options, progress: ProgressSink = ignore_progress, given: Given = NOTHING
+) -> tuple[Options, ...]:
+    """The runs of a request: itself, or where AutoScheme is asked for one for each target.
+
+    Args:
+        options: what the user asked for.
+        progress: receives an event whenever a part is measured.
+        given: objects beside the options.
+
+    Returns:
+        Options with a scheme and a rule for each layer that differs from it, and folders of their own where
+        there are several.
+
+    Raises:
+        AutoRoundError: the request is wrong, a target cannot be reached, or the model cannot be measured.
+    """
+    if not options.auto.asked:
+        return (options,)
+    listed = read_options(options)
+    first = with_scheme(options, _base(options, listed, 0))
+    request = make_request(_for_measuring(first), dataset=given.dataset)
+    opened = open_model(request, model=given.model, tokenizer=given.tokenizer)
+    candidates = make_candidates(
+        opened.source.layers,
+        {option.label: _plan(options, request, opened, option) for option in listed},
+        options.auto.shared_layers,
+    )
+    decided = _refuse_mixture(options, opened, candidates, listed)
+    targets = targets_of(options.auto)
+    for target in targets:
+        refuse_unreachable(target, candidates, decided, opened)
+    setting = _setting(request, opened, decided, candidates, given)
+    scores = measured_scores(setting, options.auto.score_method, progress, Clock())
+    chosen = [decide_on(target, candidates, scores, decided, opened) for target in targets]
+    for decision in chosen:
+        logger.info("AutoScheme %s", decision.summary)
+    return tuple(_run(options, listed, candidates, d, several=len(chosen) > 1) for d in chosen)
+
+
+def _for_measuring(options: Options) -> Options:
+    """The same with the device and the memory that the user wants for measuring."""
+    auto = options.auto
+    device = options.model.device_map if auto.score_device_map is None else auto.score_device_map
+    return replace(
+        options,
+        model=replace(options.model, device_map=device),
+        memory=replace(options.memory, low_gpu_mem_usage=auto.score_low_gpu_mem_usage),
+        calibration=replace(options.calibration, seqlen=auto.score_seqlen),
+    )
+
+
+def _base(options: Options, listed: Sequence[Option], index: int) -> str | Mapping[str, Any]:
+    scheme = listed[index].scheme
+    return gguf_base(options, str(scheme)) if is_gguf(listed[index]) else scheme
+
+
+def _plan(options: Options, request: Request, opened: Opened, option: Option) -> Plan:
+    """The plan that gives every layer an option."""
+    source = opened.source
+    wanted = replace(request.options.scheme, scheme=option.scheme)
+    kind = parse_scheme(option.scheme, wanted.overrides()).data_type
+    asked = plan_request(wanted, scale_dtype(request.formats, source.dtype, kind))
+    if any(exporter.planner is not None for exporter in request.formats):
+        asked = replace(asked, quant_lm_head=not source.tied_head)  # such files round the head in any case
+    plan = make_plan(
+        source.layers,
+        asked,
+        blocks=source.blocks,
+        tied_head=source.tied_head,
+        other_names=sorted({name.rpartition(".")[0] for name in source.tensors}),
+    )
+    return without_kept(plan, source.layers, request.formats)
+
+
+def _refuse_mixture(
+    options: Options, opened: Opened, candidates: Candidates, listed: Sequence[Option]
+) -> Decided:
+    """Refuse options that no plan of the wanted formats can mix; gives the trial's exporters back."""
+    count = len(listed)
+    picks = tuple(i % count for i in range(len(candidates.groups)))
+    trial = make_request(_rules_for(options, listed, candidates, picks))
+    return decide(trial, replace(opened, options=trial.options), quiet=True)
+
+
+def _rules_for(
+    options: Options, listed: Sequence[Option], candidates: Candidates, picks: Sequence[int]
+) -> Options:
+    """Options of the run that gives each group what was picked for it."""
+    taken = [0] * len(listed)
+    for names, pick in zip(candidates.groups, picks, strict=True):
+        quantized = any(candidates.plans[pick].scheme_of(name) is not None for name in names)
+        taken[pick] += len(names) if quantized else 0
+    base = taken.index(max(taken))
+    rules = {
+        name: written(candidates.plans[pick].scheme_of(name))
+        for names, pick in zip(candidates.groups, picks, strict=True)
+        for name in names
+        if pick != base or candidates.layers[name].block is None
+    }
+    return with_scheme(options, _base(options, listed, base), rules)
+
+
+def _setting(
+    request: Request, opened: Opened, decided: Decided, candidates: Candidates, given: Given
+) -> Setting:
+    rows = _rows(request.options, opened, given)
+    opened.source.refuse_untraceable()
+    job = Job(
+        options=opened.options,
+        source=opened.source,
+        tokenizer=opened.tokenizer,
+        plan=decided.plan,
+        exporters=decided.exporters,
+        rows=rows,
+        tuned=len(rows.rows),
+        tune=decided.tune,
+        device=request.device,
+        dtype=torch.float32,  # 8 bits lose less than bfloat16's own rounding does
+        output=request.output,
+    )
+    return Setting(
+        job, candidates, search=decided.tune.search, batch_size=request.options.auto.score_batch_size
+    )
+
+
+def _rows(options: Options, opened: Opened, given: Given) -> CalibrationRows:
+    auto, source = options.auto, opened.source
+    own = auto.score_dataset if given.score_dataset is None else given.score_dataset
+    usual = options.calibration.dataset if given.dataset is None else given.dataset
+    data = usual if own is None else own
+    experts = any(layer.role is Role.EXPERT for layer in source.layers)
+    tokenizer = opened.tokenizer
+    if tokenizer is None and isinstance(data, str) and source.folder is not None:
+        tokenizer = load_tokenizer(options, source, required=True)
+    return load_rows(
+        data,
+        tokenizer,
+        nsamples=auto.score_nsamples or (ROWS_OF_EXPERTS if experts else ROWS),
+        seqlen=opened.options.calibration.seqlen,
+        seed=options.calibration.seed,
+        platform="model_scope" if options.model.platform == "model_scope" else "hf",
+    )
+
+
+def _run(
+    options: Options, listed: Sequence[Option], candidates: Candidates, decision: Decision, *, several: bool
+) -> Options:
+    """The ordinary run of one decision, in a folder of its own where there are several."""
+    run = _rules_for(options, listed, candidates, decision.choice.picks)
+    folder = Path(options.output.output_dir)
+    if several:
+        folder = folder / decision.target.folder
+    return replace(
+        run,
+        auto=replace(
+            options.auto, avg_bits=(), target_size=(), target_kl=None, scheme_options=(), shared_layers=()
+        ),
+        output=replace(run.output, output_dir=str(folder)),
+        chosen=decision.document(candidates),
+    )

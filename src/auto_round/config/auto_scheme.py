@@ -1,0 +1,107 @@
+"""Options of AutoScheme: a scheme for each layer, chosen for a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from auto_round.config import values
+from auto_round.config.option import Spec, option, settle
+from auto_round.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoSchemeOptions:
+    """A scheme for each layer, chosen for a budget (AutoScheme)."""
+
+    avg_bits: tuple[float, ...] = option(
+        (),
+        Spec(
+            "bits per quantized weight to reach, at most, by the best mix of --options; of several "
+            "(2.5,3,4) each gets an output of its own",
+            flags=("avg_bits", "target_bits"),
+            aliases=("target_bits",),
+            convert=values.numbers,
+        ),
+    )
+    target_size: tuple[int, ...] = option(
+        (),
+        Spec(
+            'size of the weight files to reach, at most, such as "4.2GB", instead of avg_bits',
+            convert=values.sizes,
+        ),
+    )
+    target_kl: float | None = option(
+        None,
+        Spec("divergence from the original to stay below by prediction, nats per token, instead of avg_bits"),
+    )
+    scheme_options: tuple[Any, ...] = option(
+        (),
+        Spec(
+            "schemes to choose from: comma list of presets (W2A16,W4A16,BF16); from Python also dicts and "
+            "QuantizationSchemes",
+            flags=("options",),
+            convert=values.schemes,
+        ),
+    )
+    shared_layers: tuple[tuple[str, ...], ...] = option(
+        (),
+        Spec(
+            "layers that get one scheme, beside those that engines fuse: names, or patterns that are matched "
+            "inside each block; may be given again for another set",
+            many=True,
+            again=True,
+            convert=values.name_groups,
+        ),
+    )
+    ignore_scale_zp_bits: bool = option(
+        False, Spec("count the bits of the codes only, not those of scales and zero points")
+    )
+    score_method: str = option(
+        "fisher",
+        Spec(
+            "how sensitivity is measured: fisher weighs a block's real error by gradients; kl measures the "
+            "divergence of the whole model, which takes a time that grows with the square of the blocks",
+            choices=("fisher", "kl"),
+        ),
+    )
+    score_nsamples: int | None = option(
+        None, Spec("rows to measure sensitivity on; 16 when not given, 64 for experts", low=1)
+    )
+    score_seqlen: int = option(256, Spec("tokens in each of them", low=2))
+    score_batch_size: int = option(8, Spec("rows at a time; the scores do not depend on it", low=1))
+    score_dataset: str | None = option(None, Spec("text for it; dataset when not given"))
+    score_device_map: str | Mapping[str, str] | None = option(
+        None, Spec("where to measure; device_map when not given", convert=values.device_or_none)
+    )
+    score_low_gpu_mem_usage: bool = option(
+        True,
+        Spec(
+            "keep activations in host memory while sensitivity is measured",
+            off=("no_score_low_gpu_mem_usage",),
+            off_help="keep activations on the GPU while sensitivity is measured",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
+        targets = [name for name in ("avg_bits", "target_size", "target_kl") if getattr(self, name)]
+        if len(targets) > 1:
+            raise ConfigError(f"{' and '.join(targets)} are both targets: give one of them")
+        if targets and not self.scheme_options:
+            raise ConfigError(
+                f"{targets[0]} needs the schemes to choose from: --options W2A16,W4A16,W8A16, in Python "
+                "scheme=AutoScheme(avg_bits=..., options=...)"
+            )
+        if not targets and self.scheme_options:
+            raise ConfigError("options are schemes to choose from, which needs a target: --avg_bits 4")
+        if not targets and self.shared_layers:
+            raise ConfigError(
+                "shared_layers is for a choice of schemes, which needs --avg_bits and --options"
+            )
+
+    @property
+    def asked(self) -> bool:
+        """Whether schemes are to be chosen."""
+        return bool(self.avg_bits or self.target_size or self.target_kl)

@@ -1,0 +1,167 @@
+"""From a budget to folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from auto_round.autoscheme.runs import Given, choose_schemes
+from auto_round.config import Options, build_options
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.models.folder import FolderSource
+from auto_round.pipeline.quantize import run
+from auto_round.pipeline.result import Result
+from pipeline.runs import SHORT, token_rows
+
+ROWS = token_rows(4, 16)
+PLAIN = {**SHORT, "iters": 0, "disable_opt_rtn": True, "score_nsamples": 3, "score_seqlen": 16}
+SCHEMES = "W2A16,W4A16,W8A16"
+
+
+def asked(model: Path, out: Path, **given: Any) -> Options:
+    wanted = {"scheme_options": SCHEMES, "avg_bits": 4} | given
+    return build_options({**PLAIN, "model": str(model), "output_dir": str(out), **wanted})
+
+
+def chosen(model: Path, out: Path, **given: Any) -> tuple[Options, ...]:
+    return choose_schemes(asked(model, out, **given), given=Given(dataset=ROWS))
+
+
+def average(model: Path, result: Result) -> float:
+    """Bits of codes and scales per quantized weight."""
+    with FolderSource.open(model) as source:
+        return result.plan.bits_per_weight(source.layers)
+
+
+def bits(options: Options) -> dict[str, str]:
+    assert options.chosen is not None
+    return dict(options.chosen["layer_config"])
+
+
+@pytest.mark.parametrize("method", ["fisher", "kl"])
+def test_a_budget_becomes_a_folder_that_reloads(small: Any, tmp_path: Path, method: str) -> None:
+    (options,) = chosen(small(), tmp_path / "out", score_method=method)
+    result = run(options, dataset=ROWS)
+    assert 3.5 < average(small(), result) <= 4
+    assert result.report["auto_scheme"]["average_bits"] == pytest.approx(average(small(), result), abs=1e-4)
+    assert result.report["auto_scheme"]["gap"] == 0
+    assert result.report["verified"]["auto_round"]["kl"] < 1e-4
+    plan = json.loads((tmp_path / "out" / "auto_scheme.json").read_text())
+    assert set(plan["layer_config"]) == set(result.plan.quantized)
+
+
+def test_the_plan_can_be_given_back(small: Any, tmp_path: Path) -> None:
+    (options,) = chosen(small(), tmp_path / "out")
+    result = run(options, dataset=ROWS)
+    again = build_options(
+        {**PLAIN, "model": str(small()), "output_dir": str(tmp_path / "again")}
+        | {"layer_config": str(tmp_path / "out" / "auto_scheme.json")}
+    )
+    second = run(again, dataset=ROWS)
+    assert {n: e.scheme for n, e in second.plan.entries.items()} == {
+        n: e.scheme for n, e in result.plan.entries.items()
+    }
+
+
+def test_several_targets_share_the_scores(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = chosen(small(), tmp_path / "out", avg_bits="3.5,4,6")
+    assert [Path(o.output.output_dir).name for o in found] == ["3.5bits", "4bits", "6bits"]
+    losses = [o.chosen["predicted_kl"] for o in found if o.chosen]
+    assert losses[0] > losses[1] > losses[2] > 0
+    from auto_round.autoscheme import scores
+
+    monkeypatch.setattr(scores, "METHODS", {})
+    (again,) = chosen(small(), tmp_path / "other", avg_bits=6)
+    assert bits(again) == bits(found[2])
+
+
+def test_q_k_v_share_and_rules_stay(small: Any, tmp_path: Path) -> None:
+    rules = {"down_proj": "W8A16", "model.layers.1.self_attn.o_proj": {"bits": 16}}
+    (options,) = chosen(
+        small(), tmp_path / "out", avg_bits=5.5, layer_config=rules, shared_layers=[["o_proj", "v_proj"]]
+    )
+    found = bits(options)
+    for block in range(2):
+        parts = [found[f"model.layers.{block}.self_attn.{x}_proj"] for x in "qkv"]
+        assert all(part == parts[0] for part in parts)
+        assert found[f"model.layers.{block}.mlp.gate_proj"] == found[f"model.layers.{block}.mlp.up_proj"]
+        assert found[f"model.layers.{block}.mlp.down_proj"]["bits"] == 8
+    assert found["model.layers.0.self_attn.o_proj"] == found["model.layers.0.self_attn.v_proj"]
+    assert "model.layers.1.self_attn.o_proj" not in found
+    result = run(options, dataset=ROWS)
+    assert result.plan.scheme_of("model.layers.1.self_attn.o_proj") is None
+    assert average(small(), result) <= 5.5
+
+
+def test_a_layer_may_be_kept(small: Any, tmp_path: Path) -> None:
+    (options,) = chosen(small(), tmp_path / "out", scheme_options=["W4A16", "BF16"], avg_bits=10)
+    kept = [name for name, scheme in bits(options).items() if scheme == "BF16"]
+    assert kept
+    result = run(options, dataset=ROWS)
+    assert set(result.plan.quantized) == set(bits(options)) - set(kept)
+
+
+def test_the_head_takes_part_where_it_is_quantized(small: Any, tmp_path: Path) -> None:
+    model = small(tie_word_embeddings=False)
+    (options,) = chosen(model, tmp_path / "out", quant_lm_head=True, avg_bits=5)
+    assert "lm_head" in bits(options)
+    assert run(options, dataset=ROWS).plan.scheme_of("lm_head") is not None
+
+
+def test_a_size_of_the_files_is_met(small: Any, tmp_path: Path) -> None:
+    (full,) = chosen(small(), tmp_path / "full", avg_bits=16)
+    (least,) = chosen(small(), tmp_path / "least", avg_bits=3.2)
+    sizes = [run(o, dataset=ROWS).report["bytes_after"]["auto_round"] for o in (full, least)]
+    wanted = sum(sizes) // 2
+    (options,) = chosen(small(), tmp_path / "out", avg_bits=None, target_size=wanted)
+    files = sum(f.stat().st_size for f in (tmp_path / "full").glob("*.safetensors"))
+    assert files == sizes[0]
+    reached = run(options, dataset=ROWS).report["bytes_after"]["auto_round"]
+    assert 0.9 * wanted < reached <= wanted
+
+
+def test_a_predicted_divergence_is_met(small: Any, tmp_path: Path) -> None:
+    (most,) = chosen(small(), tmp_path / "a", avg_bits=4)
+    assert most.chosen is not None
+    (options,) = chosen(small(), tmp_path / "b", avg_bits=None, target_kl=most.chosen["predicted_kl"])
+    assert options.chosen is not None
+    assert options.chosen["predicted_kl"] <= most.chosen["predicted_kl"]
+    assert options.chosen["average_bits"] <= most.chosen["average_bits"]
+
+
+def test_what_cannot_be_reached_is_refused_with_what_can(small: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"2 bits cannot be reached .* 2\.\d+ to 8\.\d+ bits per weight"):
+        chosen(small(), tmp_path / "out", avg_bits=2)
+    with pytest.raises(ConfigError, match=r"cannot be reached .* MB"):
+        chosen(small(), tmp_path / "out", avg_bits=None, target_size="1KB")
+
+
+def test_options_that_share_no_format_are_refused_before_work(small: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="types of GGUF files"):
+        chosen(small(), tmp_path / "out", scheme_options="GGUF:Q4_0,W4A16")
+    with pytest.raises((UnsupportedError, ConfigError), match="auto_awq"):
+        chosen(small(), tmp_path / "out", format="auto_awq", sym=False)
+    with pytest.raises(ConfigError, match="unknown scheme"):
+        chosen(small(), tmp_path / "out", scheme_options="W4A16,W9A16")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"avg_bits": 4, "scheme_options": ()},
+        {"avg_bits": None, "scheme_options": SCHEMES},
+        {"avg_bits": 4, "target_size": "1GB"},
+        {"avg_bits": "four"},
+        {"avg_bits": 0},
+        {"avg_bits": -1},
+        {"score_method": "guess"},
+    ],
+)
+def test_requests_that_say_too_little_or_too_much(small: Any, tmp_path: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        asked(small(), tmp_path / "out", **given)

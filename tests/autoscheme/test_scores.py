@@ -1,0 +1,114 @@
+"""Sensitivities: the same for any batch, placement and order of work, and never silently wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from auto_round.autoscheme import by_divergence, scores
+from auto_round.autoscheme.parts import Part
+from auto_round.autoscheme.runs import Given, choose_schemes
+from auto_round.config import build_options
+from auto_round.errors import NumericsError
+from pipeline.runs import SHORT, token_rows
+
+ROWS = token_rows(5, 16)
+CLOSE = 2e-3
+"""Largest relative difference of scores that sums in another order may make: float32 errors of 1e-6 of what
+flows stand beside rounding errors of 1e-3 of it."""
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[Part, list[float]]]:
+    """What `measured_scores` returned, one entry a call."""
+    found: list[dict[Part, list[float]]] = []
+    plain = scores.measured_scores
+
+    def watch(*args: Any) -> Any:
+        found.append(dict(plain(*args)))
+        return found[-1]
+
+    monkeypatch.setattr("auto_round.autoscheme.runs.measured_scores", watch)
+    return found
+
+
+def measure(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
+    monkeypatch.setenv("AR_CACHE", str(cache))
+    wanted = {"scheme_options": "W2A16,W4A16,W8A16", "avg_bits": 4, "score_nsamples": 5, "score_seqlen": 16}
+    options = build_options({**SHORT, "model": str(model), "output_dir": "unused", **wanted, **given})
+    choose_schemes(options, given=Given(dataset=ROWS))
+
+
+def largest_difference(one: dict[Part, list[float]], two: dict[Part, list[float]]) -> float:
+    assert one.keys() == two.keys()
+    pairs = [(a, b) for part in one for a, b in zip(one[part], two[part], strict=True)]
+    return max(abs(a - b) / max(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("method", ["fisher", "kl"])
+def test_they_do_not_depend_on_the_batch_or_on_memory(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any, method: str
+) -> None:
+    measure(small(), tmp_path / "a", monkeypatch, score_method=method)
+    measure(small(), tmp_path / "b", monkeypatch, score_method=method, score_batch_size=2)
+    monkeypatch.setattr("auto_round.pipeline.running.streams.SPILL_BYTES", 0)
+    monkeypatch.setattr(by_divergence, "STREAM_BYTES", 0)
+    measure(small(), tmp_path / "c", monkeypatch, score_method=method)
+    assert largest_difference(seen[0], seen[1]) < CLOSE
+    assert seen[0] == seen[2]
+    for row in seen[0].values():
+        assert row[0] > row[1] > row[2] > 0
+
+
+@pytest.mark.parametrize("method", ["fisher", "kl"])
+def test_a_killed_measurement_goes_on_and_gives_the_same(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any, method: str
+) -> None:
+    measure(small(), tmp_path / "whole", monkeypatch, score_method=method)
+    whole = scores.METHODS[method]
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*args: Any) -> Any:
+        for number, found in enumerate(whole(*args)):
+            if number == 6:
+                raise Killed
+            yield found
+
+    monkeypatch.setattr(by_divergence, "STREAM_BYTES", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(scores, "METHODS", {method: dies})
+        with pytest.raises(Killed):
+            measure(small(), tmp_path / "killed", patch, score_method=method)
+    measure(small(), tmp_path / "killed", monkeypatch, score_method=method)
+    assert seen[-1] == seen[0]
+    assert not list((tmp_path / "killed").rglob("*.safetensors"))
+
+
+def test_both_ways_agree_where_errors_are_small(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any
+) -> None:
+    for method in ("fisher", "kl"):
+        measure(small(), tmp_path, monkeypatch, score_method=method)
+    sums = [sum(row[1] for row in found.values()) for found in seen]
+    assert 0.3 < sums[0] / sums[1] < 3
+
+
+@pytest.mark.parametrize("method", ["fisher", "kl"])
+def test_what_is_not_finite_is_an_error(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for file in small().iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], float("nan"))
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericsError, match="sensitivity is nan"):
+        measure(broken, tmp_path / "cache", monkeypatch, score_method=method)

@@ -287,10 +287,12 @@ def test_remarks_on_loaders(scheme, text):
 
 def test_scales_are_kept_in_the_dtype_of_the_model():
     both = [EXPORTERS["auto_round"], EXPORTER]
-    assert scale_dtype(both, torch.bfloat16) == "bfloat16"
-    assert scale_dtype(both, torch.float16) == "float16"
-    assert scale_dtype(both, torch.float32) is None  # the usual float16 is exact in it
-    assert scale_dtype(both[:1], torch.bfloat16) is None
+    assert scale_dtype(both, torch.bfloat16, "int") == "bfloat16"
+    assert scale_dtype(both, torch.float16, "int") == "float16"
+    assert scale_dtype(both, torch.float32, "int") is None  # the usual float16 is exact in it
+    assert scale_dtype(both[:1], torch.bfloat16, "int") is None
+    assert scale_dtype(both[:1], torch.bfloat16, "fp") == "bfloat16"
+    assert scale_dtype(both, torch.float32, "fp") == "float32"
 
 
 def test_a_plan_has_to_decide():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from auto_round.calibration.observe import Extremes
 from auto_round.errors import AutoRoundError, UnsupportedError
 from auto_round.pipeline.running.input_ranges import InputRanges, settle_ranges
 from auto_round.schemes.siblings import joined_matrices
@@ -18,6 +19,9 @@ SCALES = {"FP8_STATIC": "input_scale", "NVFP4": "input_global_scale"}
 EXPERTS = {"head_dim": 16, "moe_intermediate_size": 32}
 PLAIN = {"iters": 0, "disable_opt_rtn": True}
 SEARCHED = {"iters": 0, "disable_opt_rtn": False}
+
+
+INT8_STATIC = {"scheme": "INT8_W8A8", "act_dynamic": False, "act_group_size": 0}
 
 
 def run(model, out, scheme, **given):
@@ -70,11 +74,41 @@ def test_the_library_predicts_what_was_tuned(tiny, tmp_path, scheme, given):
     }.get(scheme)
 
 
+@pytest.mark.parametrize("given", [{}, pytest.param(PLAIN, marks=pytest.mark.slow)], ids=["tuned", "plain"])
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+def test_whole_numbers_with_one_step_for_the_input(tiny, tmp_path, sym, given):
+    """The library predicts what was tuned; steps and zero points are those of the observed extremes."""
+    pytest.importorskip(LIBRARY)
+    fields = {**INT8_STATIC, "act_sym": sym, "format": "llm_compressor,fake", **given}
+    result = run(tiny("llama"), tmp_path / "out", **fields)
+    assert max(kl_of(result).values()) < 1e-4
+    config = json.loads((result.folders[0] / "quantization_config.json").read_text())
+    (group,) = config["config_groups"].values()
+    assert (group["format"], group["weights"]["strategy"]) == ("int-quantized", "channel")
+    inputs = group["input_activations"]
+    found = (inputs["num_bits"], inputs["type"], inputs["strategy"], inputs["dynamic"], inputs["symmetric"])
+    assert found == (8, "int", "tensor", False, sym)
+    stored = weights(result.folders[0])
+    ranges = InputRanges.from_entries(result.report["blocks"]).extremes
+    for name in result.plan.quantized:
+        least, largest = ranges[name]
+        size = torch.tensor([max(-least, largest) / 127 if sym else (largest - least) / 255])
+        assert torch.equal(stored[f"{name}.input_scale"], size.bfloat16())
+        assert (f"{name}.input_zero_point" in stored) is not sym
+        if not sym:
+            zero = stored[f"{name}.input_zero_point"]
+            assert (zero.dtype, zero.shape) == (torch.int8, (1,))
+            assert int(zero) == round(-128 - least / float(size.bfloat16()))
+    verdicts = result.report["engines"]["llm_compressor"]
+    assert all(verdicts[engine]["loads"] for engine in ("vLLM", "SGLang")), verdicts
+
+
 @pytest.mark.parametrize("scheme", SCALES)
 def test_scales_are_the_observed_extremes(tiny, tmp_path, scheme):
     result = run(tiny("llama"), tmp_path / "out", scheme, verify=False, **PLAIN)
     stored = weights(result.folders[0])
-    largest = InputRanges.from_entries(result.report["blocks"]).largest
+    found = InputRanges.from_entries(result.report["blocks"]).extremes
+    largest = {name: max(ends.largest, -ends.least) for name, ends in found.items()}
     everything = largest_inputs(tiny("llama"), ROWS)
     assert largest.keys() == set(result.plan.quantized)
     for name, size in largest.items():
@@ -93,8 +127,8 @@ def test_extremes_are_those_of_the_unquantized_model(tiny, tmp_path):
     result = run(tiny("llama"), tmp_path / "out", "FP8_STATIC", verify=False, dataset=rows, **PLAIN)
     wanted = largest_inputs(tiny("llama"), rows[:1])
     for entry in result.report["blocks"]:
-        for name, size in entry["input_largest"].items():
-            assert size == pytest.approx(wanted[name], rel=0.01), name
+        for name, ends in entry["input_extremes"].items():
+            assert max(-ends[0], ends[1]) == pytest.approx(wanted[name], rel=0.01), name
 
 
 @pytest.mark.parametrize(("given", "inputs"), [({"scheme": "NVFP4"}, True), ({"act_bits": 16}, False)])
@@ -154,15 +188,15 @@ def test_plain_and_tuned_runs_fix_the_same_numbers(tiny, tmp_path):
 
 
 def test_tokens_that_do_not_count_are_not_looked_at():
-    from auto_round.calibration.observe import InputLargest
+    from auto_round.calibration.observe import InputExtremes
 
-    seen = InputLargest()
+    seen = InputExtremes()
     assert seen.value() is None
     x = torch.tensor([[[1.0, -2.0], [50.0, 3.0]], [[0.5, 0.0], [1.0, 1.0]]])
     seen.add(x, torch.tensor([[True, False], [True, True]]))
-    assert seen.value() == 2.0
+    assert seen.value() == (-2.0, 1.0)
     seen.add(x)
-    assert seen.value() == 50.0
+    assert seen.value() == (-2.0, 50.0)
 
 
 def test_experts_without_tokens_take_the_largest_of_their_peers():
@@ -178,15 +212,31 @@ def test_experts_without_tokens_take_the_largest_of_their_peers():
         "0.mlp.experts.2.down_proj": None,
         "1.mlp.experts.0.down_proj": 100.0,
     }
-    ranges = settle_ranges(seen)
-    assert list(ranges.largest.values()) == [3.0, 3.0, 7.0, 5.0, 5.0, 1.0, 5.0, 5.0, 7.0, 100.0]
+    ranges = settle_ranges(
+        {n: None if size is None else Extremes(-1 / size, size) for n, size in seen.items()}
+    )
+    assert [ends.least for ends in ranges.extremes.values()] == [
+        -1 / size for size in (2.0, 2.0, 7.0, 4.0, 4.0, 1.0, 2.0, 2.0, 1.0, 100.0)
+    ]
+    assert [ends.largest for ends in ranges.extremes.values()] == [
+        3.0,
+        3.0,
+        7.0,
+        5.0,
+        5.0,
+        1.0,
+        5.0,
+        5.0,
+        7.0,
+        100.0,
+    ]
     assert ranges.borrowed == tuple(name for name, size in seen.items() if size is None)
     assert InputRanges.from_entries([json.loads(json.dumps(ranges.to_entry()))]) == ranges
 
 
 def test_layers_that_nothing_reached_are_named():
     with pytest.raises(UnsupportedError, match="o_proj"):
-        settle_ranges({"0.self_attn.q_proj": 1.0, "0.self_attn.o_proj": None})
+        settle_ranges({"0.self_attn.q_proj": Extremes(-1.0, 1.0), "0.self_attn.o_proj": None})
 
 
 @pytest.mark.parametrize(
@@ -195,6 +245,10 @@ def test_layers_that_nothing_reached_are_named():
         ({"scheme": "MXFP4", "act_dynamic": False}, "always measured"),
         ({"scheme": "NVFP4_E5M3", "act_dynamic": False, "format": "fake"}, "always measured"),
         ({"scheme": "FP8_STATIC", "act_group_size": -1}, "one for the whole tensor"),
+        ({"scheme": "INT8_W8A8", "act_dynamic": False}, "one for the whole tensor"),
+        ({"scheme": "INT8_W8A8", "act_dynamic": False, "act_group_size": 32}, "one for the whole tensor"),
+        ({**INT8_STATIC, "format": "auto_round"}, "leave activations of layers of whole numbers alone"),
+        ({**INT8_STATIC, "dataset": []}, "row"),
         ({"scheme": "NVFP4", "act_group_size": 32}, "groups of 16"),
         ({"scheme": "NVFP4", "act_data_type": "nv_fp4"}, "nv_fp4_with_static_gs"),
         ({"scheme": "NVFP4", "act_sym": False}, "no zero points"),

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from auto_round.autoscheme.candidates import Candidates
 from auto_round.autoscheme.groups import group_layers
-from auto_round.calibration.observe import observe_inputs, observe_largest
+from auto_round.calibration.observe import observe_extremes, observe_inputs
 from auto_round.facts.flow import States
 from auto_round.facts.layer import Layer
 from auto_round.numerics.activation import ActivationFormat
@@ -119,7 +119,7 @@ class OpenBlock:
         originals: parameters to round, in the model's dtype.
         arguments: what the block is called with beside what flows.
         importance: parameter -> second moments of its inputs; filled by `observe`.
-        ranges: largest magnitudes of inputs; filled by `observe`.
+        ranges: extremes of inputs; filled by `observe`.
     """
 
     setting: Setting
@@ -167,13 +167,13 @@ class OpenBlock:
         mask_of: Callable[[], Tensor | None] = lambda: None if masks is None else masks[self.arguments.last]  # noqa: E731
         with (
             observe_inputs(self.group, [n.removesuffix(_WEIGHT) for n in linear], mask_of) as moments,
-            observe_largest(self.group, ranged, mask_of) as largest,
+            observe_extremes(self.group, ranged, mask_of) as extremes,
             torch.no_grad(),
         ):
             for rows in self.batches():
                 self.run(taken(states, rows), rows)
         self.importance = {n + _WEIGHT: i for n, m in moments.items() if (i := m.importance()) is not None}
-        self.ranges = settle_ranges({name: seen.value() for name, seen in largest.items()})
+        self.ranges = settle_ranges({name: seen.value() for name, seen in extremes.items()})
 
     def rounded(self, part: Part, option: int) -> Rounded:
         """The block with a part rounded by an option.

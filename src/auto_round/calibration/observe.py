@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -81,36 +81,43 @@ class InputMoments:
         return Importance(squares, products)
 
 
-class InputLargest:
-    """Largest magnitude of the activations at tokens that count: each counts in full, however large.
+class Extremes(NamedTuple):
+    """The range of an input, 0 included: `least <= 0 <= largest`."""
+
+    least: float
+    largest: float
+
+
+class InputExtremes:
+    """Extremes of the activations at tokens that count: each counts in full, however large.
 
     Attributes:
-        largest: float32 scalar; None before the first token.
+        ends: `[-least, largest]`, float32; None before the first token.
     """
 
     def __init__(self) -> None:
-        self.largest: Tensor | None = None
+        self.ends: Tensor | None = None
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Look at activations; arguments as for `InputMoments.add`."""
         if mask is not None and mask.shape == x.shape[:-1]:
             x = x[mask.to(x.device)]
         if x.numel():
-            found = x.detach().abs().amax().float()
-            self.largest = found if self.largest is None else torch.maximum(self.largest, found)
+            found = torch.stack([-x.detach().amin(), x.detach().amax()]).float().clamp_min(0)
+            self.ends = found if self.ends is None else torch.maximum(self.ends, found)
 
-    def value(self) -> float | None:
-        """The largest magnitude; None when no token was seen.
+    def value(self) -> Extremes | None:
+        """The extremes; None when no token was seen.
 
         Raises:
             NumericsError: an activation was not finite.
         """
-        if self.largest is None:
+        if self.ends is None:
             return None
-        found = float(self.largest)
-        if not math.isfinite(found):
+        below, above = self.ends.tolist()
+        if not (math.isfinite(below) and math.isfinite(above)):
             raise NumericsError("an input channel saw activations that are not finite")
-        return found
+        return Extremes(0.0 - below, above)
 
 
 class _Observer(Protocol):
@@ -140,13 +147,13 @@ def observe_inputs(
 
 
 @contextmanager
-def observe_largest(
+def observe_extremes(
     block: nn.Module, names: Sequence[str], mask_of: MaskOf | None = None
-) -> Iterator[Mapping[str, InputLargest]]:
-    """The same for largest magnitudes."""
-    largest = {name: InputLargest() for name in names}
-    with _observing(block, largest, mask_of):
-        yield largest
+) -> Iterator[Mapping[str, InputExtremes]]:
+    """The same for extremes."""
+    extremes = {name: InputExtremes() for name in names}
+    with _observing(block, extremes, mask_of):
+        yield extremes
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def _compare_part(module: Module, part: Matrix, fields: Fields) -> None:
 
 
 def _compare_scales(module: Module, part: Matrix, fields: CompressedFields) -> None:
-    """Check dtype and shape of the scales of floats, which the number of groups does not tell."""
+    """Check the scales that the number of groups does not tell: those of floats and of inputs."""
     missing = [name for name in _tensors(fields) if name not in part.stored]
     if missing:
         raise CannotReadError(f"expects {fields} for {module.name}, but finds no {' and no '.join(missing)}")
@@ -64,13 +64,17 @@ def _compare_scales(module: Module, part: Matrix, fields: CompressedFields) -> N
 
 
 def _tensors(fields: CompressedFields) -> Iterator[str]:
-    """Check for tensors that readers of floats do not miss, but compute with random memory without."""
+    """Tensors that readers do not miss: without them they compute with whatever lies in memory."""
     if fields.form == FP8:
         yield _SCALE
         if fields.inputs is not None and not fields.inputs.dynamic:
             yield "input_scale"
     elif fields.form == NVFP4 and fields.inputs is not None:
         yield "input_global_scale"
+    elif fields.numbers == "int" and fields.inputs is not None and not fields.inputs.dynamic:
+        yield "input_scale"
+        if not fields.inputs.sym:
+            yield "input_zero_point"
 
 
 def _scale_shape(part: Matrix, fields: CompressedFields) -> tuple[int, ...] | None:

@@ -70,7 +70,7 @@ def _is_right(kernel: Kernel, spec: LinearSpec) -> bool:
         x = torch.randn(tokens, spec.shape[1], generator=generator, dtype=torch.float32, device="cpu")
         x = x.to(spec.device, spec.dtype)
         if isinstance(spec.inputs, CalibratedScale):
-            buffers[INPUT] = spec.inputs.fixed(float(x.abs().max())).number.to(spec.device)
+            buffers[INPUT] = spec.inputs.fixed(float(x.max()), float(x.min())).number.to(spec.device)
         rounded = rounded_input(x, buffers, spec)
         y = rounded.double() @ w.t()
         error = (kernel.linear(x, buffers, spec, None).double() - y).abs()

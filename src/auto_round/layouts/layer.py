@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from auto_round.errors import CheckpointError, InternalError, Refusal
@@ -19,6 +20,9 @@ INPUT_TENSORS = {"step": "input_scale", "tensor": "input_global_scale"}
 
 Source: `initialize_qparams` in compressed-tensors 0.20, `quantization/lifecycle/initialize.py`; auto-round
 0.16 uses the same names."""
+
+INPUT_ZERO = "input_zero_point"
+"""Tensor of an input's zero point, int8. Source: the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +50,11 @@ class LayerLayout:
         return {**self.weight.spec(self.format, self.shape), **self.input_spec()}
 
     def input_spec(self) -> dict[str, TensorSpec]:
-        """The tensor of the input's number, where calibration fixes one: `[1]`."""
+        """Tensors of what calibration fixes of the input, `[1]` each: a number, then a zero point."""
         if not isinstance(self.inputs, CalibratedScale):
             return {}
-        return {INPUT_TENSORS[self.inputs.part]: TensorSpec(self.inputs.dtype, (1,))}
+        found = {INPUT_TENSORS[self.inputs.part]: TensorSpec(self.inputs.dtype, (1,))}
+        return found | ({INPUT_ZERO: TensorSpec(torch.int8, (1,))} if self.inputs.has_zero else {})
 
     def pack(self, layer: QuantizedLayer) -> dict[str, Tensor]:
         """Stored tensors of the layer, each by its last name.
@@ -58,10 +63,11 @@ class LayerLayout:
             InternalError: the layer lacks the number of its input.
         """
         found = dict(self.weight.pack(layer.weight))
-        for name, spec in self.input_spec().items():
-            if layer.input_scale is None:
+        fixed = (layer.input_scale, layer.input_zero)
+        for (name, spec), number in zip(self.input_spec().items(), fixed, strict=False):
+            if number is None:
                 raise InternalError("nothing has fixed the number of the input of a layer")
-            found[name] = layer.input_scale.to(spec.dtype)
+            found[name] = number.to(spec.dtype)
         return found
 
     def unpack(self, parts: Mapping[str, Tensor]) -> QuantizedLayer:
@@ -70,13 +76,14 @@ class LayerLayout:
         Raises:
             CheckpointError: tensors that `pack` would not have written.
         """
-        rest, number = dict(parts), None
+        rest, numbers = dict(parts), list[Tensor | None]()
         for name, spec in self.input_spec().items():
             number = rest.pop(name, None)
+            numbers.append(number)
             if number is None or (number.dtype, tuple(number.shape)) != (spec.dtype, spec.shape):
                 found = "none" if number is None else f"{number.dtype} {list(number.shape)}"
                 raise CheckpointError(f"{name}: expected {spec.dtype} {list(spec.shape)}, found {found}")
-        return QuantizedLayer(self.weight.unpack(rest, self.format, self.shape), number)
+        return QuantizedLayer(self.weight.unpack(rest, self.format, self.shape), *numbers)
 
     def with_weight(self, weight: Layout) -> LayerLayout:
         """The same layer with its weight in another order of bytes."""

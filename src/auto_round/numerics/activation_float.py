@@ -107,17 +107,28 @@ class CalibratedScale(_OfFormat):
         rule = self.format.rule
         if not isinstance(rule, LargestToTop):
             return self
-        return CalibratedScale(replace(self.format, rule=replace(rule, dtype=dtype)))
+        return replace(self, format=replace(self.format, rule=replace(rule, dtype=dtype)))
 
-    def fixed(self, largest: float) -> FixedScale:
-        """The format for inputs of this largest magnitude, a float32."""
-        hi = torch.full((1, 1), largest, dtype=torch.float32, device="cpu")
+    @property
+    def has_zero(self) -> bool:
+        """Calibration fixes a zero point too."""
+        return False
+
+    def fixed(self, largest: float, least: float | None = None) -> FixedScale:
+        """The format for inputs from `least` (None: `-largest`) to `largest`, both float32."""
+        size = largest if least is None else max(largest, -least)
+        hi = torch.full((1, 1), size, dtype=torch.float32, device="cpu")
         stats = Stats(-hi, hi)
         scale = self.format.bind(stats).rule_for(stats).fit(stats, self.format.grid)
         return self.holding(scale.parts[self.part])
 
-    def holding(self, number: Tensor) -> FixedScale:
-        """The format with the number as it is stored, one element in the dtype of the part."""
+    def holding(self, number: Tensor, zero: Tensor | None = None) -> FixedScale:
+        """The format with the number as it is stored, one element in the dtype of the part.
+
+        Args:
+            number: the number.
+            zero: the zero point as it is stored, one element; None for formats without (`has_zero`).
+        """
         return FixedScale(self.format, number.reshape(1))
 
 

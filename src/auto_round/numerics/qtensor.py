@@ -69,9 +69,11 @@ class QuantizedLayer:
         input_scale: the number of the input that calibration fixed, `[1]`: its step, or, where groups have
             measured numbers, what these are divided by (`FixedScale.number`); None where all is
             measured as the model runs, or where the input is left alone.
+        input_zero: zero point of the input that calibration fixed, `[1]` int8; None where there is none.
         output_scale: step of the output where a cache holds it quantized, float32; None elsewhere.
     """
 
     weight: QTensor
     input_scale: Tensor | None = None
+    input_zero: Tensor | None = None
     output_scale: Tensor | None = None

@@ -44,6 +44,17 @@ def _fp8_weights(scheme: QuantizationScheme, *, blocks: bool = False) -> Format 
     )
 
 
+def refuse_fixed_groups(fields: InputFields) -> Refusal | None:
+    """Why calibration cannot fix a step for each token or group; None for one for the whole tensor."""
+    if fields.group_size == 0:
+        return None
+    return Refusal(
+        "activations",
+        "a step that calibration fixes is one for the whole tensor, tokens and groups are not known then",
+        "act_group_size 0, or leave out disable_act_dynamic",
+    )
+
+
 def _fp8_inputs(fields: InputFields) -> InputFormat | Refusal:
     from auto_round.numerics.activation_float import CalibratedScale, MeasuredScales
     from auto_round.numerics.group import Group
@@ -54,13 +65,7 @@ def _fp8_inputs(fields: InputFields) -> InputFormat | Refusal:
     found = fp8_format(Group(fields.group_size))
     if fields.dynamic:
         return MeasuredScales(found)
-    if fields.group_size != 0:
-        return Refusal(
-            "activations",
-            "a step that calibration fixes is one for the whole tensor, tokens and groups are not known then",
-            "act_group_size 0, or leave out disable_act_dynamic",
-        )
-    return CalibratedScale(found)
+    return refuse_fixed_groups(fields) or CalibratedScale(found)
 
 
 def _mx_weights(element: str, scheme: QuantizationScheme) -> Format | Refusal:

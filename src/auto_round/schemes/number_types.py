@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from auto_round.errors import Refusal
-from auto_round.schemes.float_types import FLOAT_TYPES
+from auto_round.schemes.float_types import FLOAT_TYPES, refuse_fixed_groups
 from auto_round.schemes.type_columns import CompressedWords, InputFields, NumberType
 
 if TYPE_CHECKING:
@@ -100,11 +100,10 @@ def _whole_weights(scheme: QuantizationScheme) -> Format | Refusal:
 
 def _whole_inputs(fields: InputFields) -> InputFormat | Refusal:
     from auto_round.numerics.activation import TokenInt
+    from auto_round.numerics.activation_int import tensor_int
 
     if not fields.dynamic:
-        reason = "steps of whole numbers fixed at calibration are not there yet"
-        remedy = "leave out disable_act_dynamic"
-        return Refusal("activations", reason, remedy)
+        return refuse_fixed_groups(fields) or tensor_int(fields.bits, sym=fields.sym)
     if fields.group_size != -1:
         size = fields.group_size
         reason = f"groups of {size} are not there yet" if size else "one step a tensor is not there yet"

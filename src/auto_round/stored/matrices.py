@@ -31,6 +31,7 @@ _COMPRESSED = (
     "weight_scale_inv",
     "weight_g_idx",
     "input_scale",
+    "input_zero_point",
     "input_global_scale",
 )
 

@@ -80,7 +80,7 @@ class AutoRoundFormat(OneLayout):
 
     def holds_activation(self, fmt: InputFormat) -> bool:
         """True for floating numbers."""
-        return isinstance(fmt, MeasuredScales | CalibratedScale)
+        return isinstance(fmt, MeasuredScales | CalibratedScale) and isinstance(fmt.format.grid, FloatGrid)
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
         """Readers that take zero points stored minus one for something else."""

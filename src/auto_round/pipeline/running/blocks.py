@@ -13,6 +13,7 @@ from auto_round.calibration.observe import InputMoments
 from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
 from auto_round.facts.layer import Layer
 from auto_round.numerics.activation_float import FixedScale
+from auto_round.numerics.activation_int import FixedInt
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QuantizedLayer
@@ -61,7 +62,7 @@ class GroupResult:
             asked for.
         massive: tokens with massive activations in the unquantized output.
         errors: kind of layer -> relative error of its output, see `hard_cases.relative_error`.
-        ranges: module -> largest magnitude of its input, where the step of the input follows from it.
+        ranges: module -> extremes of its input, where the step of the input follows from them.
     """
 
     layers: Mapping[str, tuple[Layer, QuantizedLayer]]
@@ -108,7 +109,7 @@ def tune_group(
     others = {_outside(name, prefixes): value for name, value in found.tuned.others.items()}
     seen = _inputs_of(job, indices, found.importance, found.moments) if job.saves_imatrix else {}
     ranges = InputRanges(
-        {_outside(name, prefixes): size for name, size in found.ranges.largest.items()},
+        {_outside(name, prefixes): ends for name, ends in found.ranges.extremes.items()},
         tuple(_outside(name, prefixes) for name in found.ranges.borrowed),
     )
     return GroupResult(layers, others, found.tuned, seen, found.massive, by_kind(found.errors), ranges)
@@ -234,5 +235,7 @@ def _layers_of(job: Job, indices: Sequence[int], tuned: TunedUnit) -> dict[str, 
             name = inside_group(job, indices, layer)
             inputs = tuned.activations.get(name.removesuffix(".weight"))
             scale = inputs.number if isinstance(inputs, FixedScale) else None
-            found[layer.name] = (layer, QuantizedLayer(tuned.tuned.weights[name].take(index, rows), scale))
+            zero = inputs.zero if isinstance(inputs, FixedInt) else None
+            weight = tuned.tuned.weights[name].take(index, rows)
+            found[layer.name] = (layer, QuantizedLayer(weight, scale, zero))
     return found

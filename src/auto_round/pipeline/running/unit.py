@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from auto_round.calibration.observe import InputLargest, InputMoments, observe_inputs, observe_largest
+from auto_round.calibration.observe import InputExtremes, InputMoments, observe_extremes, observe_inputs
 from auto_round.facts.flow import States
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
@@ -80,7 +80,7 @@ class TunedUnit:
         moments: parameter -> the sums that they were computed from, with the number of tokens.
         massive: tokens with massive activations in the unquantized output, in the first tensor of it.
         errors: parameter -> relative error of its output, see `hard_cases.relative_error`.
-        ranges: module -> largest magnitude of its input, where the step of the input follows from it.
+        ranges: module -> extremes of its input, where the step of the input follows from them.
         activations: module -> what its input is rounded to, with that step.
     """
 
@@ -118,11 +118,11 @@ def tune_unit(
         UnsupportedError: the number of an input follows from calibration, and no token reached the layer.
     """
     group, arguments = unit.group, unit.arguments()
-    moments, largest = _references(unit, streams, arguments, config.pass_rows)
+    moments, extremes = _references(unit, streams, arguments, config.pass_rows)
     importance = {n: found for n, m in moments.items() if (found := m.importance()) is not None}
     energies = [torch.stack([token_energy(row) for row in target]) for target in streams.targets]
     weights = tuple(token_weights(energy, streams.mask_of(i)) for i, energy in enumerate(energies))
-    ranges = settle_ranges({name: seen.value() for name, seen in largest.items()})
+    ranges = settle_ranges({name: seen.value() for name, seen in extremes.items()})
     activations = ranges.formats(unit.activations)
     formats = bound_formats(unit.formats, unit.originals)
     inputs = streams.quantized if from_quantized else streams.reference
@@ -211,14 +211,14 @@ def _samples(
 
 def _references(
     unit: Unit, streams: Streams, arguments: GroupArguments, at_once: int
-) -> tuple[dict[str, InputMoments], Mapping[str, InputLargest]]:
+) -> tuple[dict[str, InputMoments], Mapping[str, InputExtremes]]:
     """Run the unquantized blocks: their outputs become the targets, their inputs are measured on the way.
 
     Inputs are those of the unquantized stream, over the rows that are tuned on.
 
     Returns:
-        Parameter -> sums of squares and of products of its inputs; module -> largest magnitude of its input,
-        where the step of the input follows from it.
+        Parameter -> sums of squares and of products of its inputs; module -> extremes of its input, where the
+        step of the input follows from them.
     """
     everything = Samples(streams.reference, streams.reference, arguments)
     masks, tuned = streams.masks, range(streams.tuned)
@@ -226,12 +226,12 @@ def _references(
     ranged = to_calibrate(unit.activations)
     with (
         observe_inputs(unit.group, unit.observed, mask_of) as seen,
-        observe_largest(unit.group, ranged, mask_of) as largest,
+        observe_extremes(unit.group, ranged, mask_of) as extremes,
     ):
         run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=tuned, device=unit.device)
     rest = range(streams.tuned, streams.rows)
     run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=rest, device=unit.device)
-    return {name + _WEIGHT: moments for name, moments in seen.items()}, largest
+    return {name + _WEIGHT: moments for name, moments in seen.items()}, extremes
 
 
 def _advance(

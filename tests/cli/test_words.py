@@ -9,12 +9,12 @@ import pytest
 from auto_round.cli.folder import folder_name, with_named_folder
 from auto_round.cli.progress import drawn_progress, event_line
 from auto_round.cli.summary import summary
-from auto_round.cli.units import duration, gain, size
 from auto_round.config import build_options
 from auto_round.log import Progress
 from auto_round.pipeline.result import Result
 from auto_round.schemes import parse_scheme
 from auto_round.schemes.plan import Plan
+from auto_round.units import duration, gain, size
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ import torch
 from auto_round.config import build_options
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.quantize import run
+from auto_round.report.record import RUN_RECORD
 
 COUNTED = ("pwrite", "write", "fsync", "ftruncate", "posix_fallocate", "rename", "replace", "unlink", "mkdir")
 
@@ -140,7 +141,8 @@ def _wait(child: int) -> None:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    files = (f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != RUN_RECORD)
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
 def _is_shard(fd: int) -> bool:

@@ -13,6 +13,7 @@ from auto_round.config import build_options
 from auto_round.log import ProgressSink, ignore_progress
 from auto_round.pipeline.quantize import run
 from auto_round.pipeline.result import Result
+from auto_round.report.record import RUN_RECORD
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 """Every matrix of a model of these sizes can be packed (multiples of 32)."""
@@ -51,7 +52,9 @@ def quantize(
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    """All files but the one that tells of times."""
+    files = (f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != RUN_RECORD)
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

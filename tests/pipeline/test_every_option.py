@@ -102,6 +102,7 @@ SHOWN_ELSEWHERE = {
     "output_dir": "every test",
     "overwrite": "tests/checkpoint/test_workfolder.py",
     "resume": "tests/pipeline/test_resume.py",
+    "report": "tests/report/test_report_of_a_run.py",
     "dry_run": "tests/pipeline/test_plan_run.py",
     "data_type": "refused but for whole numbers: tests/schemes/test_rejections.py",
     "super_bits": "refused: tests/schemes/test_rejections.py",

@@ -12,6 +12,7 @@ from auto_round.autoround.attributes import Attributes, Done, layer_schemes
 from auto_round.autoround.auto_scheme import AutoScheme
 from auto_round.autoround.parameters import collect, make_documentation, make_signature, read_arguments
 from auto_round.config import Options, OutputOptions, read_environment
+from auto_round.config.values import FROM_PYTHON
 from auto_round.errors import ConfigError
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.schemes import parse_scheme
@@ -64,7 +65,7 @@ class AutoRound(Attributes):
             scheme.dataset if isinstance(scheme := given.get("scheme"), AutoScheme) else None
         )
         if self._dataset is not None:
-            given["dataset"] = f"{type(self._dataset).__name__} given from Python"
+            given["dataset"] = f"{type(self._dataset).__name__} {FROM_PYTHON}"
         self._model, self._tokenizer = _live(model), _live(tokenizer)
         if self._model is not None and tokenizer is None and self._dataset is None:
             raise ConfigError("a model in memory needs its tokenizer: AutoRound(model, tokenizer, ...)")

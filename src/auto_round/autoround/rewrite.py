@@ -23,6 +23,7 @@ from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.result import Result
 from auto_round.pipeline.writing.finish import write_configs_and_tokenizer, write_report
 from auto_round.pipeline.writing.outputs import Outputs
+from auto_round.pipeline.writing.page import carry_page
 from auto_round.pipeline.writing.signature import request_digest, signature
 from auto_round.schemes.scheme import QuantizationScheme
 
@@ -69,6 +70,7 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
         if job.options.output.verify:
             own["verified"] = verify_all(job, folders, None)
         write_report(job, folders, {**report, **own}, output.folder)
+        carry_page(folder, output.folder, label=job.output.name, drawn=job.options.output.report)
         return list(job.folders(output.seal(asked)).values())
 
 
@@ -96,6 +98,7 @@ def copy_files(job: Job, finished: Mapping[str, Path], result: Result) -> list[P
         sizes = {name: result.report["bytes_after"][name] for name in folders}
         own = {"formats": list(folders), "bytes_after": sizes}
         write_report(job, folders, {**result.report, **own}, output.folder)
+        carry_page(result.folders[0], output.folder, label=job.output.name, drawn=job.options.output.report)
         return list(job.folders(output.seal(asked)).values())
 
 

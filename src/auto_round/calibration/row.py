@@ -48,6 +48,11 @@ class CalibrationRow:
         """Number of positions."""
         return int(self.inputs[TOKENS].shape[1])
 
+    @property
+    def positions(self) -> int:
+        """Number of positions that count."""
+        return len(self) if self.mask is None else int(self.mask.sum())
+
     def beginning(self, length: int) -> CalibrationRow:
         """The first positions; inputs that do not have one number for each position stay whole."""
         cut = {

@@ -22,6 +22,23 @@ from auto_round.log import logger
 Dataset = str | Path | Iterable[object]
 
 
+@dataclass(frozen=True, slots=True)
+class SourceRows:
+    """What one data set gave.
+
+    Attributes:
+        name: of the data set.
+        samples: samples read from it.
+        rows: rows made of them.
+        dropped: reason -> number of samples that gave no row for it.
+    """
+
+    name: str
+    samples: int
+    rows: int
+    dropped: Mapping[str, int]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationRows:
     """What `load_rows` found.
@@ -31,12 +48,14 @@ class CalibrationRows:
         fingerprint: SHA-256 of all inputs and masks, see `row.fingerprint`.
         dropped: reason -> number of samples that gave no row for it.
         summary: a sentence for each data set, for people.
+        sources: the same in numbers.
     """
 
     rows: tuple[CalibrationRow, ...]
     fingerprint: str
     dropped: Counter[str]
     summary: str
+    sources: tuple[SourceRows, ...] = ()
 
 
 def load_rows(
@@ -89,7 +108,11 @@ def load_rows(
             summary,
             _remedy(dropped),
         )
-    return CalibrationRows(tuple(rows), fingerprint(rows), dropped, summary)
+    sources = tuple(
+        SourceRows(stream.source.name, stream.read, stream.given, dict(sorted(stream.dropped.items())))
+        for stream in streams
+    )
+    return CalibrationRows(tuple(rows), fingerprint(rows), dropped, summary, sources)
 
 
 def _sources(dataset: Dataset, platform: Platform) -> Iterator[tuple[Source, DatasetItem]]:

@@ -30,11 +30,11 @@ class Record:
 
     Attributes:
         asked: digest of the request: settings, data and model.
-        files: path below the folder -> bytes.
+        files: path below the folder -> bytes of a file of weights, None for others, which may be edited.
     """
 
     asked: str
-    files: Mapping[str, int]
+    files: Mapping[str, int | None]
 
 
 def write_record(folder: Path, asked: str) -> None:
@@ -44,11 +44,27 @@ def write_record(folder: Path, asked: str) -> None:
         ConfigError: disk full, no permission.
     """
     files = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
+        path.relative_to(folder).as_posix(): _checked_size(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / RECORD
     }
     atomic_write_json(folder / RECORD, {"asked": asked, "files": files})
+
+
+def add_to_record(folder: Path, name: str) -> None:
+    """Write down a file that was made for a finished output later, so that it goes where the output goes.
+
+    Args:
+        folder: of the file: an output, or the folder of one of its formats.
+        name: of the file.
+    """
+    for top in (folder, folder.parent):
+        record = read_record(top)
+        if record is not None:
+            path = (folder / name).relative_to(top).as_posix()
+            files = {**record.files, path: _checked_size(folder / name)}
+            atomic_write_json(top / RECORD, {"asked": record.asked, "files": files})
+            return
 
 
 def read_record(folder: Path) -> Record | None:
@@ -118,7 +134,12 @@ def _others(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _is_whole(path: Path, size: int) -> bool:
+def _checked_size(path: Path) -> int | None:
+    """Bytes of a file whose length tells that it is whole."""
+    return path.stat().st_size if path.suffix in _WEIGHTS else None
+
+
+def _is_whole(path: Path, size: int | None) -> bool:
     return path.is_file() and (path.suffix not in _WEIGHTS or path.stat().st_size == size)
 
 

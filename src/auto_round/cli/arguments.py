@@ -16,9 +16,10 @@ USAGE = """auto-round MODEL [options]          make MODEL small
        auto-round inspect FOLDER [--json]
        auto-round convert FOLDER --format FORMAT [--output DIR]
        auto-round eval MODEL [--original MODEL --text FILE] [options]
+       auto-round report RUN... [-o FILE.html]
        auto-round list [format|scheme|dataset|backend]
        auto-round help | --version"""
-FOLDER_COMMANDS = ("inspect", "convert", "eval")
+FOLDER_COMMANDS = ("inspect", "convert", "eval", "report")
 """Commands on finished models; each reads its own words."""
 COMMANDS = ("quantize", "list", "help", *FOLDER_COMMANDS)
 

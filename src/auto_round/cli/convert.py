@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from auto_round.cli.flags import Parser
 from auto_round.cli.quantize import quiet_transformers
-from auto_round.cli.units import size
 from auto_round.consumers.verdict import judge_folder
+from auto_round.units import size
 
 
 def convert(words: Sequence[str]) -> str:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 
 from auto_round.cli.flags import Parser
-from auto_round.cli.units import size
 from auto_round.consumers.inventory import Inventory, take_inventory
+from auto_round.units import size
 
 
 def inspect(words: Sequence[str]) -> str:

@@ -116,6 +116,10 @@ def _dispatch(argv: Sequence[str], recipe: str) -> int:
         from auto_round.cli.evaluate import evaluate
 
         return 0 if evaluate(command.topics) else EXIT_TOO_FAR
+    elif command.verb == "report":
+        from auto_round.cli.report import report
+
+        print(report(command.topics))
     else:
         from auto_round.cli.quantize import quantize
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from auto_round.cli.units import duration, gain, size
 from auto_round.log import Progress, ProgressSink
+from auto_round.units import duration, gain, size
 
 VERBS = {
     "load": "reading",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from auto_round.cli.units import duration, size
 from auto_round.consumers.lines import loading, refusing
+from auto_round.units import duration, size
 
 if TYPE_CHECKING:
     from auto_round.pipeline.result import Result

@@ -332,6 +332,10 @@ class OutputOptions:
             off_help="begin anew",
         ),
     )
+    report: bool = option(
+        False,
+        Spec("draw report.html: plan, losses, size and quality, time and memory on one page"),
+    )
     dry_run: bool = option(False, Spec("print plan, memory, disk and time, then stop"))
 
     def __post_init__(self) -> None:

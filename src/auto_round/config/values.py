@@ -12,6 +12,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 _TOKEN = re.compile(r"""\s*(?:(?P<mark>[{}:,])|(?P<text>"[^"]*"|'[^']*')|(?P<word>[^\s{}:,"']+))""")
 
 
+FROM_PYTHON = "given from Python"
+"""End of what stands in place of a value that is an object: `list given from Python`."""
+
+
 def names(value: Any) -> tuple[str, ...]:
     """Turn `"a, b"`, `["a", "b"]` or `[["a"], ["b"]]` into `("a", "b")`."""
     if isinstance(value, str):

@@ -47,15 +47,18 @@ from auto_round.pipeline.running.last_block import logits_budget
 from auto_round.pipeline.running.measure import Measured, measure_streams
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.trace_rows import trace_rows
+from auto_round.pipeline.writing.cost import COST, cost_of, run_record
 from auto_round.pipeline.writing.finish import (
-    REPORT,
     build_report,
     hand_over_inputs,
     write_configs_and_tokenizer,
     write_report,
 )
 from auto_round.pipeline.writing.outputs import Outputs, Written, check_written
+from auto_round.pipeline.writing.page import write_page
 from auto_round.pipeline.writing.signature import request_digest, signature
+from auto_round.report.make import make_page
+from auto_round.report.record import REPORT
 from auto_round.tuning.objective import PLAIN, Objective
 
 
@@ -106,7 +109,9 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
         journal = stack.enter_context(Journal.open(folder.scratch / "journal.jsonl", asked))
         folders = job.folders(folder.folder)
         done = [name for entry in journal.entries for name in entry["tensors"]]
+        continued = bool(journal.entries)
         outputs = stack.enter_context(Outputs.open(job, folders, done=done, fresh=not journal.resumed))
+        clock.lap("prepare")
         logger.info("plan\n%s", plan_table(job))
         measured = _Loop(job, folder.scratch, journal, outputs, progress, clock).run()
         progress(clock.event("write", 0, 1, "remaining tensors"))
@@ -115,13 +120,17 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
         write_configs_and_tokenizer(job, folders)
         report = build_report(job, journal, measured, outputs.nbytes)
         report["engines"] = judge_outputs(folders)
+        clock.lap("write")
         progress(clock.event("write", 1, 1, "remaining tensors"))
         if job.options.output.verify:
             progress(clock.event("verify", 0, 1, "reload and compare"))
             report["tensors_read_back"] = check_written(journal, folders, job.exporters)
             report["verified"] = verify_all(job, folders, measured, InputRanges.from_entries(journal.entries))
+            clock.lap("verify")
             progress(clock.event("verify", 1, 1, "reload and compare"))
         write_report(job, folders, report, folder.folder)
+        record = run_record(job, journal, clock, continued=continued)
+        write_page(folder.folder, record, label=job.output.name, drawn=job.options.output.report)
         hand_over_inputs(job, folder.scratch, folder.folder)
         final = folder.seal(request_digest(asked))
     return Result(tuple(job.folders(final).values()), job.plan, report, clock.seconds, clock.peak)
@@ -135,6 +144,8 @@ def _earlier(job: Job, out: Path, clock: Clock) -> Result:
         out,
     )
     report = json.loads((out / REPORT).read_bytes())
+    if job.options.output.report:
+        make_page([out])
     return Result(tuple(job.folders(out).values()), job.plan, report, clock.seconds, clock.peak)
 
 
@@ -153,12 +164,15 @@ class _Loop:
         """Quantize all layers; returns what the held-out rows say when there are any."""
         if self.job.rows is None:
             self._round_layers()
+            self.clock.lap("round")
             return None
         streams = self._tune_blocks()
         head, inputs = quantize_outside(self.job, streams, self._write)
         if inputs and self.job.saves_imatrix:
             save_inputs(self.scratch, "head", inputs)
-        return measure_streams(self.job, streams, head)
+        measured = measure_streams(self.job, streams, head)
+        self.clock.lap("measure")
+        return measured
 
     def _tune_blocks(self) -> Streams:
         """Quantize all blocks, list by list; returns the streams behind the last of them."""
@@ -171,6 +185,7 @@ class _Loop:
         before, ended = 0, list[Streams]()
         for groups in lists:
             table, streams = trace_rows(job, self.scratch, embedding, ended)
+            self.clock.lap("trace")
             if not ended:
                 self._say_begun([unit for members in lists for unit, _ in members])
             start = sum(1 for unit, _ in groups if unit in done)
@@ -284,16 +299,19 @@ class _Loop:
             save_inputs(self.scratch, f"{number:04d}", result.inputs)
         if self.job.options.output.resume:
             streams.save(_saved(self.scratch, number))
-        self._done(unit, written, _figures(result))
+        self._done(unit, written, _figures(result), timed=True)
 
     def _write(self, layer: Layer, q: QuantizedLayer) -> None:
         """Write a layer outside the blocks, unless an earlier run did."""
         if layer.name not in self._finished():
             self._done(layer.name, self.outputs.put(layer, q))
 
-    def _done(self, unit: str, tensors: Written, figures: Mapping[str, Any] | None = None) -> None:
+    def _done(
+        self, unit: str, tensors: Written, figures: Mapping[str, Any] | None = None, *, timed: bool = False
+    ) -> None:
         self.outputs.sync()
-        self.journal.append({"unit": unit, "tensors": tensors, **(figures or {})})
+        cost = {COST: cost_of(unit, self.clock.lap("tune"), self.job.device)} if timed else {}
+        self.journal.append({"unit": unit, "tensors": tensors, **(figures or {}), **cost})
 
     def _finished(self) -> set[str]:
         return {entry["unit"] for entry in self.journal.entries}

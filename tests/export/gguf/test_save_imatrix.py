@@ -19,6 +19,7 @@ from auto_round.export.gguf.imatrix import Importances, read_imatrix
 from auto_round.log import Progress, ignore_progress
 from auto_round.pipeline.quantize import run
 from export.gguf.small_models import save_small_model
+from pipeline.runs import tree
 
 pytest.importorskip("gguf")
 
@@ -114,10 +115,7 @@ def test_the_file_says_what_flows_in(given: dict[str, Any], model: Path, tmp_pat
 def test_writing_it_changes_nothing_else(model: Path, tmp_path: Path) -> None:
     _run(model, tmp_path / "without")
     _run(model, tmp_path / "with", save_imatrix=str(tmp_path / "with" / "beside" / "imatrix.gguf"))
-    without, both = (
-        {str(f.relative_to(tmp_path / d)): f.read_bytes() for f in (tmp_path / d).rglob("*") if f.is_file()}
-        for d in ("without", "with")
-    )
+    without, both = (tree(tmp_path / d) for d in ("without", "with"))
     assert both[file := str(Path("beside") / "imatrix.gguf")][:4] == b"GGUF"
     # The record of the folder names its files, and something else was asked for.
     records = [json.loads(files.pop(RECORD))["files"] for files in (without, both)]

@@ -15,6 +15,7 @@ from auto_round.errors import ConfigError
 from auto_round.export.exporter import Exporter
 from auto_round.export.table import settle_formats
 from auto_round.pipeline.machine.device import choose_device, warn_of_threads
+from auto_round.report.draw import require_plotting
 from auto_round.schemes.scheme import parse_scheme
 from auto_round.tuning.settings import tune_settings
 
@@ -50,6 +51,8 @@ def make_request(options: Options, *, dataset: Any = None, output: Path | None =
         ConfigError: a scheme, format, step size, data set or output folder that cannot be, or no such file.
         UnsupportedError: a scheme or format that is not there yet.
     """
+    if options.output.report:
+        require_plotting()
     device = choose_device(options.model.device_map)
     warn_of_threads(device)
     options, formats = settle_formats(options)

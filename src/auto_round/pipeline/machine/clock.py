@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from auto_round.log import Progress
 from auto_round.pipeline.machine.memory import peak_bytes
@@ -15,6 +16,8 @@ class Clock:
         self._start = time.perf_counter()
         self._tuning_since: float | None = None
         self._skipped = 0
+        self._lap = self._start
+        self._stages: dict[str, float] = {}
 
     @property
     def seconds(self) -> float:
@@ -25,6 +28,18 @@ class Clock:
     def peak(self) -> int:
         """Peak resident memory of the process, bytes."""
         return peak_bytes()
+
+    @property
+    def stages(self) -> Mapping[str, float]:
+        """Wall seconds of each stage so far, in their order."""
+        return dict(self._stages)
+
+    def lap(self, stage: str) -> float:
+        """Count the time since the last lap for a stage, and return it in seconds."""
+        now = time.perf_counter()
+        seconds, self._lap = now - self._lap, now
+        self._stages[stage] = self._stages.get(stage, 0.0) + seconds
+        return seconds
 
     def skip(self, units: int) -> None:
         """Tell that this many units were done in an earlier run."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from contextlib import suppress
+
+import torch
 
 from auto_round.pipeline.machine.limits import allowed_bytes
 
@@ -23,6 +26,23 @@ def peak_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now, bytes; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - a kernel file, not a path of ours
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def device_peak_bytes(device: torch.device) -> int:
+    """Peak of memory given out on an accelerator, bytes; 0 on the host and where nobody counts."""
+    if device.type == "cpu":
+        return 0
+    ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return 0 if ask is None else int(ask(device))
 
 
 def available_bytes() -> int:

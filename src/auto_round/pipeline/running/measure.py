@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from auto_round.calibration.row import CalibrationRow
+from auto_round.evaluate.histogram import Histogram
 from auto_round.evaluate.logits import Comparison, positions_at_once
 from auto_round.models.source import CPU
 from auto_round.numerics.qtensor import QTensor
@@ -23,17 +24,19 @@ class Measured:
         final_hidden: output of the last block of the quantized model for the held-out rows,
             `[rows, length, width]`: the first of its `States`.
         head: the quantized head's weight in compute dtype; None when the head is kept.
+        spread: how the divergence is spread over the positions.
     """
 
     comparison: Comparison
     final_hidden: Tensor
     head: Tensor | None
+    spread: Histogram
 
 
 def measure_streams(job: Job, streams: Streams, head: QTensor | None) -> Measured:
     """Compare both streams after the last block."""
     rows = job.rows.rows if job.rows is not None else ()
-    comparison = Comparison()
+    comparison, spread = Comparison(), Histogram()
     weight = None if head is None else head.format.dequantize(head, job.dtype)
     quantized = streams.quantized[0][streams.tuned :]
     reference = streams.reference[0][streams.tuned :]
@@ -46,8 +49,9 @@ def measure_streams(job: Job, streams: Streams, head: QTensor | None) -> Measure
                 after = stem.finish(quantized[i : i + 1, start:end].to(job.device), weight)[0]
                 following = row.tokens[start + 1 : end + 1].to(before.device)
                 mask = counted(row, start, end)
-                comparison.add(before, after, following, None if mask is None else mask.to(before.device))
-    return Measured(comparison, quantized.to(CPU), weight)
+                counts = None if mask is None else mask.to(before.device)
+                spread.add(comparison.add(before, after, following, counts))
+    return Measured(comparison, quantized.to(CPU), weight, spread)
 
 
 def counted(row: CalibrationRow, start: int, end: int) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,10 @@ from auto_round.pipeline.running.hard_cases import hard_cases
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import load_inputs
 from auto_round.pipeline.running.measure import Measured
+from auto_round.pipeline.writing.cost import COST
+from auto_round.pipeline.writing.planned import planned
+from auto_round.report.record import CHOSEN, REPORT
 from auto_round.version import __version__
-
-REPORT = "report.json"
-CHOSEN = "auto_scheme.json"
-"""What AutoScheme chose; `--layer_config` takes it back."""
 
 
 def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
@@ -65,6 +65,7 @@ def build_report(
     report: dict[str, Any] = {
         OURS: __version__,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "model": _model_name(job),
         "scheme": job.plan.scheme.label,
         "formats": list(job.exporters),
         "method": job.method.sentence,
@@ -73,16 +74,19 @@ def build_report(
         "bits_per_quantized_weight": round(size.bits_per_weight, 4),
         "bytes_before": before,
         "bytes_after": dict(nbytes),
-        "blocks": [{k: v for k, v in entry.items() if k != "tensors"} for entry in journal.entries],
+        "blocks": [{k: v for k, v in e.items() if k not in ("tensors", COST)} for e in journal.entries],
+        "plan": planned(job, first),
     }
     if job.rows is not None:
         report["calibration"] = {
             "dataset": job.method.dataset,
             "summary": job.rows.summary,
             "fingerprint": job.rows.fingerprint,
+            "sources": [asdict(source) for source in job.rows.sources],
             "rows_tuned": job.tuned,
             "rows_held_out": len(job.rows.rows) - job.tuned if job.judged_apart else 0,
             "tokens_per_row": len(job.rows.rows[0]),
+            "tokens_tuned": sum(row.positions for row in job.rows.rows[: job.tuned]),
         }
     if measured is not None:
         c = measured.comparison
@@ -93,6 +97,7 @@ def build_report(
             "perplexity_after": c.perplexity,
             "kl": c.kl,
             "same_top_token": c.agreement,
+            "kl_histogram": measured.spread.to_json(),
         }
     if job.options.chosen is not None:
         report["auto_scheme"] = {
@@ -146,11 +151,8 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
             Figure(f"KL from the original, nats per token, {rows}", held["kl"]),
         ]
     config = exporter.config(job.plan, job.source.layers, job.source.blocks)
-    model = job.method.model
-    hub_id = model if model and not Path(model).exists() and model.count("/") == 1 else None
-    folder = job.source.folder
     return CardFacts(
-        name=hub_id or (folder.name if folder is not None else type(job.source.config).__name__),
+        name=report["model"],
         scheme=job.plan.scheme.label,
         exporter=exporter.name,
         quant_method=None if config is None else config["quant_method"],
@@ -162,10 +164,22 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
         kept=[f"{count} matrices: {reason}" for reason, count in sorted(kept.items())],
         data="" if job.rows is None else job.rows.summary,
         measured=figures,
-        hub_id=hub_id,
+        hub_id=_hub_id(job),
         options=job.method.facts,
         engines=loading(report.get("engines", {}).get(name, {})),
         auto_class=job.source.facts.auto_class,
         library=exporter.library,
         command=exporter.command,
     )
+
+
+def _hub_id(job: Job) -> str | None:
+    """`owner/name` of the original on the hub; None for a folder and for a model in memory."""
+    model = job.method.model
+    return model if model and not Path(model).exists() and model.count("/") == 1 else None
+
+
+def _model_name(job: Job) -> str:
+    """Name of the original, for people."""
+    folder = job.source.folder
+    return _hub_id(job) or (folder.name if folder is not None else type(job.source.config).__name__)

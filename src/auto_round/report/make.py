@@ -1,0 +1,78 @@
+"""From folders of finished runs to a page on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from auto_round.checkpoint.record import add_to_record
+from auto_round.errors import ConfigError
+from auto_round.report.draw import require_plotting
+from auto_round.report.one_run import page_of
+from auto_round.report.page import render, write_html
+from auto_round.report.record import PAGE, REPORT
+from auto_round.report.run import read_run
+from auto_round.report.several_runs import page_of_all
+
+
+def make_page(places: Sequence[Path], file: Path | None = None) -> Path:
+    """Write the page of a finished run, or one that compares several.
+
+    Args:
+        places: output folders of finished runs, or the `report.json` in them.
+        file: where to; None for `report.html` in the folder of the one run.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: a folder is not one of a finished run, a package is missing, no place for the page.
+        CheckpointError: a record is damaged.
+    """
+    require_plotting()
+    folders = [place.parent if place.name == REPORT else place for place in places]
+    if len(folders) == 1 and file is None:
+        made = draw_page(folders[0])
+        add_to_record(folders[0], made.name)
+        return made
+    if file is None:
+        raise ConfigError("several runs are compared on a page of its own: name it (-o FILE.html)")
+    runs = [read_run(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
+    write_html(file, render(page_of(runs[0]) if len(runs) == 1 else page_of_all(runs)))
+    return file
+
+
+def draw_page(folder: Path, label: str | None = None) -> Path:
+    """Write the page of a run beside its records.
+
+    Args:
+        folder: with the records.
+        label: what the run is called; None for the folder's name.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: no such records, a package is missing, or no place for the page.
+        CheckpointError: a record is damaged.
+    """
+    file = folder / PAGE
+    write_html(file, render(page_of(read_run(folder, label))))
+    return file
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """Names of the folders, with as many of those above as tell them apart.
+
+    Raises:
+        ConfigError: a folder is there twice.
+    """
+    whole = [folder.resolve() for folder in folders]
+    if twice := [folder for folder in whole if whole.count(folder) > 1]:
+        raise ConfigError(f"{twice[0]} is named twice: name each run once")
+    names = [folder.name for folder in whole]
+    depth = 1
+    while len(set(names)) < len(names):
+        depth += 1
+        names = ["/".join(folder.parts[-depth:]) for folder in whole]
+    return names

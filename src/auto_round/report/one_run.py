@@ -1,0 +1,317 @@
+"""The page of one run: what was planned, what tuning gave, what it cost, and how to do it again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from auto_round.report import plots_quality, plots_run
+from auto_round.report.draw import Words
+from auto_round.report.run import PlanLine, Run, Spread
+from auto_round.report.section import Page, Section, Tile
+from auto_round.report.table import Cell, Table, nbytes, number, seconds, share
+from auto_round.units import duration, size
+
+
+def page_of(run: Run) -> Page:
+    """Everything that the records of a run say, with pictures."""
+    return Page(
+        title=f"{run.model}, {run.scheme}",
+        subtitle=f"{run.method}; written as {', '.join(run.bytes_after)}",
+        tiles=tuple(_tiles(run)),
+        notices=tuple(_notices(run)),
+        sections=tuple(found for make in _SECTIONS if (found := make(run)) is not None),
+    )
+
+
+def _tiles(run: Run) -> Iterator[Tile]:
+    beside = f"from {size(run.bytes_before)}, {run.bytes_before / run.nbytes:.2f} times smaller"
+    yield Tile("Size", nbytes(run.nbytes), beside)
+    kept = run.layers.get("kept", 0)
+    counts = f"{run.layers.get('quantized', 0)} matrices quantized, {kept} kept"
+    yield Tile("Bits per quantized weight", number(run.bits_per_quantized_weight), counts)
+    if (held := run.held_out) is not None:
+        change = 100 * (held.perplexity_after / held.perplexity_before - 1)
+        text = f"from {held.perplexity_before:.4g} ({change:+.2f} %)"
+        yield Tile("Perplexity", number(held.perplexity_after), text)
+        yield Tile("KL from the original", number(held.kl), "nats per token")
+        yield Tile("Same top token", share(held.same_top_token), f"of {held.positions:,} predictions")
+    if (record := run.record) is not None:
+        yield Tile("Time", seconds(record.seconds), "of the last part" if record.continued else "")
+        yield Tile("Peak memory", nbytes(record.peak_bytes), f"tuned on {record.device}")
+
+
+def _notices(run: Run) -> Iterator[str]:
+    if run.held_out is None:
+        yield "Quality was not measured: the run had no calibration data."
+    elif run.held_out.tuned_on_too:
+        yield "Figures of quality are of the row that was tuned on, so they look better than they are."
+    hard = run.hard_cases
+    if far := hard.get("far_from_the_original"):
+        errors = ", ".join(f"{kind} {100 * error:.2g} %" for kind, error in far["largest_errors"].items())
+        text = f"A KL above {far['bound']} means that the model says other things than the original."
+        yield f"{text} Rounding changed most in {errors} (share of their outputs)." if errors else text
+    if kept := hard.get("kept_as_started"):
+        yield (
+            f"{len(kept['units'])} of {kept['of']} blocks were kept as they started: no step made them "
+            "better on rows that are not tuned on."
+        )
+    for name, checked in run.verified.items():
+        if "skipped" in checked:
+            yield f"{name} was not reloaded: {checked['skipped']}"
+    if not run.verified:
+        yield "What was written was not reloaded and compared."
+
+
+def _plan(run: Run) -> Section | None:
+    if not run.plan:
+        return None
+    blocks = 1 + max((last for line in run.plan for _, last in line.blocks), default=0)
+    schemes = list(dict.fromkeys(line.scheme for line in run.plan))
+    text = f"{len(run.plan)} kinds of layers in {blocks} blocks: {', '.join(schemes)}."
+    words = Words("plan-picture", "The plan: bits of each layer", text)
+    table = Table(
+        "Plan",
+        (
+            "layer",
+            "blocks",
+            "scheme",
+            "bits",
+            "stored bits",
+            "matrices a block",
+            "weights a block",
+            "because",
+        ),
+        [_plan_row(line) for line in run.plan],
+    )
+    note = "Bits per weight as stored, with steps and zero points."
+    picture = plots_run.plan_picture(words, run.plan, blocks)
+    return Section("plan", "Plan", (note,), picture, (table,))
+
+
+def _plan_row(line: PlanLine) -> list[Cell]:
+    where = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in line.blocks) or "outside"
+    counts = (number(line.layers), number(line.weights))
+    return [line.kind, where, line.scheme, number(line.bits), number(line.stored_bits), *counts, line.reason]
+
+
+def _sensitivity(run: Run) -> Section | None:
+    found = run.sensitivity
+    if found is None:
+        return None
+    options = list(dict.fromkeys(option for layer in found.layers for option in layer.scores))
+    rows = [
+        [
+            layer.kind,
+            "outside" if layer.block is None else str(layer.block),
+            *(number(layer.scores.get(o)) for o in options),
+        ]
+        for layer in found.layers
+    ]
+    table = Table("Sensitivity", ("layer", "block", *options), rows)
+    words = Words("sensitivity-picture", "Sensitivity of each layer", f"{found.measure}, at {options[0]}.")
+    picture = plots_run.sensitivity_picture(words, found, options[0])
+    return Section("sensitivity", "Sensitivity", (f"{found.measure}, at {options[0]}.",), picture, (table,))
+
+
+def _losses(run: Run) -> Section | None:
+    units = run.tuned
+    if not units:
+        return None
+    gains = [1 - (u.loss or 0) / u.initial_loss for u in units if u.initial_loss]
+    mean = 100 * sum(gains) / len(gains) if gains else 0.0
+    text = f"Tuning left {mean:.3g} % less loss in a block than plain rounding, on average over {len(units)}."
+    table = Table(
+        "Losses",
+        ("block", "rounded", "tuned", "step kept"),
+        [[u.unit, number(u.initial_loss), number(u.loss), number(u.best_step)] for u in units],
+    )
+    picture = plots_run.losses_picture(Words("losses-picture", "Loss before and after tuning", text), units)
+    return Section("losses", "Loss before and after tuning", (text,), picture, (table,))
+
+
+def _errors(run: Run) -> Section | None:
+    if not any(0 < error < math.inf for unit in run.units for error in unit.errors.values()):
+        return None
+    kinds = list(dict.fromkeys(kind for unit in run.units for kind in unit.errors))
+    _, worst, unit = max(
+        (error, kind, unit.unit) for unit in run.units for kind, error in unit.errors.items()
+    )
+    text = f"Share of a layer's output that rounding changed; most in {worst} of {unit}."
+    table = Table(
+        "Errors of layers",
+        ("block", *kinds),
+        [[u.unit, *(number(u.errors.get(kind)) for kind in kinds)] for u in run.units],
+    )
+    picture = plots_run.errors_picture(Words("errors-picture", "Errors of layers", text), run.units)
+    return Section("errors", "Errors of layers", (text,), picture, (table,))
+
+
+def _massive(run: Run) -> Section | None:
+    if not run.units:
+        return None
+    units = [unit for unit in run.units if unit.massive_tokens]
+    if not units:
+        return Section("massive", "Massive activations", ("None were seen.",))
+    text = (
+        f"In {len(units)} of {len(run.units)} blocks few tokens hold much of what the unquantized block "
+        "hands on. Their errors count as others do."
+    )
+    table = Table(
+        "Massive activations",
+        ("block", "tokens", "energy"),
+        [[u.unit, share(u.massive_tokens), share(u.massive_energy)] for u in units],
+    )
+    words = Words("massive-picture", "Blocks with massive activations", text)
+    return Section(
+        "massive", "Massive activations", (text,), plots_run.massive_picture(words, run.units), (table,)
+    )
+
+
+def _quality(run: Run) -> Section | None:
+    held = run.held_out
+    if held is None:
+        return None
+    points = [plots_quality.Point(name, name, count, held.kl) for name, count in run.bytes_after.items()]
+    text = (
+        f"{size(run.nbytes)} at a KL of {held.kl:.4g} nats per token from the original of "
+        f"{size(run.bytes_before)}, whose perplexity of {held.perplexity_before:.4g} became "
+        f"{held.perplexity_after:.4g}."
+    )
+    rows: list[list[Cell]] = [
+        ["original", nbytes(run.bytes_before), "-", number(held.perplexity_before), "0"]
+    ]
+    for point in points:
+        bits = number(run.bits_per_quantized_weight) if point is points[0] else "-"
+        rows.append([point.label, nbytes(point.nbytes), bits, number(held.perplexity_after), number(held.kl)])
+    table = Table("Size and quality", ("model", "size", "bits", "perplexity", "KL"), rows)
+    words = Words("quality-picture", "Size and distance from the original", text)
+    drawn = math.isfinite(held.kl)
+    picture = plots_quality.frontier_picture(words, points, run.bytes_before) if drawn else None
+    return Section("quality", "Size and quality", (text,), picture, (table,))
+
+
+def _spread(run: Run) -> Section | None:
+    held = run.held_out
+    if held is None or held.kl_histogram is None:
+        return None
+    text = f"How far single predictions are from the original's, over {held.positions:,} of them."
+    words = Words("spread-picture", "Divergence of single predictions", text)
+    picture = plots_quality.spread_picture(words, {"all": held.kl_histogram})
+    table = spread_table({"predictions": held.kl_histogram})
+    return Section("spread", "Divergence of single predictions", (text,), picture, (table,))
+
+
+def spread_table(spreads: Mapping[str, Spread]) -> Table:
+    """Counts of one or several histograms, in the bins that any of them fills."""
+    first = next(iter(spreads.values()))
+    powers = first.powers
+    filled = [i for i in range(len(first.positions)) if any(s.positions[i] for s in spreads.values())]
+    rows = [
+        [
+            f"{10 ** powers[i]:.2g} to {10 ** powers[i + 1]:.2g}",
+            *(number(s.positions[i]) for s in spreads.values()),
+        ]
+        for i in filled
+    ]
+    return Table("Predictions by KL", ("KL, nats", *spreads), rows)
+
+
+def _cost(run: Run) -> Section | None:
+    record = run.record
+    if record is None:
+        return None
+    stages = ", ".join(f"{stage} {duration(taken)}" for stage, taken in record.stages.items())
+    words = f"{duration(record.seconds)} in all: {stages}." + (
+        " An earlier process did a part of the blocks; these times are of the last one."
+        if record.continued
+        else ""
+    )
+    by_stage = Table(
+        "Time by stage", ("stage", "time"), [[name, seconds(taken)] for name, taken in record.stages.items()]
+    )
+    if not record.units:
+        return Section("cost", "Time and memory", (words,), tables=(by_stage,))
+    table = Table(
+        "Time and memory by block",
+        ("block", "time", "memory held", "peak so far", "peak, accelerator"),
+        [
+            [
+                u.unit,
+                seconds(u.seconds),
+                nbytes(u.resident_bytes),
+                nbytes(u.peak_bytes),
+                nbytes(u.device_peak_bytes),
+            ]
+            for u in record.units
+        ],
+    )
+    slowest = max(record.units, key=lambda unit: unit.seconds)
+    text = f"Seconds and memory of {len(record.units)} blocks; the slowest is {slowest.unit}."
+    picture = plots_run.cost_picture(Words("cost-picture", "Time and memory", text), record.units)
+    return Section("cost", "Time and memory", (words,), picture, (table, by_stage))
+
+
+def _coverage(run: Run) -> Section | None:
+    data = run.calibration
+    if data is None:
+        return None
+    rows: list[list[Cell]] = [
+        ["rows tuned on", number(data.rows_tuned)],
+        ["rows held out", number(data.rows_held_out)],
+        ["tokens a row", number(data.tokens_per_row)],
+        ["tokens tuned on", number(data.tokens_tuned)],
+    ]
+    counts = Table("Rows and tokens", ("what", "how many"), rows)
+    sources = Table(
+        "Sources",
+        ("source", "samples read", "rows", "dropped"),
+        [
+            [
+                s.name,
+                number(s.samples),
+                number(s.rows),
+                "; ".join(f"{n} {why}" for why, n in s.dropped.items()) or "none",
+            ]
+            for s in data.sources
+        ],
+    )
+    return Section(
+        "coverage",
+        "Calibration data",
+        (data.summary,),
+        tables=(counts, sources) if data.sources else (counts,),
+    )
+
+
+def _made_with(run: Run) -> Section:
+    record = run.record
+    versions = {**run.versions, **(record.versions if record is not None else {})}
+    rows: list[list[Cell]] = [[name, version or "not installed"] for name, version in versions.items()]
+    if record is not None:
+        machine = record.machine
+        kinds = [str(machine[k]) for k in ("processor", "capability", "accelerator") if machine.get(k)]
+        rows += [["machine", ", ".join(kinds)], ["finished", record.finished]]
+    rows += [["seed", str(run.seed)]] if run.seed is not None else []
+    for name, verdicts in run.engines.items():
+        loads = [engine for engine, verdict in verdicts.items() if verdict.get("loads")]
+        rows.append([f"{name} loads in", ", ".join(loads) or "none that is known"])
+    return Section("versions", "Made with", tables=(Table("Versions", ("package", "version"), rows),))
+
+
+def _repeat(run: Run) -> Section | None:
+    record = run.record
+    if record is None:
+        return None
+    words = ["Into a folder of its own: add --output_dir."]
+    if record.beside_command:
+        words.append(f"It was also given, from Python: {'; '.join(record.beside_command)}.")
+    return Section("repeat", "The command to repeat it", tuple(words), wide=True, code=record.command)
+
+
+_SECTIONS: Final = (
+    *(_plan, _sensitivity, _losses, _errors, _massive, _quality, _spread, _cost, _coverage),
+    *(_made_with, _repeat),
+)
+"""The parts of the page in their order; one without data gives None."""

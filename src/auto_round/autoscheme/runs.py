@@ -57,6 +57,49 @@ class Given:
 NOTHING = Given()
 
 
+@dataclass(frozen=True, slots=True)
+class Menu:
+    """From picks to a run.
+
+    Attributes:
+        options: what the user asked for.
+        listed: the schemes to choose from.
+        candidates: what each of them means for each layer.
+        embedding: name of the embedding, where a format rounds it; it gets the largest of the options.
+    """
+
+    options: Options
+    listed: Sequence[Option]
+    candidates: Candidates
+    embedding: str | None = None
+
+    def run(self, picks: Sequence[int]) -> Options:
+        """Options of the run that gives each group what was picked for it.
+
+        The scheme that most layers get needs no rules, unless it is a GGUF type: that stands for a mixture.
+        """
+        candidates, plans = self.candidates, self.candidates.plans
+        pairs = list(zip(candidates.groups, picks, strict=True))
+        taken = [0] * len(self.listed)
+        for names, pick in pairs:
+            taken[pick] += sum(plans[pick].scheme_of(name) is not None for name in names)
+        base = taken.index(max(taken))
+        mixture = is_gguf(self.listed[base])
+        rules = {
+            name: written(plans[pick].scheme_of(name))
+            for names, pick in pairs
+            for name in names
+            if mixture or pick != base or candidates.layers[name].block is None
+        }
+        if self.embedding is not None:
+            rules[self.embedding] = self._largest()
+        return with_scheme(self.options, _base(self.options, self.listed, base), rules)
+
+    def _largest(self) -> str | dict[str, Any]:
+        schemes = [parse_scheme(option.scheme) for option in self.listed]
+        return written(max((s for s in schemes if s.quantized), key=lambda scheme: scheme.bits))
+
+
 @plain_device()
 def choose_schemes(
     options: Options, progress: ProgressSink = ignore_progress, given: Given = NOTHING
@@ -86,7 +129,11 @@ def choose_schemes(
         {option.label: _plan(options, request, opened, option) for option in listed},
         options.auto.shared_layers,
     )
-    decided = _refuse_mixture(options, opened, candidates, listed)
+    menu = Menu(options, listed, candidates)
+    decided = _trial(menu, opened, given)
+    if (embedding := _embedding(decided)) is not None:
+        menu = replace(menu, embedding=embedding)
+        decided = _trial(menu, opened, given)
     targets = targets_of(options.auto)
     for target in targets:
         refuse_unreachable(target, candidates, decided, opened)
@@ -95,7 +142,7 @@ def choose_schemes(
     chosen = [decide_on(target, candidates, scores, decided, opened) for target in targets]
     for decision in chosen:
         logger.info("AutoScheme %s", decision.summary)
-    return tuple(_run(options, listed, candidates, d, several=len(chosen) > 1) for d in chosen)
+    return tuple(_run(menu, decision, several=len(chosen) > 1) for decision in chosen)
 
 
 def _for_measuring(options: Options) -> Options:
@@ -133,32 +180,18 @@ def _plan(options: Options, request: Request, opened: Opened, option: Option) ->
     return without_kept(plan, source.layers, request.formats)
 
 
-def _refuse_mixture(
-    options: Options, opened: Opened, candidates: Candidates, listed: Sequence[Option]
-) -> Decided:
-    """Refuse options that no plan of the wanted formats can mix; gives the trial's exporters back."""
-    count = len(listed)
-    picks = tuple(i % count for i in range(len(candidates.groups)))
-    trial = make_request(_rules_for(options, listed, candidates, picks))
+def _trial(menu: Menu, opened: Opened, given: Given) -> Decided:
+    """A run that mixes all options; refused where no plan of the wanted formats can."""
+    count = len(menu.listed)
+    picks = [i % count for i in range(len(menu.candidates.groups))]
+    trial = make_request(menu.run(picks), dataset=given.dataset)
     return decide(trial, replace(opened, options=trial.options), quiet=True)
 
 
-def _rules_for(
-    options: Options, listed: Sequence[Option], candidates: Candidates, picks: Sequence[int]
-) -> Options:
-    """Options of the run that gives each group what was picked for it."""
-    taken = [0] * len(listed)
-    for names, pick in zip(candidates.groups, picks, strict=True):
-        quantized = any(candidates.plans[pick].scheme_of(name) is not None for name in names)
-        taken[pick] += len(names) if quantized else 0
-    base = taken.index(max(taken))
-    rules = {
-        name: written(candidates.plans[pick].scheme_of(name))
-        for names, pick in zip(candidates.groups, picks, strict=True)
-        for name in names
-        if pick != base or candidates.layers[name].block is None
-    }
-    return with_scheme(options, _base(options, listed, base), rules)
+def _embedding(decided: Decided) -> str | None:
+    """Name of the token embedding where a format rounds it."""
+    found = [place for exporter in decided.exporters.values() if (place := exporter.embedding) is not None]
+    return found[0][1].removesuffix(".weight") if found else None
 
 
 def _setting(
@@ -203,19 +236,16 @@ def _rows(options: Options, opened: Opened, given: Given) -> CalibrationRows:
     )
 
 
-def _run(
-    options: Options, listed: Sequence[Option], candidates: Candidates, decision: Decision, *, several: bool
-) -> Options:
+def _run(menu: Menu, decision: Decision, *, several: bool) -> Options:
     """The ordinary run of one decision, in a folder of its own where there are several."""
-    run = _rules_for(options, listed, candidates, decision.choice.picks)
-    folder = Path(options.output.output_dir)
-    if several:
-        folder = folder / decision.target.folder
+    run = menu.run(decision.choice.picks)
+    folder = Path(menu.options.output.output_dir)
+    auto = replace(
+        menu.options.auto, avg_bits=(), target_size=(), target_kl=None, scheme_options=(), shared_layers=()
+    )
     return replace(
         run,
-        auto=replace(
-            options.auto, avg_bits=(), target_size=(), target_kl=None, scheme_options=(), shared_layers=()
-        ),
-        output=replace(run.output, output_dir=str(folder)),
-        chosen=decision.document(candidates),
+        auto=auto,
+        output=replace(run.output, output_dir=str(folder / decision.target.folder if several else folder)),
+        chosen=decision.document(menu.candidates),
     )

@@ -20,7 +20,7 @@ FORMATS = {
     "mxfp6-pack-quantized": Format("mxfp6", E2M3, Group(32), floor_rule(E2M3)),
     "mxfp8-quantized": Format("mxfp8", E4M3, Group(32), floor_rule(E4M3)),
     "float-quantized": Format("fp8", E4M3, Group(-1), LargestToTop(torch.bfloat16)),
-    "nvfp4-pack-quantized": Format("nvfp4", E2M1, Group(16), OverTensor(E4M3, 448.0)),
+    "nvfp4-pack-quantized": Format("nvfp4", E2M1, Group(16), OverTensor(E4M3, 448.0, E4M3.smallest)),
 }
 ARGUMENTS = {
     "mxfp4-pack-quantized": {

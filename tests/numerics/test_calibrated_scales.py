@@ -9,7 +9,7 @@ from auto_round.numerics.activation_float import CalibratedScale
 from auto_round.numerics.group import Group
 from auto_round.numerics.presets_float import fp8_format, nv_format
 
-FP8, NVFP4 = CalibratedScale(fp8_format(Group(0))), CalibratedScale(nv_format())
+FP8, NVFP4 = CalibratedScale(fp8_format(Group(0))), CalibratedScale(nv_format(measured=True))
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -21,9 +21,9 @@ def activations(seed, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("above", [1.0, 0.25])
+@pytest.mark.parametrize("above", [1.0, 0.25, 2.0**16, 2.0**19])
 def test_compressed_tensors_gives_the_same_bits_for_nvfp4(dtype, above):
-    """Also where inputs are larger than what calibration saw."""
+    """Also where inputs are larger than what calibration saw, or so small that a group's number is 0."""
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize

@@ -70,7 +70,12 @@ def mx_format(element: str, *, ceil: bool = False) -> Format:
     return Format(f"mx{element}{'_rceil' if ceil else ''}", row.grid, Group(MX_GROUP), rule)
 
 
-def nv_format(blocks: FloatGrid = E4M3) -> Format:
+NV_SILENT = 0.125
+"""What a group of inputs gets that is too small for an FP8 number: all its codes are 0 then, as engines give
+zeros. Source: compressed-tensors 0.20, `_get_dtype_eps` in `quantization/utils/helpers.py`."""
+
+
+def nv_format(blocks: FloatGrid = E4M3, *, measured: bool = False) -> Format:
     """NVFP4: 16 neighbouring weights share an FP8 number, and the whole tensor shares one more number.
 
     The step of a group is the first divided by the second, see `OverTensor`.
@@ -78,10 +83,13 @@ def nv_format(blocks: FloatGrid = E4M3) -> Format:
     Args:
         blocks: grid of the FP8 numbers. The range of `E5M3` (unsigned) would mostly do without the tensor's
             number; it is kept so that weights of any size fit.
+        measured: groups' numbers are measured as the model runs and stored nowhere. Stored ones are never 0,
+            so that codes of the smallest groups still count; engines make zeros of such groups of inputs.
     """
     top = NV_TOP if blocks == E4M3 else blocks.hi
     name = "nvfp4" if blocks == E4M3 else "nvfp4_e5m3"
-    return Format(name, E2M1, Group(NV_GROUP), OverTensor(blocks, top))
+    least = NV_SILENT if measured else blocks.smallest
+    return Format(name, E2M1, Group(NV_GROUP), OverTensor(blocks, top, least))
 
 
 def fp8_format(group: Group, *, grid: FloatGrid = E4M3, scale_dtype: torch.dtype = torch.float32) -> Format:

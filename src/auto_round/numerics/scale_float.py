@@ -89,12 +89,13 @@ class OverTensor:
 
     Attributes:
         blocks: grid of the groups' numbers, of which the positive ones are used: codes of a byte.
-        top: what the largest group gets. With less than the grid's largest number there is room for a group
-            whose largest weight lies at the number before the largest.
+        top: what the largest group gets.
+        least: what a group gets whose number would be 0.
     """
 
     blocks: FloatGrid
     top: float
+    least: float
 
     @property
     def stored(self) -> Mapping[str, PartSpec]:
@@ -139,10 +140,11 @@ class BoundOverTensor(BySize):
         return BoundOverTensor(self.rule, self.shared.reshape(-1, 1, 1)[i])
 
     def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
-        """The nearest number of the grid for each group, never 0: codes of small groups still count."""
+        """The nearest number of the grid for each group; instead of 0 the rule's least one."""
         blocks = self.rule.blocks
         wanted = larger_side(stats, knobs) / grid.hi * self.shared
-        b = replace_ste(wanted, blocks.snap(wanted.detach()).clamp_min(blocks.smallest))
+        nearest = blocks.snap(wanted.detach())
+        b = replace_ste(wanted, torch.where(nearest == 0, self.rule.least, nearest))
         if b.requires_grad:
             return Scale(b / self.shared, None)
         return self.rule.read({"block": blocks.encode(b), "tensor": self.shared})

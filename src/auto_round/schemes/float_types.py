@@ -115,7 +115,7 @@ def _nv_inputs(fields: InputFields, *, measured: bool = False) -> InputFormat | 
     if measured and fields.dynamic:
         reason = "the number over all groups of NVFP4 inputs is fixed at calibration, not measured"
         return Refusal("activations", reason, f"act_data_type {NV_STATIC}")
-    return _asymmetric("activations", sym=fields.sym) or CalibratedScale(nv_format())
+    return _asymmetric("activations", sym=fields.sym) or CalibratedScale(nv_format(measured=True))
 
 
 def _nv_e5m3_inputs(fields: InputFields) -> InputFormat | Refusal:
@@ -127,7 +127,7 @@ def _nv_e5m3_inputs(fields: InputFields) -> InputFormat | Refusal:
         return refusal
     if not fields.dynamic:
         return Refusal("activations", "E5M3 scales are always measured", "leave out disable_act_dynamic")
-    return _asymmetric("activations", sym=fields.sym) or MeasuredScales(nv_format(E5M3))
+    return _asymmetric("activations", sym=fields.sym) or MeasuredScales(nv_format(E5M3, measured=True))
 
 
 _MX_LAYOUTS = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}

@@ -71,6 +71,7 @@ def _clean() -> dict[str, str]:
 
 AUTO_ROUND = Peer("PEER_AUTO_ROUND", "auto-round 0.16.1")
 GPTQMODEL = Peer("PEER_GPTQMODEL", "gptqmodel")
+LLM_COMPRESSOR = Peer("PEER_LLM_COMPRESSOR", "llmcompressor")
 COMPRESSED_TENSORS = Peer("PEER_COMPRESSED_TENSORS", "transformers and compressed-tensors")
 
 

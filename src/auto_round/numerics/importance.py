@@ -48,6 +48,21 @@ class Importance:
         squares = self.squares.to(device=device, dtype=torch.float32)
         return (squares / squares.mean()).clamp_min(_LEAST)
 
+    def tiles(self, device: torch.device) -> Tensor | None:
+        """Products inside of each tile in units of the mean square, `[n_tiles, TILE, TILE]` float32.
+
+        Channels that fill the last tile have a square of 1 and nothing in common with others. None where
+        products are not known.
+        """
+        if self.products is None:
+            return None
+        products = self.products.to(device) / self.mean.to(device)
+        diagonal = products.diagonal(dim1=1, dim2=2)
+        least = torch.ones(diagonal.numel(), dtype=torch.float32, device=device)
+        least[: self.squares.shape[0]] = _LEAST
+        diagonal.copy_(torch.maximum(diagonal, least.reshape(diagonal.shape)))
+        return products
+
     def pieces(self, group: Group, device: torch.device) -> Tensor | None:
         """Products inside of each group, in units of the mean square.
 

@@ -34,6 +34,7 @@ class Effort:
             one's knobs are tried, up to `FARTHEST`. Then follow `distances // 6` rounds of refits and moves.
         along: extra weight of errors along a group's own weights, where products are not known; the formula
             stands at `band.Band`.
+        sweeps: how often all codes are moved to where errors cancel (`descent`), where products are known.
     """
 
     points: int
@@ -41,6 +42,7 @@ class Effort:
     shared_rounds: int
     distances: int
     along: float = 0.0
+    sweeps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

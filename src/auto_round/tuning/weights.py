@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import NumericsError
+from auto_round.numerics.descent import cancelling_offsets
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QTensor
@@ -62,11 +63,14 @@ class Weight:
         original = block.get_parameter(name).detach() if task.original is None else task.original
         stats = measured(name, task.format, original)
         fmt = task.format.bind(stats)
+        v = None
         if effort is None:
             knobs = Knobs(torch.ones_like(stats.lo), torch.ones_like(stats.hi))
         else:
             knobs = search_knobs(fmt, original, task.importance, effort)
-        v = torch.zeros_like(original, dtype=torch.float32)
+            v = cancelling_offsets(fmt, original, knobs, task.importance, effort.sweeps)
+        if v is None:
+            v = torch.zeros_like(original, dtype=torch.float32)
         return cls(fmt, original, stats, knobs, v, block.get_parameter(name).dtype)
 
     def fake(self) -> Tensor:
@@ -99,6 +103,12 @@ def fake_weights(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
 def round_to_nearest(
     w: Tensor, fmt: Format, importance: Importance | None = None, effort: Effort | None = None
 ) -> QTensor:
-    """Quantize without tuning; with `effort`, in the range of smallest importance-weighted error."""
-    knobs = None if effort is None else search_knobs(fmt, w, importance, effort)
-    return fmt.quantize(w, knobs)
+    """Quantize without tuning; with `effort`, in the range of smallest importance-weighted error.
+
+    Where products of inputs are known, not every weight then gets the number nearest to it: see `descent`.
+    """
+    if effort is None:
+        return fmt.quantize(w)
+    fmt = fmt.bind(fmt.stats(w))
+    knobs = search_knobs(fmt, w, importance, effort)
+    return fmt.quantize(w, knobs, cancelling_offsets(fmt, w, knobs, importance, effort.sweeps))

@@ -1,0 +1,131 @@
+"""Rounding in which errors cancel: coordinate descent over the codes of weights that see related inputs.
+
+Rounded to nearest, each weight is rounded by itself. But inputs of neighbouring channels rise and fall
+together, so that an error of one weight can make up for that of another. One after another each weight
+gets the number that is best while all others stay: with errors `e` and mean products `H` of the inputs,
+that is the number nearest to where `e_j = -sum(H_jk * e_k for k != j) / H_jj`. No step makes `e @ H @ e`
+larger, and scales stay as they are.
+
+Source: QuantEase (arXiv 2309.01885), section 3, here inside of tiles of `importance.TILE` channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from auto_round.numerics.at_once import weights_at_once
+from auto_round.numerics.format import Format
+from auto_round.numerics.grid import Grid
+from auto_round.numerics.importance import TILE, Importance
+from auto_round.numerics.scale import Knobs, Scale
+
+BAND = 1 << 19
+"""Weights at a time on a CPU: what is changed with each weight then stays in a core's cache."""
+TOGETHER = 16
+"""Channels after which a change is passed on to all others of the tile, in one product."""
+
+
+def cancelling_offsets(
+    fmt: Format, w: Tensor, knobs: Knobs | None, importance: Importance | None, sweeps: int
+) -> Tensor | None:
+    """Rounding offsets that lead to codes of a smaller error of the layer's output.
+
+    Args:
+        fmt: numeric format, bound to the weight where it shares numbers.
+        w: `[..., out, in]`.
+        knobs: range multipliers; None for the measured range.
+        importance: second moments of the inputs.
+        sweeps: how often to go over all weights.
+
+    Returns:
+        `v` for `fmt.quantize(w, knobs, v)`, float32, shape of `w`; 0 where a weight is rounded to nearest.
+        None where nothing is to be done: no sweeps, or products of inputs are not known.
+    """
+    products = (
+        None if importance is None or not importance.usable or not sweeps else importance.tiles(w.device)
+    )
+    if products is None:
+        return None
+    with torch.no_grad():
+        v = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+        stats = fmt.stats(w)
+        scale = fmt.rule_for(stats).fit(stats, fmt.grid, knobs)
+        flat, steps = v.reshape(-1, *w.shape[-2:]), _matrices(scale)
+        for i, matrix in enumerate(w.reshape(-1, *w.shape[-2:])):
+            for rows, groups in fmt.group.bands(matrix.shape, weights_at_once(w.device, BAND)):
+                band = _Band(fmt, matrix[rows].float(), steps[i][groups], products)
+                for _ in range(sweeps):
+                    band.sweep()
+                flat[i, rows] = band.offsets()
+        return v
+
+
+def _matrices(scale: Scale) -> list[Scale]:
+    """Scales of each matrix of a stack."""
+
+    def flat(part: Tensor | None, i: int) -> Tensor | None:
+        return None if part is None else part.reshape(-1, *part.shape[-2:])[i]
+
+    step = scale.step.reshape(-1, *scale.step.shape[-2:])
+    return [Scale(one, flat(scale.zero, i), floor=flat(scale.floor, i)) for i, one in enumerate(step)]
+
+
+class _Band:
+    """Some rows of a matrix, as `[n_tiles, TILE, rows]`: the weights of a channel lie side by side."""
+
+    def __init__(self, fmt: Format, w: Tensor, scale: Scale, products: Tensor) -> None:
+        self._grid: Grid = fmt.grid
+        self._products, self._shape = products, w.shape
+
+        def by_channel(per_group: Tensor | None) -> Tensor | None:
+            return None if per_group is None else self._tiles(fmt.group.spread(per_group, w.shape))
+
+        floor = by_channel(scale.floor)
+        step = self._tiles(fmt.group.spread(scale.step, w.shape), fill=1.0)
+        self._step, self._zero = step, by_channel(scale.zero)
+        self._u = (self._tiles(w) if floor is None else self._tiles(w) + floor) / step
+        self._nearest = self._snap(self._u, slice(None))
+        self._error = (self._nearest - self._u).mul_(step)
+        self._slope = products @ self._error
+        self._diagonal = products.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+
+    def sweep(self) -> None:
+        """Every weight once."""
+        for start in range(0, TILE, TOGETHER):
+            here = slice(start, start + TOGETHER)
+            before = self._error[:, here].clone()
+            for j in range(start, start + TOGETHER):
+                self._improve(j, here)
+            changed = self._error[:, here].sub(before)
+            for others in (slice(0, start), slice(here.stop, TILE)):
+                self._slope[:, others] += self._products[:, others, here] @ changed
+
+    def _improve(self, j: int, here: slice) -> None:
+        """The best number of channel `j`; slopes of the channels `here` follow."""
+        step, u, error = self._step[:, j], self._u[:, j], self._error[:, j]
+        best = error - self._slope[:, j] / self._diagonal[:, j]
+        change = (self._snap(u + best / step, j) - u).mul_(step).sub_(error)
+        self._slope[:, here].addcmul_(self._products[:, here, j, None], change[:, None])
+        error.add_(change)
+
+    def offsets(self) -> Tensor:
+        """How far the numbers found are from the weights, in spacings of the grid; 0 for the nearest ones."""
+        number = self._u + self._error / self._step
+        spacing = self._grid.spacing(self._u)
+        away = number - self._u if spacing is None else (number - self._u) / spacing
+        same = (number - self._nearest).abs() < (0.25 if spacing is None else 0.25 * spacing)
+        tiles = away.masked_fill_(same, 0.0).permute(2, 0, 1)
+        return tiles.reshape(len(tiles), -1)[:, : self._shape[1]]
+
+    def _snap(self, u: Tensor, channels: slice | int) -> Tensor:
+        """Numbers of the grid nearest to `u`, the zero point removed."""
+        if self._zero is None:
+            return self._grid.snap(u)
+        zero = self._zero[:, channels]
+        return self._grid.snap(u, zero).sub_(zero)
+
+    def _tiles(self, w: Tensor, fill: float = 0.0) -> Tensor:
+        """`[rows, in]` as `[n_tiles, TILE, rows]`."""
+        filled = torch.nn.functional.pad(w, (0, -w.shape[1] % TILE), value=fill)
+        return filled.reshape(len(w), -1, TILE).permute(1, 2, 0).contiguous()

@@ -39,6 +39,16 @@ class InternalError(AutoRoundError):
     """A broken promise inside this package: a bug to report, never the user's fault."""
 
 
+_NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+"""Texts of errors that mean "no memory" and are no `MemoryError`: PyTorch's for host and accelerators, and
+the system's."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ended, on the host or on an accelerator."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """Why one part (kernel, exporter, layout) cannot do what was asked.

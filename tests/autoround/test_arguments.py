@@ -125,6 +125,12 @@ def test_errors(positional, named, text):
     assert text in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["tasks", "task", "eval_bs", "limit"])
+def test_evaluation_says_where_it_is(name):
+    with pytest.raises(TypeError, match="EvaluationOptions"):
+        AutoRound("m", **{name: 1})
+
+
 @pytest.mark.parametrize(
     "named",
     [

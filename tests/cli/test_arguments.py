@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from auto_round.cli.arguments import build_parser, parse
-from auto_round.config import RECIPES, all_settings, build_options
+from auto_round.cli.evaluate_words import eval_parser, read_words
+from auto_round.config import RECIPES, EvaluationOptions, all_settings, build_options
 from auto_round.errors import ConfigError, UnsupportedError
 
 PLAIN = """
@@ -31,12 +32,15 @@ PLAIN = """
 --overwrite | --max_shard_size 2GB | --model_free | --disable_model_free | --tokenizer t | --recipe best
 --no_amp | --no_low_gpu_mem_usage | --enable_alg_ext | --enable_lfq
 """
+EVALUATION = """
+--tasks | --tasks mmlu,piqa | --task a b | --eval_bs 4 | --limit 0.5 | --eval_task_by_task
+--eval_backend vllm | --eval_backend vllm --vllm_args=tensor_parallel_size=2,gpu_memory_utilization=0.8
+--eval_model_dtype bf16 | --add_bos_token | --num_fewshot 2 | --eval_gen_kwargs a=1 | --eval_bs auto:8
+--fewshot_as_multiturn | --include_path d | --no_eval_task_by_task
+"""
 LATER = """
 --static_kv_dtype fp8 | --static_attention_dtype float8_e4m3fn
---tasks | --tasks mmlu,piqa | --task a b | --eval_bs 4 | --limit 0.5 | --eval_task_by_task
---eval_backend vllm | --vllm_args=tensor_parallel_size=2,gpu_memory_utilization=0.8
---eval_model_dtype bf16 | --add_bos_token | --eval | --num_fewshot 2 | --eval_gen_kwargs a=1
---fewshot_as_multiturn | --mllm | --quant_nontext_module | --extra_data_dir d | --template t | --vlmeval
+--mllm | --quant_nontext_module | --extra_data_dir d | --template t | --vlmeval
 --lmms | --prompt_file p | --prompt hello | --metrics clip | --metric clip-iqa | --image_save_dir d
 --guidance_scale 7.5 | --num_inference_steps 50 | --generator_seed 3 | --algorithm awq
 --alg awq+signround | --awq_duo_scaling True | --awq_n_grid 20 | --awq_seqlen 3
@@ -63,24 +67,49 @@ m --target_bits 5 --options W4A16,W8A16 --shared_layers fc1 fc2 --shared-layers 
 m --target_size 4.2GB --options gguf:q2_k_s,gguf:q4_k_s --score_method kl
 m --target_kl 0.02 --options W4A16,BF16 --score_nsamples 4
 """
-GUIDE_LATER = """
+GUIDE_EVALUATION = """
 --model Qwen/Qwen3-0.6B --bits 4 --format auto_round,auto_gptq --tasks mmlu
 --model Qwen/Qwen3-0.6B --bits 4 --format auto_round,auto_gptq --tasks mmlu --eval_backend vllm
+"""
+GUIDE_EVAL = """
 --model=your_model_path --eval --device_map 0,1 --tasks lambada_openai --eval_bs 16
 your_model_path --eval --device_map 0,1 --tasks lambada_openai --eval_backend vllm
+your_model_path --eval --tasks lambada_openai --eval_backend vllm --vllm_args=gpu_memory_utilization=0.8
+quantize your_model_path --eval
 """
+
+
+@pytest.mark.parametrize("line", GUIDE_EVALUATION.strip().splitlines())
+def test_a_run_with_tasks_behind_it(line):
+    command = parse(line.split())
+    build_options(command.given, command.recipe)
+    assert EvaluationOptions(**command.evaluation).tasks == ("mmlu",)
+
+
+@pytest.mark.parametrize("line", GUIDE_EVAL.strip().splitlines())
+def test_eval_flag_is_the_eval_command(line):
+    command = parse(line.split())
+    assert command.verb == "eval"
+    request = read_words(eval_parser(), command.topics)
+    assert request.model.model == "your_model_path"
+
+
+@pytest.mark.parametrize(
+    "flags", [part.strip() for part in EVALUATION.replace("\n", "|").split("|") if part.strip()]
+)
+def test_every_flag_of_evaluation(flags):
+    words = flags.split()
+    command = parse(["--model", "m", *words])
+    assert command.evaluation
+    assert command.given == {"model": "m"}
+    EvaluationOptions(**command.evaluation)
+    read_words(eval_parser(), ["--model", "m", *words])
 
 
 @pytest.mark.parametrize("line", GUIDE.strip().splitlines())
 def test_command_lines_of_the_guide(line):
     command = parse(line.split())
     build_options(command.given, command.recipe)
-
-
-@pytest.mark.parametrize("line", GUIDE_LATER.strip().splitlines())
-def test_command_lines_of_the_guide_that_come_later(line):
-    with pytest.raises(UnsupportedError, match="not there yet"):
-        parse(line.split())
 
 
 def lines(table: str) -> list[list[str]]:

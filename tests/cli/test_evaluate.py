@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from auto_round.cli import exit_codes
 from auto_round.cli import main as cli
-from auto_round.cli.evaluate import _parser as parser
-from auto_round.cli.evaluate import read_words
+from auto_round.cli.evaluate_words import eval_parser as parser
+from auto_round.cli.evaluate_words import read_words
 from auto_round.errors import ConfigError
 from export.gguf.small_models import save_small_model
 
@@ -39,7 +40,7 @@ def test_table_json_and_file(words, capsys, tmp_path):
 def test_the_gate_speaks_by_the_exit_code(words, capsys):
     assert cli.main([*words, "--max_kl", "100"]) == 0
     assert "within 100" in capsys.readouterr().out
-    assert cli.main([*words, "--max-kl", "1e-9", "--json"]) == cli.EXIT_TOO_FAR == 3
+    assert cli.main([*words, "--max-kl", "1e-9", "--json"]) == exit_codes.TOO_FAR == 3
     assert json.loads(capsys.readouterr().out)["gate"] == {"max_kl": 1e-9, "passed": False}
 
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from auto_round.cli import exit_codes
 from auto_round.cli import main as cli
 from auto_round.errors import CheckpointError, NothingQuantizedError, UnsupportedError
 from auto_round.pipeline.checking import reload, verify
@@ -146,7 +147,7 @@ def test_nothing_to_quantize_is_no_success(tiny, tmp_path, capsys):
     with pytest.raises(NothingQuantizedError, match="no multiple of 32"):
         quantize(source, tmp_path / "out", **{**PLAIN, "group_size": -1})
     words = [str(source), "--recipe", "rtn", "--group_size", "-1", "--output_dir", str(tmp_path / "out")]
-    assert cli.main(words) == cli.EXIT_FAILED == 1
+    assert cli.main(words) == exit_codes.FAILED == 1
     assert "no matrix of this model can be quantized" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

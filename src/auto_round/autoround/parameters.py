@@ -9,6 +9,7 @@ from typing import Any, Final
 from auto_round.autoround.auto_scheme import AutoScheme
 from auto_round.config import (
     GROUPS,
+    EvaluationOptions,
     Options,
     Setting,
     all_settings,
@@ -44,6 +45,10 @@ OLD_ORDER: Final = ("bits", "group_size", "sym", "layer_config", "batch_size")
 _OWN: Final = frozenset({"model", "tokenizer", "dry_run"})
 """Options that are no arguments by name: the first two have their own place, the last is for commands."""
 
+_EVALUATION: Final = frozenset(
+    name for setting in settings(EvaluationOptions) for name in (setting.name, *setting.flags)
+)
+
 
 def collect(positional: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
     """Give a name to every argument after `model, tokenizer`.
@@ -64,6 +69,10 @@ def collect(positional: Sequence[Any], named: Mapping[str, Any]) -> dict[str, An
     given |= _bundle(given.pop("extra_config", None))
     known = [name for name in (*argument_names(), *later_names(), *GRANTED) if name not in _OWN]
     for name in given:
+        if name in _EVALUATION:
+            raise ArgumentError(
+                f'AutoRound() has no "{name}": give it to EvaluationOptions (docs/evaluation.md)'
+            )
         if name not in known:
             raise ArgumentError(
                 f'AutoRound() got an unexpected keyword argument "{name}": {nearest(name, known)}'

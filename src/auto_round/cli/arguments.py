@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from auto_round.cli.flags import Parser, add_flags, underscored, with_model
-from auto_round.config import GROUPS, RECIPES, all_settings, settings
+from auto_round.config import GROUPS, RECIPES, EvaluationOptions, all_settings, settings
 from auto_round.config.later import GRANTED, LATER, granted_notes, later_names, not_there_yet
 from auto_round.errors import ConfigError, nearest
 
 USAGE = """auto-round MODEL [options]          make MODEL small
        auto-round inspect FOLDER [--json]
        auto-round convert FOLDER --format FORMAT [--output DIR]
-       auto-round eval MODEL [--original MODEL --text FILE] [options]
+       auto-round eval MODEL [--tasks TASKS] [--original MODEL --text FILE] [options]
        auto-round report RUN... [-o FILE.html]
        auto-round list [format|scheme|dataset|backend]
        auto-round help | --version"""
@@ -34,6 +34,7 @@ class Command:
         recipe: recipe name.
         topics: what to list; the words of a command on folders.
         notes: what to say of flags that change nothing.
+        evaluation: options of `EvaluationOptions` that were written.
     """
 
     verb: str
@@ -41,6 +42,7 @@ class Command:
     recipe: str = "default"
     topics: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse(argv: Sequence[str], recipe: str = "default") -> Command:
@@ -60,6 +62,8 @@ def parse(argv: Sequence[str], recipe: str = "default") -> Command:
         verb, words = words[1], [words[1], "--help"]
     if verb == "list" and not {"-h", "--help"}.isdisjoint(words):
         verb = "help"
+    if verb in ("", "quantize") and "--eval" in words:
+        verb, words = "eval", ["eval", *(word for word in words[bool(verb) :] if word != "--eval")]
     if verb == "list" or verb in FOLDER_COMMANDS:
         return Command(verb, {}, topics=tuple(words[1:]))
     if not words or verb == "help" or "-h" in words or "--help" in words:
@@ -82,15 +86,18 @@ def _quantize(words: list[str], recipe: str) -> Command:
         raise not_there_yet(later, prefix="--")
     granted = [name for name in GRANTED if given.pop(name, False)]
     recipe = given.pop("recipe", recipe)
-    return Command("quantize", with_model(given), recipe, notes=tuple(granted_notes(granted)))
+    evaluation = {s.name: given.pop(s.name) for s in settings(EvaluationOptions) if s.name in given}
+    notes = tuple(granted_notes(granted))
+    return Command("quantize", with_model(given), recipe, notes=notes, evaluation=evaluation)
 
 
 def _unknown(words: Sequence[str]) -> ConfigError:
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not flags:
         return ConfigError(f'unexpected "{words[0]}": one model at a time; quote values that hold spaces')
-    known = ["--help", "--version", "--recipe", "--list"]
-    known += [f"--{flag}" for setting in all_settings() for flag in (*setting.flags, *setting.spec.off)]
+    known = ["--help", "--version", "--recipe", "--list", "--eval"]
+    options = (*all_settings(), *settings(EvaluationOptions))
+    known += [f"--{flag}" for setting in options for flag in (*setting.flags, *setting.spec.off)]
     known += [f"--{flag}" for flag in later_names()]
     return ConfigError(f"unknown flag {flags[0]}: {nearest(flags[0], known)} (auto-round --help lists all)")
 
@@ -114,7 +121,8 @@ def build_parser() -> Parser:
     general.add_argument("--version", action="store_true", help="show the version and stop")
     general.add_argument("--recipe", choices=tuple(RECIPES), help="a named set of options")
     general.add_argument("--list", nargs="*", help="what there is: format, scheme, dataset, backend")
-    for name, group in GROUPS.items():
+    general.add_argument("--eval", action="store_true", help="evaluate the model as it is: auto-round eval")
+    for name, group in {**GROUPS, "evaluation": EvaluationOptions}.items():
         section = parser.add_argument_group(name, group.__doc__)
         for setting in settings(group):
             if setting.spec.cli:

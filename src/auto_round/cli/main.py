@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from auto_round.cli import exit_codes
 from auto_round.config import read_environment, unknown_variables
 from auto_round.errors import (
     AutoRoundError,
@@ -17,21 +18,9 @@ from auto_round.errors import (
     InternalError,
     NothingQuantizedError,
     UnsupportedError,
+    is_out_of_memory,
 )
 from auto_round.log import logger
-
-EXIT_REQUEST = 2
-"""Exit code when the request is wrong or asks for what is not there."""
-EXIT_FAILED = 1
-"""Exit code when the work failed."""
-EXIT_TOO_FAR = 3
-"""Exit code when a model is measured to be further from its original than it may be."""
-EXIT_INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-
-_NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
-"""Texts of errors that mean "no memory" and are no `MemoryError`: PyTorch's for host and accelerators, and
-the system's."""
 
 _YOUNG_OBJECTS = 50_000
 """New objects after which the collector looks for garbage; Python's 700 suits small programs."""
@@ -77,17 +66,17 @@ def _run(argv: Sequence[str] | None, recipe: str) -> int:
             return _dispatch(sys.argv[1:] if argv is None else argv, recipe)
     except KeyboardInterrupt:
         _say("interrupted")
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
-        return EXIT_FAILED
+        return exit_codes.FAILED
     except Exception as error:  # noqa: BLE001  the one place where every failure becomes a message
         if debug:
             traceback.print_exc()
         _say(_message(error, debug=debug))
         if isinstance(error, NothingQuantizedError):
-            return EXIT_FAILED
-        return EXIT_REQUEST if isinstance(error, (ConfigError, UnsupportedError)) else EXIT_FAILED
+            return exit_codes.FAILED
+        return exit_codes.REQUEST if isinstance(error, (ConfigError, UnsupportedError)) else exit_codes.FAILED
 
 
 def _dispatch(argv: Sequence[str], recipe: str) -> int:
@@ -115,7 +104,7 @@ def _dispatch(argv: Sequence[str], recipe: str) -> int:
     elif command.verb == "eval":
         from auto_round.cli.evaluate import evaluate
 
-        return 0 if evaluate(command.topics) else EXIT_TOO_FAR
+        return evaluate(command.topics)
     elif command.verb == "report":
         from auto_round.cli.report import report
 
@@ -126,7 +115,7 @@ def _dispatch(argv: Sequence[str], recipe: str) -> int:
         _warn_of_unknown_variables()
         for note in command.notes:
             logger.warning(note)
-        quantize(command.given, command.recipe)
+        quantize(command.given, command.recipe, command.evaluation)
     return 0
 
 
@@ -179,7 +168,7 @@ def _warn_of_unknown_variables() -> None:
 def _message(error: Exception, *, debug: bool) -> str:
     if isinstance(error, AutoRoundError) and not isinstance(error, InternalError):
         return f"error: {error}"
-    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+    if is_out_of_memory(error):
         return (
             "error: out of memory: try a smaller --batch_size, --seqlen or --nsamples; --dry_run says what "
             "a run needs and what there is"

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from auto_round.cli.task_table import task_table
+
 _NEAR_NOISE = 3.0
 """A divergence below so many times the noise floor is called noise."""
 
 
-def measured(found: Mapping[str, Any]) -> str:
-    """Lines of the figures that `evaluate.fidelity.measure` gives."""
-    return "\n".join(f"{name:<13}{text}" for name, text in _lines(found))
+def evaluated(found: Mapping[str, Any]) -> str:
+    """Lines of the figures that `evaluate.evaluation.evaluate` gives."""
+    lines = _lines(found) if "positions" in found else iter([("model", found["model"])])
+    parts = ["\n".join(f"{name:<13}{text}" for name, text in lines)]
+    if "tasks" in found:
+        parts.append(task_table(found))
+    return "\n\n".join(parts)
 
 
 def _lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from auto_round.cli.folder import with_named_folder
+from auto_round.cli.measured import evaluated
 from auto_round.cli.progress import drawn_progress
 from auto_round.cli.summary import summary
-from auto_round.config import Options, build_options, read_environment
+from auto_round.config import EvaluationOptions, ModelOptions, Options, build_options, read_environment
 from auto_round.log import logger
 
+if TYPE_CHECKING:
+    from auto_round.evaluate.task_names import Tasks
 
-def quantize(given: Mapping[str, Any], recipe: str) -> None:
+EVALUATION_SUFFIX = ".evaluation.json"
+"""What the file of a folder's results is called behind the folder's name."""
+
+
+def quantize(given: Mapping[str, Any], recipe: str, evaluation: Mapping[str, Any]) -> None:
     """Do what the options say and print what came of it.
+
+    Args:
+        given: options of the run that were written.
+        recipe: its recipe.
+        evaluation: options of the evaluation behind it that were written.
 
     Raises:
         AutoRoundError: the request is wrong, or the work failed.
     """
     environment = read_environment()
+    wanted = EvaluationOptions(**evaluation)
+    if evaluation and wanted.tasks is None:
+        logger.warning("%s: no effect without --tasks", ", ".join(f"--{name}" for name in evaluation))
     options = with_named_folder(build_options(given, recipe, environment))
     set_threads(environment.num_threads)
+    tasks = None
+    if wanted.tasks is not None:
+        from auto_round.evaluate.task_names import find_tasks
+
+        tasks = find_tasks(wanted)
     if options.output.dry_run:
         from auto_round.pipeline.plan_run import dry_run
 
@@ -34,6 +58,7 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
     quiet_transformers()
     clock = Clock()
     jobs = [prepare(part) for part in _runs(options)]
+    folders: list[Path] = []
     for job in jobs:
         try:
             with drawn_progress() as progress:
@@ -43,7 +68,23 @@ def quantize(given: Mapping[str, Any], recipe: str) -> None:
                 logger.warning("the same command continues where this run stopped (%s.partial)", job.output)
             raise
         print(summary(result))
+        folders += result.folders
         clock = Clock()
+    if tasks is not None and folders:
+        last = options.output.folders()[options.output.formats[-1]]
+        _evaluate(tasks, last if last in folders else folders[-1], options.model)
+
+
+def _evaluate(tasks: Tasks, folder: Path, model: ModelOptions) -> None:
+    """Run the last folder on tasks; the figures are printed, and written beside it."""
+    from auto_round.evaluate.evaluation import evaluate_output, write_json
+
+    quiet_harness()
+    with redirect_stdout(sys.stderr):  # the harness prints
+        found = evaluate_output(tasks, folder, model)
+    beside = folder.with_name(folder.name + EVALUATION_SUFFIX)
+    write_json(found, beside)
+    print(f"\n{evaluated(found)}\n\nwritten     {beside}")
 
 
 def _runs(options: Options) -> list[Options]:
@@ -67,6 +108,11 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
+
+
+def quiet_harness() -> None:
+    """Keep the harness's advice to those who call it from Python out of the output."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def set_threads(wanted: int | None) -> None:

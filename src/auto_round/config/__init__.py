@@ -9,6 +9,7 @@ from auto_round.config.env import (
     cache_folder,
     environment_markdown,
     read_environment,
+    show_accelerators,
     unknown_variables,
 )
 from auto_round.config.evaluation import EvaluationOptions, FidelityOptions
@@ -60,5 +61,6 @@ __all__ = [
     "options_markdown",
     "read_environment",
     "settings",
+    "show_accelerators",
     "unknown_variables",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -99,6 +99,22 @@ def arithmetic_variables(source: Mapping[str, str] | None = None) -> dict[str, s
     """Return those of `ARITHMETIC` that are set."""
     table = os.environ if source is None else source
     return {name: table[name] for name in ARITHMETIC if name in table}
+
+
+_SHOWING: Final = ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "HABANA_VISIBLE_MODULES")
+"""Variables by which drivers show a process some accelerators only: NVIDIA's and AMD's, Intel's, Habana's."""
+
+
+def show_accelerators(indices: Sequence[str]) -> None:
+    """Let engines in processes of their own see these accelerators only.
+
+    Args:
+        indices: as this process counts them, which may itself see some of a machine's only.
+    """
+    for name in _SHOWING:
+        seen = [part for part in os.environ.get(name, "").split(",") if part]
+        inside = all(int(index) < len(seen) for index in indices)
+        os.environ[name] = ",".join(seen[int(index)] if seen and inside else index for index in indices)
 
 
 def cache_folder(source: Mapping[str, str] | None = None) -> Path:

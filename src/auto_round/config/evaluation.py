@@ -118,7 +118,9 @@ class FidelityOptions:
 
     original: str | None = option(
         None,
-        Spec("folder, hub name or GGUF file to compare with; without it only the perplexity is measured"),
+        Spec(
+            "folder, hub name or GGUF file to compare with, on the text, on the tasks, or on both",
+        ),
     )
     text: str | None = option(None, Spec("text to predict: .txt, .raw, or records (.jsonl, .json, .parquet)"))
     tokens: int = option(50_000, Spec("most tokens of the text", low=2))
@@ -148,15 +150,16 @@ class FidelityOptions:
         None, Spec("folder of these logits; among the user's caches when not given")
     )
     seed: int = option(
-        42, Spec("seed of the draws behind intervals, and of the harness", low=0, high=2**63 - 1)
+        42,
+        Spec("seed of the draws behind intervals; tasks keep the harness's own seeds", low=0, high=2**63 - 1),
     )
 
     def __post_init__(self) -> None:
         settle(self)
-        if self.original and not self.text:
-            raise ConfigError("--original is compared on a text: name it with --text FILE")
-        if self.max_kl is not None and not self.original:
-            raise ConfigError("--max_kl bounds the distance from an original: name it with --original")
+        if self.max_kl is not None and not (self.original and self.text):
+            raise ConfigError(
+                "--max_kl bounds the distance from an original on a text: name --original and --text"
+            )
         if self.skip >= self.seqlen - 1:
             raise ConfigError(
                 f"skip {self.skip} leaves no prediction of a row of {self.seqlen} tokens: give a smaller one"

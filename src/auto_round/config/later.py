@@ -34,20 +34,6 @@ class Later:
 
 LATER: Final = (
     Later(
-        "evaluation on benchmark tasks",
-        switches=("eval", "eval_task_by_task", "add_bos_token", "fewshot_as_multiturn"),
-        values=(
-            "eval_bs",
-            "limit",
-            "eval_backend",
-            "vllm_args",
-            "eval_model_dtype",
-            "num_fewshot",
-            "eval_gen_kwargs",
-        ),
-        lists=("tasks", "task"),
-    ),
-    Later(
         "a choice of algorithms (AWQ, SVDQuant, rotations)",
         switches=(
             "awq_apply_clip",

@@ -7,7 +7,7 @@ where the disk has no room for all rows. Figures of each position are kept, logi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from auto_round.log import Progress, ProgressSink, ignore_progress
 
 FLOOR_ROWS = 16
 """Rows on which the original is run in another dtype."""
-_OTHER = {torch.float32: torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +65,7 @@ class Measurement:
         options = self.options
         if subject.is_gguf and options.gguf_engine == "llama_cpp":
             return LlamaCppPredictor(subject.path, options.seqlen, torch.get_num_threads())
-        how = (
-            self.how if dtype is None else Opening(dtype, self.how.placement, self.how.trust, self.how.beside)
-        )
+        how = self.how if dtype is None else replace(self.how, dtype=dtype)
         return TransformersPredictor(open_model(subject, how))
 
     def by_llama_cpp(self, subject: Subject) -> bool:
@@ -102,7 +99,8 @@ def plan_measurement(
     tokenizer = load_tokenizer((folders or subjects)[0], model.tokenizer, trust=trust)
     dtype = getattr(torch, long_dtype(evaluation.eval_model_dtype or "float32").replace("auto", "float32"))
     beside = next((s.path for s in subjects if s.is_original), None)
-    how = Opening(dtype, placement(model.device_map), trust, beside)
+    where = placement(model.device_map)
+    how = Opening(dtype, where, trust, beside, backend="auto" if where else "torch")
     at_once = int(evaluation.eval_bs) if evaluation.eval_bs.isdecimal() else 1
     bos = _bos(tokenizer) if evaluation.add_bos_token else None
     return Measurement(subject, original, tokenizer, how, options, at_once, bos)
@@ -220,7 +218,7 @@ def _wants_floor(plan: Measurement) -> bool:
 
 def _noise_floor(plan: Measurement, reference: _Reference, rows: Tensor) -> dict[str, Any]:
     """The original against itself in another dtype, on the first rows."""
-    dtype = _OTHER.get(plan.how.dtype, torch.float32)
+    dtype = torch.bfloat16 if plan.how.dtype is torch.float32 else torch.float32
     rows = rows[:FLOOR_ROWS]
     figures = _compared(
         plan, reference, plan.opened(reference.subject, dtype), rows, _renamed(reference.progress, "floor")

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from auto_round.errors import AutoRoundError, CheckpointError, ConfigError, UnsupportedError
+from auto_round.errors import (
+    AutoRoundError,
+    CheckpointError,
+    ConfigError,
+    UnsupportedError,
+    is_out_of_memory,
+)
 from auto_round.evaluate.gguf_weights import gguf_weights
 from auto_round.evaluate.subject import Subject
 from auto_round.inference.load_folder import Loading, load_folder, unpacked_to
@@ -45,16 +51,18 @@ class Opening:
     """How models are opened.
 
     Attributes:
-        dtype: dtype in which they compute.
+        dtype: dtype in which they compute; None for their own.
         placement: arguments of `from_pretrained` that say where they run; none for the CPU.
         trust: run model code that lies in a folder.
         beside: folder of the model that GGUF files were made from; None where there is none.
+        backend: kernels of packed layers; "torch" for the reference.
     """
 
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     placement: Mapping[str, Any] = field(default_factory=dict)
     trust: bool = False
     beside: Path | None = None
+    backend: str = "auto"
 
 
 class TransformersPredictor:
@@ -80,9 +88,7 @@ def open_model(subject: Subject, how: Opening) -> Any:
     """
     if subject.is_gguf:
         return _open_gguf(subject, how)
-    loading = Loading(
-        subject.method, how.dtype, how.placement, how.trust, "auto" if how.placement else "torch"
-    )
+    loading = Loading(subject.method, how.dtype, how.placement, how.trust, how.backend)
     if package := loading.missing_package():
         raise ConfigError(f"Transformers loads {subject.path} with a package: pip install {package}")
     with failures(subject.path):
@@ -92,7 +98,7 @@ def open_model(subject: Subject, how: Opening) -> Any:
             f"{subject.path}: {len(missing)} weights of the model are not found in it: "
             f"{', '.join(missing[:_SHOWN])}"
         )
-    if model.dtype is not how.dtype:
+    if how.dtype is not None and model.dtype is not how.dtype:
         with failures(subject.path):  # unpacks its weights
             TransformersPredictor(model).logits(torch.zeros(1, 2, dtype=torch.int64, device=model.device))
         unpacked_to(model, how.dtype)
@@ -113,7 +119,7 @@ def _open_gguf(subject: Subject, how: Opening) -> Any:
     folder, name = subject.path.parent, subject.path.name
     try:
         return AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, dtype=how.dtype, **how.placement
+            folder, gguf_file=name, dtype=how.dtype or torch.float32, **how.placement
         ).eval()
     except Exception as error:
         raise UnsupportedError(
@@ -130,13 +136,14 @@ def _filled(file: Path, folder: Path, how: Opening) -> Any:
     mapping = auto_class(auto_class_name(config))._model_mapping
     if type(config) not in mapping:
         raise UnsupportedError("the class of the model is not Transformers' own")
-    state = {name: value.to(how.dtype) for name, value in gguf_weights(folder, file)}
+    dtype = how.dtype or torch.float32
+    state = {name: value.to(dtype) for name, value in gguf_weights(folder, file)}
     with failures(file):
         model, found = mapping[type(config)].from_pretrained(
             None,
             config=config,
             state_dict=state,
-            dtype=how.dtype,
+            dtype=dtype,
             output_loading_info=True,
             **how.placement,
         )
@@ -152,10 +159,10 @@ def failures(path: Path) -> Iterator[None]:
     """What Transformers raises, as errors that say which model they are about."""
     try:
         yield
-    except (AutoRoundError, MemoryError, torch.OutOfMemoryError):
+    except AutoRoundError:
         raise
     except Exception as error:
-        if "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise
         raise CheckpointError(
             f"{path}: Transformers does not load and run it ({type(error).__name__}: "

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from auto_round.errors import AutoRoundError, CheckpointError
+from auto_round.errors import AutoRoundError, CheckpointError, is_out_of_memory
 from auto_round.export.hf_config import read_config
 from auto_round.inference.load_folder import Loading, load_folder, unpacked_to
 from auto_round.log import logger
@@ -127,15 +127,10 @@ def _failures(folder: Path) -> Iterator[None]:
     except AutoRoundError:
         raise
     except Exception as error:
-        if _no_memory(error):
+        if is_out_of_memory(error):
             logger.warning("not verified: memory ended while %s was reloaded", folder)
             raise MemoryEndedError("memory ended while it was reloaded") from error
         raise CheckpointError(
             f"{folder}: Transformers does not load and run what was written "
             f"({type(error).__name__}: {str(error).strip()[:300]}). {_REPORT}"
         ) from error
-
-
-def _no_memory(error: Exception) -> bool:
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)

@@ -94,7 +94,7 @@ def write(
 def read(folder) -> dict[str, QTensor]:
     with Checkpoint.open(folder) as checkpoint:
         stored = open_stored(folder, checkpoint)
-        return {name: stored.read(checkpoint, name) for name in stored.plan.quantized}
+        return {name: stored.packed[name].read(checkpoint).weight for name in stored.plan.quantized}
 
 
 def same(found, wanted):
@@ -218,7 +218,7 @@ def test_foreign_folders(tmp_path):
         ({"bits": 3}, "auto_awq", "4 bits"),
         ({"eight": ("down_proj",)}, "auto_awq", "down_proj"),
         ({"bits": 5}, "auto_gptq", "5 bits"),
-        ({}, "fake", "no format of packed whole numbers"),
+        ({}, "fake", "no format of packed numbers"),
         ({}, "gguf:q4_0", "a GGUF file is made from the original model"),
         ({"bits": 3}, "auto_round:auto_gptq", "off by one step"),
     ],

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
 from auto_round.models.folder import FolderSource
-from stored.twins import fp8, in_blocks, make_twins, nibbles, powers
+from stored.makers import fp8_rows, fp8_tiles, fp8_whole, int4_groups, int4_reordered, int8_rows, mxfp4, nvfp4
+from stored.twins import in_blocks, make_twins
 
 LINEAR = {"targets": ["Linear"]}
 
@@ -18,94 +19,6 @@ LINEAR = {"targets": ["Linear"]}
 def group(form, /, **weights):
     said = {"weights": {"symmetric": True, "dynamic": False, **weights}, "input_activations": None}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": LINEAR | said}}
-
-
-def layer_of(name):
-    return name.removesuffix(".weight")
-
-
-def fp8_rows(name, weight):
-    scale = (weight.float().abs().amax(1, keepdim=True) / 448).to(torch.bfloat16)
-    codes = fp8(weight, scale.float())
-    return {name: codes, f"{name}_scale": scale}, codes.float() * scale.float()
-
-
-def fp8_whole(name, weight):
-    """One scale without axes, and one of the inputs, as older releases wrote them."""
-    scale = weight.float().abs().max() / 448
-    codes = fp8(weight, scale)
-    return {
-        name: codes,
-        f"{name}_scale": scale,
-        f"{layer_of(name)}.input_scale": torch.ones(1),
-    }, codes.float() * scale
-
-
-def fp8_tiles(name, weight):
-    """Tiles of 64 x 32, which no preset has."""
-    tiles = weight.float().unflatten(0, (-1, 32)).unflatten(-1, (-1, 32))
-    scale = tiles.abs().amax((1, 3)) / 448
-    each = scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
-    codes = fp8(weight, each)
-    return {name: codes, f"{name}_scale": scale}, codes.float() * each
-
-
-def int8_rows(name, weight):
-    scale = (weight.float().abs().amax(1, keepdim=True) / 127.5).to(torch.bfloat16)
-    codes = (weight.float() / scale.float()).round().clamp(-128, 127)
-    return {name: codes.to(torch.int8), f"{name}_scale": scale}, codes * scale.float()
-
-
-def words(codes, bits=4):
-    """Codes of 4 bits from -8 on, eight in a word, the first in the lowest bits."""
-    lanes = (codes + 8).to(torch.int64).unflatten(-1, (-1, 32 // bits))
-    packed = sum(lanes[..., i] << (bits * i) for i in range(32 // bits))
-    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
-
-
-def int4_groups(name, weight):
-    """Beside symmetric weights older releases wrote zero points of 0."""
-    grouped = weight.float().unflatten(-1, (-1, 32))
-    scale = (grouped.abs().amax(-1) / 7.5).to(torch.bfloat16)
-    codes = (grouped / scale.float().unsqueeze(-1)).round().clamp(-8, 7)
-    stored = {
-        "weight_packed": words(codes.flatten(1)),
-        "weight_scale": scale,
-        "weight_shape": torch.tensor(weight.shape),
-        "weight_zero_point": torch.zeros(weight.shape[0], weight.shape[1] // 32, dtype=torch.int8),
-    }
-    return named(name, stored), (codes * scale.float().unsqueeze(-1)).flatten(1)
-
-
-def int4_reordered(name, weight):
-    """Groups of inputs that are not neighbours."""
-    generator = torch.Generator().manual_seed(weight.shape[1])
-    order = torch.randperm(weight.shape[1], generator=generator)
-    stored, dequantized = int4_groups(name, weight[:, order])
-    back = torch.argsort(order)
-    codes = stored[f"{layer_of(name)}.weight_packed"]
-    lanes = torch.stack([(codes >> (4 * i)) & 15 for i in range(8)], -1).flatten(1)[:, back] - 8
-    stored |= named(name, {"weight_packed": words(lanes), "weight_g_idx": (back // 32).to(torch.int32)})
-    return stored, dequantized[:, back]
-
-
-def mxfp4(name, weight):
-    scale, step = powers(weight, 32, 6.0)
-    codes, numbers = nibbles(weight, step)
-    return named(name, {"weight_packed": codes, "weight_scale": scale}), numbers
-
-
-def nvfp4(name, weight):
-    over = 448 * 6 / weight.float().abs().max()
-    scale = (weight.float().unflatten(-1, (-1, 16)).abs().amax(-1) / 6 * over).to(torch.float8_e4m3fn)
-    step = (scale.float() / over).repeat_interleave(16, -1)
-    codes, numbers = nibbles(weight, step)
-    stored = {"weight_packed": codes, "weight_scale": scale, "weight_global_scale": over.reshape(1)}
-    return named(name, {**stored, "input_global_scale": torch.ones(1)}), numbers
-
-
-def named(name, stored):
-    return {f"{layer_of(name)}.{suffix}": tensor for suffix, tensor in stored.items()}
 
 
 CASES = {

@@ -12,49 +12,8 @@ from auto_round.config import build_options
 from auto_round.models.folder import FolderSource
 from auto_round.pipeline.plan_run import dry_run
 from pipeline.runs import ROWS, SHORT, quantize, weights
-from stored.twins import Twins, fp8, in_blocks, make_twins, nibbles, powers, spread
-
-BLOCK = (48, 32)
-"""Rows and columns of FP8 blocks; 64 x 64 and 96 x 64 end in partial ones."""
-
-
-def fp8_blocks(name, weight):
-    rows, columns = (-(-n // b) for n, b in zip(weight.shape, BLOCK, strict=True))
-    scale = torch.empty(rows, columns)
-    for i in range(rows):
-        for j in range(columns):
-            tile = weight[i * BLOCK[0] : (i + 1) * BLOCK[0], j * BLOCK[1] : (j + 1) * BLOCK[1]]
-            scale[i, j] = tile.float().abs().max() / 448
-    each = spread(scale, BLOCK, tuple(weight.shape))
-    codes = fp8(weight, each)
-    return {name: codes, f"{name}_scale_inv": scale}, codes.float() * each
-
-
-def fp8_powers(name, weight):
-    scale = torch.full((1, 1), 2.0**-9)
-    codes = fp8(weight, scale)
-    stored = {name: codes, f"{name}_scale_inv": scale.to(torch.float8_e8m0fnu)}
-    return stored, codes.float() * scale
-
-
-def fp8_tensor(name, weight):
-    scale = weight.float().abs().max() / 448
-    codes = fp8(weight, scale)
-    stored = {
-        name: codes,
-        f"{name}_scale": scale,
-        f"{name.removesuffix('weight')}input_scale": torch.ones(()),
-    }
-    return stored, codes.float() * scale
-
-
-def mx_experts(name, weight):
-    """Stacks `[experts, in, out]` as `[experts, out, groups, 16]`."""
-    matrices = weight.transpose(1, 2)
-    scales, step = powers(matrices, 32, 6.0)
-    codes, numbers = nibbles(matrices, step)
-    stored = {f"{name}_blocks": codes.unflatten(-1, (-1, 16)), f"{name}_scales": scales}
-    return stored, numbers.transpose(1, 2)
+from stored.makers import BLOCK, fp8_blocks, fp8_powers, fp8_tensor, mx_experts
+from stored.twins import Twins, in_blocks, make_twins
 
 
 def is_stack(name, weight):

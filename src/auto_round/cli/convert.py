@@ -45,14 +45,17 @@ def convert(words: Sequence[str]) -> str:
 def _parser() -> Parser:
     parser = Parser(
         prog="auto-round convert",
-        description="Write a quantized folder in another integer format without changing a code, a step or a "
+        description="Write a quantized folder in another format without changing a code, a step or a "
         "zero point. What the format cannot hold exactly is refused.",
         allow_abbrev=False,
         add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "folder", metavar="FOLDER", nargs="?", help="folder of quant_method auto-round, gptq or awq"
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        help="folder of quant_method auto-round, gptq, awq, compressed-tensors or fp8",
     )
     parser.add_argument(
         "--format",

@@ -69,6 +69,24 @@ def read_folder(path: str | Path) -> Folder:
         CheckpointError: a file is damaged, or tensors contradict each other.
     """
     folder = Path(path).expanduser()
+    config, quantization = read_quantization(folder)
+    beside = read_object(folder / QUANTIZATION_CONFIG) if (folder / QUANTIZATION_CONFIG).is_file() else None
+    with Checkpoint.open(folder) as checkpoint:
+        matrices, nbytes = find_matrices(checkpoint), checkpoint.nbytes
+    if not any(matrix.packed for matrix in matrices):
+        raise CheckpointError(
+            f"{folder}: {CONFIG} says that the model is quantized, but no tensor in it is packed"
+        )
+    return Folder(folder, config, quantization, beside, matrices, nbytes)
+
+
+def read_quantization(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`config.json` and the `quantization_config` in it.
+
+    Raises:
+        ConfigError: no such folder, no `config.json` in it, or it says nothing of quantization.
+        CheckpointError: the file is damaged.
+    """
     with reading(folder):
         if not folder.is_dir():
             raise MissingError(f"{folder} is not a folder: give the folder of a quantized model")
@@ -83,11 +101,4 @@ def read_folder(path: str | Path) -> Folder:
         )
     if not isinstance(quantization, dict) or not isinstance(quantization.get("quant_method"), str):
         raise CheckpointError(f"{folder / CONFIG}: quantization_config must be an object with a quant_method")
-    beside = read_object(folder / QUANTIZATION_CONFIG) if (folder / QUANTIZATION_CONFIG).is_file() else None
-    with Checkpoint.open(folder) as checkpoint:
-        matrices, nbytes = find_matrices(checkpoint), checkpoint.nbytes
-    if not any(matrix.packed for matrix in matrices):
-        raise CheckpointError(
-            f"{folder}: {CONFIG} says that the model is quantized, but no tensor in it is packed"
-        )
-    return Folder(folder, config, quantization, beside, matrices, nbytes)
+    return config, quantization

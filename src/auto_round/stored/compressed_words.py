@@ -61,13 +61,19 @@ def _inputs(said: Args | None) -> dict[str, Any]:
     """Fields of what flows in; none where it is left alone."""
     if not isinstance(said, Mapping):
         return {}
-    for data_type in _types(said):
+    for data_type in sorted(_types(said), key=lambda name: not _same_scales(said, name)):
         row = NUMBER_TYPES[data_type]
         # NVFP4 inputs are fixed at calibration in part (`local`), which is a type of its own.
         if said.get("num_bits") in row.input_bits and (said.get("dynamic") != "local" or not row.bits):
             fields = {f"act_{key}": value for key, value in _fields(said, data_type).items()}
-            return {**fields, "act_data_type": data_type, "act_dynamic": said.get("dynamic") is True}
+            return {**fields, "act_data_type": data_type, "act_dynamic": said.get("dynamic") is not False}
     return {}
+
+
+def _same_scales(said: Args, data_type: str) -> bool:
+    """Whether scales are of the dtype that tells a type from others."""
+    words = NUMBER_TYPES[data_type].compressed
+    return words is not None and said.get("scale_dtype") == words.scale_dtype
 
 
 def _possible(*tries: dict[str, Any]) -> Iterator[QuantizationScheme]:

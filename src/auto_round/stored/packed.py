@@ -12,9 +12,10 @@ from torch import Tensor
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
 from auto_round.facts.tensor import TensorSpec
+from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
-from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.schemes.scheme import QuantizationScheme
 
 _OCTETS = (torch.uint8, torch.float8_e8m0fnu)
@@ -80,11 +81,11 @@ class Packed:
                 return f"{name} is {info.dtype} {list(info.shape)}, expected {want.dtype} {list(want.shape)}"
         return ""
 
-    def read(self, files: Checkpoint) -> QTensor:
-        """Codes and scales of a matrix that is no stack, inputs in their order.
+    def read(self, files: Checkpoint) -> QuantizedLayer:
+        """Codes and scales of a matrix that is no stack, inputs in their order, and the number of its input.
 
         Raises:
-            CheckpointError: tensors that contradict the configuration.
+            CheckpointError: tensors that contradict the configuration, or the number is missing.
             UnsupportedError: inputs reordered by activation, or a stack.
         """
         if self.stack is not None:
@@ -97,7 +98,7 @@ class Packed:
                 f'layer "{self.layer}": its inputs are reordered by activation (desc_act)',
                 [Refusal("stored", "g_idx is not i // group_size", "use a checkpoint with desc_act false")],
             )
-        return self._unpack(files, None)
+        return QuantizedLayer(self._unpack(files, None), *self._input_numbers(files))
 
     def plain(self, files: Checkpoint, dtype: torch.dtype) -> Tensor:
         """The weight itself, of `plain_shape`, in fresh memory; one matrix at a time is unpacked.
@@ -135,6 +136,12 @@ class Packed:
             raise CheckpointError(f'layer "{self.layer}": {error}') from error
         except UnsupportedError as error:
             raise UnsupportedError(f'layer "{self.layer}" cannot be unpacked', error.refusals) from error
+
+    def _input_numbers(self, files: Checkpoint) -> list[Tensor]:
+        """What calibration fixed for the input, `[1]` each."""
+        inputs = None if self.scheme is None else self.scheme.activation_format()
+        stored = LayerLayout(self.layout, self.format, self.shape, inputs)
+        return [files.read(f"{self.layer}.{name}").reshape(1) for name in stored.input_spec()]
 
     def _reordered(self, files: Checkpoint) -> Tensor | None:
         """Inputs sorted by their groups, int64 `[in]`; None where they are in that order already.

@@ -21,8 +21,8 @@ from auto_round.stored.packed import Packed
 class Unpacked:
     """The tensors of a plain model over a folder that holds some of them packed.
 
-    Names are those of the plain model; a packed matrix has the place of its first tensor. Only what is asked
-    for is read, so that memory holds one matrix, as with a plain folder.
+    Names are those of the plain model, file by file in the order in which safetensors would write it. Only
+    what is asked for is read, so that memory holds one matrix, as with a plain folder.
 
     Attributes:
         files: the folder as it is.
@@ -35,8 +35,12 @@ class Unpacked:
         self._dtype = dtype
         self._packed = {each.tensor: each for each in packed}
         home = {name: each.tensor for each in packed for name in each.tensors}
-        listed = (home.get(name, name) for name in files.names if name not in spare)
-        self._names = tuple(dict.fromkeys(listed))
+        place = {file: i for i, file in enumerate(files.files)}
+        first: dict[str, int] = {}
+        for name in files.names:
+            if name not in spare:
+                first.setdefault(home.get(name, name), place[files.info(name).file])
+        self._names = tuple(sorted(first, key=lambda n: (first[n], -self.spec(n).dtype.itemsize, n)))
 
     @property
     def folder(self) -> Path:

@@ -1,12 +1,12 @@
-"""Conversion of a quantized folder to another integer format: codes and steps move, nothing is rounded."""
+"""Conversion of a quantized folder to another format: codes and steps move, nothing is rounded."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,12 +28,16 @@ from auto_round.export.unplanned import with_unplanned
 from auto_round.facts.layer import Layer
 from auto_round.facts.loading import Loading
 from auto_round.log import logger
+from auto_round.numerics.activation_float import CalibratedScale
+from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.pipeline.checking.reload import check_loads
 from auto_round.pipeline.converting.modules import with_modules
 from auto_round.pipeline.converting.source import Stored, open_stored, with_steps
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.schemes.plan import Plan
+from auto_round.schemes.vocabulary import SCALE_DTYPES
+from auto_round.stored.configuration import is_plain
 from auto_round.version import __version__
 
 GENERATED = (CONFIG, QUANTIZATION_CONFIG, "quantize_config.json", "quant_config.json", INDEX_FILE)
@@ -73,8 +77,8 @@ def convert_folder(
     One layer at a time is in memory. The new folder appears complete, and only when Transformers loads it.
 
     Args:
-        folder: of quant_method `auto-round`, `gptq` or `awq`.
-        format_name: an output format of packed whole numbers.
+        folder: of quant_method `auto-round`, `gptq`, `awq`, `compressed-tensors` or `fp8`.
+        format_name: an output format of packed numbers.
         output: new folder; None for one beside `folder` with the format's name added.
         overwrite: replace an older output of this package.
         verify: load the new folder and send a token through it.
@@ -144,31 +148,46 @@ def _new_name(source: Path, exporter: Exporter) -> str:
 def _fitting(exporter: Exporter, stored: Stored, loading: Loading | None) -> tuple[Exporter, Plan]:
     """The exporter for what is stored, and the plan that it takes.
 
-    Steps are tried as they are stored, then as float16, which some formats insist on and which is exact for
-    most steps of other dtypes (`_exact` has the last word).
+    Steps are tried as they are stored, then as float16 and in the dtype of the model, on which some formats
+    insist and which are exact for most steps of other dtypes (`_exact` has the last word).
 
     Raises:
         UnsupportedError: the format cannot hold a layer.
     """
     found: list[Refusal] = []
-    for plan in (stored.plan, with_steps(stored.plan, "float16")):
+    own = {str(layer.dtype).removeprefix("torch.") for layer in stored.layers}
+    for dtype in (None, "float16", *sorted(own & SCALE_DTYPES.keys())):
+        plan = stored.plan if dtype is None else with_steps(stored.plan, dtype)
         fitting = exporter.for_plan(plan, stored.layers)
-        refused = all_refusals(fitting, plan, stored.layers, loading)
+        refused = [
+            *_unsaid_inputs(fitting, plan, stored.layers),
+            *all_refusals(fitting, plan, stored.layers, loading),
+        ]
         if not refused:
             return fitting, plan
         found = found or refused
     raise UnsupportedError(f"{stored.folder} cannot be written as {exporter.name} without a change", found)
 
 
+def _unsaid_inputs(exporter: Exporter, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
+    """Why the format cannot say how inputs are rounded."""
+    formats = {fmt.name: fmt for layer in layers if (fmt := plan.activation_of(layer.name)) is not None}
+    return [
+        Refusal(exporter.name, f"does not say that inputs are rounded to {name}", "use llm_compressor")
+        for name, fmt in formats.items()
+        if not exporter.holds_activation(fmt)
+    ]
+
+
 def _refuse_weights(exporter: Exporter, manifest: Manifest) -> None:
     for layer, names in manifest.encoded.items():
-        if all(manifest.specs[name].dtype.is_floating_point for name in names):
+        if all(is_plain(manifest.specs[name].dtype) for name in names):
             _refuse_unpacked(exporter, f"it stores weights, not codes ({layer})")
 
 
 def _refuse_unpacked(exporter: Exporter, reason: str) -> NoReturn:
     raise UnsupportedError(
-        f"{exporter.name} is no format of packed whole numbers",
+        f"{exporter.name} is no format of packed numbers",
         [Refusal(exporter.name, reason, "quantize into it instead")],
     )
 
@@ -181,7 +200,8 @@ def _write(
     layers = {layer.name: layer for layer in stored.layers}
     with ShardWriter.create(folder, specs) as writer:
         for name in manifest.encoded:
-            for tensor_name, tensor in _encoded(exporter, plan, layers[name], stored.read(checkpoint, name)):
+            packed = stored.packed[name].read(checkpoint)
+            for tensor_name, tensor in _encoded(exporter, plan, layers[name], packed):
                 writer.put(tensor_name, tensor)
         for name in writer.missing:
             if specs[name][0] == checkpoint.info(name).dtype:
@@ -193,7 +213,9 @@ def _write(
     return nbytes
 
 
-def _encoded(exporter: Exporter, plan: Plan, layer: Layer, q: QTensor) -> Iterator[tuple[str, Tensor]]:
+def _encoded(
+    exporter: Exporter, plan: Plan, layer: Layer, stored: QuantizedLayer
+) -> Iterator[tuple[str, Tensor]]:
     """Stored tensors of a layer in the new format.
 
     Raises:
@@ -202,16 +224,28 @@ def _encoded(exporter: Exporter, plan: Plan, layer: Layer, q: QTensor) -> Iterat
     fmt = plan.format_of(layer.name)
     if fmt is None:
         return
-    step = q.scale.parts["step"]
     wanted = exporter.spec(layer, fmt)
-    if fmt != q.format:
-        step = _exact(layer.name, step, torch.float16)
-        q = QTensor(q.codes, fmt.rule.read({**q.scale.parts, "step": step}), fmt)
+    number, inputs = stored.input_scale, plan.inputs_of(layer)
+    if number is not None and isinstance(inputs, CalibratedScale):
+        number = _exact(layer.name, number, inputs.dtype)
+    moved = replace(stored, weight=_in_format(layer.name, stored.weight, fmt), input_scale=number)
     try:
-        parts = exporter.encode(layer, QuantizedLayer(q))
+        parts = exporter.encode(layer, moved)
     except UnsupportedError as error:
         raise UnsupportedError(f'layer "{layer.name}" cannot be converted', error.refusals) from error
     yield from ((name, parts[name]) for name in wanted)
+
+
+def _in_format(layer: str, q: QTensor, fmt: Format) -> QTensor:
+    """The same numbers in a format whose scales have other dtypes.
+
+    Raises:
+        UnsupportedError: some are no numbers of that dtype.
+    """
+    if fmt == q.format:
+        return q
+    parts = {name: _exact(layer, part, fmt.rule.stored[name].dtype) for name, part in q.scale.parts.items()}
+    return QTensor(q.codes, fmt.rule.read(parts), fmt)
 
 
 def _exact(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

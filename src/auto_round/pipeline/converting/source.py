@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,19 @@ import torch
 
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.config.groups import CalibrationOptions, TuneOptions
-from auto_round.consumers.folder import read_folder
-from auto_round.errors import CheckpointError, Refusal, UnsupportedError
+from auto_round.consumers.folder import read_folder, read_quantization
+from auto_round.errors import Refusal, UnsupportedError
 from auto_round.export.exporter import TuningFacts
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
-from auto_round.inference.qlinear import ORDER, named
 from auto_round.layouts.awq import AWQ
-from auto_round.layouts.gptq import GPTQ
 from auto_round.models.roles import role_in_block
-from auto_round.numerics.format import Format
-from auto_round.numerics.qtensor import QTensor
 from auto_round.schemes.condense import some
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan
-from auto_round.schemes.scheme import QuantizationScheme
-from auto_round.stored.formats import StoredFormats, StoredLayer
-from auto_round.stored.matrices import OTHER, Matrix
+from auto_round.stored.matrices import Matrix
+from auto_round.stored.methods import understand
+from auto_round.stored.packed import Packed
 
 _BLOCK = re.compile(r"(.+?\.(\d+))\.(.+)")
 _MIDDLES = torch.tensor(-0x77777778, dtype=torch.int32, device="cpu")
@@ -51,8 +47,7 @@ class Stored:
         plan: schemes of the packed ones; the others are kept.
         tensors: everything on disk, packed tensors of a layer as one `weight`.
         facts: how it was tuned, as far as its configuration says.
-        formats: what its configuration says of each layer.
-        shapes: layer -> `(out, in)`.
+        packed: layer -> where its codes lie.
         parameters: tensor -> parameter of Transformers' model that it becomes, where that is known.
     """
 
@@ -63,31 +58,8 @@ class Stored:
     plan: Plan
     tensors: Mapping[str, TensorSpec]
     facts: TuningFacts
-    formats: StoredFormats
-    shapes: Mapping[str, tuple[int, int]]
+    packed: Mapping[str, Packed]
     parameters: Mapping[str, str] = field(default_factory=dict)
-
-    def read(self, checkpoint: Checkpoint, layer: str) -> QTensor:
-        """Codes, steps and zero points of a layer, as they lie on disk.
-
-        Raises:
-            CheckpointError: tensors that contradict the configuration.
-            UnsupportedError: inputs reordered by activation.
-        """
-        fmt = self.plan.format_of(layer)
-        how = self.formats.layer((layer,))
-        if fmt is None or how is None:
-            raise CheckpointError(f"{self.folder}: {layer} is not packed")
-        shape, layout = self.shapes[layer], how.layout
-        if isinstance(layout, GPTQ):
-            layout = replace(layout, indexed=f"{layer}.{ORDER}" in checkpoint)
-        parts = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in layout.spec(fmt, shape)}
-        try:
-            return layout.unpack(parts, fmt, shape)
-        except UnsupportedError as error:
-            raise named(layer, error) from error
-        except CheckpointError as error:
-            raise CheckpointError(f'layer "{layer}": {error}') from error
 
 
 def open_stored(path: Path, checkpoint: Checkpoint) -> Stored:
@@ -96,27 +68,19 @@ def open_stored(path: Path, checkpoint: Checkpoint) -> Stored:
     Raises:
         ConfigError: no folder of a quantized model.
         CheckpointError: configuration and tensors contradict each other.
-        UnsupportedError: weights that are no packed whole numbers.
+        UnsupportedError: weights stored in a way that is not known, or that no scheme describes.
     """
+    _, quantization = read_quantization(path)
+    found, spare = understand(quantization, checkpoint)
+    _refuse(path, quantization, found)
     folder = read_folder(path)
-    matrices = [m for m in folder.matrices if m.packed or m.in_block or _is_head(m)]
-    other = [m.name for m in folder.packed if m.order == OTHER]
-    if other:
-        raise UnsupportedError(
-            f"{path} cannot be converted",
-            [
-                Refusal(
-                    "convert", f"reads packed whole numbers of auto-round, gptq and awq, not {folder.format}"
-                )
-            ],
-        )
-    formats = StoredFormats.of_folder(folder.quantization, [m.name for m in folder.matrices])
-    _refuse_filled(path, formats, folder.matrices)
-    flat = _is_symmetric_awq(checkpoint, formats, folder.packed)
-    schemes = {m.name: _scheme(formats, m, flat=flat) if m.packed else None for m in matrices}
+    if _is_symmetric_awq(checkpoint, found):
+        found = [_symmetric(each) for each in found]
+    packed = {each.layer: each for each in found}
+    matrices = [m for m in folder.matrices if m.name in packed or m.in_block or _is_head(m)]
+    schemes = {m.name: packed[m.name].scheme if m.name in packed else None for m in matrices}
     top = Counter(s for s in schemes.values() if s is not None).most_common(1)[0][0]
-    dtype = getattr(torch, folder.dtype, torch.float16)
-    layers = _layers(matrices, dtype)
+    layers = _layers(matrices, packed, getattr(torch, folder.dtype, torch.float16))
     entries = {name: PlanEntry(scheme, "as stored" if scheme else "kept") for name, scheme in schemes.items()}
     return Stored(
         path,
@@ -124,10 +88,9 @@ def open_stored(path: Path, checkpoint: Checkpoint) -> Stored:
         layers,
         _blocks(matrices),
         Plan(top, entries),
-        _tensors(checkpoint, layers, matrices),
+        _tensors(checkpoint, layers, packed, spare),
         _facts(folder.quantization),
-        formats,
-        {layer.name: layer.shape for layer in layers},
+        packed,
     )
 
 
@@ -142,74 +105,59 @@ def with_steps(plan: Plan, dtype: str) -> Plan:
     return replace(plan, scheme=replace(plan.scheme, scale_dtype=dtype), entries=entries)
 
 
-def _refuse_filled(path: Path, formats: StoredFormats, matrices: Sequence[Matrix]) -> None:
-    """Refuse rows that are stored longer than they are: headers do not tell their own length.
+def _refuse(path: Path, config: Mapping[str, Any], found: Sequence[Packed]) -> None:
+    """Refuse what no plan of ours describes.
 
     Raises:
-        UnsupportedError: packed rows of a length that nothing else in the folder has.
+        UnsupportedError: stacks, numbers without a scheme, or scales of a cache.
     """
-    lengths = {m.shape[0] for m in matrices} | {m.shape[1] for m in matrices if not m.packed}
-    packed = [m for m in matrices if m.packed and m.shape[1] not in lengths]
-    longer = [m.name for m in packed if (how := formats.layer((m.name,))) is not None and _is_filled(how)]
-    if longer:
-        reason = f"rows are filled up to whole groups, and do not say how long they are: {some(longer)}"
-        remedy = "convert a folder with groups that divide the rows, or quantize the original again"
-        raise UnsupportedError(f"{path} cannot be converted", [Refusal("convert", reason, remedy)])
+    stacks = [each.tensor for each in found if each.stack is not None]
+    nameless = [each.tensor for each in found if each.scheme is None and each.stack is None]
+    refusals = [
+        *([Refusal("convert", f"takes no stacks of experts: {some(stacks)}")] if stacks else []),
+        *([Refusal("convert", f"no scheme describes {some(nameless)}")] if nameless else []),
+    ]
+    if config.get("kv_cache_scheme"):
+        refusals.append(Refusal("convert", "scales of the cache (kv_cache_scheme) have no place elsewhere"))
+    if refusals:
+        remedy = "auto-round --model FOLDER quantizes it anew"
+        first, *rest = refusals
+        raise UnsupportedError(f"{path} cannot be converted", [replace(first, remedy=remedy), *rest])
 
 
-def _is_filled(how: StoredLayer) -> bool:
-    return isinstance(how.layout, GPTQ) and how.layout.filled
-
-
-def _is_symmetric_awq(checkpoint: Checkpoint, formats: StoredFormats, packed: Sequence[Matrix]) -> bool:
+def _is_symmetric_awq(checkpoint: Checkpoint, packed: Sequence[Packed]) -> bool:
     """Whether an AWQ folder holds symmetric weights, which its configuration has no word for.
 
     AWQ readers take zero points from the tensors in any case; symmetric weights have the middle throughout.
     """
-    found = [formats.layer((m.name,)) for m in packed]
-    if not all(how is not None and isinstance(how.layout, AWQ) for how in found):
+    if not all(isinstance(each.layout, AWQ) for each in packed):
         return False
-    return all(bool((checkpoint.read(f"{m.name}.qzeros") == _MIDDLES).all()) for m in packed)
+    return all(bool((checkpoint.read(each.parts["qzeros"]) == _MIDDLES).all()) for each in packed)
 
 
-def _scheme(formats: StoredFormats, matrix: Matrix, *, flat: bool) -> QuantizationScheme:
-    """Scheme of a packed matrix: from the configuration, checked against the headers.
-
-    Args:
-        formats: the configuration.
-        matrix: the matrix.
-        flat: all zero points are in the middle, whatever the configuration says.
-    """
-    how = formats.layer((matrix.name,))
-    if how is None or not _agrees(how.format, matrix):
-        fmt = None if how is None else how.format
-        said = "16 bits" if fmt is None else f"{fmt.grid.bits} bits, groups of {fmt.group.size}"
-        raise CheckpointError(
-            f'layer "{matrix.name}" is stored with {matrix.bits} bits and {matrix.groups} groups a row of '
-            f"{matrix.shape[1]}, but the configuration says {said}"
-        )
-    step = str(matrix.scale_dtype).removeprefix("torch.")
-    bits, size = how.format.grid.bits, how.format.group.size
-    return QuantizationScheme(bits, size, flat or how.sym, scale_dtype=step)
+def _symmetric(packed: Packed) -> Packed:
+    """The same matrix without zero points, all of which are in the middle."""
+    scheme = None if packed.scheme is None else replace(packed.scheme, sym=True)
+    fmt = None if scheme is None else scheme.weight_format()
+    return packed if fmt is None else replace(packed, scheme=scheme, format=fmt)
 
 
-def _agrees(fmt: Format, matrix: Matrix) -> bool:
-    return fmt.grid.bits == matrix.bits and fmt.group.count(matrix.shape[1]) == matrix.groups
-
-
-def _layers(matrices: Sequence[Matrix], dtype: torch.dtype) -> tuple[Layer, ...]:
+def _layers(
+    matrices: Sequence[Matrix], packed: Mapping[str, Packed], dtype: torch.dtype
+) -> tuple[Layer, ...]:
     counts = [int(found[1]) + 1 for m in matrices if (found := _EXPERT.search(m.name))]
     experts = frozenset({max(counts)} if counts else ())
     numbers = {prefix: i for i, prefix in enumerate(_prefixes(matrices))}
     made = []
     for matrix in matrices:
         found = _BLOCK.fullmatch(matrix.name)
+        shape = packed[matrix.name].shape if matrix.name in packed else matrix.shape
         if found is not None:
-            block, role = numbers[found[1]], role_in_block(found[3], matrix.shape[0], experts)
+            block, role = numbers[found[1]], role_in_block(found[3], shape[0], experts)
         else:
             block, role = None, Role.HEAD if _is_head(matrix) else Role.OUTSIDE
         tensor = f"{matrix.name}.weight"
-        made.append(Layer(matrix.name, tensor, tensor, matrix.shape, dtype, block, role))
+        made.append(Layer(matrix.name, tensor, tensor, shape, dtype, block, role))
     return tuple(made)
 
 
@@ -228,18 +176,17 @@ def _blocks(matrices: Sequence[Matrix]) -> tuple[Block, ...]:
 
 
 def _tensors(
-    checkpoint: Checkpoint, layers: Sequence[Layer], matrices: Sequence[Matrix]
+    checkpoint: Checkpoint, layers: Sequence[Layer], packed: Mapping[str, Packed], spare: Collection[str]
 ) -> dict[str, TensorSpec]:
-    home = {name: m.name for m in matrices if m.packed for name in m.tensors}
+    home = {name: layer for layer, each in packed.items() for name in each.tensors}
     by_name = {layer.name: layer for layer in layers}
     tensors: dict[str, TensorSpec] = {}
     for name in checkpoint.names:
         if name in home:
             layer = by_name[home[name]]
             tensors[layer.tensor] = TensorSpec(layer.dtype, layer.shape)
-        else:
-            info = checkpoint.info(name)
-            tensors[name] = TensorSpec(info.dtype, info.shape)
+        elif name not in spare:
+            tensors[name] = checkpoint.spec(name)
     return tensors
 
 

@@ -20,6 +20,7 @@ from auto_round.numerics.scale_integer import SignedMax
 from auto_round.numerics.scale_power import PowerOfTwo
 from auto_round.testing.failure import require
 from auto_round.testing.grid_kit import check_grid, ladder
+from auto_round.testing.step_kit import check_steps_are_nearest
 from auto_round.testing.two_level_kit import check_two_level, floor_error, step_error
 
 SHAPES = ((6, 96), (5, 80), (3, 4, 40), (2, 7))
@@ -375,5 +376,6 @@ CHECKS: tuple[Callable[[Format, int], None], ...] = (
     _check_magnitudes,
     _check_non_finite,
     check_two_level,
+    check_steps_are_nearest,
 )
 """Checks that choose their own weights; each takes the format and a seed."""

@@ -12,14 +12,24 @@ from torch import Tensor
 
 from auto_round.kernels.check import error_bound
 from auto_round.kernels.kernel import Kernel, LinearSpec
+from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.presets import int_format
+from auto_round.numerics.presets_float import FLOAT_FORMATS
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale_integer import SignedMax
+from auto_round.numerics.scale_float import OverTensor
+from auto_round.numerics.scale_integer import MinMax, SignedMax
+from auto_round.testing.grid_kit import every_code
 
 TOKENS = (1, 3, 64, 130)
 """Tokens in a call: one while generating, a few, and enough for the paths of long prompts."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+E8M0_ONE = 127
+"""E8M0 byte of a step of 1."""
+_OCTET = 8
+_LARGEST_EXACT = 448.0
+"""Largest magnitude of 8-bit floats whose products with small whole numbers add up exactly in float32."""
 
 
 def specs(device: str = "cpu") -> Iterator[LinearSpec]:
@@ -31,8 +41,20 @@ def specs(device: str = "cpu") -> Iterator[LinearSpec]:
                 yield LinearSpec(int_format(bits, group_size, sym=sym), shape, torch.bfloat16, device)
 
 
+def float_specs(device: str = "cpu") -> Iterator[LinearSpec]:
+    """Layers of every floating format, in float32: sums of the others' products are not exact."""
+    shapes = {"fp8_e4m3_128x128": (200, 256)}
+    for name, fmt in FLOAT_FORMATS.items():
+        yield LinearSpec(fmt, shapes.get(name, (64, 128)), torch.float32, device)
+
+
 def exact_case(spec: LinearSpec, seed: int = 0) -> QTensor:
-    """A weight with every code and steps that are powers of two: products with whole numbers are exact."""
+    """A weight with every code and steps that are powers of two: products with whole numbers are exact.
+
+    Of floating numbers of 8 bits only those from 1 to 448 are taken, and 0: sums of the others are not exact.
+    """
+    if not isinstance(spec.fmt.rule, SignedMax | MinMax):
+        return _exact_floats(spec, seed)
     g = torch.Generator().manual_seed(seed)
     fmt, shape = spec.fmt, spec.shape
     codes = torch.randint(0, 1 << fmt.grid.bits, shape, generator=g, dtype=torch.uint8)
@@ -44,6 +66,27 @@ def exact_case(spec: LinearSpec, seed: int = 0) -> QTensor:
         parts["step"] = step.abs().to(torch.float16)
         parts["zero"] = torch.randint(0, 1 << fmt.grid.bits, scales, generator=g, dtype=torch.uint8)
     return QTensor(codes.to(spec.device), fmt.rule.read(_to(parts, spec.device)), fmt)
+
+
+def _exact_floats(spec: LinearSpec, seed: int) -> QTensor:
+    g = torch.Generator().manual_seed(seed)
+    fmt, grid = spec.fmt, spec.fmt.grid
+    codes = every_code(grid)
+    size = grid.decode(codes).abs()
+    if isinstance(grid, FloatGrid) and grid.bits == _OCTET:
+        codes = codes[(size == 0) | ((size >= 1) & (size <= _LARGEST_EXACT))]
+    chosen = codes[torch.randint(0, len(codes), spec.shape, generator=g)]
+    parts = dict(fmt.quantize(torch.randn(spec.shape, generator=g)).scale.parts)
+    groups = fmt.group.scale_shape(spec.shape)
+    power = torch.randint(-2, 2, groups, generator=g)
+    for name, part in parts.items():
+        if name == "exponent":
+            parts[name] = (power + E8M0_ONE).to(torch.uint8)
+        elif name == "block" and isinstance(fmt.rule, OverTensor):
+            parts[name] = fmt.rule.blocks.encode(2.0**power)
+        else:  # a step of each group, or the number that all groups share
+            parts[name] = (2.0**power).to(part.dtype) if part.shape == groups else torch.full_like(part, 4.0)
+    return QTensor(chosen.to(spec.device), fmt.rule.read(_to(parts, spec.device)), fmt)
 
 
 def random_case(spec: LinearSpec, seed: int = 0) -> QTensor:

@@ -12,6 +12,7 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale_integer import MinMax
 from auto_round.testing.failure import require
+from auto_round.testing.slow_float_reader import read_float_weight
 from auto_round.testing.slow_reader import PACKINGS, StoredAs, read_weight
 
 
@@ -59,6 +60,33 @@ def check_layout(
     q = random_qtensor(fmt, shape, seed, positive=zero_offset == 1 and isinstance(fmt.rule, MinMax))
     parts = check_round_trip(layout, q)
     seen = read_weight(parts, StoredAs(order, zero_offset, fmt.grid.bits, fmt.group.size), shape)
+    where = f"{layout.name} {fmt.name} {list(shape)}"
+    require(torch.equal(seen, fmt.dequantize(q)), f"{where}: another reader finds other weights")
+
+
+def check_float_layout(
+    layout: Layout, form: str, fmt: Format, shape: Sequence[int], *, seed: int = 0
+) -> None:
+    """The same for floating weights as compressed-tensors stores them.
+
+    Args:
+        layout: the layout.
+        form: name under which readers know it: a key of `slow_float_reader.STORED`.
+        fmt: a floating format that it accepts for `shape`.
+        shape: `[out, in]`.
+        seed: of the random weight.
+
+    Raises:
+        ConformanceError: see `check_layout`.
+    """
+    require(layout.accepts(fmt, shape) is None, f"{layout.name} refuses {fmt.name} {list(shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.logspace(-2, 2, shape[0]).unsqueeze(-1)  # so that no two blocks have one scale
+    columns = torch.logspace(0, 1, shape[1])
+    q = fmt.quantize(torch.randn(tuple(shape), generator=generator) * rows * columns)
+    parts = check_round_trip(layout, q)
+    block = (fmt.group.rows, fmt.group.width(shape[1]))
+    seen = read_float_weight(parts, form, shape, block)
     where = f"{layout.name} {fmt.name} {list(shape)}"
     require(torch.equal(seen, fmt.dequantize(q)), f"{where}: another reader finds other weights")
 

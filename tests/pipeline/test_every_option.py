@@ -42,6 +42,9 @@ ACTS = {
     "sym": Change(False, PLAIN),
     "act_bits": Change(4, {**INT8, "iters": 2}),
     "act_sym": Change(False, {**INT8, "iters": 2}),
+    "act_percentile": Change(
+        50.0, {"scheme": "FP8_STATIC", "group_size": None, "format": "fake", "iters": 2}
+    ),
     "scale_dtype": Change("float32", PLAIN),
     "ignore_layers": Change(("k_proj",), PLAIN),
     "quant_lm_head": Change(True, PLAIN),
@@ -138,6 +141,7 @@ SILENT = {
     "act_sym": (False, {}),
     "act_data_type": ("int", {}),
     "act_dynamic": (True, {}),
+    "act_percentile": (99.0, {}),
     "max_shard_size": ("1MB", {"format": "gguf:q8_0", "iters": 0}),
     "quant_lm_head": (True, {"format": "gguf:q8_0", "iters": 0}),
     "model_dtype": ("float32", {"format": "gguf:q8_0", "iters": 0}),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from auto_round.calibration.observe import Extremes
+from auto_round.calibration.observe import Extremes, InputExtremes
 from auto_round.errors import AutoRoundError, UnsupportedError
 from auto_round.pipeline.running.input_ranges import InputRanges, settle_ranges
 from auto_round.schemes.siblings import joined_matrices
@@ -188,8 +188,6 @@ def test_plain_and_tuned_runs_fix_the_same_numbers(tiny, tmp_path):
 
 
 def test_tokens_that_do_not_count_are_not_looked_at():
-    from auto_round.calibration.observe import InputExtremes
-
     seen = InputExtremes()
     assert seen.value() is None
     x = torch.tensor([[[1.0, -2.0], [50.0, 3.0]], [[0.5, 0.0], [1.0, 1.0]]])
@@ -197,6 +195,27 @@ def test_tokens_that_do_not_count_are_not_looked_at():
     assert seen.value() == (-2.0, 1.0)
     seen.add(x)
     assert seen.value() == (-2.0, 50.0)
+
+
+@pytest.mark.parametrize(("percentile", "largest"), [(100.0, 40.0), (99.0, 40.0), (75.0, 30.0), (1.0, 10.0)])
+def test_a_percentile_leaves_the_tokens_with_the_largest_activations_out(percentile, largest):
+    """Nearest rank, over tokens rather than numbers, whatever batches they came in."""
+    seen = InputExtremes(percentile)
+    x = torch.tensor([[10.0, -1.0], [20.0, -8.0], [30.0, 0.0], [40.0, -2.0]])
+    seen.add(x[None, :3])
+    seen.add(x[None, 3:])
+    assert seen.value().largest == largest
+
+
+def test_inputs_beyond_the_percentile_saturate(tiny, tmp_path):
+    model = tiny("llama")
+    whole, most = (
+        weights(run(model, tmp_path / str(p), "FP8_STATIC", act_percentile=p, **PLAIN).folders[0])
+        for p in (100.0, 60.0)
+    )
+    scales = [name for name in whole if name.endswith("input_scale")]
+    assert scales
+    assert all(most[name] < whole[name] for name in scales)
 
 
 def test_experts_without_tokens_take_the_largest_of_their_peers():

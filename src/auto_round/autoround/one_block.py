@@ -99,6 +99,7 @@ def _unit(
         table=recorded.table(order),
         blocks=(0,),
         device=device,
+        percentile=options.calibration.act_percentile,
     )
 
 

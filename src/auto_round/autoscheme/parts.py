@@ -165,9 +165,10 @@ class OpenBlock:
         linear = [n for n in sorted(names) if isinstance(self._owner(n), nn.Linear)]
         ranged = sorted({m for o in self.setting.options for m in to_calibrate(self._activations(parts, o))})
         mask_of: Callable[[], Tensor | None] = lambda: None if masks is None else masks[self.arguments.last]  # noqa: E731
+        percentile = self.setting.job.options.calibration.act_percentile
         with (
             observe_inputs(self.group, [n.removesuffix(_WEIGHT) for n in linear], mask_of) as moments,
-            observe_extremes(self.group, ranged, mask_of) as extremes,
+            observe_extremes(self.group, ranged, mask_of, percentile) as extremes,
             torch.no_grad(),
         ):
             for rows in self.batches():

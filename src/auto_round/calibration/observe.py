@@ -91,20 +91,28 @@ class Extremes(NamedTuple):
 class InputExtremes:
     """Extremes of the activations at tokens that count: each counts in full, however large.
 
+    Args:
+        percentile: percent of the tokens that lie inside; the others, with the largest activations, are left
+            out, at each end by itself. With 100 nothing is left out, and nothing is kept of single tokens.
+
     Attributes:
-        ends: `[-least, largest]`, float32; None before the first token.
+        ends: `[-least, largest]` of each token, `[tokens, 2]` float32 on the host, or with 100 percent of all
+            together, `[1, 2]`; None before the first token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, percentile: float = 100.0) -> None:
         self.ends: Tensor | None = None
+        self._percentile = percentile
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Look at activations; arguments as for `InputMoments.add`."""
         if mask is not None and mask.shape == x.shape[:-1]:
             x = x[mask.to(x.device)]
         if x.numel():
-            found = torch.stack([-x.detach().amin(), x.detach().amax()]).float().clamp_min(0)
-            self.ends = found if self.ends is None else torch.maximum(self.ends, found)
+            tokens = x.detach().reshape(-1, x.shape[-1])
+            ends = torch.stack([-tokens.amin(-1), tokens.amax(-1)], -1).float().clamp_min(0)
+            both = ends if self.ends is None else torch.cat([self.ends.to(ends.device), ends])
+            self.ends = both.amax(0, keepdim=True) if self._percentile == 100 else both.cpu()
 
     def value(self) -> Extremes | None:
         """The extremes; None when no token was seen.
@@ -114,7 +122,8 @@ class InputExtremes:
         """
         if self.ends is None:
             return None
-        below, above = self.ends.tolist()
+        rank = max(1, math.ceil(len(self.ends) * self._percentile / 100))
+        below, above = self.ends.sort(dim=0).values[rank - 1].tolist()
         if not (math.isfinite(below) and math.isfinite(above)):
             raise NumericsError("an input channel saw activations that are not finite")
         return Extremes(0.0 - below, above)
@@ -148,10 +157,10 @@ def observe_inputs(
 
 @contextmanager
 def observe_extremes(
-    block: nn.Module, names: Sequence[str], mask_of: MaskOf | None = None
+    block: nn.Module, names: Sequence[str], mask_of: MaskOf | None = None, percentile: float = 100.0
 ) -> Iterator[Mapping[str, InputExtremes]]:
     """The same for extremes."""
-    extremes = {name: InputExtremes() for name in names}
+    extremes = {name: InputExtremes(percentile) for name in names}
     with _observing(block, extremes, mask_of):
         yield extremes
 

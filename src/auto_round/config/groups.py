@@ -153,6 +153,15 @@ class CalibrationOptions:
     nsamples: int = option(128, Spec("calibration rows", flags=("nsamples", "nsample"), low=1))
     seqlen: int = option(2048, Spec("tokens per row", flags=("seqlen", "seq_len"), low=1))
     seed: int = option(42, Spec("seed of every random choice", low=0, high=2**63 - 1))
+    act_percentile: float = option(
+        100.0,
+        Spec(
+            "percent of the calibration tokens whose activations fit into a scale that is fixed; the "
+            "others saturate",
+            low=1,
+            high=100,
+        ),
+    )
 
     def __post_init__(self) -> None:
         settle(self)

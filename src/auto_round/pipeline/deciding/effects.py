@@ -113,6 +113,11 @@ IDLE: Final = (
         "activations are not quantized (--act_bits 8, or a scheme such as INT8)",
         lambda run: not run.quantizes_inputs,
     ),
+    Idle(
+        ("act_percentile",),
+        "no activation scale is fixed at calibration (--disable_act_dynamic, or a scheme such as FP8_STATIC)",
+        lambda run: not run.tune.ranges,
+    ),
     Idle(("platform",), "the model is a folder and the data need no hub", lambda run: _is_local(run)),
 )
 """One row for each reason; formats add their own (`Exporter.idle`)."""

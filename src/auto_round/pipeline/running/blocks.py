@@ -136,6 +136,7 @@ def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTa
         table=table,
         blocks=[index - first for index in indices],
         device=job.device,
+        percentile=job.options.calibration.act_percentile,
     )
 
 

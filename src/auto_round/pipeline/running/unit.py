@@ -48,6 +48,7 @@ class Unit:
         table: what the blocks are called with beside what flows, for every row.
         blocks: their indices in the table.
         device: where they are.
+        percentile: percent of the tokens that a range of inputs has to hold.
     """
 
     group: BlockGroup
@@ -58,6 +59,7 @@ class Unit:
     table: ArgumentTable
     blocks: Sequence[int]
     device: torch.device
+    percentile: float = 100.0
 
     def arguments(self, first_row: int = 0) -> GroupArguments:
         """Arguments of the group for rows of the table, counted from `first_row`."""
@@ -226,7 +228,7 @@ def _references(
     ranged = to_calibrate(unit.activations)
     with (
         observe_inputs(unit.group, unit.observed, mask_of) as seen,
-        observe_extremes(unit.group, ranged, mask_of) as extremes,
+        observe_extremes(unit.group, ranged, mask_of, unit.percentile) as extremes,
     ):
         run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=tuned, device=unit.device)
     rest = range(streams.tuned, streams.rows)

@@ -134,7 +134,6 @@ def test_evaluation_says_where_it_is(name):
 @pytest.mark.parametrize(
     "named",
     [
-        {"static_kv_dtype": "fp8"},
         {"processor": object()},
         {"algorithm": "awq"},
         {"quant_nontext_module": True},

@@ -118,3 +118,15 @@ def test_what_calibration_fixed_is_written_again(folder, rows, tmp_path, scheme)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[n].view(torch.uint8), second[n].view(torch.uint8)) for n in first)
     assert sum(name.endswith(("input_scale", "input_global_scale")) for name in first) == 10
+
+
+def test_scales_of_the_cache_are_written_again(folder, rows, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    given = {"iters": 0, "disable_opt_rtn": True, "static_kv_dtype": torch.float8_e4m3fn}
+    rounder = quantizer(folder, rows, format="llm_compressor", scheme="W8A16", **given)
+    rounder.quantize()
+    paths = [rounder.save_quantized(tmp_path / name, format="llm_compressor")[0] for name in ("one", "two")]
+    first, second = (load_file(path / "model.safetensors") for path in paths)
+    scales = [name for name in first if name.endswith(("k_scale", "v_scale"))]
+    assert scales
+    assert all(torch.equal(first[name], second[name]) for name in scales)

@@ -31,6 +31,8 @@ PLAIN = """
 --dynamic_max_gap 5 | --layer_config {k_proj:{bits:8}} | --dry_run | --no_verify | --no_resume
 --overwrite | --max_shard_size 2GB | --model_free | --disable_model_free | --tokenizer t | --recipe best
 --no_amp | --no_low_gpu_mem_usage | --enable_alg_ext | --enable_lfq
+--static_kv_dtype fp8 --static_kv_granularity head | --static_attention_dtype float8_e4m3fn
+--static_attention_dtype fp8 --static_attention_granularity tensor
 """
 EVALUATION = """
 --tasks | --tasks mmlu,piqa | --task a b | --eval_bs 4 | --limit 0.5 | --eval_task_by_task
@@ -39,7 +41,6 @@ EVALUATION = """
 --fewshot_as_multiturn | --include_path d | --no_eval_task_by_task
 """
 LATER = """
---static_kv_dtype fp8 | --static_attention_dtype float8_e4m3fn
 --mllm | --quant_nontext_module | --extra_data_dir d | --template t | --vlmeval
 --lmms | --prompt_file p | --prompt hello | --metrics clip | --metric clip-iqa | --image_save_dir d
 --guidance_scale 7.5 | --num_inference_steps 50 | --generator_seed 3 | --algorithm awq
@@ -50,7 +51,7 @@ LATER = """
 --enable-svdquant-residual-early-stop | --svdquant-target-modules a | --svdquant-exclude-modules b
 --svdquant-model-adapter flux | --rotation_type hadamard | --rotation_backend auto
 --rotation_block_size 32 | --no-fuse_online_to_weight | --fuse-online-to-weight | --allow_online_rotation
---no-allow-online-rotation | --static_kv_granularity head | --static_attention_granularity tensor
+--no-allow-online-rotation
 """
 
 

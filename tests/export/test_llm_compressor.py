@@ -291,8 +291,8 @@ def test_scales_are_kept_in_the_dtype_of_the_model():
     assert scale_dtype(both, torch.float16, "int") == "float16"
     assert scale_dtype(both, torch.float32, "int") is None  # the usual float16 is exact in it
     assert scale_dtype(both[:1], torch.bfloat16, "int") is None
-    assert scale_dtype(both[:1], torch.bfloat16, "fp") == "bfloat16"
-    assert scale_dtype(both, torch.float32, "fp") == "float32"
+    for dtype in ("bfloat16", "float16", "float32"):  # steps of FP8 are too small for float16
+        assert scale_dtype(both[:1], getattr(torch, dtype), "fp") == dtype
 
 
 def test_a_plan_has_to_decide():

@@ -31,6 +31,7 @@ class Change:
 
 
 PLAIN = {"iters": 0, "disable_opt_rtn": True}
+CACHE = {"format": "llm_compressor", **PLAIN}
 INT8 = {"scheme": "INT8", "group_size": None, "format": "fake", **PLAIN}
 
 ACTS = {
@@ -49,6 +50,10 @@ ACTS = {
     "ignore_layers": Change(("k_proj",), PLAIN),
     "quant_lm_head": Change(True, PLAIN),
     "to_quant_block_names": Change(("model.layers.1",), PLAIN),
+    "static_kv_dtype": Change("fp8", CACHE),
+    "static_attention_dtype": Change("fp8", CACHE),
+    "static_kv_granularity": Change("head", {"static_kv_dtype": "fp8", **CACHE}),
+    "static_attention_granularity": Change("head", {"static_attention_dtype": "fp8", **CACHE}),
     "nsamples": Change(3),
     "seqlen": Change(8),
     "seed": Change(7),

@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from auto_round.checkpoint.disk import writing
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.consumers.lines import judge_outputs
 from auto_round.errors import ConfigError
+from auto_round.export.compressed_cache import scale_name
 from auto_round.export.compressed_config import compressed_layout
+from auto_round.facts.attention import Attention
 from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import layout_of
@@ -25,6 +29,7 @@ from auto_round.pipeline.writing.finish import write_configs_and_tokenizer, writ
 from auto_round.pipeline.writing.outputs import Outputs
 from auto_round.pipeline.writing.page import carry_page
 from auto_round.pipeline.writing.signature import request_digest, signature
+from auto_round.schemes.attention import AttentionPlan
 from auto_round.schemes.scheme import QuantizationScheme
 
 
@@ -59,6 +64,9 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
                 stored = LayerLayout(order, fmt, layer.shape, job.plan.inputs_of(layer))
                 parts = {suffix: finished.read(f"{layer.name}.{suffix}") for suffix in stored.spec()}
                 outputs.put(layer, stored.unpack(parts))
+            if job.caches is not None:
+                for attention in job.caches.modules:
+                    outputs.put_scales(attention, _scales(finished, job.caches, attention))
             codes = {f"{name}.weight" for name in quantized}  # some layouts keep the name of the weight
             for name in job.source.tensors:
                 if name in finished and name not in codes:
@@ -118,3 +126,9 @@ def _layout(config: Mapping[str, Any], scheme: QuantizationScheme | None) -> Lay
     if scheme is None or config["quant_method"] != "compressed-tensors":
         return layout_of(config)
     return compressed_layout(scheme)
+
+
+def _scales(finished: Checkpoint, caches: AttentionPlan, attention: Attention) -> dict[str, Tensor]:
+    """Part -> scales of an attention, as the folder holds them."""
+    names = {part: scale_name(attention, part) for part in caches.scales(attention)}
+    return {part: finished.read(name).reshape(-1) for part, name in names.items()}

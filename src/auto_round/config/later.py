@@ -68,15 +68,6 @@ LATER: Final = (
         ),
     ),
     Later(
-        "quantization of the key/value cache and of attention",
-        values=(
-            "static_kv_dtype",
-            "static_attention_dtype",
-            "static_kv_granularity",
-            "static_attention_granularity",
-        ),
-    ),
-    Later(
         "quantization of vision-language models",
         switches=("mllm", "quant_nontext_module", "vlmeval", "lmms"),
         values=("extra_data_dir", "template", "processor", "image_processor"),

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from auto_round.config.auto_scheme import AutoSchemeOptions
+from auto_round.config.cache import CacheOptions
 from auto_round.config.env import Environment
 from auto_round.config.evaluation import EvaluationOptions, FidelityOptions
 from auto_round.config.groups import (
@@ -27,6 +28,7 @@ GROUPS: Final[Mapping[str, type]] = MappingProxyType(
         "model": ModelOptions,
         "scheme": SchemeOptions,
         "auto": AutoSchemeOptions,
+        "cache": CacheOptions,
         "calibration": CalibrationOptions,
         "tune": TuneOptions,
         "memory": MemoryOptions,
@@ -53,6 +55,7 @@ class Options:
     model: ModelOptions = field(default_factory=ModelOptions)
     scheme: SchemeOptions = field(default_factory=SchemeOptions)
     auto: AutoSchemeOptions = field(default_factory=AutoSchemeOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     tune: TuneOptions = field(default_factory=TuneOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)

@@ -17,12 +17,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from auto_round.errors import InternalError, Refusal
+from auto_round.export.compressed_cache import cache_scheme
 from auto_round.export.reader_names import module_names
 from auto_round.facts.layer import Layer, Role
 from auto_round.layouts.compressed import INT_QUANTIZED, LAYOUT_VERSION
 from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.activation_float import CalibratedScale
+from auto_round.schemes.attention import AttentionPlan
 from auto_round.schemes.number_types import INT, NUMBER_TYPES
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
@@ -63,12 +65,15 @@ def _words(data_type: str) -> CompressedWords:
     return words
 
 
-def compressed_config(plan: Plan, layers: Sequence[Layer]) -> dict[str, Any] | None:
+def compressed_config(
+    plan: Plan, layers: Sequence[Layer], caches: AttentionPlan | None = None
+) -> dict[str, Any] | None:
     """Dictionary for `config.json` and `quantization_config.json`; None when nothing is quantized.
 
     Args:
         plan: what becomes of each layer.
         layers: the layers of the plan.
+        caches: which scales of attention lie in the folder; None for none.
     """
     members: dict[tuple[object, ...], list[Layer]] = {}
     described: dict[tuple[object, ...], dict[str, Any]] = {}
@@ -91,7 +96,7 @@ def compressed_config(plan: Plan, layers: Sequence[Layer]) -> dict[str, Any] | N
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": _ignored(plan, layers),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if caches is None else cache_scheme(caches),
         "version": LAYOUT_VERSION,
         "provider": "auto-round",
         "autoround_version": __version__,

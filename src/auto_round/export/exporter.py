@@ -19,12 +19,14 @@ from auto_round.errors import InternalError, Refusal
 from auto_round.export.manifest import Manifest, make_manifest
 from auto_round.export.planning import Planner
 from auto_round.export.verification import Finished
+from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
+from auto_round.schemes.attention import AttentionPlan
 from auto_round.schemes.plan import Plan
 
 TuningFacts = Mapping[str, bool | int | float | str | None]
@@ -60,6 +62,7 @@ class Exporter(ABC):
         library: package that loads the output and takes part in what is written.
         any_plan: it holds every plan, so it may be written in the run of a format that plans for itself.
         scales_in_model_dtype: its readers hold scales in the dtype of the model.
+        holds_scales: it has a place for scales of the key/value cache and of attention.
         idle: options that do nothing for it -> the reason, as the end of "NAME has no effect: ".
     """
 
@@ -69,6 +72,7 @@ class Exporter(ABC):
     library: ClassVar[str] = "transformers"
     any_plan: ClassVar[bool] = False
     scales_in_model_dtype: ClassVar[bool] = False
+    holds_scales: ClassVar[bool] = False
     idle: ClassVar[Mapping[str, str]] = {}
 
     # What the user asked for.
@@ -193,6 +197,23 @@ class Exporter(ABC):
             if (fmt := plan.format_of(layer.name)) is not None
         }
         return make_manifest(parts, layers, tensors, bias_dtype=self.float_dtype)
+
+    def with_scales(self, caches: AttentionPlan) -> Exporter:
+        """This exporter, told which scales of attention it will be given.
+
+        Raises:
+            InternalError: it has no place for them, see `holds_scales`.
+        """
+        raise InternalError(f"{self.name} has no place for scales of attention")
+
+    def encode_scales(self, attention: Attention, scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Full tensor name -> stored scales of one attention module.
+
+        Args:
+            attention: the module.
+            scales: part (`q`, `k`, `v`) -> its steps, `[1]` or `[heads]`.
+        """
+        raise InternalError(f"{self.name} has no place for scales of attention")
 
     def encode_plain(self, source: str, value: Tensor) -> Mapping[str, Tensor]:
         """What is stored of a tensor that is not quantized, from its name and value in the source."""

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
+from auto_round.facts.attention import Attention
 from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.model import TOKENS, ModelFacts
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
+from auto_round.models.attentions import find_attentions
 from auto_round.models.facts import model_facts
 from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
@@ -102,6 +104,11 @@ class AssembledSource(ABC):
     def block_lists(self) -> tuple[tuple[Block, ...], ...]:
         """See `ModelSource`."""
         return tuple(tuple(members) for _, members in groupby(self.blocks, lambda block: block.in_list))
+
+    @cached_property
+    def attentions(self) -> tuple[Attention, ...]:
+        """See `ModelSource`."""
+        return find_attentions(self._parts.model, self.blocks, self.disk_name, self.dtype)
 
     @property
     def head(self) -> str | None:

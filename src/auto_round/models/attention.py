@@ -8,7 +8,7 @@ self-attention with gradients on a CPU goes to Transformers' own implementation.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from auto_round.models.classes import compares
 
 NAME = "auto_round_causal"
+STATES = "auto_round_states"
+"""Option of the attention function, see `_attend`."""
 BANDS = 4
+
+
+States: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values, `[batch, heads, tokens, width]`."""
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -122,7 +128,13 @@ def _attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function in the form that Transformers calls."""
+    """Attention function in the form that Transformers calls.
+
+    The option `STATES` is a function that is shown queries, keys and values, and says what to go on with.
+    """
+    change = options.pop(STATES, None)
+    if change is not None:
+        query, key, value = change(query, key, value)
     causal = getattr(module, "is_causal", True)  # as Transformers' own functions ask
     if not causal or not _serves(query, key, value, attention_mask, options):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

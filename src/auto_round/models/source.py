@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from auto_round.checkpoint.tensors import Tensors
 from auto_round.errors import Refusal
+from auto_round.facts.attention import Attention
 from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
@@ -106,6 +107,15 @@ class ModelSource(Protocol):
     @property
     def block_lists(self) -> tuple[tuple[Block, ...], ...]:
         """The blocks list by list: what one hands on flows into the next one of the same list."""
+        ...
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Attention modules of the blocks, whose queries, keys and values can be looked at.
+
+        Raises:
+            UnsupportedError: there are none, or some that keep something else.
+        """
         ...
 
     @property

@@ -32,6 +32,7 @@ from auto_round.pipeline.machine.determinism import deterministic_kernels
 from auto_round.pipeline.machine.memory import keep_freed_memory, release_freed_memory
 from auto_round.pipeline.plain import bursts, nbytes, round_layers
 from auto_round.pipeline.result import Result
+from auto_round.pipeline.running.attention_states import read_steps, steps_entry
 from auto_round.pipeline.running.blocks import GroupResult, GroupTuning, tune_group
 from auto_round.pipeline.running.compile import (
     TuningSteps,
@@ -125,7 +126,9 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
         if job.options.output.verify:
             progress(clock.event("verify", 0, 1, "reload and compare"))
             report["tensors_read_back"] = check_written(journal, folders, job.exporters)
-            report["verified"] = verify_all(job, folders, measured, InputRanges.from_entries(journal.entries))
+            ranges = InputRanges.from_entries(journal.entries)
+            states = read_steps(job.caches, journal.entries)
+            report["verified"] = verify_all(job, folders, measured, ranges, states)
             clock.lap("verify")
             progress(clock.event("verify", 1, 1, "reload and compare"))
         write_report(job, folders, report, folder.folder)
@@ -295,6 +298,8 @@ class _Loop:
             written |= self.outputs.put(layer, q)
         for name, value in result.others.items():
             written |= self.outputs.put_plain(self.job.source.disk_name(name), value)
+        for attention, scales in result.states.items():
+            written |= self.outputs.put_scales(attention, scales)
         if result.inputs:
             save_inputs(self.scratch, f"{number:04d}", result.inputs)
         if self.job.options.output.resume:
@@ -335,7 +340,8 @@ def _figures(result: GroupResult) -> dict[str, Any]:
         found = {"initial_loss": tuned.initial_loss, "loss": tuned.loss, "best_step": tuned.best_step}
     if massive.tokens:
         found |= {"massive_tokens": massive.tokens, "massive_energy": massive.energy}
-    return found | {"errors": dict(result.errors), **result.ranges.to_entry()}
+    steps = steps_entry(result.states)
+    return found | {"errors": dict(result.errors), **result.ranges.to_entry(), **steps}
 
 
 def _saved(scratch: Path, number: int) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import InternalError, Refusal
+from auto_round.export.compressed_cache import scale_name, scale_specs
 from auto_round.export.compressed_config import (
     compressed_config,
     compressed_layout,
@@ -19,7 +20,9 @@ from auto_round.export.compressed_config import (
 )
 from auto_round.export.compressed_loading import unloadable
 from auto_round.export.exporter import Exporter, TuningFacts
+from auto_round.export.manifest import Manifest
 from auto_round.export.packed import gather_refusals, planned_inputs, prefixed, refuse_transposed
+from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
@@ -29,6 +32,7 @@ from auto_round.layouts.layout import Layout
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QuantizedLayer
+from auto_round.schemes.attention import AttentionPlan
 from auto_round.schemes.plan import Plan
 
 _SCALE = "weight_scale"
@@ -43,12 +47,15 @@ class LLMCompressorFormat(Exporter):
         name: name on the command line.
         orders: layer -> name of its order of bytes; None until a plan has decided.
         inputs: layer -> what its input is rounded to, where it is.
+        caches: which scales of attention it will be given.
     """
 
     name: str = "llm_compressor"
     orders: Mapping[str, str] | None = field(default=None, hash=False)
     inputs: Mapping[str, InputFormat] = field(default_factory=dict, hash=False)
+    caches: AttentionPlan | None = None
 
+    holds_scales: ClassVar[bool] = True
     scales_in_model_dtype: ClassVar[bool] = True
 
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> LLMCompressorFormat:
@@ -120,7 +127,28 @@ class LLMCompressorFormat(Exporter):
         self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: TuningFacts | None = None
     ) -> dict[str, Any] | None:
         """The `quantization_config`; None when the plan quantizes nothing."""
-        return compressed_config(plan, layers)
+        return compressed_config(plan, layers, self.caches)
+
+    def manifest(self, plan: Plan, layers: Sequence[Layer], tensors: Mapping[str, TensorSpec]) -> Manifest:
+        """The tensors of layers and of the source, and scales of attention behind them."""
+        found = Exporter.manifest(self, plan, layers, tensors)
+        return (
+            found
+            if self.caches is None
+            else replace(found, specs={**found.specs, **scale_specs(self.caches)})
+        )
+
+    def with_scales(self, caches: AttentionPlan) -> LLMCompressorFormat:
+        """This format with a place for scales of attention."""
+        return replace(self, caches=caches)
+
+    def encode_scales(self, attention: Attention, scales: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`<attention>.k_scale` and so on, see `scale_specs`."""
+        if self.caches is None:
+            raise InternalError(f"{self.name} was not told of scales of attention")
+        specs = scale_specs(replace(self.caches, modules=(attention,)))
+        named = {scale_name(attention, part): step for part, step in scales.items()}
+        return {name: named[name].to(spec.dtype).reshape(tuple(spec.shape)) for name, spec in specs.items()}
 
     def _stored(self, layer: Layer, fmt: Format) -> LayerLayout:
         return LayerLayout(self._layout(layer), fmt, layer.shape, self.inputs.get(layer.name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,18 @@ from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Role
 from auto_round.inference.convert_model import change_backend
 from auto_round.log import logger
+from auto_round.models.attention import install
 from auto_round.models.roles import text_model
 from auto_round.models.source import ModelSource
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
+from auto_round.numerics.grid_float import E4M3
+from auto_round.numerics.head_steps import HeadSteps
 from auto_round.pipeline.checking.reload import MemoryEndedError, Reader, predict_one_token
 from auto_round.pipeline.deciding.activations import activation_formats
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.memory import release_freed_memory
+from auto_round.pipeline.running.attention_states import rounded_states
 from auto_round.pipeline.running.input_ranges import NO_RANGES, InputRanges
 from auto_round.pipeline.running.measure import Measured, counted
 from auto_round.tuning.quantized_inputs import quantized_inputs
@@ -60,11 +64,13 @@ class TunedModel:
         job: the run.
         measured: the tuned model's last hidden states for the held-out rows; None without data.
         ranges: largest magnitudes of inputs, where numbers follow from them.
+        states: attention module -> part -> its steps, where these are calibrated.
     """
 
     job: Job
     measured: Measured | None
     ranges: InputRanges = NO_RANGES
+    states: Mapping[str, Mapping[str, HeadSteps]] = field(default_factory=dict)
 
     @property
     def source(self) -> ModelSource:
@@ -99,7 +105,7 @@ class TunedModel:
                 return {"tokens": 1}
             # A folder of dense weights does not say how inputs are rounded.
             inputs = self.ranges.formats(_activations(job)) if method is None else {}
-            return _compared(job, reader, folder, self.measured, inputs)
+            return _compared(self, reader, folder, self.measured, inputs)
         except MemoryEndedError as error:
             return {"skipped": str(error)}
 
@@ -128,23 +134,33 @@ class TunedModel:
 
 
 def _compared(
-    job: Job, reader: Reader, folder: Path, measured: Measured, inputs: Mapping[str, ActivationFormat]
+    tuned_model: TunedModel,
+    reader: Reader,
+    folder: Path,
+    measured: Measured,
+    inputs: Mapping[str, ActivationFormat],
 ) -> dict[str, Any]:
     """Figures of a reloaded folder on held-out rows, and a sample.
 
+    Keys and values are rounded here where their scales are calibrated: not every release of Transformers has
+    that done, and rounding twice is rounding once.
+
     Args:
-        job: the run.
+        tuned_model: what was tuned.
         reader: loads the folder.
         folder: what was written.
         measured: the tuned model on these rows.
         inputs: module -> what its input has to be rounded to here.
     """
+    job = tuned_model.job
     held_out = () if job.rows is None else job.rows.rows[job.tuned :]
     rows = _beginnings(job, held_out[:ROWS])
     tuned = _tuned_logits(job, measured, rows)
     release_freed_memory()
     model = reader.load(folder)
-    with quantized_inputs(model, inputs):
+    if tuned_model.states:
+        install(model)
+    with quantized_inputs(model, inputs), rounded_states(model, tuned_model.states):
         comparison, largest, each = _compare(job, model, tuned, rows)
         limit = _largest_kl(job)
         if not (comparison.kl <= limit or (_routes(job) and _few_flips(each, limit))):
@@ -186,6 +202,7 @@ def _few_flips(each: Tensor, limit: float) -> bool:
 def _largest_kl(job: Job) -> float:
     """Divergence up to which a reloaded folder counts as the same model, nats per token."""
     steps = [fmt.end_steps for fmt in _activations(job).values()]
+    steps += [E4M3.end_steps] if job.caches is not None else []
     return LARGEST_KL_COARSE if min(steps, default=FINE) < FINE else LARGEST_KL
 
 
@@ -272,8 +289,12 @@ def _generate(job: Job, model: Any, prompt: Tensor) -> str:
 
 
 def verify_all(
-    job: Job, folders: Mapping[str, Path], measured: Measured | None, ranges: InputRanges = NO_RANGES
+    job: Job,
+    folders: Mapping[str, Path],
+    measured: Measured | None,
+    ranges: InputRanges = NO_RANGES,
+    states: Mapping[str, Mapping[str, HeadSteps]] | None = None,
 ) -> dict[str, Any]:
     """Verify every output; format name -> figures."""
-    tuned = TunedModel(job, measured, ranges)
+    tuned = TunedModel(job, measured, ranges, states or {})
     return {name: job.exporters[name].verify(folder, tuned) for name, folder in folders.items()}

@@ -11,11 +11,13 @@ from torch import Tensor
 from auto_round.export.exporter import Exporter
 from auto_round.log import logger
 from auto_round.pipeline.deciding.activations import activation_formats, refuse_unreachable, to_calibrate
+from auto_round.pipeline.deciding.caches import plan_caches, with_scales
 from auto_round.pipeline.deciding.open_model import Opened
 from auto_round.pipeline.deciding.plan_together import plan_together
 from auto_round.pipeline.deciding.recast import named_dtype
 from auto_round.pipeline.deciding.request import Request
 from auto_round.pipeline.machine.device import compute_dtype, rows_at_once
+from auto_round.schemes.attention import AttentionPlan
 from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.settings import tune_settings
@@ -31,6 +33,7 @@ class Decided:
         importance: tensor in the source -> mean square of its inputs `[in]`, from a file; empty without one.
         tune: settings of the tuning loop.
         dtype: dtype in which blocks run.
+        caches: which scales of the key/value cache and of attention are calibrated; None for none.
     """
 
     plan: Plan
@@ -38,6 +41,7 @@ class Decided:
     importance: Mapping[str, Tensor]
     tune: TuneConfig
     dtype: torch.dtype
+    caches: AttentionPlan | None
 
 
 def decide(request: Request, opened: Opened, *, quiet: bool = False) -> Decided:
@@ -63,16 +67,20 @@ def decide(request: Request, opened: Opened, *, quiet: bool = False) -> Decided:
     refuse_unreachable(plan, opened.source.layers)
     schemes = [plan.scheme_of(name) for name in plan.quantized]
     tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=16))
-    tune = replace(tune, ranges=bool(to_calibrate(activation_formats(plan, opened.source.layers))))
-    for exporter in planned.exporters.values():
+    caches = plan_caches(options.cache, opened.source)
+    exporters = with_scales(planned.exporters, caches)
+    ranges = bool(to_calibrate(activation_formats(plan, opened.source.layers))) or caches is not None
+    tune = replace(tune, ranges=ranges)
+    for exporter in exporters.values():
         exporter.check(options, request.output, calibrated=tune.needs_rows)
     sparing = options.memory.low_gpu_mem_usage
     at_once = rows_at_once(request.device, options.calibration.seqlen, sparing=sparing)
     own = named_dtype(options.model.model_dtype) or opened.source.dtype
     return Decided(
         plan=plan,
-        exporters=planned.exporters,
+        exporters=exporters,
         importance=planned.importance,
         tune=replace(tune, rows_at_once=at_once),
         dtype=compute_dtype(own, request.device, amp=options.tune.amp),
+        caches=caches,
     )

@@ -21,6 +21,7 @@ from auto_round.numerics.search import THOROUGH
 from auto_round.numerics.search_groups import Effort
 from auto_round.pipeline.deciding.method import Method, method_of
 from auto_round.pipeline.deciding.recast import named_dtype
+from auto_round.schemes.attention import AttentionPlan
 from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
 
@@ -44,6 +45,7 @@ class Job:
         dtype: dtype in which blocks run.
         output: folder of the result.
         importance: tensor in the source -> mean square of its inputs `[in]`, from a file; empty without one.
+        caches: which scales of the key/value cache and of attention are calibrated; None for none.
     """
 
     options: Options
@@ -58,6 +60,7 @@ class Job:
     dtype: torch.dtype
     output: Path
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    caches: AttentionPlan | None = None
 
     @property
     def effort(self) -> Effort | None:

@@ -58,6 +58,7 @@ def prepare(
         dtype=decided.dtype,
         output=request.output,
         importance=decided.importance,
+        caches=decided.caches,
     )
     settled = Settled(
         options=job.options,

@@ -14,6 +14,7 @@ from auto_round.config.options import Options
 from auto_round.errors import ConfigError
 from auto_round.export.exporter import Exporter
 from auto_round.export.table import settle_formats
+from auto_round.pipeline.deciding.caches import refuse_formats
 from auto_round.pipeline.machine.device import choose_device, warn_of_threads
 from auto_round.report.draw import require_plotting
 from auto_round.schemes.scheme import parse_scheme
@@ -56,6 +57,7 @@ def make_request(options: Options, *, dataset: Any = None, output: Path | None =
     device = choose_device(options.model.device_map)
     warn_of_threads(device)
     options, formats = settle_formats(options)
+    refuse_formats(options.cache, formats)
     scheme = parse_scheme(options.scheme.scheme, options.scheme.overrides())
     scheme.weight_format()
     scheme.activation_format()

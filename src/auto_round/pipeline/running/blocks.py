@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from auto_round.calibration.observe import InputMoments
 from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
+from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Layer
 from auto_round.numerics.activation_float import FixedScale
 from auto_round.numerics.activation_int import FixedInt
@@ -63,6 +64,7 @@ class GroupResult:
         massive: tokens with massive activations in the unquantized output.
         errors: kind of layer -> relative error of its output, see `hard_cases.relative_error`.
         ranges: module -> extremes of its input, where the step of the input follows from them.
+        states: attention -> part -> its steps as stored, where these are calibrated.
     """
 
     layers: Mapping[str, tuple[Layer, QuantizedLayer]]
@@ -72,6 +74,7 @@ class GroupResult:
     massive: Massive
     errors: Mapping[str, float]
     ranges: InputRanges
+    states: Mapping[Attention, Mapping[str, Tensor]]
 
 
 def tune_group(
@@ -112,7 +115,11 @@ def tune_group(
         {_outside(name, prefixes): ends for name, ends in found.ranges.extremes.items()},
         tuple(_outside(name, prefixes) for name in found.ranges.borrowed),
     )
-    return GroupResult(layers, others, found.tuned, seen, found.massive, by_kind(found.errors), ranges)
+    attentions = _attentions(job, prefixes)
+    states = {attentions[n]: {p: s.step for p, s in each.items()} for n, each in found.states.items()}
+    return GroupResult(
+        layers, others, found.tuned, seen, found.massive, by_kind(found.errors), ranges, states
+    )
 
 
 def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTable) -> Unit:
@@ -137,7 +144,20 @@ def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTa
         blocks=[index - first for index in indices],
         device=job.device,
         percentile=job.options.calibration.act_percentile,
+        attentions=_attentions(job, prefixes),
+        caches=job.caches,
     )
+
+
+def _attentions(job: Job, prefixes: Mapping[str, str]) -> dict[str, Attention]:
+    """Name inside the group -> attention module that gets scales."""
+    modules = () if job.caches is None else job.caches.modules
+    return {
+        f"{position}.{each.module.removeprefix(prefix + '.')}": each
+        for each in modules
+        for position, prefix in prefixes.items()
+        if each.module.startswith(f"{prefix}.")
+    }
 
 
 def _formats(job: Job, indices: Sequence[int]) -> dict[str, Format]:

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from auto_round.calibration.observe import InputExtremes, InputMoments, observe_extremes, observe_inputs
+from auto_round.facts.attention import Attention
 from auto_round.facts.flow import States
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid_float import FloatGrid
+from auto_round.numerics.head_steps import HeadSteps
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.token_weights import Massive, massive_tokens, token_energy, token_weights
 from auto_round.pipeline.deciding.activations import to_calibrate
+from auto_round.pipeline.running.attention_states import StateRanges, observe_states, rounded_states
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
 from auto_round.pipeline.running.hard_cases import relative_error
 from auto_round.pipeline.running.input_ranges import InputRanges, settle_ranges
 from auto_round.pipeline.running.shared_numbers import bind_tied, tied_layers
 from auto_round.pipeline.running.streams import Streams
+from auto_round.schemes.attention import AttentionPlan
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.objective import PLAIN, Objective
 from auto_round.tuning.quantized_inputs import quantized_inputs
@@ -49,6 +53,8 @@ class Unit:
         blocks: their indices in the table.
         device: where they are.
         percentile: percent of the tokens that a range of inputs has to hold.
+        attentions: attention modules of the group that get scales.
+        caches: which scales; None for none.
     """
 
     group: BlockGroup
@@ -60,6 +66,8 @@ class Unit:
     blocks: Sequence[int]
     device: torch.device
     percentile: float = 100.0
+    attentions: Mapping[str, Attention] = field(default_factory=dict)
+    caches: AttentionPlan | None = None
 
     def arguments(self, first_row: int = 0) -> GroupArguments:
         """Arguments of the group for rows of the table, counted from `first_row`."""
@@ -84,6 +92,7 @@ class TunedUnit:
         errors: parameter -> relative error of its output, see `hard_cases.relative_error`.
         ranges: module -> extremes of its input, where the step of the input follows from them.
         activations: module -> what its input is rounded to, with that step.
+        states: attention module -> part -> its steps, where these are calibrated.
     """
 
     tuned: TunedBlock
@@ -94,6 +103,7 @@ class TunedUnit:
     errors: Mapping[str, float]
     ranges: InputRanges
     activations: Mapping[str, ActivationFormat]
+    states: Mapping[str, Mapping[str, HeadSteps]]
 
 
 def tune_unit(
@@ -120,16 +130,17 @@ def tune_unit(
         UnsupportedError: the number of an input follows from calibration, and no token reached the layer.
     """
     group, arguments = unit.group, unit.arguments()
-    moments, extremes = _references(unit, streams, arguments, config.pass_rows)
+    moments, extremes, seen = _references(unit, streams, arguments, config.pass_rows)
     importance = {n: found for n, m in moments.items() if (found := m.importance()) is not None}
     energies = [torch.stack([token_energy(row) for row in target]) for target in streams.targets]
     weights = tuple(token_weights(energy, streams.mask_of(i)) for i, energy in enumerate(energies))
     ranges = settle_ranges({name: seen.value() for name, seen in extremes.items()})
     activations = ranges.formats(unit.activations)
+    steps = _state_steps(unit, seen)
     formats = bound_formats(unit.formats, unit.originals)
     inputs = streams.quantized if from_quantized else streams.reference
     count = streams.tuned
-    with quantized_inputs(group, activations):
+    with quantized_inputs(group, activations), rounded_states(group, steps):
         tuned = tune_block(
             group,
             {n: WeightTask(fmt, unit.originals[n], importance.get(n)) for n, fmt in formats.items()},
@@ -148,7 +159,14 @@ def tune_unit(
         _advance(unit, rounded | retrained, streams, arguments, config.pass_rows)
     massive, errors = massive_tokens(energies[0], streams.masks), _errors(unit, rounded, importance)
     both = rounded | retrained
-    return TunedUnit(tuned, both, importance, moments, massive, errors, ranges, activations)
+    return TunedUnit(tuned, both, importance, moments, massive, errors, ranges, activations, steps)
+
+
+def _state_steps(unit: Unit, seen: Mapping[str, StateRanges]) -> dict[str, dict[str, HeadSteps]]:
+    """Attention module -> part -> its steps, where these are calibrated."""
+    if unit.caches is None:
+        return {}
+    return {name: seen[name].steps(unit.caches, attention) for name, attention in unit.attentions.items()}
 
 
 def _errors(
@@ -213,14 +231,14 @@ def _samples(
 
 def _references(
     unit: Unit, streams: Streams, arguments: GroupArguments, at_once: int
-) -> tuple[dict[str, InputMoments], Mapping[str, InputExtremes]]:
+) -> tuple[dict[str, InputMoments], Mapping[str, InputExtremes], Mapping[str, StateRanges]]:
     """Run the unquantized blocks: their outputs become the targets, their inputs are measured on the way.
 
     Inputs are those of the unquantized stream, over the rows that are tuned on.
 
     Returns:
         Parameter -> sums of squares and of products of its inputs; module -> extremes of its input, where the
-        step of the input follows from them.
+        step of the input follows from them; attention module -> what was seen of its states.
     """
     everything = Samples(streams.reference, streams.reference, arguments)
     masks, tuned = streams.masks, range(streams.tuned)
@@ -229,11 +247,12 @@ def _references(
     with (
         observe_inputs(unit.group, unit.observed, mask_of) as seen,
         observe_extremes(unit.group, ranged, mask_of, unit.percentile) as extremes,
+        observe_states(unit.group, list(unit.attentions), mask_of) as states,
     ):
         run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=tuned, device=unit.device)
     rest = range(streams.tuned, streams.rows)
     run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=rest, device=unit.device)
-    return {name + _WEIGHT: moments for name, moments in seen.items()}, extremes
+    return {name + _WEIGHT: moments for name, moments in seen.items()}, extremes, states
 
 
 def _advance(

@@ -18,6 +18,7 @@ from auto_round.checkpoint.writer import ShardWriter
 from auto_round.errors import CheckpointError
 from auto_round.export.exporter import Exporter
 from auto_round.export.manifest import Manifest
+from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Layer
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.pipeline.deciding.job import Job
@@ -105,6 +106,13 @@ class Outputs:
         written: Written = {}
         for output in self._outputs:
             written |= output.put_plain(tensor_name, tensor)
+        return written
+
+    def put_scales(self, attention: Attention, scales: Mapping[str, Tensor]) -> Written:
+        """Write the scales of an attention in every format; what was written."""
+        written: Written = {}
+        for output in self._outputs:
+            written |= output.put(output.exporter.encode_scales(attention, scales))
         return written
 
     def put_embedding(self) -> tuple[Tensor, Written] | None:

@@ -92,7 +92,7 @@ def test_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
         str(tmp_path / "out"),
     ]
     assert main([*words, "--dry-run"]) == 0
-    assert "bits per weight" in capsys.readouterr().out
+    assert "chosen:  5 bits: 4." in capsys.readouterr().out
     assert main(words) == 0
     plans = sorted(tmp_path.glob("out/*/*/auto_scheme.json"))
     assert [plan.parent.name for plan in plans] == ["5bits", "6bits"]

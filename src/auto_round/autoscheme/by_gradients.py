@@ -64,8 +64,9 @@ def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[
         with open_block(setting, index, table, mine) as opened:
             if mine:
                 opened.observe(boundaries[index], mine, masks)
-            sums = _errors(opened, mine, boundaries[index], gradients)
+            sums = _errors(opened, mine, boundaries[index], boundaries[index + 1], gradients)
             _move_back(opened, boundaries[index], gradients)
+        del boundaries[index + 1 :]
         for part in mine:
             yield part, [sums.get((part, o), 0.0) / (2 * DRAWS * tokens) for o in setting.options]
         _save(scratch / SAVED, index, gradients)
@@ -124,19 +125,31 @@ def _draw(likely: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _errors(
-    opened: OpenBlock, parts: Sequence[Part], inputs: States, gradients: Sequence[States]
+    opened: OpenBlock, parts: Sequence[Part], inputs: States, outputs: States, gradients: Sequence[States]
 ) -> dict[tuple[Part, int], float]:
-    """Sum of (gradient x error)^2 for each part and option that rounds it."""
+    """Sum of (gradient x error)^2 for each part and option that rounds it.
+
+    Args:
+        opened: the block.
+        parts: parts of it.
+        inputs: what flows into it.
+        outputs: what flows out of it when nothing is rounded.
+        gradients: of each draw, with respect to what flows out.
+    """
     setting = opened.setting
+    sums: dict[tuple[Part, int], float] = {}
     trials = [(part, o) for part in parts for o in setting.options if not setting.keeps(part, o)]
-    rounded = {trial: opened.rounded(*trial) for trial in trials}
-    sums = dict.fromkeys(trials, 0.0)
     with torch.no_grad():
-        for rows in opened.batches():
-            states, behind = taken(inputs, rows), [taken(g, rows) for g in gradients]
-            clean = opened.run(states, rows)
-            for trial in trials:
-                sums[trial] += _weighed(clean, opened.run(states, rows, rounded[trial]), behind)
+        for trial in trials:
+            rounded = opened.rounded(*trial)
+            sums[trial] = sum(
+                _weighed(
+                    taken(outputs, rows),
+                    opened.run(taken(inputs, rows), rows, rounded),
+                    [taken(g, rows) for g in gradients],
+                )
+                for rows in opened.batches()
+            )
     return sums
 
 
@@ -144,7 +157,7 @@ def _weighed(clean: States, found: States, gradients: Sequence[States]) -> float
     """Sum of (gradient x error)^2 over draws, rows, positions and channels."""
     total = 0.0
     for state, (before, after) in enumerate(zip(clean, found, strict=True)):
-        error = after.float() - before.float()
+        error = after.float() - before.to(after.device).float()
         for gradient in gradients:
             product = gradient[state].to(error.device) * error
             total += float(product.square().sum(dim=-1).double().sum())

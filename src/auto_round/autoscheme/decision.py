@@ -88,6 +88,7 @@ class Decision:
         return {
             "made_by": "AutoScheme",
             "use": "edit and give it back: --layer_config THIS_FILE, in Python layer_config=THIS_FILE",
+            "reached": self.summary,
             "target": self.target.text,
             "average_bits": round(self.average, 4),
             "predicted_kl": self.choice.loss,

@@ -27,6 +27,8 @@ def _lines(result: Result) -> Iterator[tuple[str, str]]:
         yield "written", str(folder)
         times = report["bytes_before"] / after
         yield "size", f"{size(report['bytes_before'])} -> {size(after)} ({times:.2f} times smaller)"
+    if chosen := report.get("auto_scheme"):
+        yield "chosen", chosen["reached"]
     yield from _quality(report)
     for name, checked in report.get("verified", {}).items():
         if "skipped" in checked:

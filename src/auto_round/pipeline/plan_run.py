@@ -52,6 +52,8 @@ class DryRun:
         expected = self.estimate
         disk = expected.output_bytes + expected.scratch_bytes
         lines = [self.table, ""]
+        if self.job.options.chosen is not None:
+            lines += [f"chosen:  {self.job.options.chosen['reached']}"]
         lines += [f"method:  {_method(self.job)}", f"device:  {_device(self.job)}"]
         memory = f"memory:  about {_size(expected.host_bytes)} at the peak"
         if self.available_bytes:

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from auto_round.errors import CheckpointError
 from auto_round.layouts.gguf import GGUF_BLOCKS
-from auto_round.layouts.gguf_fields import Half, NibblePairs, Planes, SignedCodes, SixBitPairs, SixBitSigned
+from auto_round.layouts.gguf_fields import (
+    Half,
+    NibblePairs,
+    Octet,
+    Planes,
+    SignedCodes,
+    SixBitPairs,
+    SixBitSigned,
+)
 from auto_round.numerics.presets import FORMATS, GGUF_FORMATS, int_format
 from auto_round.testing.layout_kit import check_round_trip
 from auto_round.testing.slow_block_reader import READERS, read_blocks
@@ -27,17 +35,19 @@ BITS = {
     "q4_k": 4.5,
     "q5_k": 5.5,
     "q6_k": 6.5625,
+    "mxfp4": 4.25,
 }
 every_type = pytest.mark.parametrize("name", GGUF_BLOCKS)
 
 
 def same_bits(a, b):
-    """Whether two float32 tensors are the same bits, any NaN for any other."""
+    """Whether two float32 tensors are the same bits, any NaN for any other, and any zero for any other."""
+    a, b = a + 0.0, b + 0.0
     return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
 
 
 def random_octets(name, rows, blocks, seed, finite=True):
-    """Blocks of random bytes; the high byte of float16 fields is kept below infinity where `finite`."""
+    """Blocks of random bytes; where `finite`, fields of scales are no infinities and no NaN."""
     layout = GGUF_BLOCKS[name]
     generator = torch.Generator().manual_seed(seed)
     octets = torch.randint(0, 256, (rows, blocks, layout.block_bytes), generator=generator).to(torch.uint8)
@@ -45,6 +55,8 @@ def random_octets(name, rows, blocks, seed, finite=True):
     for field in layout.fields:
         if finite and isinstance(field, Half):
             octets[..., at + 1] = torch.where(octets[..., at + 1] & 0x7C == 0x7C, 0x31, octets[..., at + 1])
+        if finite and isinstance(field, Octet):
+            octets[..., at] = octets[..., at].clamp_max(254)
         at += field.size
     return octets.reshape(rows, -1)
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from auto_round.schemes.gguf_mixture import MixtureFacts, Shape
+from auto_round.schemes.gguf_mixture import BY_PLACE, MixtureFacts, Shape
 from auto_round.schemes.gguf_types import FILE_TYPES
 
 TABLES = Path(__file__).parent / "gguf_tables.json"
@@ -82,7 +82,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Models by what is special about them, as the driver of llama.cpp's quantizer wants them."""
 
-FILES = {name: kind.number for name, kind in FILE_TYPES.items() if name != "q2_k_mixed"}
+FILES = {name: kind.number for name, kind in FILE_TYPES.items() if name not in BY_PLACE}
 """File types by name."""
 
 

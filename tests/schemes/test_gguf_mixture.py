@@ -88,6 +88,16 @@ def test_block_bytes_agree_with_the_layouts() -> None:
             )
 
 
+@pytest.mark.parametrize(("file", "dense"), [("mxfp4_moe", "q8_0"), ("mxfp4", "mxfp4")])
+def test_mxfp4_holds_experts(file: str, dense: str) -> None:
+    """As llama.cpp's quantizer: stacked tensors in MXFP4, all others in Q8_0; ours has all layers in it."""
+    model = next(m for m in MODELS.values() if m["n_expert"])
+    chosen = choose_types(facts(model), FILE_TYPES[file], shapes(model))
+    assert {t for n, t in chosen.items() if n.endswith("_exps.weight")} == {"mxfp4"}
+    assert {t for n, t in chosen.items() if "attn_q.weight" in n} == {dense}
+    assert {chosen[n] for n in ("token_embd.weight", "output.weight") if n in chosen} == {"q8_0"}
+
+
 def test_numbers_are_those_of_the_gguf_package() -> None:
     gguf = pytest.importorskip("gguf")
     for name, kind in TYPES.items():
@@ -95,7 +105,7 @@ def test_numbers_are_those_of_the_gguf_package() -> None:
         assert theirs.name.lower() == name
         assert gguf.GGML_QUANT_SIZES[theirs] == (kind.block, kind.block_bytes)
     for name, file in FILE_TYPES.items():
-        if name not in ("q2_k_mixed",):
+        if name not in ("q2_k_mixed", "mxfp4"):
             assert gguf.LlamaFileType(file.number).name.removeprefix("MOSTLY_").lower() == name
 
 

@@ -19,6 +19,7 @@ from auto_round.layouts.gguf_fields import (
     Field,
     Half,
     NibblePairs,
+    Octet,
     Planes,
     SignedBytes,
     SignedCodes,
@@ -134,5 +135,6 @@ GGUF_BLOCKS: dict[str, GGUFBlocks] = {
     "q6_k": _blocks(
         "q6_k", 256, Planes(256, 0, 4, 64), Planes(256, 4, 2, 32), SignedBytes("sc", 16), Half("d")
     ),
+    "mxfp4": _blocks("mxfp4", 32, Octet("exponent"), _NIBBLES),
 }
 """Layouts of GGUF blocks by the name of their format."""

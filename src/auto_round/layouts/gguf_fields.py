@@ -120,6 +120,26 @@ class Half:
 
 
 @dataclass(frozen=True, slots=True)
+class Octet:
+    """One byte (MXFP4: the biased power of two).
+
+    Attributes:
+        part: its name in `Scale.parts`.
+    """
+
+    part: str
+    size: int = 1
+
+    def pack(self, contents: Contents) -> Tensor:
+        """As it is."""
+        return contents[self.part]
+
+    def unpack(self, octets: Tensor) -> dict[str, Tensor]:
+        """As it is."""
+        return {self.part: octets}
+
+
+@dataclass(frozen=True, slots=True)
 class SignedBytes:
     """Multiples of 8 bits as signed bytes (Q6_K)."""
 

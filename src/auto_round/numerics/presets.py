@@ -9,6 +9,7 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.group import Group
 from auto_round.numerics.multiples import Multiples
+from auto_round.numerics.presets_float import mx_format
 from auto_round.numerics.scale import ScaleRule
 from auto_round.numerics.scale_affine import Affine
 from auto_round.numerics.scale_integer import MinMax, SignedMax
@@ -65,6 +66,7 @@ GGUF_FORMATS: dict[str, Format] = {
         _gguf("q4_k", 4, 32, _k_affine(6, 8)),
         _gguf("q5_k", 5, 32, _k_affine(6, 8)),
         _gguf("q6_k", 6, 16, SharedSigned(Multiples(8, 16, -128))),
+        mx_format("fp4"),
     )
 }
 """Block types of GGUF files by their name in llama.cpp, in lower case. Source: `ggml-common.h`.
@@ -80,7 +82,7 @@ FORMATS: dict[str, Format] = {
             for s in (True, False)
             for d in (torch.bfloat16, torch.float32)
         ),
-        *GGUF_FORMATS.values(),
+        *(fmt for fmt in GGUF_FORMATS.values() if isinstance(fmt.grid, IntGrid)),
     )
 }
-"""Formats by name: what the conformance kits run over."""
+"""Formats of whole numbers by name: what the conformance kits run over, beside `FLOAT_FORMATS`."""

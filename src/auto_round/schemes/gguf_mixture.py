@@ -1,7 +1,7 @@
 """GGUF mixtures: which type each tensor of a file gets, as llama.cpp's own quantizer chooses it.
 
 Source of every rule: `llama_tensor_get_type_impl`, `tensor_type_fallback` and `tensor_allows_quantization`
-of llama.cpp, src/llama-quant.cpp, without the IQ, TQ and MXFP4 types; `tests/schemes/gguf_tables.json` holds
+of llama.cpp, src/llama-quant.cpp, without the IQ and TQ types; `tests/schemes/gguf_tables.json` holds
 what that quantizer chose for whole models.
 """
 
@@ -161,8 +161,14 @@ NARROWER_ROWS: Mapping[str, str] = {
 }
 """Type for rows that are no multiple of 256; 16 bits when they are no multiple of 32 either."""
 
-MIXED = "q2_k_mixed"
-"""The one mixture that llama.cpp does not have: Q2_K for routed experts, Q4_K between, Q8_0 outside."""
+BY_PLACE: Mapping[str, tuple[str, str, str]] = {
+    "q2_k_mixed": ("q2_k", "q4_k", "q8_0"),
+    "mxfp4_moe": ("mxfp4", "q8_0", "q8_0"),
+    "mxfp4": ("mxfp4", "mxfp4", "q8_0"),
+}
+"""Mixtures with one type for routed experts, one for the other layers, and one for embedding and head.
+
+llama.cpp has the second only; the last is for models without experts, and for those stored in MXFP4."""
 
 _KEPT_NAMES = (
     "_norm.weight",
@@ -286,8 +292,8 @@ def _choose(
     base = wanted.base
     if TYPES[base].preset is None:
         return base
-    if wanted.name == MIXED:
-        return _mixed(tensor.name, category)
+    if wanted.name in BY_PLACE:
+        return _by_place(tensor.name, category, *BY_PLACE[wanted.name])
     if category is Category.HEAD or (tied and category is Category.EMBEDDING):
         plain = facts.arch == "falcon" or not TYPES[base].fits(tensor.shape[-1]) or base == "q8_0"
         return "q8_0" if plain else "q6_k"
@@ -299,10 +305,10 @@ def _choose(
     return chosen
 
 
-def _mixed(name: str, category: Category) -> str:
+def _by_place(name: str, category: Category, experts: str, layers: str, outside: str) -> str:
     if category in (Category.HEAD, Category.EMBEDDING):
-        return "q8_0"
-    return "q2_k" if _EXPERTS.search(name) else "q4_k"
+        return outside
+    return experts if _EXPERTS.search(name) else layers
 
 
 def _applies(

@@ -69,6 +69,7 @@ TYPES: Mapping[str, GgufType] = MappingProxyType(
             GgufType("q4_k", 12, 256, 144, "GGUF:Q4_K_S"),
             GgufType("q5_k", 13, 256, 176, "GGUF:Q5_K_S"),
             GgufType("q6_k", 14, 256, 210, "GGUF:Q6_K"),
+            GgufType("mxfp4", 39, 32, 17, "GGUF:MXFP4"),
         )
     }
 )
@@ -117,6 +118,8 @@ FILE_TYPES: Mapping[str, FileType] = MappingProxyType(
             FileType("q5_k_s", 16, "q5_k"),
             FileType("q5_k_m", 17, "q5_k"),
             FileType("q6_k", 18, "q6_k"),
+            FileType("mxfp4_moe", 38, "mxfp4"),
+            FileType("mxfp4", 38, "mxfp4"),
         )
     }
 )

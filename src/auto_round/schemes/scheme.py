@@ -319,6 +319,8 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
     "GGUF:Q4_K_M": _row(4, 32, **_K_ASYM),
     "GGUF:Q5_K_S": _row(5, 32, **_K_ASYM),
     "GGUF:Q5_K_M": _row(5, 32, **_K_ASYM),
+    "GGUF:MXFP4": _row(4, 32, "mx_fp"),
+    "GGUF:MXFP4_MOE": _row(4, 32, "mx_fp"),
     "GGUF:Q6_K": _row(6, 16, "int_sym_dq", super_bits=8, super_group_size=16),
 }
 """Preset name -> scheme. A new whole-number format is one row here."""

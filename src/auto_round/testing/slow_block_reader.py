@@ -5,6 +5,7 @@ It shares no code with `auto_round.layouts.gguf`. Source of the offsets: llama.c
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 
@@ -75,6 +76,16 @@ def _q6_k(b: bytes, i: int) -> Parts:
     return _half(b, 208), sc, (low | _pair(b, i, 128) << 4) - 32, 0.0, 0
 
 
+_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12)
+"""Magnitudes of FP4 codes, twice."""
+
+
+def _mxfp4(b: bytes, i: int) -> Parts:
+    code = _small(b, i, 1, fifth=False)
+    step = math.nan if b[0] == 255 else 2.0 ** (b[0] - 128)
+    return step, 1, -_DOUBLED[code & 7] if code & 8 else _DOUBLED[code], 0.0, 0
+
+
 READERS: dict[str, tuple[int, int, Callable[[bytes, int], Parts]]] = {
     "q4_0": (32, 18, lambda b, i: (_half(b, 0), 1, _small(b, i, 2, fifth=False) - 8, 0.0, 0)),
     "q4_1": (32, 20, lambda b, i: (_half(b, 0), 1, _small(b, i, 4, fifth=False), _half(b, 2), -1)),
@@ -86,6 +97,7 @@ READERS: dict[str, tuple[int, int, Callable[[bytes, int], Parts]]] = {
     "q4_k": (256, 144, _q4_k),
     "q5_k": (256, 176, _q5_k),
     "q6_k": (256, 210, _q6_k),
+    "mxfp4": (32, 17, _mxfp4),
 }
 """Type -> weights in a block, bytes of a block, and what one weight is made of."""
 

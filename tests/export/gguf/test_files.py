@@ -108,7 +108,8 @@ def test_blocks_are_those_of_the_formats(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["gguf:q4_0", "gguf:q5_1", "gguf:q8_0", "gguf:q2_k_s", "gguf:q3_k_l", "gguf:q6_k"]
+    "form",
+    ["gguf:q4_0", "gguf:q5_1", "gguf:q8_0", "gguf:q2_k_s", "gguf:q3_k_l", "gguf:q6_k", "gguf:mxfp4"],
 )
 def test_other_types(form: str, llama: Path, tmp_path: Path) -> None:
     result = _run(llama, tmp_path / "out", form)

@@ -31,6 +31,7 @@ LARGEST_ERROR: Mapping[str, float] = {
     "q4_k": 0.4,
     "q4_1": 0.4,
     "q4_0": 0.4,
+    "mxfp4": 0.5,
     "q3_k": 0.7,
     "q2_k": 1.0,
 }

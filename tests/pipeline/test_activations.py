@@ -153,7 +153,7 @@ def test_verification_finds_one_layer_packed_wrongly(tiny, tmp_path, monkeypatch
         ("qwen3_moe", EXPERTS, {"format": "llm_compressor"}, "share one parameter"),
         ("llama", {}, {"format": "llm_compressor", "quant_lm_head": True}, "outside of the blocks"),
         ("llama", {}, {"format": "auto_round"}, "leave activations alone"),
-        ("llama", {}, {"format": "llm_compressor", "act_dynamic": False}, "fixed at calibration"),
+        ("llama", {}, {"format": "llm_compressor", "act_dynamic": False}, "a step that calibration fixes"),
         ("llama", {}, {"format": "llm_compressor", "act_group_size": 32}, "groups of 32"),
         ("llama", {}, {"format": "llm_compressor", "scale_dtype": "fp16"}, "model's dtype"),
     ],

@@ -20,6 +20,7 @@ from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
+from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
@@ -89,6 +90,10 @@ def refuse_unloadable(who: str, layer: Layer, fmt: Format, layout: Layout) -> Re
         fmt: its format.
         layout: order of bytes that it would get.
     """
+    if isinstance(fmt.grid, FloatGrid):
+        return Refusal(
+            who, f"holds whole numbers, not {fmt.name}", "keep these layers, or use another format"
+        )
     bits, n_in = fmt.grid.bits, layer.shape[1]
     if bits not in LOADABLE_BITS:
         return Refusal(

@@ -138,13 +138,17 @@ def all_refusals(
     found = exporter.refusals(plan, layers)
     if loading is not None:
         found += exporter.unloadable(plan, layers, loading)
-    wanted = [fmt for name in plan.quantized if (fmt := plan.activation_of(name)) is not None]
-    lost = [fmt for fmt in wanted if not exporter.holds_activation(fmt)]
+    lost = _lost_inputs(exporter, plan)
     if not lost:
         return found
-    reason = f"its readers leave activations alone, this plan quantizes those of {len(lost)} layers"
-    others = [e.name for e in EXPORTERS.values() if all(map(e.holds_activation, dict.fromkeys(wanted)))]
-    return [Refusal(exporter.name, reason, f"use the format {' or '.join(others)}"), *found]
+    reason = f"its readers leave activations alone, this plan quantizes those of {lost} layers"
+    return [Refusal(exporter.name, reason, "use another format, or act_bits 16"), *found]
+
+
+def _lost_inputs(exporter: Exporter, plan: Plan) -> int:
+    """How many layers have rounded inputs of which a format cannot say so."""
+    wanted = (plan.activation_of(name) for name in plan.quantized)
+    return sum(1 for fmt in wanted if fmt is not None and not exporter.holds_activation(fmt))
 
 
 def scale_dtype(exporters: Iterable[Exporter], model: torch.dtype, data_type: str) -> str | None:
@@ -198,6 +202,6 @@ def _writes(exporter: Exporter, scheme: QuantizationScheme) -> bool:
     try:
         for scheme in schemes.values():
             scheme.weight_format()
-        return not all_refusals(exporter, plan, layers)
+        return not _lost_inputs(exporter, plan) and not exporter.refusals(plan, layers)
     except UnsupportedError:
         return False

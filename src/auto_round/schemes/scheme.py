@@ -171,10 +171,11 @@ class QuantizationScheme(Mapping[str, Any]):
             return None
         found = _formats(self)
         if isinstance(found, Refusal):
+            if found.remedy:  # fields that do not go together: other schemes are no help
+                raise UnsupportedError(f"there is no scheme {self.label}", [found])
+            name = " / ".join(self.presets) or self.label
             raise UnsupportedError(
-                f"scheme {' / '.join(self.presets) or self.label} is not there yet; use one of "
-                + ", ".join(integer_presets()),
-                [found],
+                f"scheme {name} is not there yet; use one of {', '.join(integer_presets())}", [found]
             )
         return found[0]
 

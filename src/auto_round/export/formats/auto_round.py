@@ -147,7 +147,7 @@ def refuse_floats(who: str, layer: Layer, fmt: Format, layout: Layout) -> Refusa
         reason = "Transformers does not load scales of blocks of several rows from it"
         return Refusal(who, reason, "use the format llm_compressor")
     refusal = layout.accepts(fmt, layer.shape)
-    return refusal and replace(refusal, who=who, remedy=refusal.remedy or "use the format fake")
+    return refusal and replace(refusal, who=who, remedy=refusal.remedy or "use another format")
 
 
 def _fitting(plan: Plan, layers: Sequence[Layer]) -> str:

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 from auto_round.config.options import Options
-from auto_round.errors import Refusal, UnsupportedError
+from auto_round.errors import AutoRoundError, Refusal, UnsupportedError
 from auto_round.export.exporter import Exporter
 from auto_round.export.planning import Planned
-from auto_round.export.table import all_refusals, scale_dtype
+from auto_round.export.table import EXPORTERS, all_refusals, scale_dtype
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.unaddressed import refuse_nothing, with_unaddressed, without_kept
 from auto_round.schemes.make import make_plan
@@ -32,7 +32,7 @@ def plan_together(
         UnsupportedError: a format cannot hold the plan; names those that can.
     """
     plan = _plan(options, source, asked)
-    exporters = _exporters(asked, plan, source)
+    exporters = _exporters(asked, plan, source, options)
     notes = [note for exporter in asked for note in exporter.warnings(plan, source.layers)]
     return Planned(plan, exporters, notes=(*plan.warnings, *notes))
 
@@ -66,7 +66,9 @@ def _objections(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> i
     return len(_refused(asked, plan, source)) + sum(len(e.warnings(plan, source.layers)) for e in asked)
 
 
-def _exporters(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> dict[str, Exporter]:
+def _exporters(
+    asked: Sequence[Exporter], plan: Plan, source: ModelSource, options: Options
+) -> dict[str, Exporter]:
     """Format name -> exporter with its variant decided.
 
     Raises:
@@ -76,5 +78,22 @@ def _exporters(asked: Sequence[Exporter], plan: Plan, source: ModelSource) -> di
     if refused:
         others = [e.name for e in asked if all(r.who != e.name for r in refused)]
         alone = f"; {', '.join(others)} can: run once for each format that is left" if others else ""
+        if not others and (able := _able(options, source, asked)):
+            alone = f"; formats that can: {', '.join(able)}"
         raise UnsupportedError(f"this plan cannot be written as asked{alone}", refused)
     return {e.name: e.for_plan(plan, source.layers) for e in asked}
+
+
+def _able(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> list[str]:
+    """Other formats that hold what is asked for, each with the plan that it would get alone."""
+    found = []
+    for exporter in EXPORTERS.values():
+        if exporter in asked or exporter.planner is not None:
+            continue
+        try:
+            plan = _plan(options, source, [exporter])
+        except AutoRoundError:
+            continue
+        if not _refused([exporter], plan, source):
+            found.append(exporter.name)
+    return found

@@ -64,6 +64,11 @@ def test_matrices_of_one_parameter_and_the_experts_of_a_block_join() -> None:
     assert len(group_layers(experts, [x.name for x in experts])) == 1
 
 
+def test_a_malformed_pattern_is_refused_by_its_own_option() -> None:
+    with pytest.raises(ConfigError, match=r'shared_layers "\(o_proj" is not a valid'):
+        group_layers(LAYERS, NAMES, [["(o_proj"]])
+
+
 @pytest.mark.parametrize("key", ["o_prj", "*.o_prj", "model.layers.7.mlp.down_proj"])
 def test_a_pattern_that_matches_nothing_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=r"shared_layers .* matches no layer.*"):

@@ -148,6 +148,10 @@ def test_options_that_share_no_format_are_refused_before_work(small: Any, tmp_pa
         chosen(small(), tmp_path / "out", format="auto_awq", sym=False)
     with pytest.raises(ConfigError, match="unknown scheme"):
         chosen(small(), tmp_path / "out", scheme_options="W4A16,W9A16")
+    with pytest.raises(ConfigError, match="bits: the options of AutoScheme differ"):
+        chosen(small(), tmp_path / "out", bits=4)
+    with pytest.raises(ConfigError, match="plan of its own"):
+        chosen(small(), tmp_path / "out", format="auto_round,gguf:q4_0")
 
 
 @pytest.mark.parametrize(

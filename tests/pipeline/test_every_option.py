@@ -121,6 +121,14 @@ SHOWN_ELSEWHERE = {
 }
 
 SILENT = {
+    "ignore_scale_zp_bits": (True, {}),
+    "score_method": ("kl", {}),
+    "score_nsamples": (3, {}),
+    "score_seqlen": (3, {}),
+    "score_batch_size": (3, {}),
+    "score_dataset": ("python-docs", {}),
+    "score_device_map": ("cpu", {}),
+    "score_low_gpu_mem_usage": (False, {}),
     "lr": (0.1, PLAIN),
     "minmax_lr": (0.1, {"enable_minmax_tuning": False}),
     "lr_scheduler": (lambda step, iters: 1.0, PLAIN),

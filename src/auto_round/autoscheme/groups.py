@@ -68,7 +68,7 @@ def _user_sets(layers: Sequence[Layer], shared: Sequence[Sequence[str]]) -> list
         exact = [key for key in entry if key in names]
         inside: dict[int | None, list[str]] = {}
         for key in entry:
-            found = find_layers(key, names)
+            found = find_layers(key, names, "shared_layers")
             if not found:
                 raise ConfigError(f'shared_layers "{key}" matches no layer; {nearest_layers(key, names)}')
             for name in found:

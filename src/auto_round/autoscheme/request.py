@@ -10,6 +10,7 @@ from auto_round.autoscheme.plan_file import written
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
 from auto_round.export.table import plans_alone
+from auto_round.log import logger
 from auto_round.schemes.gguf_types import FORMAT_PREFIX, SCHEME_PREFIX, TYPES, file_type
 from auto_round.schemes.scheme import parse_scheme
 
@@ -31,8 +32,14 @@ def read_options(options: Options) -> tuple[Option, ...]:
     """The schemes to choose from, each once.
 
     Raises:
-        ConfigError: an unknown scheme, GGUF types beside others, or formats that share no plan.
+        ConfigError: an unknown scheme, GGUF types beside others, formats that share no plan, or single fields
+            that would make all options alike.
     """
+    alike = [name for name in ("bits", "data_type") if name in options.scheme.overrides()]
+    if alike:
+        raise ConfigError(f"{', '.join(alike)}: the options of AutoScheme differ in it; leave it out")
+    if "scheme" in options.given:
+        logger.warning("scheme has no effect: AutoScheme chooses among %s", options.auto.scheme_options)
     found: dict[Any, Option] = {}
     for value in options.auto.scheme_options:
         given = _pure_type(value) if isinstance(value, str) else value

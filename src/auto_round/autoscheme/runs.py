@@ -22,6 +22,7 @@ from auto_round.export.table import scale_dtype
 from auto_round.facts.layer import Role
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.pipeline.deciding.decide import Decided, decide
+from auto_round.pipeline.deciding.fetch_rows import refuse_unknown_tokens
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer, open_model
 from auto_round.pipeline.deciding.request import Request, make_request
@@ -198,6 +199,7 @@ def _setting(
     request: Request, opened: Opened, decided: Decided, candidates: Candidates, given: Given
 ) -> Setting:
     rows = _rows(request.options, opened, given)
+    refuse_unknown_tokens(rows, opened.source)
     opened.source.refuse_untraceable()
     job = Job(
         options=opened.options,

@@ -141,22 +141,23 @@ def match_rule(
     return Match(rule, frozenset(found))
 
 
-def find_layers(key: str, names: Mapping[str, None]) -> list[str]:
+def find_layers(key: str, names: Mapping[str, None], option: str) -> list[str]:
     """Layers that a name or pattern names, as in `layer_config`; `*.q_proj` works too.
 
     Args:
         key: exact name, part of a name, regular expression, or shell pattern that begins with `*`.
         names: every layer, as keys.
+        option: what the user wrote it in, for errors.
 
     Raises:
         ConfigError: a malformed expression.
     """
     if key.startswith("*"):  # no regular expression begins so
         return fnmatch.filter(names, key)
-    return _find(key, names)[2]
+    return _find(key, names, option)[2]
 
 
-def _find(key: str, names: Mapping[str, None]) -> tuple[Kind, str, list[str]]:
+def _find(key: str, names: Mapping[str, None], option: str = "layer_config") -> tuple[Kind, str, list[str]]:
     """Kind of a key, the expression that stands for it, and the names it finds."""
     if key in names:
         return Kind.EXACT, re.escape(key), [key]
@@ -170,7 +171,7 @@ def _find(key: str, names: Mapping[str, None]) -> tuple[Kind, str, list[str]]:
             if found:
                 return Kind.PARTIAL, _anchored(regex), found
         return Kind.PARTIAL, part, []
-    pattern = _compile(key)
+    pattern = _compile(key, option)
     found = [name for name in names if pattern.search(name)]
     return Kind.REGEX, _widened(key, set(found), names), found
 
@@ -219,7 +220,7 @@ def loose_number(match: Match, names: Iterable[str]) -> str | None:
     )
 
 
-def _compile(key: str) -> re.Pattern[str]:
+def _compile(key: str, option: str = "layer_config") -> re.Pattern[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sets within sets and the like: legal, and no business of the user
         try:
@@ -227,11 +228,11 @@ def _compile(key: str) -> re.Pattern[str]:
         except re.error as error:
             where = "" if error.pos is None else f" at position {error.pos}"
             raise ConfigError(
-                f'layer_config "{key}" is not a valid regular expression: {error.msg}{where}; '
+                f'{option} "{key}" is not a valid regular expression: {error.msg}{where}; '
                 'write ".*" for anything and "\\." for a dot'
             ) from error
         except (OverflowError, RecursionError) as error:
-            raise ConfigError(f'layer_config "{key}" is not a valid regular expression: {error}') from error
+            raise ConfigError(f'{option} "{key}" is not a valid regular expression: {error}') from error
 
 
 def match_ignored(

@@ -118,6 +118,20 @@ IDLE: Final = (
         "no activation scale is fixed at calibration (--disable_act_dynamic, or a scheme such as FP8_STATIC)",
         lambda run: not run.tune.ranges,
     ),
+    Idle(
+        (
+            "ignore_scale_zp_bits",
+            "score_method",
+            "score_nsamples",
+            "score_seqlen",
+            "score_batch_size",
+            "score_dataset",
+            "score_device_map",
+            "score_low_gpu_mem_usage",
+        ),
+        "no schemes are chosen (--avg_bits 4 --options W2A16,W4A16,W8A16)",
+        lambda run: run.options.chosen is None,
+    ),
     Idle(("platform",), "the model is a folder and the data need no hub", lambda run: _is_local(run)),
 )
 """One row for each reason; formats add their own (`Exporter.idle`)."""

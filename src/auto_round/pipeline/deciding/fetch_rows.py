@@ -58,7 +58,7 @@ def fetch_rows(opened: Opened, decided: Decided, *, dataset: Any = None, dry: bo
         tokenizer = load_tokenizer(options, source, required=True)
     data = _rows(options, decided.tune, tokenizer, dataset)
     if data.rows is not None:
-        _refuse_unknown_tokens(data.rows, source)
+        refuse_unknown_tokens(data.rows, source)
     return data
 
 
@@ -131,7 +131,12 @@ def _refuse_unreached(source: ModelSource, plan: Plan, skipped: Collection[int])
         )
 
 
-def _refuse_unknown_tokens(rows: CalibrationRows, source: ModelSource) -> None:
+def refuse_unknown_tokens(rows: CalibrationRows, source: ModelSource) -> None:
+    """Refuse rows that hold tokens which the model does not know.
+
+    Raises:
+        ConfigError: they do.
+    """
     known = source.facts.vocabulary
     largest = max(int(row.tokens.max()) for row in rows.rows)
     smallest = min(int(row.tokens.min()) for row in rows.rows)

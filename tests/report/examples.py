@@ -43,6 +43,7 @@ def report(**changes: Any) -> dict[str, Any]:
                 "loss": 0.1111111111 * 3**i,
                 "best_step": i % 3,
                 "errors": {"q_proj": 0.01234567 * (i + 1), "up_proj": 0.0 if i == 2 else 0.003},
+                "experts": {f"model.layers.{i}.mlp.experts": [i, 17, 5 + i]},
                 **({"massive_tokens": 0.007, "massive_energy": 0.987654321} if i in (1, 3) else {}),
             }
             for i in range(BLOCKS)

@@ -97,6 +97,10 @@ HELD = examples.report()["held_out"]
         ("Time by stage", "time", [1.25, 111.5]),
         ("Rows and tokens", "how many", [6, 2, 64, 380]),
         ("Sources", "rows", [6, 2]),
+        ("Tokens of experts", "least", [0, 1, 2, 3, 4]),
+        ("Tokens of experts", "median", [5, 6, 7, 8, 9]),
+        ("Tokens of experts", "most", [17] * 5),
+        ("Tokens of experts", "without any", [1, 0, 0, 0, 0]),
         ("Sources", "samples read", [9, 2]),
         ("Sources", "dropped", ["3 too short", "none"]),
         ("Sensitivity", "W2A16", [0.5 / (i + 1) for i in range(5)]),
@@ -124,9 +128,9 @@ def test_what_is_shown_is_the_number_rounded(page):
 
 def test_every_picture_has_its_numbers_under_it_and_words_for_those_who_do_not_see_it(page):
     pictures = [found for tag, found in page.tags if tag == "svg"]
-    assert len(pictures) == 8
+    assert len(pictures) == 9
     assert [tag for tag, _ in page.tags].count("details") >= len(pictures)
-    for key in ("plan", "losses", "errors", "massive", "quality", "spread", "cost", "sensitivity"):
+    for key in ("plan", "losses", "errors", "massive", "quality", "spread", "cost", "sensitivity", "experts"):
         assert f"{key}-picture-title" in page.ids
         assert f"{key}-picture-text" in page.ids
 
@@ -135,6 +139,7 @@ def test_hard_cases_and_the_command_are_said(page):
     for part in (
         "means that the model says other things than the original",
         "q_proj 6 %",
+        "1 of 15 experts saw no token",
         "1 of 5 blocks were kept as they started",
         "fake was not reloaded: there was no memory",
         'auto-round a/model --layer_config \'{"q_proj": {"bits": 8}}\'',

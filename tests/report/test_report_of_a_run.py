@@ -112,6 +112,13 @@ def test_plain_rounding_has_a_page_too(tiny, tmp_path):
     assert [row[0] for row in page.tables["Time by stage"].rows] == ["prepare", "round", "write", "verify"]
 
 
+def test_tokens_of_experts_are_counted(tiny, tmp_path):
+    result = quantize(tiny("qwen3_moe"), tmp_path / "out", iters=0)
+    for block in result.report["blocks"]:
+        (counts,) = block["experts"].values()
+        assert sum(counts) == SHORT["nsamples"] * SHORT["seqlen"] * 2  # a token passes through two of four
+
+
 def test_python_writes_it_for_every_output_of_a_run(tiny, tmp_path):
     given = {k: v for k, v in SHORT.items() if k not in ("device_map",)}
     ar = AutoRound(str(tiny("llama")), dataset=ROWS, device_map="cpu", report=True, **given)

@@ -340,6 +340,8 @@ def _figures(result: GroupResult) -> dict[str, Any]:
         found = {"initial_loss": tuned.initial_loss, "loss": tuned.loss, "best_step": tuned.best_step}
     if massive.tokens:
         found |= {"massive_tokens": massive.tokens, "massive_energy": massive.energy}
+    if result.experts:
+        found["experts"] = dict(result.experts)
     steps = steps_entry(result.states)
     return found | {"errors": dict(result.errors), **result.ranges.to_entry(), **steps}
 

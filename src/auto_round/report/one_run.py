@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 from typing import Final
 
 from auto_round.report import plots_quality, plots_run
@@ -285,6 +286,32 @@ def _coverage(run: Run) -> Section | None:
     )
 
 
+def _experts(run: Run) -> Section | None:
+    counts = {name: found for unit in run.units for name, found in unit.experts.items()}
+    if not counts:
+        return None
+    least = min(min(found) for found in counts.values())
+    unseen = sum(not tokens for found in counts.values() for tokens in found)
+    of = sum(map(len, counts.values()))
+    text = (
+        f"{unseen} of {of} experts saw no token: they were rounded without data. More rows may help."
+        if unseen
+        else f"Every one of {of} experts saw {least:,} tokens or more."
+    )
+    table = Table(
+        "Tokens of experts",
+        ("experts", "least", "median", "most", "without any"),
+        [[name, *(number(x) for x in _spread_of(found))] for name, found in counts.items()],
+    )
+    words = Words("experts-picture", "Tokens that reached the experts of each block", text)
+    picture = plots_run.experts_picture(words, list(counts.values()))
+    return Section("experts", "Calibration of experts", (text,), picture, (table,))
+
+
+def _spread_of(counts: Sequence[int]) -> tuple[float, ...]:
+    return min(counts), median(counts), max(counts), sum(not tokens for tokens in counts)
+
+
 def _made_with(run: Run) -> Section:
     record = run.record
     versions = {**run.versions, **(record.versions if record is not None else {})}
@@ -311,7 +338,7 @@ def _repeat(run: Run) -> Section | None:
 
 
 _SECTIONS: Final = (
-    *(_plan, _sensitivity, _losses, _errors, _massive, _quality, _spread, _cost, _coverage),
+    *(_plan, _sensitivity, _losses, _errors, _massive, _quality, _spread, _cost, _coverage, _experts),
     *(_made_with, _repeat),
 )
 """The parts of the page in their order; one without data gives None."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING
 
 from auto_round.report.draw import Picture, Words, legend, picture, plain_numbers, whole_numbers
@@ -132,6 +133,33 @@ def massive_picture(words: Words, units: Sequence[Unit]) -> Picture:
         only.set_xlabel("block")
         whole_numbers(only)
         legend(only)
+
+    return picture(words, 240, paint)
+
+
+def experts_picture(words: Words, counts: Sequence[Sequence[int]]) -> Picture:
+    """Tokens of the experts of each block: a bar from the least to the most, a dot at the median.
+
+    Args:
+        words: what is said of it.
+        counts: tokens of each expert, a block each.
+    """
+    at = range(len(counts))
+
+    def paint(axes: Sequence[Axes]) -> None:
+        (only,) = axes
+        least, most = [min(c) for c in counts], [max(c) for c in counts]
+        heights = [b - a for a, b in zip(least, most, strict=True)]
+        only.bar(at, heights, bottom=least, color=light("heat-2"), width=0.7, label="least to most")
+        only.plot(at, [median(c) for c in counts], "o", color=light("accent"), label="median")
+        only.plot(
+            at, [0 if not a else math.nan for a in least], "v", color=light("before"), label="one without any"
+        )
+        only.set_ylim(bottom=0)
+        only.set_ylabel("tokens of an expert")
+        only.set_xlabel("block")
+        whole_numbers(only)
+        legend(only, columns=3)
 
     return picture(words, 240, paint)
 

@@ -51,6 +51,7 @@ class Unit:
         best_step: step that was kept; 0 for plain rounding.
         massive_tokens: share of the tokens that have massive activations in the unquantized output.
         massive_energy: share of the output's energy that these hold.
+        experts: module of fused experts -> tuned tokens that reached each of them.
     """
 
     unit: str
@@ -60,6 +61,7 @@ class Unit:
     best_step: int | None = None
     massive_tokens: float = 0.0
     massive_energy: float = 0.0
+    experts: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ class GroupResult:
         errors: kind of layer -> relative error of its output, see `hard_cases.relative_error`.
         ranges: module -> extremes of its input, where the step of the input follows from them.
         states: attention -> part -> its steps as stored, where these are calibrated.
+        experts: module of fused experts -> tuned tokens that reached each of them.
     """
 
     layers: Mapping[str, tuple[Layer, QuantizedLayer]]
@@ -75,6 +76,7 @@ class GroupResult:
     errors: Mapping[str, float]
     ranges: InputRanges
     states: Mapping[Attention, Mapping[str, Tensor]]
+    experts: Mapping[str, list[int]]
 
 
 def tune_group(
@@ -117,9 +119,9 @@ def tune_group(
     )
     attentions = _attentions(job, prefixes)
     states = {attentions[n]: {p: s.step for p, s in each.items()} for n, each in found.states.items()}
-    return GroupResult(
-        layers, others, found.tuned, seen, found.massive, by_kind(found.errors), ranges, states
-    )
+    experts = {_outside(name, prefixes): counts for name, counts in found.experts.items()}
+    errors = by_kind(found.errors)
+    return GroupResult(layers, others, found.tuned, seen, found.massive, errors, ranges, states, experts)
 
 
 def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTable) -> Unit:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from auto_round.calibration.observe import InputExtremes, InputMoments, observe_extremes, observe_inputs
+from auto_round.calibration.observe_experts import observe_experts
 from auto_round.facts.attention import Attention
 from auto_round.facts.flow import States
 from auto_round.numerics.activation import ActivationFormat
@@ -93,6 +94,7 @@ class TunedUnit:
         ranges: module -> extremes of its input, where the step of the input follows from them.
         activations: module -> what its input is rounded to, with that step.
         states: attention module -> part -> its steps, where these are calibrated.
+        experts: module of fused experts -> tokens that reached each of them.
     """
 
     tuned: TunedBlock
@@ -104,6 +106,7 @@ class TunedUnit:
     ranges: InputRanges
     activations: Mapping[str, ActivationFormat]
     states: Mapping[str, Mapping[str, HeadSteps]]
+    experts: Mapping[str, list[int]]
 
 
 def tune_unit(
@@ -130,13 +133,13 @@ def tune_unit(
         UnsupportedError: the number of an input follows from calibration, and no token reached the layer.
     """
     group, arguments = unit.group, unit.arguments()
-    moments, extremes, seen = _references(unit, streams, arguments, config.pass_rows)
-    importance = {n: found for n, m in moments.items() if (found := m.importance()) is not None}
+    seen = _references(unit, streams, arguments, config.pass_rows)
+    importance = {n: found for n, m in seen.moments.items() if (found := m.importance()) is not None}
     energies = [torch.stack([token_energy(row) for row in target]) for target in streams.targets]
     weights = tuple(token_weights(energy, streams.mask_of(i)) for i, energy in enumerate(energies))
-    ranges = settle_ranges({name: seen.value() for name, seen in extremes.items()})
+    ranges = settle_ranges({name: ends.value() for name, ends in seen.extremes.items()})
     activations = ranges.formats(unit.activations)
-    steps = _state_steps(unit, seen)
+    steps = _state_steps(unit, seen.states)
     formats = bound_formats(unit.formats, unit.originals)
     inputs = streams.quantized if from_quantized else streams.reference
     count = streams.tuned
@@ -159,7 +162,9 @@ def tune_unit(
         _advance(unit, rounded | retrained, streams, arguments, config.pass_rows)
     massive, errors = massive_tokens(energies[0], streams.masks), _errors(unit, rounded, importance)
     both = rounded | retrained
-    return TunedUnit(tuned, both, importance, moments, massive, errors, ranges, activations, steps)
+    return TunedUnit(
+        tuned, both, importance, seen.moments, massive, errors, ranges, activations, steps, seen.experts
+    )
 
 
 def _state_steps(unit: Unit, seen: Mapping[str, StateRanges]) -> dict[str, dict[str, HeadSteps]]:
@@ -229,17 +234,25 @@ def _samples(
     return Samples(inside, wanted, arguments, each)
 
 
-def _references(
-    unit: Unit, streams: Streams, arguments: GroupArguments, at_once: int
-) -> tuple[dict[str, InputMoments], Mapping[str, InputExtremes], Mapping[str, StateRanges]]:
-    """Run the unquantized blocks: their outputs become the targets, their inputs are measured on the way.
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What was measured as the unquantized blocks ran, over the rows that are tuned on.
 
-    Inputs are those of the unquantized stream, over the rows that are tuned on.
-
-    Returns:
-        Parameter -> sums of squares and of products of its inputs; module -> extremes of its input, where the
-        step of the input follows from them; attention module -> what was seen of its states.
+    Attributes:
+        moments: parameter -> sums of squares and of products of its inputs.
+        extremes: module -> extremes of its input, where the step of the input follows from them.
+        states: attention module -> what was seen of its states.
+        experts: module -> tokens that reached each of its experts.
     """
+
+    moments: Mapping[str, InputMoments]
+    extremes: Mapping[str, InputExtremes]
+    states: Mapping[str, StateRanges]
+    experts: Mapping[str, list[int]]
+
+
+def _references(unit: Unit, streams: Streams, arguments: GroupArguments, at_once: int) -> _Seen:
+    """Run the unquantized blocks: their outputs become the targets, what flows in them is measured."""
     everything = Samples(streams.reference, streams.reference, arguments)
     masks, tuned = streams.masks, range(streams.tuned)
     mask_of = None if masks is None else lambda: masks[arguments.last]
@@ -248,11 +261,17 @@ def _references(
         observe_inputs(unit.group, unit.observed, mask_of) as seen,
         observe_extremes(unit.group, ranged, mask_of, unit.percentile) as extremes,
         observe_states(unit.group, list(unit.attentions), mask_of) as states,
+        observe_experts(unit.group, mask_of) as experts,
     ):
         run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=tuned, device=unit.device)
     rest = range(streams.tuned, streams.rows)
     run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=rest, device=unit.device)
-    return {name + _WEIGHT: moments for name, moments in seen.items()}, extremes, states
+    return _Seen(
+        {name + _WEIGHT: moments for name, moments in seen.items()},
+        extremes,
+        states,
+        {name: counts.tolist() for name, counts in experts.items() if counts.any()},
+    )
 
 
 def _advance(

@@ -30,10 +30,9 @@ def observe_experts(block: nn.Module, mask_of: MaskOf | None = None) -> Iterator
     Yields:
         Module name -> tokens that reached each expert, `[n_experts] int64`, filled by running the block.
     """
+    sizes = {name: _experts(module) for name, module in block.named_modules()}
     counts = {
-        name: torch.zeros(most, dtype=torch.int64)
-        for name, m in block.named_modules()
-        if (most := _experts(m))
+        name: torch.zeros(size, dtype=torch.int64, device="cpu") for name, size in sizes.items() if size
     }
     handles = [
         block.get_submodule(name).register_forward_pre_hook(partial(_count, seen, mask_of), with_kwargs=True)

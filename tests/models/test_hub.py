@@ -145,10 +145,12 @@ def test_what_cannot_be_a_name(name, tmp_path, monkeypatch):
         resolve_model(name)
 
 
-def test_a_file_is_not_a_model(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"")
+def test_a_file_is_a_model_only_when_it_holds_one(tmp_path):
+    for name in ("model.safetensors", "model.gguf"):
+        (tmp_path / name).write_bytes(b"")
     with pytest.raises(ConfigError, match="is a file"):
-        resolve_model(tmp_path / "model.gguf")
+        resolve_model(tmp_path / "model.safetensors")
+    assert resolve_model(tmp_path / "model.gguf") == tmp_path / "model.gguf"
 
 
 def test_unknown_platform():

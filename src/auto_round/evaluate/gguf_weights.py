@@ -11,7 +11,6 @@ from torch import Tensor
 from auto_round.errors import CheckpointError
 from auto_round.export.gguf.library import gguf
 from auto_round.export.gguf.model import describe_gguf
-from auto_round.export.gguf.tensors import Change, GgufTensor, Piece
 from auto_round.models.folder import FolderSource
 
 
@@ -43,16 +42,5 @@ def gguf_weights(model: Path, file: Path) -> Iterator[tuple[str, Tensor]]:
             numbers = library.quants.dequantize(stored.data, stored.tensor_type)
             rows = torch.tensor(numbers, dtype=torch.float32, device="cpu").reshape(-1, tensor.shape[-1])
             for piece in tensor.pieces:
-                yield piece.source, _undo(tensor, piece, rows)
-
-
-def _undo(tensor: GgufTensor, piece: Piece, rows: Tensor) -> Tensor:
-    """The source's tensor from the rows of the file."""
-    part = rows[0] if len(tensor.shape) == 1 else rows[piece.start : piece.start + piece.rows]
-    if piece.order is not None:
-        back = torch.empty_like(part)
-        back[piece.order.indices(len(part))] = part
-        part = back
-    if tensor.change is Change.PLUS_ONE:
-        part = part - 1
-    return part.T if tensor.change is Change.TRANSPOSED else part
+                part = rows if len(tensor.shape) == 1 else rows[piece.start : piece.start + piece.rows]
+                yield piece.source, tensor.restore(piece, part)

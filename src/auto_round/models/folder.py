@@ -64,10 +64,28 @@ class FolderSource(AssembledSource):
         try:
             config = read_model_config(folder, trust_remote_code=trust_remote_code)
             files = open_plain(checkpoint, read_object(folder / "config.json"))
-            return cls(files, _open(config, files, trust_remote_code, dtype))
+            return cls.over(files, config, trust_remote_code=trust_remote_code, dtype=dtype)
         except BaseException:
             checkpoint.close()
             raise
+
+    @classmethod
+    def over(
+        cls, files: Tensors, config: Any, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+    ) -> FolderSource:
+        """A source over tensors that are plain numbers under the names of the model, wherever they lie.
+
+        Args:
+            files: the tensors; the source closes them.
+            config: the model's configuration.
+            trust_remote_code: run model code that lies in the folder.
+            dtype: dtype in which blocks compute, as for `open`.
+
+        Raises:
+            CheckpointError: weights are missing, or of another model than the configuration.
+            UnsupportedError: not a causal language model.
+        """
+        return cls(files, _open(config, files, trust_remote_code, dtype))
 
     @property
     def folder(self) -> Path:

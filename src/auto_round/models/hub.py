@@ -24,7 +24,7 @@ def resolve_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """The folder of a model, downloaded first unless it is local.
+    """The folder of a model, downloaded first unless it is local; a GGUF file stands for itself.
 
     Only safetensors, configuration and tokenizer files are downloaded; Python files only with
     `trust_remote_code`. Files in the hub's cache are used again, and found without a network.
@@ -45,8 +45,12 @@ def resolve_model(
     path = Path(name_or_path).expanduser()
     if name and path.is_dir():
         return path
+    if path.is_file() and path.suffix == ".gguf":
+        return path
     if path.is_file():
-        raise ConfigError(f'"{name}" is a file; expected the folder that holds config.json and the weights')
+        raise ConfigError(
+            f'"{name}" is a file; expected the folder that holds config.json and the weights, or a .gguf file'
+        )
     if name.startswith((".", "/", "~")) or not _REPOSITORY.fullmatch(name):
         raise MissingError(
             f'no folder "{name}"; expected a model folder, or a name such as "Qwen/Qwen3-0.6B"'

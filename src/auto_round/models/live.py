@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
-from auto_round.facts.tensor import TensorSpec
 from auto_round.models import attention
 from auto_round.models.anatomy import dissect
 from auto_round.models.assembled import AssembledSource, Parts
 from auto_round.models.materialize import META
 from auto_round.models.names import Recipe, map_names
-from auto_round.models.skeleton import straighten, tied_weights
+from auto_round.models.skeleton import as_saved, saved_specs, straighten, tied_weights
 
 
 class LiveSource(AssembledSource):
@@ -39,8 +38,7 @@ class LiveSource(AssembledSource):
         self._state: Mapping[str, Tensor] = model.state_dict()
         skeleton = _skeleton_of(model)
         tied = {t: s for t, s in tied_weights(model).items() if _same(self._state[t], self._state[s])}
-        saved = {name: tensor for name, tensor in skeleton.state_dict().items() if name not in tied}
-        disk = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in _as_saved(skeleton, saved).items()}
+        disk = saved_specs(skeleton, tied)
         names = map_names(skeleton, disk, straighten(skeleton))
         super().__init__(
             Parts(skeleton, model.dtype, disk, names, tied, dissect(skeleton, names, disk, tied))
@@ -63,7 +61,7 @@ class LiveSource(AssembledSource):
         recipe = self._recipes[name]
         layer = self._places.get(name)
         if recipe.converter is None or layer is None:
-            made = _as_saved(self._parts.model, {t: self._state[t] for t in recipe.targets})
+            made = as_saved(self._parts.model, {t: self._state[t] for t in recipe.targets})
             return made[name].detach().to("cpu", copy=True).contiguous()
         weight = self._state[recipe.targets[0]].detach()
         if layer.expert is not None:
@@ -118,10 +116,3 @@ def _skeleton_of(model: Any) -> Any:
     skeleton = copy.deepcopy(model, memo).eval()
     attention.install(skeleton)
     return skeleton
-
-
-def _as_saved(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names and in the shapes in which `save_pretrained` would write them."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return dict(revert_weight_conversion(model, dict(tensors)))

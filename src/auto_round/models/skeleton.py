@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, MissingError, Refusal, UnsupportedError
+from auto_round.facts.tensor import TensorSpec
 from auto_round.models import attention
 from auto_round.models.auto_classes import auto_class, auto_class_name
 from auto_round.models.roles import is_transposed_linear
@@ -131,6 +132,25 @@ def fill_derived(model: Any, absent: Collection[str]) -> None:
 def tied_weights(model: Any) -> dict[str, str]:
     """Module names that share another one's tensor -> the name that they share."""
     return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+def as_saved(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names and in the shapes in which `save_pretrained` would write them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def saved_specs(model: Any, tied: Collection[str] | None = None) -> dict[str, TensorSpec]:
+    """What `save_pretrained` would write of a model, without its weights.
+
+    Args:
+        model: the skeleton.
+        tied: tensors that share another one's data and are not written; None for all that the model ties.
+    """
+    left_out = tied_weights(model) if tied is None else tied
+    saved = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in as_saved(model, saved).items()}
 
 
 def untie(model: nn.Module, name: str) -> None:

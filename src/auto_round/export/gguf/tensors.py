@@ -136,3 +136,22 @@ class GgufTensor:
             source = source.float() + 1
         rows = source.reshape(-1, source.shape[-1]) if source.dim() > 1 else source
         return piece.arrange(rows)
+
+    def restore(self, piece: Piece, rows: Tensor) -> Tensor:
+        """The inverse of `prepare`.
+
+        Args:
+            piece: one of `pieces`.
+            rows: its rows in the order of the file, `[rows, in]`; `[1, n]` for a vector.
+
+        Returns:
+            The tensor of the source, `[rows, in]` or `[in, rows]`; `[n]` for a vector.
+        """
+        part = rows[0] if len(self.shape) == 1 else rows
+        if piece.order is not None:
+            back = torch.empty_like(part)
+            back[piece.order.indices(len(part))] = part
+            part = back
+        if self.change is Change.PLUS_ONE:
+            part = part - 1
+        return part.T if self.change is Change.TRANSPOSED else part

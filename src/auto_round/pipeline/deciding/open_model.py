@@ -9,6 +9,7 @@ from torch import nn
 
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
+from auto_round.export.gguf.source import gguf_file, open_gguf
 from auto_round.log import logger
 from auto_round.models.folder import FolderSource
 from auto_round.models.hub import resolve_model
@@ -58,9 +59,10 @@ def _open_source(options: Options, model: nn.Module | None) -> ModelSource:
         return LiveSource(model)
     if not options.model.model:
         raise ConfigError("no model given: name a folder or a hub id, for example --model Qwen/Qwen3-0.6B")
-    folder = resolve_model(options.model.model, platform=options.model.platform)
-    return FolderSource.open(
-        folder,
+    path = resolve_model(options.model.model, platform=options.model.platform)
+    opened = FolderSource.open if gguf_file(path) is None else open_gguf
+    return opened(
+        path,
         trust_remote_code=options.model.trust_remote_code,
         dtype=named_dtype(options.model.model_dtype),
     )

@@ -1,0 +1,103 @@
+"""GGUF files as input: the tensors are those that the `gguf` package finds, under the model's names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from auto_round.config import build_options
+from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
+from auto_round.evaluate.gguf_weights import gguf_weights
+from auto_round.export.gguf.source import open_gguf
+from auto_round.log import ignore_progress
+from auto_round.models.folder import FolderSource
+from auto_round.numerics.presets import int_format
+from auto_round.pipeline.plan_run import dry_run
+from auto_round.pipeline.quantize import run
+from export.gguf.small_models import save_small_model
+
+gguf = pytest.importorskip("gguf")
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256}
+
+
+def write(model: Path, out: Path, form: str, **given: Any) -> Path:
+    """The GGUF file of a model, plainly rounded."""
+    plain = {"iters": 0, "disable_opt_rtn": True, "verify": False, "device_map": "cpu"}
+    run(
+        build_options({"model": str(model), "output_dir": str(out), "format": form, **plain, **given}),
+        ignore_progress,
+    )
+    (path,) = out.rglob("*.gguf")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "changes"),
+    [
+        ("llama", "gguf:q4_k_m", WIDE),
+        ("llama", "gguf:mxfp4", {}),
+        ("qwen3", "gguf:q8_0", {}),
+        ("qwen2", "gguf:q5_0", {}),
+        ("qwen3_moe", "gguf:q4_0", {}),
+        ("gemma2", "gguf:f16", {}),
+        ("gpt2", "gguf:q8_0", {}),
+        ("stablelm", "gguf:bf16", {}),
+    ],
+)
+def test_tensors_are_those_of_the_package(
+    family: str, form: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    model = save_small_model(family, tmp_path / "m", **changes)
+    file = write(model, tmp_path / "out", form)
+    wanted = dict(gguf_weights(model, file))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (model / name).is_file():
+            shutil.copy(model / name, file.parent / name)
+    with open_gguf(file.parent) as source, FolderSource.open(model) as original:
+        assert set(source.tensors) == set(wanted) == set(original.tensors)
+        for name, value in wanted.items():
+            spec = source.tensors[name]
+            assert tuple(spec.shape) == tuple(original.tensors[name].shape)
+            assert torch.equal(source.read_tensor(name), value.to(spec.dtype).reshape(spec.shape)), name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_configuration_and_tokenizer_come_from_the_file(family: str, tmp_path: Path) -> None:
+    """A file alone gives the codes of its plain twin."""
+    model = save_small_model(family, tmp_path / "m")
+    file = write(model, tmp_path / "out", "gguf:q8_0")
+    given = {"group_size": 32, "iters": 0, "disable_opt_rtn": True, "device_map": "cpu", "verify": False}
+    options = build_options({"model": str(file), "output_dir": str(tmp_path / "w4"), **given})
+    assert dry_run(options).job.plan.quantized
+    run(options, ignore_progress)
+    weights = dict(gguf_weights(model, file))
+    with FolderSource.open(tmp_path / "w4") as source:
+        fmt = int_format(4, 32, sym=True)
+        for layer in source.layers[:3]:
+            wanted = fmt.quantize(weights[layer.tensor].to(torch.bfloat16))
+            assert torch.equal(source.read(layer), fmt.dequantize(wanted, torch.bfloat16))
+    assert (tmp_path / "w4" / "tokenizer.json").is_file()
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+    model = save_small_model("llama", tmp_path / "m")
+    file = write(model, tmp_path / "out", "gguf:q8_0")
+    other = save_small_model("llama", tmp_path / "o", rms_norm_eps=1e-3)
+    shutil.copy(other / "config.json", file.parent / "config.json")
+    with pytest.raises(UnsupportedError, match="rms_epsilon"):
+        open_gguf(file.parent)
+    deeper = save_small_model("llama", tmp_path / "d", num_hidden_layers=3)
+    shutil.copy(deeper / "config.json", file.parent / "config.json")
+    with pytest.raises(UnsupportedError, match="block_count"):
+        open_gguf(file.parent)
+    (file.parent / "config.json").unlink()
+    shutil.copy(file, file.parent / "second.gguf")
+    with pytest.raises(ConfigError, match="several GGUF files"):
+        open_gguf(file.parent)
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF nonsense")
+    with pytest.raises(CheckpointError, match="no GGUF file"):
+        open_gguf(tmp_path / "bad.gguf")

@@ -263,10 +263,10 @@ def test_shapes_against_plain_lists(samples: list[list[int]], seqlen: int) -> No
 
     dropped: list[str] = []
     tokens = [Tokens(torch.tensor(sample, dtype=torch.int64)) for sample in samples]
-    cut = [row.tolist() for row, _ in cut_rows(tokens, seqlen, lambda reason, _: dropped.append(reason))]
+    cut = [row.tokens.tolist() for row in cut_rows(tokens, seqlen, lambda reason, _: dropped.append(reason))]
     assert cut == [s[:seqlen] for s in samples if len(s) >= seqlen and not repeats(s[:seqlen])]
     assert len(cut) + len(dropped) == len(samples)
-    joined = [row.tolist() for row, _ in join_rows(tokens, seqlen, lambda reason, _: None)]
+    joined = [row.tokens.tolist() for row in join_rows(tokens, seqlen, lambda reason, _: None)]
     line = [token for sample in samples for token in sample]
     chunks = [line[i : i + seqlen] for i in range(0, len(line) - seqlen + 1, seqlen)]
     assert joined == [chunk for chunk in chunks if not repeats(chunk)]

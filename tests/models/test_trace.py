@@ -10,7 +10,7 @@ from auto_round.facts.flow import HIDDEN_STATES, BlockCall
 from auto_round.models.beside import check_no_containers
 from auto_round.models.folder import FolderSource
 from auto_round.models.live import LiveSource
-from auto_round.models.trace import Recorder
+from auto_round.models.recorder import Recorder
 from auto_round.testing.tiny_models import tiny_config, tiny_model
 from sweep.configurations import known_families
 from sweep.outcome import save_family

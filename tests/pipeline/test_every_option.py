@@ -87,6 +87,10 @@ SHOWN_ELSEWHERE = {
     "trust_remote_code": "tests/models/test_folder.py",
     "device_map": "tests/pipeline/test_device.py",
     "dataset": "tests/calibration",
+    "processor": "tests/pipeline/test_images.py",
+    "image_processor": "tests/pipeline/test_images.py",
+    "extra_data_dir": "tests/pipeline/test_images.py",
+    "template": "tests/pipeline/test_images.py",
     "imatrix": "tests/export/gguf/test_imatrix.py",
     "save_imatrix": "tests/export/gguf/test_save_imatrix.py",
     "gguf_template": "tests/export/gguf/test_template.py",
@@ -159,6 +163,10 @@ SILENT = {
     "quant_lm_head": (True, {"format": "gguf:q8_0", "iters": 0}),
     "model_dtype": ("float32", {"format": "gguf:q8_0", "iters": 0}),
     "tokenizer": ("another", PLAIN),
+    "processor": ("another", {}),
+    "image_processor": ("another", {}),
+    "extra_data_dir": (".", {}),
+    "template": ("llava", {}),
     "platform": ("model_scope", PLAIN),
 }
 """Option -> a value that does nothing in a run that is told so much else."""

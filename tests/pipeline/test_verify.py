@@ -35,14 +35,14 @@ def test_only_few_positions_are_forgiven():
 @pytest.mark.parametrize(("family", "passes"), [("qwen3_moe", True), ("llama", False)])
 def test_a_token_that_went_to_another_expert(tiny, tmp_path, monkeypatch, family, passes):
     """One position of 120 predicts something else: a flip of routing, or in a dense model an error."""
-    original = verify._tuned_logits
+    original = verify.batches
 
     def flipped(*args):
-        logits = original(*args)
-        logits[0, 3] = logits[0, 3].roll(1)
-        return logits
+        found = original(*args)
+        found[0].tuned[0][3] = found[0].tuned[0][3].roll(1)
+        return found
 
-    monkeypatch.setattr(verify, "_tuned_logits", flipped)
+    monkeypatch.setattr(verify, "batches", flipped)
     monkeypatch.setattr(verify, "LARGEST_KL", 1e-4)
     source = tiny(family, **(EXPERTS if family == "qwen3_moe" else {}))
     rows = token_rows(24, 32)

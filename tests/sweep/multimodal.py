@@ -271,7 +271,9 @@ FAMILIES: Mapping[str, Family] = {
                 vocab_size_per_layer_input=128,
                 num_kv_shared_layers=0,
             ),
-            "vision_config": _tower("gemma4_vision", head_dim=16, patch_size=4, pooling_kernel_size=2),
+            "vision_config": _tower(
+                "gemma4_vision", head_dim=16, num_key_value_heads=4, patch_size=4, pooling_kernel_size=2
+            ),
             "audio_config": None,
             "image_token_id": IMAGE,
             "boi_token_id": 104,
@@ -367,7 +369,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_vl": Family(
         "qwen3_vl",
         {
-            "text_config": {**TEXT, **ROTARY},
+            "text_config": {**TEXT, **ROTARY, "num_hidden_layers": 3},
             "vision_config": {**PACKED, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
             **TOKENS,
         },
@@ -377,7 +379,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_vl_moe": Family(
         "qwen3_vl_moe",
         {
-            "text_config": {**TEXT, **ROTARY, **EXPERTS, "decoder_sparse_step": 1},
+            "text_config": {**TEXT, **ROTARY, **EXPERTS, "num_hidden_layers": 3, "decoder_sparse_step": 1},
             "vision_config": {**PACKED, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
             **TOKENS,
         },
@@ -594,7 +596,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_omni_moe_thinker": Family(
         "qwen3_omni_moe_thinker",
         {
-            "text_config": {**TEXT, **ROTARY, **EXPERTS, "decoder_sparse_step": 1},
+            "text_config": {**TEXT, **ROTARY, **EXPERTS, "num_hidden_layers": 3, "decoder_sparse_step": 1},
             "vision_config": {
                 **PACKED,
                 "num_position_embeddings": 16,
@@ -658,3 +660,19 @@ def model_config(name: str) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.for_model(FAMILIES[name].model_type, **FAMILIES[name].config)
+
+
+def image_rows(name: str, count: int = 6) -> list[Inputs]:
+    """Rows with a random image each, of different lengths, as a processor would give them."""
+    family, generator = FAMILIES[name], torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    found = []
+    for number in range(count):
+        text = torch.randint(3, 99, (8 + number,), generator=generator).tolist()
+        ids = torch.tensor([[*text[:4], *family.start, *[IMAGE] * family.pieces, *text[4:]]])
+        made = {} if family.image is None else family.image(random, ids)
+        found.append({"input_ids": ids, **made})
+    return found

@@ -87,14 +87,16 @@ def rows() -> list[list[int]]:
     return torch.randint(3, 120, (12, 32), generator=torch.Generator().manual_seed(3)).tolist()
 
 
-def sweep(model: Path, family: str, fmt: str, method: str, out: Path) -> Outcome:
-    """Quantize one model; what came of it.
+def sweep(
+    model: Path, family: str, fmt: str, method: str, out: Path, dataset: list[Any] | None = None
+) -> Outcome:
+    """Quantize one model with `rows` or other data; what came of it.
 
     Raises:
         Exception: whatever is no refusal.
     """
     given = {**_SHORT, **METHODS[method], "model": str(model), "output_dir": str(out), "format": fmt}
-    data = rows() if method == "tuned" else None
+    data = (dataset or rows()) if method == "tuned" else None
     try:
         result = run(build_options(given), dataset=data)
     except UnsupportedError as error:

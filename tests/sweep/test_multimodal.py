@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from auto_round.checkpoint.reader import Checkpoint
-from sweep.multimodal import known_models, model_config
-from sweep.outcome import advised, save_config, sweep
+from sweep.multimodal import FAMILIES, image_rows, known_models, model_config
+from sweep.outcome import advised, rows, save_config, sweep
 
 FORMATS = ("auto_round", "auto_gptq", "auto_awq", "llm_compressor")
 
@@ -45,3 +45,17 @@ def test_tuned_with_text_or_refused_with_advice_that_works(saved, tmp_path, name
         assert any("vision" in n or "visual" in n or "image" in n for n in kept)
         gone = set(before.names) - kept
         assert not any(part in n for n in gone for part in ("vision", "visual", "audio", "projector"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in known_models() if FAMILIES[name].image is not None])
+def test_tuned_with_images_and_text(saved, tmp_path, name):
+    source, out = saved(name), tmp_path / "out"
+    outcome = sweep(source, name, "auto_round", "tuned", out, [*image_rows(name), *rows()[:6]])
+    if outcome.refused:
+        assert not list(tmp_path.iterdir()), "it was refused after work had begun"
+        assert name == "llama4", outcome.refused  # whose own code fails on images in Transformers 5.24
+        return
+    assert outcome.packed
+    assert outcome.verified is not None
+    assert "skipped" not in outcome.verified

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from auto_round.autoround.attributes import Attributes, Done, layer_schemes
 from auto_round.autoround.auto_scheme import AutoScheme
-from auto_round.autoround.parameters import collect, make_documentation, make_signature, read_arguments
+from auto_round.autoround.parameters import (
+    collect,
+    live_processor,
+    make_documentation,
+    make_signature,
+    read_arguments,
+)
 from auto_round.config import Options, OutputOptions, read_environment
 from auto_round.config.values import FROM_PYTHON
 from auto_round.errors import ConfigError
@@ -67,6 +73,7 @@ class AutoRound(Attributes):
         if self._dataset is not None:
             given["dataset"] = f"{type(self._dataset).__name__} {FROM_PYTHON}"
         self._model, self._tokenizer = _live(model), _live(tokenizer)
+        self._processor = live_processor(given)
         if self._model is not None and tokenizer is None and self._dataset is None:
             raise ConfigError("a model in memory needs its tokenizer: AutoRound(model, tokenizer, ...)")
         name = str(model) if self._model is None else type(model).__name__
@@ -278,7 +285,12 @@ class AutoRound(Attributes):
         from auto_round.pipeline.deciding.prepare import prepare
 
         return prepare(
-            options, model=self._model, tokenizer=self._tokenizer, dataset=self._dataset, rows=rows
+            options,
+            model=self._model,
+            tokenizer=self._tokenizer,
+            processor=self._processor,
+            dataset=self._dataset,
+            rows=rows,
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from auto_round.autoround.auto_scheme import AutoScheme
@@ -95,6 +97,28 @@ def read_arguments(given: Mapping[str, Any], recipe: str) -> Options:
     for note in granted_notes(name for name, value in given.items() if value):
         logger.warning(note)
     return build_options(now, recipe, read_environment())
+
+
+def live_processor(given: dict[str, Any]) -> Any:
+    """The processor among the arguments, where it is an object; it is taken out of them.
+
+    An image processor that is an object takes the place of its own, in a copy.
+
+    Raises:
+        ConfigError: an image processor without a processor.
+    """
+    objects = {
+        name: given.pop(name)
+        for name in ("processor", "image_processor")
+        if given.get(name) is not None and not isinstance(given[name], (str, Path))
+    }
+    processor = objects.get("processor")
+    if "image_processor" in objects:
+        if processor is None:
+            raise ConfigError("an image_processor that is an object needs a processor that is one")
+        processor = copy.copy(processor)
+        processor.image_processor = objects["image_processor"]
+    return processor
 
 
 def _bundle(extra: Any) -> dict[str, Any]:

@@ -7,13 +7,6 @@ from typing import Any, NoReturn
 from auto_round.errors import UnsupportedError
 
 
-class AutoRoundMLLM:
-    """Vision-language models; not there yet."""
-
-    def __init__(self, *given: Any, **options: Any) -> NoReturn:
-        raise UnsupportedError("quantization of vision-language models is not there yet in this version")
-
-
 class AutoRoundDiffusion:
     """Diffusion models; not there yet."""
 

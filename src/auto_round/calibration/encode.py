@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from auto_round.calibration.chat import Tokenizer, render_chat
-from auto_round.calibration.records import Sample, Tokens
+from auto_round.calibration.records import Conversation, Pictured, Sample, Tokens
+from auto_round.calibration.row import CalibrationRow
 from auto_round.errors import ConfigError
 
 BATCH = 16
@@ -26,17 +27,19 @@ class TextOptions:
         seqlen: cut to this many tokens; None: keep all.
         use_template: see `chat.render`.
         system_prompt: see `chat.render`.
+        images: makes a row of text with images; None where the model reads none.
     """
 
     seqlen: int | None
     use_template: bool | None = None
     system_prompt: str | None = None
+    images: Callable[[Pictured], CalibrationRow] | None = None
 
 
 def encode(
     samples: Iterable[Sample], tokenizer: Tokenizer | None, options: TextOptions, where: str
-) -> Iterator[Tokens]:
-    """Yield the tokens of each sample, in order; an empty text has none.
+) -> Iterator[Tokens | CalibrationRow]:
+    """Yield the tokens of each sample, in order; an empty text has none. Samples with images are rows.
 
     Args:
         samples: read in batches of `BATCH`, as far as they are used.
@@ -48,38 +51,46 @@ def encode(
         ConfigError: text without a tokenizer, or a chat template that is missing or refuses.
     """
     iterator = iter(samples)
-    while batch := list(islice(iterator, BATCH)):
-        if all(isinstance(sample, Tokens) for sample in batch):
-            yield from (_without_padding(s, tokenizer) for s in batch if isinstance(s, Tokens))
-            continue
-        if tokenizer is None:
+    while batch := list(islice(iterator, 1 if options.images else BATCH)):  # an image is much to hold
+        if tokenizer is None and any(isinstance(sample, (str, Conversation)) for sample in batch):
             raise ConfigError(f"data set {where} holds text, which needs a tokenizer; give one, or token ids")
         yield from _encode_batch(batch, tokenizer, options)
 
 
-def _encode_batch(batch: Sequence[Sample], tokenizer: Tokenizer, options: TextOptions) -> Iterator[Tokens]:
-    made: dict[int, Tokens] = {}
+def _encode_batch(
+    batch: Sequence[Sample], tokenizer: Tokenizer | None, options: TextOptions
+) -> Iterator[Tokens | CalibrationRow]:
+    made: dict[int, Tokens | CalibrationRow] = {}
     plain: dict[int, str] = {}
     templated: dict[int, str] = {}
     for index, sample in enumerate(batch):
         if isinstance(sample, Tokens):
             made[index] = _without_padding(sample, tokenizer)
-        elif sample:
+        elif isinstance(sample, CalibrationRow):
+            made[index] = sample
+        elif isinstance(sample, Pictured):
+            made[index] = _row_of(sample, options)
+        elif sample and tokenizer is not None:
             text, special = render_chat(sample, tokenizer, options.use_template, options.system_prompt)
             (templated if special else plain)[index] = text
     for texts, add_special in ((plain, True), (templated, False)):
+        if tokenizer is None or not texts:
+            continue
         ids = _tokenize(list(texts.values()), tokenizer, options.seqlen, add_special=add_special)
         made.update({index: Tokens(row) for index, row in zip(texts, ids, strict=True)})
     nothing = Tokens(torch.zeros(0, dtype=torch.int64, device="cpu"))
     yield from (made.get(index, nothing) for index in range(len(batch)))
 
 
+def _row_of(sample: Pictured, options: TextOptions) -> CalibrationRow:
+    if options.images is None:
+        raise ConfigError(f"{sample.where} holds images, and this model reads text only: leave them out")
+    return options.images(sample)
+
+
 def _tokenize(
     texts: Sequence[str], tokenizer: Tokenizer, seqlen: int | None, *, add_special: bool
 ) -> list[Tensor]:
-    if not texts:
-        return []
-
     def call(batch: list[str]) -> list[list[int]]:
         found: list[list[int]] = tokenizer(
             batch,

@@ -195,4 +195,6 @@ def _observe(
 ) -> None:
     del module
     x = args[0] if args else next(iter(kwargs.values()))
-    observer.add(x, None if mask_of is None else mask_of())
+    mask = None if mask_of is None else mask_of()
+    # What attention across to images reads does not stand at the rows' positions.
+    observer.add(x, mask if mask is None or x.shape[: mask.dim()] == mask.shape else None)

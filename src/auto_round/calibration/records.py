@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from auto_round.calibration.registry import TEXT_FIELDS
+from auto_round.calibration.registry import IMAGE_FIELDS, TEXT_FIELDS
+from auto_round.calibration.row import CalibrationRow
 from auto_round.errors import ConfigError
+from auto_round.facts.model import MASK, TOKENS
 
 Message = Mapping[str, str]
 _CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
@@ -39,7 +41,22 @@ class Tokens:
     ready: bool = False
 
 
-Sample = str | Conversation | Tokens
+@dataclass(frozen=True, slots=True)
+class Pictured:
+    """Text with images.
+
+    Attributes:
+        talk: what is said; an image belongs where "<image>" stands, else first.
+        images: paths, or images of PIL.
+        where: name of the record for messages.
+    """
+
+    talk: str | Conversation
+    images: tuple[object, ...]
+    where: str
+
+
+Sample = str | Conversation | Tokens | Pictured | CalibrationRow
 
 
 def samples_of(record: object, fields: Sequence[str], where: str) -> Iterator[Sample]:
@@ -80,6 +97,9 @@ def _of_list(record: Sequence[object], fields: Sequence[str], where: str) -> Ite
 
 
 def _of_mapping(record: Mapping[str, object], fields: Sequence[str], where: str) -> Iterator[Sample]:
+    if "input_ids" in record and any(_is_float(v) for k, v in record.items() if k not in (TOKENS, MASK)):
+        yield _ready_row(record, where)
+        return
     if "input_ids" in record:
         yield from _of_ids(record["input_ids"], record.get("attention_mask"), where)
         return
@@ -87,10 +107,12 @@ def _of_mapping(record: Mapping[str, object], fields: Sequence[str], where: str)
         raise ConfigError(f"{where} has no field {missing}; it has {sorted(record)}")
     talk = next((name for name in fields or _CONVERSATION_FIELDS if _is_conversation(record.get(name))), None)
     chosen = fields or [name for name in TEXT_FIELDS if isinstance(record.get(name), str)][:1]
+    images = _images_of(record)
     if talk is not None:
-        yield _conversation(record[talk], where)
+        yield _with_images(_conversation(record[talk], where), images, where)
     elif chosen:
-        yield "\n".join(_text(record[name], f'field "{name}" of {where}') for name in chosen)
+        text = "\n".join(_text(record[name], f'field "{name}" of {where}') for name in chosen)
+        yield _with_images(text, images, where)
     elif len(record) == 1:
         yield from samples_of(next(iter(record.values())) or "", (), where)
     else:
@@ -98,6 +120,35 @@ def _of_mapping(record: Mapping[str, object], fields: Sequence[str], where: str)
             f"{where} has the fields {sorted(record)}; expected one of "
             f"{[*TEXT_FIELDS, _CONVERSATION_FIELDS[0], 'input_ids']}, or a single field"
         )
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _ready_row(record: Mapping[str, object], where: str) -> CalibrationRow:
+    """What a processor made of text and images, one row of it.
+
+    Raises:
+        ConfigError: several rows, or values that are no tensors.
+    """
+    inputs = {name: value for name, value in record.items() if isinstance(value, Tensor)}
+    ids = inputs.get(TOKENS)
+    if ids is None or ids.dim() != 2 or ids.shape[0] != 1 or len(inputs) < len(record):
+        raise ConfigError(
+            f"{where} holds images beside token ids; expected tensors as a processor gives them for one row, "
+            "input_ids [1, tokens] among them"
+        )
+    return CalibrationRow({name: value.detach().cpu() for name, value in inputs.items()})
+
+
+def _images_of(record: Mapping[str, object]) -> tuple[object, ...]:
+    value = next((record[name] for name in IMAGE_FIELDS if record.get(name)), ())
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _with_images(talk: str | Conversation, images: tuple[object, ...], where: str) -> Sample:
+    return Pictured(talk, images, where) if images else talk
 
 
 def _text(value: object, where: str) -> str:
@@ -120,12 +171,24 @@ def _conversation(value: object, where: str) -> Conversation:
     messages = []
     for entry in value if isinstance(value, (list, tuple)) else ():
         role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
+        if isinstance(content, (list, tuple)):
+            content = _joined_parts(content)
         if not isinstance(role, str) or not isinstance(content, str):
             raise ConfigError(
                 f"a message of {where} has the fields {sorted(entry)}; expected role and content, both text"
             )
         messages.append({"role": _SPEAKERS.get(role, role), "content": content})
     return Conversation(tuple(messages))
+
+
+def _joined_parts(parts: Sequence[object]) -> str | None:
+    """Content that comes in parts as one text; None where it is not made of texts and images."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") not in ("text", "image"):
+            return None
+        texts.append("<image>" if part["type"] == "image" else str(part.get("text", "")))
+    return "".join(texts)
 
 
 def _of_ids(value: object, mask: object, where: str) -> Iterator[Tokens]:

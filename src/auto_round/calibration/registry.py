@@ -11,6 +11,8 @@ DEFAULT_DATASET: Final = "NeelNanda/pile-10k"
 
 TEXT_FIELDS: Final = ("text", "content", "code", "prompt", "sentence", "article")
 """Columns taken for the text of a data set that is not registered, first match."""
+IMAGE_FIELDS: Final = ("images", "image")
+"""Columns that hold paths of images."""
 
 
 @dataclass(frozen=True, slots=True)

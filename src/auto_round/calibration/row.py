@@ -12,6 +12,10 @@ from torch import Tensor
 from auto_round.errors import UnsupportedError
 from auto_round.facts.model import MASK, TOKENS
 
+OF_TOKENS = frozenset({TOKENS, MASK, "mm_token_type_ids", "token_type_ids", "cross_attention_mask"})
+"""Inputs that have something for each token of a row; their shape does not tell: an image may have as many
+patches as the row has tokens."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationRow:
@@ -40,6 +44,11 @@ class CalibrationRow:
         return cls(inputs, mask)
 
     @property
+    def beside_text(self) -> frozenset[str]:
+        """Inputs other than tokens and their mask: images, sound, and what tells tokens of either apart."""
+        return frozenset(self.inputs) - {TOKENS, MASK}
+
+    @property
     def tokens(self) -> Tensor:
         """`[length] int64`."""
         return self.inputs[TOKENS][0]
@@ -54,12 +63,38 @@ class CalibrationRow:
         return len(self) if self.mask is None else int(self.mask.sum())
 
     def beginning(self, length: int) -> CalibrationRow:
-        """The first positions; inputs that do not have one number for each position stay whole."""
+        """The first positions; a row with images stays whole, for its tokens must fit the images."""
+        if self.beside_text:
+            return self
         cut = {
             name: x[:, :length] if x.dim() > 1 and x.shape[1] == len(self) else x
             for name, x in self.inputs.items()
         }
         return CalibrationRow(cut, None if self.mask is None else self.mask[:length])
+
+    def padded(self, length: int, padding: int) -> CalibrationRow:
+        """The row with positions behind its last that do not count.
+
+        Args:
+            length: of the result.
+            padding: token that fills it; other inputs with a number for each position get zeros.
+        """
+        more = length - len(self)
+        if more <= 0:
+            return self
+        inputs = {
+            name: _lengthened(x, more, padding * (name == TOKENS)) if name in OF_TOKENS else x
+            for name, x in self.inputs.items()
+        }
+        mask = torch.ones_like(self.tokens, dtype=torch.bool) if self.mask is None else self.mask
+        mask = torch.cat([mask, mask.new_zeros(more)])
+        return CalibrationRow({**inputs, MASK: mask.unsqueeze(0)}, mask)
+
+
+def of_one_length(rows: Sequence[CalibrationRow], padding: int) -> tuple[CalibrationRow, ...]:
+    """The rows, the shorter ones padded to the length of the longest."""
+    longest = max(map(len, rows))
+    return tuple(row.padded(longest, padding) for row in rows)
 
 
 def joined(rows: Sequence[CalibrationRow]) -> dict[str, Tensor]:
@@ -89,6 +124,11 @@ def fingerprint(rows: Sequence[CalibrationRow]) -> str:
             digest.update(_bytes(value))
         digest.update(b"-" if row.mask is None else b"+" + _bytes(row.mask))
     return digest.hexdigest()
+
+
+def _lengthened(x: Tensor, more: int, value: int) -> Tensor:
+    """`[1, length, ...]` with more positions."""
+    return torch.cat([x, x.new_full((1, more, *x.shape[2:]), value)], 1)
 
 
 def _input(row: CalibrationRow, name: str) -> Tensor:

@@ -6,14 +6,16 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from auto_round.calibration.chat import Tokenizer
 from auto_round.calibration.encode import TextOptions, encode
 from auto_round.calibration.grammar import DatasetItem, parse_dataset
+from auto_round.calibration.pictures import ImageReader
 from auto_round.calibration.records import Sample, samples_of
 from auto_round.calibration.registry import Platform
-from auto_round.calibration.row import CalibrationRow, fingerprint
+from auto_round.calibration.row import CalibrationRow, fingerprint, of_one_length
 from auto_round.calibration.shape import Reason, cut_rows, join_rows
 from auto_round.calibration.sources import Source, open_item, own_source
 from auto_round.errors import ConfigError
@@ -66,6 +68,7 @@ def load_rows(
     seqlen: int,
     seed: int,
     platform: Platform = "hf",
+    images: ImageReader | None = None,
 ) -> CalibrationRows:
     """Read, tokenize and cut calibration data.
 
@@ -81,6 +84,8 @@ def load_rows(
         seqlen: tokens a row.
         seed: decides which samples are taken and in which order.
         platform: hub asked for names.
+        images: makes rows of text with images; None where the model reads none. Rows with images keep their
+            length, at most `seqlen`; then all are padded to that of the longest.
 
     Raises:
         ConfigError: the specification, a file or a record is wrong, or not one row could be made.
@@ -89,7 +94,7 @@ def load_rows(
         if value < 1:
             raise ConfigError(f"{name} is {value}; expected at least 1")
     streams = [
-        _Stream(source, options, tokenizer, seqlen, random.Random(f"{seed}/{index}"))
+        _Stream(source, options, tokenizer, seqlen, random.Random(f"{seed}/{index}"), images)
         for index, (source, options) in enumerate(_sources(dataset, platform))
     ]
     rows = _mix(streams, nsamples, random.Random(seed))
@@ -112,7 +117,9 @@ def load_rows(
         SourceRows(stream.source.name, stream.read, stream.given, dict(sorted(stream.dropped.items())))
         for stream in streams
     )
-    return CalibrationRows(tuple(rows), fingerprint(rows), dropped, summary, sources)
+    padding = 0 if tokenizer is None else tokenizer.pad_token_id
+    equal = of_one_length(rows, padding or 0)
+    return CalibrationRows(equal, fingerprint(equal), dropped, summary, sources)
 
 
 def _sources(dataset: Dataset, platform: Platform) -> Iterator[tuple[Source, DatasetItem]]:
@@ -141,6 +148,7 @@ class _Stream:
     tokenizer: Tokenizer | None
     seqlen: int
     shuffler: random.Random
+    images: ImageReader | None = None
     dropped: Counter[str] = field(default_factory=Counter)
     read: int = 0
     given: int = 0
@@ -154,10 +162,11 @@ class _Stream:
             seqlen=None if concat else self.seqlen,
             use_template=self.item.apply_chat_template,
             system_prompt=self.item.system_prompt,
+            images=None if self.images is None else partial(self.images.row, beside=self.source.folder),
         )
         tokens = encode(self._samples(), self.tokenizer, options, self.source.name)
         shape = join_rows if concat else cut_rows
-        self.rows = (CalibrationRow.of_tokens(*found) for found in shape(tokens, self.seqlen, self._drop))
+        self.rows = self._with_their_images(shape(tokens, self.seqlen, self._drop))
 
     def take(self, count: int) -> list[CalibrationRow]:
         """Return up to `count` further rows."""
@@ -174,7 +183,7 @@ class _Stream:
     def report(self) -> str:
         """Return what was kept and why the rest was dropped."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
-        if Reason.SHORT in self.dropped:
+        if self.dropped.keys() & {Reason.SHORT, Reason.LONG}:
             reasons += f" (the longest of these has {self.longest})"
         text = f"{self.source.name}: {self.given} rows from {self.read} samples"
         return f"{text}; dropped: {reasons}" if reasons else text
@@ -182,6 +191,13 @@ class _Stream:
     def _drop(self, reason: str, length: int) -> None:
         self.dropped[reason] += 1
         self.longest = max(self.longest, length)
+
+    def _with_their_images(self, rows: Iterable[CalibrationRow]) -> Iterator[CalibrationRow]:
+        for row in rows:
+            if self.images is not None and self.images.lacks_image(row):
+                self._drop(Reason.NO_IMAGE, len(row))
+            else:
+                yield row
 
     def _samples(self) -> Iterator[Sample]:
         for index, record in self._records():
@@ -218,6 +234,8 @@ def _mix(streams: Sequence[_Stream], nsamples: int, shuffler: random.Random) -> 
 
 
 def _remedy(dropped: Counter[str]) -> str:
+    if dropped[Reason.LONG]:
+        return "Use a larger seqlen, or smaller images: rows with images are not cut."
     if dropped[Reason.SHORT]:
         return (
             "Use a smaller seqlen, join short samples (:concat after the data set's name), or give more data."

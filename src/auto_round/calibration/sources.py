@@ -31,6 +31,7 @@ class Source:
         fields: columns that hold the text; empty: the usual ones.
         concat: whether its records are joined and cut unless the user says otherwise.
         keep_order: take the records in their own order instead of a random one.
+        folder: folder of its file; None where it has none.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Source:
     fields: tuple[str, ...] = ()
     concat: bool = False
     keep_order: bool = False
+    folder: Path | None = None
 
 
 def open_item(item: DatasetItem, platform: Platform = "hf") -> Source:
@@ -62,7 +64,8 @@ def open_item(item: DatasetItem, platform: Platform = "hf") -> Source:
         return Source(name, read_hub(row, item.splits, platform), row.fields)
     path = Path(name).expanduser()
     if _is_path(name, path):
-        return Source(path.name, read_path(path, item.splits), concat=path.suffix.lower() == ".txt")
+        records, folder = read_path(path, item.splits), path if path.is_dir() else path.parent
+        return Source(path.name, records, concat=path.suffix.lower() == ".txt", folder=folder)
     _refuse_no_hub_name(name)
     return Source(name, read_hub(HubDataset((name,), fields=()), item.splits, platform))
 

@@ -30,6 +30,12 @@ class ModelOptions:
     tokenizer: str | None = option(
         None, Spec("folder or hub name of the tokenizer; the model's own when not given")
     )
+    processor: str | None = option(
+        None, Spec("folder or hub name of the processor for images; the model's own when not given")
+    )
+    image_processor: str | None = option(
+        None, Spec("folder or hub name of another image processor than the processor's own")
+    )
     platform: str = option("hf", Spec("hub to download from", choices=("hf", "model_scope")))
     model_dtype: str | None = option(
         None,
@@ -145,6 +151,12 @@ class CalibrationOptions:
             'data sets, comma separated, each "name:key=value:..." (split, num, concat, apply_chat_template, '
             'system_prompt); "python-docs" needs no network; .json, .jsonl, .txt and .parquet files work too'
         ),
+    )
+    extra_data_dir: str | None = option(
+        None, Spec("folder of the images that calibration data name; beside the data when not given")
+    )
+    template: str | None = option(
+        None, Spec("chat template for rows with images, a .jinja file; the processor's own when not given")
     )
     imatrix: str | None = option(
         None,

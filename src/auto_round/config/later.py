@@ -68,9 +68,8 @@ LATER: Final = (
         ),
     ),
     Later(
-        "quantization of vision-language models",
-        switches=("mllm", "quant_nontext_module", "vlmeval", "lmms"),
-        values=("extra_data_dir", "template", "processor", "image_processor"),
+        "quantization of towers, and evaluation of vision-language models",
+        switches=("quant_nontext_module", "vlmeval", "lmms"),
     ),
     Later(
         "quantization of diffusion models",
@@ -89,6 +88,7 @@ LATER: Final = (
 
 GRANTED: Final[Mapping[str, str]] = MappingProxyType(
     {
+        "mllm": "the model's configuration says that it reads images",
         "model_free": "plain rounding never builds the model",
         "disable_model_free": "the result is the same with and without the model",
     }

@@ -19,19 +19,21 @@ from auto_round.facts.attention import Attention
 from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
-from auto_round.facts.model import TOKENS, ModelFacts
+from auto_round.facts.model import ModelFacts
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
 from auto_round.models.attentions import find_attentions
 from auto_round.models.facts import model_facts
+from auto_round.models.families import parameter_names
 from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.names import NameMap, Recipe
+from auto_round.models.recorder import Recorder, make_stubs
 from auto_round.models.rehearsal import RehearsedBlock, refuse_left_state
 from auto_round.models.roles import find_head, find_towers
 from auto_round.models.skeleton import weight_dtypes
-from auto_round.models.source import CPU, Stem, Trace
-from auto_round.models.trace import Recorder, StemParts, StubStem, make_stubs
+from auto_round.models.source import CPU, Stem
+from auto_round.models.trace import LeftOut, StemParts, StubStem, trial_traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,12 @@ class AssembledSource(ABC):
         return self._parts.anatomy.unsupported
 
     @property
+    def input_names(self) -> frozenset[str]:
+        """See `ModelSource`."""
+        model = self._parts.model
+        return frozenset(name for part in (model, model.base_model) for name in parameter_names(part))
+
+    @property
     def loading(self) -> Loading:
         """See `ModelSource`."""
         return loading_of(self._parts.model, self._parts.names)
@@ -177,15 +185,17 @@ class AssembledSource(ABC):
 
     @contextmanager
     def stem(
-        self, device: torch.device = CPU, dtype: torch.dtype | None = None, *, head: bool = True
+        self,
+        device: torch.device = CPU,
+        dtype: torch.dtype | None = None,
+        *,
+        head: bool = True,
+        towers: bool = False,
     ) -> Iterator[Stem]:
-        """The model without its blocks, freed on exit; see `ModelSource`.
-
-        Encoders for images and sound are left out too: only text can be traced.
-        """
+        """The model without its blocks, freed on exit; see `ModelSource`."""
         head_path = find_head(self._parts.model)
         spare = head_path if head_path and not head and not self.tied_head else None  # tied costs nothing
-        left_out = self._outside_stem(spare)
+        left_out = self._outside_stem(spare, towers=towers)
         real, recorders = self._stubbed(
             left_out, self._gather(self._in_stem(left_out), device, dtype), device
         )
@@ -193,19 +203,18 @@ class AssembledSource(ABC):
         with freed_on_exit(real):
             yield StubStem(real, self._stem_parts(real), recorders, output)
 
-    def refuse_untraceable(self) -> frozenset[int]:
+    def refuse_untraceable(self, inputs: Mapping[str, Tensor] | None = None) -> frozenset[int]:
         """See `ModelSource`: the stem runs with zeros in place of its weights, which take no memory."""
         model = self._parts.model
-        left_out = self._outside_stem(None if self.tied_head else find_head(model))
+        spare = None if self.tied_head else find_head(model)
+        left_out = self._outside_stem(spare, towers=inputs is not None)
         dtypes, meta = self._dtypes_for(self._parts.dtype), model.state_dict()
         absent = [name for name in self._in_stem(left_out) if meta[name].is_meta]
         zeros = {n: torch.zeros((), dtype=dtypes[n], device=CPU).expand(meta[n].shape) for n in absent}
         real, recorders = self._stubbed(left_out, zeros, CPU)
         with freed_on_exit(real):
-            probe = {TOKENS: torch.zeros(1, 4, dtype=torch.int64, device=CPU)}
-            stem, traces = StubStem(real, self._stem_parts(real), recorders, None), list[Trace]()
-            for _ in self.block_lists:
-                traces.append(stem.trace(probe, [trace.states for trace in traces]))
+            stem = StubStem(real, self._stem_parts(real), recorders, None)
+            traces = trial_traces(stem, inputs, len(self.block_lists))
         calls = [call for trace in traces for call in trace.calls]
         flowing = [trace.states for trace in traces for _ in trace.calls]
         refuse_left_state(model, self._weightless(calls, flowing), calls)
@@ -231,15 +240,15 @@ class AssembledSource(ABC):
                 }
                 yield RehearsedBlock(block.index, module, real_copy(module, zeros, CPU, {}), states, call)
 
-    def _outside_stem(self, spare: str | None) -> list[str]:
-        """Module paths that a stem does without: blocks, encoders, and `spare`."""
+    def _outside_stem(self, spare: str | None, *, towers: bool) -> list[str]:
+        """Module paths that a stem does without: blocks, encoders unless `towers`, and `spare`."""
         blocks = [block.module for block in self.blocks]
-        towers = [
+        others = [
             tower
             for tower in find_towers(self._parts.model)
-            if not any(path.startswith(f"{tower}.") for path in blocks)
+            if not towers and not any(path.startswith(f"{tower}.") for path in blocks)
         ]
-        return [*blocks, *towers, *([spare] if spare else [])]
+        return [*blocks, *others, *([spare] if spare else [])]
 
     def _in_stem(self, left_out: Sequence[str]) -> list[str]:
         """Names of the tensors of a stem."""
@@ -259,7 +268,7 @@ class AssembledSource(ABC):
         for recorder, blocks in zip(recorders, self.block_lists, strict=True):
             replaced |= make_stubs([model.get_submodule(block.module) for block in blocks], recorder)
         for path in left_out[len(self.blocks) :]:
-            replaced[id(model.get_submodule(path))] = nn.Module()
+            replaced[id(model.get_submodule(path))] = LeftOut()
         return real_copy(model, tensors, device, replaced), recorders
 
     def _gather(

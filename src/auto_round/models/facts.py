@@ -12,6 +12,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _CHOSEN = ("num_experts_per_tok", "top_k_experts")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "context_length")
 """What families call the number of experts, those that a token passes through, and the context's length."""
+_IMAGE_TOKEN = ("image_token_id", "image_token_index")
 _SHARED_CACHES = "num_kv_shared_layers"
 
 
@@ -34,6 +35,7 @@ def model_facts(config: Any) -> ModelFacts:
         context=next((length for length in lengths if length > 0), None),
         experts=expert_counts(config),
         chosen_experts=next((n for n in chosen if n), 0),
+        image_token=max(-1, *(_number(config, name) or -1 for name in _IMAGE_TOKEN)),
     )
 
 

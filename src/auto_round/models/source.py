@@ -58,6 +58,14 @@ class Stem(Protocol):
         """
         ...
 
+    def refuse_more_at_the_end(self, inputs: Mapping[str, Tensor]) -> None:
+        """Refuse a model that, for these inputs, changes what its last block hands on.
+
+        Raises:
+            UnsupportedError: it does.
+        """
+        ...
+
     def finish(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
         """Logits `[B, L, vocabulary]` from the last block's output `[B, L, H]`, differentiable in it.
 
@@ -199,11 +207,19 @@ class ModelSource(Protocol):
         """Any tensor of `tensors`."""
         ...
 
-    def refuse_untraceable(self) -> frozenset[int]:
+    @property
+    def input_names(self) -> frozenset[str]:
+        """Names of what the model can be called with."""
+        ...
+
+    def refuse_untraceable(self, inputs: Mapping[str, Tensor] | None = None) -> frozenset[int]:
         """Find out, without reading a weight, whether the model can be run block by block.
 
+        Args:
+            inputs: of one row with images, say; None for a few tokens.
+
         Returns:
-            Indices of blocks that are not run for text alone, as those that read images only.
+            Indices of blocks that are not run for them: some are for images only.
 
         Raises:
             UnsupportedError: it cannot be run block by block, with the reason.
@@ -211,7 +227,12 @@ class ModelSource(Protocol):
         ...
 
     def stem(
-        self, device: torch.device = CPU, dtype: torch.dtype | None = None, *, head: bool = True
+        self,
+        device: torch.device = CPU,
+        dtype: torch.dtype | None = None,
+        *,
+        head: bool = True,
+        towers: bool = False,
     ) -> AbstractContextManager[Stem]:
         """The model without its blocks; weights on entry, freed on exit.
 
@@ -219,5 +240,6 @@ class ModelSource(Protocol):
             device: where the weights go.
             dtype: dtype of the weights; None for the model's own.
             head: False leaves out the output head, which saves its memory; then only `trace` works.
+            towers: keep encoders of images and sound; without them only text can be traced.
         """
         ...

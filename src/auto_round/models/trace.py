@@ -8,23 +8,20 @@ after the blocks.
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from auto_round.errors import InternalError, UnsupportedError
-from auto_round.facts.flow import BlockCall, Flow, States, split_call
-from auto_round.facts.model import TOKENS
+from auto_round.errors import AutoRoundError, InternalError, UnsupportedError
+from auto_round.facts.flow import States
+from auto_round.facts.model import MASK, TOKENS
 from auto_round.models.beside import (
     Marks,
-    Passed,
     check_calls,
     check_end,
     check_no_containers,
@@ -33,103 +30,12 @@ from auto_round.models.beside import (
 )
 from auto_round.models.facts import shares_no_caches
 from auto_round.models.families import parameter_names
+from auto_round.models.recorder import Recorder
 from auto_round.models.roles import find_decoder, find_text_model
-from auto_round.models.source import Edits, Trace
+from auto_round.models.source import Trace
 
-_CACHES = frozenset({"past_key_values", "past_key_value", "use_cache", "layer_past"})
 # What a model may raise when a stub returns a tensor where a tuple was expected, or the reverse.
 _WRONG_RETURN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
-
-
-class Recorder:
-    """What the stubs of one list of blocks saw and what they return.
-
-    Attributes:
-        returns_tuple: whether stubs wrap one tensor in a tuple, as their blocks do.
-        ends: what the last stub hands on; None for a tensor that it hands on as it got it.
-        marks: what all stubs hand on instead of their input; None for the input itself.
-    """
-
-    def __init__(self, flows: Sequence[Flow]) -> None:
-        """Nothing seen yet.
-
-        Args:
-            flows: what each block takes and returns.
-        """
-        self.returns_tuple = False
-        self.ends: Sequence[Tensor | None] = ()
-        self.marks: Marks | None = None
-        self._flows = flows
-        self._seen: list[Passed] = []
-        self._versions: list[int] = []
-
-    @property
-    def seen(self) -> tuple[Passed, ...]:
-        """All calls since `start`, in order."""
-        return tuple(self._seen)
-
-    def start(self) -> None:
-        """Forget the last run."""
-        self._seen = []
-
-    def receive(self, index: int, parameters: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        """The forward of stub `index`, whose parameters have these names."""
-        flow = self._flows[index]
-        kept = {key: value for key, value in kwargs.items() if key not in _CACHES}
-        try:
-            states, call = split_call(flow.taken, parameters, args, kept)
-        except LookupError as error:
-            raise untraceable(str(error)) from error
-        for i, state in enumerate(states):
-            if self._seen and state is self._seen[-1].handed[i] and state._version != self._versions[i]:
-                raise untraceable(f"the model changes the hidden states in place before block {index}")
-        handed = dict(zip(flow.taken, states if self.marks is None else self.marks(states), strict=True))
-        if index == len(self._flows) - 1:
-            known = zip(flow.taken, self.ends, strict=False)
-            handed |= {name: end for name, end in known if end is not None}
-        passed = tuple(handed.values())
-        self._versions = [state._version for state in passed]
-        self._seen.append(Passed(index, states, passed, call, parameters))
-        output = tuple(handed[name] for name in flow.returned)
-        return output if self.returns_tuple or len(output) > 1 else output[0]
-
-    def trace(self) -> Trace:
-        """What the stubs saw since `start`.
-
-        Raises:
-            UnsupportedError: blocks ran in another order than they stand in, or hand on hidden state.
-        """
-        order = [passed.index for passed in self._seen]
-        if not order or order != sorted(set(order)):
-            raise untraceable(f"its blocks run in the order {order}, not one after another")
-        calls: list[BlockCall | None] = [None] * len(self._flows)
-        states = before = self._seen[0].received
-        edits: list[Edits] = [(None,) * len(states)] * len(self._flows)
-        for passed in self._seen:
-            calls[passed.index] = passed.call
-            pairs = zip(before, passed.received, strict=True)
-            edits[passed.index] = tuple(_edit(a, b, passed.index) for a, b in pairs)
-            before = passed.handed
-        return Trace(states, tuple(calls), tuple(edits))
-
-
-def _edit(before: Tensor, after: Tensor, index: int) -> Tensor | None:
-    """What a model added to a tensor before block `index`."""
-    if after is before or torch.equal(after, before):
-        return None
-    if after.shape != before.shape:
-        raise untraceable(f"the hidden states change shape before block {index}")
-    return after - before
-
-
-def make_stubs(blocks: Sequence[nn.Module], recorder: Recorder) -> dict[int, nn.Module]:
-    """`id` of each block -> its stub: a copy with the block's attributes whose forward is the recorder's."""
-    stubs: dict[int, nn.Module] = {}
-    for index, block in enumerate(blocks):
-        stub = copy.deepcopy(block)
-        stub.forward = functools.partial(recorder.receive, index, parameter_names(block))
-        stubs[id(block)] = stub
-    return stubs
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +100,14 @@ class StubStem:
 
     def trace(self, inputs: Mapping[str, Tensor], ended: Sequence[States] = ()) -> Trace:
         """Inputs of every block of a list; see `source.Stem`."""
+        recorder = self._recorders[len(ended)]
         with self._ending_in(dict(enumerate(ended))):
-            self._run_decoder(inputs)
-        traced = self._recorders[len(ended)].trace()
+            self._run(inputs)
+            traced = recorder.trace()
+            if any(edit is not None for edits in traced.edits for edit in edits):
+                with _marking([recorder], _nothing):
+                    self._run(inputs)
+                traced = replace(traced, edits=recorder.trace().edits)
         first = traced.states[0]
         rows, last = inputs[TOKENS].shape, len(ended) + 1 == len(self._recorders)
         wrong = [s for s in traced.states if s.dim() != 3 or len(s) != rows[0]]
@@ -209,6 +120,37 @@ class StubStem:
         if not shares_no_caches(self._model.config):
             check_no_containers(traced.calls)
         return traced
+
+    def refuse_what_flows_beside(self, inputs: Mapping[str, Tensor]) -> None:
+        """Refuse a model whose blocks read more of earlier blocks than what flows, for some inputs.
+
+        Raises:
+            UnsupportedError: they do.
+        """
+        self._run(inputs)
+        ended = [recorder.trace().states for recorder in self._recorders]
+        for number, recorder in enumerate(self._recorders):
+            seen = []
+            for seed in range(2):
+                with self._ending_in(dict(enumerate(ended[:number]))), _marking([recorder], Marks(seed)):
+                    self._run(inputs, gradients=True)
+                seen.append(recorder.seen)
+            check_calls(*seen)
+
+    def refuse_more_at_the_end(self, inputs: Mapping[str, Tensor]) -> None:
+        """Refuse a model that changes what its last block hands on, where there are images.
+
+        Raises:
+            UnsupportedError: it does.
+        """
+        if self._suffices(inputs):
+            return
+        self._run(inputs)
+        marks = Marks(0)(self._recorders[-1].trace().states[:1])
+        with self._ending_in({len(self._recorders) - 1: marks}):
+            found = self._run(inputs).logits
+        if not torch.allclose(found.float(), self._run_model(marks[0]).float(), equal_nan=True):
+            raise untraceable("with images it computes more behind its last block than with text alone")
 
     def finish(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
         """Logits from the last block's output; see `source.Stem`."""
@@ -257,7 +199,7 @@ class StubStem:
         return logits
 
     def _probe(self, input_ids: Tensor) -> None:
-        output = self._run_decoder({TOKENS: input_ids}).last_hidden_state
+        output = self._run({TOKENS: input_ids}).last_hidden_state
         if output.shape[:-1] != input_ids.shape:
             raise ValueError(f"hidden states of shape {list(output.shape)} came out")
         for recorder in self._recorders:
@@ -265,31 +207,31 @@ class StubStem:
 
     def _refuse_what_flows_beside(self, probe: Tensor) -> None:
         """Refuse a model whose blocks, or whose end, read more of earlier blocks than what flows."""
-        self._run_decoder({TOKENS: probe})
+        self.refuse_what_flows_beside({TOKENS: probe})
         ended = [recorder.trace().states for recorder in self._recorders]
-        for number, recorder in enumerate(self._recorders):
-            seen = []
-            for seed in range(2):
-                with self._ending_in(dict(enumerate(ended[:number]))), _marking([recorder], seed):
-                    self._run_decoder({TOKENS: probe}, gradients=True)
-                seen.append(recorder.seen)
-            check_calls(*seen)
         outputs = []
         end = {len(ended) - 1: tuple(torch.ones_like(state) for state in ended[-1][:1])}
         for seed in range(2):
             with (
                 self._ending_in(end),
-                _marking(self._recorders, seed),
+                _marking(self._recorders, Marks(seed)),
                 gradients_from(self._model.get_input_embeddings()),
             ):
-                outputs.append(self._run_decoder({TOKENS: probe + seed}, gradients=True).last_hidden_state)
+                outputs.append(self._run({TOKENS: probe + seed}, gradients=True).last_hidden_state)
         check_end(*outputs)
 
-    def _run_decoder(self, inputs: Mapping[str, Tensor], *, gradients: bool = False) -> Any:
+    def _run(self, inputs: Mapping[str, Tensor], *, gradients: bool = False) -> Any:
+        """Output of the decoder; of the whole model where it is given more than the decoder takes."""
         self._start()
-        given = {name: value.to(self._device) for name, value in inputs.items()}
+        dtype = self._model.get_input_embeddings().weight.dtype
+        given = {n: v.to(self._device, dtype if v.is_floating_point() else None) for n, v in inputs.items()}
+        runs = self._decoder if self._suffices(inputs) else self._model
         with torch.set_grad_enabled(gradients):
-            return self._decoder(**given, use_cache=False)
+            return runs(**given, use_cache=False)
+
+    def _suffices(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether the decoder takes all inputs."""
+        return inputs.keys() <= {TOKENS, MASK, *parameter_names(self._decoder)}
 
     def _blank(self, hidden: Tensor) -> Tensor:
         return torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self._device)
@@ -311,16 +253,58 @@ class StubStem:
                 self._recorders[number].ends = ()
 
 
+class LeftOut(nn.Module):
+    """Stands in for the head where nobody looks at logits, and for encoders where there is only text."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The first column, in place of a head's many."""
+        return x[..., :1]
+
+
+def trial_traces(stem: StubStem, inputs: Mapping[str, Tensor] | None, lists: int) -> list[Trace]:
+    """Traces of all lists of blocks, each list ending in what flows into it.
+
+    Args:
+        stem: as a rule one with zeros for weights.
+        inputs: of one row; None for a few tokens.
+        lists: how many lists there are.
+
+    Raises:
+        UnsupportedError: the model cannot be run block by block, or not at all on these inputs.
+    """
+    given = {TOKENS: torch.zeros(1, 4, dtype=torch.int64, device="cpu")} if inputs is None else inputs
+    traces: list[Trace] = []
+    try:
+        for _ in range(lists):
+            traces.append(stem.trace(given, [trace.states for trace in traces]))
+        if inputs is not None:
+            stem.refuse_what_flows_beside(inputs)
+    except AutoRoundError:
+        raise
+    except Exception as error:
+        if inputs is None:
+            raise
+        raise untraceable(
+            f"its own code fails on {', '.join(inputs)} ({type(error).__name__}: {str(error).strip()[:200]})"
+        ) from error
+    return traces
+
+
 @contextmanager
-def _marking(recorders: Sequence[Recorder], seed: int) -> Iterator[None]:
-    """Let the stubs of some lists hand on `Marks` for a while."""
+def _marking(recorders: Sequence[Recorder], marks: Callable[[States], States]) -> Iterator[None]:
+    """Let the stubs of some lists hand on other numbers for a while."""
     for recorder in recorders:
-        recorder.marks = Marks(seed)
+        recorder.marks = marks
     try:
         yield
     finally:
         for recorder in recorders:
             recorder.marks = None
+
+
+def _nothing(states: States) -> States:
+    """Zeros, to which a model adds exactly what it adds: beside other numbers its last bits get lost."""
+    return tuple(torch.zeros_like(state) for state in states)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.pipeline.checking.verify import verify_all
 from auto_round.pipeline.deciding.activations import activation_formats
+from auto_round.pipeline.deciding.image_rows import first_with_images
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
@@ -69,6 +70,7 @@ def run(
     *,
     model: nn.Module | None = None,
     tokenizer: Any = None,
+    processor: Any = None,
     dataset: Any = None,
     output: Path | None = None,
 ) -> Result:
@@ -83,6 +85,7 @@ def run(
         progress: receives an event after each block.
         model: a model in memory instead of the one that `options` names; not modified.
         tokenizer: tokenizer object; None to load it.
+        processor: processor object for images; None to load it when it is needed.
         dataset: calibration data as Python objects instead of the named data set.
         output: final folder; None for `options.output.output_dir`.
 
@@ -90,7 +93,8 @@ def run(
         AutoRoundError: see its subclasses; nothing half-valid is left under the output's name.
     """
     clock = Clock()
-    job = prepare(options, model=model, tokenizer=tokenizer, dataset=dataset, output=output)
+    live = {"model": model, "tokenizer": tokenizer, "processor": processor}
+    job = prepare(options, **live, dataset=dataset, output=output)
     return run_job(job, progress, clock)
 
 
@@ -226,6 +230,8 @@ class _Loop:
         job, source = self.job, self.job.source
         if job.rows is None or not job.tunes or not job.tune.iters:
             return PLAIN
+        if first_with_images(job.rows.rows) is not None:
+            return PLAIN  # compiled code is made for one shape, and these rows have many
         steps = TuningSteps(
             wanted=job.options.tune.enable_torch_compile,
             kinds=block_kinds(job.plan, source.layers, source.blocks),

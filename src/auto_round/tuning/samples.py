@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,12 +54,33 @@ class Samples:
         arguments: further arguments of the block for the given samples.
         weights: of each of the targets `[n, length]` float32, see `Batch`; None: all positions count alike.
             See `numerics.token_weights`.
+        kind: of a sample: only those of one kind go through the block together; None: all do.
     """
 
     inputs: States
     targets: States
     arguments: Callable[[Sequence[int]], Arguments] = no_arguments
     weights: tuple[Tensor, ...] | None = None
+    kind: Callable[[int], Hashable] | None = None
+
+    def passes(self, index: Sequence[int], at_once: int) -> Iterator[Sequence[int]]:
+        """Some samples cut into what goes through the block at once.
+
+        Args:
+            index: which ones.
+            at_once: most samples of a pass.
+        """
+        for same in self._alike(index):
+            for start in range(0, len(same), at_once):
+                yield same[start : start + at_once]
+
+    def _alike(self, index: Sequence[int]) -> Sequence[Sequence[int]]:
+        if self.kind is None:
+            return (index,)
+        groups: dict[Hashable, list[int]] = {}
+        for i in index:
+            groups.setdefault(self.kind(i), []).append(i)
+        return tuple(groups.values())
 
     def __len__(self) -> int:
         return int(self.inputs[0].shape[0])
@@ -143,10 +164,10 @@ def run_block(
     """
     rows = range(len(samples)) if rows is None else rows
     with torch.no_grad():
-        for start in range(rows.start, rows.stop, batch_size):
-            end = min(start + batch_size, rows.stop)
-            args, kwargs = samples.arguments(range(start, end))
-            states = [x[start:end].to(device) for x in samples.inputs]
+        for index in samples.passes(rows, batch_size):
+            args, kwargs = samples.arguments(index)
+            pick = slice(index.start, index.stop) if isinstance(index, range) else list(index)
+            states = [x[pick].to(device) for x in samples.inputs]
             found = states_of(block(*states, *args, **kwargs), range(len(out)))
             for to, state in zip(out, found, strict=True):
-                to[start:end] = state.to(to.device)
+                to[pick] = state.to(to.device)

@@ -154,6 +154,8 @@ class _Loop:
             batch, loss = self._next_batch(step), 0.0
             for part in self._parts(self._samples, batch):
                 share = self._objective.loss(self._block, values, part)
+                if not share.requires_grad:  # rows for which the model leaves the block out
+                    continue
                 if half and scale is None:
                     scale = _gradient_scale(share, part.counts)
                 # A weight that the batch did not reach (an expert without tokens) has no gradient.
@@ -172,9 +174,8 @@ class _Loop:
     def _parts(self, samples: Samples, batch: Sequence[int]) -> Iterator[Batch]:
         """A batch cut into what goes through the block at once; their losses add up to that of the batch."""
         counts = samples.counts(batch, self._device)
-        at_once = self._config.pass_rows
-        for start in range(0, len(batch), at_once):
-            yield samples.batch(batch[start : start + at_once], counts, self._device)
+        for index in samples.passes(batch, self._config.pass_rows):
+            yield samples.batch(index, counts, self._device)
 
     def _next_batch(self, step: int) -> list[int]:
         size = min(batch_rows(self._config, step), len(self._samples))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,33 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.calibration.row import CalibrationRow, joined
 from auto_round.errors import CheckpointError, InternalError
-from auto_round.evaluate.logits import Comparison, positions_at_once
+from auto_round.evaluate.logits import Comparison
 from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Role
 from auto_round.inference.convert_model import change_backend
 from auto_round.log import logger
 from auto_round.models.attention import install
-from auto_round.models.roles import text_model
 from auto_round.models.source import ModelSource
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.grid_float import E4M3
 from auto_round.numerics.head_steps import HeadSteps
+from auto_round.pipeline.checking.compare_rows import PROMPT_TOKENS, batches, compare
 from auto_round.pipeline.checking.reload import MemoryEndedError, Reader, predict_one_token
 from auto_round.pipeline.deciding.activations import activation_formats
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.attention_states import rounded_states
 from auto_round.pipeline.running.input_ranges import NO_RANGES, InputRanges
-from auto_round.pipeline.running.measure import Measured, counted
+from auto_round.pipeline.running.measure import Measured
 from auto_round.tuning.quantized_inputs import quantized_inputs
 
-ROWS = 4
-POSITIONS = 512
-LOGITS_BYTES = 64 << 20
-"""Rows compared, and most positions of each: fewer when their logits would not fit into so many bytes."""
 LARGEST_KL = 1e-3
 """Divergence that 16-bit arithmetic in another order may cause, nats per token; an error of one code in
 one layer of a small model gives more (docs/LOG.md)."""
@@ -52,7 +47,6 @@ FLIPPED_SHARE = 1 / 32
 """Share of the positions that may go to other experts than when the model was tuned."""
 LARGEST_KL_FLIPPED = 3e-2
 """Divergence that these may cause over all positions, nats per token."""
-PROMPT_TOKENS = 16
 NEW_TOKENS = 32
 
 
@@ -153,15 +147,16 @@ def _compared(
         inputs: module -> what its input has to be rounded to here.
     """
     job = tuned_model.job
-    held_out = () if job.rows is None else job.rows.rows[job.tuned :]
-    rows = _beginnings(job, held_out[:ROWS])
-    tuned = _tuned_logits(job, measured, rows)
+    asked = batches(job, measured)
     release_freed_memory()
     model = reader.load(folder)
     if tuned_model.states:
         install(model)
     with quantized_inputs(model, inputs), rounded_states(model, tuned_model.states):
-        comparison, largest, each = _compare(job, model, tuned, rows)
+        comparison = Comparison()
+        found = [compare(job, model, batch, comparison) for batch in asked]
+        largest = max(size for size, _ in found)
+        each = torch.cat([part for _, parts in found for part in parts])
         limit = _largest_kl(job)
         if not (comparison.kl <= limit or (_routes(job) and _few_flips(each, limit))):
             raise CheckpointError(
@@ -169,7 +164,7 @@ def _compared(
                 f"per token (at most {limit}), largest difference of logits {largest:.3g}. Please report "
                 "this; the unfinished folder is kept"
             )
-        sample = _sample(job, model, held_out[0].tokens[:PROMPT_TOKENS])
+        sample = _sample(job, model)
     return {
         "kl": comparison.kl,
         "largest_difference": largest,
@@ -206,65 +201,25 @@ def _largest_kl(job: Job) -> float:
     return LARGEST_KL_COARSE if min(steps, default=FINE) < FINE else LARGEST_KL
 
 
-def _beginnings(job: Job, rows: Sequence[CalibrationRow]) -> list[CalibrationRow]:
-    """What is compared: as many positions of each row as their logits may take memory."""
-    affordable = LOGITS_BYTES // (len(rows) * job.source.facts.vocabulary * job.dtype.itemsize)
-    length = min(POSITIONS, len(rows[0]), max(PROMPT_TOKENS, affordable))
-    return [row.beginning(length) for row in rows]
-
-
-def _tuned_logits(job: Job, measured: Measured, rows: Sequence[CalibrationRow]) -> Tensor:
-    """What the tuned model predicts after all but the last token: `[rows, length - 1, vocabulary]`."""
-    vocabulary = job.source.facts.vocabulary
-    count, length = len(rows), len(rows[0]) - 1
-    logits = torch.empty(count, length, vocabulary, dtype=job.dtype, device=job.device)
-    step = positions_at_once(vocabulary)
-    with job.source.stem(job.device, job.dtype) as stem:
-        for row in range(count):
-            for start in range(0, length, step):
-                hidden = measured.final_hidden[row : row + 1, start : min(start + step, length)]
-                found = stem.finish(hidden.to(job.device), measured.head)[0]
-                logits[row, start : start + found.shape[0]] = found
-    return logits
-
-
-def _compare(
-    job: Job, model: Any, tuned: Tensor, rows: Sequence[CalibrationRow]
-) -> tuple[Comparison, float, Tensor]:
-    """Tuned against reloaded logits: figures, the largest difference of any two, and each position's KL."""
-    comparison, largest, each = Comparison(), 0.0, []
-    last = len(rows[0]) - 1
-    with torch.no_grad():
-        inputs = {name: value.to(job.device) for name, value in joined(rows).items()}
-        reloaded = text_model(model)(**inputs, use_cache=False).logits
-    step = positions_at_once(tuned.shape[-1])
-    for i, row in enumerate(rows):
-        for start in range(0, last, step):
-            end = min(start + step, last)
-            real = counted(row, start, end)
-            where = None if real is None else real.to(job.device)
-            wanted, got = tuned[i, start:end], reloaded[i, start:end]
-            following = row.tokens[start + 1 : end + 1].to(job.device)
-            each.append(comparison.add(wanted, got, following, where))
-            largest = max(largest, float((wanted.float() - got.float()).abs().max()))
-    return comparison, largest, torch.cat(each)
-
-
 def _activations(job: Job) -> dict[str, InputFormat]:
     """What inputs are rounded to, by module."""
     return activation_formats(job.plan, job.source.layers)
 
 
-def _sample(job: Job, model: Any, prompt: Tensor) -> dict[str, str]:
+def _sample(job: Job, model: Any) -> dict[str, str]:
     """A few tokens after a held-out prompt, the most likely ones, by the kernels that a user gets.
 
     A text that cannot be made says nothing against the folder: the settings of generation are the source's.
     """
     if job.tokenizer is None:
         return {"sample": "", "no_sample": "there is no tokenizer"}
+    held_out = () if job.rows is None else job.rows.rows[job.tuned :]
+    texts = [row.tokens for row in held_out if not row.beside_text]
+    if not texts:
+        return {"sample": "", "no_sample": "all rows held out have images"}
     change_backend(model)
     try:
-        return {"sample": _generate(job, model, prompt)}
+        return {"sample": _generate(job, model, texts[0][:PROMPT_TOKENS])}
     except Exception as error:  # noqa: BLE001  code of the model, of Transformers and of its user's files
         why = f"{type(error).__name__}: {str(error).strip()[:200]}"
         logger.warning("no sample text was made (%s); the folder is as it should be", why)

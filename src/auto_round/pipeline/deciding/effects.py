@@ -23,6 +23,7 @@ class Settled:
         tune: settings of the tuning loop.
         exporters: formats that are written.
         has_rows: some calibration rows are there.
+        has_images: some of them have images.
         quantizes_inputs: inputs of layers are quantized.
         on_cpu: blocks are tuned on the CPU.
         folder: where the model lies; None for one in memory.
@@ -32,6 +33,7 @@ class Settled:
     tune: TuneConfig
     exporters: Collection[Exporter]
     has_rows: bool
+    has_images: bool
     quantizes_inputs: bool
     on_cpu: bool
     folder: Path | None
@@ -100,6 +102,11 @@ IDLE: Final = (
         lambda run: not _rounds(run),
     ),
     Idle(("nsamples",), "plain rounding needs no data", _needs_no_rows),
+    Idle(
+        ("processor", "image_processor", "extra_data_dir", "template"),
+        "no calibration row has an image",
+        lambda settled: not settled.has_images,
+    ),
     Idle(("batch_size", "seqlen", "seed", "amp"), "plain rounding runs no block", _has_no_rows),
     Idle(
         ("tokenizer",),

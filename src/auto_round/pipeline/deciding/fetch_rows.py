@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from auto_round.calibration.registry import Platform
+from auto_round.calibration.row import CalibrationRow
 from auto_round.calibration.rows import CalibrationRows, load_rows
 from auto_round.config.groups import CalibrationOptions
 from auto_round.config.options import Options
@@ -15,6 +16,11 @@ from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.log import logger
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.decide import Decided
+from auto_round.pipeline.deciding.image_rows import (
+    first_with_images,
+    refuse_other_inputs,
+    with_each_kind_held_out,
+)
 from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
@@ -56,9 +62,12 @@ def fetch_rows(opened: Opened, decided: Decided, *, dataset: Any = None, dry: bo
         return Data()
     if tokenizer is None and decided.tune.needs_rows and dataset is None and source.folder is not None:
         tokenizer = load_tokenizer(options, source, required=True)
-    data = _rows(options, decided.tune, tokenizer, dataset)
+    data = _rows(options, decided.tune, replace(opened, tokenizer=tokenizer), dataset)
     if data.rows is not None:
         refuse_unknown_tokens(data.rows, source)
+        refuse_other_inputs(data.rows.rows, source, ready=dataset is not None)
+        if not _reach_all_blocks(data.rows.rows, source, decided):
+            return Data()
     return data
 
 
@@ -67,12 +76,20 @@ def held_out_rows(nsamples: int) -> int:
     return min(HELD_OUT, max(2, nsamples // 8))
 
 
-def _rows(options: Options, tune: TuneConfig, tokenizer: Any, dataset: Any) -> Data:
+def _rows(options: Options, tune: TuneConfig, opened: Opened, dataset: Any) -> Data:
     """Rows to tune on and, behind them, rows to hold out."""
     wanted = options.calibration
     data = wanted.dataset if dataset is None else dataset
     platform: Platform = "model_scope" if options.model.platform == "model_scope" else "hf"
-    load = partial(load_rows, data, tokenizer, seqlen=wanted.seqlen, seed=wanted.seed, platform=platform)
+    load = partial(
+        load_rows,
+        data,
+        opened.tokenizer,
+        seqlen=wanted.seqlen,
+        seed=wanted.seed,
+        platform=platform,
+        images=opened.images,
+    )
     if not tune.needs_rows:
         if dataset is None and wanted.dataset == CalibrationOptions().dataset:
             return Data()
@@ -88,7 +105,8 @@ def _rows(options: Options, tune: TuneConfig, tokenizer: Any, dataset: Any) -> D
         )
         return Data(replace(rows, rows=rows.rows * 2), 1)
     short = count < wanted.nsamples + beside
-    return Data(rows, count - (min(beside, max(1, count // 8)) if short else beside))
+    tuned = count - (min(beside, max(1, count // 8)) if short else beside)
+    return Data(with_each_kind_held_out(rows, tuned), tuned)
 
 
 def _runs_by_blocks(opened: Opened, decided: Decided, dataset: Any) -> bool:
@@ -100,14 +118,40 @@ def _runs_by_blocks(opened: Opened, decided: Decided, dataset: Any) -> bool:
     options, source, needed = opened.options, opened.source, decided.tune.needs_rows
     if not needed and dataset is None and options.calibration.dataset == CalibrationOptions().dataset:
         return True  # nothing is run
+    return _can(source.refuse_untraceable, needed=needed)
+
+
+def _can(find_out: Callable[[], object], *, needed: bool) -> bool:
+    """Whether something is not refused.
+
+    Raises:
+        UnsupportedError: it is, and it is needed.
+    """
     try:
-        _refuse_unreached(source, decided.plan, source.refuse_untraceable())
+        find_out()
     except UnsupportedError as error:
         if needed:
             raise
         logger.warning("plain rounding without a measurement on the data: %s", error)
         return False
     return True
+
+
+def _reach_all_blocks(rows: Sequence[CalibrationRow], source: ModelSource, decided: Decided) -> bool:
+    """Whether the model can be run on these rows, which plain rounding can do without.
+
+    Raises:
+        UnsupportedError: it cannot, or they leave out blocks with layers to quantize.
+    """
+    pictured = first_with_images(rows)
+    inputs = None if pictured is None else pictured.inputs
+
+    def find_out() -> None:
+        skipped = source.refuse_untraceable(inputs)
+        if decided.tune.needs_rows:
+            _refuse_unreached(source, decided.plan, skipped)
+
+    return _can(find_out, needed=decided.tune.needs_rows)
 
 
 def _refuse_unreached(source: ModelSource, plan: Plan, skipped: Collection[int]) -> None:
@@ -125,7 +169,8 @@ def _refuse_unreached(source: ModelSource, plan: Plan, skipped: Collection[int])
                 Refusal(
                     "models",
                     f"{some(unreached)} are called only where there are images",
-                    "keep them (--ignore_layers), or use plain rounding, which runs no block: --recipe rtn",
+                    "give data with images, keep these layers (--ignore_layers), or use plain rounding, "
+                    "which runs no block: --recipe rtn",
                 )
             ],
         )
@@ -137,7 +182,7 @@ def refuse_unknown_tokens(rows: CalibrationRows, source: ModelSource) -> None:
     Raises:
         ConfigError: they do.
     """
-    known = source.facts.vocabulary
+    known = max(source.facts.vocabulary, source.facts.image_token + 1)
     largest = max(int(row.tokens.max()) for row in rows.rows)
     smallest = min(int(row.tokens.min()) for row in rows.rows)
     if largest >= known or smallest < 0:

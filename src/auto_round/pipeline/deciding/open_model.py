@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from auto_round.calibration.pictures import ImageReader
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
 from auto_round.export.gguf.source import gguf_file, open_gguf
@@ -15,6 +16,7 @@ from auto_round.models.folder import FolderSource
 from auto_round.models.hub import resolve_model
 from auto_round.models.live import LiveSource
 from auto_round.models.source import ModelSource
+from auto_round.pipeline.deciding.image_rows import image_reader
 from auto_round.pipeline.deciding.recast import named_dtype
 from auto_round.pipeline.deciding.request import Request
 
@@ -27,20 +29,25 @@ class Opened:
         options: the request's, with rows no longer than the model's context.
         source: the model.
         tokenizer: its tokenizer; None where it has none.
+        images: makes rows with images; None for a model that reads none.
     """
 
     options: Options
     source: ModelSource
     tokenizer: Any
+    images: ImageReader | None = None
 
 
-def open_model(request: Request, *, model: nn.Module | None = None, tokenizer: Any = None) -> Opened:
+def open_model(
+    request: Request, *, model: nn.Module | None = None, tokenizer: Any = None, processor: Any = None
+) -> Opened:
     """Open the model and its tokenizer; configuration and headers are read, no weights.
 
     Args:
         request: what is asked for.
         model: a model in memory instead of the one that the options name.
         tokenizer: its tokenizer, an object; None to load it.
+        processor: its processor for images, an object; None to load it when it is needed.
 
     Raises:
         ConfigError: no such model, or a tokenizer that is named or needed and is not there.
@@ -51,7 +58,8 @@ def open_model(request: Request, *, model: nn.Module | None = None, tokenizer: A
     needed = any(exporter.needs_tokenizer(options) for exporter in request.formats)
     if tokenizer is None and (needed or options.model.tokenizer or source.folder is not None):
         tokenizer = load_tokenizer(options, source, required=needed)
-    return Opened(_within_context(options, source), source, tokenizer)
+    images = image_reader(options, source, processor)
+    return Opened(_within_context(options, source), source, tokenizer, images)
 
 
 def _open_source(options: Options, model: nn.Module | None) -> ModelSource:

@@ -12,6 +12,7 @@ from auto_round.log import logger
 from auto_round.pipeline.deciding.decide import decide
 from auto_round.pipeline.deciding.effects import Settled, idle_options
 from auto_round.pipeline.deciding.fetch_rows import fetch_rows
+from auto_round.pipeline.deciding.image_rows import first_with_images
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.open_model import open_model
 from auto_round.pipeline.deciding.request import make_request
@@ -24,6 +25,7 @@ def prepare(
     *,
     model: nn.Module | None = None,
     tokenizer: Any = None,
+    processor: Any = None,
     dataset: Any = None,
     output: Path | None = None,
     rows: bool = True,
@@ -34,6 +36,7 @@ def prepare(
         options: what the user asked for.
         model: a model in memory instead of `options.model.model`.
         tokenizer: its tokenizer, an object; None to load it from the model's folder.
+        processor: its processor for images, an object; None to load it when it is needed.
         dataset: calibration data as Python objects instead of `options.calibration.dataset`.
         output: final folder; None for `options.output.output_dir`.
         rows: fetch the calibration rows; a dry run does without.
@@ -42,7 +45,7 @@ def prepare(
         AutoRoundError: anything that would make the run fail later, as far as it can be known.
     """
     request = make_request(options, dataset=dataset, output=output)
-    opened = open_model(request, model=model, tokenizer=tokenizer)
+    opened = open_model(request, model=model, tokenizer=tokenizer, processor=processor)
     decided = decide(request, opened)
     data = fetch_rows(opened, decided, dataset=dataset, dry=not rows)
     job = Job(
@@ -65,6 +68,7 @@ def prepare(
         tune=job.tune,
         exporters=job.exporters.values(),
         has_rows=job.rows is not None,
+        has_images=job.rows is not None and first_with_images(job.rows.rows) is not None,
         quantizes_inputs=job.plan.scheme.act_quantized,
         on_cpu=job.device.type == "cpu",
         folder=job.source.folder,

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from auto_round.calibration.sources import check_named
+from auto_round.calibration.template import template_text
 from auto_round.checkpoint.disk import refuse_place
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
 from auto_round.export.exporter import Exporter
 from auto_round.export.table import settle_formats
 from auto_round.pipeline.deciding.caches import refuse_formats
+from auto_round.pipeline.deciding.image_rows import image_folder
 from auto_round.pipeline.machine.device import choose_device, warn_of_threads
 from auto_round.report.draw import require_plotting
 from auto_round.schemes.scheme import parse_scheme
@@ -67,6 +69,9 @@ def make_request(options: Options, *, dataset: Any = None, output: Path | None =
         except ConfigError as error:
             raise ConfigError(f'layer_config "{key}": {error}') from error
     tune_settings(options.tune, LEAST_BITS)
+    template_text(options.calibration.template)
+    if options.calibration.extra_data_dir is not None:
+        image_folder(options.calibration.extra_data_dir)
     if dataset is None:
         check_named(options.calibration.dataset)
     where = output or Path(options.output.output_dir)

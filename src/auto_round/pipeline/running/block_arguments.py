@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,13 +58,17 @@ class ArgumentTable:
     all blocks of one kind.
     """
 
-    def __init__(self, axes: Mapping[Place, int] | None = None) -> None:
+    def __init__(self, axes: Mapping[Place, int] | None = None, *, apart: bool = False) -> None:
         """An empty table.
 
         Args:
             axes: what `batch_axes` gives; None where nothing is known: rows share what is equal, and what is
                 not is joined along the first axis.
+            apart: rows may need arguments that cannot be put into one batch, as those with images do: `kind`
+                tells which can.
         """
+        self.apart = apart
+        self._kinds: list[Hashable] = []
         self._axes = axes or {}
         self._calls: list[tuple[BlockCall | None, ...]] = []
         self._edits: list[tuple[Edits, ...]] = []
@@ -80,12 +84,17 @@ class ArgumentTable:
                 args = tuple(self._intern(a) for a in call.args)
                 kwargs = {k: self._intern(v) for k, v in call.kwargs.items()}
                 kept.append(replace(call, args=args, kwargs=kwargs))
+        self._kinds.append(_kind(kept) if self.apart else None)
         self._calls.append(tuple(kept))
         self._edits.append(tuple(edits))
 
     def skipped(self, block: int) -> bool:
-        """Whether the model leaves this block out."""
-        return bool(self._calls) and self._calls[0][block] is None
+        """Whether the model leaves this block out for all rows."""
+        return bool(self._calls) and all(calls[block] is None for calls in self._calls)
+
+    def kind(self, row: int) -> Hashable:
+        """Rows of one kind can be put into one batch."""
+        return self._kinds[row]
 
     def batch(self, block: int, rows: Iterable[int], device: torch.device) -> tuple[BlockCall | None, Edits]:
         """Arguments of one block for several rows, and what the model adds to its hidden states beforehand.
@@ -122,6 +131,28 @@ class ArgumentTable:
                 return known
         bucket.append(tensor.detach().cpu())
         return bucket[-1]
+
+
+def _kind(calls: Sequence[BlockCall | None]) -> Hashable:
+    """Which blocks are called, and with what, as far as rows of one batch must agree in it."""
+    return tuple(None if call is None else tuple(_alike((), (call.args, call.kwargs))) for call in calls)
+
+
+def _alike(place: Place, value: Any) -> Iterator[Hashable]:
+    """Shapes of tensors and values of anything else.
+
+    What no mask means is the model's affair where it reads images: not always that attention is causal.
+    """
+    if isinstance(value, Tensor):
+        yield place, tuple(value.shape)
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from _alike((*place, key), value[key])
+    elif isinstance(value, (tuple, list)):
+        for i, part in enumerate(value):
+            yield from _alike((*place, i), part)
+    elif isinstance(value, (bool, int, float, str)):
+        yield place, value
 
 
 def _whole(edits: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -166,7 +197,8 @@ class _Joiner:
         if isinstance(first, (tuple, list)):
             return type(first)(self([v[i] for v in values], (*place, i)) for i in range(len(first)))
         if isinstance(first, Mapping):
-            return {k: self([v[k] for v in values], (*place, k)) for k in first}
+            keys = dict.fromkeys(key for value in values for key in value)
+            return {k: self([v.get(k) for v in values], (*place, k)) for k in keys}
         if any(v != first for v in values):
             raise UnsupportedError(f"rows of one batch need different block arguments: {first!r} and others")
         return first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,14 @@ class GroupArguments:
         self._table, self._blocks, self._device, self._first = table, blocks, device, first_row
         self.last: list[int] = []
         self._last: tuple[tuple[int, ...], Arguments] | None = None
+
+    @property
+    def kind(self) -> Callable[[int], Hashable] | None:
+        """Kind of a sample: those of one go through the blocks together; None where all do."""
+        return self._kind if self._table.apart else None
+
+    def _kind(self, sample: int) -> Hashable:
+        return self._table.kind(self._first + sample)
 
     def __call__(self, index: Sequence[int]) -> Arguments:
         """Arguments of the group for the given samples."""

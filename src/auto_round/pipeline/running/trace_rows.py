@@ -35,8 +35,11 @@ def trace_rows(
     rows = () if job.rows is None else job.rows.rows
     begun: list[States] = []
     rounded: list[States] = []
-    with job.source.stem(CPU, job.dtype, head=False) as stem:
-        table = ArgumentTable(_axes(stem, rows, ended))
+    pictured = any(row.beside_text for row in rows)
+    with job.source.stem(CPU, job.dtype, head=False, towers=pictured) as stem:
+        if pictured:
+            stem.refuse_more_at_the_end(next(row.inputs for row in rows if row.beside_text))
+        table = ArgumentTable(_axes(stem, rows, ended), apart=pictured)
         for i, row in enumerate(rows):
             reference, quantized = _ends(ended, i)
             traced = stem.trace(row.inputs, reference)
@@ -69,8 +72,11 @@ def _ends(ended: Sequence[Streams], row: int) -> tuple[list[States], list[States
 
 
 def _axes(stem: Stem, rows: Sequence[CalibrationRow], ended: Sequence[Streams]) -> Mapping[Place, int]:
-    """How the blocks' arguments grow with the batch: the same row once and twice, a padded one if any is."""
-    number, row = next(((i, row) for i, row in enumerate(rows) if row.mask is not None), (0, rows[0]))
+    """How the blocks' arguments grow with the batch, by the same row once and twice.
+
+    One with images is taken where there is one, and a padded one.
+    """
+    number, row = max(enumerate(rows), key=lambda e: (bool(e[1].beside_text), e[1].mask is not None, -e[0]))
     ends, _ = _ends(ended, number)
     repeated = ([tuple(torch.cat([s] * n) for s in states) for states in ends] for n in (1, 2))
     one, two = (stem.trace(joined([row] * n), end).calls for n, end in zip((1, 2), repeated, strict=True))

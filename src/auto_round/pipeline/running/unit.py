@@ -231,7 +231,7 @@ def _samples(
     inputs: States, targets: States, weights: tuple[Tensor, ...], arguments: GroupArguments, rows: slice
 ) -> Samples:
     inside, wanted, each = (tuple(x[rows] for x in states) for states in (inputs, targets, weights))
-    return Samples(inside, wanted, arguments, each)
+    return Samples(inside, wanted, arguments, each, arguments.kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +253,7 @@ class _Seen:
 
 def _references(unit: Unit, streams: Streams, arguments: GroupArguments, at_once: int) -> _Seen:
     """Run the unquantized blocks: their outputs become the targets, what flows in them is measured."""
-    everything = Samples(streams.reference, streams.reference, arguments)
+    everything = Samples(streams.reference, streams.reference, arguments, kind=arguments.kind)
     masks, tuned = streams.masks, range(streams.tuned)
     mask_of = None if masks is None else lambda: masks[arguments.last]
     ranged = to_calibrate(unit.activations)
@@ -287,6 +287,6 @@ def _advance(
         output: States = functional_call(unit.group, dict(parameters), inputs)
         return output
 
-    everything = Samples(streams.quantized, streams.quantized, arguments)
+    everything = Samples(streams.quantized, streams.quantized, arguments, kind=arguments.kind)
     run_block(quantized, everything, streams.quantized, batch_size=at_once, device=unit.device)
     streams.advance()

@@ -1,0 +1,109 @@
+"""Stubs in place of the blocks of one list: they note what they are given and hand on their own input."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.facts.flow import BlockCall, Flow, States, split_call
+from auto_round.models.beside import Passed, untraceable
+from auto_round.models.families import parameter_names
+from auto_round.models.source import Edits, Trace
+
+_CACHES = frozenset({"past_key_values", "past_key_value", "use_cache", "layer_past"})
+
+
+class Recorder:
+    """What the stubs of one list of blocks saw and what they return.
+
+    Attributes:
+        returns_tuple: whether stubs wrap one tensor in a tuple, as their blocks do.
+        ends: what the last stub hands on; None for a tensor that it hands on as it got it.
+        marks: what all stubs hand on instead of their input; None for the input itself.
+    """
+
+    def __init__(self, flows: Sequence[Flow]) -> None:
+        """Nothing seen yet.
+
+        Args:
+            flows: what each block takes and returns.
+        """
+        self.returns_tuple = False
+        self.ends: Sequence[Tensor | None] = ()
+        self.marks: Callable[[States], States] | None = None
+        self._flows = flows
+        self._seen: list[Passed] = []
+        self._versions: list[int] = []
+
+    @property
+    def seen(self) -> tuple[Passed, ...]:
+        """All calls since `start`, in order."""
+        return tuple(self._seen)
+
+    def start(self) -> None:
+        """Forget the last run."""
+        self._seen = []
+
+    def receive(self, index: int, parameters: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """The forward of stub `index`, whose parameters have these names."""
+        flow = self._flows[index]
+        kept = {key: value for key, value in kwargs.items() if key not in _CACHES}
+        try:
+            states, call = split_call(flow.taken, parameters, args, kept)
+        except LookupError as error:
+            raise untraceable(str(error)) from error
+        for i, state in enumerate(states):
+            if self._seen and state is self._seen[-1].handed[i] and state._version != self._versions[i]:
+                raise untraceable(f"the model changes the hidden states in place before block {index}")
+        handed = dict(zip(flow.taken, states if self.marks is None else self.marks(states), strict=True))
+        if index == len(self._flows) - 1:
+            known = zip(flow.taken, self.ends, strict=False)
+            handed |= {name: end for name, end in known if end is not None}
+        passed = tuple(handed.values())
+        self._versions = [state._version for state in passed]
+        self._seen.append(Passed(index, states, passed, call, parameters))
+        output = tuple(handed[name] for name in flow.returned)
+        return output if self.returns_tuple or len(output) > 1 else output[0]
+
+    def trace(self) -> Trace:
+        """What the stubs saw since `start`.
+
+        Raises:
+            UnsupportedError: blocks ran in another order than they stand in, or hand on hidden state.
+        """
+        order = [passed.index for passed in self._seen]
+        if not order or order != sorted(set(order)):
+            raise untraceable(f"its blocks run in the order {order}, not one after another")
+        calls: list[BlockCall | None] = [None] * len(self._flows)
+        states = before = self._seen[0].received
+        edits: list[Edits] = [(None,) * len(states)] * len(self._flows)
+        for passed in self._seen:
+            calls[passed.index] = passed.call
+            pairs = zip(before, passed.received, strict=True)
+            edits[passed.index] = tuple(_edit(a, b, passed.index) for a, b in pairs)
+            before = passed.handed
+        return Trace(states, tuple(calls), tuple(edits))
+
+
+def _edit(before: Tensor, after: Tensor, index: int) -> Tensor | None:
+    """What a model added to a tensor before block `index`."""
+    if after is before or torch.equal(after, before):
+        return None
+    if after.shape != before.shape:
+        raise untraceable(f"the hidden states change shape before block {index}")
+    return after - before
+
+
+def make_stubs(blocks: Sequence[nn.Module], recorder: Recorder) -> dict[int, nn.Module]:
+    """`id` of each block -> its stub: a copy with the block's attributes whose forward is the recorder's."""
+    stubs: dict[int, nn.Module] = {}
+    for index, block in enumerate(blocks):
+        stub = copy.deepcopy(block)
+        stub.forward = functools.partial(recorder.receive, index, parameter_names(block))
+        stubs[id(block)] = stub
+    return stubs

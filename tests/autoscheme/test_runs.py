@@ -49,6 +49,10 @@ def test_a_budget_becomes_a_folder_that_reloads(small: Any, tmp_path: Path, meth
     assert result.report["auto_scheme"]["average_bits"] == pytest.approx(average(small(), result), abs=1e-4)
     assert result.report["auto_scheme"]["gap"] == 0
     assert result.report["verified"]["auto_round"]["kl"] < 1e-4
+    measured = result.report["sensitivity"]["layers"]
+    assert {layer["block"] for layer in measured} == {0, 1}
+    assert "self_attn.q_proj+k_proj+v_proj" in {layer["kind"] for layer in measured}
+    assert all(score >= 0 for layer in measured for score in layer["scores"].values())
     plan = json.loads((tmp_path / "out" / "auto_scheme.json").read_text())
     assert set(plan["layer_config"]) == set(result.plan.quantized)
 

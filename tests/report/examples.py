@@ -77,6 +77,14 @@ def report(**changes: Any) -> dict[str, Any]:
         },
         "engines": {"auto_round": {"vLLM": {"loads": True}, "SGLang": {"loads": False, "reasons": ["no"]}}},
         "verified": {"auto_round": {"kl": 0.0, "sample": "a"}, "fake": {"skipped": "there was no memory"}},
+        "auto_scheme": {
+            "made_by": "AutoScheme",
+            "target": "4 bits per weight",
+            "average_bits": 3.9876,
+            "predicted_kl": 0.0456789,
+            "gap": 0.0012,
+            "options": ["W2A16", "W4A16"],
+        },
         "sensitivity": {
             "measure": "first-order score",
             "layers": [

@@ -103,6 +103,11 @@ HELD = examples.report()["held_out"]
         ("Tokens of experts", "without any", [1, 0, 0, 0, 0]),
         ("Sources", "samples read", [9, 2]),
         ("Sources", "dropped", ["3 too short", "none"]),
+        (
+            "What was chosen",
+            "value",
+            ["4 bits per weight", 3.9876, 0.0456789, HELD["kl"], 0.0012, "W2A16, W4A16"],
+        ),
         ("Sensitivity", "W2A16", [0.5 / (i + 1) for i in range(5)]),
         ("Sensitivity", "W4A16", [0.0123 / (i + 1) for i in range(5)]),
     ],
@@ -193,7 +198,18 @@ def test_no_colour_stands_for_two_things():
     assert len({pair[0] for pair in theme.TONES.values()}) == len(theme.TONES)
 
 
-OLD = ("plan", "calibration", "held_out", "sensitivity", "hard_cases", "engines", "verified", "model", "seed")
+OLD = (
+    "plan",
+    "calibration",
+    "held_out",
+    "sensitivity",
+    "hard_cases",
+    "engines",
+    "verified",
+    "model",
+    "seed",
+    "auto_scheme",
+)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from auto_round.autoscheme.parts import Setting
 from auto_round.autoscheme.plan_file import written
 from auto_round.autoscheme.request import Option, gguf_base, is_gguf, read_options, with_scheme
 from auto_round.autoscheme.scores import measured_scores
+from auto_round.autoscheme.sensitivity import sensitivity
 from auto_round.calibration.rows import CalibrationRows, load_rows
 from auto_round.config.options import Options
 from auto_round.export.table import scale_dtype
@@ -29,6 +30,7 @@ from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.deciding.unaddressed import without_kept
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.default_device import plain_device
+from auto_round.report.record import SENSITIVITY
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.request import plan_request
@@ -143,7 +145,8 @@ def choose_schemes(
     chosen = [decide_on(target, candidates, scores, decided, opened) for target in targets]
     for decision in chosen:
         logger.info("AutoScheme %s", decision.summary)
-    return tuple(_run(menu, decision, several=len(chosen) > 1) for decision in chosen)
+    measured = sensitivity(scores, candidates.labels, options.auto.score_method, opened.source)
+    return tuple(_run(menu, decision, measured, several=len(chosen) > 1) for decision in chosen)
 
 
 def _for_measuring(options: Options) -> Options:
@@ -238,7 +241,7 @@ def _rows(options: Options, opened: Opened, given: Given) -> CalibrationRows:
     )
 
 
-def _run(menu: Menu, decision: Decision, *, several: bool) -> Options:
+def _run(menu: Menu, decision: Decision, measured: Mapping[str, Any], *, several: bool) -> Options:
     """The ordinary run of one decision, in a folder of its own where there are several."""
     run = menu.run(decision.choice.picks)
     folder = Path(menu.options.output.output_dir)
@@ -249,5 +252,5 @@ def _run(menu: Menu, decision: Decision, *, several: bool) -> Options:
         run,
         auto=auto,
         output=replace(run.output, output_dir=str(folder / decision.target.folder if several else folder)),
-        chosen=decision.document(menu.candidates),
+        chosen={**decision.document(menu.candidates), SENSITIVITY: measured},
     )

@@ -91,6 +91,21 @@ def _plan(run: Run) -> Section | None:
     return Section("plan", "Plan", (note,), picture, (table,))
 
 
+def _chosen(run: Run) -> Section | None:
+    found = run.auto_scheme
+    if not found:
+        return None
+    rows: list[list[Cell]] = [
+        ["target", str(found["target"])],
+        ["bits per weight reached", number(found["average_bits"])],
+        ["KL that was predicted", number(found["predicted_kl"])],
+        ["KL that was measured", number(None if run.held_out is None else run.held_out.kl)],
+        ["above the best plan, at most", share(found["gap"])],
+        ["options", ", ".join(found["options"])],
+    ]
+    return Section("chosen", "AutoScheme", (), tables=(Table("What was chosen", ("what", "value"), rows),))
+
+
 def _plan_row(line: PlanLine) -> list[Cell]:
     where = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in line.blocks) or "outside"
     counts = (number(line.layers), number(line.weights))
@@ -338,7 +353,19 @@ def _repeat(run: Run) -> Section | None:
 
 
 _SECTIONS: Final = (
-    *(_plan, _sensitivity, _losses, _errors, _massive, _quality, _spread, _cost, _coverage, _experts),
+    *(
+        _plan,
+        _chosen,
+        _sensitivity,
+        _losses,
+        _errors,
+        _massive,
+        _quality,
+        _spread,
+        _cost,
+        _coverage,
+        _experts,
+    ),
     *(_made_with, _repeat),
 )
 """The parts of the page in their order; one without data gives None."""

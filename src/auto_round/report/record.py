@@ -12,6 +12,8 @@ RUN_RECORD = "report_run.json"
 """What it cost: times, memory, machine and command."""
 CHOSEN = "auto_scheme.json"
 """What AutoScheme chose; `--layer_config` takes it back."""
+SENSITIVITY = "sensitivity"
+"""Key of `report.json` under which is said how much each layer minds being rounded."""
 PAGE = "report.html"
 """All of it as a page."""
 

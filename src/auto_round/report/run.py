@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from auto_round.errors import CheckpointError, ConfigError
-from auto_round.report.record import REPORT, RUN_RECORD, RunRecord
+from auto_round.report.record import REPORT, RUN_RECORD, SENSITIVITY, RunRecord
 
 T = TypeVar("T")
 
@@ -155,6 +155,7 @@ class Run:
         calibration: None without data.
         held_out: None where nothing was measured.
         sensitivity: None where nothing was measured.
+        auto_scheme: what AutoScheme reached, see `autoscheme.decision`; empty where it was not asked.
         hard_cases: what was hard, see `pipeline.running.hard_cases`.
         engines: format -> engine -> verdict.
         verified: format -> what reloading it gave.
@@ -177,6 +178,7 @@ class Run:
     calibration: Calibration | None = None
     held_out: HeldOut | None = None
     sensitivity: Sensitivity | None = None
+    auto_scheme: Mapping[str, Any] = field(default_factory=dict)
     hard_cases: Mapping[str, Any] = field(default_factory=dict)
     engines: Mapping[str, Any] = field(default_factory=dict)
     verified: Mapping[str, Any] = field(default_factory=dict)
@@ -222,7 +224,7 @@ def run_of(report: Mapping[str, Any], record: Mapping[str, Any] | None, label: s
         CheckpointError: a value is missing or of another type.
     """
     try:
-        held, data, scores = (report.get(name) for name in ("held_out", "calibration", "sensitivity"))
+        held, data, scores = (report.get(name) for name in ("held_out", "calibration", SENSITIVITY))
         parts = {
             "label": label,
             "bytes_after": _filled(report, "bytes_after"),

@@ -27,7 +27,7 @@ from auto_round.pipeline.running.input_squares import load_inputs
 from auto_round.pipeline.running.measure import Measured
 from auto_round.pipeline.writing.cost import COST
 from auto_round.pipeline.writing.planned import planned
-from auto_round.report.record import CHOSEN, REPORT
+from auto_round.report.record import CHOSEN, REPORT, SENSITIVITY
 from auto_round.version import __version__
 
 
@@ -100,9 +100,9 @@ def build_report(
             "kl_histogram": measured.spread.to_json(),
         }
     if job.options.chosen is not None:
-        report["auto_scheme"] = {
-            k: v for k, v in job.options.chosen.items() if k not in ("use", "layer_config")
-        }
+        apart = ("use", "layer_config", SENSITIVITY)
+        report["auto_scheme"] = {k: v for k, v in job.options.chosen.items() if k not in apart}
+        report[SENSITIVITY] = job.options.chosen[SENSITIVITY]
     if borrowed := InputRanges.from_entries(journal.entries).borrowed:
         report["inputs_ranged_by_peers"] = len(borrowed)
     hard = hard_cases(journal.entries, None if measured is None else measured.comparison.kl)
@@ -116,7 +116,8 @@ def write_report(job: Job, folders: Mapping[str, Path], report: Mapping[str, Any
     for name, exporter in job.exporters.items():
         atomic_write_json(folders[name] / REPORT, dict(report))
         if job.options.chosen is not None:
-            atomic_write_json(folders[name] / CHOSEN, job.options.chosen)
+            plan = {k: v for k, v in job.options.chosen.items() if k != SENSITIVITY}
+            atomic_write_json(folders[name] / CHOSEN, plan)
         write_model_card(folders[name], _card(job, exporter, report, name))
     if root not in folders.values():
         atomic_write_json(root / REPORT, dict(report))

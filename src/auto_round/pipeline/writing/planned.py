@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from auto_round.export.exporter import Exporter
-from auto_round.facts.layer import Layer
+from auto_round.facts.layer import Block, Layer
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import manifest_of
 
@@ -50,7 +51,7 @@ def planned(job: Job, exporter: Exporter) -> list[dict[str, Any]]:
     for layer in job.source.layers:
         entry = job.plan.entries[layer.name]
         bits = layer.dtype.itemsize * 8 if entry.scheme is None else entry.scheme.bits
-        key = (_kind(job, layer), entry.label, bits, entry.reason, layer.block)
+        key = (kind_of(layer, job.source.blocks), entry.label, bits, entry.reason, layer.block)
         found = sums.setdefault(key, _Sum())
         found.layers += 1
         found.weights += math.prod(layer.shape)
@@ -83,10 +84,11 @@ def stretches(numbers: list[int]) -> list[list[int]]:
     return found
 
 
-def _kind(job: Job, layer: Layer) -> str:
+def kind_of(layer: Layer, blocks: Sequence[Block]) -> str:
+    """Name of a layer inside its block, with `*` for the number of an expert; its whole name outside."""
     name = layer.name
     if layer.block is not None:
-        name = name.removeprefix(job.source.blocks[layer.block].disk + ".")
+        name = name.removeprefix(blocks[layer.block].disk + ".")
     return _NUMBER.sub("*", f".{name}")[1:]
 
 

@@ -154,13 +154,17 @@ def _errors(
 
 
 def _weighed(clean: States, found: States, gradients: Sequence[States]) -> float:
-    """Sum of (gradient x error)^2 over draws, rows, positions and channels."""
+    """Sum of (gradient x error)^2 over draws, rows and positions.
+
+    Errors of the channels of a position are added before they are squared: they come from the same weights, and
+    at 4 bits of 2, 4 and 8 the plan's divergence is a fifth smaller than with channels apart (docs/LOG.md).
+    """
     total = 0.0
     for state, (before, after) in enumerate(zip(clean, found, strict=True)):
         error = after.float() - before.to(after.device).float()
         for gradient in gradients:
             product = gradient[state].to(error.device) * error
-            total += float(product.square().sum(dim=-1).double().sum())
+            total += float(product.sum(dim=-1).square().double().sum())
     return total
 
 

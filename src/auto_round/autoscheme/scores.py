@@ -20,6 +20,9 @@ from auto_round.version import __version__
 METHODS = MappingProxyType({"fisher": by_gradients.measure, "kl": by_divergence.measure})
 """Ways to measure by name; docs/LOG.md compares them."""
 
+MEASURED_AS = 2
+"""Version of the ways to measure; scores of another are measured again."""
+
 Scores = Mapping[Part, list[float]]
 """Part -> loss of each option, nats per token."""
 
@@ -82,6 +85,7 @@ def _signature(setting: Setting, method: str) -> dict[str, Any]:
     job = setting.job
     return {
         "auto_round": __version__,
+        "measured_as": MEASURED_AS,
         "method": method,
         "model": model_fingerprint(job.source),
         "rows": None if job.rows is None else job.rows.fingerprint,

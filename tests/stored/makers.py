@@ -118,6 +118,25 @@ def int4_reordered(name, weight):
     return stored, dequantized[:, back]
 
 
+def gptq_reordered(name, weight):
+    """Version 1, with groups of inputs that are not neighbours."""
+    generator = torch.Generator().manual_seed(weight.shape[1])
+    group_of = torch.randperm(weight.shape[1], generator=generator) // 32
+    codes = torch.empty(weight.shape, dtype=torch.int64)
+    scales = torch.empty(weight.shape[1] // 32, weight.shape[0], dtype=torch.float16)
+    for group in range(len(scales)):
+        columns = weight[:, group_of == group].float()
+        scales[group] = columns.abs().amax(1) / 7.5
+        codes[:, group_of == group] = (columns / scales[group].float()[:, None]).round().clamp(-8, 7).long()
+    stored = {
+        "qweight": words(codes).t(),
+        "qzeros": torch.full((len(scales), weight.shape[0] // 8), 0x77777777, dtype=torch.int32),
+        "scales": scales,
+        "g_idx": group_of.to(torch.int32),
+    }
+    return named(name, stored), codes * scales[group_of].t().float()
+
+
 def mxfp4(name, weight):
     scale, step = powers(weight, 32, 6.0)
     codes, numbers = nibbles(weight, step)

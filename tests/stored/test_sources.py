@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from auto_round.config import build_options
+from auto_round.errors import CheckpointError
 from auto_round.models.folder import FolderSource
 from auto_round.pipeline.plan_run import dry_run
 from pipeline.runs import ROWS, SHORT, quantize, weights
-from stored.makers import BLOCK, fp8_blocks, fp8_powers, fp8_tensor, mx_experts
+from stored.makers import BLOCK, fp8_blocks, fp8_powers, fp8_rows, fp8_tensor, gptq_reordered, mx_experts
 from stored.twins import Twins, in_blocks, make_twins
 
 
@@ -26,6 +28,19 @@ CASES = {
     "fp8 blocks of experts": ("qwen3_moe", {**FP8, "weight_block_size": list(BLOCK)}, fp8_blocks, in_blocks),
     "fp8 powers": ("llama", {**FP8, "weight_block_size": [128, 128]}, fp8_powers, in_blocks),
     "fp8 tensor": ("llama", {"quant_method": "fp8", "activation_scheme": "static"}, fp8_tensor, in_blocks),
+    "fp8 blocks of DeepSeek": (
+        "deepseek_v3",
+        {**FP8, "weight_block_size": list(BLOCK)},
+        fp8_blocks,
+        in_blocks,
+    ),
+    "fp8 rows": ("llama", {"quant_method": "fbgemm_fp8"}, fp8_rows, in_blocks),
+    "gptq, reordered": (
+        "llama",
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True},
+        gptq_reordered,
+        in_blocks,
+    ),
     "mxfp4 experts": ("gpt_oss", {"quant_method": "mxfp4"}, mx_experts, is_stack),
 }
 
@@ -84,3 +99,44 @@ def test_plain_rounding_and_dry_runs_take_them_too(twins, tmp_path):
     assert plans[0] == plans[1]
     assert_same(*outputs)
     assert "quantization_config" not in json.loads((outputs[0] / "config.json").read_text())
+
+
+def test_blocks_for_predicting_more_tokens_are_unpacked_too(twins):
+    """Tensors without a module are copied; a plain output has no use for codes."""
+    pair = twins("fp8 blocks of DeepSeek")
+    for folder in (pair.packed, pair.plain):
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        extra = {n: t for n, t in tensors.items() if n.startswith("model.layers.1.self_attn.o_proj")}
+        save_file({**tensors, **{n.replace(".1.", ".2."): t.clone() for n, t in extra.items()}}, path)
+    with FolderSource.open(pair.packed) as packed, FolderSource.open(pair.plain) as plain:
+        name = "model.layers.2.self_attn.o_proj.weight"
+        assert dict(packed.tensors) == dict(plain.tensors)
+        assert torch.equal(packed.read_tensor(name), plain.read_tensor(name))
+
+
+def test_fp8_without_scales(twins):
+    folder = twins("fp8 blocks").packed
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight.*is FP8"):
+        FolderSource.open(folder)
+
+
+def test_what_older_tools_said_beside_the_configuration(twins):
+    pair = twins("gptq, reordered")
+    path = pair.packed / "config.json"
+    said = json.loads(path.read_text())
+    older = said.pop("quantization_config")
+    del older["quant_method"]
+    path.write_text(json.dumps(said))
+    (pair.packed / "quantize_config.json").write_text(json.dumps(older))
+    name = "model.layers.1.mlp.down_proj.weight"
+    with FolderSource.open(pair.packed) as packed, FolderSource.open(pair.plain) as plain:
+        assert torch.equal(packed.read_tensor(name), plain.read_tensor(name))
+
+
+def test_the_user_is_told(twins, caplog):
+    with FolderSource.open(twins("fp8 rows").packed):
+        assert "is quantized already (fbgemm_fp8)" in caplog.text

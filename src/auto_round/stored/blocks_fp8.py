@@ -1,4 +1,4 @@
-"""Folders of quant_method `fp8`: FP8 weights with one float for a block, a row or a whole tensor.
+"""Folders of quant_method `fp8` or `fbgemm_fp8`: FP8 weights, one float for a block, a row or a tensor.
 
 `<name>` float8 `[..., out, in]` and `<name>_scale_inv` `[..., ceil(out / rows), ceil(in / columns)]`, what
 codes are multiplied by; one number where `weight_block_size` is not given. Older tools say `<name>_scale`.

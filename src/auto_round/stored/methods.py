@@ -52,6 +52,7 @@ METHODS: dict[str, Method] = {
         ),
     ),
     "fp8": Method(read_fp8, ("activation_scale", "input_scale", "k_scale", "v_scale")),
+    "fbgemm-fp8": Method(read_fp8, ("input_scale_ub",)),
     "mxfp4": Method(read_mxfp4),
 }
 """Ways of storing models by `quant_method`, with `-` for `_`."""

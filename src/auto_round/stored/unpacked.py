@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 from auto_round.checkpoint.disk import bytes_of, write_at
+from auto_round.checkpoint.header import read_object
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.tensors import Tensors
 from auto_round.facts.tensor import TensorSpec
+from auto_round.log import logger
 from auto_round.stored.configuration import dtype_of, is_plain, quantization_of
 from auto_round.stored.methods import understand
 from auto_round.stored.packed import Packed
+
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files in which AutoGPTQ and AutoAWQ said what `config.json` says now, and what they mean."""
+_WORDS = ".qweight"
 
 
 class Unpacked:
@@ -90,11 +96,25 @@ def open_plain(files: Checkpoint, config: Mapping[str, Any]) -> Tensors:
         UnsupportedError: a way of storing weights that this version does not read; names it.
         CheckpointError: tensors that contradict the configuration.
     """
-    said = quantization_of(config)
+    said = quantization_of(config) or _older(files)
     if said is None:
         return files
+    logger.warning(
+        "%s is quantized already (%s): it is unpacked while it is read. Rounding twice loses accuracy: start "
+        "from the original weights where there are any",
+        files.folder,
+        said.get("quant_method"),
+    )
     packed, spare = understand(said, files)
     home = {name for each in packed for name in each.tensors}
     rest = (files.info(name).dtype for name in files.names if name not in home)
     dtype = dtype_of(config) or next((d for d in rest if is_plain(d)), torch.bfloat16)
     return Unpacked(files, packed, spare, dtype)
+
+
+def _older(files: Checkpoint) -> Mapping[str, Any] | None:
+    """What a folder of packed words says in a file of its own; None where there is none."""
+    if not any(name.endswith(_WORDS) for name in files.names):
+        return None
+    found = ((files.folder / name, method) for name, method in _BESIDE.items())
+    return next(({"quant_method": m, **read_object(path)} for path, m in found if path.is_file()), None)

@@ -19,6 +19,8 @@ from auto_round.numerics.presets import int_format
 from auto_round.pipeline.plan_run import dry_run
 from auto_round.pipeline.quantize import run
 from export.gguf.small_models import save_small_model
+from stored.makers import mxfp4
+from stored.twins import in_blocks, make_twins
 
 gguf = pytest.importorskip("gguf")
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256}
@@ -81,6 +83,24 @@ def test_configuration_and_tokenizer_come_from_the_file(family: str, tmp_path: P
             wanted = fmt.quantize(weights[layer.tensor].to(torch.bfloat16))
             assert torch.equal(source.read(layer), fmt.dequantize(wanted, torch.bfloat16))
     assert (tmp_path / "w4" / "tokenizer.json").is_file()
+
+
+def test_numbers_of_mxfp4_move_into_a_file_as_they_are(tmp_path: Path) -> None:
+    """Plain rounding gives numbers of MXFP4 themselves, by smaller powers of two where a group is small."""
+    model = save_small_model("llama", tmp_path / "m")
+    said = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "mxfp4-pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": said}},
+    }
+    twins = make_twins(tmp_path / "twins", model, config, mxfp4, in_blocks)
+    file = write(twins.packed, tmp_path / "out", "gguf:mxfp4")
+    found = dict(gguf_weights(twins.plain, file))
+    with FolderSource.open(twins.packed) as source:
+        for layer in source.layers:
+            if layer.block is not None:
+                assert torch.equal(found[layer.tensor], source.read(layer).float()), layer.name
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:

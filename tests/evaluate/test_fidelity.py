@@ -13,7 +13,7 @@ from auto_round.config import EvaluationOptions, FidelityOptions, ModelOptions
 from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
 from auto_round.evaluate.fidelity import measure, plan_measurement
 from export.gguf.reread import reread
-from export.gguf.small_models import save_small_model, sentencepiece_tokenizer
+from export.gguf.small_models import FAMILIES, save_small_model, sentencepiece_tokenizer
 from pipeline.runs import quantize
 
 WORDS = "the hat can be here, and there the hen ran. "
@@ -257,3 +257,45 @@ def test_nan_is_an_error(made, tmp_path):
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(NumericsError, match="NaN or infinite"):
         run(made, folder)
+
+
+def test_two_gguf_files_in_the_model_of_a_folder(made, tmp_path):
+    plain = {"iters": 0, "disable_opt_rtn": True, "dataset": None, "verify": False}
+    finer = quantize(made.original, tmp_path, format="gguf:q8_0", group_size=None, **plain).folders[0]
+    source = {"gguf_source": str(made.original)}
+    found = run(made, made.gguf, original=str(finer), evaluation=source)
+    beside = run(made, made.gguf)
+    assert found["perplexity"]["value"] == pytest.approx(beside["perplexity"]["value"])
+    with pytest.raises(ConfigError, match="name the folder that it was made from"):
+        run(made, made.gguf, original=str(finer), evaluation={"gguf_source": str(finer)})
+
+
+def test_a_packed_folder_lends_its_model_to_a_gguf_file(made):
+    found = run(made, made.packed, original=str(made.gguf))
+    assert found["perplexity_original"]["value"] == pytest.approx(
+        run(made, made.gguf)["perplexity"]["value"], rel=1e-5
+    )
+
+
+def test_rows_are_no_longer_than_the_models_take(made):
+    found = run(made, made.packed, seqlen=512)
+    assert found["row_tokens"] == 64
+    assert (
+        run(made, made.gguf, original=None, seqlen=512, evaluation={"gguf_source": str(made.original)})[
+            "row_tokens"
+        ]
+        == 64
+    )
+    with pytest.raises(ConfigError, match="leaves no prediction of a row of 64"):
+        run(made, made.packed, seqlen=512, skip=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_files_of_every_family(family, tmp_path):
+    original = save_small_model(family, tmp_path / "original")
+    plain = {"iters": 0, "disable_opt_rtn": True, "dataset": None, "verify": False}
+    folder = quantize(original, tmp_path / "gguf", format="gguf:q8_0", group_size=None, **plain).folders[0]
+    (tmp_path / "text.txt").write_text(WORDS * 20)
+    place = SimpleNamespace(original=original, text=tmp_path / "text.txt", cache=tmp_path / "cache")
+    assert run(place, folder)["kl"]["mean"]["value"] < 5e-3

@@ -309,6 +309,13 @@ def test_unknown_tasks_are_refused_before_a_run(harness, model, tmp_path, capsys
     assert cli.main([*words, "--dry_run"]) == 2
 
 
+def test_vllm_and_gguf_are_refused_before_a_run(harness, model, tmp_path, capsys):
+    words = [str(model), "--iters", "0", "--format", "gguf:q4_0", "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*words, "--tasks", "piqa", "--eval_backend", "vllm"]) == 2
+    assert "evaluated by the hf backend only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_settings_without_tasks_are_said_to_do_nothing(harness, model, tmp_path, capsys):
     words = [str(model), *RUN, "--output_dir", str(tmp_path), "--eval_bs", "4", "--dry_run"]
     assert cli.main(words) == 0

@@ -43,8 +43,10 @@ def quantize(given: Mapping[str, Any], recipe: str, evaluation: Mapping[str, Any
     set_threads(environment.num_threads)
     tasks = None
     if wanted.tasks is not None:
+        from auto_round.evaluate.harness import check_can_read
         from auto_round.evaluate.task_names import find_tasks
 
+        check_can_read(wanted, options.output.formats[-1])
         tasks = find_tasks(wanted)
     if options.output.dry_run:
         from auto_round.pipeline.plan_run import dry_run

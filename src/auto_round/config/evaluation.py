@@ -102,6 +102,13 @@ class EvaluationOptions:
             choices=DTYPES,
         ),
     )
+    gguf_source: str | None = option(
+        None,
+        Spec(
+            "folder or hub name of the model that GGUF files were made from, or of another of the same "
+            "shape; when not given the other model, where that is a folder"
+        ),
+    )
     add_bos_token: bool = option(False, Spec("begin every text with the token that begins texts"))
 
     def __post_init__(self) -> None:

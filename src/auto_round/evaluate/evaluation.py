@@ -14,7 +14,7 @@ from auto_round.config.evaluation import DEFAULT_TASKS
 from auto_round.errors import ConfigError
 from auto_round.evaluate.fidelity import Measurement, measure, plan_measurement
 from auto_round.evaluate.harness import check_can_run, run_tasks
-from auto_round.evaluate.subject import Subject, find_subject
+from auto_round.evaluate.subject import Subject, find_source, find_subject
 from auto_round.evaluate.task_names import Tasks, find_tasks
 from auto_round.evaluate.task_results import flips, plain_results
 from auto_round.log import ProgressSink, ignore_progress
@@ -30,6 +30,7 @@ class Evaluation:
         original: what it is compared with; None for nothing.
         tasks: of the harness; None for none.
         measurement: on a text; None for none.
+        beside: folder whose model takes the weights of GGUF files; None for none.
         max_kl: largest mean KL that passes.
     """
 
@@ -38,6 +39,7 @@ class Evaluation:
     original: Subject | None = None
     tasks: Tasks | None = None
     measurement: Measurement | None = None
+    beside: Path | None = None
     max_kl: float | None = None
 
 
@@ -59,6 +61,7 @@ def plan_evaluation(
     original = None
     if fidelity.original is not None:
         original = find_subject(fidelity.original, platform=model.platform, trust=trust)
+    beside = find_source(evaluation.gguf_source, (original, subject), platform=model.platform, trust=trust)
     tasks = measurement = None
     if evaluation.tasks is not None:
         for one in (subject, original):
@@ -67,7 +70,7 @@ def plan_evaluation(
         tasks = find_tasks(evaluation)
     if fidelity.text is not None:
         measurement = plan_measurement(model, evaluation, fidelity)
-    return Evaluation(model, subject, original, tasks, measurement, fidelity.max_kl)
+    return Evaluation(model, subject, original, tasks, measurement, beside, fidelity.max_kl)
 
 
 def evaluate(plan: Evaluation, progress: ProgressSink = ignore_progress) -> dict[str, Any]:
@@ -87,11 +90,10 @@ def evaluate(plan: Evaluation, progress: ProgressSink = ignore_progress) -> dict
         found["gate"] = {"max_kl": plan.max_kl, "passed": found["kl"]["mean"]["value"] <= plan.max_kl}
     if plan.tasks is None:
         return found
-    beside = next((s.path for s in (plan.original, plan.subject) if s is not None and s.is_original), None)
-    own = run_tasks(plan.tasks, plan.subject, plan.model, beside)
+    own = run_tasks(plan.tasks, plan.subject, plan.model, plan.beside)
     found["tasks"] = plain_results(own)
     if plan.original is not None:
-        before = run_tasks(plan.tasks, plan.original, plan.model, beside)
+        before = run_tasks(plan.tasks, plan.original, plan.model, plan.beside)
         found |= {"original": plan.original.name, "tasks_of_original": plain_results(before)}
         found["flips"] = flips(before, own)
     return found
@@ -103,10 +105,11 @@ def evaluate_output(tasks: Tasks, folder: Path, model: ModelOptions) -> dict[str
     Returns:
         As of `evaluate`.
     """
-    source = find_subject(model.model, platform=model.platform, trust=model.trust_remote_code)
+    trust = model.trust_remote_code
     subject = find_subject(str(folder))
     check_can_run(tasks.options, subject)
-    beside = source.path if source.is_original else None
+    source = tasks.options.gguf_source or model.model
+    beside = find_source(source, (subject,), platform=model.platform, trust=trust)
     return {"model": subject.name, "tasks": plain_results(run_tasks(tasks, subject, model, beside))}
 
 

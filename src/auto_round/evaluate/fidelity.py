@@ -6,7 +6,7 @@ where the disk has no room for all rows. Figures of each position are kept, logi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from auto_round.evaluate.placement import placement
 from auto_round.evaluate.positions import Figures, compare_positions, joined, likelihoods
 from auto_round.evaluate.predictors import Opening, Predictor, TransformersPredictor, open_model
 from auto_round.evaluate.rows import check_text, token_rows
-from auto_round.evaluate.subject import Subject, find_subject
+from auto_round.evaluate.subject import Subject, find_source, find_subject
 from auto_round.evaluate.vocabulary import check_same_vocabulary, load_tokenizer
-from auto_round.log import Progress, ProgressSink, ignore_progress
+from auto_round.log import Progress, ProgressSink, ignore_progress, logger
 
 FLOOR_ROWS = 16
 """Rows on which the original is run in another dtype."""
@@ -96,14 +96,26 @@ def plan_measurement(
     if original is not None:
         check_same_vocabulary(original, subject, trust=trust)
     folders = [s for s in subjects if not s.is_gguf]
-    tokenizer = load_tokenizer((folders or subjects)[0], model.tokenizer, trust=trust)
+    named = model.tokenizer
     dtype = getattr(torch, long_dtype(evaluation.eval_model_dtype or "float32").replace("auto", "float32"))
-    beside = next((s.path for s in subjects if s.is_original), None)
+    beside = find_source(evaluation.gguf_source, subjects, platform=model.platform, trust=trust)
+    if named is None and not folders and beside is not None:
+        named = str(beside)
+    tokenizer = load_tokenizer((folders or subjects)[0], named, trust=trust)
     where = placement(model.device_map)
     how = Opening(dtype, where, trust, beside, backend="auto" if where else "torch")
     at_once = int(evaluation.eval_bs) if evaluation.eval_bs.isdecimal() else 1
     bos = _bos(tokenizer) if evaluation.add_bos_token else None
-    return Measurement(subject, original, tokenizer, how, options, at_once, bos)
+    return Measurement(subject, original, tokenizer, how, _within_context(options, subjects), at_once, bos)
+
+
+def _within_context(options: FidelityOptions, subjects: Sequence[Subject]) -> FidelityOptions:
+    """Rows no longer than the models take."""
+    context = min((length for s in subjects if (length := s.context) is not None), default=options.seqlen)
+    if options.seqlen <= context:
+        return options
+    logger.info("rows have %d tokens, the models' context, instead of %d", context, options.seqlen)
+    return replace(options, seqlen=context)
 
 
 def measure(plan: Measurement, progress: ProgressSink = ignore_progress) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from auto_round.evaluate.predictors import Opening, open_model
 from auto_round.evaluate.subject import Subject
 from auto_round.evaluate.task_names import Tasks
 from auto_round.evaluate.vocabulary import load_tokenizer
+from auto_round.export.table import plans_alone
 from auto_round.log import logger
 
 ON_CPU: Final = "8"
@@ -81,6 +82,19 @@ def check_can_run(options: EvaluationOptions, subject: Subject) -> None:
     if options.eval_backend == "vllm" and subject.is_gguf:
         raise UnsupportedError(
             f"{subject.path}: GGUF files are evaluated by the hf backend; leave --eval_backend vllm out"
+        )
+
+
+def check_can_read(options: EvaluationOptions, output: str) -> None:
+    """Refuse to evaluate an output format that a backend does not read, before the run that writes it.
+
+    Raises:
+        UnsupportedError: vLLM and GGUF.
+    """
+    if options.eval_backend == "vllm" and plans_alone(output):
+        raise UnsupportedError(
+            f"format {output} is evaluated by the hf backend only: leave --eval_backend vllm out, or "
+            "name another format last"
         )
 
 

@@ -124,8 +124,8 @@ def _open_gguf(subject: Subject, how: Opening) -> Any:
     except Exception as error:
         raise UnsupportedError(
             f"{subject.path}: Transformers does not read this file ({type(error).__name__}: "
-            f"{str(error).strip()[:200]}); compare it with the folder that it was made from (--original), or "
-            "have llama.cpp run it (--gguf_engine llama_cpp)"
+            f"{str(error).strip()[:200]}); name the folder that it was made from (--gguf_source), or have "
+            "llama.cpp run it (--gguf_engine llama_cpp)"
         ) from error
 
 
@@ -133,6 +133,8 @@ def _filled(file: Path, folder: Path, how: Opening) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=how.trust, local_files_only=True)
+    if hasattr(config, "quantization_config"):  # the file's weights are plain
+        del config.quantization_config
     mapping = auto_class(auto_class_name(config))._model_mapping
     if type(config) not in mapping:
         raise UnsupportedError("the class of the model is not Transformers' own")

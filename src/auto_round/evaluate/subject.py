@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ from typing import Any
 from auto_round.errors import ConfigError, MissingError, UnsupportedError
 from auto_round.export.gguf.library import gguf
 from auto_round.export.hf_config import read_config
+from auto_round.models.facts import CONTEXT_NAMES
 from auto_round.models.hub import resolve_model
 
+NESTED = ("text_config", "llm_config", "language_config")
+"""Configurations of the language model inside others."""
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 _NO_MODEL = re.compile(r"(^|[-_.])(mmproj|imatrix)([-_.]|$)")
 """GGUF files beside a model that are none themselves."""
@@ -36,6 +39,17 @@ class Subject:
     def is_gguf(self) -> bool:
         """Whether it is a GGUF file."""
         return self.path.is_file()
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a row, as the model says; None where it does not."""
+        if self.is_gguf:
+            fields = gguf().GGUFReader(self.path).fields
+            found = fields.get(f"{fields['general.architecture'].contents()}.context_length")
+            return None if found is None else int(found.contents())
+        places = [self.config, *(self.config.get(name) for name in NESTED)]
+        lengths = [place.get(name) for place in places if isinstance(place, dict) for name in CONTEXT_NAMES]
+        return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
     @property
     def method(self) -> str | None:
@@ -78,6 +92,35 @@ def find_subject(name: str, *, platform: str = "hf", trust: bool = False) -> Sub
     return Subject(name, folder, read_config(folder))
 
 
+def find_source(
+    named: str | None, subjects: Iterable[Subject | None], *, platform: str = "hf", trust: bool = False
+) -> Path | None:
+    """The folder whose model takes the weights of GGUF files: its classes, names and shapes are theirs.
+
+    Args:
+        named: what the user calls it; None for the first folder among the subjects, originals before others.
+        subjects: models at hand.
+        platform: where hub names are looked up.
+        trust: also download model code.
+
+    Returns:
+        A folder; None where there is none, and where no GGUF file asks for one.
+
+    Raises:
+        ConfigError: the named one is not there, or is no folder.
+    """
+    there = [subject for subject in subjects if subject is not None]
+    if not any(subject.is_gguf for subject in there):
+        return None
+    if named is not None:
+        found = find_subject(named, platform=platform, trust=trust)
+        if found.is_gguf:
+            raise ConfigError(f"gguf_source {named} is a GGUF file: name the folder that it was made from")
+        return found.path
+    folders = [subject for subject in there if not subject.is_gguf]
+    return next((s.path for s in sorted(folders, key=lambda s: not s.is_original)), None)
+
+
 def _gguf(name: str, path: Path) -> Subject:
     if (part := _PART.search(path.name)) and int(part[1]) > 1:
         raise UnsupportedError(
@@ -87,9 +130,3 @@ def _gguf(name: str, path: Path) -> Subject:
         if file.read(4) != b"GGUF":
             raise ConfigError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
     return Subject(name, path)
-
-
-def gguf_text(subject: Subject, key: str) -> Any:
-    """A value of a GGUF file's metadata; None where it has none."""
-    entry = gguf().GGUFReader(subject.path).fields.get(key)
-    return None if entry is None else entry.contents()

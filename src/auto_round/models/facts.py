@@ -10,7 +10,7 @@ from auto_round.models.auto_classes import auto_class_name
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "top_k_experts")
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "context_length")
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "context_length")
 """What families call the number of experts, those that a token passes through, and the context's length."""
 _IMAGE_TOKEN = ("image_token_id", "image_token_index")
 _SHARED_CACHES = "num_kv_shared_layers"
@@ -24,7 +24,7 @@ def text_config(config: Any) -> Any:
 def model_facts(config: Any) -> ModelFacts:
     """What a configuration says of its model."""
     text = text_config(config)
-    lengths = (_number(text, name) for name in _CONTEXT)
+    lengths = (_number(text, name) for name in CONTEXT_NAMES)
     chosen = (_number(text, name) for name in _CHOSEN)
     return ModelFacts(
         auto_class=auto_class_name(config),

@@ -1,4 +1,4 @@
-"""Call lm-evaluation-harness directly: what its own functions say of folders, with nothing of ours between."""
+"""Call lm-evaluation-harness directly: what its own functions say of folders."""
 
 from __future__ import annotations
 

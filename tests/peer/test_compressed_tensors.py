@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from auto_round.numerics.activation import ACTIVATIONS
+from auto_round.numerics.activation_int import tensor_int
 from peer.ours import (
     DEMO,
     IDS,
@@ -103,12 +107,24 @@ def test_weights_only(answers: Answers, plan: str, way: str) -> None:
 
 @torch.inference_mode()
 def logits_with_rounded_inputs(made: Made) -> torch.Tensor:
-    """Logits of the dequantized model whose quantized layers get their inputs rounded to 8 bits a token."""
+    """Logits of the dequantized model whose quantized layers get their inputs rounded to 8 bits.
+
+    A step is the stored one where the folder has one, else measured for each token.
+    """
     model = AutoModelForCausalLM.from_pretrained(made.fake, dtype=torch.float32).eval()
-    rounding = ACTIVATIONS["int8_token_sym"].round
+    stored = load_file(made.folders["llm_compressor"] / "model.safetensors")
     for name in made.weights:
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args: (rounding(args[0]), *args[1:]))
+        rounding = ACTIVATIONS["int8_token_sym"].round
+        if (step := stored.get(f"{name}.input_scale")) is not None:
+            zero = stored.get(f"{name}.input_zero_point")
+            rounding = tensor_int(8, sym=zero is None).holding(step, zero).round
+        hook = partial(_rounded, rounding)
+        model.get_submodule(name).register_forward_pre_hook(hook)
     return model(input_ids=torch.tensor([IDS]), use_cache=False).logits.float()
+
+
+def _rounded(rounding: Callable[[torch.Tensor], torch.Tensor], _: object, args: tuple[Any, ...]) -> Any:
+    return rounding(args[0]), *args[1:]
 
 
 def test_int8_weights_and_inputs(answers: Answers) -> None:

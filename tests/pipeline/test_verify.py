@@ -10,9 +10,11 @@ import torch
 
 from auto_round.cli import exit_codes
 from auto_round.cli import main as cli
+from auto_round.config import build_options
 from auto_round.errors import CheckpointError, NothingQuantizedError, UnsupportedError
 from auto_round.pipeline.checking import reload, verify
-from auto_round.pipeline.checking.verify import FLIPPED_SHARE, LARGEST_KL, _few_flips
+from auto_round.pipeline.checking.verify import FLIPPED_SHARE, LARGEST_KL, LARGEST_KL_COARSE, _few_flips
+from auto_round.pipeline.deciding.prepare import prepare
 from pipeline.runs import quantize, token_rows
 
 PLAIN = {"iters": 0, "disable_opt_rtn": True, "dataset": None}
@@ -30,6 +32,24 @@ def test_only_few_positions_are_forgiven():
     each[7] = 40.0
     assert not _few_flips(each, LARGEST_KL)  # no expert is that wrong
     assert not _few_flips(torch.full((128,), float("nan")), LARGEST_KL)
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"),
+    [
+        ({}, LARGEST_KL),
+        ({"scheme": "INT8_W8A8"}, LARGEST_KL),
+        ({"scheme": "INT8_W8A8", "act_dynamic": False, "act_group_size": 0}, LARGEST_KL_COARSE),
+        ({"scheme": "FP8_STATIC"}, LARGEST_KL_COARSE),
+        ({"scheme": "INT4"}, LARGEST_KL_COARSE),
+    ],
+    ids=str,
+)
+def test_more_is_allowed_where_inputs_are_coarse(tiny, given, limit):
+    """One step for all tokens is coarse for most of them, whatever its bits."""
+    options = build_options({"model": str(tiny("llama")), "format": "fake", "device_map": "cpu", **given})
+    job = prepare(options, dataset=token_rows(8, 16), rows=False)
+    assert verify._largest_kl(job) == limit
 
 
 @pytest.mark.parametrize(("family", "passes"), [("qwen3_moe", True), ("llama", False)])

@@ -43,7 +43,7 @@ def answer(job: dict[str, Any], ids: list[int]) -> dict[str, Any]:
     engine = LLM(
         model=job["folder"],
         quantization=job.get("quantization"),
-        dtype="bfloat16",
+        dtype=job.get("dtype", "bfloat16"),
         max_model_len=TOKENS,
         max_num_seqs=1,
         max_num_batched_tokens=TOKENS,

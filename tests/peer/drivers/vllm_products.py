@@ -88,15 +88,20 @@ class DenseKernel(MPLinearKernel):
 
 
 class DenseInt8(CPUInt8ScaledMMLinearKernel):
-    """8 by 8 bits, one symmetric step for each token; oneDNN's product saturates without VNNI."""
+    """8 by 8 bits, a step for each token or a stored one; oneDNN's product saturates without VNNI."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        weight, scale, *_ = self.layer_param_names
+        weight, scale, step, zero, _ = self.layer_param_names
         layer.dense = getattr(layer, weight).data.float() * getattr(layer, scale).data.float().reshape(-1, 1)
+        layer.fixed = None
+        if self.config.is_static_input_scheme:
+            stored = getattr(layer, zero)
+            point = 0.0 if stored is None else stored.data.float()
+            layer.fixed = getattr(layer, step).data.float(), point
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        step = x.float().abs().amax(-1, keepdim=True) / 127
-        rounded = (x.float() / step).round() * step
+        step, zero = layer.fixed or (x.float().abs().amax(-1, keepdim=True) / 127, 0.0)
+        rounded = ((x.float() / step + zero).round().clamp(-128, 127) - zero) * step
         return linear(rounded, layer.dense, None if bias is None else bias.float()).to(x.dtype)
 
 

@@ -20,8 +20,7 @@ from auto_round.log import logger
 from auto_round.models.attention import install
 from auto_round.models.source import ModelSource
 from auto_round.numerics.activation import ActivationFormat
-from auto_round.numerics.activation_float import InputFormat
-from auto_round.numerics.grid_float import E4M3
+from auto_round.numerics.activation_float import CalibratedScale, InputFormat
 from auto_round.numerics.head_steps import HeadSteps
 from auto_round.pipeline.checking.compare_rows import PROMPT_TOKENS, batches, compare
 from auto_round.pipeline.checking.reload import MemoryEndedError, Reader, predict_one_token
@@ -38,11 +37,12 @@ LARGEST_KL = 1e-3
 one layer of a small model gives more (docs/LOG.md)."""
 FINE = 128
 """Activation formats count as fine when their largest number is at least so many steps: whole numbers of 8
-bits have as many, FP8 has 14."""
+bits have as many, FP8 has 14 (caches are made of it, too). Those with one step for all tokens never do: the
+largest activation decides on it, and leaves most tokens few steps."""
 LARGEST_KL_COARSE = 3e-2
 """The same where activations are rounded more coarsely: the smallest difference in front of the border
 between two codes moves an input by a whole step (0.01 on random models of two blocks with 4 bits, 0.003 on a
-trained one of eight blocks with FP8)."""
+trained one of eight blocks with FP8, 0.004 with 8 bits and one step for all tokens; 0 in float32)."""
 FLIPPED_SHARE = 1 / 32
 """Share of the positions that may go to other experts than when the model was tuned."""
 LARGEST_KL_FLIPPED = 3e-2
@@ -196,9 +196,9 @@ def _few_flips(each: Tensor, limit: float) -> bool:
 
 def _largest_kl(job: Job) -> float:
     """Divergence up to which a reloaded folder counts as the same model, nats per token."""
-    steps = [fmt.end_steps for fmt in _activations(job).values()]
-    steps += [E4M3.end_steps] if job.caches is not None else []
-    return LARGEST_KL_COARSE if min(steps, default=FINE) < FINE else LARGEST_KL
+    formats = _activations(job).values()
+    coarse = any(fmt.end_steps < FINE or isinstance(fmt, CalibratedScale) for fmt in formats)
+    return LARGEST_KL_COARSE if coarse or job.caches is not None else LARGEST_KL
 
 
 def _activations(job: Job) -> dict[str, InputFormat]:

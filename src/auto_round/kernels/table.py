@@ -17,8 +17,12 @@ from auto_round.kernels.cuda_int4 import CudaInt4Kernel
 from auto_round.kernels.kernel import Kernel, LinearSpec
 from auto_round.kernels.marlin import MarlinKernel
 from auto_round.kernels.reference import TorchKernel
+from auto_round.kernels.scaled_mm import ScaledMmKernel
 from auto_round.kernels.triton_linear import TritonKernel
+from auto_round.numerics.activation_float import CalibratedScale
+from auto_round.numerics.group import Group
 from auto_round.numerics.presets import int_format
+from auto_round.numerics.presets_float import fp8_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,11 @@ class Entry:
 
 def _sample(bits: int, device: str) -> LinearSpec:
     return LinearSpec(int_format(bits, 128, sym=True), (4096, 4096), torch.bfloat16, device)
+
+
+def _fp8_sample() -> LinearSpec:
+    inputs = CalibratedScale(fp8_format(Group(0)))
+    return LinearSpec(fp8_format(Group(-1)), (4096, 4096), torch.bfloat16, "cuda", inputs)
 
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -104,6 +113,16 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
             _sample(8, "cpu"),
             _HALVES,
         ),
+        "fp8_scaled_mm": Entry(
+            ScaledMmKernel(),
+            4,
+            ("scaled_mm", "auto_round:fp8_scaled_mm"),
+            "cuda",
+            "8 (FP8)",
+            _fp8_sample(),
+            tried=True,
+            inputs=True,
+        ),
         "triton": Entry(
             TritonKernel(),
             2,
@@ -130,6 +149,10 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
                 "torch_zp",
                 "auto_round:torch",
                 "auto_round:torch_zp",
+                "auto_round:torch_fp8_static",
+                "auto_round:torch_mxfp8",
+                "auto_round:torch_mxfp4",
+                "auto_round:torch_nvfp4",
                 "gptqmodel:awq_torch",
                 "gptqmodel:autoawq_torch",
                 "gptqmodel_awq_torch",

@@ -66,6 +66,11 @@ class MeasuredScales(_OfFormat):
             stats = _measure(tokens, self.format)
             return self.format.fake_quantize(tokens, stats, None, None).to(x.dtype).reshape(x.shape)
 
+    def step(self, tokens: Tensor) -> Tensor:
+        """Step of each group of `[tokens, in]` float32: `[tokens, n_groups]` float32, `[1, 1]` for size 0."""
+        stats = _measure(tokens, self.format)
+        return self.format.rule_for(stats).fit(stats, self.format.grid).step
+
 
 def _measure(tokens: Tensor, fmt: Format) -> Stats:
     """Range of each group of `[tokens, in]` float32."""
@@ -168,6 +173,10 @@ class FixedScale(_OfFormat):
                 .to(x.dtype)
                 .reshape(x.shape)
             )
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Step of each group of `[tokens, in]` float32: `[tokens, n_groups]` float32, `[1, 1]` for size 0."""
+        return self._rule(tokens.device).fit(self._measured(tokens, tokens.dtype), self.format.grid).step
 
     def _rule(self, device: torch.device) -> BoundRule:
         """The scale rule that knows the number."""

@@ -318,5 +318,7 @@ def test_weights_without_data_share_the_same_numbers(tiny, tmp_path, family, cha
 def test_blocks_in_float32_have_the_weights_that_readers_unpack(tiny, tmp_path, scheme):
     """A code times its step has more bits than the model's dtype, in which folders are multiplied."""
     pytest.importorskip(LIBRARY)
-    result = run(tiny("llama"), tmp_path / "out", scheme, format="llm_compressor,fake", amp=False, **PLAIN)
+    result = run(
+        tiny("llama"), tmp_path / "out", scheme, format="llm_compressor,auto_round,fake", amp=False, **PLAIN
+    )
     assert max(kl_of(result).values()) < 1e-9

@@ -110,8 +110,7 @@ def _fields(scheme: QuantizationScheme) -> dict[str, Any]:
         "sym": scheme.sym,
         "data_type": stored_word(scheme.data_type),
     }
-    fmt = scheme.weight_format()
-    if fmt is not None and "step" in fmt.rule.stored and scheme.scale_dtype != steps_of(scheme.data_type):
+    if (usual := steps_of(scheme.data_type)) and scheme.scale_dtype != usual:
         fields["scale_dtype"] = f"torch.{scheme.scale_dtype}"
     inputs = scheme.inputs
     if inputs is not None:
@@ -177,7 +176,7 @@ def _override(
     if scheme.inputs is None:
         fields |= unrounded
     if "scale_dtype" in known:
-        fields.setdefault("scale_dtype", f"torch.{steps_of(scheme.data_type)}")
+        fields.setdefault("scale_dtype", f"torch.{steps_of(scheme.data_type) or scheme.scale_dtype}")
     differing = {k: v for k, v in fields.items() if known.get(k) != v}
     return tuple(({"bits": scheme.bits} | differing).items()) if differing else ()
 

@@ -73,7 +73,7 @@ def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[
         if how is None or not _holds(how, shapes[path], path):
             kept = kept or any(name in stored.extra for name in known)
             continue
-        spec = LinearSpec(how.format, shapes[path], module.weight.dtype, target_device, how.inputs)
+        spec = LinearSpec(how.format, shapes[path], module.weight.dtype, target_device, how.inputs, how.held)
         kernel = select_kernel(spec, backend)
         _replace(model, path, QuantLinear(spec, how.layout, kernel, module.bias, backend))
         used[kernel.name] = None

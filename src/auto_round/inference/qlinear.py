@@ -163,7 +163,7 @@ class QuantLinear(PackedWeight, nn.Linear):
         if not self.adopted and any(part.is_meta for part in self.parts().values()):
             return torch.empty(self.spec.shape, dtype=dtype, device="meta")
         q = self.restore().weight
-        return q.format.dequantize(q, dtype)
+        return q.format.dequantize(q, self.spec.held or dtype).to(dtype)
 
     def adopt(self, kernel: Kernel, spec: LinearSpec) -> None:
         """Hand the loaded tensors to a kernel and keep only what it needs.

@@ -26,6 +26,8 @@ class LinearSpec:
         device: kind of device that holds both, for example `cpu`.
         inputs: what the input is rounded to before it is multiplied; None where it is left alone. The number
             that calibration fixed for it, where there is one, lies in the buffer `INPUT`.
+        held: dtype to which dequantized weights are rounded before they are multiplied, where that is another
+            one; None for none.
     """
 
     fmt: Format
@@ -33,6 +35,7 @@ class LinearSpec:
     dtype: torch.dtype
     device: str
     inputs: InputFormat | None = None
+    held: torch.dtype | None = None
 
 
 INPUT = "input"

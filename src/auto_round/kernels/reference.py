@@ -71,7 +71,8 @@ class TorchKernel:
     ) -> Tensor:
         """`x W^T + bias` with the weight dequantized to the dtype of `x`."""
         x = rounded_input(x, buffers, spec)
-        return torch.nn.functional.linear(x, self.weight(buffers, spec, x.dtype), bias)
+        w = self.weight(buffers, spec, spec.held or x.dtype)
+        return torch.nn.functional.linear(x, w.to(x.dtype), bias)
 
 
 def _parts(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -171,6 +171,7 @@ FLOAT_TYPES: dict[str, NumberType] = {
         inputs=partial(_mx_inputs, "fp"),
         runs_inputs=True,
         stored="mx_fp",
+        steps="",
         compressed=CompressedWords(
             type="float", format=lambda scheme: _MX_LAYOUTS[scheme.bits], scale_dtype=_E8M0
         ),
@@ -183,6 +184,7 @@ FLOAT_TYPES: dict[str, NumberType] = {
         inputs=partial(_mx_inputs, "fp", ceil=True),
         runs_inputs=True,
         stored="mx_fp_rceil",
+        steps="",
         compressed=CompressedWords(type="float", format=_always(""), scale_dtype=_E8M0),
     ),
     "mx_int": NumberType(
@@ -204,6 +206,7 @@ FLOAT_TYPES: dict[str, NumberType] = {
         inputs=partial(_nv_inputs, measured=True),
         runs_inputs=True,
         stored="nv_fp",
+        steps=_WIDE,
         compressed=CompressedWords(
             type="float", format=_always("nvfp4-pack-quantized"), strategy="tensor_group", scale_dtype=_E4M3
         ),

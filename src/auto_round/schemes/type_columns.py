@@ -68,9 +68,9 @@ class NumberType:
         inputs: makes the activation format of a layer's input, or says why there is none.
         runs_inputs: whether auto-round folders with inputs of this type can be loaded.
         stored: `data_type` in configurations of auto-round folders; empty where they cannot hold it.
-        steps: dtype of steps where the configuration of an auto-round folder names none; also what a run
-            stores when the user names none, but that floating steps then get the dtype of the model. Types
-            whose scales have one dtype only are not asked.
+        steps: `scale_dtype` that is meant where the configuration of an auto-round folder has none: the dtype
+            of steps, and of floating numbers the dtype to which a code times its scale is rounded before it
+            is multiplied with rounded inputs. Empty where products have no more bits than 16-bit models hold.
         compressed: words of compressed-tensors; None where it cannot hold it.
         blocks: whether people know a scheme of this type by its format's name, such as `Q4_K`.
     """

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.layouts.by_numbers import ByNumbers
 from auto_round.layouts.gptq import GPTQ
@@ -62,6 +64,16 @@ class StoredLayer:
     sym: bool
     inputs: InputFormat | None
     scheme: QuantizationScheme
+
+    @property
+    def held(self) -> torch.dtype | None:
+        """Dtype to which floating weights are rounded before they are multiplied with rounded inputs.
+
+        Readers of compressed-tensors folders do so, and then tuning does; None where nothing is rounded.
+        """
+        if self.inputs is None or not isinstance(self.format.grid, FloatGrid):
+            return None
+        return SCALE_DTYPES[self.scheme.scale_dtype] if NUMBER_TYPES[self.scheme.data_type].steps else None
 
     def tensors(self, shape: tuple[int, int]) -> LayerLayout:
         """How the layer lies on disk, whose weight has this shape."""
@@ -301,7 +313,7 @@ def _scheme(name: str, fields: Mapping[str, Any]) -> QuantizationScheme | None:
         raise UnsupportedError(
             f'layer "{name}" has group_size {size!r}', [Refusal("auto_round", "loads groups along the input")]
         )
-    usual = NUMBER_TYPES[data_type].steps
+    usual = NUMBER_TYPES[data_type].steps or QuantizationScheme().scale_dtype
     scale = str(fields.get("scale_dtype", usual)).removeprefix("torch.")
     if scale not in SCALE_DTYPES:
         raise ConfigError(f'scale_dtype of layer "{name}" is {scale}, expected one of {list(SCALE_DTYPES)}')

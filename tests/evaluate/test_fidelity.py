@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auto_round.config import EvaluationOptions, FidelityOptions, ModelOptions
 from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
+from auto_round.evaluate import predictors
 from auto_round.evaluate.fidelity import measure, plan_measurement
 from export.gguf.reread import reread
 from export.gguf.small_models import FAMILIES, save_small_model, sentencepiece_tokenizer
@@ -182,6 +183,20 @@ def test_noise_floor_is_the_original_in_another_dtype(made):
     assert found["noise_floor"]["dtype"] == "float32"
 
 
+def test_rounded_outputs_are_about_those_of_a_model_in_bfloat16(made):
+    """Noise of the same size, and none left behind."""
+    tokens = torch.arange(3, 43).view(2, 20)
+    model = AutoModelForCausalLM.from_pretrained(made.original, dtype=torch.float32)
+    exact = predictors.TransformersPredictor(model).logits(tokens)
+    rounded = predictors.TransformersPredictor(model, torch.bfloat16).logits(tokens)
+    real = predictors.TransformersPredictor(
+        AutoModelForCausalLM.from_pretrained(made.original, dtype=torch.bfloat16)
+    ).logits(tokens)
+    ratio = (rounded - exact).norm() / (real.float() - exact).norm()
+    assert 0.5 < ratio < 2
+    assert torch.equal(predictors.TransformersPredictor(model).logits(tokens), exact)
+
+
 def test_perplexity_alone(made):
     found = run(made, made.packed, original=None)
     assert "kl" not in found
@@ -189,8 +204,6 @@ def test_perplexity_alone(made):
 
 
 def test_another_vocabulary_is_refused_before_work(made, tmp_path, monkeypatch):
-    from auto_round.evaluate import predictors
-
     monkeypatch.setattr(predictors, "load_folder", None)
     wider = save_small_model("llama", tmp_path / "wider", vocab_size=400)
     with pytest.raises(ConfigError, match=r"vocabulary of 288 tokens and .* one of 400"):

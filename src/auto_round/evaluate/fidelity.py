@@ -60,13 +60,19 @@ class Measurement:
         options = self.options
         return token_rows(Path(str(options.text)), self.tokenizer, options.tokens, options.seqlen, self.bos)
 
-    def opened(self, subject: Subject, dtype: torch.dtype | None = None) -> Predictor:
-        """A model, ready to run; `dtype` for another than the user's."""
+    def opened(self, subject: Subject) -> Predictor:
+        """A model, ready to run."""
         options = self.options
         if subject.is_gguf and options.gguf_engine == "llama_cpp":
             return LlamaCppPredictor(subject.path, options.seqlen, torch.get_num_threads())
-        how = self.how if dtype is None else replace(self.how, dtype=dtype)
-        return TransformersPredictor(open_model(subject, how))
+        return TransformersPredictor(open_model(subject, self.how))
+
+    def in_another_dtype(self, subject: Subject) -> tuple[Predictor, str]:
+        """A model of Transformers in bfloat16 where the user's is float32, else in float32; and which."""
+        if self.how.dtype is torch.float32:
+            return TransformersPredictor(open_model(subject, self.how), torch.bfloat16), "bfloat16"
+        how = replace(self.how, dtype=torch.float32)
+        return TransformersPredictor(open_model(subject, how)), "float32"
 
     def by_llama_cpp(self, subject: Subject) -> bool:
         """Whether llama.cpp runs it."""
@@ -230,13 +236,11 @@ def _wants_floor(plan: Measurement) -> bool:
 
 def _noise_floor(plan: Measurement, reference: _Reference, rows: Tensor) -> dict[str, Any]:
     """The original against itself in another dtype, on the first rows."""
-    dtype = torch.bfloat16 if plan.how.dtype is torch.float32 else torch.float32
+    other, dtype = plan.in_another_dtype(reference.subject)
     rows = rows[:FLOOR_ROWS]
-    figures = _compared(
-        plan, reference, plan.opened(reference.subject, dtype), rows, _renamed(reference.progress, "floor")
-    )
+    figures = _compared(plan, reference, other, rows, _renamed(reference.progress, "floor"))
     return {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "rows": len(rows),
         "kl": float(figures["kl"].mean()),
         "same_top": float(figures["same_top"].mean()),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from auto_round.errors import (
     AutoRoundError,
@@ -24,9 +24,6 @@ from auto_round.inference.load_folder import Loading, load_folder, unpacked_to
 from auto_round.log import logger
 from auto_round.models.auto_classes import auto_class, auto_class_name
 from auto_round.models.roles import text_model
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _SHOWN = 4
 
@@ -66,16 +63,42 @@ class Opening:
 
 
 class TransformersPredictor:
-    """A model of Transformers."""
+    """A model of Transformers.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: the model.
+        rounded_to: dtype that what each of its layers gives is rounded to, as in a model of that dtype; None
+            for no rounding. Processors without arithmetic of that dtype do this fast.
+    """
+
+    def __init__(self, model: Any, rounded_to: torch.dtype | None = None) -> None:
         self._model = text_model(model)
+        self._rounded_to = rounded_to
 
     def logits(self, rows: Tensor) -> Tensor:
         """See `Predictor`."""
-        with torch.inference_mode():
+        with torch.inference_mode(), _rounded_outputs(self._model, self._rounded_to):
             found: Tensor = self._model(input_ids=rows.to(self._model.device), use_cache=False).logits
         return found[:, :-1]
+
+
+@contextmanager
+def _rounded_outputs(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Round what the innermost modules of a model give, while the block runs."""
+
+    def rounded(module: nn.Module, inputs: Any, output: Any) -> Any:
+        del module, inputs
+        if isinstance(output, Tensor) and output.is_floating_point():
+            return output.to(dtype).to(output.dtype)
+        return output
+
+    inner = [] if dtype is None else [part for part in model.modules() if next(part.children(), None) is None]
+    handles = [part.register_forward_hook(rounded) for part in inner]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def open_model(subject: Subject, how: Opening) -> Any:

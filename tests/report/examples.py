@@ -57,6 +57,7 @@ def report(**changes: Any) -> dict[str, Any]:
                 {"name": "a.jsonl", "samples": 9, "rows": 6, "dropped": {"too short": 3}},
                 {"name": "b", "samples": 2, "rows": 2, "dropped": {}},
             ],
+            "letters": {"Latin": 1234, "Cyrillic": 56},
             "rows_tuned": 6,
             "rows_held_out": 2,
             "tokens_per_row": 64,

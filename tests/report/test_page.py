@@ -101,6 +101,7 @@ HELD = examples.report()["held_out"]
         ("Tokens of experts", "median", [5, 6, 7, 8, 9]),
         ("Tokens of experts", "most", [17] * 5),
         ("Tokens of experts", "without any", [1, 0, 0, 0, 0]),
+        ("Scripts", "letters", [1234, 56]),
         ("Sources", "samples read", [9, 2]),
         ("Sources", "dropped", ["3 too short", "none"]),
         (

@@ -51,6 +51,7 @@ class CalibrationRows:
         dropped: reason -> number of samples that gave no row for it.
         summary: a sentence for each data set, for people.
         sources: the same in numbers.
+        letters: script -> letters in it, see `scripts`; empty where nothing tells the text of tokens.
     """
 
     rows: tuple[CalibrationRow, ...]
@@ -58,6 +59,7 @@ class CalibrationRows:
     dropped: Counter[str]
     summary: str
     sources: tuple[SourceRows, ...] = ()
+    letters: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_rows(

@@ -18,7 +18,7 @@ from auto_round.units import duration, size
 def page_of(run: Run) -> Page:
     """Everything that the records of a run say, with pictures."""
     return Page(
-        title=f"{run.model}, {run.scheme}",
+        title=f"{run.model}, {run.recipe}",
         subtitle=f"{run.method}; written as {', '.join(run.bytes_after)}",
         tiles=tuple(_tiles(run)),
         notices=tuple(_notices(run)),
@@ -98,8 +98,8 @@ def _chosen(run: Run) -> Section | None:
     rows: list[list[Cell]] = [
         ["target", str(found["target"])],
         ["bits per weight reached", number(found["average_bits"])],
-        ["KL that was predicted", number(found["predicted_kl"])],
-        ["KL that was measured", number(None if run.held_out is None else run.held_out.kl)],
+        ["KL predicted, before tuning", number(found["predicted_kl"])],
+        ["KL measured", number(None if run.held_out is None else run.held_out.kl)],
         ["above the best plan, at most", share(found["gap"])],
         ["options", ", ".join(found["options"])],
     ]
@@ -293,12 +293,9 @@ def _coverage(run: Run) -> Section | None:
             for s in data.sources
         ],
     )
-    return Section(
-        "coverage",
-        "Calibration data",
-        (data.summary,),
-        tables=(counts, sources) if data.sources else (counts,),
-    )
+    letters = Table("Scripts", ("script", "letters"), [[s, number(n)] for s, n in data.letters.items()])
+    tables = (counts, *([sources] if data.sources else ()), *([letters] if data.letters else ()))
+    return Section("coverage", "Calibration data", (data.summary,), tables=tables)
 
 
 def _experts(run: Run) -> Section | None:
@@ -353,19 +350,18 @@ def _repeat(run: Run) -> Section | None:
 
 
 _SECTIONS: Final = (
-    *(
-        _plan,
-        _chosen,
-        _sensitivity,
-        _losses,
-        _errors,
-        _massive,
-        _quality,
-        _spread,
-        _cost,
-        _coverage,
-        _experts,
-    ),
-    *(_made_with, _repeat),
+    _plan,
+    _chosen,
+    _sensitivity,
+    _losses,
+    _errors,
+    _massive,
+    _quality,
+    _spread,
+    _cost,
+    _coverage,
+    _experts,
+    _made_with,
+    _repeat,
 )
 """The parts of the page in their order; one without data gives None."""

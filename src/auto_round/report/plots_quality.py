@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from auto_round.report.draw import Picture, Words, legend, picture, plain_numbers, whole_numbers
 from auto_round.report.run import Spread, Unit
@@ -49,7 +49,7 @@ def frontier_picture(words: Words, points: Sequence[Point], original: int | None
     Args:
         words: what is said of it.
         points: of the runs; those with a divergence of 0 are drawn at the bottom.
-        original: bytes of the original, drawn as a line; None for several originals.
+        original: bytes of the original, drawn as a line; None to show the runs closer.
     """
     best = frontier_of(points)
     floor = min((point.kl for point in points if point.kl > 0), default=1e-6) / 2
@@ -59,7 +59,7 @@ def frontier_picture(words: Words, points: Sequence[Point], original: int | None
         if original is not None:
             only.axvline(original / _MEGA, color=light("muted"), linestyle=":", label="size of the original")
         x, y = _places(best, floor)
-        only.step(x, y, where="post", color=light("line"), linewidth=2.5)
+        only.step(x, y, where="post", color=light("muted"), linewidth=1)
         rest = [point for point in points if point not in best]
         only.plot(*_places(rest, floor), "o", color=light("before"), fillstyle="none", markersize=6)
         only.plot(x, y, "o", color=light("accent"), markersize=7)
@@ -69,10 +69,10 @@ def frontier_picture(words: Words, points: Sequence[Point], original: int | None
         only.set_yscale("log")
         plain_numbers(only.yaxis)
         only.margins(0.12)
-        only.set_xlim(left=0)
         only.set_xlabel("MB")
         only.set_ylabel("KL from the original")
         if original is not None:
+            only.set_xlim(left=0)
             legend(only)
 
     return picture(words, 290, paint)
@@ -83,7 +83,7 @@ def spread_picture(words: Words, spreads: Mapping[str, Spread]) -> Picture:
 
     Args:
         words: what is said of it.
-        spreads: label -> positions; no more of them than there are tones are told apart by colour.
+        spreads: label -> positions.
     """
 
     def paint(axes: Sequence[Axes]) -> None:
@@ -91,9 +91,8 @@ def spread_picture(words: Words, spreads: Mapping[str, Spread]) -> Picture:
         for index, (label, spread) in enumerate(spreads.items()):
             total = sum(spread.positions) or 1
             shares = [100 * count / total for count in spread.positions]
-            tone = light(SERIES[index % len(SERIES)])
             edges = [10**power for power in spread.powers]
-            only.stairs(shares, edges, color=tone, linewidth=1.6, label=label, fill=len(spreads) == 1)
+            only.stairs(shares, edges, label=label, fill=len(spreads) == 1, **_line(index))
         only.set_xscale("log")
         plain_numbers(only.xaxis, marks=(1,))
         only.set_xlim(*_seen(spreads.values()))
@@ -111,9 +110,7 @@ def losses_of_runs(words: Words, runs: Mapping[str, Sequence[Unit]]) -> Picture:
     def paint(axes: Sequence[Axes]) -> None:
         (only,) = axes
         for index, (label, units) in enumerate(runs.items()):
-            tone = light(SERIES[index % len(SERIES)])
-            style = ("-", "--", ":")[index // len(SERIES) % 3]
-            only.plot(range(len(units)), [u.loss or math.nan for u in units], style, color=tone, label=label)
+            only.plot(range(len(units)), [u.loss or math.nan for u in units], label=label, **_line(index))
         only.set_yscale("log")
         plain_numbers(only.yaxis)
         only.set_xlabel("block")
@@ -122,6 +119,13 @@ def losses_of_runs(words: Words, runs: Mapping[str, Sequence[Unit]]) -> Picture:
         legend(only)
 
     return picture(words, 240 + 16 * (len(runs) // 2), paint)
+
+
+def _line(index: int) -> dict[str, Any]:
+    """How the line of a run is drawn: colours first, then dashes."""
+    tones, dashes = len(SERIES), ("-", "--", ":", "-.")
+    style = dashes[index // tones % len(dashes)]
+    return {"color": light(SERIES[index % tones]), "linestyle": style, "linewidth": 1.6}
 
 
 def _places(points: Sequence[Point], floor: float) -> tuple[list[float], list[float]]:

@@ -13,6 +13,9 @@ from auto_round.report.record import REPORT, RUN_RECORD, SENSITIVITY, RunRecord
 
 T = TypeVar("T")
 
+KEPT_BITS = 16
+"""Bits from which on a layer is kept as it was."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlanLine:
@@ -86,6 +89,7 @@ class Calibration:
     dataset: str = ""
     tokens_tuned: int | None = None
     sources: Sequence[Source] = ()
+    letters: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +193,12 @@ class Run:
     def nbytes(self) -> int:
         """Bytes of the first format."""
         return next(iter(self.bytes_after.values()))
+
+    @property
+    def recipe(self) -> str:
+        """The schemes of quantized layers, for people."""
+        found = dict.fromkeys(line.scheme for line in self.plan if line.bits < KEPT_BITS)
+        return "mixed: " + ", ".join(found) if len(found) > 1 else self.scheme
 
     @property
     def tuned(self) -> list[Unit]:

@@ -86,9 +86,8 @@ def _frontier(runs: Sequence[Run]) -> Section:
         f"{len(best)} of {len(points)} runs are beaten by no other in both size and distance: "
         f"{', '.join(point.label for point in best)}. Numbers are those of the table."
     )
-    originals = {run.bytes_before for run in runs}
     words = Words("frontier-picture", "Size and distance from the original", text)
-    picture = plots_quality.frontier_picture(words, points, originals.pop() if len(originals) == 1 else None)
+    picture = plots_quality.frontier_picture(words, points)
     rows: list[list[Cell]] = [
         [f"{p.mark} {p.label}", nbytes(p.nbytes), number(p.kl), "yes" if p in best else "no"] for p in points
     ]
@@ -110,7 +109,7 @@ def _row(place: int, run: Run) -> list[Cell]:
     row: list[Cell] = [
         f"{place} {run.label}",
         run.model,
-        run.scheme,
+        run.recipe,
         run.method,
         nbytes(run.nbytes),
         number(run.bits_per_quantized_weight),

@@ -26,6 +26,9 @@ class Number:
 
 Cell = str | Number
 
+NONE = "-"
+"""Where there is no number."""
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -41,11 +44,17 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
+    @property
+    def words(self) -> tuple[bool, ...]:
+        """Whether a column holds words, which begin at the left, rather than numbers."""
+        columns = zip(*self.rows, strict=True)
+        return tuple(any(isinstance(cell, str) and cell != NONE for cell in column) for column in columns)
+
 
 def number(value: float | None) -> Cell:
     """A number, rounded for people; a dash where there is none."""
     if value is None:
-        return "-"
+        return NONE
     return Number(value, f"{value:,}" if isinstance(value, int) else f"{value:.{DIGITS}g}")
 
 
@@ -56,7 +65,7 @@ def share(value: float) -> Cell:
 
 def nbytes(value: int) -> Cell:
     """Bytes."""
-    return Number(value, size(value)) if value else "-"
+    return Number(value, size(value)) if value else NONE
 
 
 def seconds(value: float) -> Cell:

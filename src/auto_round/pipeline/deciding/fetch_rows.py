@@ -10,6 +10,7 @@ from typing import Any
 from auto_round.calibration.registry import Platform
 from auto_round.calibration.row import CalibrationRow
 from auto_round.calibration.rows import CalibrationRows, load_rows
+from auto_round.calibration.scripts import letters_of
 from auto_round.config.groups import CalibrationOptions
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
@@ -68,7 +69,15 @@ def fetch_rows(opened: Opened, decided: Decided, *, dataset: Any = None, dry: bo
         refuse_other_inputs(data.rows.rows, source, ready=dataset is not None)
         if not _reach_all_blocks(data.rows.rows, source, decided):
             return Data()
+        data = replace(data, rows=_with_letters(data.rows, tokenizer))
     return data
+
+
+def _with_letters(rows: CalibrationRows, tokenizer: Any) -> CalibrationRows:
+    """The same with the scripts of their text, where something tells it."""
+    if not hasattr(tokenizer, "decode"):
+        return rows
+    return replace(rows, letters=letters_of(rows.rows, partial(tokenizer.decode, skip_special_tokens=True)))
 
 
 def held_out_rows(nsamples: int) -> int:

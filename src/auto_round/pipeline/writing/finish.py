@@ -83,6 +83,7 @@ def build_report(
             "summary": job.rows.summary,
             "fingerprint": job.rows.fingerprint,
             "sources": [asdict(source) for source in job.rows.sources],
+            "letters": dict(job.rows.letters),
             "rows_tuned": job.tuned,
             "rows_held_out": len(job.rows.rows) - job.tuned if job.judged_apart else 0,
             "tokens_per_row": len(job.rows.rows[0]),

@@ -135,7 +135,6 @@ def test_evaluation_says_where_it_is(name):
     "named",
     [
         {"algorithm": "awq"},
-        {"quant_nontext_module": True},
         {"guidance_scale": 7.5},
     ],
 )

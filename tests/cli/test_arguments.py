@@ -33,7 +33,7 @@ PLAIN = """
 --no_amp | --no_low_gpu_mem_usage | --enable_alg_ext | --enable_lfq
 --static_kv_dtype fp8 --static_kv_granularity head | --static_attention_dtype float8_e4m3fn
 --static_attention_dtype fp8 --static_attention_granularity tensor
---mllm | --extra_data_dir d | --template t | --processor p | --image_processor p
+--mllm | --quant_nontext_module | --extra_data_dir d | --template t | --processor p | --image_processor p
 """
 EVALUATION = """
 --tasks | --tasks mmlu,piqa | --task a b | --eval_bs 4 | --limit 0.5 | --eval_task_by_task
@@ -42,7 +42,7 @@ EVALUATION = """
 --fewshot_as_multiturn | --include_path d | --no_eval_task_by_task
 """
 LATER = """
---quant_nontext_module | --vlmeval
+--vlmeval
 --lmms | --prompt_file p | --prompt hello | --metrics clip | --metric clip-iqa | --image_save_dir d
 --guidance_scale 7.5 | --num_inference_steps 50 | --generator_seed 3 | --algorithm awq
 --alg awq+signround | --awq_duo_scaling True | --awq_n_grid 20 | --awq_seqlen 3

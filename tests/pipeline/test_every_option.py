@@ -87,6 +87,7 @@ SHOWN_ELSEWHERE = {
     "trust_remote_code": "tests/models/test_folder.py",
     "device_map": "tests/pipeline/test_device.py",
     "dataset": "tests/calibration",
+    "quant_nontext_module": "tests/pipeline/test_images.py",
     "processor": "tests/pipeline/test_images.py",
     "image_processor": "tests/pipeline/test_images.py",
     "extra_data_dir": "tests/pipeline/test_images.py",

@@ -19,6 +19,7 @@ from sweep.outcome import save_config
 
 TEXT = [row for row in token_rows(20, 40) if 100 not in row][:4]
 SIZES = {"seqlen": 80, "nsamples": 4, "iters": 1}
+SHORT = SIZES | {"seqlen": 40, "nsamples": 8}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_llava_data_with_a_folder_of_images_by_the_old_class(llava, tmp_path):
 
 def test_the_comparison_sees_which_tokens_are_images(qwen, tmp_path, monkeypatch):
     rows = [*image_rows("qwen2_5_vl"), *TEXT]
-    result = quantize(qwen, tmp_path / "out", dataset=rows, **SIZES)
+    result = quantize(qwen, tmp_path / "out", dataset=rows, **SHORT)
     assert result.report["verified"]["auto_round"]["kl"] < 1e-6
     whole = compare_rows.joined
 
@@ -75,7 +76,7 @@ def test_the_comparison_sees_which_tokens_are_images(qwen, tmp_path, monkeypatch
 
     monkeypatch.setattr(compare_rows, "joined", untold)
     with pytest.raises(CheckpointError, match="does not predict what was tuned"):
-        quantize(qwen, tmp_path / "other", dataset=rows, **SIZES)
+        quantize(qwen, tmp_path / "other", dataset=rows, **SHORT)
 
 
 def test_rows_that_do_not_say_which_tokens_are_images(qwen, tmp_path):
@@ -178,3 +179,14 @@ def test_a_template_of_ones_own_and_another_image_processor(llava, tmp_path):
     assert len(other) < len(first)
     assert float(first.inputs["pixel_values"].min()) < 0 <= float(other.inputs["pixel_values"].min())
     assert torch.equal(other.tokens[:4], torch.tensor([112, 108, 113, 104]))  # "mine"
+
+
+def test_towers_too(qwen, tmp_path):
+    rows = [*image_rows("qwen2_5_vl"), *TEXT]
+    result = quantize(qwen, tmp_path / "out", dataset=rows, quant_nontext_module=True, **SHORT)
+    towers = [name for name in result.plan.quantized if name.startswith("visual.blocks.")]
+    assert len(towers) == 10
+    assert len(result.plan.quantized) == 24
+    assert result.report["verified"]["auto_round"]["kl"] < 1e-6
+    with pytest.raises(ConfigError, match=r"visual.blocks.* read images, and the calibration data hold none"):
+        quantize(qwen, tmp_path / "other", dataset=TEXT, quant_nontext_module=True, **SHORT)

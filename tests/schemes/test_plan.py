@@ -29,7 +29,8 @@ def plan(layers, blocks):
 
 
 def test_roles_of_the_default_rules_exist():
-    assert set(KEPT_ROLES) == {Role.ROUTER.value, Role.OUTSIDE.value, Role.HEAD.value}
+    kept = {Role.ROUTER, Role.OUTSIDE, Role.HEAD, Role.TOWER}
+    assert set(KEPT_ROLES) == {role.value for role in kept}
 
 
 def test_defaults_by_role(plan, layers):

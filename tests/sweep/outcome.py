@@ -88,14 +88,20 @@ def rows() -> list[list[int]]:
 
 
 def sweep(
-    model: Path, family: str, fmt: str, method: str, out: Path, dataset: list[Any] | None = None
+    model: Path,
+    family: str,
+    fmt: str,
+    method: str,
+    out: Path,
+    dataset: list[Any] | None = None,
+    **more: Any,
 ) -> Outcome:
-    """Quantize one model with `rows` or other data; what came of it.
+    """Quantize one model with `rows` or other data, and further options; what came of it.
 
     Raises:
         Exception: whatever is no refusal.
     """
-    given = {**_SHORT, **METHODS[method], "model": str(model), "output_dir": str(out), "format": fmt}
+    given = {**_SHORT, **METHODS[method], "model": str(model), "output_dir": str(out), "format": fmt, **more}
     data = (dataset or rows()) if method == "tuned" else None
     try:
         result = run(build_options(given), dataset=data)

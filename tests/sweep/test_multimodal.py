@@ -48,10 +48,12 @@ def test_tuned_with_text_or_refused_with_advice_that_works(saved, tmp_path, name
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("towers", [False, True])
 @pytest.mark.parametrize("name", [name for name in known_models() if FAMILIES[name].image is not None])
-def test_tuned_with_images_and_text(saved, tmp_path, name):
+def test_tuned_with_images_and_text(saved, tmp_path, name, towers):
     source, out = saved(name), tmp_path / "out"
-    outcome = sweep(source, name, "auto_round", "tuned", out, [*image_rows(name), *rows()[:6]])
+    data = [*image_rows(name), *rows()[:6]]
+    outcome = sweep(source, name, "auto_round", "tuned", out, data, quant_nontext_module=towers)
     if outcome.refused:
         assert not list(tmp_path.iterdir()), "it was refused after work had begun"
         assert name == "llama4", outcome.refused  # whose own code fails on images in Transformers 5.24

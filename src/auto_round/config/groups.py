@@ -62,7 +62,14 @@ class ModelOptions:
         settle(self)
 
 
-_OF_LAYERS = ("scheme", "layer_config", "ignore_layers", "quant_lm_head", "to_quant_block_names")
+_OF_LAYERS = (
+    "scheme",
+    "layer_config",
+    "ignore_layers",
+    "quant_lm_head",
+    "quant_nontext_module",
+    "to_quant_block_names",
+)
 """Options of `SchemeOptions` that are no fields of a scheme: all others are called as the field is."""
 
 
@@ -126,6 +133,9 @@ class SchemeOptions:
         ),
     )
     quant_lm_head: bool = option(False, Spec("quantize the output head too"))
+    quant_nontext_module: bool = option(
+        False, Spec("quantize the blocks of encoders for images and sound too, by data with images")
+    )
     to_quant_block_names: tuple[str, ...] = option(
         (), Spec("quantize only these blocks: comma list of names or prefixes", convert=values.names)
     )

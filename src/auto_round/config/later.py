@@ -68,8 +68,8 @@ LATER: Final = (
         ),
     ),
     Later(
-        "quantization of towers, and evaluation of vision-language models",
-        switches=("quant_nontext_module", "vlmeval", "lmms"),
+        "evaluation of vision-language models",
+        switches=("vlmeval", "lmms"),
     ),
     Later(
         "quantization of diffusion models",

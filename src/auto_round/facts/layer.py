@@ -20,6 +20,7 @@ class Role(Enum):
     SHARED_EXPERT = "shared expert"
     ROUTER = "router"
     HEAD = "head"
+    TOWER = "tower"
     OUTSIDE = "outside the blocks"
 
 

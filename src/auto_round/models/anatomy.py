@@ -21,6 +21,7 @@ from auto_round.models.roles import (
     bare_matrices,
     find_block_lists,
     find_head,
+    find_tower_blocks,
     fused_experts,
     is_linear,
     role_in_block,
@@ -82,10 +83,12 @@ class _Dissection:
             block = self._model.get_submodule(path)
             layers.extend(self._in_block(block, path, index))
             blocks.append(Block(index, path, self._disk_prefix(path), flow_of(block), list_of[path]))
+        towers = tuple(f"{path}." for path in find_tower_blocks(self._model))
         for path, module in self._model.named_modules():
             inside = any(path.startswith(f"{p}.") for p in paths)
             if is_linear(module) and not inside and path != head:
-                layers.extend(self._matrices(f"{path}.weight", None, Role.OUTSIDE))
+                role = Role.TOWER if path.startswith(towers) else Role.OUTSIDE
+                layers.extend(self._matrices(f"{path}.weight", None, role))
         heads = [] if head is None else list(self._head(head))
         return Anatomy(
             (*layers, *heads), tuple(blocks), heads[0].name if heads else None, tuple(self._refusals)

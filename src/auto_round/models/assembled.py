@@ -191,14 +191,15 @@ class AssembledSource(ABC):
         *,
         head: bool = True,
         towers: bool = False,
+        replaced: Mapping[str, Tensor] | None = None,
     ) -> Iterator[Stem]:
         """The model without its blocks, freed on exit; see `ModelSource`."""
         head_path = find_head(self._parts.model)
         spare = head_path if head_path and not head and not self.tied_head else None  # tied costs nothing
         left_out = self._outside_stem(spare, towers=towers)
-        real, recorders = self._stubbed(
-            left_out, self._gather(self._in_stem(left_out), device, dtype), device
-        )
+        tensors = self._gather(self._in_stem(left_out), device, dtype)
+        tensors |= {n: v.to(device).clone() for n, v in (replaced or {}).items() if n in tensors}
+        real, recorders = self._stubbed(left_out, tensors, device)
         output = real.get_submodule(head_path) if head_path and head else None
         with freed_on_exit(real):
             yield StubStem(real, self._stem_parts(real), recorders, output)

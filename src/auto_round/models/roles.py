@@ -169,6 +169,27 @@ def find_towers(model: Any) -> tuple[str, ...]:
     return tuple(sorted({path for path in known if path and not f"{decoder}.".startswith(f"{path}.")}))
 
 
+def find_tower_blocks(model: Any) -> tuple[str, ...]:
+    """Module paths of the lists of blocks inside encoders, where the model has any.
+
+    Projectors and mergers, which may be lists too, are none: they are not among the classes that a model says
+    are whole, or shorter than the blocks.
+    """
+    whole = set(model._no_split_modules or ())
+    found: list[str] = []
+    for tower in find_towers(model):
+        lists = [
+            (f"{tower}.{path}", module)
+            for path, module in model.get_submodule(tower).named_modules()
+            if isinstance(module, nn.ModuleList) and len(module)
+        ]
+        outer = [(p, m) for p, m in lists if not any(p.startswith(f"{other}.") for other, _ in lists)]
+        named = [p for p, m in outer if any(type(block).__name__ in whole for block in m)]
+        longest = max((len(m) for _, m in outer), default=0)
+        found += named or [p for p, m in outer if len(m) == longest][:1]
+    return tuple(found)
+
+
 def role_in_block(path: str, out_features: int, experts: frozenset[int]) -> Role:
     """Role of a linear layer inside a block.
 

@@ -66,6 +66,11 @@ class Stem(Protocol):
         """
         ...
 
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, with stubs for blocks, for whoever looks at what flows into its modules."""
+        ...
+
     def finish(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
         """Logits `[B, L, vocabulary]` from the last block's output `[B, L, H]`, differentiable in it.
 
@@ -233,6 +238,7 @@ class ModelSource(Protocol):
         *,
         head: bool = True,
         towers: bool = False,
+        replaced: Mapping[str, Tensor] | None = None,
     ) -> AbstractContextManager[Stem]:
         """The model without its blocks; weights on entry, freed on exit.
 
@@ -241,5 +247,6 @@ class ModelSource(Protocol):
             dtype: dtype of the weights; None for the model's own.
             head: False leaves out the output head, which saves its memory; then only `trace` works.
             towers: keep encoders of images and sound; without them only text can be traced.
+            replaced: parameter -> another value.
         """
         ...

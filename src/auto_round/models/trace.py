@@ -98,6 +98,12 @@ class StubStem:
             raise untraceable(f"its blocks exchange more than hidden states ({failure})") from failure
         self._refuse_what_flows_beside(probe)
 
+    @property
+    def model(self) -> nn.Module:
+        """See `source.Stem`."""
+        module: nn.Module = self._model
+        return module
+
     def trace(self, inputs: Mapping[str, Tensor], ended: Sequence[States] = ()) -> Trace:
         """Inputs of every block of a list; see `source.Stem`."""
         recorder = self._recorders[len(ended)]

@@ -48,6 +48,7 @@ from auto_round.pipeline.running.input_squares import save_inputs
 from auto_round.pipeline.running.last_block import logits_budget
 from auto_round.pipeline.running.measure import Measured, measure_streams
 from auto_round.pipeline.running.streams import Streams
+from auto_round.pipeline.running.towers import round_towers
 from auto_round.pipeline.running.trace_rows import trace_rows
 from auto_round.pipeline.writing.cost import COST, cost_of, run_record
 from auto_round.pipeline.writing.finish import (
@@ -190,8 +191,9 @@ class _Loop:
         lists = [_groups(blocks, job.options.tune.nblocks) for blocks in job.source.block_lists]
         count, done = sum(map(len, lists)), self._finished()
         before, ended = 0, list[Streams]()
+        towers = round_towers(job, self._write)
         for groups in lists:
-            table, streams = trace_rows(job, self.scratch, embedding, ended)
+            table, streams = trace_rows(job, self.scratch, embedding, ended, towers)
             self.clock.lap("trace")
             if not ended:
                 self._say_begun([unit for members in lists for unit, _ in members])

@@ -33,13 +33,14 @@ from auto_round.schemes.siblings import fused_warnings
 
 __all__ = ["KEPT_ROLES", "PlanRequest", "make_plan"]
 
-ROUTER, HEAD, OUTSIDE, EXPERT = "router", "head", "outside the blocks", "expert"
+ROUTER, HEAD, OUTSIDE, EXPERT, TOWER = "router", "head", "outside the blocks", "expert", "tower"
 """Values of `facts.layer.Role` that the default rules tell apart."""
 
 KEPT_ROLES = {
     ROUTER: "router",
     OUTSIDE: "outside the blocks",
     HEAD: "output head (--quant_lm_head quantizes it)",
+    TOWER: "encoder of images or sound (--quant_nontext_module quantizes it)",
 }
 """Role -> why its layers are kept unless the user asks for them."""
 
@@ -135,11 +136,14 @@ def _head(layers: Sequence[Layer], request: PlanRequest) -> str | None:
     head = next((layer.name for layer in layers if layer.role.value == HEAD), None)
     if request.quant_lm_head and head is None:
         raise ConfigError("quant_lm_head: this model has no output head; leave the option out")
+    if request.quant_nontext_module and not any(layer.role.value == TOWER for layer in layers):
+        raise ConfigError("quant_nontext_module: this model has no encoder of images or sound; leave it out")
     return head
 
 
 def _default(role: str, base: QuantizationScheme, request: PlanRequest) -> _Default:
-    if role in KEPT_ROLES and not (role == HEAD and request.quant_lm_head):
+    asked = {HEAD: request.quant_lm_head, TOWER: request.quant_nontext_module}
+    if role in KEPT_ROLES and not asked.get(role, False):
         return _Default(PlanEntry(None, KEPT_ROLES[role]), open=False)
     scheme = base.for_role(role)
     reason = f"scheme {' / '.join(base.presets[:1]) or base.label}"
@@ -147,9 +151,9 @@ def _default(role: str, base: QuantizationScheme, request: PlanRequest) -> _Defa
 
 
 def _outside(layer: Layer, by_role: Mapping[str, _Default], chosen: frozenset[int]) -> bool:
-    """Whether the user's choice of blocks leaves out a layer that would be quantized; never the head."""
+    """Whether the user's choice of blocks leaves out a layer that would be quantized; never head or tower."""
     role = layer.role.value
-    return role != HEAD and by_role[role].open and layer.block not in chosen
+    return role not in (HEAD, TOWER) and by_role[role].open and layer.block not in chosen
 
 
 def _changes(scheme: QuantizationScheme) -> bool:

@@ -32,6 +32,7 @@ class PlanRequest:
         layer_config: layer name or pattern -> scheme.
         ignore_layers: layers to keep, comma list or sequence.
         quant_lm_head: quantize the output head too.
+        quant_nontext_module: quantize the blocks of encoders for images and sound too.
         to_quant_block_names: prefixes of the blocks to quantize; None for all.
         one_group_size: where a group size that nobody asked for does not divide all rows, every layer takes
             the one that does, for formats that hold one only.
@@ -42,6 +43,7 @@ class PlanRequest:
     layer_config: Mapping[str, Any] | None = None
     ignore_layers: str | Iterable[str] | None = None
     quant_lm_head: bool = False
+    quant_nontext_module: bool = False
     to_quant_block_names: str | Iterable[Any] | None = None
     one_group_size: bool = False
 

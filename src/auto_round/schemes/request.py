@@ -25,6 +25,7 @@ def plan_request(wanted: SchemeOptions, scale_dtype: str | None = None) -> PlanR
         layer_config=wanted.layer_config,
         ignore_layers=wanted.ignore_layers or None,
         quant_lm_head=wanted.quant_lm_head,
+        quant_nontext_module=wanted.quant_nontext_module,
         to_quant_block_names=wanted.to_quant_block_names or None,
     )
 

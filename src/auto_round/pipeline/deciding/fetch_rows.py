@@ -14,6 +14,7 @@ from auto_round.calibration.scripts import letters_of
 from auto_round.config.groups import CalibrationOptions
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
+from auto_round.facts.layer import Role
 from auto_round.log import logger
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.decide import Decided
@@ -153,6 +154,8 @@ def _reach_all_blocks(rows: Sequence[CalibrationRow], source: ModelSource, decid
         UnsupportedError: it cannot, or they leave out blocks with layers to quantize.
     """
     pictured = first_with_images(rows)
+    if pictured is None and decided.tune.needs_rows:
+        _refuse_towers_without_images(source, decided.plan)
     inputs = None if pictured is None else pictured.inputs
 
     def find_out() -> None:
@@ -161,6 +164,21 @@ def _reach_all_blocks(rows: Sequence[CalibrationRow], source: ModelSource, decid
             _refuse_unreached(source, decided.plan, skipped)
 
     return _can(find_out, needed=decided.tune.needs_rows)
+
+
+def _refuse_towers_without_images(source: ModelSource, plan: Plan) -> None:
+    """Refuse to round towers by data that say nothing of them.
+
+    Raises:
+        ConfigError: the plan quantizes some.
+    """
+    towers = (layer.name for layer in source.layers if layer.role is Role.TOWER)
+    unseen = [name for name in towers if plan.scheme_of(name) is not None]
+    if unseen:
+        raise ConfigError(
+            f"{some(unseen)} read images, and the calibration data hold none: give records with images, or "
+            "plain rounding, which needs no data (--recipe rtn)"
+        )
 
 
 def _refuse_unreached(source: ModelSource, plan: Plan, skipped: Collection[int]) -> None:

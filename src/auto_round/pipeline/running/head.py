@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from auto_round.calibration.observe import InputMoments
-from auto_round.facts.layer import Layer
+from auto_round.facts.layer import Layer, Role
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.recast import as_wanted
@@ -30,7 +30,7 @@ def quantize_outside(
     head: QTensor | None = None
     inputs: dict[str, InputSquares] = {}
     for layer, fmt in job.quantized().values():
-        if layer.block is not None:
+        if layer.block is not None or layer.role is Role.TOWER:
             continue
         importance = None
         # A tied head is the embedding, which was rounded before the first block.

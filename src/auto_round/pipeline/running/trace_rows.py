@@ -18,7 +18,11 @@ from auto_round.pipeline.running.streams import Streams, home_of_streams
 
 
 def trace_rows(
-    job: Job, scratch: Path, embedding: Tensor | None = None, ended: Sequence[Streams] = ()
+    job: Job,
+    scratch: Path,
+    embedding: Tensor | None = None,
+    ended: Sequence[Streams] = (),
+    towers: Mapping[str, Tensor] | None = None,
 ) -> tuple[ArgumentTable, Streams]:
     """Run the model's stem (all but its blocks) on every row.
 
@@ -28,6 +32,7 @@ def trace_rows(
         embedding: the token embedding as the output stores it, where the quantized stream begins; None for
             the model's own.
         ended: streams behind the lists of blocks before; as many as there are of them.
+        towers: parameter -> its rounded weight, where towers are quantized: both streams begin behind them.
 
     Returns:
         Arguments of every block of a list for every row, and the streams at its first block.
@@ -36,7 +41,7 @@ def trace_rows(
     begun: list[States] = []
     rounded: list[States] = []
     pictured = any(row.beside_text for row in rows)
-    with job.source.stem(CPU, job.dtype, head=False, towers=pictured) as stem:
+    with job.source.stem(CPU, job.dtype, head=False, towers=pictured, replaced=towers) as stem:
         if pictured:
             stem.refuse_more_at_the_end(next(row.inputs for row in rows if row.beside_text))
         table = ArgumentTable(_axes(stem, rows, ended), apart=pictured)

@@ -23,7 +23,7 @@ which wait for each other between calls (docs/LOG.md)."""
 
 QUICK = Effort(points=10, rounds=2, shared_rounds=1, distances=6)
 """Before tuning: offsets and multipliers are learned afterwards."""
-THOROUGH = Effort(points=48, rounds=5, shared_rounds=1, distances=24, sweeps=2)
+THOROUGH = Effort(points=48, rounds=5, shared_rounds=1, distances=24, sweeps=4)
 """For optimized RTN, where nothing follows."""
 BY_SQUARES = replace(THOROUGH, along=1.0)
 """The same with an importance file, which holds squares of inputs only. The least-squares step makes a matrix

@@ -122,7 +122,7 @@ def test_activations_without_weights(tiny):
             "no zero points beside other schemes",
             "auto_round",
         ),
-        ({"format": "gguf:q4_k_m", "layer_config": {"q_proj": "MXFP4"}}, "no GGUF type", "GGUF:Q4_K"),
+        ({"format": "gguf:q4_k_m", "layer_config": {"q_proj": "MXFP8"}}, "no GGUF type", "GGUF:Q4_K"),
         ({"format": "gguf:q4_k_m,auto_gptq"}, "a plan of its own", "fake"),
         ({"format": "auto_round:fp8", "scheme": "FP8_STATIC", **NONE}, "no scales of inputs", "fp8_static"),
         (

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
 from auto_round.models.folder import FolderSource
+from auto_round.stored import packed as packed_module
 from stored.makers import fp8_rows, fp8_tiles, fp8_whole, int4_groups, int4_reordered, int8_rows, mxfp4, nvfp4
 from stored.twins import in_blocks, make_twins
 
@@ -54,6 +55,12 @@ def test_tensors_are_those_of_the_plain_twin(plain_models, tmp_path, name):
         assert dict(packed.tensors) == dict(plain.tensors)
         for tensor in plain.tensors:
             assert torch.equal(packed.read_tensor(tensor), plain.read_tensor(tensor)), tensor
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "fp8 tiles"])
+def test_some_rows_at_a_time(plain_models, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(packed_module, "BAND", 48 * 64)
+    test_tensors_are_those_of_the_plain_twin(plain_models, tmp_path, name)
 
 
 def test_several_groups(plain_models, tmp_path):

@@ -13,6 +13,7 @@ from auto_round.config import build_options
 from auto_round.errors import CheckpointError
 from auto_round.models.folder import FolderSource
 from auto_round.pipeline.plan_run import dry_run
+from auto_round.stored import packed
 from pipeline.runs import ROWS, SHORT, quantize, weights
 from stored.makers import BLOCK, fp8_blocks, fp8_powers, fp8_rows, fp8_tensor, gptq_reordered, mx_experts
 from stored.twins import Twins, in_blocks, make_twins
@@ -57,11 +58,18 @@ def twins(plain_models, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_are_those_of_the_plain_twin(twins, name):
     pair = twins(name)
-    with FolderSource.open(pair.packed) as packed, FolderSource.open(pair.plain) as plain:
-        assert dict(packed.tensors) == dict(plain.tensors)
-        assert [layer.name for layer in packed.layers] == [layer.name for layer in plain.layers]
+    with FolderSource.open(pair.packed) as found, FolderSource.open(pair.plain) as plain:
+        assert dict(found.tensors) == dict(plain.tensors)
+        assert [layer.name for layer in found.layers] == [layer.name for layer in plain.layers]
         for tensor in plain.tensors:
-            assert torch.equal(packed.read_tensor(tensor), plain.read_tensor(tensor)), tensor
+            assert torch.equal(found.read_tensor(tensor), plain.read_tensor(tensor)), tensor
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "fp8 powers", "fp8 tensor", "fp8 rows"])
+def test_some_rows_at_a_time(twins, monkeypatch, name):
+    """Bands of 48 rows: the blocks' own, and no divisor of the others'."""
+    monkeypatch.setattr(packed, "BAND", 48 * 64)
+    test_tensors_are_those_of_the_plain_twin(twins, name)
 
 
 TUNED = ("fp8 blocks", "mxfp4 experts")
@@ -109,10 +117,10 @@ def test_blocks_for_predicting_more_tokens_are_unpacked_too(twins):
         tensors = load_file(path)
         extra = {n: t for n, t in tensors.items() if n.startswith("model.layers.1.self_attn.o_proj")}
         save_file({**tensors, **{n.replace(".1.", ".2."): t.clone() for n, t in extra.items()}}, path)
-    with FolderSource.open(pair.packed) as packed, FolderSource.open(pair.plain) as plain:
+    with FolderSource.open(pair.packed) as found, FolderSource.open(pair.plain) as plain:
         name = "model.layers.2.self_attn.o_proj.weight"
-        assert dict(packed.tensors) == dict(plain.tensors)
-        assert torch.equal(packed.read_tensor(name), plain.read_tensor(name))
+        assert dict(found.tensors) == dict(plain.tensors)
+        assert torch.equal(found.read_tensor(name), plain.read_tensor(name))
 
 
 def test_fp8_without_scales(twins):
@@ -133,8 +141,8 @@ def test_what_older_tools_said_beside_the_configuration(twins):
     path.write_text(json.dumps(said))
     (pair.packed / "quantize_config.json").write_text(json.dumps(older))
     name = "model.layers.1.mlp.down_proj.weight"
-    with FolderSource.open(pair.packed) as packed, FolderSource.open(pair.plain) as plain:
-        assert torch.equal(packed.read_tensor(name), plain.read_tensor(name))
+    with FolderSource.open(pair.packed) as found, FolderSource.open(pair.plain) as plain:
+        assert torch.equal(found.read_tensor(name), plain.read_tensor(name))
 
 
 def test_the_user_is_told(twins, caplog):

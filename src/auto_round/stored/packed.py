@@ -12,12 +12,16 @@ from torch import Tensor
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
 from auto_round.facts.tensor import TensorSpec
+from auto_round.layouts.by_numbers import ByNumbers
+from auto_round.layouts.compressed_float import FloatLayout
 from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.schemes.scheme import QuantizationScheme
 
+BAND = 1 << 19
+"""Weights unpacked at a time where rows lie one after another."""
 _OCTETS = (torch.uint8, torch.float8_e8m0fnu)
 """Dtypes under which the bytes of powers of two are stored."""
 
@@ -77,7 +81,8 @@ class Packed:
             info = files.info(name)
             count = (self.stack or 1) * math.prod(want.shape)
             alike = info.dtype is want.dtype or (info.dtype in _OCTETS and want.dtype in _OCTETS)
-            if not alike or math.prod(info.shape) != count:
+            led = count == 1 or info.shape[:1] == (self.stack or want.shape[0],)
+            if not alike or not led or math.prod(info.shape) != count:
                 return f"{name} is {info.dtype} {list(info.shape)}, expected {want.dtype} {list(want.shape)}"
         return ""
 
@@ -112,6 +117,8 @@ class Packed:
                 place.copy_(self._turned(self.format.dequantize(self._unpack(files, i), dtype)))
             return stacked
         order = self._reordered(files)
+        if order is None and isinstance(self.layout, FloatLayout | ByNumbers):
+            return self._turned(self._plain_by_rows(files, dtype)).contiguous()
         q = self._unpack(files, None)
         if order is None:
             return self._turned(self.format.dequantize(q, dtype)).contiguous()
@@ -123,6 +130,27 @@ class Packed:
     def _turned(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight
 
+    def _plain_by_rows(self, files: Checkpoint, dtype: torch.dtype) -> Tensor:
+        """The weight, some rows at a time: codes of a whole matrix would take half of its own memory."""
+        n_out, n_in = self.shape
+        weight = torch.empty(self.shape, dtype=dtype, device="cpu")
+        each = max(1, BAND // n_in // self.format.group.rows) * self.format.group.rows
+        whole = self.layout.spec(self.format, self.shape)
+        for start in range(0, n_out, each):
+            rows = slice(start, min(start + each, n_out))
+            shape = (rows.stop - rows.start, n_in)
+            parts = {}
+            for suffix, spec in self.layout.spec(self.format, shape).items():
+                name = self.parts[suffix]
+                if spec == whole[suffix]:
+                    stored = files.read(name)
+                else:
+                    held = rows if whole[suffix].shape[0] == n_out else self.format.group.scale_rows(rows)
+                    stored = files.read_rows(name, held.start, held.stop)
+                parts[suffix] = _as_specified(stored, spec)
+            weight[rows] = self.format.dequantize(self._of_parts(parts, shape), dtype)
+        return weight
+
     def _unpack(self, files: Checkpoint, index: int | None) -> QTensor:
         wanted = self.layout.spec(self.format, self.shape)
         parts = {}
@@ -130,8 +158,11 @@ class Packed:
             name = self.parts[suffix]
             stored = files.read(name) if index is None else files.read_rows(name, index, index + 1)
             parts[suffix] = _as_specified(stored, spec)
+        return self._of_parts(parts, self.shape)
+
+    def _of_parts(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QTensor:
         try:
-            return self.layout.unpack(parts, self.format, self.shape)
+            return self.layout.unpack(parts, self.format, shape)
         except CheckpointError as error:
             raise CheckpointError(f'layer "{self.layer}": {error}') from error
         except UnsupportedError as error:

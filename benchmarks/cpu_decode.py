@@ -5,6 +5,7 @@ turns in one process (so that a noisy machine slows both alike), and prints one 
 the medians. With more threads than idle cores it measures the scheduler: give --threads then.
 
     python benchmarks/cpu_decode.py --layers 16 --hidden 2048 --bits 4
+    python benchmarks/cpu_decode.py --layers 2 --hidden 1024 --scheme NVFP4
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from auto_round.inference.qlinear import QuantLinear
-from auto_round.kernels.kernel import LinearSpec
+from auto_round.kernels.kernel import LinearSpec, rounded_input
 from auto_round.kernels.select import select_kernel
-from auto_round.layouts.table import layout_for
+from auto_round.layouts.table import COMPRESSED_FLOATS, GPTQ_PLAIN
+from auto_round.numerics.activation_float import CalibratedScale
 from auto_round.numerics.presets import int_format
+from auto_round.numerics.qtensor import QuantizedLayer
+from auto_round.schemes.scheme import parse_scheme
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Shape:
     asym: bool = False
     head: bool = False
     backend: str = "auto"
+    scheme: str = ""
+    """Floating scheme (MXFP4, FP8_STATIC, ...) in place of whole numbers."""
 
 
 def original(shape: Shape) -> LlamaForCausalLM:
@@ -76,14 +82,18 @@ def packed_twin(model: LlamaForCausalLM, shape: Shape) -> LlamaForCausalLM:
         twin = LlamaForCausalLM(model.config)
     twin.load_state_dict(model.state_dict(), assign=True)
     twin.model.rotary_emb = model.model.rotary_emb
-    fmt = int_format(shape.bits, shape.group_size, sym=not shape.asym)
-    layout = layout_for("auto_round")
+    fmt, layout, inputs = int_format(shape.bits, shape.group_size, sym=not shape.asym), GPTQ_PLAIN, None
+    if shape.scheme:
+        scheme = parse_scheme(shape.scheme)
+        fmt, layout, inputs = scheme.weight_format(), COMPRESSED_FLOATS, scheme.activation_format()
+    number = inputs.fixed(4.0).number if isinstance(inputs, CalibratedScale) else None
     for name, module in list(twin.named_modules()):
         if isinstance(module, torch.nn.Linear) and (shape.head or name != "lm_head"):
-            spec = LinearSpec(fmt, (module.out_features, module.in_features), torch.bfloat16, "cpu")
+            spec = LinearSpec(fmt, (module.out_features, module.in_features), torch.bfloat16, "cpu", inputs)
             packed = QuantLinear(spec, layout, select_kernel(spec, shape.backend), None)
-            for suffix, part in layout.pack(fmt.quantize(module.weight.detach())).items():
-                packed.register_buffer(suffix, part)
+            layer = QuantizedLayer(fmt.quantize(module.weight.detach()), number)
+            for suffix, part in packed.stored.pack(layer).items():
+                packed._buffers[suffix] = part
             packed.adopt(packed.kernel, spec)
             twin.set_submodule(name, packed)
     return twin.eval()
@@ -118,6 +128,7 @@ def error(model: LlamaForCausalLM, twin: LlamaForCausalLM) -> float:
     for module in twin.model.layers[0].modules():
         if isinstance(module, QuantLinear):
             x = torch.randn(3, module.in_features, generator=generator).bfloat16()
+            x = rounded_input(x, module._kernel_buffers(), module.spec)  # rounding again changes nothing
             w = module.fmt.dequantize(module.restore().weight).double()
             with torch.inference_mode():
                 difference = (module(x).double() - x.double() @ w.t()).abs() / (
@@ -125,6 +136,13 @@ def error(model: LlamaForCausalLM, twin: LlamaForCausalLM) -> float:
                 )
             worst = max(worst, difference.max().item())
     return worst
+
+
+def _nbytes(model: LlamaForCausalLM, *, packed: bool) -> int:
+    """Bytes of the linear layers of the first block."""
+    kind = QuantLinear if packed else torch.nn.Linear
+    layers = [m for m in model.model.layers[0].modules() if isinstance(m, kind)]
+    return sum(t.nbytes for m in layers for t in (m._buffers.values() if packed else m.parameters()))
 
 
 def main() -> None:
@@ -155,7 +173,8 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "kernel": twin.model.layers[0].mlp.up_proj.kernel.name,
-        "layer_error": error(model, twin),
+        "layer_error": None if shape.scheme.startswith("NV") else error(model, twin),
+        "bytes_of_bf16": _nbytes(twin, packed=True) / _nbytes(model, packed=False),
     }
     generator = torch.Generator().manual_seed(2)
     prompt = torch.randint(0, shape.vocabulary, (1, prompt_length), generator=generator)

@@ -130,14 +130,3 @@ def test_it_is_a_row_of_the_table_that_is_tried_first():
     assert select_kernel(layer()).name == "torch"  # the row is for GPUs
     if not torch.cuda.is_available():
         assert "none is here" in entry.kernel.refuses(entry.sample).reason
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("weight", WEIGHTS)
-def test_on_a_gpu(weight, inputs):
-    kernel, spec = KERNELS["fp8_scaled_mm"].kernel, layer(weight, inputs, device="cuda")
-    if kernel.refuses(spec) is not None:
-        pytest.skip(kernel.refuses(spec).reason)
-    assert trial(kernel, spec) is None
-    assert select_kernel(spec).name == "fp8_scaled_mm"

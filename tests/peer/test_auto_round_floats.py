@@ -1,0 +1,76 @@
+"""Floating `auto_round` folders with calibrated input scales: the other auto-round reads ours, we read its.
+
+Predictions are compared, not weights: rounded inputs answer unit vectors with other numbers. Both sides round
+last bits otherwise, and a code of 4 bits that flips is a whole step, so the bounds are those of flips.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from auto_round.calibration.python_docs import PythonDocs
+from peer.ours import DEMO, IDS, logits_of
+from peer.peers import AUTO_ROUND, Answer, Question, ask
+from pipeline.runs import quantize
+
+pytestmark = pytest.mark.peer
+
+BOUNDS = {"FP8_STATIC": 0.02, "NVFP4": 0.1}
+"""Scheme -> most divergence between the two readers of one folder, nats per token."""
+PACKINGS = {"FP8_STATIC": "auto_round:fp8_static", "NVFP4": "auto_round:llm_compressor"}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    pages = [page for page, _ in zip(PythonDocs(), range(40), strict=False)]
+    path.write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))
+    return path
+
+
+def divergence(answer: Answer, folder: Path) -> float:
+    """Of the peer's predictions from ours, nats per token."""
+    assert answer.error is None, answer.error
+    ours, theirs = (x.float().log_softmax(-1).flatten(0, -2) for x in (_ours(folder), answer.logits))
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+def _ours(folder: Path) -> Tensor:
+    return logits_of(folder, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("scheme", BOUNDS)
+def test_it_reads_ours(tmp_path: Path, scheme: str) -> None:
+    AUTO_ROUND.python()
+    given: dict[str, Any] = {"group_size": None, "iters": 0, "disable_opt_rtn": True, "format": "auto_round"}
+    (folder,) = quantize(DEMO, tmp_path / "ours", scheme=scheme, **given).folders
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["packing_format"] == PACKINGS[scheme]
+    questions = {"ours": Question(folder, {}, "bfloat16")}
+    answer = ask(AUTO_ROUND, "load_with_transformers.py", IDS, 1, questions, tmp_path / "asked")["ours"]
+    assert divergence(answer, folder) < BOUNDS[scheme]
+
+
+@pytest.mark.parametrize("scheme", BOUNDS)
+def test_we_read_its(tmp_path: Path, texts: Path, scheme: str) -> None:
+    AUTO_ROUND.python()
+    job = {
+        "model": str(DEMO),
+        "arguments": {"scheme": scheme, "iters": 0, "disable_opt_rtn": True, "dataset": str(texts)}
+        | {"nsamples": 4, "seqlen": 32, "batch_size": 2},
+        "format": "auto_round",
+        "folder": str(tmp_path / "theirs"),
+    }
+    AUTO_ROUND.run("quantize_with_auto_round.py", {"jobs": [job]}, tmp_path / "made")
+    made = json.loads((tmp_path / "theirs.json").read_text())
+    assert "error" not in made, made
+    folder = Path(made["folder"])
+    questions = {"theirs": Question(folder, {}, "bfloat16")}
+    answer = ask(AUTO_ROUND, "load_with_transformers.py", IDS, 1, questions, tmp_path / "asked")["theirs"]
+    assert divergence(answer, folder) < BOUNDS[scheme]

@@ -54,6 +54,9 @@ def test_help(capsys):
     text = capsys.readouterr().out
     assert "--original" in text
     assert "--max_kl" in text
+    assert "make small" not in text
+    assert "to tune" not in text
+    assert "[10GB]" in text
     assert cli.main(["help", "eval"]) == 0
 
 

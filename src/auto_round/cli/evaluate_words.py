@@ -25,6 +25,16 @@ MORE_FLAGS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {"eval_bs": ("bs", "batch_size"), "eval_model_dtype": ("model_dtype",)}
 )
 """Further spellings of options, which have another meaning while a model is quantized."""
+MODEL_HELP: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "model": "folder, hub name or GGUF file to evaluate",
+        "tokenizer": "folder or hub name of the tokenizer; the original's or the model's own when not given",
+        "platform": "hub to download from",
+        "trust_remote_code": "run Python code that comes with a model; off unless asked",
+        "device_map": 'where models run: "auto", "cpu", "0", "cuda:0"; over several ("0,1") they are spread',
+    }
+)
+"""Options of `ModelOptions` that this command has, and what they mean here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +81,20 @@ def _group(kind: type, given: Mapping[str, Any]) -> Any:
 
 
 def _settings() -> dict[str, list[Setting]]:
-    """Options of the command, by section."""
+    """Options of the command, by section, with the spellings and meanings that they have here."""
     groups = {"model": ModelOptions, **EVALUATION_GROUPS}
-    shown = {name: [s for s in settings(group) if s.spec.cli] for name, group in groups.items()}
-    shown["model"] = [s for s in shown["model"] if s.name != "model_dtype"]
     return {
-        name: [replace(s, spec=replace(s.spec, flags=(*s.flags, *MORE_FLAGS.get(s.name, ())))) for s in part]
-        for name, part in shown.items()
+        name: [
+            _as_here(s) for s in settings(group) if s.spec.cli and (name != "model" or s.name in MODEL_HELP)
+        ]
+        for name, group in groups.items()
     }
+
+
+def _as_here(setting: Setting) -> Setting:
+    flags = (*setting.flags, *MORE_FLAGS.get(setting.name, ()))
+    meaning = MODEL_HELP.get(setting.name, setting.spec.help)
+    return replace(setting, spec=replace(setting.spec, flags=flags, help=meaning))
 
 
 def eval_parser() -> Parser:

@@ -150,7 +150,7 @@ class FidelityOptions:
         ),
     )
     cache_size: int = option(
-        10 * 10**9,
+        "10GB",
         Spec('most disk space for logits of originals, such as "20GB"; 0 keeps none', convert=_size_or_none),
     )
     cache_dir: str | None = option(

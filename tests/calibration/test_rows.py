@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from auto_round.calibration.records import Tokens
+from auto_round.calibration.row import CalibrationRow
 from auto_round.calibration.rows import CalibrationRows, load_rows
 from auto_round.calibration.shape import Reason, cut_rows, join_rows
 from auto_round.errors import ConfigError
@@ -231,7 +232,7 @@ def test_a_tokenizer_that_merges_long_runs_still_fills_the_row(tmp_path: Path) -
         ("pile10k", 'did you mean "pile-10k"'),
         ("./none.jsonl", "no such file"),
         ("none/such.parquet", "no such file"),
-        ("liuhaotian/llava", "images or sound"),
+        ("audiocaps", "captions or sound"),
         (["some text"], "needs a tokenizer"),
         ([{"a": "x", "b": "y"}], "the given data, record 0 has the fields"),
         ([], "0 rows from 0 samples"),
@@ -270,3 +271,26 @@ def test_shapes_against_plain_lists(samples: list[list[int]], seqlen: int) -> No
     line = [token for sample in samples for token in sample]
     chunks = [line[i : i + seqlen] for i in range(0, len(line) - seqlen + 1, seqlen)]
     assert joined == [chunk for chunk in chunks if not repeats(chunk)]
+
+
+def test_rows_with_images_are_padded_where_something_stands_for_each_token() -> None:
+    row = CalibrationRow(
+        {
+            "input_ids": torch.tensor([[5, 6, 7]]),
+            "token_type_ids": torch.tensor([[0, 1, 1]]),
+            "cross_attention_mask": torch.ones(1, 3, 1, 2, dtype=torch.int64),
+            "image_position_ids": torch.ones(1, 3, 2, dtype=torch.int64),  # three patches, as many as tokens
+            "pixel_values": torch.ones(1, 3, 4, 4),
+        }
+    )
+    longer = row.padded(5, 9)
+    assert longer.tokens.tolist() == [5, 6, 7, 9, 9]
+    assert longer.mask is not None
+    assert longer.mask.tolist() == longer.inputs["attention_mask"][0].tolist() == [True] * 3 + [False] * 2
+    assert longer.inputs["token_type_ids"].tolist() == [[0, 1, 1, 0, 0]]
+    assert longer.inputs["cross_attention_mask"].sum() == 6
+    assert {n: tuple(longer.inputs[n].shape) for n in ("image_position_ids", "pixel_values")} == {
+        "image_position_ids": (1, 3, 2),
+        "pixel_values": (1, 3, 4, 4),
+    }
+    assert longer.beginning(2) is longer  # tokens must fit the images

@@ -7,6 +7,7 @@ import torch
 
 from auto_round.facts.flow import BlockCall
 from auto_round.pipeline.running.block_arguments import ArgumentTable, batch_axes
+from auto_round.tuning.samples import Samples
 from pipeline.runs import ROWS, kl_of, quantize
 
 CPU = torch.device("cpu")
@@ -76,3 +77,22 @@ def test_latent_attention_with_complex_rotary_factors(tiny, tmp_path, recwarn):
     assert any("kv_b_proj" in name for name in result.plan.quantized)
     assert kl_of(result)["auto_round"] < 1e-5
     assert not [w for w in recwarn if "imaginary" in str(w.message)]
+
+
+def test_rows_that_need_other_arguments_are_of_another_kind():
+    def call(mask, tiles):
+        return BlockCall(
+            (None,), {"attention_mask": mask, "cross_attention_states": torch.zeros(tiles, 3, 4)}
+        )
+
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    table = ArgumentTable(apart=True)
+    for given in (call(mask, 1), call(mask.tril(), 1), call(mask, 2), call(None, 1), None):
+        table.add([given], [(None,)])
+    kinds = [table.kind(row) for row in range(5)]
+    assert kinds[0] == kinds[1]
+    assert len(set(kinds)) == 4
+    assert not table.skipped(0)  # some row runs the block
+    samples = Samples((torch.zeros(5, 1),), (torch.zeros(5, 1),), kind=table.kind)
+    assert [list(index) for index in samples.passes(range(5), 8)] == [[0, 1], [2], [3], [4]]
+    assert [list(index) for index in samples.passes([3, 1, 0], 1)] == [[3], [1], [0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -41,7 +42,8 @@ def test_conversations_with_images(llava, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (llava / name).read_bytes()
 
 
-def test_llava_data_with_a_folder_of_images_by_the_old_class(llava, tmp_path):
+@pytest.mark.parametrize("data", ["", "liuhaotian/llava_instruct_80k"])
+def test_llava_data_with_a_folder_of_images_by_the_old_class(llava, tmp_path, monkeypatch, data):
     records = [
         {
             "id": str(number),
@@ -54,9 +56,12 @@ def test_llava_data_with_a_folder_of_images_by_the_old_class(llava, tmp_path):
         for number, record in enumerate(conversations(tmp_path / "coco"))
     ]
     (tmp_path / "llava.json").write_text(json.dumps(records))
-    given = {"dataset": str(tmp_path / "llava.json"), "extra_data_dir": str(tmp_path / "coco")}
+    given = {"dataset": data or str(tmp_path / "llava.json"), "extra_data_dir": str(tmp_path / "coco")}
     from transformers import AutoProcessor
 
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *asked, **named: str(tmp_path / "llava.json")
+    )
     processor = AutoProcessor.from_pretrained(llava)
     tuner = AutoRoundMLLM(
         str(llava), processor.tokenizer, processor, group_size=32, **SIZES, **given, device_map="cpu"

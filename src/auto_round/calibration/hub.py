@@ -12,8 +12,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from auto_round.calibration.local import Lazy, chain
-from auto_round.calibration.registry import DEFAULT_DATASET, PYTHON_DOCS, HubDataset, Platform
+from auto_round.calibration.local import Lazy, chain, read_path
+from auto_round.calibration.registry import (
+    DEFAULT_DATASET,
+    LLAVA_REPOSITORY,
+    PYTHON_DOCS,
+    HubDataset,
+    Platform,
+)
 from auto_round.errors import ConfigError
 from auto_round.log import logger
 
@@ -145,6 +151,24 @@ def _read_modelscope(row: HubDataset, splits: Sequence[str]) -> list[Any]:
                 f"{error}; or use --dataset {PYTHON_DOCS} or --dataset path.jsonl"
             ) from error
     return parts
+
+
+def read_llava(file: str) -> Records:
+    """Conversations of one of LLaVA's data sets; their images lie elsewhere.
+
+    Raises:
+        ConfigError: the hub cannot be reached, and the file is not in its cache.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        found = hf_hub_download(LLAVA_REPOSITORY, file, repo_type="dataset")
+    except _failures() as error:
+        raise ConfigError(
+            f"{file} of {LLAVA_REPOSITORY} cannot be fetched ({type(error).__name__}); copy it here once and "
+            f"give its path (--dataset {file} --extra_data_dir FOLDER_OF_IMAGES)"
+        ) from error
+    return read_path(Path(found), ())
 
 
 def is_reachable(url: str, seconds: float = PROBE_SECONDS) -> bool:

@@ -59,18 +59,23 @@ HUB_DATASETS: Final = (
     HubDataset(("nvidia/OpenCodeInstruct",), fields=("input", "output"), limit=10_000, streamed=True),
 )
 
-LATER_DATASETS: Final = (
-    "liuhaotian/llava",
-    "liuhaotian/llava_conv_58k",
-    "liuhaotian/llava_instruct_80k",
-    "liuhaotian/llava_instruct_150k",
-    "llava_conv_58k",
-    "llava_instruct_80k",
-    "llava_instruct_150k",
-    "coco2014",
-    "audiocaps",
-)
-"""Names that mean images or sound, which calibration cannot use yet."""
+LLAVA_REPOSITORY: Final = "liuhaotian/LLaVA-Instruct-150K"
+LLAVA_FILES: Final = {
+    "liuhaotian/llava": "conversation_58k.json",
+    "llava_conv_58k": "conversation_58k.json",
+    "llava_instruct_80k": "llava_instruct_80k.json",
+    "llava_instruct_150k": "llava_instruct_150k.json",
+}
+"""Conversations about images of COCO (train2017), which lie elsewhere: name -> file of `LLAVA_REPOSITORY`."""
+
+LATER_DATASETS: Final = ("coco2014", "audiocaps")
+"""Names that mean captions for diffusion models or sound, which calibration cannot use yet."""
+
+
+def llava_file(name: str) -> str | None:
+    """File of one of LLaVA's data sets, with or without its owner's name; None for other names."""
+    own = name.casefold()
+    return LLAVA_FILES.get(own) or LLAVA_FILES.get(own.removeprefix("liuhaotian/"))
 
 
 def find_dataset(name: str) -> HubDataset | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from auto_round.calibration.grammar import DatasetItem, parse_dataset
-from auto_round.calibration.hub import Records, read_hub
+from auto_round.calibration.hub import Records, read_hub, read_llava
 from auto_round.calibration.local import SUFFIXES, check_path, read_path, without_splits
 from auto_round.calibration.python_docs import PythonDocs
 from auto_round.calibration.registry import (
@@ -17,6 +17,7 @@ from auto_round.calibration.registry import (
     Platform,
     find_dataset,
     known_names,
+    llava_file,
 )
 from auto_round.errors import ConfigError, nearest
 
@@ -63,6 +64,8 @@ def open_item(item: DatasetItem, platform: Platform = "hf") -> Source:
     if row is not None:
         return Source(name, read_hub(row, item.splits, platform), row.fields)
     path = Path(name).expanduser()
+    if (file := llava_file(name)) is not None and not path.exists():
+        return Source(name, read_llava(file))
     if _is_path(name, path):
         records, folder = read_path(path, item.splits), path if path.is_dir() else path.parent
         return Source(path.name, records, concat=path.suffix.lower() == ".txt", folder=folder)
@@ -86,7 +89,7 @@ def check_named(dataset: str) -> None:
         path = Path(item.name).expanduser()
         if _is_path(item.name, path):
             check_path(path)
-        else:
+        elif llava_file(item.name) is None:
             _refuse_no_hub_name(item.name)
 
 
@@ -97,7 +100,7 @@ def _is_path(name: str, path: Path) -> bool:
 def _refuse_no_hub_name(name: str) -> None:
     if name in LATER_DATASETS:
         raise ConfigError(
-            f'data set "{name}" holds images or sound, which calibration cannot use yet; use one with text'
+            f'data set "{name}" holds captions or sound, which calibration cannot use yet; use one with text'
         )
     if name.count("/") != 1 or not all(name.split("/")) or "\\" in name:
         raise ConfigError(

@@ -49,10 +49,11 @@ def _schemes() -> str:
 
 
 def _datasets() -> str:
-    from auto_round.calibration.registry import HUB_DATASETS, LATER_DATASETS, PYTHON_DOCS
+    from auto_round.calibration.registry import HUB_DATASETS, LATER_DATASETS, LLAVA_FILES, PYTHON_DOCS
 
     rows = {PYTHON_DOCS: "the documentation inside this Python; needs no network"}
     rows |= {d.names[0]: f"split {'+'.join(d.splits)}, {' + '.join(d.fields)}" for d in HUB_DATASETS}
+    rows |= {", ".join(LLAVA_FILES): "with images, which lie in --extra_data_dir"}
     rows |= {"path.jsonl": "also .json, .txt and .parquet", "(not there yet)": ", ".join(LATER_DATASETS)}
     return _table(rows)
 

@@ -25,10 +25,11 @@ from auto_round.pipeline.checking.verify import verify_all
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.result import Result
+from auto_round.pipeline.writing.cost import carry_record
 from auto_round.pipeline.writing.finish import write_configs_and_tokenizer, write_report
 from auto_round.pipeline.writing.outputs import Outputs
-from auto_round.pipeline.writing.page import carry_page
 from auto_round.pipeline.writing.signature import request_digest, signature
+from auto_round.report.make import make_page
 from auto_round.schemes.attention import AttentionPlan
 from auto_round.schemes.scheme import QuantizationScheme
 
@@ -78,8 +79,9 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
         if job.options.output.verify:
             own["verified"] = verify_all(job, folders, None)
         write_report(job, folders, {**report, **own}, output.folder)
-        carry_page(folder, output.folder, label=job.output.name, drawn=job.options.output.report)
-        return list(job.folders(output.seal(asked)).values())
+        carry_record(folder, output.folder)
+        final = output.seal(asked)
+    return _finished(job, final)
 
 
 def copy_files(job: Job, finished: Mapping[str, Path], result: Result) -> list[Path]:
@@ -106,8 +108,16 @@ def copy_files(job: Job, finished: Mapping[str, Path], result: Result) -> list[P
         sizes = {name: result.report["bytes_after"][name] for name in folders}
         own = {"formats": list(folders), "bytes_after": sizes}
         write_report(job, folders, {**result.report, **own}, output.folder)
-        carry_page(result.folders[0], output.folder, label=job.output.name, drawn=job.options.output.report)
-        return list(job.folders(output.seal(asked)).values())
+        carry_record(result.folders[0], output.folder)
+        final = output.seal(asked)
+    return _finished(job, final)
+
+
+def _finished(job: Job, final: Path) -> list[Path]:
+    """The folder of each format of a finished output, with its page where it is asked for."""
+    if job.options.output.report:
+        make_page([final])
+    return list(job.folders(final).values())
 
 
 def _config(folder: Path) -> dict[str, Any]:

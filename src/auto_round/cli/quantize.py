@@ -16,6 +16,7 @@ from auto_round.cli.progress import drawn_progress
 from auto_round.cli.summary import summary
 from auto_round.config import EvaluationOptions, ModelOptions, Options, build_options, read_environment
 from auto_round.log import logger
+from auto_round.report.record import PAGE
 
 if TYPE_CHECKING:
     from auto_round.evaluate.task_names import Tasks
@@ -70,6 +71,8 @@ def quantize(given: Mapping[str, Any], recipe: str, evaluation: Mapping[str, Any
                 logger.warning("the same command continues where this run stopped (%s.partial)", job.output)
             raise
         print(summary(result))
+        if job.options.output.report:
+            print(f"{'page':<12}{job.output / PAGE}")
         folders += result.folders
         clock = Clock()
     if tasks is not None and folders:

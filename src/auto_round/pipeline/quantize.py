@@ -50,7 +50,7 @@ from auto_round.pipeline.running.measure import Measured, measure_streams
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.towers import round_towers
 from auto_round.pipeline.running.trace_rows import trace_rows
-from auto_round.pipeline.writing.cost import COST, cost_of, run_record
+from auto_round.pipeline.writing.cost import COST, cost_of, run_record, write_record
 from auto_round.pipeline.writing.finish import (
     build_report,
     hand_over_inputs,
@@ -58,7 +58,6 @@ from auto_round.pipeline.writing.finish import (
     write_report,
 )
 from auto_round.pipeline.writing.outputs import Outputs, Written, check_written
-from auto_round.pipeline.writing.page import write_page
 from auto_round.pipeline.writing.signature import request_digest, signature
 from auto_round.report.make import make_page
 from auto_round.report.record import REPORT
@@ -137,10 +136,11 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
             clock.lap("verify")
             progress(clock.event("verify", 1, 1, "reload and compare"))
         write_report(job, folders, report, folder.folder)
-        record = run_record(job, journal, clock, continued=continued)
-        write_page(folder.folder, record, label=job.output.name, drawn=job.options.output.report)
+        write_record(folder.folder, run_record(job, journal, clock, continued=continued))
         hand_over_inputs(job, folder.scratch, folder.folder)
         final = folder.seal(request_digest(asked))
+    if job.options.output.report:
+        make_page([final])
     return Result(tuple(job.folders(final).values()), job.plan, report, clock.seconds, clock.peak)
 
 

@@ -31,34 +31,15 @@ def make_page(places: Sequence[Path], file: Path | None = None) -> Path:
     """
     require_plotting()
     folders = [place.parent if place.name == REPORT else place for place in places]
-    if len(folders) == 1 and file is None:
-        made = draw_page(folders[0])
-        add_to_record(folders[0], made.name)
-        return made
-    if file is None:
+    alone = len(folders) == 1
+    if file is None and not alone:
         raise ConfigError("several runs are compared on a page of its own: name it (-o FILE.html)")
     runs = [read_run(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
-    write_html(file, render(page_of(runs[0]) if len(runs) == 1 else page_of_all(runs)))
-    return file
-
-
-def draw_page(folder: Path, label: str | None = None) -> Path:
-    """Write the page of a run beside its records.
-
-    Args:
-        folder: with the records.
-        label: what the run is called; None for the folder's name.
-
-    Returns:
-        The file.
-
-    Raises:
-        ConfigError: no such records, a package is missing, or no place for the page.
-        CheckpointError: a record is damaged.
-    """
-    file = folder / PAGE
-    write_html(file, render(page_of(read_run(folder, label))))
-    return file
+    target = folders[0] / PAGE if file is None else file
+    write_html(target, render(page_of(runs[0]) if alone else page_of_all(runs)))
+    if file is None:
+        add_to_record(folders[0], PAGE)
+    return target
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

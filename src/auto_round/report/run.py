@@ -206,12 +206,12 @@ class Run:
         return [unit for unit in self.units if unit.loss is not None and unit.initial_loss is not None]
 
 
-def read_run(folder: Path, label: str | None = None) -> Run:
+def read_run(folder: Path, label: str) -> Run:
     """Read the records of a finished run.
 
     Args:
         folder: output folder of a run.
-        label: what the page calls it; None for the folder's name.
+        label: what the page calls it.
 
     Raises:
         ConfigError: no such folder, or not one of a finished run.
@@ -224,7 +224,7 @@ def read_run(folder: Path, label: str | None = None) -> Run:
         )
     cost = folder / RUN_RECORD
     record = _json(cost) if cost.is_file() else None
-    return run_of(_json(file), record, label or folder.resolve().name, file)
+    return run_of(_json(file), record, label, file)
 
 
 def run_of(report: Mapping[str, Any], record: Mapping[str, Any] | None, label: str, file: Path) -> Run:

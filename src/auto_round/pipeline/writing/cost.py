@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from auto_round.checkpoint.disk import atomic_write_json, writing
 from auto_round.checkpoint.journal import Journal
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.description import machine, versions
 from auto_round.pipeline.machine.memory import device_peak_bytes, peak_bytes, resident_bytes
 from auto_round.pipeline.writing.command import command_of
-from auto_round.report.record import RunRecord, UnitCost
+from auto_round.report.record import RUN_RECORD, RunRecord, UnitCost
 from auto_round.version import __version__
 
 COST = "cost"
@@ -59,6 +62,24 @@ def run_record(job: Job, journal: Journal, clock: Clock, *, continued: bool) -> 
             **versions(),
         },
     )
+
+
+def write_record(root: Path, record: RunRecord) -> None:
+    """Write what a run cost, once for all formats, below a folder that will become the output."""
+    atomic_write_json(root / RUN_RECORD, record.to_json())
+
+
+def carry_record(finished: Path, root: Path) -> None:
+    """Take the record of a run over to another output of it.
+
+    Args:
+        finished: folder of one format of the run.
+        root: folder that will become the output.
+    """
+    found = [folder / RUN_RECORD for folder in (finished, finished.parent) if (folder / RUN_RECORD).is_file()]
+    for record in found[:1]:
+        with writing(root / RUN_RECORD):
+            shutil.copyfile(record, root / RUN_RECORD)
 
 
 def _class_of(job: Job) -> str:

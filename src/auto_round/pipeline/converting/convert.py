@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -159,24 +159,11 @@ def _fitting(exporter: Exporter, stored: Stored, loading: Loading | None) -> tup
     for dtype in (None, "float16", *sorted(own & SCALE_DTYPES.keys())):
         plan = stored.plan if dtype is None else with_steps(stored.plan, dtype)
         fitting = exporter.for_plan(plan, stored.layers)
-        refused = [
-            *_unsaid_inputs(fitting, plan, stored.layers),
-            *all_refusals(fitting, plan, stored.layers, loading),
-        ]
+        refused = all_refusals(fitting, plan, stored.layers, loading)
         if not refused:
             return fitting, plan
         found = found or refused
     raise UnsupportedError(f"{stored.folder} cannot be written as {exporter.name} without a change", found)
-
-
-def _unsaid_inputs(exporter: Exporter, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
-    """Why the format cannot say how inputs are rounded."""
-    formats = {fmt.name: fmt for layer in layers if (fmt := plan.activation_of(layer.name)) is not None}
-    return [
-        Refusal(exporter.name, f"does not say that inputs are rounded to {name}", "use llm_compressor")
-        for name, fmt in formats.items()
-        if not exporter.holds_activation(fmt)
-    ]
 
 
 def _refuse_weights(exporter: Exporter, manifest: Manifest) -> None:

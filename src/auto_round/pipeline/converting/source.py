@@ -13,7 +13,7 @@ import torch
 
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.config.groups import CalibrationOptions, TuneOptions
-from auto_round.consumers.folder import read_folder, read_quantization
+from auto_round.consumers.folder import Folder, read_folder, read_quantization
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.export.exporter import TuningFacts
 from auto_round.facts.layer import Block, Layer, Role
@@ -23,10 +23,12 @@ from auto_round.models.roles import role_in_block
 from auto_round.schemes.condense import some
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan
+from auto_round.schemes.vocabulary import SCALE_DTYPES
 from auto_round.stored.matrices import Matrix
 from auto_round.stored.methods import understand
 from auto_round.stored.packed import Packed
 
+COMPRESSED_TENSORS = "compressed-tensors"
 _BLOCK = re.compile(r"(.+?\.(\d+))\.(.+)")
 _MIDDLES = torch.tensor(-0x77777778, dtype=torch.int32, device="cpu")
 """A word of eight zero points of 8: 0x88888888."""
@@ -76,7 +78,7 @@ def open_stored(path: Path, checkpoint: Checkpoint) -> Stored:
     folder = read_folder(path)
     if _is_symmetric_awq(checkpoint, found):
         found = [_symmetric(each) for each in found]
-    packed = {each.layer: each for each in found}
+    packed = {each.layer: _multiplied(each, folder) for each in found}
     matrices = [m for m in folder.matrices if m.name in packed or m.in_block or _is_head(m)]
     schemes = {m.name: packed[m.name].scheme if m.name in packed else None for m in matrices}
     top = Counter(s for s in schemes.values() if s is not None).most_common(1)[0][0]
@@ -133,6 +135,17 @@ def _is_symmetric_awq(checkpoint: Checkpoint, packed: Sequence[Packed]) -> bool:
     if not all(isinstance(each.layout, AWQ) for each in packed):
         return False
     return all(bool((checkpoint.read(each.parts["qzeros"]) == _MIDDLES).all()) for each in packed)
+
+
+def _multiplied(packed: Packed, folder: Folder) -> Packed:
+    """The same matrix with what its readers round it to before they multiply.
+
+    compressed-tensors does so to the model's dtype, which other folders say of weights without steps.
+    """
+    theirs = folder.method == COMPRESSED_TENSORS and folder.dtype in SCALE_DTYPES
+    if packed.scheme is None or not theirs or "step" in packed.format.rule.stored:
+        return packed
+    return replace(packed, scheme=replace(packed.scheme, scale_dtype=folder.dtype))
 
 
 def _symmetric(packed: Packed) -> Packed:

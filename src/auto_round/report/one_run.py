@@ -137,7 +137,8 @@ def _losses(run: Run) -> Section | None:
         return None
     gains = [1 - (u.loss or 0) / u.initial_loss for u in units if u.initial_loss]
     mean = 100 * sum(gains) / len(gains) if gains else 0.0
-    text = f"Tuning left {mean:.3g} % less loss in a block than plain rounding, on average over {len(units)}."
+    change = f"{abs(mean):.3g} % {'less' if mean >= 0 else 'more'} loss"
+    text = f"Tuning left {change} in a block than plain rounding, on average over {len(units)}."
     table = Table(
         "Losses",
         ("block", "rounded", "tuned", "step kept"),

@@ -156,8 +156,8 @@ def _errors(
 def _weighed(clean: States, found: States, gradients: Sequence[States]) -> float:
     """Sum of (gradient x error)^2 over draws, rows and positions.
 
-    Errors of the channels of a position are added before they are squared: they come from the same weights.
-    At 4 bits of 2, 4 and 8 the plan's divergence is a fifth smaller than with channels apart (docs/LOG.md).
+    Errors of the channels of a position are added before they are squared: they come from the same weights
+    (docs/LOG.md compares both).
     """
     total = 0.0
     for state, (before, after) in enumerate(zip(clean, found, strict=True)):

@@ -123,7 +123,7 @@ def test_what_readers_cannot_take_is_refused(name):
         assert layout.accepts(wide, (4, 64)) is not None
 
 
-def test_one_packing_format_of_auto_round_holds_floats():
+def test_packing_formats_of_auto_round_that_hold_floats():
     held = {
         name: {n for n, fmt in FLOAT_FORMATS.items() if layout.accepts(fmt, (256, 256)) is None}
         for name, layout in LAYOUTS.items()
@@ -132,4 +132,8 @@ def test_one_packing_format_of_auto_round_holds_floats():
         *("mxfp4", "mxfp6", "mxfp8", "mxfp4_rceil", "mxfp6_rceil", "mxfp8_rceil", "nvfp4"),
         *("fp8_e4m3_row", "fp8_e4m3_tensor", "fp8_e4m3_128x128", "fp8_e4m3_1x32", "fp8_e4m3_row_bfloat16"),
     }
-    assert not any(held.values())
+    by_row = {"fp8_e4m3_row", "fp8_e4m3_tensor", "fp8_e4m3_row_bfloat16"}
+    assert {name: found for name, found in held.items() if found} == {
+        "auto_round:fp8": by_row,
+        "auto_round:fp8_static": by_row,
+    }

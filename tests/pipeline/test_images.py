@@ -195,3 +195,16 @@ def test_towers_too(qwen, tmp_path):
     assert result.report["verified"]["auto_round"]["kl"] < 1e-6
     with pytest.raises(ConfigError, match=r"visual.blocks.* read images, and the calibration data hold none"):
         quantize(qwen, tmp_path / "other", dataset=TEXT, quant_nontext_module=True, **SHORT)
+
+
+def test_a_model_in_memory_gets_its_processor_beside_it(llava, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    data = write_lines(tmp_path / "data.jsonl", conversations(tmp_path))
+    processor = AutoProcessor.from_pretrained(llava)
+    model = AutoModelForImageTextToText.from_pretrained(llava)
+    given = {"dataset": str(data), "group_size": 32, "device_map": "cpu", **SIZES}
+    tuner = AutoRoundMLLM(model, processor.tokenizer, processor, **given)
+    _, (out,) = tuner.quantize_and_save(tmp_path / "out", load=False)
+    assert json.loads((out / "report.json").read_text())["verified"]["auto_round"]["kl"] < 1e-6
+    assert type(AutoProcessor.from_pretrained(out)) is type(processor)

@@ -45,6 +45,7 @@ class Job:
         dtype: dtype in which blocks run.
         output: folder of the result.
         importance: tensor in the source -> mean square of its inputs `[in]`, from a file; empty without one.
+        processor: its processor for images, where it was given as an object.
         caches: which scales of the key/value cache and of attention are calibrated; None for none.
     """
 
@@ -60,6 +61,7 @@ class Job:
     dtype: torch.dtype
     output: Path
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    processor: Any = None
     caches: AttentionPlan | None = None
 
     @property

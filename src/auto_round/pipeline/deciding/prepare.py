@@ -61,6 +61,7 @@ def prepare(
         dtype=decided.dtype,
         output=request.output,
         importance=decided.importance,
+        processor=processor,
         caches=decided.caches,
     )
     settled = Settled(

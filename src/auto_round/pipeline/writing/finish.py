@@ -48,8 +48,9 @@ def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
                 **source.config.to_diff_dict(),
                 "dtype": str(source.dtype).removeprefix("torch."),
             }
-            if job.tokenizer is not None:
-                job.tokenizer.save_pretrained(folder)
+            for part in (job.tokenizer, job.processor):
+                if part is not None:
+                    part.save_pretrained(folder)
         own = None if quantization is None else exporter.float_dtype
         dtype = job.kept_dtype if own is None else own
         write_configs(folder, config, quantization, untied=job.plan.untie_head, dtype=dtype)

@@ -46,7 +46,7 @@ def _nothing_is_fetched(monkeypatch):
             "imatrix no-such.gguf: no such file",
         ),
         ({"format": "gguf:q4_0", "gguf_template": "no-such.gguf"}, "gguf_template no-such.gguf: no such"),
-        ({"dataset": "liuhaotian/llava"}, "images"),
+        ({"dataset": "audiocaps"}, "captions or sound"),
     ],
     ids=str,
 )

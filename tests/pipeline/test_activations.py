@@ -93,7 +93,7 @@ def test_figures_see_quantized_activations(tiny, tmp_path):
         "group_size": -1,
         "iters": 0,
         "format": "fake",
-        "disable_opt_rtn": False,
+        "disable_opt_rtn": True,  # rounding fitted to 64 random tokens is no better on others
         "amp": False,
     }
     kl = {

@@ -30,6 +30,7 @@ CHANGES = {
     "nsamples": 3,
     "seqlen": 8,
     "seed": 7,
+    "act_percentile": 99.0,
     "iters": 3,
     "batch_size": 4,
     "gradient_accumulate_steps": 2,
@@ -58,14 +59,33 @@ CHANGES = {
 ACTIVATIONS = dict.fromkeys(
     ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic"), "of the plan, as bits are"
 )
+SCALES = dict.fromkeys(
+    ("static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity"),
+    "of the formats, which are told what scales they will be given",
+)
+MIXTURE = dict.fromkeys(
+    (
+        *("avg_bits", "target_size", "target_kl", "scheme_options", "shared_layers", "ignore_scale_zp_bits"),
+        *("score_method", "score_dataset", "score_nsamples", "score_seqlen", "score_batch_size"),
+        *("score_device_map", "score_low_gpu_mem_usage"),
+    ),
+    "the plan that AutoScheme chose is compared",
+)
 ELSEWHERE = {
     **ACTIVATIONS,
+    **SCALES,
+    **MIXTURE,
     "super_bits": "of the plan, as bits are",
     "super_group_size": "of the plan, as bits are",
     "data_type": "of the plan, as bits are",
     "model": "the weights themselves are compared",
     "tokenizer": "the rows themselves are compared",
     "dataset": "the rows themselves are compared",
+    "processor": "the rows themselves are compared",
+    "image_processor": "the rows themselves are compared",
+    "template": "the rows themselves are compared",
+    "extra_data_dir": "the rows themselves are compared",
+    "quant_nontext_module": "of the plan, which names the layers of encoders",
     "imatrix": "the importances themselves are compared",
     "gguf_template": "the types of the file's tensors are compared",
     "save_imatrix": "that one is written is compared; only GGUF files have it",
@@ -77,6 +97,7 @@ ELSEWHERE = {
     "output_dir": "another folder is another run",
     "overwrite": "what happens to an older folder",
     "verify": "done after the last byte of the weights",
+    "report": "drawn after the last byte of the weights",
     "dry_run": "writes nothing",
 }
 
@@ -124,6 +145,13 @@ def test_the_same_again_is_the_same_run(job, first):
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_value_is_another_run(job, first, name):
     assert written(job(**{name: CHANGES[name]})) != first
+
+
+def test_scales_of_the_cache_make_another_run(job):
+    asked = ({}, {"static_kv_dtype": "fp8"}, {"static_attention_dtype": "fp8"})
+    heads = {"static_kv_dtype": "fp8", "static_kv_granularity": "head"}
+    found = [written(job(format="llm_compressor", **given)) for given in (*asked, heads)]
+    assert all(one != other for i, one in enumerate(found) for other in found[:i])
 
 
 def test_schedules_are_compared_by_their_values(job):

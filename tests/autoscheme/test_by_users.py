@@ -10,7 +10,7 @@ import pytest
 
 from auto_round import AutoRound, AutoScheme, QuantizationScheme
 from auto_round.cli.main import main
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, UnsupportedError
 from export.gguf.small_models import save_small_model
 from pipeline.runs import token_rows
 
@@ -38,6 +38,14 @@ def test_quantize_returns_the_mixture_and_saves_it(model: Path, tmp_path: Path) 
     plan = json.loads((folder / "auto_scheme.json").read_text())
     assert plan["average_bits"] <= 5.5
     assert set(plan["layer_config"]) == set(schemes)
+
+
+def test_quantize_takes_a_mixture_that_the_usual_format_cannot_hold(model: Path) -> None:
+    scheme = wanted(avg_bits=7, options=("W4A16", "MXFP8"))
+    _, schemes = AutoRound(str(model), scheme=scheme, **TOLD).quantize()
+    assert {fields["data_type"] for fields in schemes.values()} == {"int", "mx_fp"}
+    with pytest.raises(UnsupportedError, match="auto_round"):
+        AutoRound(str(model), scheme=scheme, **TOLD).quantize_and_save(format="auto_round")
 
 
 def test_each_target_gets_a_folder(model: Path, tmp_path: Path) -> None:

@@ -134,6 +134,9 @@ COMMANDS = {
     "adam": "auto-round --model MODEL --adam --iters 20",
     "compiled": "auto-round --model MODEL --enable_torch_compile --iters 20",
     "exact again": "auto-round --model MODEL --enable_deterministic_algorithms --iters 20",
+    "a scheme for each layer": "auto_round --model_name MODEL --avg_bits 6 --options mxfp4,mxfp8"
+    " --ignore_scale_zp_bits --iters 0 --format fake",
+    "floats": "auto-round --model MODEL --scheme MXFP8 --format auto_round --iters 0",
     "data mixed": f"auto-round --model MODEL --iters 20 --dataset ./tmp.json,{PILE}:num=256,mbpp:num=128",
     "data joined": f"auto-round --model MODEL --iters 20 --dataset {PILE}:concat=True",
     "data split": f"auto-round --model MODEL --iters 20 --dataset {PILE}:train,mbpp:split=train+test",
@@ -246,6 +249,36 @@ def test_snippets_one_after_another_in_one_folder(reader: Reader) -> None:
         assert "tmp_autoround" in reader.finished()
     reader.command(COMMANDS["plain rounding"])
     assert len(reader.finished()) == 2
+
+
+def test_a_scheme_for_each_layer(reader: Reader) -> None:
+    begin = "from auto_round import AutoRound, AutoScheme\n"
+    reader.snippet(
+        begin
+        + """
+scheme = AutoScheme(avg_bits=3.0, options=("W2A16G64", "W4A16", "W8A16"))
+AutoRound(model=name, scheme=scheme, iters=0, nsamples=1).quantize_and_save(out)
+scheme = AutoScheme(avg_bits=3.0, options=("GGUF:Q2_K_S", "GGUF:Q4_K_S"), ignore_scale_zp_bits=True)
+rules = {"lm_head": "GGUF:Q6_K"}
+AutoRound(model=name, scheme=scheme, layer_config=rules, iters=0).quantize_and_save("second")
+"""
+    )
+    assert reader.finished() == ["second", "tmp_autoround"]
+    reader.snippet(
+        begin
+        + """
+shared_layers = [
+    ["*.self_attn.k_proj", "v_proj", "q_proj", "out_proj"],
+    ("model.decoder.layers.6.fc1", "model.decoder.layers.6.fc2"),
+    ("fc1", "fc2"),
+]
+scheme = AutoScheme(avg_bits=5.0, options=("W4A16", "MXFP8"), shared_layers=shared_layers)
+model, layer_config = AutoRound(model=name, scheme=scheme, iters=0, nsamples=1).quantize()
+parts = [layer_config[f"model.decoder.layers.6.self_attn.{p}_proj"]["bits"] for p in ("q", "k", "v", "out")]
+assert len(set(parts)) == 1
+""",
+        name=reader.models / "opt-125m",
+    )
 
 
 def test_mixed_bits(reader: Reader) -> None:

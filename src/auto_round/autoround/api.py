@@ -19,7 +19,7 @@ from auto_round.autoround.parameters import (
 )
 from auto_round.config import Options, OutputOptions, read_environment
 from auto_round.config.values import FROM_PYTHON
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.schemes import parse_scheme
 
@@ -264,7 +264,14 @@ class AutoRound(Attributes):
         Raises:
             ConfigError: it is asked for several.
         """
-        found = self._choices(self.options)
+        asked = self.options
+        try:
+            found = self._choices(asked)
+        except UnsupportedError:
+            if asked.output.format != OutputOptions().format:
+                raise
+            # Nobody chose a format, and the usual one cannot hold the mixture: rounded weights hold any.
+            found = self._choices(replace(asked, output=self._output(None, "fake")))
         if len(found) > 1:
             raise ConfigError(
                 f"quantize() makes one model, and {len(found)} targets are given: give one, or call "

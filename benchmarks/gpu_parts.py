@@ -259,7 +259,7 @@ def quantized(emit: Emit, scale: Scale, name: str, config: dict[str, Any], **giv
             )
 
         result = run(options, progress, dataset=rows)
-    rate = work / 1e12 / result.seconds
+    rate = counted / 1e12 / result.seconds
     verified = result.report.get("verified", {}).get("auto_round", {})
     emit(
         "run",

@@ -154,12 +154,16 @@ def _typed(name: str, side: int) -> Callable[[Random, Tensor], Inputs]:
     }
 
 
+def _patches(random: Random) -> Inputs:
+    return {"pixel_values": random(16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+
+
 def _packed(random: Random, ids: Tensor) -> Inputs:
-    return {
-        "pixel_values": random(16, 3 * 2 * 14 * 14),
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
-        "mm_token_type_ids": (ids == IMAGE).to(torch.int32),
-    }
+    return {**_patches(random), "mm_token_type_ids": (ids == IMAGE).to(torch.int32)}
+
+
+def _masked(random: Random, ids: Tensor) -> Inputs:
+    return {**_patches(random), "attention_mask": torch.ones_like(ids)}
 
 
 def _crossed(random: Random, ids: Tensor) -> Inputs:
@@ -586,11 +590,7 @@ FAMILIES: Mapping[str, Family] = {
             "audio_start_token_id": 109,
             "audio_end_token_id": 110,
         },
-        lambda random, ids: {
-            "pixel_values": random(16, 3 * 2 * 14 * 14),
-            "image_grid_thw": torch.tensor([[1, 4, 4]]),
-            "attention_mask": torch.ones_like(ids),
-        },
+        _masked,
         start=(102,),
     ),
     "qwen3_omni_moe_thinker": Family(
@@ -609,11 +609,7 @@ FAMILIES: Mapping[str, Family] = {
             "audio_start_token_id": 109,
             "audio_end_token_id": 110,
         },
-        lambda random, ids: {
-            "pixel_values": random(16, 3 * 2 * 14 * 14),
-            "image_grid_thw": torch.tensor([[1, 4, 4]]),
-            "attention_mask": torch.ones_like(ids),
-        },
+        _masked,
         start=(102,),
     ),
     "phi4_multimodal": Family(

@@ -23,9 +23,9 @@ from auto_round.export.table import scale_dtype
 from auto_round.facts.layer import Role
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.pipeline.deciding.decide import Decided, decide
-from auto_round.pipeline.deciding.fetch_rows import refuse_unknown_tokens
-from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.fetch_rows import Data, refuse_unknown_tokens
 from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer, open_model
+from auto_round.pipeline.deciding.prepare import put_together
 from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.deciding.unaddressed import without_kept
 from auto_round.pipeline.machine.clock import Clock
@@ -204,18 +204,11 @@ def _setting(
     rows = _rows(request.options, opened, given)
     refuse_unknown_tokens(rows, opened.source)
     opened.source.refuse_untraceable()
-    job = Job(
-        options=opened.options,
-        source=opened.source,
-        tokenizer=opened.tokenizer,
-        plan=decided.plan,
-        exporters=decided.exporters,
-        rows=rows,
-        tuned=len(rows.rows),
-        tune=decided.tune,
-        device=request.device,
+    job = replace(
+        put_together(request, opened, decided, Data(rows, len(rows.rows))),
         dtype=torch.float32,  # 8 bits lose less than bfloat16's own rounding does
-        output=request.output,
+        importance={},
+        caches=None,
     )
     return Setting(
         job, candidates, search=decided.tune.search, batch_size=request.options.auto.score_batch_size

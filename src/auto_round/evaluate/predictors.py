@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import (
-    AutoRoundError,
     CheckpointError,
     ConfigError,
     UnsupportedError,
-    is_out_of_memory,
 )
 from auto_round.evaluate.gguf_weights import gguf_weights
 from auto_round.evaluate.subject import Subject
-from auto_round.inference.load_folder import Loading, load_folder, unpacked_to
+from auto_round.inference.load_folder import Loading, failures, load_folder, unpacked_to
 from auto_round.log import logger
 from auto_round.models.auto_classes import auto_class, auto_class_name
 from auto_round.models.roles import text_model
@@ -177,19 +175,3 @@ def _filled(file: Path, folder: Path, how: Opening) -> Any:
             f"{file} lacks {len(missing)} weights of {folder}: {', '.join(missing[:_SHOWN])}"
         )
     return model.eval()
-
-
-@contextmanager
-def failures(path: Path) -> Iterator[None]:
-    """What Transformers raises, as errors that say which model they are about."""
-    try:
-        yield
-    except AutoRoundError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"{path}: Transformers does not load and run it ({type(error).__name__}: "
-            f"{str(error).strip()[:300]})"
-        ) from error

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from auto_round.errors import AutoRoundError, CheckpointError, is_out_of_memory
 from auto_round.models.auto_classes import load_model
 
 PACKAGES = {"compressed-tensors": ("compressed_tensors", "compressed-tensors")}
@@ -66,3 +68,28 @@ def unpacked_to(model: Any, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def failures(path: Path, what: str = "it", advice: str = "") -> Iterator[None]:
+    """What other people's code raises, as errors that say which model they are about.
+
+    Args:
+        path: the folder or file.
+        what: what was loaded, in words.
+        advice: behind the reason.
+
+    Raises:
+        CheckpointError: anything but our own errors and the end of memory, which pass as they are.
+    """
+    try:
+        yield
+    except AutoRoundError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{path}: Transformers does not load and run {what} ({type(error).__name__}: "
+            f"{str(error).strip()[:300]}){advice}"
+        ) from error

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from auto_round.errors import AutoRoundError, CheckpointError, is_out_of_memory
+from auto_round.errors import AutoRoundError, CheckpointError
 from auto_round.export.hf_config import read_config
-from auto_round.inference.load_folder import Loading, load_folder, unpacked_to
+from auto_round.inference.load_folder import Loading, failures, load_folder, unpacked_to
 from auto_round.log import logger
 from auto_round.models.roles import text_model
 from auto_round.pipeline.machine.memory import available_bytes
@@ -123,14 +123,10 @@ class MemoryEndedError(AutoRoundError):
 def _failures(folder: Path) -> Iterator[None]:
     """What other people's code raises, as errors that say which folder they are about."""
     try:
-        yield
+        with failures(folder, "what was written", f". {_REPORT}"):
+            yield
     except AutoRoundError:
         raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            logger.warning("not verified: memory ended while %s was reloaded", folder)
-            raise MemoryEndedError("memory ended while it was reloaded") from error
-        raise CheckpointError(
-            f"{folder}: Transformers does not load and run what was written "
-            f"({type(error).__name__}: {str(error).strip()[:300]}). {_REPORT}"
-        ) from error
+    except Exception as error:  # memory ended: everything else is one of our errors by now
+        logger.warning("not verified: memory ended while %s was reloaded", folder)
+        raise MemoryEndedError("memory ended while it was reloaded") from error

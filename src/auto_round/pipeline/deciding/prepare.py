@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ from torch import nn
 
 from auto_round.config.options import Options
 from auto_round.log import logger
-from auto_round.pipeline.deciding.decide import decide
+from auto_round.pipeline.deciding.decide import Decided, decide
 from auto_round.pipeline.deciding.effects import Settled, idle_options
-from auto_round.pipeline.deciding.fetch_rows import fetch_rows
+from auto_round.pipeline.deciding.fetch_rows import Data, fetch_rows
 from auto_round.pipeline.deciding.image_rows import first_with_images
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.open_model import open_model
-from auto_round.pipeline.deciding.request import make_request
+from auto_round.pipeline.deciding.open_model import Opened, open_model
+from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.machine.default_device import plain_device
 
 
@@ -48,22 +49,7 @@ def prepare(
     opened = open_model(request, model=model, tokenizer=tokenizer, processor=processor)
     decided = decide(request, opened)
     data = fetch_rows(opened, decided, dataset=dataset, dry=not rows)
-    job = Job(
-        options=opened.options,
-        source=opened.source,
-        tokenizer=opened.tokenizer,
-        plan=decided.plan,
-        exporters=decided.exporters,
-        rows=data.rows,
-        tuned=data.tuned,
-        tune=decided.tune,
-        device=request.device,
-        dtype=decided.dtype,
-        output=request.output,
-        importance=decided.importance,
-        processor=processor,
-        caches=decided.caches,
-    )
+    job = replace(put_together(request, opened, decided, data), processor=processor)
     settled = Settled(
         options=job.options,
         tune=job.tune,
@@ -77,3 +63,22 @@ def prepare(
     for note in idle_options(settled):
         logger.warning(note)
     return job
+
+
+def put_together(request: Request, opened: Opened, decided: Decided, data: Data) -> Job:
+    """The job that the four steps came to."""
+    return Job(
+        options=opened.options,
+        source=opened.source,
+        tokenizer=opened.tokenizer,
+        plan=decided.plan,
+        exporters=decided.exporters,
+        rows=data.rows,
+        tuned=data.tuned,
+        tune=decided.tune,
+        device=request.device,
+        dtype=decided.dtype,
+        output=request.output,
+        importance=decided.importance,
+        caches=decided.caches,
+    )

@@ -27,6 +27,9 @@ def test_errors_are_shares_of_the_output():
     stacked = relative_error(torch.stack([rounded] * 3), torch.stack([original] * 3), squares)
     assert stacked == pytest.approx(0.5 / 30)
     assert relative_error(torch.zeros(2, 2), torch.zeros(2, 2), None) == 0
+    each = torch.stack([squares, torch.zeros(2)])  # of the second matrix nothing was seen
+    both = relative_error(torch.stack([rounded, rounded + 9]), torch.stack([original] * 2), each)
+    assert both == pytest.approx(0.5 / 30)
 
 
 def test_errors_by_kind():

@@ -31,6 +31,7 @@ CHANGES = {
     "seqlen": 8,
     "seed": 7,
     "act_percentile": 99.0,
+    "expert_rows": 64,
     "iters": 3,
     "batch_size": 4,
     "gradient_accumulate_steps": 2,

@@ -13,12 +13,13 @@ from torch.func import functional_call
 from auto_round.autoscheme.candidates import Candidates
 from auto_round.autoscheme.groups import group_layers
 from auto_round.calibration.observe import observe_extremes, observe_inputs
+from auto_round.calibration.observe_experts import observe_experts
 from auto_round.facts.flow import States
 from auto_round.facts.layer import Layer
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
-from auto_round.numerics.importance import Importance
+from auto_round.numerics.importance import AnyImportance
 from auto_round.numerics.search import QUICK
 from auto_round.numerics.search_groups import Effort
 from auto_round.pipeline.deciding.activations import formats_inside, to_calibrate
@@ -127,7 +128,7 @@ class OpenBlock:
     group: BlockGroup
     originals: Mapping[str, Tensor]
     arguments: GroupArguments
-    importance: dict[str, Importance] = field(default_factory=dict)
+    importance: dict[str, AnyImportance] = field(default_factory=dict)
     ranges: InputRanges = NO_RANGES
 
     def run(self, states: States, rows: Sequence[int], rounded: Rounded = CLEAN) -> States:
@@ -163,17 +164,20 @@ class OpenBlock:
         """Measure the inputs of the layers of some parts while the unrounded block runs."""
         names = {self._inside(name) for part in parts for name in part.layers}
         linear = [n for n in sorted(names) if isinstance(self._owner(n), nn.Linear)]
+        stacks = sorted(names.difference(linear))
         ranged = sorted({m for o in self.setting.options for m in to_calibrate(self._activations(parts, o))})
         mask_of: Callable[[], Tensor | None] = lambda: None if masks is None else masks[self.arguments.last]  # noqa: E731
         percentile = self.setting.job.options.calibration.act_percentile
         with (
             observe_inputs(self.group, [n.removesuffix(_WEIGHT) for n in linear], mask_of) as moments,
             observe_extremes(self.group, ranged, mask_of, percentile) as extremes,
+            observe_experts(self.group, mask_of, lambda: len(self.arguments.last), stacks) as experts,
             torch.no_grad(),
         ):
             for rows in self.batches():
                 self.run(taken(states, rows), rows)
-        self.importance = {n + _WEIGHT: i for n, m in moments.items() if (i := m.importance()) is not None}
+        sums = {n + _WEIGHT: m for n, m in moments.items()} | dict(experts.moments)
+        self.importance = {n: i for n, m in sums.items() if (i := m.importance()) is not None}
         self.ranges = settle_ranges({name: seen.value() for name, seen in extremes.items()})
 
     def rounded(self, part: Part, option: int) -> Rounded:

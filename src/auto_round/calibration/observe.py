@@ -48,7 +48,16 @@ class InputMoments:
         weights = token_weights(token_energy(x), mask)
         if mask is not None:
             x, weights = x[mask], weights[mask]
-        rows = x.detach().reshape(-1, x.shape[-1]).float() * weights.reshape(-1, 1).sqrt()
+        self.add_tokens(x.reshape(-1, x.shape[-1]), weights.reshape(-1))
+
+    def add_tokens(self, x: Tensor, weights: Tensor) -> None:
+        """Count tokens that all count, and whose weights are known.
+
+        Args:
+            x: `[tokens, in]`, any float dtype; multiplied in float32.
+            weights: what `token_weights` lets each count, `[tokens]` float32.
+        """
+        rows = x.detach().float() * weights.unsqueeze(1).sqrt()
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         squares = rows.square().sum(dim=0, dtype=exact)
         tiles = nn.functional.pad(rows, (0, -rows.shape[-1] % TILE)).reshape(
@@ -58,6 +67,11 @@ class InputMoments:
         self.squares = squares if self.squares is None else self.squares + squares
         self.products = products if self.products is None else self.products.add_(products)
         self.count += rows.shape[0]
+
+    def matrix(self, index: int) -> InputMoments:
+        """Moments for one matrix of a stack, all of which see the same inputs: these."""
+        del index
+        return self
 
     def importance(self) -> Importance | None:
         """Return the mean squares and products; None when no token was seen.

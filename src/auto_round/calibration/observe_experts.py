@@ -1,45 +1,187 @@
-"""How many tokens reach each expert: rows that leave an expert out tell nothing of it."""
+"""What reaches each expert: how many tokens, and what flows into its matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from auto_round.calibration.observe import MaskOf
+from auto_round.calibration.observe import InputMoments, MaskOf
+from auto_round.errors import NumericsError
+from auto_round.models.experts import (
+    ExpertCall,
+    ExpertParts,
+    between,
+    chosen_experts,
+    multiply_by,
+    read_call,
+    rows_of_experts,
+)
+from auto_round.numerics.importance import StackImportance
+from auto_round.numerics.token_weights import token_energy, token_weights
 
 _FUSED = 3
 """Dimensions of a parameter that holds one matrix for each expert."""
 
 
-@contextmanager
-def observe_experts(block: nn.Module, mask_of: MaskOf | None = None) -> Iterator[Mapping[str, Tensor]]:
-    """Count the tokens of each expert while the context lasts.
+class ExpertMoments:
+    """Second moments of the inputs of one parameter of fused experts, each over its own expert's tokens.
 
-    Experts are told by what Transformers' modules of fused experts have in common: a parameter
-    `[n_experts, rows, in]`, and a call with the indices of the experts of each token, `[tokens, k]` int64.
+    Attributes:
+        experts: the sums of each expert.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.experts = tuple(InputMoments() for _ in range(count))
+
+    def matrix(self, index: int) -> InputMoments:
+        """The sums of one expert."""
+        return self.experts[index]
+
+    def importance(self) -> StackImportance | None:
+        """Importance for each expert, None for one without tokens; None where no expert was looked into.
+
+        Raises:
+            NumericsError: an activation was not finite.
+        """
+        found = []
+        for number, moments in enumerate(self.experts):
+            try:
+                found.append(moments.importance())
+            except NumericsError as error:
+                raise NumericsError(f"expert {number}: {error}") from None
+        return StackImportance(tuple(found)) if any(each is not None for each in found) else None
+
+
+@dataclass(frozen=True, slots=True)
+class SeenExperts:
+    """What reached the experts of a block.
+
+    Attributes:
+        tokens: module -> tokens that reached each expert, `[n_experts] int64`.
+        moments: parameter -> what flowed into each expert's matrix, for those that were asked for.
+    """
+
+    tokens: Mapping[str, Tensor]
+    moments: Mapping[str, ExpertMoments]
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """Looks at the calls of one module of experts.
+
+    Attributes:
+        tokens: counts, `[n_experts] int64`.
+        parts: how the module computes; None where that is not known or nothing of it is asked for.
+        moments: own parameter -> sums.
+        rows_of: asked at each call for the number of rows of the batch that is running.
+        mask_of: asked for its mask, `[batch, tokens] bool`.
+    """
+
+    tokens: Tensor
+    parts: ExpertParts | None
+    moments: Mapping[str, ExpertMoments]
+    rows_of: Callable[[], int]
+    mask_of: MaskOf | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        chosen = chosen_experts(args, kwargs)
+        if chosen is None:
+            return
+        mask = self._mask(len(chosen), chosen.device)
+        seen = (chosen if mask is None else chosen[mask.reshape(-1)]).reshape(-1).cpu()
+        count = len(self.tokens)
+        # An index behind the last expert stands for none.
+        self.tokens.add_(torch.bincount(seen, minlength=count)[:count])
+        call = read_call(args, kwargs)
+        if self.moments and self.parts is not None and call is not None:
+            with torch.no_grad():
+                self._measure(module, call, self.parts, mask)
+
+    def _mask(self, tokens: int, device: torch.device) -> Tensor | None:
+        """Tokens that count, `[rows, length]`; None where all do, or where other tokens run."""
+        mask = None if self.mask_of is None else self.mask_of()
+        return mask.to(device) if mask is not None and mask.numel() == tokens else None
+
+    def _measure(self, module: nn.Module, call: ExpertCall, parts: ExpertParts, mask: Tensor | None) -> None:
+        k, hidden = call.chosen.shape[-1], call.hidden
+        every = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        counted = every if mask is None else mask.reshape(-1)
+        groups = [(e, at[counted[at // k]]) for e, at in rows_of_experts(call.chosen, parts.count)]
+        if parts.up in self.moments:
+            weights = self._weights(token_energy(hidden), counted)
+            for expert, at in groups:
+                if len(at):
+                    moments = self.moments[parts.up].experts[expert]
+                    moments.add_tokens(hidden[at // k], weights[at // k])
+        if parts.down in self.moments:
+            self._measure_inner(module, call, parts, groups)
+
+    def _measure_inner(
+        self, module: nn.Module, call: ExpertCall, parts: ExpertParts, groups: list[tuple[int, Tensor]]
+    ) -> None:
+        """What flows between the two products, which the module keeps to itself: computed once more."""
+        k, up = call.chosen.shape[-1], multiply_by(module, parts.up)
+        inner = [between(module, up(expert, call.hidden[at // k])) for expert, at in groups]
+        energy = torch.zeros(call.chosen.numel(), dtype=torch.float32, device=call.hidden.device)
+        counted = torch.zeros_like(energy, dtype=torch.bool)
+        for (_, at), x in zip(groups, inner, strict=True):
+            energy[at], counted[at] = token_energy(x), True
+        weights = self._weights(energy, counted)
+        for (expert, at), x in zip(groups, inner, strict=True):
+            if len(at):
+                self.moments[parts.down].experts[expert].add_tokens(x, weights[at])
+
+    def _weights(self, energy: Tensor, counted: Tensor) -> Tensor:
+        """`token_weights` of each of the batch's rows by itself."""
+        rows = self.rows_of()
+        rows = rows if rows and len(energy) % rows == 0 else 1
+        return token_weights(energy.reshape(rows, -1), counted.reshape(rows, -1)).reshape(-1)
+
+
+def _one() -> int:
+    return 1
+
+
+@contextmanager
+def observe_experts(
+    block: nn.Module,
+    mask_of: MaskOf | None = None,
+    rows_of: Callable[[], int] = _one,
+    measured: Collection[str] = (),
+) -> Iterator[SeenExperts]:
+    """Count the tokens of each expert, and measure what flows into its matrices, while the context lasts.
 
     Args:
         block: any module; it is left as it was.
         mask_of: asked at each call for the mask of the batch that is running, `[batch, tokens] bool`.
+        rows_of: asked at each call for the number of rows of that batch.
+        measured: names of parameters of fused experts whose inputs are measured. Those of a module that does
+            not say how it computes stay without a token.
 
     Yields:
-        Module name -> tokens that reached each expert, `[n_experts] int64`, filled by running the block.
+        What was seen, filled by running the block.
     """
-    sizes = {name: _experts(module) for name, module in block.named_modules()}
-    counts = {
-        name: torch.zeros(size, dtype=torch.int64, device="cpu") for name, size in sizes.items() if size
-    }
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(partial(_count, seen, mask_of), with_kwargs=True)
-        for name, seen in counts.items()
-    ]
+    tokens: dict[str, Tensor] = {}
+    moments: dict[str, ExpertMoments] = {}
+    handles = []
+    for name, module in block.named_modules():
+        count = _experts(module)
+        if not count:
+            continue
+        prefix = f"{name}." if name else ""
+        inside = {n.removeprefix(prefix): n for n in measured if n.rpartition(".")[0] == name}
+        own = {n: ExpertMoments(count) for n in inside}
+        tokens[name] = torch.zeros(count, dtype=torch.int64, device="cpu")
+        moments |= {inside[n]: each for n, each in own.items()}
+        watch = _Watch(tokens[name], ExpertParts.of(module), own, rows_of, mask_of)
+        handles.append(module.register_forward_pre_hook(watch, with_kwargs=True))
     try:
-        yield counts
+        yield SeenExperts(tokens, moments)
     finally:
         for handle in handles:
             handle.remove()
@@ -48,22 +190,3 @@ def observe_experts(block: nn.Module, mask_of: MaskOf | None = None) -> Iterator
 def _experts(module: nn.Module) -> int:
     """Number of experts that the module itself holds in one parameter; 0 for none."""
     return max((len(p) for p in module.parameters(recurse=False) if p.dim() == _FUSED), default=0)
-
-
-def _count(
-    counts: Tensor, mask_of: MaskOf | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    del module
-    chosen = next((x for x in (*args, *kwargs.values()) if _are_indices(x)), None)
-    if chosen is None:
-        return
-    chosen = chosen.reshape(-1, chosen.shape[-1])
-    mask = None if mask_of is None else mask_of()
-    if mask is not None and mask.numel() == len(chosen):
-        chosen = chosen[mask.reshape(-1).to(chosen.device)]
-    # An index behind the last expert stands for none.
-    counts += torch.bincount(chosen.reshape(-1).cpu(), minlength=len(counts))[: len(counts)]
-
-
-def _are_indices(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32) and value.dim() > 1

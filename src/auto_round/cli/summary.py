@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from auto_round.consumers.lines import loading, refusing
+from auto_round.pipeline.running.coverage import coverage_sentence
 from auto_round.units import duration, size
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def _quality(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     rows = "the row that was tuned on" if held_out.get("tuned_on_too") else "held-out rows"
     yield "perplexity", f"{before:.4g} -> {after:.4g} ({100 * (after / before - 1):+.2f} %) on {rows}"
     yield "KL", f"{held_out['kl']:.4g} nats per token from the original's predictions"
+    if poor := coverage_sentence(report.get("experts", {})):
+        yield "experts", poor
     hard = report.get("hard_cases", {})
     yield from _hard_cases(hard)
     if "far_from_the_original" in hard:

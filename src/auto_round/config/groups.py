@@ -174,6 +174,13 @@ class CalibrationOptions:
     )
     nsamples: int = option(128, Spec("calibration rows", flags=("nsamples", "nsample"), low=1))
     seqlen: int = option(2048, Spec("tokens per row", flags=("seqlen", "seq_len"), low=1))
+    expert_rows: int = option(
+        0,
+        Spec(
+            "tokens that each expert should see: rows are added until it did, or the data end; 0 adds none",
+            low=0,
+        ),
+    )
     seed: int = option(42, Spec("seed of every random choice", low=0, high=2**63 - 1))
     act_percentile: float = option(
         100.0,

@@ -17,7 +17,7 @@ from torch import Tensor
 from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid import Grid
-from auto_round.numerics.importance import TILE, Importance
+from auto_round.numerics.importance import TILE, AnyImportance, Importance
 from auto_round.numerics.scale import Knobs, Scale
 
 BAND = 1 << 19
@@ -27,7 +27,7 @@ TOGETHER = 16
 
 
 def cancelling_offsets(
-    fmt: Format, w: Tensor, knobs: Knobs | None, importance: Importance | None, sweeps: int
+    fmt: Format, w: Tensor, knobs: Knobs | None, importance: AnyImportance | None, sweeps: int
 ) -> Tensor | None:
     """Rounding offsets that lead to codes of a smaller error of the layer's output.
 
@@ -35,30 +35,38 @@ def cancelling_offsets(
         fmt: numeric format, bound to the weight where it shares numbers.
         w: `[..., out, in]`.
         knobs: range multipliers; None for the measured range.
-        importance: second moments of the inputs.
+        importance: second moments of the inputs; matrices of a stack may have inputs of their own.
         sweeps: how often to go over all weights.
 
     Returns:
         `v` for `fmt.quantize(w, knobs, v)`, float32, shape of `w`; 0 where a weight is rounded to nearest.
         None where nothing is to be done: no sweeps, or products of inputs are not known.
     """
-    products = (
-        None if importance is None or not importance.usable or not sweeps else importance.tiles(w.device)
-    )
-    if products is None:
+    if importance is None or not sweeps:
         return None
     with torch.no_grad():
-        v = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+        flat = w.reshape(-1, *w.shape[-2:])
+        products = [_tiles_of(importance.matrix(i), w.device) for i in range(len(flat))]
+        if all(tiles is None for tiles in products):
+            return None
+        v = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
         stats = fmt.stats(w)
         scale = fmt.rule_for(stats).fit(stats, fmt.grid, knobs)
-        flat, steps = v.reshape(-1, *w.shape[-2:]), _matrices(scale)
-        for i, matrix in enumerate(w.reshape(-1, *w.shape[-2:])):
+        offsets = v.reshape(-1, *w.shape[-2:])
+        for matrix, steps, tiles, found in zip(flat, _matrices(scale), products, offsets, strict=True):
+            if tiles is None:
+                continue
             for rows, groups in fmt.group.bands(matrix.shape, weights_at_once(w.device, BAND)):
-                band = _Band(fmt, matrix[rows].float(), steps[i][groups], products)
+                band = _Band(fmt, matrix[rows].float(), steps[groups], tiles)
                 for _ in range(sweeps):
                     band.sweep()
-                flat[i, rows] = band.offsets()
+                found[rows] = band.offsets()
         return v
+
+
+def _tiles_of(importance: Importance | None, device: torch.device) -> Tensor | None:
+    """Products inside of tiles; None where they are not known."""
+    return None if importance is None or not importance.usable else importance.tiles(device)
 
 
 def _matrices(scale: Scale) -> list[Scale]:

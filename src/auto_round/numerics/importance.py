@@ -33,6 +33,11 @@ class Importance:
     squares: Tensor
     products: Tensor | None = None
 
+    def matrix(self, index: int) -> Importance:
+        """Importance for one matrix of a stack, all of which see the same inputs: this one."""
+        del index
+        return self
+
     @property
     def mean(self) -> Tensor:
         """Mean of the squares."""
@@ -89,3 +94,28 @@ class Importance:
         least[:n_in] = _LEAST
         diagonal.copy_(torch.maximum(diagonal, least.reshape(diagonal.shape)))
         return products
+
+
+@dataclass(frozen=True, slots=True)
+class StackImportance:
+    """Second moments for a stack of matrices each of which sees inputs of its own, as experts do.
+
+    Attributes:
+        matrices: importance for each matrix; None where nothing was seen.
+    """
+
+    matrices: tuple[Importance | None, ...]
+
+    @property
+    def squares(self) -> Tensor:
+        """Mean square of each input channel of each matrix, `[n_matrices, in]` float32; 0 where unseen."""
+        known = next(each.squares for each in self.matrices if each is not None)
+        return torch.stack([torch.zeros_like(known) if m is None else m.squares for m in self.matrices])
+
+    def matrix(self, index: int) -> Importance | None:
+        """Importance for one matrix of the stack."""
+        return self.matrices[index]
+
+
+AnyImportance = Importance | StackImportance
+"""What the matrices of a weight `[..., out, in]` see: all the same inputs, or each its own."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.format import Format
-from auto_round.numerics.importance import Importance
+from auto_round.numerics.importance import AnyImportance
 from auto_round.numerics.scale import Knobs
 from auto_round.numerics.search_groups import Effort, SearchTask
 
@@ -31,7 +31,7 @@ shorter, by 2 % at 3 bits. With `along=1` that part of the error counts twice: i
 falls by 3 % at 2 and 3 bits (docs/LOG.md)."""
 
 
-def search_knobs(fmt: Format, w: Tensor, importance: Importance | None, effort: Effort) -> Knobs:
+def search_knobs(fmt: Format, w: Tensor, importance: AnyImportance | None, effort: Effort) -> Knobs:
     """Knobs of smallest `sum(importance * (w - dequantize(quantize(w)))**2)` in each group.
 
     `effort.along` adds a term to that sum (`band.Band` has the formula). Where products of inputs are known,
@@ -42,6 +42,7 @@ def search_knobs(fmt: Format, w: Tensor, importance: Importance | None, effort: 
         fmt: numeric format.
         w: weight `[..., out, in]`.
         importance: second moments of the `in` inputs; None, or one that is not usable, weighs all the same.
+            Matrices of a stack may have inputs of their own.
         effort: how long to search.
 
     Returns:
@@ -50,12 +51,16 @@ def search_knobs(fmt: Format, w: Tensor, importance: Importance | None, effort: 
     with torch.no_grad():
         if w.dim() > 2:
             flat = w.reshape(-1, *w.shape[-2:])
-            parts = [search_knobs(fmt.matrix(i), m, importance, effort) for i, m in enumerate(flat)]
+            parts = [
+                search_knobs(fmt.matrix(i), m, None if importance is None else importance.matrix(i), effort)
+                for i, m in enumerate(flat)
+            ]
             lead = w.shape[:-2]
             return Knobs(*(_stack(side, lead) for side in ([p.lo for p in parts], [p.hi for p in parts])))
         stats = fmt.stats(w)
         rule = fmt.rule_for(stats)
         weight = products = None
+        importance = None if importance is None else importance.matrix(0)
         if importance is not None and importance.usable:
             together = w.shape[0] if fmt.group.size == 0 else fmt.group.rows
             weight = fmt.group.split(importance.weights(w.device).expand(together, -1))

@@ -42,6 +42,8 @@ from auto_round.pipeline.running.compile import (
     objective_for,
     step_operations,
 )
+from auto_round.pipeline.running.coverage import coverage_sentence
+from auto_round.pipeline.running.expert_rows import cover_experts
 from auto_round.pipeline.running.head import quantize_outside
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import save_inputs
@@ -115,6 +117,7 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
         folders = job.folders(folder.folder)
         done = [name for entry in journal.entries for name in entry["tensors"]]
         continued = bool(journal.entries)
+        job = cover_experts(job, folder.scratch)
         outputs = stack.enter_context(Outputs.open(job, folders, done=done, fresh=not journal.resumed))
         clock.lap("prepare")
         logger.info("plan\n%s", plan_table(job))
@@ -124,6 +127,8 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
         outputs.seal()
         write_configs_and_tokenizer(job, folders)
         report = build_report(job, journal, measured, outputs.nbytes)
+        if poor := coverage_sentence(report.get("experts", {})):
+            logger.warning(poor)
         report["engines"] = judge_outputs(folders)
         clock.lap("write")
         progress(clock.event("write", 1, 1, "remaining tensors"))

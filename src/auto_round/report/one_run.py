@@ -307,7 +307,8 @@ def _experts(run: Run) -> Section | None:
     unseen = sum(not tokens for found in counts.values() for tokens in found)
     of = sum(map(len, counts.values()))
     text = (
-        f"{unseen} of {of} experts saw no token: they were rounded without data. More rows may help."
+        f"{unseen} of {of} experts saw no token: they were rounded without data. More rows help "
+        "(--expert_rows)."
         if unseen
         else f"Every one of {of} experts saw {least:,} tokens or more."
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from auto_round.errors import NumericsError
 from auto_round.numerics.descent import cancelling_offsets
 from auto_round.numerics.format import Format
-from auto_round.numerics.importance import Importance
+from auto_round.numerics.importance import AnyImportance
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import Knobs, Stats
 from auto_round.numerics.search import search_knobs
@@ -30,7 +30,7 @@ class WeightTask:
 
     format: Format
     original: Tensor | None = None
-    importance: Importance | None = None
+    importance: AnyImportance | None = None
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ def fake_weights(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
 
 
 def round_to_nearest(
-    w: Tensor, fmt: Format, importance: Importance | None = None, effort: Effort | None = None
+    w: Tensor, fmt: Format, importance: AnyImportance | None = None, effort: Effort | None = None
 ) -> QTensor:
     """Quantize without tuning; with `effort`, in the range of smallest importance-weighted error.
 

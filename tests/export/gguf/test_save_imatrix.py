@@ -92,6 +92,37 @@ def _check(found: Importances, wanted: dict[str, Tensor]) -> None:
         assert found.counts[name].tolist() == [TUNED * LENGTH]
 
 
+def test_the_file_says_what_flows_into_each_expert(tmp_path: Path) -> None:
+    """Stacks of experts have a row each, counted over the tokens that reached it."""
+    folder = save_small_model("qwen3_moe", tmp_path / "m", hidden_size=256, moe_intermediate_size=64)
+    path = tmp_path / "imatrix.gguf"
+    _run(folder, tmp_path / "out", save_imatrix=str(path), format="gguf:q4_0", disable_opt_rtn=False)
+    found = read_imatrix(path)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for block in range(2):
+        experts = loaded.model.layers[block].mlp.experts
+        sums, counts = torch.zeros(len(experts.down_proj), 256), torch.zeros(len(experts.down_proj))
+
+        def look(module: nn.Module, args: tuple[Tensor, ...], sums=sums, counts=counts) -> None:  # type: ignore[no-untyped-def]
+            hidden, chosen, _ = args
+            for token, its in zip(hidden, chosen, strict=True):
+                sums[its] += token.square()
+                counts[its] += 1
+
+        experts.register_forward_pre_hook(look)
+        with torch.no_grad():
+            for row in ROWS[:TUNED]:
+                loaded(input_ids=torch.tensor([row]))
+        wanted = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], 1.0)
+        for name in ("ffn_gate_exps", "ffn_up_exps"):
+            stack = f"blk.{block}.{name}.weight"
+            assert torch.equal(found.counts[stack], counts)
+            torch.testing.assert_close(found.rows[stack], wanted, rtol=1e-3, atol=1e-6)
+        inner = f"blk.{block}.ffn_down_exps.weight"
+        assert torch.equal(found.counts[inner], counts)
+        assert found.rows[inner].shape == (len(counts), 64)
+
+
 @pytest.mark.parametrize(
     "given",
     [

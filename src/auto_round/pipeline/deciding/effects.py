@@ -24,6 +24,7 @@ class Settled:
         exporters: formats that are written.
         has_rows: some calibration rows are there.
         has_images: some of them have images.
+        has_experts: the model sends tokens to some of its experts.
         quantizes_inputs: inputs of layers are quantized.
         on_cpu: blocks are tuned on the CPU.
         folder: where the model lies; None for one in memory.
@@ -34,6 +35,7 @@ class Settled:
     exporters: Collection[Exporter]
     has_rows: bool
     has_images: bool
+    has_experts: bool
     quantizes_inputs: bool
     on_cpu: bool
     folder: Path | None
@@ -101,7 +103,8 @@ IDLE: Final = (
         "it says how iters 0 rounds; tuning always begins with searched ranges",
         lambda run: not _rounds(run),
     ),
-    Idle(("nsamples",), "plain rounding needs no data", _needs_no_rows),
+    Idle(("nsamples", "expert_rows"), "plain rounding needs no data", _needs_no_rows),
+    Idle(("expert_rows",), "the model sends tokens to no experts", lambda run: not run.has_experts),
     Idle(
         ("processor", "image_processor", "extra_data_dir", "template"),
         "no calibration row has an image",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,10 +39,12 @@ class Data:
     Attributes:
         rows: calibration rows, those held out last; None for plain rounding without data.
         tuned: how many of the rows are tuned on; the rest are held out.
+        more: loads so many rows of the same data, these among them; None where it can be read only once.
     """
 
     rows: CalibrationRows | None = None
     tuned: int = 0
+    more: Callable[[int], CalibrationRows] | None = None
 
 
 def fetch_rows(opened: Opened, decided: Decided, *, dataset: Any = None, dry: bool = False) -> Data:
@@ -116,7 +118,9 @@ def _rows(options: Options, tune: TuneConfig, opened: Opened, dataset: Any) -> D
         return Data(replace(rows, rows=rows.rows * 2), 1)
     short = count < wanted.nsamples + beside
     tuned = count - (min(beside, max(1, count // 8)) if short else beside)
-    return Data(with_each_kind_held_out(rows, tuned), tuned)
+    once = isinstance(dataset, Iterator)
+    more = None if once else lambda count: load(nsamples=count)
+    return Data(with_each_kind_held_out(rows, tuned), tuned, more)
 
 
 def _runs_by_blocks(opened: Opened, decided: Decided, dataset: Any) -> bool:

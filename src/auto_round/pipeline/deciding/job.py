@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Job:
         dtype: dtype in which blocks run.
         output: folder of the result.
         importance: tensor in the source -> mean square of its inputs `[in]`, from a file; empty without one.
+        more_rows: loads so many rows of the calibration data; None where there are none.
         processor: its processor for images, where it was given as an object.
         caches: which scales of the key/value cache and of attention are calibrated; None for none.
     """
@@ -61,6 +62,7 @@ class Job:
     dtype: torch.dtype
     output: Path
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    more_rows: Callable[[int], CalibrationRows] | None = None
     processor: Any = None
     caches: AttentionPlan | None = None
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from auto_round.config.options import Options
+from auto_round.facts.layer import Role
 from auto_round.log import logger
 from auto_round.pipeline.deciding.decide import Decided, decide
 from auto_round.pipeline.deciding.effects import Settled, idle_options
@@ -56,6 +57,7 @@ def prepare(
         exporters=job.exporters.values(),
         has_rows=job.rows is not None,
         has_images=job.rows is not None and first_with_images(job.rows.rows) is not None,
+        has_experts=any(layer.role is Role.EXPERT for layer in job.source.layers),
         quantizes_inputs=job.plan.scheme.act_quantized,
         on_cpu=job.device.type == "cpu",
         folder=job.source.folder,
@@ -75,6 +77,7 @@ def put_together(request: Request, opened: Opened, decided: Decided, data: Data)
         exporters=decided.exporters,
         rows=data.rows,
         tuned=data.tuned,
+        more_rows=data.more,
         tune=decided.tune,
         device=request.device,
         dtype=decided.dtype,

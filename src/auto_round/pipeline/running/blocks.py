@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.calibration.observe import InputMoments
+from auto_round.calibration.observe_experts import ExpertMoments
 from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
 from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Layer
 from auto_round.numerics.activation_float import FixedScale
 from auto_round.numerics.activation_int import FixedInt
 from auto_round.numerics.format import Format
-from auto_round.numerics.importance import Importance
+from auto_round.numerics.importance import AnyImportance
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.numerics.token_weights import Massive
 from auto_round.pipeline.deciding.activations import formats_inside
@@ -31,6 +32,9 @@ from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.unit import TunedUnit, Unit, tune_unit
 from auto_round.tuning.objective import Objective
 from auto_round.tuning.sign_round import TunedBlock
+
+MATRIX = 2
+"""Dimensions of a plain weight; those of experts in one parameter have one more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +140,14 @@ def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTa
     refuse_not_finite(group, prefixes)
     originals = {name: group.get_parameter(name).detach() for name in formats}
     cast_group(job, group, indices)
+    observed = _observed(job, indices, formats)
     return Unit(
         group=group,
         originals=originals,
         formats=formats,
         activations=formats_inside(job.plan, job.source.layers, prefixes),
-        observed=_observed(job, indices, group, formats),
+        observed=[n.removesuffix(".weight") for n in observed if isinstance(_owner(group, n), nn.Linear)],
+        observed_experts=[n for n in observed if group.get_parameter(n).dim() > MATRIX],
         table=table,
         blocks=[index - first for index in indices],
         device=job.device,
@@ -219,28 +225,29 @@ def _outside(name: str, prefixes: Mapping[str, str]) -> str:
     return f"{prefixes[position]}.{rest}"
 
 
-def _observed(
-    job: Job, indices: Sequence[int], group: BlockGroup, formats: Mapping[str, Format]
-) -> list[str]:
-    """Linear modules whose inputs are measured: quantized ones for the search, all for an imatrix file."""
+def _observed(job: Job, indices: Sequence[int], formats: Mapping[str, Format]) -> list[str]:
+    """Parameters whose inputs are measured: quantized ones for the search, all for an imatrix file."""
     names = list(formats) if job.tune.search else []
     if job.saves_imatrix:
         names = [inside_group(job, indices, layer) for layer in job.source.layers if layer.block in indices]
-    unique = dict.fromkeys(n for n in names if isinstance(_owner(group, n), nn.Linear))
-    return [n.removesuffix(".weight") for n in unique]
+    return list(dict.fromkeys(names))
 
 
 def _inputs_of(
     job: Job,
     indices: Sequence[int],
-    importance: Mapping[str, Importance],
-    moments: Mapping[str, InputMoments],
+    importance: Mapping[str, AnyImportance],
+    moments: Mapping[str, InputMoments | ExpertMoments],
 ) -> dict[str, InputSquares]:
     """Name of a matrix in the source -> mean squares of its inputs, for the blocks of the group."""
     found: dict[str, InputSquares] = {}
     for layer in job.source.layers:
-        if layer.block in indices and (name := inside_group(job, indices, layer)) in importance:
-            found[layer.tensor] = InputSquares(importance[name].squares.cpu(), moments[name].count)
+        name = inside_group(job, indices, layer) if layer.block in indices else ""
+        if name in importance:
+            of_stack = 0 if layer.expert is None else layer.expert
+            seen, sums = importance[name].matrix(of_stack), moments[name].matrix(of_stack)
+            if seen is not None:
+                found[layer.tensor] = InputSquares(seen.squares.cpu(), sums.count)
     return found
 
 

@@ -26,28 +26,38 @@ def relative_error(rounded: Tensor, original: Tensor, squares: Tensor | None) ->
     Args:
         rounded: `[..., out, in]`, as it would come back from its codes.
         original: the same before rounding.
-        squares: mean square of each input channel, `[in]` float32; None weighs all alike.
+        squares: mean square of each input channel, `[in]` float32, or of each matrix's `[matrices, in]`; None
+            weighs all alike.
 
     Returns:
         `sum(squares * (rounded - original)**2) / sum(squares * original**2)`; 0 for a matrix of zeros.
     """
     width = original.shape[-1]
     if squares is None:
-        weights = torch.ones(width, dtype=torch.float32, device=original.device)
-    else:
-        weights = squares.to(original.device)
+        squares = torch.ones(width, dtype=torch.float32, device=original.device)
+    weights = squares.to(original.device).reshape(-1, width)
+    parts = [
+        _squared(after, before, each)
+        for after, before, each in zip(
+            rounded.reshape(len(weights), -1, width),
+            original.reshape(len(weights), -1, width),
+            weights,
+            strict=True,
+        )
+    ]
+    error, energy = (sum(each) for each in zip(*parts, strict=True))
+    return error / energy if energy > 0 else 0.0
+
+
+def _squared(rounded: Tensor, original: Tensor, weights: Tensor) -> tuple[float, float]:
+    """Weighted squares of the differences, and of the rows themselves."""
     error = energy = 0.0
-    rows = max(1, AT_ONCE // width)
-    pairs = zip(
-        torch.split(rounded.reshape(-1, width), rows),
-        torch.split(original.reshape(-1, width), rows),
-        strict=True,
-    )
-    for after, before in pairs:
+    rows = max(1, AT_ONCE // original.shape[-1])
+    for after, before in zip(torch.split(rounded, rows), torch.split(original, rows), strict=True):
         exact = before.float()
         error += float((after.float() - exact).square().sum(dim=0) @ weights)
         energy += float(exact.square().sum(dim=0) @ weights)
-    return error / energy if energy > 0 else 0.0
+    return error, energy
 
 
 def by_kind(errors: Mapping[str, float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from auto_round.errors import NumericsError
 from auto_round.numerics.format import Format
-from auto_round.numerics.importance import Importance
+from auto_round.numerics.importance import AnyImportance
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.search_groups import Effort
 from auto_round.tuning.weights import round_to_nearest
@@ -18,7 +18,7 @@ def round_matrix(
     weight: Tensor,
     fmt: Format,
     device: torch.device,
-    importance: Importance | None = None,
+    importance: AnyImportance | None = None,
     effort: Effort | None = None,
 ) -> QTensor:
     """Round a matrix to nearest; with `effort` the range of each group is searched first.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from auto_round.calibration.observe import InputExtremes, InputMoments, observe_extremes, observe_inputs
-from auto_round.calibration.observe_experts import observe_experts
+from auto_round.calibration.observe_experts import ExpertMoments, observe_experts
 from auto_round.facts.attention import Attention
 from auto_round.facts.flow import States
 from auto_round.numerics.activation import ActivationFormat
@@ -18,7 +18,7 @@ from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.head_steps import HeadSteps
-from auto_round.numerics.importance import Importance
+from auto_round.numerics.importance import AnyImportance
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.token_weights import Massive, massive_tokens, token_energy, token_weights
 from auto_round.pipeline.deciding.activations import to_calibrate
@@ -50,6 +50,7 @@ class Unit:
         formats: what they are rounded to.
         activations: module of the group -> what its input is rounded to.
         observed: modules of the group whose inputs are measured.
+        observed_experts: parameters of fused experts whose inputs are measured.
         table: what the blocks are called with beside what flows, for every row.
         blocks: their indices in the table.
         device: where they are.
@@ -66,6 +67,7 @@ class Unit:
     table: ArgumentTable
     blocks: Sequence[int]
     device: torch.device
+    observed_experts: Sequence[str] = ()
     percentile: float = 100.0
     attentions: Mapping[str, Attention] = field(default_factory=dict)
     caches: AttentionPlan | None = None
@@ -99,8 +101,8 @@ class TunedUnit:
 
     tuned: TunedBlock
     parameters: Mapping[str, Tensor]
-    importance: Mapping[str, Importance]
-    moments: Mapping[str, InputMoments]
+    importance: Mapping[str, AnyImportance]
+    moments: Mapping[str, InputMoments | ExpertMoments]
     massive: Massive
     errors: Mapping[str, float]
     ranges: InputRanges
@@ -175,11 +177,13 @@ def _state_steps(unit: Unit, seen: Mapping[str, StateRanges]) -> dict[str, dict[
 
 
 def _errors(
-    unit: Unit, rounded: Mapping[str, Tensor], importance: Mapping[str, Importance]
+    unit: Unit, rounded: Mapping[str, Tensor], importance: Mapping[str, AnyImportance]
 ) -> dict[str, float]:
     """Share of each layer's output that rounding changed, by the name of its weight."""
     return {
-        name: relative_error(value, unit.originals[name], _squares(importance, name))
+        name: relative_error(
+            value, unit.originals[name], importance[name].squares if name in importance else None
+        )
         for name, value in rounded.items()
     }
 
@@ -223,10 +227,6 @@ def bound_formats(formats: Mapping[str, Format], originals: Mapping[str, Tensor]
     return {modules[module]: fmt for module, fmt in bind_tied(inside, tied, stats).items()}
 
 
-def _squares(importance: Mapping[str, Importance], name: str) -> Tensor | None:
-    return importance[name].squares if name in importance else None
-
-
 def _samples(
     inputs: States, targets: States, weights: tuple[Tensor, ...], arguments: GroupArguments, rows: slice
 ) -> Samples:
@@ -245,7 +245,7 @@ class _Seen:
         experts: module -> tokens that reached each of its experts.
     """
 
-    moments: Mapping[str, InputMoments]
+    moments: Mapping[str, InputMoments | ExpertMoments]
     extremes: Mapping[str, InputExtremes]
     states: Mapping[str, StateRanges]
     experts: Mapping[str, list[int]]
@@ -261,16 +261,16 @@ def _references(unit: Unit, streams: Streams, arguments: GroupArguments, at_once
         observe_inputs(unit.group, unit.observed, mask_of) as seen,
         observe_extremes(unit.group, ranged, mask_of, unit.percentile) as extremes,
         observe_states(unit.group, list(unit.attentions), mask_of) as states,
-        observe_experts(unit.group, mask_of) as experts,
+        observe_experts(unit.group, mask_of, lambda: len(arguments.last), unit.observed_experts) as experts,
     ):
         run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=tuned, device=unit.device)
     rest = range(streams.tuned, streams.rows)
     run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=rest, device=unit.device)
     return _Seen(
-        {name + _WEIGHT: moments for name, moments in seen.items()},
+        {name + _WEIGHT: moments for name, moments in seen.items()} | dict(experts.moments),
         extremes,
         states,
-        {name: counts.tolist() for name, counts in experts.items() if counts.any()},
+        {name: counts.tolist() for name, counts in experts.tokens.items() if counts.any()},
     )
 
 

@@ -21,6 +21,7 @@ from auto_round.export.model_card import CardFacts, Figure, write_model_card
 from auto_round.export.unplanned import with_unplanned
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import plan_size
+from auto_round.pipeline.running.coverage import coverage
 from auto_round.pipeline.running.hard_cases import hard_cases
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import load_inputs
@@ -107,6 +108,8 @@ def build_report(
         report[SENSITIVITY] = job.options.chosen[SENSITIVITY]
     if borrowed := InputRanges.from_entries(journal.entries).borrowed:
         report["inputs_ranged_by_peers"] = len(borrowed)
+    if experts := coverage(journal.entries, job.options.calibration.expert_rows):
+        report["experts"] = experts
     hard = hard_cases(journal.entries, None if measured is None else measured.comparison.kl)
     if hard:
         report["hard_cases"] = hard

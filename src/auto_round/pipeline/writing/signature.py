@@ -63,7 +63,8 @@ def _others(tune: TuneOptions, calibration: CalibrationOptions) -> dict[str, Any
     Where data comes from is left out: the rows themselves are compared.
     """
     found = {f.name: getattr(tune, f.name) for f in dataclasses.fields(tune)}
-    found |= {name: getattr(calibration, name) for name in ("nsamples", "seqlen", "seed", "act_percentile")}
+    of_data = ("nsamples", "seqlen", "seed", "act_percentile", "expert_rows")
+    found |= {name: getattr(calibration, name) for name in of_data}
     del found["lr_scheduler"]
     return {name: _plain(value) for name, value in found.items()}
 

@@ -1,0 +1,152 @@
+"""Rows are added to the calibration data until each expert saw enough tokens; routing is never changed.
+
+Which experts a row reaches is known once the blocks before have run, so the unquantized model is run over the
+rows that are there, and over as many more, and more, until every expert is served or the data end. Of the
+further rows only those are taken that bring tokens to an expert that lacks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from auto_round.calibration.observe_experts import observe_experts
+from auto_round.calibration.row import CalibrationRow, fingerprint, of_one_length
+from auto_round.checkpoint.blobs import load_tensors, save_tensors
+from auto_round.facts.layer import Role
+from auto_round.log import logger
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.running.block_arguments import ArgumentTable
+from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
+from auto_round.pipeline.running.blocks import cast_group
+from auto_round.pipeline.running.streams import Streams
+from auto_round.pipeline.running.trace_rows import trace_rows
+from auto_round.tuning.samples import Samples, run_block
+
+Tokens = Mapping[str, Tensor]
+"""Module of experts -> tokens of each expert in each row, `[rows, n_experts] int64`."""
+
+_CHOSEN, _LOADED = "chosen", "loaded"
+
+
+def cover_experts(job: Job, scratch: Path) -> Job:
+    """The run with so many more rows that each expert sees as many tokens as the user asked for.
+
+    The choice is kept in `scratch`: a run that is continued goes on with the same rows.
+
+    Args:
+        job: the run.
+        scratch: folder of the run.
+    """
+    wanted = job.options.calibration.expert_rows
+    has_experts = any(layer.role is Role.EXPERT for layer in job.source.layers)
+    if job.rows is None or not wanted or not has_experts:
+        return job
+    if job.more_rows is None:
+        logger.warning("expert_rows adds none: the calibration data can be read only once")
+        return job
+    kept = scratch / "expert_rows.safetensors"
+    if kept.exists():
+        saved = load_tensors(kept)
+        loaded, chosen = int(saved[_LOADED]), saved[_CHOSEN].tolist()
+    else:
+        loaded, chosen = _choose(job, scratch, wanted)
+        numbers = {_LOADED: loaded, _CHOSEN: chosen}
+        save_tensors(kept, {n: torch.tensor(v, dtype=torch.int64, device="cpu") for n, v in numbers.items()})
+    return _with_rows(job, [_fresh(job, loaded)[number] for number in chosen]) if chosen else job
+
+
+def _choose(job: Job, scratch: Path, wanted: int) -> tuple[int, list[int]]:
+    """Rows loaded in the end, and numbers of those taken among the new ones."""
+    rows = () if job.rows is None else job.rows.rows
+    lacking = {
+        name: (wanted - counts.sum(0)).clamp_min(0)
+        for name, counts in _route(job, rows[: job.tuned], scratch).items()
+    }
+    loaded, looked_at, chosen = len(rows), 0, list[int]()
+    while any(bool(left.any()) for left in lacking.values()):
+        loaded *= 2
+        fresh = _fresh(job, loaded)[looked_at:]
+        if not fresh:
+            break
+        found = _route(job, fresh, scratch)
+        for number in range(len(fresh)):
+            brought = {name: counts[number] for name, counts in found.items()}
+            if any(bool((brought[name] * left).any()) for name, left in lacking.items()):
+                chosen.append(looked_at + number)
+                lacking = {n: (left - brought[n]).clamp_min(0) for n, left in lacking.items()}
+        looked_at += len(fresh)
+        short = sum(int((left > 0).sum()) for left in lacking.values())
+        logger.info(
+            "%d rows added for the experts, of %d looked at; %d experts lack tokens",
+            len(chosen),
+            looked_at,
+            short,
+        )
+    return loaded, chosen
+
+
+def _fresh(job: Job, count: int) -> list[CalibrationRow]:
+    """Rows that the run does not have yet, of so many rows of its data."""
+    if job.rows is None or job.more_rows is None:
+        return []
+    known = {_identity(row) for row in job.rows.rows}
+    return [row for row in job.more_rows(count).rows if _identity(row) not in known]
+
+
+def _identity(row: CalibrationRow) -> tuple[int, ...]:
+    """What two rows have in common that differ by their padding only."""
+    return tuple((row.tokens if row.mask is None else row.tokens[row.mask]).tolist())
+
+
+def _with_rows(job: Job, added: Sequence[CalibrationRow]) -> Job:
+    """The run with more rows to tune on."""
+    if job.rows is None:
+        return job
+    padding = getattr(job.tokenizer, "pad_token_id", None) or 0
+    rows = of_one_length((*job.rows.rows[: job.tuned], *added, *job.rows.rows[job.tuned :]), padding)
+    summary = f"{job.rows.summary}; {len(added)} rows more for the experts"
+    together = replace(job.rows, rows=rows, fingerprint=fingerprint(rows), summary=summary)
+    return replace(job, rows=together, tuned=job.tuned + len(added))
+
+
+def _route(job: Job, rows: Sequence[CalibrationRow], scratch: Path) -> dict[str, Tensor]:
+    """Tokens that each row sends to each expert, by running the unquantized model block by block."""
+    if job.rows is None:
+        return {}
+    probe = replace(job, rows=replace(job.rows, rows=tuple(rows)), tuned=len(rows))
+    found: dict[str, Tensor] = {}
+    ended: list[Streams] = []
+    for blocks in job.source.block_lists:
+        table, streams = trace_rows(probe, scratch, ended=ended)
+        for number, block in enumerate(blocks):
+            with job.source.block(block.index, job.device) as module:
+                group = BlockGroup([module], [block.flow])
+                cast_group(job, group, [block.index])
+                for name, counts in _run(job, group, table, streams, number):
+                    found[f"{block.module}.{name.removeprefix('0.')}"] = counts
+            streams.advance()
+        ended.append(streams)
+    return {name: counts for name, counts in found.items() if counts.any()}
+
+
+def _run(
+    job: Job, group: BlockGroup, table: ArgumentTable, streams: Streams, number: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Run a block over all rows, one at a time; tokens of its experts by row."""
+    arguments = GroupArguments(table, [number], job.device)
+    samples = Samples(streams.reference, streams.reference, arguments, kind=arguments.kind)
+    masks = streams.masks
+    counts: dict[str, list[Tensor]] = {}
+    for row in range(streams.rows):
+        with observe_experts(group, None if masks is None else lambda: masks[arguments.last]) as seen:
+            run_block(
+                group, samples, streams.targets, batch_size=1, rows=range(row, row + 1), device=job.device
+            )
+        for name, tokens in seen.tokens.items():
+            counts.setdefault(name, []).append(tokens)
+    yield from ((name, torch.stack(each)) for name, each in counts.items())

@@ -50,7 +50,8 @@ class WayBlock(nn.Module):
     def forward(self, hidden_states, beside=None):
         if leave := LEAVE.get(self.config.way):
             leave(self, hidden_states * 2, beside)
-        return hidden_states + self.down(torch.tanh(self.up(hidden_states)))
+        after = hidden_states + self.down(torch.tanh(self.up(hidden_states)))
+        return (after, after.mean(-1)) if self.config.way.startswith("second") else after
 
 
 def leave_nothing_for_others(block, kept, beside):
@@ -100,7 +101,7 @@ class WayModel(PreTrainedModel):
         del attention_mask, use_cache
         way = self.config.way
         hidden = embedded = self.embed_tokens(input_ids)
-        stack, memory = [], {"chosen": None}
+        stack, memory, second = [], {"chosen": None}, None
         places, carried, sums = [0] * len(self.layers), Memory(), torch.zeros(input_ids.shape)
         for layer in self.layers:
             if way == "plain" and stack:
@@ -118,12 +119,16 @@ class WayModel(PreTrainedModel):
                 "object": lambda: carried,
                 "tensor in place": lambda: sums,
             }.get(way, lambda: None)()
-            hidden = layer(hidden, beside)
+            hidden = layer(hidden, second if way == "second to the next" else beside)
+            if way.startswith("second"):
+                hidden, second = hidden
             stack.append(hidden)
             if layer.last is not None:
                 hidden = hidden + layer.last
             if way == "scaled":
                 hidden = hidden * 1.5
+        if way == "second at the end" and second is not None:
+            hidden = hidden + second[..., None]
         if way == "first block at the end":
             hidden = hidden + self.mix(stack[0])
         if way == "embedding at the end":
@@ -157,7 +162,7 @@ def source_of(way):
     return LiveSource(WayForCausalLM(WayConfig(way)))
 
 
-@pytest.mark.parametrize("way", ["plain", "harmless"])
+@pytest.mark.parametrize("way", ["plain", "harmless", "second for nobody"])
 def test_what_comes_of_the_tokens_alone_is_no_state(way):
     source = source_of(way)
     source.refuse_untraceable()
@@ -180,6 +185,11 @@ def test_what_comes_of_the_tokens_alone_is_no_state(way):
         ("in a mapping", 'hand on state to later blocks in "argument 1"'),
         ("first block at the end", "behind its last block the model reads more"),
         ("embedding at the end", "behind its last block the model reads more"),
+        (
+            "second to the next",
+            'block 1 is given "beside", which is computed from what earlier blocks hand on',
+        ),
+        ("second at the end", "behind its last block the model reads more"),
         ("list with places", 'leaves state for others in "beside"'),
         ("choices in a list", 'leaves state for others in "beside"'),
         ("object", 'leaves state for others in "beside.kept"'),

@@ -96,7 +96,7 @@ def test_changes_in_place_are_refused():
 
 def test_hidden_state_may_come_by_name():
     recorder = Recorder([HIDDEN_STATES])
-    recorder.returns_tuple = True
+    recorder.returned = 1
     x = torch.zeros(1, 2, 3)
     assert recorder.receive(0, NAMES, hidden_states=x) == (x,)
     assert recorder.trace().states[0] is x
@@ -123,7 +123,7 @@ def test_a_second_output_is_refused():
     [
         ("dory", r"in the order \[0, 1, 0, 1\]"),
         ("deepseek_v4", "shape"),
-        ("rwkv", "exchange"),
+        ("rwkv", 'block 1 is given "state"'),
         ("inkling2_text", "behind its last block"),
         ("inkling2_loop_text", "behind its last block"),
     ],

@@ -1,30 +1,49 @@
-"""`auto-round inspect`: what is in a quantized folder, and which engines load it."""
+"""`auto-round inspect`: which engines load a quantized folder, or the role of every matrix of a plain one."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from auto_round.cli.flags import Parser
+from auto_round.consumers.folder import is_quantized
 from auto_round.consumers.inventory import Inventory, take_inventory
+from auto_round.errors import UnsupportedError
+from auto_round.facts.roles import render_roles
+from auto_round.models.folder import FolderSource
+from auto_round.models.source import ModelSource
 from auto_round.units import size
+
+Rows = list[tuple[str, str]]
 
 
 def inspect(words: Sequence[str]) -> str:
     """Do what the words say; returns what to print.
 
     Raises:
-        AutoRoundError: wrong words, no folder of a quantized model, or a damaged one.
+        AutoRoundError: wrong words, no folder of a model, or a damaged one.
     """
     parser = _parser()
     found = parser.parse_args(list(words))
     if found.help or found.folder is None:
         return parser.format_help().rstrip()
-    inventory = take_inventory(found.folder)
-    return json.dumps(inventory.to_dict(), indent=2, ensure_ascii=False) if found.json else _text(inventory)
+    folder = Path(found.folder).expanduser()
+    if is_quantized(folder):
+        inventory = take_inventory(folder)
+        return _json(inventory.to_dict()) if found.json else _aligned(_contents(inventory))
+    with FolderSource.open(folder, trust_remote_code=found.trust_remote_code) as source:
+        return _json(_plain(source)) if found.json else _text(source)
 
 
-def _text(inventory: Inventory) -> str:
+def _json(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=2, ensure_ascii=False)
+
+
+def _contents(inventory: Inventory) -> Rows:
+    """Label and text of what a quantized folder holds."""
     rows = [
         ("format", inventory.format),
         (
@@ -36,7 +55,49 @@ def _text(inventory: Inventory) -> str:
         rows.append((label, f"{count} matrices, {weights:,} weights"))
     for label, names in inventory.kept.items():
         rows.append((label, f"{len(names)} matrices: {inventory.condensed(label)}"))
-    rows += [(verdict.engine, verdict.text) for verdict in inventory.verdicts]
+    return rows + [(verdict.engine, verdict.text) for verdict in inventory.verdicts]
+
+
+def _text(source: ModelSource) -> str:
+    """What a plain model consists of, and whether its blocks can be tuned."""
+    found = _plain(source)
+    rows = [(label, str(found[label])) for label in ("model", "blocks", "tuning")]
+    rows += [(role, f"{n} matrices, {weights:,} weights") for role, (n, weights) in _sums(source).items()]
+    return f"{_aligned(rows)}\n\n{render_roles(source.roles)}"
+
+
+def _plain(source: ModelSource) -> dict[str, Any]:
+    """The same in fields."""
+    kinds = Counter(source.block_classes)
+    return {
+        "model": f"{source.model_class} ({source.config.model_type}), {source.facts.auto_class}",
+        "blocks": ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+        "tuning": _tuning(source),
+        "roles": [row.to_dict() for row in source.roles],
+    }
+
+
+def _tuning(source: ModelSource) -> str:
+    """Whether blocks can be tuned one by one with text, found by a run without weights."""
+    try:
+        skipped = source.refuse_untraceable()
+    except UnsupportedError as error:
+        return "refused: " + "; ".join(refusal.reason for refusal in error.refusals)
+    if not skipped:
+        return "block by block"
+    return f"block by block; only rows with images run blocks {', '.join(map(str, sorted(skipped)))}"
+
+
+def _sums(source: ModelSource) -> dict[str, tuple[int, int]]:
+    """Role -> number of its matrices and of their weights."""
+    found: dict[str, tuple[int, int]] = {}
+    for row in source.roles:
+        count, weights = found.get(row.role, (0, 0))
+        found[row.role] = (count + row.count, weights + row.weights)
+    return found
+
+
+def _aligned(rows: Rows) -> str:
     width = max(len(label) for label, _ in rows) + 2
     return "\n".join(f"{label:<{width}}{text}" for label, text in rows)
 
@@ -44,12 +105,16 @@ def _text(inventory: Inventory) -> str:
 def _parser() -> Parser:
     parser = Parser(
         prog="auto-round inspect",
-        description="Say what is in a quantized folder and which engines load it, with which kernels, or why "
-        "not. Reads the configuration and the headers of the weight files only.",
+        description="Say what is in a model's folder. Of a quantized one: which engines load it, with which "
+        "kernels, or why not. Of a plain one: the role of every matrix, and whether its blocks can be tuned. "
+        "Reads the configuration and the headers of the weight files only.",
         allow_abbrev=False,
         add_help=False,
     )
-    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="folder of a quantized model")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="folder of a model, quantized or not")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that comes with the model"
+    )
     parser.add_argument("-h", "--help", action="store_true", help="show this text and stop")
     return parser

@@ -80,6 +80,16 @@ def read_folder(path: str | Path) -> Folder:
     return Folder(folder, config, quantization, beside, matrices, nbytes)
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether a folder's configuration says that the model in it is quantized.
+
+    Raises:
+        MissingError: no such folder, or no `config.json` in it.
+        CheckpointError: the file is damaged.
+    """
+    return _read_config(folder).get("quantization_config") is not None
+
+
 def read_quantization(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """`config.json` and the `quantization_config` in it.
 
@@ -87,12 +97,7 @@ def read_quantization(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ConfigError: no such folder, no `config.json` in it, or it says nothing of quantization.
         CheckpointError: the file is damaged.
     """
-    with reading(folder):
-        if not folder.is_dir():
-            raise MissingError(f"{folder} is not a folder: give the folder of a quantized model")
-        if not (folder / CONFIG).is_file():
-            raise MissingError(f"no {CONFIG} in {folder}: give the folder of a quantized model")
-    config = read_object(folder / CONFIG)
+    config = _read_config(folder)
     quantization = config.get("quantization_config")
     if quantization is None:
         raise ConfigError(
@@ -102,3 +107,12 @@ def read_quantization(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(quantization, dict) or not isinstance(quantization.get("quant_method"), str):
         raise CheckpointError(f"{folder / CONFIG}: quantization_config must be an object with a quant_method")
     return config, quantization
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    with reading(folder):
+        if not folder.is_dir():
+            raise MissingError(f"{folder} is not a folder: give the folder of a model")
+        if not (folder / CONFIG).is_file():
+            raise MissingError(f"no {CONFIG} in {folder}: give the folder of a model")
+    return read_object(folder / CONFIG)

@@ -20,6 +20,7 @@ from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.model import ModelFacts
+from auto_round.facts.roles import RoleRow
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
 from auto_round.models.attentions import find_attentions
@@ -30,10 +31,12 @@ from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.names import NameMap, Recipe
 from auto_round.models.recorder import Recorder, make_stubs
 from auto_round.models.rehearsal import RehearsedBlock, refuse_left_state
+from auto_round.models.role_table import role_table
 from auto_round.models.roles import find_head, find_towers
 from auto_round.models.skeleton import weight_dtypes
 from auto_round.models.source import CPU, Stem
 from auto_round.models.trace import LeftOut, StemParts, StubStem, trial_traces
+from auto_round.models.tried import TRIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,28 @@ class AssembledSource(ABC):
     def unsupported(self) -> tuple[Refusal, ...]:
         """See `ModelSource`."""
         return self._parts.anatomy.unsupported
+
+    @property
+    def model_class(self) -> str:
+        """See `ModelSource`."""
+        return type(self._parts.model).__name__
+
+    @property
+    def tried(self) -> bool:
+        """See `ModelSource`."""
+        own = type(self._parts.model).__module__.partition(".")[0] == "transformers"
+        return own and self.config.model_type in TRIED
+
+    @property
+    def block_classes(self) -> tuple[str, ...]:
+        """See `ModelSource`."""
+        return tuple(type(self._parts.model.get_submodule(block.module)).__name__ for block in self.blocks)
+
+    @cached_property
+    def roles(self) -> tuple[RoleRow, ...]:
+        """See `ModelSource`."""
+        parts = self._parts
+        return role_table(parts.model, parts.anatomy, parts.names, parts.tensors)
 
     @property
     def input_names(self) -> frozenset[str]:

@@ -22,7 +22,8 @@ class Recorder:
     """What the stubs of one list of blocks saw and what they return.
 
     Attributes:
-        returns_tuple: whether stubs wrap one tensor in a tuple, as their blocks do.
+        returned: how many values stubs return in a tuple, as their blocks do, what flows first; 0 for a bare
+            tensor.
         ends: what the last stub hands on; None for a tensor that it hands on as it got it.
         marks: what all stubs hand on instead of their input; None for the input itself.
     """
@@ -33,7 +34,7 @@ class Recorder:
         Args:
             flows: what each block takes and returns.
         """
-        self.returns_tuple = False
+        self.returned = 0
         self.ends: Sequence[Tensor | None] = ()
         self.marks: Callable[[States], States] | None = None
         self._flows = flows
@@ -68,7 +69,16 @@ class Recorder:
         self._versions = [state._version for state in passed]
         self._seen.append(Passed(index, states, passed, call, parameters))
         output = tuple(handed[name] for name in flow.returned)
-        return output if self.returns_tuple or len(output) > 1 else output[0]
+        if self.returned > len(output):
+            return (*output, *(self._beside() for _ in range(self.returned - len(output))))
+        return output if self.returned or len(output) > 1 else output[0]
+
+    def _beside(self) -> Tensor | None:
+        """What stubs return beside what flows, attention weights say: a number with a gradient, if marked.
+
+        Where it comes to a later block, or to the end of the model, the gradient tells.
+        """
+        return None if self.marks is None else torch.zeros((), device="cpu", requires_grad=True) + 0
 
     def trace(self) -> Trace:
         """What the stubs saw since `start`.

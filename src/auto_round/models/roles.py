@@ -16,7 +16,7 @@ from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.layer import Role
 from auto_round.models.families import LISTS
 
-_ROUTER = re.compile(r"(?:^|\.)router(?:\.|$)")
+_ROUTER = re.compile(r"(?:^|[._])router(?:[._]|$)")  # one may be several layers: "gate.router_mlp.out_proj"
 _MAYBE_ROUTER = re.compile(r"(?:^|[._])(?:gate|classifier|layer|wg)$")  # when as tall as there are experts
 _SHARED = re.compile(r"(?:^|\.)(?:shared_experts?|shared_mlp)\.")
 _ONE_OF_MANY = re.compile(r"(?:^|\.)experts\.\d+\.")

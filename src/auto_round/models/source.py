@@ -18,6 +18,7 @@ from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.model import ModelFacts
+from auto_round.facts.roles import RoleRow
 from auto_round.facts.tensor import TensorSpec
 
 CPU = torch.device("cpu")
@@ -149,6 +150,26 @@ class ModelSource(Protocol):
     @property
     def unsupported(self) -> tuple[Refusal, ...]:
         """Matrices that are kept at 16 bits because they cannot be addressed one by one, and why."""
+        ...
+
+    @property
+    def model_class(self) -> str:
+        """Name of the class that computes the model."""
+        ...
+
+    @property
+    def tried(self) -> bool:
+        """Whether Transformers' own code computes the model, and tests quantize models of its family."""
+        ...
+
+    @property
+    def block_classes(self) -> tuple[str, ...]:
+        """Name of the class of each of `blocks`."""
+        ...
+
+    @property
+    def roles(self) -> tuple[RoleRow, ...]:
+        """The role of every matrix on disk, for people: those that differ in numbers only are one row."""
         ...
 
     @property

@@ -37,6 +37,9 @@ from auto_round.models.source import Trace
 # What a model may raise when a stub returns a tensor where a tuple was expected, or the reverse.
 _WRONG_RETURN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
 
+_RETURNED = (0, 1, 2, 3)
+"""How many values a block may return in a tuple; 0 for a bare tensor."""
+
 
 @dataclass(frozen=True, slots=True)
 class StemParts:
@@ -83,9 +86,9 @@ class StubStem:
         # Two rows of three tokens: any indexing into a tensor that should be a tuple changes the shape.
         probe = torch.zeros(2, 3, dtype=torch.int64, device=self._device)
         failure: Exception | None = None
-        for wrapped in product((False, True), repeat=len(recorders)):
-            for recorder, returns_tuple in zip(recorders, wrapped, strict=True):
-                recorder.returns_tuple = returns_tuple
+        for numbers in product(_RETURNED, repeat=len(recorders)):
+            for recorder, returned in zip(recorders, numbers, strict=True):
+                recorder.returned = returned
             try:
                 self._probe(probe)
             except UnsupportedError:  # which is a RuntimeError too

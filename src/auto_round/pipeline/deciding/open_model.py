@@ -11,6 +11,7 @@ from auto_round.calibration.pictures import ImageReader
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
 from auto_round.export.gguf.source import gguf_file, open_gguf
+from auto_round.facts.roles import render_roles
 from auto_round.log import logger
 from auto_round.models.folder import FolderSource
 from auto_round.models.hub import resolve_model
@@ -55,6 +56,8 @@ def open_model(
     """
     options = request.options
     source = _open_source(options, model)
+    if not source.tried:
+        _tell_roles(source)
     needed = any(exporter.needs_tokenizer(options) for exporter in request.formats)
     if tokenizer is None and (needed or options.model.tokenizer or source.folder is not None):
         tokenizer = load_tokenizer(options, source, required=needed)
@@ -67,12 +70,24 @@ def _open_source(options: Options, model: nn.Module | None) -> ModelSource:
         return LiveSource(model)
     if not options.model.model:
         raise ConfigError("no model given: name a folder or a hub id, for example --model Qwen/Qwen3-0.6B")
-    path = resolve_model(options.model.model, platform=options.model.platform)
+    trust = options.model.trust_remote_code
+    path = resolve_model(options.model.model, platform=options.model.platform, trust_remote_code=trust)
     opened = FolderSource.open if gguf_file(path) is None else open_gguf
     return opened(
         path,
-        trust_remote_code=options.model.trust_remote_code,
+        trust_remote_code=trust,
         dtype=named_dtype(options.model.model_dtype),
+    )
+
+
+def _tell_roles(source: ModelSource) -> None:
+    """Log what was found in a model of a family that nobody has tried."""
+    logger.info(
+        'models of type "%s" (%s) are not among those that were tried; its matrices by what they do:\n%s\n'
+        "--ignore_layers keeps those that should stay as they are",
+        source.config.model_type,
+        source.model_class,
+        render_roles(source.roles),
     )
 
 

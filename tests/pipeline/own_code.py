@@ -74,7 +74,8 @@ class OwnBlock(nn.Module):
                    self.fused(self.before(states)).chunk(3, -1))
         seen = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).tril()[None, None]
         if attention_mask is not None:
-            seen = seen & (attention_mask[:, None, None, :].bool() | torch.eye(q.shape[-2], dtype=torch.bool, device=q.device))
+            own = torch.eye(q.shape[-2], dtype=torch.bool, device=q.device)
+            seen = seen & (attention_mask[:, None, None, :].bool() | own)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         states = states + self.join(mixed.transpose(1, 2).flatten(-2))
         return states + self.mixture(self.between(states))

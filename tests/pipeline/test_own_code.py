@@ -1,4 +1,4 @@
-"""Models that come with code of their own go the same way as Transformers' families, once their code is trusted."""
+"""Models with code of their own go the same way as Transformers' families, once their code is trusted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of docs/models.md: what became of tiny models. Written by python tests/sweep/table.py [NAME ...]."""
+"""The tables of docs/models.md, what became of tiny models: python tests/sweep/table.py [NAME ...]."""
 
 from __future__ import annotations
 

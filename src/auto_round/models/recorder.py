@@ -78,7 +78,9 @@ class Recorder:
 
         Where it comes to a later block, or to the end of the model, the gradient tells.
         """
-        return None if self.marks is None else torch.zeros((), device="cpu", requires_grad=True) + 0
+        if self.marks is None:
+            return None
+        return torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True) + 0
 
     def trace(self) -> Trace:
         """What the stubs saw since `start`.

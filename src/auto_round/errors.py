@@ -35,6 +35,10 @@ class NumericsError(AutoRoundError, ArithmeticError):
     """Numbers that cannot be quantized: non-finite weights or losses; names the tensor and the count."""
 
 
+class RankError(AutoRoundError, ConnectionError):
+    """Another process of a run on several has ended, cannot be reached, or came to another result."""
+
+
 class InternalError(AutoRoundError):
     """A broken promise inside this package: a bug to report, never the user's fault."""
 

@@ -95,6 +95,7 @@ ELSEWHERE = {
     "device_map": "the kind of device is compared, and the machine",
     "low_gpu_mem_usage": "where streams lie; on an accelerator how many rows go through at once is compared",
     "low_cpu_mem_usage": "where streams lie",
+    "dist_backend": "how processes talk; a run continues on any number of them",
     "output_dir": "another folder is another run",
     "overwrite": "what happens to an older folder",
     "verify": "done after the last byte of the weights",

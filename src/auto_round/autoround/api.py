@@ -198,16 +198,18 @@ class AutoRound(Attributes):
         from auto_round.pipeline.machine.clock import Clock
         from auto_round.pipeline.quantize import run_job
         from auto_round.pipeline.several import runs_of
+        from auto_round.pipeline.together import chosen, joined, shared
 
         clock = Clock()
         _say_what_stays(inplace)
-        options = replace(self.options, output=self._output(output_dir, format, overwrite))
-        runs = [part for wanted in self._choices(options) for part in runs_of(wanted)]
-        jobs = [self._prepare(part, rows=True) for part in runs]
-        results = []
-        for job in jobs:
-            results.append(run_job(job, self._progress, clock))
-            clock = Clock()
+        asked = replace(self.options, output=self._output(output_dir, format, overwrite))
+        with joined(asked) as (ranks, options):
+            runs = [part for wanted in chosen(options, ranks, self._choices) for part in runs_of(wanted)]
+            jobs = [shared(self._prepare(part, rows=True), ranks) for part in runs]
+            results = []
+            for job in jobs:
+                results.append(run_job(job, ignore_progress if ranks.rank else self._progress, clock))
+                clock = Clock()
         folders = [folder for result in results for folder in result.folders]
         exporters = [exporter for job in jobs for exporter in job.exporters.values()]
         models = [folder for folder, e in zip(folders, exporters, strict=True) if e.file is None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -127,6 +127,15 @@ class InputExtremes:
             ends = torch.stack([-tokens.amin(-1), tokens.amax(-1)], -1).float().clamp_min(0)
             both = ends if self.ends is None else torch.cat([self.ends.to(ends.device), ends])
             self.ends = both.amax(0, keepdim=True) if self._percentile == 100 else both.cpu()
+
+    def join(self, seen: Iterable[Tensor | None]) -> None:
+        """Take the `ends` that several observers saw, this one among them, in place of its own."""
+        found = [ends for ends in seen if ends is not None]
+        if len(found) > 1:
+            both = torch.cat([ends.to(found[0].device) for ends in found])
+            self.ends = both.amax(0, keepdim=True) if self._percentile == 100 else both
+        elif found:
+            (self.ends,) = found
 
     def value(self) -> Extremes | None:
         """The extremes; None when no token was seen.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -98,6 +98,17 @@ class Journal:
         self.close()
 
 
+class JournalCopy(Journal):
+    """What the journal of another process holds, kept in memory; nothing is written."""
+
+    def __init__(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(Path(), -1, [dict(entry) for entry in entries], resumed=True)
+
+    def append(self, *entries: Mapping[str, Any]) -> None:
+        """Remember that units of work are complete."""
+        self.entries.extend(dict(entry) for entry in entries)
+
+
 def _line(entry: Mapping[str, Any]) -> bytes:
     """Checksum, space, JSON without newlines, newline."""
     body = json.dumps(entry, separators=(",", ":")).encode()
@@ -132,27 +143,27 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 def _refuse_differences(path: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Compare two signatures key by key."""
-    before, now = _flat(recorded), _flat(wanted)
+    before, now = flattened(recorded), flattened(wanted)
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if keys:
-        lines = [f"{key}: {_shown(before.get(key))} then, {_shown(now.get(key))} now" for key in keys]
+        lines = [f"{key}: {shown(before.get(key))} then, {shown(now.get(key))} now" for key in keys]
         message = f"cannot continue the unfinished run in {path.parent}, it was started with something else"
         remedy = "give the same again, or remove that folder, or choose another output folder"
         raise ConfigError("\n  - ".join([f"{message}:", *lines]) + f"\n{remedy}")
 
 
-def _flat(signature: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flattened(signature: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested mappings as dotted keys; values as JSON text."""
     flat: dict[str, str] = {}
     for key, value in signature.items():
         if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(flattened(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = json.dumps(value)
     return flat
 
 
-def _shown(value: str | None) -> str:
+def shown(value: str | None) -> str:
     """A value in a message, cut where it gets long."""
     if value is None:
         return "absent"

@@ -21,6 +21,7 @@ from auto_round.errors import (
     is_out_of_memory,
 )
 from auto_round.log import logger
+from auto_round.ranks.place import Place, place
 
 _YOUNG_OBJECTS = 50_000
 """New objects after which the collector looks for garbage; Python's 700 suits small programs."""
@@ -62,7 +63,7 @@ def _run(argv: Sequence[str] | None, recipe: str) -> int:
     try:
         level = read_environment().log_level
         debug = level in {"TRACE", "DEBUG"}
-        with _log_on_stderr(level), _quiet_collector():
+        with _log_on_stderr(level, place()), _quiet_collector():
             return _dispatch(sys.argv[1:] if argv is None else argv, recipe)
     except KeyboardInterrupt:
         _say("interrupted")
@@ -145,13 +146,17 @@ def _spare_the_last_collection() -> None:
 
 
 @contextmanager
-def _log_on_stderr(level: str) -> Iterator[None]:
-    """Show the log's lines while a command runs; a program that calls `main` has its own settings back."""
+def _log_on_stderr(level: str, here: Place | None) -> Iterator[None]:
+    """Show the log's lines while a command runs; a program that calls `main` has its own settings back.
+
+    Of several processes only the first one says more than its errors.
+    """
     before = logger.handlers, logger.propagate, logger.level
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(logging.Formatter(f"{_who(here)}%(levelname)s: %(message)s"))
     logger.handlers, logger.propagate = [handler], False
-    logger.setLevel("DEBUG" if level == "TRACE" else level)
+    quiet = here is not None and here.rank and level not in {"TRACE", "DEBUG"}
+    logger.setLevel("ERROR" if quiet else "DEBUG" if level == "TRACE" else level)
     try:
         yield
     finally:
@@ -178,4 +183,13 @@ def _message(error: Exception, *, debug: bool) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"auto-round: {text}", file=sys.stderr)
+    try:
+        who = _who(place())
+    except ConfigError:  # which is what is said
+        who = ""
+    print(f"auto-round: {who}{text}", file=sys.stderr, flush=True)
+
+
+def _who(here: Place | None) -> str:
+    """Which of several processes is speaking."""
+    return "" if here is None else f"[rank {here.rank}] "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,14 @@ from auto_round.cli.measured import evaluated
 from auto_round.cli.progress import drawn_progress
 from auto_round.cli.summary import summary
 from auto_round.config import EvaluationOptions, ModelOptions, Options, build_options, read_environment
-from auto_round.log import logger
+from auto_round.errors import RankError
+from auto_round.log import ignore_progress, logger
+from auto_round.ranks.place import Place, place
 from auto_round.report.record import PAGE
 
 if TYPE_CHECKING:
     from auto_round.evaluate.task_names import Tasks
+    from auto_round.ranks.ranks import Ranks
 
 EVALUATION_SUFFIX = ".evaluation.json"
 """What the file of a folder's results is called behind the folder's name."""
@@ -49,35 +54,51 @@ def quantize(given: Mapping[str, Any], recipe: str, evaluation: Mapping[str, Any
 
         check_can_read(wanted, options.output.formats[-1])
         tasks = find_tasks(wanted)
+    here = place()
     if options.output.dry_run:
+        if here is not None and here.rank:
+            return
         from auto_round.pipeline.plan_run import dry_run
 
         print("\n\n".join(dry_run(part).text for part in _runs(options)))
         return
+    from auto_round.pipeline.together import joined
+
+    quiet_transformers()
+    with ended_by_launcher(here), joined(options) as (ranks, own):
+        folders = _run_all(own, ranks)
+    if here is not None and here.rank:
+        return
+    if tasks is not None and folders:
+        last = options.output.folders()[options.output.formats[-1]]
+        _evaluate(tasks, last if last in folders else folders[-1], options.model)
+
+
+def _run_all(options: Options, ranks: Ranks) -> list[Path]:
+    """Do all runs of a request and say what came of them; the folders that were written."""
     from auto_round.pipeline.deciding.prepare import prepare
     from auto_round.pipeline.machine.clock import Clock
     from auto_round.pipeline.quantize import run_job
+    from auto_round.pipeline.together import chosen, shared
 
-    quiet_transformers()
     clock = Clock()
-    jobs = [prepare(part) for part in _runs(options)]
+    jobs = [shared(prepare(part), ranks) for part in chosen(options, ranks, _runs)]
     folders: list[Path] = []
     for job in jobs:
         try:
             with drawn_progress() as progress:
-                result = run_job(job, progress, clock)
+                result = run_job(job, ignore_progress if ranks.rank else progress, clock)
         except KeyboardInterrupt:
             if job.options.output.resume:
                 logger.warning("the same command continues where this run stopped (%s.partial)", job.output)
             raise
-        print(summary(result))
-        if job.options.output.report:
-            print(f"{'page':<12}{job.output / PAGE}")
+        if not ranks.rank:
+            print(summary(result))
+            if job.options.output.report:
+                print(f"{'page':<12}{job.output / PAGE}")
         folders += result.folders
         clock = Clock()
-    if tasks is not None and folders:
-        last = options.output.folders()[options.output.formats[-1]]
-        _evaluate(tasks, last if last in folders else folders[-1], options.model)
+    return folders
 
 
 def _evaluate(tasks: Tasks, folder: Path, model: ModelOptions) -> None:
@@ -90,6 +111,30 @@ def _evaluate(tasks: Tasks, folder: Path, model: ModelOptions) -> None:
     beside = folder.with_name(folder.name + EVALUATION_SUFFIX)
     write_json(found, beside)
     print(f"\n{evaluated(found)}\n\nwritten     {beside}")
+
+
+@contextmanager
+def ended_by_launcher(here: Place | None) -> Iterator[None]:
+    """Let one of several processes end as on any error when its launcher stops it.
+
+    torchrun sends SIGTERM to the others when one process has failed.
+    """
+    if here is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        del number, frame
+        raise RankError(
+            "stopped by the program that started it, as happens when another process of the run fails. What "
+            "was finished is kept: the same command continues, with as many processes or others"
+        )
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _runs(options: Options) -> list[Options]:

@@ -117,6 +117,11 @@ def show_accelerators(indices: Sequence[str]) -> None:
         os.environ[name] = ",".join(seen[int(index)] if seen and inside else index for index in indices)
 
 
+def process_variables() -> Mapping[str, str]:
+    """Return all variables of this process, for what other programs say in theirs."""
+    return os.environ
+
+
 def cache_folder(source: Mapping[str, str] | None = None) -> Path:
     """Return this package's folder among the user's caches: made anew when it is gone.
 

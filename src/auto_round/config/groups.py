@@ -58,6 +58,14 @@ class ModelOptions:
         ),
     )
 
+    dist_backend: str = option(
+        "auto",
+        Spec(
+            "how processes that torchrun started talk: a backend of torch.distributed; auto is nccl on CUDA, "
+            "gloo elsewhere"
+        ),
+    )
+
     def __post_init__(self) -> None:
         settle(self)
 
@@ -287,7 +295,11 @@ class TuneOptions:
     enable_deterministic_algorithms: bool = option(
         False,
         Spec(
-            "ask PyTorch for its deterministic GPU kernels as well", off=("disable_deterministic_algorithms",)
+            "the same bytes for any number of processes and rows at once: rows pass one at a time, sums have "
+            "a fixed order, and PyTorch takes its deterministic GPU kernels",
+            flags=("enable_deterministic_algorithms", "deterministic"),
+            aliases=("deterministic",),
+            off=("disable_deterministic_algorithms",),
         ),
     )
 

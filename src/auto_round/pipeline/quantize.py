@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
 
-from auto_round.checkpoint.journal import Journal
+from auto_round.checkpoint.journal import Journal, JournalCopy
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.config.options import Options
 from auto_round.consumers.lines import judge_outputs
@@ -31,9 +31,9 @@ from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.determinism import deterministic_kernels
 from auto_round.pipeline.machine.memory import keep_freed_memory, release_freed_memory
-from auto_round.pipeline.plain import bursts, nbytes, round_layers
+from auto_round.pipeline.plain import bursts, nbytes, round_together
 from auto_round.pipeline.result import Result
-from auto_round.pipeline.running.attention_states import read_steps, steps_entry
+from auto_round.pipeline.running.attention_states import read_steps
 from auto_round.pipeline.running.blocks import GroupResult, GroupTuning, tune_group
 from auto_round.pipeline.running.compile import (
     TuningSteps,
@@ -52,6 +52,7 @@ from auto_round.pipeline.running.measure import Measured, measure_streams
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.towers import round_towers
 from auto_round.pipeline.running.trace_rows import trace_rows
+from auto_round.pipeline.together import Begun, joined, shared
 from auto_round.pipeline.writing.cost import COST, cost_of, run_record, write_record
 from auto_round.pipeline.writing.finish import (
     build_report,
@@ -59,8 +60,10 @@ from auto_round.pipeline.writing.finish import (
     write_configs_and_tokenizer,
     write_report,
 )
+from auto_round.pipeline.writing.group_figures import digest_of, figures_of
 from auto_round.pipeline.writing.outputs import Outputs, Written, check_written
 from auto_round.pipeline.writing.signature import request_digest, signature
+from auto_round.ranks.ranks import refuse_difference
 from auto_round.report.make import make_page
 from auto_round.report.record import REPORT
 from auto_round.tuning.objective import PLAIN, Objective
@@ -96,28 +99,49 @@ def run(
     """
     clock = Clock()
     live = {"model": model, "tokenizer": tokenizer, "processor": processor}
-    job = prepare(options, **live, dataset=dataset, output=output)
-    return run_job(job, progress, clock)
+    with joined(options) as (ranks, own):
+        job = shared(prepare(own, **live, dataset=dataset, output=output), ranks)
+        return run_job(job, ignore_progress if ranks.rank else progress, clock)
 
 
 @plain_device()
 def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
     """Run a job that is prepared, or continue it where an earlier run was killed; see `run`."""
+    with deterministic_kernels(wanted=job.options.tune.enable_deterministic_algorithms):
+        return _follow(job, clock) if job.ranks.rank else _lead(job, progress, clock)
+
+
+def _follow(job: Job, clock: Clock) -> Result:
+    """What a rank does that is not the first: its part of the work, then wait until all of it is written."""
+    begun: Begun | None = job.ranks.first(None)
+    if begun is not None:
+        job = job if begun.rows is None else replace(job, rows=begun.rows, tuned=begun.tuned)
+        with TemporaryDirectory(prefix="auto_round-") as scratch:
+            outputs = Outputs(job, {}, done=(), fresh=False)
+            _Loop(job, Path(scratch), JournalCopy(begun.entries), outputs, ignore_progress, clock).run()
+    nothing: dict[str, Any] = {}
+    final, report = job.ranks.first((job.output, nothing))
+    return Result(tuple(job.folders(final).values()), job.plan, report, clock.seconds, clock.peak)
+
+
+def _lead(job: Job, progress: ProgressSink, clock: Clock) -> Result:
+    """What the first rank does, or the only one: it writes, and tells others what is done already."""
     with ExitStack() as stack:
-        exact = job.options.tune.enable_deterministic_algorithms
-        stack.enter_context(deterministic_kernels(wanted=exact))
         folder = stack.enter_context(OutputFolder.open(job.output, overwrite=job.options.output.overwrite))
         asked = signature(job)
         if folder.holds(request_digest(asked)):
             folder.abandon()
-            return _earlier(job, folder.out, clock)
+            job.ranks.first(None)
+            result = _earlier(job, folder.out, clock)
+            job.ranks.first((folder.out, result.report))
+            return result
         if not job.options.output.resume:
             folder.discard()
         journal = stack.enter_context(Journal.open(folder.scratch / "journal.jsonl", asked))
         folders = job.folders(folder.folder)
         done = [name for entry in journal.entries for name in entry["tensors"]]
         continued = bool(journal.entries)
-        job = cover_experts(job, folder.scratch)
+        job = _begin(job, folder.scratch, journal)
         outputs = stack.enter_context(Outputs.open(job, folders, done=done, fresh=not journal.resumed))
         clock.lap("prepare")
         logger.info("plan\n%s", plan_table(job))
@@ -146,7 +170,15 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
         final = folder.seal(request_digest(asked))
     if job.options.output.report:
         make_page([final])
+    job.ranks.first((final, report))
     return Result(tuple(job.folders(final).values()), job.plan, report, clock.seconds, clock.peak)
+
+
+def _begin(job: Job, scratch: Path, journal: Journal) -> Job:
+    """The job with all of its rows; other ranks are told of them, and of what is done already."""
+    whole = cover_experts(job, scratch)
+    job.ranks.first(Begun(journal.entries, None if whole is job else whole.rows, whole.tuned))
+    return whole
 
 
 def _earlier(job: Job, out: Path, clock: Clock) -> Result:
@@ -180,6 +212,8 @@ class _Loop:
             self.clock.lap("round")
             return None
         streams = self._tune_blocks()
+        if self.job.ranks.rank:  # the first rank does what is left, and writes
+            return None
         head, inputs = quantize_outside(self.job, streams, self._write)
         if inputs and self.job.saves_imatrix:
             save_inputs(self.scratch, "head", inputs)
@@ -191,8 +225,8 @@ class _Loop:
         """Quantize all blocks, list by list; returns the streams behind the last of them."""
         job, embedding = self.job, self._embedding()
         how = self._group_tuning()
-        if how.objective is not PLAIN:
-            job = replace(job, tune=in_equal_passes(job.tune, job.tuned))
+        if how.objective.loss is not PLAIN.loss:
+            job = replace(job, tune=in_equal_passes(job.tune, job.tuned, job.ranks.size))
         lists = [_groups(blocks, job.options.tune.nblocks) for blocks in job.source.block_lists]
         count, done = sum(map(len, lists)), self._finished()
         before, ended = 0, list[Streams]()
@@ -204,9 +238,10 @@ class _Loop:
                 self._say_begun([unit for members in lists for unit, _ in members])
             start = sum(1 for unit, _ in groups if unit in done)
             if start:
-                streams.restore(_saved(self.scratch, before + start))
+                self._restore(streams, before + start)
             for number, (unit, indices) in enumerate(groups[start:], start=before + start + 1):
                 result = tune_group(job, indices, table, streams, how)
+                refuse_difference(job.ranks, f"codes of {unit}", digest_of(job, result))
                 self._keep(result, unit, number, streams)
                 if number > before + 1:  # what flows out of a list is needed until the end
                     _saved(self.scratch, number - 1).unlink(missing_ok=True)
@@ -226,7 +261,7 @@ class _Loop:
             # Positions of several rows stand in a line, no longer than a model's table of positions.
             positions = min(positions_at_once(job.source.facts.vocabulary, budget), len(job.rows.rows[0]))
         return GroupTuning(
-            objective=self._objective(),
+            objective=replace(self._objective(), ranks=job.ranks),
             seed=options.calibration.seed,
             from_quantized=options.tune.enable_quanted_input,
             positions=positions,
@@ -262,13 +297,10 @@ class _Loop:
 
     def _embedding(self) -> Tensor | None:
         """The token embedding as the output stores it, written first; None where no output rounds it."""
-        found = self.outputs.put_embedding()
-        if found is None:
-            return None
-        weight, written = found
+        weight, written = self.outputs.put_embedding() or (None, {})
         if written:
             self._done("embedding", written)
-        return weight
+        return self.job.ranks.first(weight)
 
     def _round_layers(self) -> None:
         """Plain rounding without data, journaled burst by burst."""
@@ -284,10 +316,9 @@ class _Loop:
             keep_freed_memory(of_any_size=True)
         with ThreadPoolExecutor(1) as keeper:  # waits for the disk while the next burst is rounded
             kept: Future[None] | None = None
-            for burst in bursts(sizes):
-                written = round_layers(
-                    self.job, [layers[n] for unit in burst for n in left[unit]], self.outputs.put
-                )
+            for burst in bursts(sizes, self.job.ranks.size):
+                chosen = [layers[n] for unit in burst for n in left[unit]]
+                written = round_together(self.job, chosen, self.outputs)
                 if kept is not None:
                     kept.result()
                 parts = {unit: dict(t for n in left[unit] for t in written[n].items()) for unit in burst}
@@ -304,6 +335,12 @@ class _Loop:
         self.outputs.sync()
         self.journal.append(*({"unit": unit, "tensors": written} for unit, written in parts.items()))
 
+    def _restore(self, streams: Streams, number: int) -> None:
+        """Take the streams up again that an earlier run saved before group `number`."""
+        if not self.job.ranks.rank:
+            streams.restore(_saved(self.scratch, number))
+        self.job.ranks.spread((*streams.reference, *streams.quantized))
+
     def _keep(self, result: GroupResult, unit: str, number: int, streams: Streams) -> None:
         """Write a finished group so that a killed run can continue after it."""
         written: Written = {}
@@ -313,11 +350,12 @@ class _Loop:
             written |= self.outputs.put_plain(self.job.source.disk_name(name), value)
         for attention, scales in result.states.items():
             written |= self.outputs.put_scales(attention, scales)
-        if result.inputs:
+        leads = not self.job.ranks.rank
+        if result.inputs and leads:
             save_inputs(self.scratch, f"{number:04d}", result.inputs)
-        if self.job.options.output.resume:
+        if self.job.options.output.resume and leads:
             streams.save(_saved(self.scratch, number))
-        self._done(unit, written, _figures(result), timed=True)
+        self._done(unit, written, figures_of(result), timed=True)
 
     def _write(self, layer: Layer, q: QuantizedLayer) -> None:
         """Write a layer outside the blocks, unless an earlier run did."""
@@ -343,20 +381,6 @@ def _groups(blocks: Sequence[Block], size: int) -> list[tuple[str, list[int]]]:
         name = members[0].disk if len(members) == 1 else f"{members[0].disk} to {members[-1].disk}"
         units.append((name, [b.index for b in members]))
     return units
-
-
-def _figures(result: GroupResult) -> dict[str, Any]:
-    """What a report says about a group of blocks; `best_step` and losses only where it was tuned."""
-    tuned, massive = result.tuned, result.massive
-    found: dict[str, Any] = {}
-    if not math.isnan(tuned.loss):
-        found = {"initial_loss": tuned.initial_loss, "loss": tuned.loss, "best_step": tuned.best_step}
-    if massive.tokens:
-        found |= {"massive_tokens": massive.tokens, "massive_energy": massive.energy}
-    if result.experts:
-        found["experts"] = dict(result.experts)
-    steps = steps_entry(result.states)
-    return found | {"errors": dict(result.errors), **result.ranges.to_entry(), **steps}
 
 
 def _saved(scratch: Path, number: int) -> Path:

@@ -26,6 +26,8 @@ class TuneConfig:
         growing_batch: use fewer of them in earlier steps, see `steps.batch_rows`.
         rows_at_once: most samples in one pass through the block; a larger batch is cut, which saves memory
             and changes nothing else. 0 passes whole batches.
+        by_row: pass rows one at a time, and add up what they give in an order that depends on nothing but
+            their places in the batch: any number of processes then comes to the same bits.
         accumulate: batches in one step.
         optimizer: sign descent or Adam.
         lr: step size of the rounding offsets, in units of the quantization step; None for the
@@ -49,6 +51,7 @@ class TuneConfig:
     batch_size: int = 8
     growing_batch: bool = True
     rows_at_once: int = 0
+    by_row: bool = False
     accumulate: int = 1
     optimizer: Optimizer = Optimizer.SIGN
     lr: float | None = None
@@ -71,7 +74,7 @@ class TuneConfig:
     @property
     def pass_rows(self) -> int:
         """Most samples in one pass through the block."""
-        return self.rows_at_once or self.batch_size
+        return 1 if self.by_row else self.rows_at_once or self.batch_size
 
     def __post_init__(self) -> None:
         for name, least in (

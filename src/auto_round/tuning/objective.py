@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from auto_round.facts.flow import States
+from auto_round.ranks.ranks import ALONE, Ranks
 from auto_round.tuning.samples import Batch, states_of
 from auto_round.tuning.weights import fake_weights
 
@@ -51,11 +52,13 @@ class Objective:
         rounding: `fake_weights`, for what is differentiated.
         loss: what is differentiated, with the arguments of `block_objective`.
         judge: the same loss of held-out samples, whose batches have other shapes: never compiled.
+        ranks: the processes among which the rows of a step are divided.
     """
 
     rounding: Callable[..., dict[str, Tensor]] = fake_weights
     loss: Callable[..., Tensor] = block_objective
     judge: Callable[..., Tensor] = block_objective
+    ranks: Ranks = ALONE
 
 
 PLAIN = Objective()

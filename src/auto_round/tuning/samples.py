@@ -16,6 +16,10 @@ Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 """A block's arguments beside the hidden states: further positional ones, and keyword arguments."""
 
 
+Counts = tuple[Tensor, ...]
+"""See `Batch.counts`."""
+
+
 class Batch(NamedTuple):
     """Some samples as a loss takes them, all on the block's device.
 
@@ -36,7 +40,7 @@ class Batch(NamedTuple):
     kwargs: Mapping[str, Any]
     targets: States
     weights: tuple[Tensor | None, ...]
-    counts: tuple[Tensor, ...]
+    counts: Counts
 
 
 def no_arguments(index: Sequence[int]) -> Arguments:
@@ -85,14 +89,14 @@ class Samples:
     def __len__(self) -> int:
         return int(self.inputs[0].shape[0])
 
-    def counts(self, index: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+    def counts(self, index: Sequence[int], device: torch.device) -> Counts:
         """`counted_elements` of each of the targets of some samples."""
         pick = torch.as_tensor(index, device="cpu")
         weights = self._weights_of(pick)
         shapes = [(len(index), *target.shape[1:]) for target in self.targets]
         return tuple(counted_elements(s, w, device) for s, w in zip(shapes, weights, strict=True))
 
-    def batch(self, index: Sequence[int], counts: tuple[Tensor, ...], device: torch.device) -> Batch:
+    def batch(self, index: Sequence[int], counts: Counts, device: torch.device) -> Batch:
         """Some samples on a device.
 
         Args:

@@ -23,6 +23,7 @@ def tune_settings(tune: TuneOptions, bits: int) -> TuneConfig:
     return TuneConfig(
         iters=tune.iters,
         batch_size=tune.batch_size,
+        by_row=tune.enable_deterministic_algorithms,
         accumulate=tune.gradient_accumulate_steps,
         optimizer=Optimizer.ADAM if adam else Optimizer.SIGN,
         lr=rate,

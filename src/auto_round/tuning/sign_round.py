@@ -7,20 +7,23 @@ The block is called with substituted weights (`torch.func.functional_call`); not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, NumericsError
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import MAX_KNOB
+from auto_round.numerics.scale import MAX_KNOB, Knobs
 from auto_round.numerics.search import QUICK, THOROUGH
+from auto_round.numerics.search_groups import Effort
+from auto_round.ranks.ranks import Ranks, done_together, own_rows
 from auto_round.tuning.config import TuneConfig
+from auto_round.tuning.gradients import GradientSum
 from auto_round.tuning.objective import PLAIN, Objective
-from auto_round.tuning.samples import Batch, Samples
+from auto_round.tuning.samples import Counts, Samples
 from auto_round.tuning.steps import batch_rows, held_out_looks, make_stepper, step_factor
 from auto_round.tuning.weights import Weight, WeightTask, fake_weights
 
@@ -70,13 +73,40 @@ def tune_block(
         NumericsError: weights or the loss are not finite.
     """
     effort = (QUICK if config.iters else THOROUGH) if config.search else None
-    weights = {name: Weight.of(block, name, task, effort) for name, task in tasks.items()}
-    if not config.iters or not weights:
-        return TunedBlock({n: w.quantize() for n, w in weights.items()})
+    ranks, sizes = objective.ranks, {name: _numel(block, name) for name in tasks}
+    if not config.iters or not tasks:
+        return TunedBlock(
+            done_together(ranks, sizes, lambda name: Weight.of(block, name, tasks[name], effort).quantize())
+        )
+    weights = _starting_points(block, tasks, effort, ranks)
     if not len(samples):
         raise ConfigError("no samples to tune on: give some, or iters=0 to round without tuning")
     with torch.enable_grad():
         return _Loop(block, weights, samples, held_out or samples, config, generator, objective).run()
+
+
+def _starting_points(
+    block: nn.Module, tasks: Mapping[str, WeightTask], effort: Effort | None, ranks: Ranks
+) -> dict[str, Weight]:
+    """The weights before the first step; each is searched by one of the ranks."""
+    if effort is None or ranks.size == 1:
+        return {name: Weight.of(block, name, task, effort) for name, task in tasks.items()}
+
+    def searched(name: str) -> tuple[Knobs, Tensor | None]:
+        weight = Weight.of(block, name, tasks[name], effort)
+        return weight.knobs, weight.v if bool(weight.v.any()) else None
+
+    found = done_together(ranks, {name: _numel(block, name) for name in tasks}, searched)
+    weights = {name: Weight.of(block, name, task, None) for name, task in tasks.items()}
+    for name, (knobs, offsets) in found.items():
+        weights[name].knobs = knobs
+        if offsets is not None:
+            weights[name].v = offsets
+    return weights
+
+
+def _numel(block: nn.Module, name: str) -> int:
+    return block.get_parameter(name).numel()
 
 
 class _Loop:
@@ -148,34 +178,34 @@ class _Loop:
         rounded = self._objective.rounding(self._weights)
         values = {n: w.detach().requires_grad_() for n, w in rounded.items()} | self._others
         reached = list(values.values())
-        total: list[Tensor | None] = [None] * len(reached)
-        half, scale = self._samples.inputs[0].dtype is torch.float16, None
+        ranks, half = self._objective.ranks, self._samples.inputs[0].dtype is torch.float16
+        found, first = GradientSum(ranks, by_row=self._config.by_row, half=half), 0
         for _ in range(self._config.accumulate):
-            batch, loss = self._next_batch(step), 0.0
-            for part in self._parts(self._samples, batch):
+            passes, loss = self._passes(self._samples, self._next_batch(step)), 0.0
+            for place in own_rows(ranks, range(len(passes))):
+                part = self._samples.batch(*passes[place], self._device)
                 share = self._objective.loss(self._block, values, part)
-                if not share.requires_grad:  # rows for which the model leaves the block out
-                    continue
-                if half and scale is None:
-                    scale = _gradient_scale(share, part.counts)
-                # A weight that the batch did not reach (an expert without tokens) has no gradient.
-                found = torch.autograd.grad(share, reached, scale, allow_unused=True)
-                total = [_add(a, b) for a, b in zip(total, found, strict=True)]
-                loss += float(share.detach())
+                if share.requires_grad:  # not for rows for which the model leaves the block out
+                    found.add(first + place, share, reached, part.counts)
+                    loss += float(share.detach())
+            first += len(passes)
             self._check(loss)
+        total, scale = found.total(len(reached))
         through = [(w, g.to(w.dtype)) for w, g in zip(rounded.values(), total, strict=False) if g is not None]
         inner: tuple[Tensor | None, ...] = (None,) * len(self._rounding)
         if through and self._rounding:
             outputs, gradients = zip(*through, strict=True)
             inner = torch.autograd.grad(outputs, self._rounding, gradients, allow_unused=True)
-        all_found = [*inner, *total[len(rounded) :]]
-        return all_found if scale is None else [None if g is None else g / scale for g in all_found]
+        everything = [*inner, *total[len(rounded) :]]
+        return everything if scale is None else [None if g is None else g / scale for g in everything]
 
-    def _parts(self, samples: Samples, batch: Sequence[int]) -> Iterator[Batch]:
+    def _passes(self, samples: Samples, batch: Sequence[int]) -> list[tuple[Sequence[int], Counts]]:
         """A batch cut into what goes through the block at once; their losses add up to that of the batch."""
         counts = samples.counts(batch, self._device)
-        for index in samples.passes(batch, self._config.pass_rows):
-            yield samples.batch(index, counts, self._device)
+        at_once = self._config.pass_rows
+        if (size := self._objective.ranks.size) > 1:
+            at_once = min(at_once, -(-len(batch) // size))  # so that each rank has some
+        return [(index, counts) for index in samples.passes(batch, at_once)]
 
     def _next_batch(self, step: int) -> list[int]:
         size = min(batch_rows(self._config, step), len(self._samples))
@@ -186,14 +216,19 @@ class _Loop:
 
     def _held_out_loss(self) -> float:
         """Mean loss over all held-out samples with the parameters as they are."""
-        total, size = 0.0, self._config.batch_size
+        ranks, size, held_out = self._objective.ranks, self._config.batch_size, self._held_out
+        batches = [range(n, min(n + size, len(held_out))) for n in range(0, len(held_out), size)]
+        parts = [(part, len(batch)) for batch in batches for part in self._passes(held_out, batch)]
+        own: list[float] = []
         with torch.no_grad():
             values = fake_weights(self._weights) | self._others  # compiled code would be made anew for this
-            for start in range(0, len(self._held_out), size):
-                batch = range(start, min(start + size, len(self._held_out)))
-                for part in self._parts(self._held_out, batch):
-                    loss = self._objective.judge(self._block, values, part)
-                    total += float(loss) * len(batch)
+            for place in own_rows(ranks, range(len(parts))):
+                (index, counts), rows = parts[place]
+                part = held_out.batch(index, counts, self._device)
+                own.append(float(self._objective.judge(self._block, values, part)) * rows)
+        total = 0.0
+        for loss in chain.from_iterable(ranks.objects(own)):  # in the parts' order, whoever made them
+            total += loss
         return self._check(total / max(1, len(self._held_out)))
 
     def _check(self, loss: float) -> float:
@@ -211,22 +246,6 @@ class _Loop:
         with torch.no_grad():
             for p, value in zip(self._trained, values, strict=True):
                 p.copy_(value)
-
-
-def _gradient_scale(loss: Tensor, counts: Sequence[Tensor]) -> Tensor:
-    """Factor of the loss, and so of the gradients, while they pass through a block in float16.
-
-    Positive numbers of float16 reach from 6e-8 to 65504, and gradients of a mean over millions of elements
-    are smaller. With the factor they are about 1/64 at the block's output: sums over tokens still fit.
-    """
-    return reduce(torch.add, counts) * 2.0**-7 / loss.detach().sqrt().clamp_min(1e-9)
-
-
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Sum of two gradients, kept in float32: many small ones would get lost in 16 bits."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a.add_(b) if a.dtype is torch.float32 else a.float().add_(b)
 
 
 def _other_parameters(block: nn.Module, weights: Mapping[str, Weight]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from auto_round.config.option import settings
 from auto_round.config.options import GROUPS, Options
 from auto_round.export.exporter import Exporter
+from auto_round.ranks.place import place
 from auto_round.tuning.config import TuneConfig
 
 
@@ -116,7 +117,7 @@ IDLE: Final = (
         "nothing is tokenized, and the folder gets the tokenizer files of the model",
         lambda run: _has_no_rows(run) and all(e.file is None for e in run.exporters),
     ),
-    Idle(("enable_deterministic_algorithms",), "runs on a CPU are deterministic anyway", _on_cpu),
+    Idle(("enable_deterministic_algorithms",), "rounding without data adds up no rows", _has_no_rows),
     Idle(("low_gpu_mem_usage",), "blocks are tuned on the CPU", _on_cpu),
     Idle(
         ("act_group_size", "act_sym", "act_data_type", "act_dynamic"),
@@ -142,6 +143,7 @@ IDLE: Final = (
         "no schemes are chosen (--avg_bits 4 --options W2A16,W4A16,W8A16)",
         lambda run: run.options.chosen is None,
     ),
+    Idle(("dist_backend",), "one process does all (torchrun starts several)", lambda run: place() is None),
     Idle(("platform",), "the model is a folder and the data need no hub", lambda run: _is_local(run)),
 )
 """One row for each reason; formats add their own (`Exporter.idle`)."""

@@ -21,6 +21,7 @@ from auto_round.numerics.search import THOROUGH
 from auto_round.numerics.search_groups import Effort
 from auto_round.pipeline.deciding.method import Method, method_of
 from auto_round.pipeline.deciding.recast import named_dtype
+from auto_round.ranks.ranks import ALONE, Ranks
 from auto_round.schemes.attention import AttentionPlan
 from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
@@ -48,6 +49,7 @@ class Job:
         more_rows: loads so many rows of the calibration data; None where there are none.
         processor: its processor for images, where it was given as an object.
         caches: which scales of the key/value cache and of attention are calibrated; None for none.
+        ranks: the processes that do it together.
     """
 
     options: Options
@@ -65,6 +67,7 @@ class Job:
     more_rows: Callable[[int], CalibrationRows] | None = None
     processor: Any = None
     caches: AttentionPlan | None = None
+    ranks: Ranks = ALONE
 
     @property
     def effort(self) -> Effort | None:

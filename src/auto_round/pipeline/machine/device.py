@@ -33,6 +33,21 @@ def choose_device(wanted: str | Mapping[str, object]) -> torch.device:
     return devices[0]
 
 
+def device_of_rank(wanted: str | Mapping[str, str], local: int) -> str | Mapping[str, str]:
+    """What a process asks `choose_device` for, where several on one machine were asked for the same.
+
+    Args:
+        wanted: what the user asked for; of several accelerators each process takes one.
+        local: number of the process among those of its machine.
+    """
+    if _accelerator() is None or not isinstance(wanted, str):
+        return wanted
+    named = _named(wanted)
+    if named == ["auto"]:
+        return str(local)
+    return named[local % len(named)]
+
+
 def _named(wanted: str | Mapping[str, object]) -> list[str]:
     """Names of devices in the order of their use; of a map the accelerators first."""
     if isinstance(wanted, str):

@@ -44,7 +44,11 @@ class StateRanges:
             sizes = x.detach().abs().amax(-1).float()
             if mask is not None and mask.shape == (x.shape[0], x.shape[2]):
                 sizes = sizes * mask.to(x.device)[:, None]
-            found = sizes.amax((0, 2))
+            self.join({part: sizes.amax((0, 2))})
+
+    def join(self, largest: Mapping[str, Tensor]) -> None:
+        """Add what another observer found to be `largest`."""
+        for part, found in largest.items():
             known = self.largest.get(part)
             self.largest[part] = found if known is None else torch.maximum(known, found)
 

@@ -82,7 +82,7 @@ def block_kinds(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) ->
     return len({tuple(kind) for kind in kinds.values()})
 
 
-def in_equal_passes(config: TuneConfig, tuned: int) -> TuneConfig:
+def in_equal_passes(config: TuneConfig, tuned: int, ranks: int = 1) -> TuneConfig:
     """The same settings, but every pass through the block has the same number of rows.
 
     Compiled code is made for one shape, while batches grow during a run: so each batch is cut into passes of
@@ -91,10 +91,11 @@ def in_equal_passes(config: TuneConfig, tuned: int) -> TuneConfig:
     Args:
         config: settings of the loop.
         tuned: rows that are tuned on.
+        ranks: how many processes have to find passes in the smallest batch, if it has as many rows.
     """
     sizes = {min(batch_rows(config, step), tuned) for step in range(config.iters)}
     common = math.gcd(*sizes)
-    most = min(common, config.rows_at_once or common)
+    most = min(common, config.rows_at_once or common, -(-min(sizes) // ranks))
     return replace(config, rows_at_once=next(n for n in range(most, 0, -1) if common % n == 0))
 
 

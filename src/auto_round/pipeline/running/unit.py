@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
 from auto_round.pipeline.running.hard_cases import relative_error
 from auto_round.pipeline.running.input_ranges import InputRanges, settle_ranges
+from auto_round.pipeline.running.seen_together import SummedMoments, join_ranges, pieces
 from auto_round.pipeline.running.shared_numbers import bind_tied, tied_layers
 from auto_round.pipeline.running.streams import Streams
+from auto_round.ranks.ranks import Ranks, own_rows
 from auto_round.schemes.attention import AttentionPlan
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.objective import PLAIN, Objective
@@ -135,7 +138,8 @@ def tune_unit(
         UnsupportedError: the number of an input follows from calibration, and no token reached the layer.
     """
     group, arguments = unit.group, unit.arguments()
-    seen = _references(unit, streams, arguments, config.pass_rows)
+    ranks = objective.ranks
+    seen = _references(unit, streams, arguments, config, ranks)
     importance = {n: found for n, m in seen.moments.items() if (found := m.importance()) is not None}
     energies = [torch.stack([token_energy(row) for row in target]) for target in streams.targets]
     weights = tuple(token_weights(energy, streams.mask_of(i)) for i, energy in enumerate(energies))
@@ -161,7 +165,7 @@ def tune_unit(
             for n, q in tuned.weights.items()
         }
         retrained = {n: p.to(dtypes[n]) for n, p in tuned.others.items()}
-        _advance(unit, rounded | retrained, streams, arguments, config.pass_rows)
+        _advance(unit, rounded | retrained, streams, config.pass_rows, ranks)
     massive, errors = massive_tokens(energies[0], streams.masks), _errors(unit, rounded, importance)
     both = rounded | retrained
     return TunedUnit(
@@ -251,35 +255,44 @@ class _Seen:
     experts: Mapping[str, list[int]]
 
 
-def _references(unit: Unit, streams: Streams, arguments: GroupArguments, at_once: int) -> _Seen:
+def _references(
+    unit: Unit, streams: Streams, arguments: GroupArguments, config: TuneConfig, ranks: Ranks
+) -> _Seen:
     """Run the unquantized blocks: their outputs become the targets, what flows in them is measured."""
     everything = Samples(streams.reference, streams.reference, arguments, kind=arguments.kind)
     masks, tuned = streams.masks, range(streams.tuned)
     mask_of = None if masks is None else lambda: masks[arguments.last]
-    ranged = to_calibrate(unit.activations)
+    run = partial(run_block, unit.group, everything, streams.targets, device=unit.device)
+    summed = SummedMoments(ranks)
     with (
-        observe_inputs(unit.group, unit.observed, mask_of) as seen,
-        observe_extremes(unit.group, ranged, mask_of, unit.percentile) as extremes,
+        observe_extremes(unit.group, to_calibrate(unit.activations), mask_of, unit.percentile) as extremes,
         observe_states(unit.group, list(unit.attentions), mask_of) as states,
-        observe_experts(unit.group, mask_of, lambda: len(arguments.last), unit.observed_experts) as experts,
     ):
-        run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=tuned, device=unit.device)
+        for place, piece in pieces(ranks, own_rows(ranks, tuned), config.by_row):
+            with (
+                observe_inputs(unit.group, unit.observed, mask_of) as seen,
+                observe_experts(
+                    unit.group, mask_of, lambda: len(arguments.last), unit.observed_experts
+                ) as experts,
+            ):
+                run(batch_size=config.pass_rows, rows=piece)
+            summed.add(place, seen, experts)
     rest = range(streams.tuned, streams.rows)
-    run_block(unit.group, everything, streams.targets, batch_size=at_once, rows=rest, device=unit.device)
+    run(batch_size=config.pass_rows, rows=own_rows(ranks, rest))
+    ranks.share(streams.targets, tuned)
+    ranks.share(streams.targets, rest)
+    moments, tokens = summed.of_all()
+    join_ranges(ranks, extremes, states)
     return _Seen(
-        {name + _WEIGHT: moments for name, moments in seen.items()} | dict(experts.moments),
+        {name + _WEIGHT if name in unit.observed else name: each for name, each in moments.items()},
         extremes,
         states,
-        {name: counts.tolist() for name, counts in experts.tokens.items() if counts.any()},
+        {name: counts.tolist() for name, counts in tokens.items() if counts.any()},
     )
 
 
 def _advance(
-    unit: Unit,
-    parameters: Mapping[str, Tensor],
-    streams: Streams,
-    arguments: GroupArguments,
-    at_once: int,
+    unit: Unit, parameters: Mapping[str, Tensor], streams: Streams, at_once: int, ranks: Ranks
 ) -> None:
     """Replace both streams by the outputs of the unquantized and of the quantized blocks."""
 
@@ -287,6 +300,10 @@ def _advance(
         output: States = functional_call(unit.group, dict(parameters), inputs)
         return output
 
+    arguments = unit.arguments()
     everything = Samples(streams.quantized, streams.quantized, arguments, kind=arguments.kind)
-    run_block(quantized, everything, streams.quantized, batch_size=at_once, device=unit.device)
+    rows = range(streams.rows)
+    own = own_rows(ranks, rows)
+    run_block(quantized, everything, streams.quantized, batch_size=at_once, rows=own, device=unit.device)
+    ranks.share(streams.quantized, rows)
     streams.advance()

@@ -74,7 +74,7 @@ class Outputs:
 
         Args:
             job: what is written.
-            folders: format -> folder.
+            folders: format -> folder; none where another process writes.
             done: tensors that the journal vouches for, as `<format>/<tensor>`.
             fresh: begin anew.
         """
@@ -82,10 +82,11 @@ class Outputs:
         self._outputs: list[_Output] = []
         finished = [tensor.partition("/") for tensor in done]
         size = job.largest_shard
-        for name, exporter in job.exporters.items():
+        for name, folder in folders.items():
+            exporter = job.exporters[name]
             manifest = manifest_of(job, exporter)
             specs = {t: (spec.dtype, tuple(spec.shape)) for t, spec in manifest.specs.items()}
-            folder, shards = folders[name], exporter.shards(manifest)
+            shards = exporter.shards(manifest)
             folder.mkdir(parents=True, exist_ok=True)
             if fresh:
                 writer = ShardWriter.create(folder, specs, max_shard_bytes=size, shards=shards)
@@ -99,6 +100,13 @@ class Outputs:
         written: Written = {}
         for output in self._outputs:
             written |= output.put(output.exporter.encode(layer, q))
+        return written
+
+    def put_encoded(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Written:
+        """Write what another process encoded: format -> tensors of a layer; what was written."""
+        written: Written = {}
+        for output in self._outputs:
+            written |= output.put(tensors[output.name])
         return written
 
     def put_plain(self, tensor_name: str, tensor: Tensor) -> Written:

@@ -14,7 +14,9 @@ from torch import nn
 
 from auto_round.errors import CheckpointError, ConfigError, Refusal, UnsupportedError
 from auto_round.inference.disk_names import ConfigNames, DiskNames
-from auto_round.inference.experts import PackedExperts, expert_names, pack_experts
+from auto_round.inference.experts import PackedExperts
+from auto_round.inference.grouped_experts import GroupedExperts
+from auto_round.inference.pack_experts import Kernels, expert_names, pack_experts
 from auto_round.inference.qlinear import ORDER, PackedWeight, QuantLinear, named
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.select import AUTO, select_kernel
@@ -64,8 +66,8 @@ def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[
     shapes = {path: s for path, module in model.named_modules() if (s := linear_shape(module)) is not None}
     linear = {path: names.of_layer(path) for path in shapes}
     stored = stored.among([*linear.values(), *expert_names(model, names)])
-    experts = pack_experts(model, stored, names)
-    used: dict[str, None] = {}
+    experts = pack_experts(model, stored, names, Kernels(target_device, backend))
+    used = {module.kernel.name: None for module in model.modules() if isinstance(module, QuantLinear)}
     kept = False
     for path, known in linear.items():
         module = model.get_submodule(path)
@@ -98,12 +100,15 @@ def post_init(model: Any, used_backends: list[str] | None = None) -> None:
     _drop_unread_orders(model, reordered=bool(config.get("desc_act")))
     _check_complete(model)
     _check_devices(model)
-    for name, module in list(model.named_modules()):
+    modules = list(model.named_modules())
+    on_disk = {id(w): n for _, m in modules if isinstance(m, PackedExperts) for n, w in m.on_disk().items()}
+    for path, module in modules:
+        name = on_disk.get(id(module), path)
         try:
             if isinstance(module, QuantLinear):
                 _adopt(module, backend)
-            elif isinstance(module, PackedExperts):
-                _replace(model, name, module.dequantize(model))
+            elif isinstance(module, PackedExperts) and not isinstance(module, GroupedExperts):
+                _replace(model, path, module.dequantize(model))
                 _record_as_plain(model, module.layers)
         except CheckpointError as error:
             raise CheckpointError(f'layer "{name}": {error}') from error

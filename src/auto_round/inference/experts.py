@@ -1,24 +1,21 @@
-"""Fused experts of Transformers 5: one packed matrix per expert and projection on disk, 16 bits in memory.
+"""Fused experts of Transformers 5: packed matrices on disk, one tensor for each projection in the module.
 
-Transformers keeps the experts of a block in tensors `[n_experts, out, in]`, which no kernel of this version
-multiplies packed. They are therefore dequantized once, at load: the file is small, the memory is not.
+A module that says how it computes stays packed (`grouped_experts`). Others, and those of which only one
+projection is quantized, are dequantized once, at load: the file is small, the memory is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from auto_round.errors import Refusal, UnsupportedError
-from auto_round.inference.disk_names import ConfigNames
+from auto_round.errors import UnsupportedError
 from auto_round.inference.qlinear import PackedWeight, named
 from auto_round.models.names import Recipe
-from auto_round.models.roles import fused_experts
-from auto_round.stored.formats import StoredFormats
 
 WEIGHT = ".weight"
 
@@ -45,7 +42,7 @@ class PackedExperts(nn.Module):
         super().__init__()
         self._fused = (fused,)  # in a tuple, or its parameters would be expected in the checkpoint
         self._recipes = recipes
-        self._weights = {name: weight for name, (_, weight) in packed.items()}
+        self._weights: Mapping[str, PackedWeight] = {n: weight for n, (_, weight) in packed.items()}
         self.layers = tuple(name.removesuffix(WEIGHT) for name in packed)
         for path, weight in packed.values():
             _plant(self, path, weight)
@@ -58,6 +55,15 @@ class PackedExperts(nn.Module):
         if name in self.__dict__.get("_recipes", {}):
             return self._fused[0].get_parameter(name)
         return super().__getattr__(name)
+
+    @property
+    def fused(self) -> nn.Module:
+        """The module that this one stands for; its own matrices have no numbers."""
+        return self._fused[0]
+
+    def on_disk(self) -> dict[str, PackedWeight]:
+        """Name on disk, without `.weight` -> packed matrix."""
+        return {name.removesuffix(WEIGHT): weight for name, weight in self._weights.items()}
 
     def dequantize(self, model: Any) -> nn.Module:
         """The module that this one stands for, with its weights.
@@ -85,78 +91,6 @@ class PackedExperts(nn.Module):
         except UnsupportedError as error:
             raise named(name.removesuffix(WEIGHT), error) from error
         return q.format.dequantize(q, dtype)
-
-
-def expert_names(model: Any, names: ConfigNames) -> Iterator[tuple[str, ...]]:
-    """All names of every matrix of fused experts."""
-    for path, module in model.named_modules():
-        for parameter in fused_experts(module):
-            recipe = names.disk.recipe(f"{path}.{parameter}")
-            for piece in () if recipe is None else recipe.pieces:
-                yield _names_of(piece.name.removesuffix(WEIGHT), names)
-
-
-def _names_of(layer: str, names: ConfigNames) -> tuple[str, ...]:
-    return names.disk.inside(layer), *names.of_layer(layer)
-
-
-def pack_experts(model: Any, stored: StoredFormats, names: ConfigNames) -> tuple[str, ...]:
-    """Replace modules of fused experts by ones that can be filled from a checkpoint.
-
-    Returns:
-        Paths of the replaced modules.
-
-    Raises:
-        UnsupportedError: experts of which only some are quantized, or that are stored in an unusual way.
-    """
-    found = []
-    for path, module in list(model.named_modules()):
-        recipes: dict[str, Recipe] = {}
-        packed: dict[str, tuple[str, PackedWeight]] = {}
-        for parameter, transposed in fused_experts(module).items():
-            recipe = names.disk.recipe(f"{path}.{parameter}")
-            if recipe is None or transposed or len(recipe.targets) != 1:
-                continue
-            weights = _packed_weights(path, recipe, stored, names)
-            if weights:
-                recipes[parameter] = recipe
-                packed.update(weights)
-        if packed:
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, PackedExperts(module, recipes, packed))
-            found.append(path)
-    return tuple(found)
-
-
-def _packed_weights(
-    path: str, recipe: Recipe, stored: StoredFormats, names: ConfigNames
-) -> dict[str, tuple[str, PackedWeight]]:
-    """Tensor name on disk -> path below the experts' module, and holder; empty when nothing is quantized."""
-    found: dict[str, tuple[str, PackedWeight]] = {}
-    if any(len(names.disk.disk[piece.name].shape) != 2 for piece in recipe.pieces):
-        return found  # experts fused on disk too are never packed
-    for piece in recipe.pieces:
-        layer = piece.name.removesuffix(WEIGHT)
-        inside = names.disk.inside(layer)
-        n_out, n_in = names.disk.disk[piece.name].shape
-        how = stored.layer(_names_of(layer, names))
-        if how is None or how.layout.accepts(how.format, (n_out, n_in)) is not None:
-            continue
-        if not inside.startswith(f"{path}."):
-            raise _unusual(layer, f'it would be loaded as "{inside}", outside of "{path}"')
-        packed = PackedWeight(how.tensors((n_out, n_in)))
-        found[piece.name] = (inside.removeprefix(f"{path}."), packed)
-    plain = [piece.name for piece in recipe.pieces if piece.name not in found]
-    if found and plain:
-        raise _unusual(plain[0].removesuffix(WEIGHT), "it is not quantized, but other experts beside it are")
-    return found
-
-
-def _unusual(layer: str, reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f'experts of layer "{layer}" cannot be loaded',
-        [Refusal("auto_round", reason, "quantize all experts of a block alike")],
-    )
 
 
 def _plant(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.quantizers.quantizer_auto_round import AutoRoundQuantizer
 
+from auto_round.inference.grouped_experts import GroupedExperts
 from auto_round.inference.qlinear import QuantLinear
 
 
@@ -33,10 +34,12 @@ class LoadedQuantizer(AutoRoundQuantizer):  # type: ignore[misc]  # Transformers
         Returns:
             The model, without a quantization configuration.
         """
-        for name, module in list(model.named_modules()):
-            if isinstance(module, QuantLinear):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, _plain(module))
+        experts = {n: m for n, m in model.named_modules() if isinstance(m, GroupedExperts)}
+        for name, module in experts.items():
+            _put(model, name, module.dequantize(model))
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, QuantLinear):
+                _put(model, name, _plain(layer))
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
@@ -46,6 +49,11 @@ def answer_for(model: Any) -> None:
     old = getattr(model, "hf_quantizer", None)
     if isinstance(old, AutoRoundQuantizer):
         model.hf_quantizer = LoadedQuantizer(old.quantization_config)
+
+
+def _put(model: Any, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _plain(layer: QuantLinear) -> nn.Linear:

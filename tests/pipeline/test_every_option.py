@@ -80,7 +80,22 @@ ACTS = {
 }
 """Options by whose other value the written folder changes."""
 
+DIFFUSION = {
+    "components": "transformer",
+    "num_inference_steps": 3,
+    "steps_per_caption": 2,
+    "guidance_scale": 2.0,
+    "generator_seed": 3,
+    "pipeline_args": {"height": 16},
+    "prompt": "a cat",
+    "prompt_file": "captions.tsv",
+    "metrics": "clip",
+    "image_save_dir": ".",
+}
+"""Options of pipelines, which say nothing for a model."""
+
 SHOWN_ELSEWHERE = {
+    **dict.fromkeys(DIFFUSION, "tests/diffusion/test_run.py"),
     "model": "every test",
     "tokenizer": "tests/pipeline/test_end_to_end.py; where nothing is tokenized a warning",
     "platform": "tests/models/test_hub.py",
@@ -128,6 +143,7 @@ SHOWN_ELSEWHERE = {
 }
 
 SILENT = {
+    **{name: (value, {}) for name, value in DIFFUSION.items()},
     "ignore_scale_zp_bits": (True, {}),
     "score_method": ("kl", {}),
     "score_nsamples": (3, {}),

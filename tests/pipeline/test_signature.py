@@ -72,8 +72,16 @@ MIXTURE = dict.fromkeys(
     ),
     "the plan that AutoScheme chose is compared",
 )
+DIFFUSION = dict.fromkeys(
+    (
+        *("components", "num_inference_steps", "steps_per_caption", "guidance_scale", "generator_seed"),
+        *("pipeline_args", "prompt", "prompt_file", "metrics", "image_save_dir"),
+    ),
+    "of pipelines of diffusers, which have a signature of their own: tests/diffusion/test_run.py",
+)
 ELSEWHERE = {
     **ACTIVATIONS,
+    **DIFFUSION,
     **SCALES,
     **MIXTURE,
     "super_bits": "of the plan, as bits are",

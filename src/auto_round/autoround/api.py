@@ -17,6 +17,7 @@ from auto_round.autoround.parameters import (
     make_signature,
     read_arguments,
 )
+from auto_round.autoround.pipelines import load_pipeline, names_pipeline, quantize_pipeline
 from auto_round.config import Options, OutputOptions, read_environment
 from auto_round.config.values import FROM_PYTHON
 from auto_round.errors import ConfigError, UnsupportedError
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
 
 
 class AutoRound(Attributes):
-    """Makes a language model small.
+    """Makes a language model, or the transformer of a diffusers pipeline, small.
 
         AutoRound("path/or/hub-name", scheme="W4A16").quantize_and_save("out", format="auto_round")
 
     Args:
-        model: folder or hub name, or a Transformers model in memory (left as it is).
+        model: folder or hub name, or a Transformers model or diffusers pipeline in memory (left as it is).
         tokenizer: folder or hub name, or a tokenizer; a model in memory needs it unless `dataset` is tokens.
         positional: further arguments in the order of the signature.
         recipe: "default", "best", "light", "rtn" or "opt_rtn": other defaults for some arguments.
@@ -74,7 +75,9 @@ class AutoRound(Attributes):
             given["dataset"] = f"{type(self._dataset).__name__} {FROM_PYTHON}"
         self._model, self._tokenizer = _live(model), _live(tokenizer)
         self._processor = live_processor(given)
-        if self._model is not None and tokenizer is None and self._dataset is None:
+        self._is_pipeline = names_pipeline(model, str(given.get("platform") or "hf"))
+        alone = self._model is not None and tokenizer is None and self._dataset is None
+        if alone and not self._is_pipeline:
             raise ConfigError("a model in memory needs its tokenizer: AutoRound(model, tokenizer, ...)")
         name = str(model) if self._model is None else type(model).__name__
         given |= {"model": name, "tokenizer": tokenizer if self._tokenizer is None else None}
@@ -98,6 +101,8 @@ class AutoRound(Attributes):
         from auto_round.pipeline.machine.clock import Clock
         from auto_round.pipeline.quantize import run_job
 
+        if self._is_pipeline:
+            raise UnsupportedError("a pipeline of diffusers is written at once: call quantize_and_save()")
         options = self._chosen()
         space = read_environment().work_space
         if space is not None:
@@ -190,7 +195,8 @@ class AutoRound(Attributes):
             overwrite: do the work again when it is done already; the constructor's when not given.
 
         Returns:
-            The quantized model from the last folder (None with `load=False`), and the folder of each format.
+            The quantized model, or pipeline, from the last folder (None with `load=False`), and the folder of
+            each format.
 
         Raises:
             AutoRoundError: the request is wrong, or the work failed.
@@ -203,6 +209,9 @@ class AutoRound(Attributes):
         clock = Clock()
         _say_what_stays(inplace)
         asked = replace(self.options, output=self._output(output_dir, format, overwrite))
+        if self._is_pipeline:
+            made = quantize_pipeline(asked, self._model, self._dataset, self._progress)
+            return (load_pipeline(made.folders[-1]) if load else None), list(made.folders)
         with joined(asked) as (ranks, options):
             runs = [part for wanted in chosen(options, ranks, self._choices) for part in runs_of(wanted)]
             jobs = [shared(self._prepare(part, rows=True), ranks) for part in runs]

@@ -15,7 +15,14 @@ from torch import Tensor
 from auto_round.checkpoint.disk import bytes_of, copy_at, read_at, reading
 from auto_round.checkpoint.header import TensorInfo
 from auto_round.checkpoint.open_files import OpenFiles
-from auto_round.checkpoint.shards import INDEX_FILE, SINGLE_FILE, read_file, read_shards
+from auto_round.checkpoint.shards import (
+    DIFFUSERS,
+    INDEX_FILE,
+    SINGLE_FILE,
+    TRANSFORMERS,
+    read_file,
+    read_shards,
+)
 from auto_round.errors import CheckpointError, ConfigError, InternalError, MissingError, nearest
 from auto_round.facts.tensor import TensorSpec
 
@@ -53,10 +60,11 @@ class Checkpoint:
             if not path.is_dir():
                 raise MissingError(f"{path} is not a folder: expected one with config.json and {SINGLE_FILE}")
             held = {file.name for file in path.iterdir()}
-        if SINGLE_FILE in held:  # first, as in Transformers
-            return cls(path, read_file(path / SINGLE_FILE))
-        if INDEX_FILE in held:
-            return cls(path, *read_shards(path))
+        for names in (TRANSFORMERS, DIFFUSERS):
+            if names.single in held:  # before an index, as in both libraries
+                return cls(path, read_file(path / names.single))
+            if names.index in held:
+                return cls(path, *read_shards(path, names.index))
         raise ConfigError(_nothing_to_read(path, sorted(held)))
 
     @property

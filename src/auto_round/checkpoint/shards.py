@@ -4,14 +4,51 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from auto_round.checkpoint.disk import open_file, reading
 from auto_round.checkpoint.header import MAX_JSON_BYTES, TensorInfo, parse_json_object, read_header
 from auto_round.errors import CheckpointError
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """How a library calls the weight files of a folder.
+
+    Attributes:
+        stem: beginning of all their names.
+    """
+
+    stem: str
+
+    @property
+    def single(self) -> str:
+        """The file that holds everything, where there is only one."""
+        return f"{self.stem}.safetensors"
+
+    @property
+    def index(self) -> str:
+        """The file that tells which shard holds which tensor."""
+        return f"{self.single}.index.json"
+
+    def shard(self, number: int, count: int) -> str:
+        """File `number` of `count`, counted from 1."""
+        if count == 1:
+            return self.single
+        return f"{self.stem}-{number:05d}-of-{count:05d}.safetensors"
+
+    @property
+    def shards(self) -> str:
+        """Pattern of the names of shards."""
+        return f"{self.stem}-*-of-*.safetensors"
+
+
+TRANSFORMERS = WeightFiles("model")
+DIFFUSERS = WeightFiles("diffusion_pytorch_model")
+"""Source: Transformers `utils.SAFE_WEIGHTS_NAME`, diffusers `utils.constants.SAFETENSORS_WEIGHTS_NAME`."""
+
+SINGLE_FILE, INDEX_FILE = TRANSFORMERS.single, TRANSFORMERS.index
 
 
 def read_file(file: Path) -> dict[str, TensorInfo]:
@@ -26,13 +63,13 @@ def read_file(file: Path) -> dict[str, TensorInfo]:
             os.close(fd)
 
 
-def read_shards(folder: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+def read_shards(folder: Path, index_file: str = INDEX_FILE) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
     """Checked headers of all shards that an index names, by their names, and where the index is wrong.
 
     What Transformers loads is read: every tensor of the shards, whatever the index says of it. Only where a
     tensor lies in several shards, the index decides.
     """
-    index = folder / INDEX_FILE
+    index = folder / index_file
     named = _read_index(index)
     indexed: dict[str, list[str]] = {shard: [] for shard in sorted(named.values())}
     for name, shard in named.items():

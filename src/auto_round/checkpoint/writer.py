@@ -23,7 +23,7 @@ from auto_round.checkpoint.disk import (
 )
 from auto_round.checkpoint.header import Spec, build_header, nbytes_of
 from auto_round.checkpoint.open_files import OpenFiles
-from auto_round.checkpoint.shards import INDEX_FILE, SINGLE_FILE
+from auto_round.checkpoint.shards import TRANSFORMERS, WeightFiles
 from auto_round.checkpoint.tensors import Tensors
 from auto_round.errors import CheckpointError, ConfigError, InternalError
 
@@ -48,7 +48,11 @@ class Shard:
     size: int
 
 
-def lay_out(specs: Mapping[str, Spec], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> tuple[Shard, ...]:
+def lay_out(
+    specs: Mapping[str, Spec],
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    names: WeightFiles = TRANSFORMERS,
+) -> tuple[Shard, ...]:
     """Assign tensors to shards in the order given; a tensor larger than a shard gets one of its own."""
     groups: list[dict[str, Spec]] = [{}]
     filled = 0
@@ -59,12 +63,11 @@ def lay_out(specs: Mapping[str, Spec], max_shard_bytes: int = DEFAULT_SHARD_BYTE
             filled = 0
         groups[-1][name] = spec
         filled += size
-    return tuple(_shard(group, i + 1, len(groups)) for i, group in enumerate(groups))
+    return tuple(_shard(group, names.shard(i + 1, len(groups))) for i, group in enumerate(groups))
 
 
-def _shard(specs: Mapping[str, Spec], number: int, count: int) -> Shard:
-    """Shard `number` of `count`, counted from 1."""
-    file = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+def _shard(specs: Mapping[str, Spec], file: str) -> Shard:
+    """One file that holds these tensors."""
     head, begins = build_header(specs)
     return Shard(file, head, begins, len(head) + sum(map(nbytes_of, specs.values())))
 
@@ -81,8 +84,15 @@ class ShardWriter:
         shards: the files, in order.
     """
 
-    def __init__(self, folder: Path, specs: Mapping[str, Spec], shards: tuple[Shard, ...]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        specs: Mapping[str, Spec],
+        shards: tuple[Shard, ...],
+        names: WeightFiles = TRANSFORMERS,
+    ) -> None:
         self.folder = folder
+        self._names = names
         self.shards = shards
         self._specs = dict(specs)
         self._home = {name: shard for shard in shards for name in shard.begins}
@@ -99,6 +109,7 @@ class ShardWriter:
         *,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         shards: tuple[Shard, ...] | None = None,
+        names: WeightFiles = TRANSFORMERS,
     ) -> ShardWriter:
         """Write all headers and reserve the disk space of all shards, in a folder that exists.
 
@@ -107,18 +118,19 @@ class ShardWriter:
             specs: tensor name -> (dtype, shape), in the order wanted on disk.
             max_shard_bytes: most bytes of tensors per shard.
             shards: files of another format than safetensors, laid out by the caller; None to lay them out.
+            names: how the files are called.
 
         Raises:
             ConfigError: not enough space on the disk, no permission.
         """
         with writing(folder):
             for stale in (
-                *folder.glob("model-*-of-*.safetensors"),
-                folder / SINGLE_FILE,
-                folder / INDEX_FILE,
+                *folder.glob(names.shards),
+                folder / names.single,
+                folder / names.index,
             ):
                 stale.unlink(missing_ok=True)
-        return cls.reopen(folder, specs, max_shard_bytes=max_shard_bytes, shards=shards)
+        return cls.reopen(folder, specs, max_shard_bytes=max_shard_bytes, shards=shards, names=names)
 
     @classmethod
     def reopen(
@@ -129,6 +141,7 @@ class ShardWriter:
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         written: Iterable[str] = (),
         shards: tuple[Shard, ...] | None = None,
+        names: WeightFiles = TRANSFORMERS,
     ) -> ShardWriter:
         """Continue what `create` began with the same arguments.
 
@@ -138,12 +151,13 @@ class ShardWriter:
             max_shard_bytes: as for `create`.
             written: tensors known to be on disk, from the journal.
             shards: as for `create`.
+            names: as for `create`.
 
         Raises:
             ConfigError: not enough space on the disk, no permission.
             CheckpointError: a shard that holds a written tensor is gone or damaged.
         """
-        writer = cls(folder, specs, shards or lay_out(specs, max_shard_bytes))
+        writer = cls(folder, specs, shards or lay_out(specs, max_shard_bytes, names), names)
         writer.mark_written(written)
         try:
             writer._open_shards()
@@ -229,7 +243,7 @@ class ShardWriter:
             weight_map = {name: self._home[name].file for name in self._specs}
             total = sum(map(nbytes_of, self._specs.values()))
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            atomic_write_json(self.folder / INDEX_FILE, index, sort_keys=True)
+            atomic_write_json(self.folder / self._names.index, index, sort_keys=True)
         self.close()
         with writing(self.folder):
             sync_folder(self.folder)

@@ -20,6 +20,7 @@ VERBS = {
     "original": "running the original",
     "floor": "measuring the noise floor",
     "compare": "running the model",
+    "show": "drawing",
 }
 SECONDS_BETWEEN_LINES = 10.0
 """Plain lines of stages that report often are at least this far apart; blocks are always shown."""

@@ -19,6 +19,7 @@ from auto_round.cli.summary import summary
 from auto_round.config import EvaluationOptions, ModelOptions, Options, build_options, read_environment
 from auto_round.errors import RankError
 from auto_round.log import ignore_progress, logger
+from auto_round.models.hub import holds_pipeline
 from auto_round.ranks.place import Place, place
 from auto_round.report.record import PAGE
 
@@ -47,6 +48,11 @@ def quantize(given: Mapping[str, Any], recipe: str, evaluation: Mapping[str, Any
         logger.warning("%s: no effect without --tasks", ", ".join(f"--{name}" for name in evaluation))
     options = with_named_folder(build_options(given, recipe, environment))
     set_threads(environment.num_threads)
+    if holds_pipeline(options.model.model, options.model.platform):
+        from auto_round.cli.pipelines import quantize_pipeline
+
+        quantize_pipeline(options, evaluation)
+        return
     tasks = None
     if wanted.tasks is not None:
         from auto_round.evaluate.harness import check_can_read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from auto_round.config.auto_scheme import AutoSchemeOptions
+from auto_round.config.diffusion import DiffusionOptions
 from auto_round.config.env import (
     VARIABLES,
     Environment,
@@ -41,6 +42,7 @@ __all__ = [
     "VARIABLES",
     "AutoSchemeOptions",
     "CalibrationOptions",
+    "DiffusionOptions",
     "Environment",
     "EvaluationOptions",
     "FidelityOptions",

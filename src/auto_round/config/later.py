@@ -71,19 +71,6 @@ LATER: Final = (
         "evaluation of vision-language models",
         switches=("vlmeval", "lmms"),
     ),
-    Later(
-        "quantization of diffusion models",
-        values=(
-            "prompt_file",
-            "prompt",
-            "metrics",
-            "metric",
-            "image_save_dir",
-            "guidance_scale",
-            "num_inference_steps",
-            "generator_seed",
-        ),
-    ),
 )
 
 GRANTED: Final[Mapping[str, str]] = MappingProxyType(

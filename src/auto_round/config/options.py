@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from auto_round.config.auto_scheme import AutoSchemeOptions
 from auto_round.config.cache import CacheOptions
+from auto_round.config.diffusion import DiffusionOptions
 from auto_round.config.env import Environment
 from auto_round.config.evaluation import EvaluationOptions, FidelityOptions
 from auto_round.config.groups import (
@@ -30,6 +31,7 @@ GROUPS: Final[Mapping[str, type]] = MappingProxyType(
         "auto": AutoSchemeOptions,
         "cache": CacheOptions,
         "calibration": CalibrationOptions,
+        "diffusion": DiffusionOptions,
         "tune": TuneOptions,
         "memory": MemoryOptions,
         "output": OutputOptions,
@@ -57,6 +59,7 @@ class Options:
     auto: AutoSchemeOptions = field(default_factory=AutoSchemeOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
     tune: TuneOptions = field(default_factory=TuneOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     output: OutputOptions = field(default_factory=OutputOptions)

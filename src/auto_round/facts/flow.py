@@ -48,11 +48,14 @@ class BlockCall:
         kwargs: keyword arguments, for example `attention_mask` (None, or bool `[B, 1, L, L]`) and
             `position_embeddings` (a pair of `[1 or B, L, D]`).
         places: where each of the `States` goes: position in `args`, or name.
+        lengths: how much of each of the `States` the block is given, where rows have other lengths than the
+            tensors that hold them all; empty where it is given all of them.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     places: tuple[int | str, ...] = (0,)
+    lengths: tuple[int, ...] = ()
 
     def given(self, states: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the whole call."""

@@ -22,6 +22,7 @@ class Role(Enum):
     HEAD = "head"
     TOWER = "tower"
     OUTSIDE = "outside the blocks"
+    MODULATION = "modulation"
 
 
 @dataclass(frozen=True, slots=True)

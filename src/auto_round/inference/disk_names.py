@@ -99,7 +99,8 @@ class ConfigNames:
 
     def of_layer(self, path: str) -> tuple[str, ...]:
         """All names of a linear layer, its path in the module tree first."""
-        prefix = f"{self.disk.model.base_model_prefix}."
+        base = getattr(self.disk.model, "base_model_prefix", "")  # models of diffusers have none
+        prefix = f"{base}." if base else ""
         names: dict[str, None] = {}
         for name in (path, self.disk.layer(path)):
             bare = name.removeprefix(prefix)

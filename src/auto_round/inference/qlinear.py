@@ -33,6 +33,9 @@ def named(layer: str, error: UnsupportedError) -> UnsupportedError:
     return UnsupportedError(f'layer "{layer}": {str(error).splitlines()[0]}', error.refusals)
 
 
+_SIXTEEN = (torch.float16, torch.bfloat16)
+
+
 class PackedWeight(nn.Module):
     """The tensors of one weight as a layout stores them, on the meta device until a checkpoint fills them.
 
@@ -93,8 +96,11 @@ def _narrowed(part: Tensor, dtype: torch.dtype) -> Tensor:
     """A stored float as it was stored, where that loses nothing.
 
     Transformers widens tensors while it loads them whose names hold a word of the model's
-    `_keep_in_fp32_modules_strict`, and `scale` is in some models' list.
+    `_keep_in_fp32_modules_strict`, and `scale` is in some models' list. diffusers casts every floating tensor
+    to the dtype that a model is loaded in, so that the other kind of 16 bits may arrive here.
     """
+    if part.dtype in _SIXTEEN and dtype in _SIXTEEN:
+        return part.to(dtype)
     if part.dtype is dtype or not (part.dtype is torch.float32 and dtype.is_floating_point):
         return part
     stored = part.to(dtype)

@@ -292,7 +292,7 @@ class AssembledSource(ABC):
         recorders = [Recorder([block.flow for block in blocks]) for blocks in self.block_lists]
         replaced: dict[int, object] = {}
         for recorder, blocks in zip(recorders, self.block_lists, strict=True):
-            replaced |= make_stubs([model.get_submodule(block.module) for block in blocks], recorder)
+            replaced |= make_stubs([model.get_submodule(block.module) for block in blocks], recorder.receive)
         for path in left_out[len(self.blocks) :]:
             replaced[id(model.get_submodule(path))] = LeftOut()
         return real_copy(model, tensors, device, replaced), recorders

@@ -9,11 +9,35 @@ from torch import nn
 
 from auto_round.facts.flow import HIDDEN_STATES, Flow
 
-LISTS: Mapping[str, tuple[str, ...]] = {}
-"""Class name of a model with several lists of blocks -> their module paths in order of execution."""
-FLOWS: Mapping[str, Flow] = {}
+LISTS: Mapping[str, tuple[str, ...]] = {
+    "FluxTransformer2DModel": ("transformer_blocks", "single_transformer_blocks"),
+    "Flux2Transformer2DModel": ("transformer_blocks", "single_transformer_blocks"),
+    "SD3Transformer2DModel": ("transformer_blocks",),
+    "QwenImageTransformer2DModel": ("transformer_blocks",),
+    "ZImageTransformer2DModel": ("noise_refiner", "context_refiner", "layers"),
+    "WanTransformer3DModel": ("blocks",),
+    "UNet2DConditionModel": (
+        "down_blocks.*.attentions.*.transformer_blocks",
+        "mid_block.attentions.*.transformer_blocks",
+        "up_blocks.*.attentions.*.transformer_blocks",
+    ),
+}
+"""Class name of a model with several lists of blocks -> their module paths in order of execution; `*` stands
+for every number in turn. Models of diffusers have a row in any case: they do not say what is a block."""
+
+_IMAGE_AND_TEXT = ("hidden_states", "encoder_hidden_states")
+_TEXT_FIRST = Flow(_IMAGE_AND_TEXT, returned=_IMAGE_AND_TEXT[::-1])
+
+FLOWS: Mapping[str, Flow] = {
+    "FluxTransformerBlock": _TEXT_FIRST,
+    "FluxSingleTransformerBlock": _TEXT_FIRST,
+    "Flux2TransformerBlock": _TEXT_FIRST,
+    "JointTransformerBlock": _TEXT_FIRST,
+    "QwenImageTransformerBlock": _TEXT_FIRST,
+}
 """Class name of a block that hands on several tensors -> which parameters receive them, and their order in
-its output. All blocks of a list hand on equally many."""
+its output. All blocks of a list hand on equally many; the last may give None for what nobody reads.
+Source: `models/transformers` of diffusers 0.42."""
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,9 @@ PLATFORMS: tuple[Platform, ...] = ("hf", "model_scope")
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 # Second copies of the weights: other frameworks' folders, and Mistral's own layout beside the usual one.
 _UNWANTED = ("*/*.safetensors", "consolidated*.safetensors")
+PIPELINE_INDEX = "model_index.json"
+"""File by which the folder of a pipeline of diffusers is known."""
+
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -60,7 +64,45 @@ def resolve_model(
     return download(name, revision, patterns)
 
 
-def _from_hugging_face(name: str, revision: str | None, patterns: list[str]) -> Path:
+def resolve_pipeline(name_or_path: str | Path, platform: str = "hf") -> Path:
+    """The folder of a pipeline of diffusers, downloaded first unless it is local; its components come along.
+
+    Raises:
+        ConfigError: as for `resolve_model`.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir() or not _REPOSITORY.fullmatch(str(name_or_path)):
+        return resolve_model(name_or_path, platform=platform)
+    download = _from_hugging_face if platform == "hf" else _from_model_scope
+    patterns = ["*.json", "*.txt", "*/*.safetensors", "*/*.model", "*/*.jinja"]
+    return download(str(name_or_path), None, patterns, ["*fp16.safetensors", "*bf16.safetensors"])
+
+
+def holds_pipeline(name: str, platform: str = "hf") -> bool:
+    """Whether a folder, or a name on Hugging Face, is a pipeline of diffusers rather than a model.
+
+    A hub is asked only for names that are not in its cache; a pipeline has no configuration at its top.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or platform != "hf" or name.startswith((".", "/", "~")) or "/" not in name:
+        return (path / PIPELINE_INDEX).is_file()
+    if not _REPOSITORY.fullmatch(name):
+        return False
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    known = {file: try_to_load_from_cache(name, file) for file in (PIPELINE_INDEX, "config.json")}
+    if any(isinstance(found, str) for found in known.values()):
+        return isinstance(known[PIPELINE_INDEX], str)
+    try:
+        hf_hub_download(name, PIPELINE_INDEX)
+    except Exception:  # noqa: BLE001  whatever is wrong with the name is said when the model is fetched
+        return False
+    return True
+
+
+def _from_hugging_face(
+    name: str, revision: str | None, patterns: list[str], left_out: Sequence[str] = _UNWANTED
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -72,7 +114,7 @@ def _from_hugging_face(name: str, revision: str | None, patterns: list[str]) -> 
 
     try:
         folder = snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns=list(_UNWANTED)
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=list(left_out)
         )
     except GatedRepoError as error:
         raise ConfigError(
@@ -97,7 +139,9 @@ def _from_hugging_face(name: str, revision: str | None, patterns: list[str]) -> 
     return Path(folder)
 
 
-def _from_model_scope(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _from_model_scope(
+    name: str, revision: str | None, patterns: list[str], left_out: Sequence[str] = _UNWANTED
+) -> Path:
     try:
         from modelscope import snapshot_download
         from modelscope.hub.errors import FileDownloadError, NotExistError, RequestError
@@ -108,7 +152,7 @@ def _from_model_scope(name: str, revision: str | None, patterns: list[str]) -> P
         ) from error
     try:
         folder = snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns=list(_UNWANTED)
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=list(left_out)
         )
     except (NotExistError, RequestError, FileDownloadError, OSError, ValueError) as error:
         raise ConfigError(

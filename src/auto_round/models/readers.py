@@ -24,8 +24,8 @@ ASKED = "other code asks for its weight"
 _ORDER = (CHANGED, ELSEWHERE, ASKED)
 _FACTS = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_meta", "requires_grad"})
 """What can be asked of a weight without its numbers."""
-_SETUP = ("__init__", "init_", "tie_weights", "_tie", "get_output_embeddings", "set_")
-"""Beginnings of the names of methods that run before weights are there."""
+_SETUP = ("__init__", "init_", "tie_weights", "_tie", "get_output_embeddings", "set_", "fuse_projections")
+"""Beginnings of the names of methods that run before weights are there, or when a user of diffusers asks."""
 _INITIALIZES = "_init_weights"
 
 

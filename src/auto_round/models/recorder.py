@@ -111,11 +111,17 @@ def _edit(before: Tensor, after: Tensor, index: int) -> Tensor | None:
     return after - before
 
 
-def make_stubs(blocks: Sequence[nn.Module], recorder: Recorder) -> dict[int, nn.Module]:
-    """`id` of each block -> its stub: a copy with the block's attributes whose forward is the recorder's."""
+def make_stubs(blocks: Sequence[nn.Module], receive: Callable[..., Any]) -> dict[int, nn.Module]:
+    """`id` of each block -> its stub: a copy with the block's attributes that hands its calls on.
+
+    Args:
+        blocks: of one list.
+        receive: called with the block's index, the names of its parameters, and the call's arguments, as
+            `Recorder.receive` is.
+    """
     stubs: dict[int, nn.Module] = {}
     for index, block in enumerate(blocks):
         stub = copy.deepcopy(block)
-        stub.forward = functools.partial(recorder.receive, index, parameter_names(block))
+        stub.forward = functools.partial(receive, index, parameter_names(block))
         stubs[id(block)] = stub
     return stubs

@@ -114,7 +114,15 @@ def find_block_lists(model: Any) -> tuple[tuple[str, ...], ...]:
     lists = LISTS.get(type(model).__name__)
     if lists is None:
         return (find_blocks(model),)
-    return tuple(tuple(f"{path}.{i}" for i in range(len(model.get_submodule(path)))) for path in lists)
+    found = (path for pattern in lists for path in _matching(model, pattern))
+    return tuple(tuple(f"{path}.{i}" for i in range(len(model.get_submodule(path)))) for path in found)
+
+
+def _matching(model: nn.Module, pattern: str) -> list[str]:
+    """Module paths of a pattern of `families.LISTS`, in the order of the modules."""
+    finder = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+    lists = ((path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m))
+    return [path for path, _ in lists if finder.fullmatch(path)]
 
 
 def find_decoder(model: Any, blocks: Sequence[str]) -> str:

@@ -227,7 +227,7 @@ class _Loop:
         how = self._group_tuning()
         if how.objective.loss is not PLAIN.loss:
             job = replace(job, tune=in_equal_passes(job.tune, job.tuned, job.ranks.size))
-        lists = [_groups(blocks, job.options.tune.nblocks) for blocks in job.source.block_lists]
+        lists = [groups_of(blocks, job.options.tune.nblocks) for blocks in job.source.block_lists]
         count, done = sum(map(len, lists)), self._finished()
         before, ended = 0, list[Streams]()
         towers = round_towers(job, self._write)
@@ -244,7 +244,7 @@ class _Loop:
                 refuse_difference(job.ranks, f"codes of {unit}", digest_of(job, result))
                 self._keep(result, unit, number, streams)
                 if number > before + 1:  # what flows out of a list is needed until the end
-                    _saved(self.scratch, number - 1).unlink(missing_ok=True)
+                    saved_streams(self.scratch, number - 1).unlink(missing_ok=True)
                 losses = {"loss": result.tuned.loss, "initial": result.tuned.initial_loss}
                 self.progress(self.clock.event("tune", number, count, unit, **losses))
             before += len(groups)
@@ -338,7 +338,7 @@ class _Loop:
     def _restore(self, streams: Streams, number: int) -> None:
         """Take the streams up again that an earlier run saved before group `number`."""
         if not self.job.ranks.rank:
-            streams.restore(_saved(self.scratch, number))
+            streams.restore(saved_streams(self.scratch, number))
         self.job.ranks.spread((*streams.reference, *streams.quantized))
 
     def _keep(self, result: GroupResult, unit: str, number: int, streams: Streams) -> None:
@@ -354,7 +354,7 @@ class _Loop:
         if result.inputs and leads:
             save_inputs(self.scratch, f"{number:04d}", result.inputs)
         if self.job.options.output.resume and leads:
-            streams.save(_saved(self.scratch, number))
+            streams.save(saved_streams(self.scratch, number))
         self._done(unit, written, figures_of(result), timed=True)
 
     def _write(self, layer: Layer, q: QuantizedLayer) -> None:
@@ -373,7 +373,7 @@ class _Loop:
         return {entry["unit"] for entry in self.journal.entries}
 
 
-def _groups(blocks: Sequence[Block], size: int) -> list[tuple[str, list[int]]]:
+def groups_of(blocks: Sequence[Block], size: int) -> list[tuple[str, list[int]]]:
     """Name and block indices of each unit of a list that is tuned as one."""
     units = []
     for start in range(0, len(blocks), size):
@@ -383,6 +383,6 @@ def _groups(blocks: Sequence[Block], size: int) -> list[tuple[str, list[int]]]:
     return units
 
 
-def _saved(scratch: Path, number: int) -> Path:
+def saved_streams(scratch: Path, number: int) -> Path:
     """File of the streams before group `number`."""
     return scratch / f"streams-{number:04d}.safetensors"

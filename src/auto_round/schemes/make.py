@@ -34,6 +34,7 @@ from auto_round.schemes.siblings import fused_warnings
 __all__ = ["KEPT_ROLES", "PlanRequest", "make_plan"]
 
 ROUTER, HEAD, OUTSIDE, EXPERT, TOWER = "router", "head", "outside the blocks", "expert", "tower"
+MODULATION = "modulation"
 """Values of `facts.layer.Role` that the default rules tell apart."""
 
 KEPT_ROLES = {
@@ -41,6 +42,7 @@ KEPT_ROLES = {
     OUTSIDE: "outside the blocks",
     HEAD: "output head (--quant_lm_head quantizes it)",
     TOWER: "encoder of images or sound (--quant_nontext_module quantizes it)",
+    MODULATION: "modulation by the timestep (name it in --layer_config to quantize it)",
 }
 """Role -> why its layers are kept unless the user asks for them."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from auto_round.config.diffusion import DiffusionOptions
 from auto_round.config.option import settings
 from auto_round.config.options import GROUPS, Options
 from auto_round.export.exporter import Exporter
@@ -144,6 +145,11 @@ IDLE: Final = (
         lambda run: run.options.chosen is None,
     ),
     Idle(("dist_backend",), "one process does all (torchrun starts several)", lambda run: place() is None),
+    Idle(
+        tuple(setting.name for setting in settings(DiffusionOptions)),
+        "it is for pipelines of diffusers, and this is a model",
+        lambda _: True,
+    ),
     Idle(("platform",), "the model is a folder and the data need no hub", lambda run: _is_local(run)),
 )
 """One row for each reason; formats add their own (`Exporter.idle`)."""

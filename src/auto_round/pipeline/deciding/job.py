@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from auto_round.calibration.rows import CalibrationRows
+from auto_round.checkpoint.shards import TRANSFORMERS, WeightFiles
 from auto_round.config.groups import MemoryOptions
 from auto_round.config.options import Options
 from auto_round.export.exporter import Exporter
@@ -50,6 +51,7 @@ class Job:
         processor: its processor for images, where it was given as an object.
         caches: which scales of the key/value cache and of attention are calibrated; None for none.
         ranks: the processes that do it together.
+        files: how weight files of the output are called.
     """
 
     options: Options
@@ -68,6 +70,7 @@ class Job:
     processor: Any = None
     caches: AttentionPlan | None = None
     ranks: Ranks = ALONE
+    files: WeightFiles = TRANSFORMERS
 
     @property
     def effort(self) -> Effort | None:

@@ -135,7 +135,9 @@ class ArgumentTable:
 
 def _kind(calls: Sequence[BlockCall | None]) -> Hashable:
     """Which blocks are called, and with what, as far as rows of one batch must agree in it."""
-    return tuple(None if call is None else tuple(_alike((), (call.args, call.kwargs))) for call in calls)
+    return tuple(
+        None if call is None else (call.lengths, *_alike((), (call.args, call.kwargs))) for call in calls
+    )
 
 
 def _alike(place: Place, value: Any) -> Iterator[Hashable]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from auto_round.facts.flow import Flow, States
 from auto_round.pipeline.running.block_arguments import ArgumentTable
@@ -42,8 +42,9 @@ class BlockGroup(nn.Module):
         for block, order, (call, added) in zip(self.children(), self._orders, calls, strict=True):
             states = [s if a is None else s + a.to(s.dtype) for s, a in zip(states, added, strict=True)]
             if call is not None:
+                whole, states = states, _cut(states, call.lengths)
                 args, kwargs = call.given(states)
-                states = list(states_of(block(*args, **kwargs), order))
+                states = _filled(_handed_on(block(*args, **kwargs), order, states), whole)
         return tuple(states)
 
 
@@ -85,3 +86,25 @@ class GroupArguments:
             calls = [self._table.batch(b, rows, self._device) for b in self._blocks]
             self._last = (rows, ((calls,), {}))
         return self._last[1]
+
+
+def _cut(states: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    """The part of each tensor that a block is given; all of it where no lengths are known."""
+    if not lengths:
+        return list(states)
+    return [state[:, :length] for state, length in zip(states, lengths, strict=True)]
+
+
+def _filled(states: States, whole: Sequence[Tensor]) -> list[Tensor]:
+    """What a block gave, with zeros behind it where it was given only a part of `whole`."""
+    missing = [full.shape[1] - state.shape[1] for state, full in zip(states, whole, strict=True)]
+    pairs = zip(states, missing, strict=True)
+    return [nn.functional.pad(state, (0, 0, 0, n)) if n else state for state, n in pairs]
+
+
+def _handed_on(output: Any, order: Sequence[int], states: Sequence[Tensor]) -> States:
+    """What flows on; a tensor that the block gives up, with None in its place, stays as it was."""
+    if isinstance(output, tuple) and len(order) > 1:
+        known = dict(zip(order, states, strict=True))
+        output = tuple(known.get(i) if part is None else part for i, part in enumerate(output))
+    return states_of(output, order)

@@ -81,7 +81,7 @@ class Outputs:
         self._job = job
         self._outputs: list[_Output] = []
         finished = [tensor.partition("/") for tensor in done]
-        size = job.largest_shard
+        size, called = job.largest_shard, job.files
         for name, folder in folders.items():
             exporter = job.exporters[name]
             manifest = manifest_of(job, exporter)
@@ -89,10 +89,12 @@ class Outputs:
             shards = exporter.shards(manifest)
             folder.mkdir(parents=True, exist_ok=True)
             if fresh:
-                writer = ShardWriter.create(folder, specs, max_shard_bytes=size, shards=shards)
+                writer = ShardWriter.create(folder, specs, max_shard_bytes=size, shards=shards, names=called)
             else:
                 own = [tensor for key, _, tensor in finished if key == _key(name)]
-                writer = ShardWriter.reopen(folder, specs, max_shard_bytes=size, written=own, shards=shards)
+                writer = ShardWriter.reopen(
+                    folder, specs, max_shard_bytes=size, written=own, shards=shards, names=called
+                )
             self._outputs.append(_Output(name, exporter, manifest, writer))
 
     def put(self, layer: Layer, q: QuantizedLayer) -> Written:

@@ -1,0 +1,61 @@
+"""Pipelines of diffusers: `AutoRound` hands them on to here."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from auto_round.config import Options, read_environment
+from auto_round.log import ProgressSink
+
+if TYPE_CHECKING:
+    from auto_round.diffusion.run import PipelineResult
+
+
+def names_pipeline(model: Any, platform: str) -> bool:
+    """Whether a model is a pipeline of diffusers, in memory, in a folder or on a hub."""
+    if isinstance(model, str | Path):
+        from auto_round.models.hub import holds_pipeline
+
+        return holds_pipeline(str(model), platform)
+    return any(kind.__name__ == "DiffusionPipeline" for kind in type(model).__mro__)
+
+
+def quantize_pipeline(
+    options: Options, pipeline: Any, dataset: Iterable[Any] | None, progress: ProgressSink
+) -> PipelineResult:
+    """Quantize a pipeline and write it.
+
+    Args:
+        options: what to do.
+        pipeline: one in memory, which is saved to a folder first; None for the one that `options` name.
+        dataset: captions as Python objects; None for those that `options` name.
+        progress: receives events.
+    """
+    from auto_round.diffusion.prepare import prepare_pipeline
+    from auto_round.diffusion.run import run_pipeline
+    from auto_round.models.pipeline_folder import quiet_diffusers
+
+    space = read_environment().work_space
+    if space is not None:
+        space.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="auto_round-", dir=space) as scratch:
+        folder = None
+        if pipeline is not None:
+            folder = Path(scratch) / type(pipeline).__name__
+            with quiet_diffusers():
+                pipeline.save_pretrained(folder)
+        output = Path(options.output.output_dir)
+        return run_pipeline(
+            prepare_pipeline(options, folder=folder, dataset=dataset, output=output), progress
+        )
+
+
+def load_pipeline(folder: Path) -> Any:
+    """The pipeline of a folder, in the dtype of its files."""
+    from auto_round.models.pipeline_folder import quiet_diffusers, require_diffusers
+
+    with quiet_diffusers():
+        return require_diffusers().DiffusionPipeline.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,1 @@
+"""Pipelines of diffusers: their transformers tuned on what captions make them do."""

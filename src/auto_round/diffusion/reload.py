@@ -1,0 +1,66 @@
+"""The check that a written component loads with diffusers, and predicts what the tuned one predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_round.diffusion.rows import Rows
+from auto_round.diffusion.tune_component import Held
+from auto_round.errors import AutoRoundError, CheckpointError, is_out_of_memory
+from auto_round.models.pipeline_folder import quiet_diffusers
+from auto_round.models.replay import first_tensor, placed
+from auto_round.pipeline.deciding.job import Job
+
+LARGEST_ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+"""Squared difference over squared prediction that arithmetic in another order may cause, by dtype."""
+
+
+def check_reload(job: Job, kind: Any, folder: Path, rows: Rows | None, held: Held | None) -> dict[str, Any]:
+    """Load a component as users do, and compare its predictions.
+
+    Args:
+        job: the run of the component.
+        kind: its class.
+        folder: what was written.
+        rows: what it is called with; None where there were none.
+        held: predictions of the tuned component; None where there were no rows.
+
+    Returns:
+        `error` of its predictions and how many `rows` they were for; `loaded` alone without rows.
+
+    Raises:
+        CheckpointError: it does not load, or predicts something else.
+    """
+    model = _load(job, kind, folder)
+    if rows is None or held is None:
+        return {"loaded": True}
+    difference = size = 0.0
+    for number, wanted in held.outputs.items():
+        with torch.no_grad():
+            found = first_tensor(model(**placed(rows.read(number), job.device, job.dtype))).cpu().double()
+        difference += float((found - wanted.double()).square().sum())
+        size += float(wanted.double().square().sum())
+    error = difference / max(size, 1e-30)
+    if not error <= LARGEST_ERROR[job.dtype]:
+        raise CheckpointError(
+            f"{folder}: what was written does not predict what was tuned: relative squared error {error:.3g} "
+            f"(at most {LARGEST_ERROR[job.dtype]}). Please report this; the unfinished folder is kept"
+        )
+    return {"rows": len(held.outputs), "error": error}
+
+
+def _load(job: Job, kind: Any, folder: Path) -> Any:
+    try:
+        with quiet_diffusers():
+            return kind.from_pretrained(folder, dtype=job.dtype, local_files_only=True).to(job.device).eval()
+    except AutoRoundError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{folder}: diffusers does not load it ({type(error).__name__}: {str(error).strip()[:300]})"
+        ) from error

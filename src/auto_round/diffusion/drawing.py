@@ -117,4 +117,4 @@ def as_tensor(latents: Any) -> Tensor:
     """Latents as one float32 tensor on the host, `[pictures, ...]`."""
     if isinstance(latents, Tensor):
         return latents.detach().cpu().float()
-    return torch.stack([torch.as_tensor(part).detach().cpu().float() for part in latents])
+    return torch.stack([torch.as_tensor(part, device="cpu").detach().float() for part in latents])

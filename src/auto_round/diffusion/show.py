@@ -98,7 +98,7 @@ def _drawn(drawing: Drawing, captions: Sequence[str]) -> _Drawn:
 
 def stills(drawn: Any) -> Tensor:
     """Pictures of a call, `[captions, height, width, 3]`; of videos the middle frame."""
-    found = torch.as_tensor(drawn).float()
+    found = torch.as_tensor(drawn, device="cpu").float()
     return found[:, found.shape[1] // 2] if found.dim() == 5 else found
 
 

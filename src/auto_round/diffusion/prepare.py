@@ -24,7 +24,7 @@ from auto_round.pipeline.deciding.open_model import Opened
 from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.ranks.place import place
-from auto_round.schemes.number_types import FLOAT_TYPES
+from auto_round.schemes.float_types import FLOAT_TYPES
 from auto_round.schemes.scheme import parse_scheme
 
 FORMATS = ("auto_round", "fake")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from auto_round.config import build_options
+from auto_round.errors import UnsupportedError
 from auto_round.models.auto_classes import load_model
 from auto_round.models.families import FLOWS, LISTS
 from auto_round.models.folder import FolderSource
@@ -32,6 +33,11 @@ def test_blocks_know_their_list(folder):
         assert [block.in_list for block in source.blocks] == [0, 0, 0, 1, 1]
         assert source.blocks[3].disk == "model.tail.0"
         assert {layer.block for layer in source.layers} == {0, 1, 2, 3, 4, None}
+
+
+def test_all_blocks_together_are_those_of_one_list(folder, tmp_path):
+    with pytest.raises(UnsupportedError, match="it has 2 lists of blocks"):
+        quantize(folder, tmp_path / "out", distill_steps=1, distill_nsamples=2)
 
 
 def test_one_list_is_the_rule(tiny):

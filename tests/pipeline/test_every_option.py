@@ -74,6 +74,10 @@ ACTS = {
     "amp": Change(False),
     "disable_opt_rtn": Change(True, {"iters": 0}),
     "enable_alg_ext": Change(True, {"iters": 4}),
+    "distill_steps": Change(2, {"distill_nsamples": 4}),
+    "distill_nsamples": Change(3, {"distill_steps": 2}),
+    "distill_scales_only": Change(True, {"distill_steps": 2, "distill_nsamples": 4}),
+    "distill_lr": Change(0.05, {"distill_steps": 2, "distill_nsamples": 4}),
     "format": Change("fake", PLAIN),
     "max_shard_size": Change("32KB", PLAIN),
     "verify": Change(False, PLAIN),
@@ -189,6 +193,9 @@ SILENT = {
     "extra_data_dir": (".", {}),
     "template": ("llava", {}),
     "platform": ("model_scope", PLAIN),
+    "distill_nsamples": (4, {}),
+    "distill_lr": (0.1, {}),
+    "distill_scales_only": (True, {}),
 }
 """Option -> a value that does nothing in a run that is told so much else."""
 

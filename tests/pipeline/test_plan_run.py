@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.pipeline.deciding.plan_table import manifests, plan_size
+from auto_round.pipeline.distilling.cost import StageWork, stage_cost
 from auto_round.pipeline.estimate import Rates, estimate, measure_sizes
 from auto_round.pipeline.plan_run import dry_run, workload
 from pipeline.runs import ROWS, SHORT, quantize, weights
@@ -66,6 +68,19 @@ def test_the_text_says_what_matters(tiny, tmp_path):
     ):
         assert part in text
     assert "refused" not in text
+    assert "all blocks together" not in text
+
+
+def test_what_tuning_all_blocks_together_takes(tiny, tmp_path):
+    given = {"distill_nsamples": 3, "distill_steps": 300}
+    dry, plain = planned(tiny("llama"), tmp_path / "out", **given), planned(tiny("llama"), tmp_path / "out")
+    assert "for 300 steps of all blocks together, on 3 rows of their own" in dry.text
+    count = sum(math.prod(layer.shape) for layer, _ in dry.job.quantized().values())
+    assert dry.estimate.scratch_bytes == plain.estimate.scratch_bytes + 28 * count
+    assert dry.together.host_bytes == 12 * count
+    work = StageWork(steps=10, seqlen=256, held_out=8, block_weights=1e6, head_weights=1000, quantized=1000)
+    cost, longer = (stage_cost(replace(work, steps=steps), 1e9, 1e9) for steps in (100, 200))
+    assert 1.8 < longer.seconds / cost.seconds < 2.0
 
 
 def test_what_lies_at_the_output_is_reported_and_kept(tiny, tmp_path):

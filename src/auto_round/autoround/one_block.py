@@ -27,6 +27,8 @@ from auto_round.tuning.settings import tune_settings
 
 HELD_OUT_SHARE = 8
 """One sample in so many is not trained on and chooses the step that is kept."""
+BY_PREDICTIONS = {"enable_alg_ext": "judges the last block", "distill_steps": "tunes all blocks together"}
+"""Options that need the whole model."""
 
 
 def quantize_one_block(
@@ -37,11 +39,12 @@ def quantize_one_block(
     device: str | torch.device | None,
 ) -> tuple[States, States]:
     """Tune and round a block in place; arguments and result as in `AutoRound.quantize_block`."""
-    if options.tune.enable_alg_ext:
-        raise ConfigError(
-            "enable_alg_ext judges the last block by the model's predictions, and a block alone has none: "
-            "leave it out for quantize_block"
-        )
+    for name, does in BY_PREDICTIONS.items():
+        if getattr(options.tune, name):
+            raise ConfigError(
+                f"{name} {does} by the model's predictions, and a block alone has none: "
+                "leave it out for quantize_block"
+            )
     recorded = record(block, inputs)
     home = next(block.parameters()).device
     where = home if device is None else choose_device(str(device))

@@ -202,7 +202,7 @@ def _setting(
     request: Request, opened: Opened, decided: Decided, candidates: Candidates, given: Given
 ) -> Setting:
     rows = _rows(request.options, opened, given)
-    refuse_unknown_tokens(rows, opened.source)
+    refuse_unknown_tokens(rows.rows, opened.source)
     opened.source.refuse_untraceable()
     job = replace(
         put_together(request, opened, decided, Data(rows, len(rows.rows))),

@@ -53,6 +53,11 @@ class CalibrationRow:
         """`[length] int64`."""
         return self.inputs[TOKENS][0]
 
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """What two rows of text have in common that differ by their padding only."""
+        return tuple((self.tokens if self.mask is None else self.tokens[self.mask]).tolist())
+
     def __len__(self) -> int:
         """Number of positions."""
         return int(self.inputs[TOKENS].shape[1])

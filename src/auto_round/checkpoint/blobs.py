@@ -14,16 +14,21 @@ from auto_round.checkpoint.header import build_header, read_header
 from auto_round.errors import CheckpointError
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file, whole and durable or not at all; an older one is replaced.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, durable: bool = True) -> None:
+    """Write one safetensors file, whole or not at all; an older one is replaced.
 
     No second copy of contiguous CPU tensors is made in memory.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        durable: return when it would survive a power cut.
 
     Raises:
         ConfigError: disk full, no permission.
     """
     head, begins = build_header({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
-    with replacing(path) as fd:
+    with replacing(path, durable=durable) as fd:
         write_at(fd, head, 0)
         for name, tensor in tensors.items():
             write_at(fd, bytes_of(tensor.detach().cpu().contiguous()), begins[name])

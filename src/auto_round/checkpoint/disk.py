@@ -218,11 +218,15 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[int]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
     """Yield a descriptor whose bytes become `path` on leaving, all of them or none.
 
     The temporary name is derived from `path` alone, so that a run continued after a crash replaces what
     the crash left.
+
+    Args:
+        path: the file.
+        durable: it is to survive a power cut.
 
     Raises:
         ConfigError: disk full, no permission.
@@ -234,11 +238,13 @@ def replacing(path: Path) -> Iterator[int]:
         try:
             try:
                 yield fd
-                os.fsync(fd)
+                if durable:
+                    os.fsync(fd)
             finally:
                 os.close(fd)  # before the file gets its name: Windows renames no open file
             temporary.replace(path)
-            sync_folder(path.parent)
+            if durable:
+                sync_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

@@ -15,6 +15,7 @@ VERBS = {
     "calibrate": "calibrating",
     "score": "measuring sensitivity",
     "tune": "tuning",
+    "distill": "distilling",
     "write": "writing",
     "verify": "verifying",
     "original": "running the original",

@@ -292,6 +292,32 @@ class TuneOptions:
             aliases=("enable_lfq",),
         ),
     )
+    distill_steps: int = option(
+        0,
+        Spec(
+            "steps of tuning all blocks together by what the model predicts, after each was tuned alone, on "
+            "rows of their own; 0 for none",
+            low=0,
+        ),
+    )
+    distill_nsamples: int | None = option(
+        None, Spec("rows for distill_steps; when not given as many as the steps take, each seen once", low=1)
+    )
+    distill_scales_only: bool = option(
+        False,
+        Spec(
+            "distill_steps change the steps of groups only, not the codes: less gained, in a fraction of the "
+            "memory"
+        ),
+    )
+    distill_lr: float | None = option(
+        None,
+        Spec(
+            "step size of the rounding offsets in distill_steps; when not given 0.002 at 2 bits, half of it "
+            "at 3 and so on",
+            low=0,
+        ),
+    )
     enable_deterministic_algorithms: bool = option(
         False,
         Spec(

@@ -17,6 +17,8 @@ from auto_round.numerics.group import Group
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import BoundRule, Knobs, Scale, ScaleRule, Stats, stored_bits
 
+ZERO = "zero"
+"""Stored part that has the zero points."""
 CHUNK = 1 << 21
 """Weights handled at a time on a CPU outside of tuning. An eighth would fit a core's cache better, but two
 threads would wait for each other's turn in Python: 2.0 against 1.7 ns a weight (docs/LOG.md)."""
@@ -155,6 +157,25 @@ class Format:
             grouped, scale.step, scale.zero, scale.floor, offset, self.grid
         )
         return self.group.join(out, w.shape)
+
+    def rescale(self, q: QTensor, stats: Stats, knobs: Knobs) -> QTensor:
+        """The same codes and zero points with the step that follows from other knobs.
+
+        Args:
+            q: of this format.
+            stats: `self.stats(w)` of the weight.
+            knobs: range multipliers.
+        """
+        parts = dict(self.rule_for(stats).fit(stats, self.grid, knobs).parts)
+        kept = {name: part for name, part in q.scale.parts.items() if name == ZERO}
+        return QTensor(q.codes, self.rule.read(parts | kept), replace(self, bound=None))
+
+    def fake_rescale(self, q: QTensor, stats: Stats, knobs: Knobs) -> Tensor:
+        """`dequantize(rescale(q, stats, knobs))`, bit for bit, differentiable in the knobs; float32."""
+        scale = self.rule_for(stats).fit(stats, self.grid, knobs)
+        n = self.grid.decode(self.group.split(q.codes))
+        found = Scale(scale.step, q.scale.zero, floor=scale.floor)
+        return self.group.join(_in_weights(n, found), q.shape)
 
     def bits_per_weight(self, shape: Sequence[int]) -> float:
         """Stored bits per weight of a `shape` `[..., out, in]`: codes and all parts of the scales."""

@@ -158,15 +158,19 @@ def estimate(work: Workload, rates: Rates) -> Estimate:
 
 def operations(work: Workload, sizes: Sizes) -> float:
     """Floating-point operations with the weights: reference and quantized pass, tuning steps, and looks."""
-    share = _active_share(work)
-    inside = [layer for layer in work.source.layers if layer.block is not None]
-    active = sum(math.prod(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in inside)
     ends = 0.0
     if work.by_predictions:
         facts = work.source.facts
         seen = rows_seen(work.tune) * work.seqlen
         ends = HEAD_PASSES * float(seen) * facts.vocabulary * facts.width
-    return 2 * (active * _passes(work, sizes) + ends)
+    return 2 * (active_weights(work) * _passes(work, sizes) + ends)
+
+
+def active_weights(work: Workload) -> float:
+    """Weights in all blocks that one token meets."""
+    share = _active_share(work)
+    inside = [layer for layer in work.source.layers if layer.block is not None]
+    return sum(math.prod(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in inside)
 
 
 def measure_rates(work: Workload, seconds: float = 0.4) -> Rates:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import nn
 from auto_round.checkpoint.workfolder import refuse_occupied
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
-from auto_round.pipeline.deciding.fetch_rows import held_out_rows
+from auto_round.pipeline.deciding.fetch_rows import fresh_rows, held_out_rows
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import manifests, plan_table
 from auto_round.pipeline.deciding.prepare import prepare
-from auto_round.pipeline.estimate import Estimate, Rates, Workload, estimate, measure_rates
+from auto_round.pipeline.distilling.cost import StageCost, StageWork, stage_cost
+from auto_round.pipeline.estimate import Estimate, Rates, Workload, active_weights, estimate, measure_rates
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.memory import available_bytes
 
@@ -35,6 +36,7 @@ class DryRun:
         free_bytes: free space on the disk of the output.
         blocked: why the output folder cannot be written; empty when it can.
         unfinished: partial folder of an interrupted run there; None when there is none.
+        together: what tuning all blocks together takes of the estimate; None where it is not asked for.
     """
 
     job: Job
@@ -45,6 +47,7 @@ class DryRun:
     free_bytes: int
     blocked: str
     unfinished: Path | None
+    together: StageCost | None = None
 
     @property
     def text(self) -> str:
@@ -68,6 +71,13 @@ class DryRun:
         ]
         rate = f"{self.rates.operations / 1e9:.3g} billion operations per second, measured now"
         lines += [f"time:    about {_duration(expected.seconds)}, a rough estimate from {rate}"]
+        if self.together is not None:
+            options, cost = self.job.options, self.together
+            lines += [
+                f"of it:   about {_duration(cost.seconds)} and {_size(cost.scratch_bytes)} of the disk for "
+                f"{options.tune.distill_steps} steps of all blocks together, on {fresh_rows(options)} rows "
+                "of their own"
+            ]
         lines += [f"output:  {', '.join(map(str, self.job.folders(self.job.output).values()))}"]
         if self.unfinished is not None:
             lines += [f"         an unfinished run lies in {self.unfinished}: the same command continues it"]
@@ -101,11 +111,13 @@ def dry_run(
         refuse_occupied(out, overwrite=options.output.overwrite)
     except ConfigError as error:
         blocked = str(error)
+    together = _together(job, work, rates)
     return DryRun(
         job=job,
         table=plan_table(job),
         rates=rates,
-        estimate=estimate(work, rates),
+        estimate=_with(estimate(work, rates), together),
+        together=together,
         available_bytes=available_bytes(),
         free_bytes=_free_bytes(out),
         blocked=blocked,
@@ -137,6 +149,36 @@ def workload(job: Job) -> Workload:
         continues=output.resume,
         quantized=sum(math.prod(layer.shape) for layer, _ in job.quantized().values()),
         output_bytes=sum(m.nbytes for m in manifests(job).values()),
+    )
+
+
+def _together(job: Job, work: Workload, rates: Rates) -> StageCost | None:
+    """What tuning all blocks together takes; None where it is not asked for."""
+    steps = job.options.tune.distill_steps
+    if not steps:
+        return None
+    facts = job.source.facts
+    stage = StageWork(
+        steps=steps,
+        seqlen=work.seqlen,
+        held_out=work.held_out,
+        block_weights=active_weights(work),
+        head_weights=facts.vocabulary * facts.width,
+        quantized=work.quantized,
+        codes_stay=job.options.tune.distill_scales_only,
+    )
+    return stage_cost(stage, rates.operations, rates.bandwidth)
+
+
+def _with(expected: Estimate, together: StageCost | None) -> Estimate:
+    """The estimate of the whole run."""
+    if together is None:
+        return expected
+    return replace(
+        expected,
+        host_bytes=expected.host_bytes + together.host_bytes,
+        scratch_bytes=expected.scratch_bytes + together.scratch_bytes,
+        seconds=expected.seconds + together.seconds,
     )
 
 

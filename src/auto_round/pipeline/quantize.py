@@ -17,10 +17,10 @@ from auto_round.checkpoint.journal import Journal, JournalCopy
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.config.options import Options
 from auto_round.consumers.lines import judge_outputs
-from auto_round.evaluate.logits import positions_at_once
 from auto_round.facts.layer import Block, Layer
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.numerics.qtensor import QuantizedLayer
+from auto_round.pipeline.all_blocks import AllBlocks, TimedSteps, keep_learned, refuse_several
 from auto_round.pipeline.checking.verify import verify_all
 from auto_round.pipeline.deciding.activations import activation_formats
 from auto_round.pipeline.deciding.image_rows import first_with_images
@@ -47,7 +47,7 @@ from auto_round.pipeline.running.expert_rows import cover_experts
 from auto_round.pipeline.running.head import quantize_outside
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import save_inputs
-from auto_round.pipeline.running.last_block import logits_budget
+from auto_round.pipeline.running.last_block import positions_held
 from auto_round.pipeline.running.measure import Measured, measure_streams
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.towers import round_towers
@@ -107,6 +107,7 @@ def run(
 @plain_device()
 def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
     """Run a job that is prepared, or continue it where an earlier run was killed; see `run`."""
+    refuse_several(job)
     with deterministic_kernels(wanted=job.options.tune.enable_deterministic_algorithms):
         return _follow(job, clock) if job.ranks.rank else _lead(job, progress, clock)
 
@@ -217,6 +218,11 @@ class _Loop:
         head, inputs = quantize_outside(self.job, streams, self._write)
         if inputs and self.job.saves_imatrix:
             save_inputs(self.scratch, "head", inputs)
+        if self.job.fresh:
+            members = [m for _, m in _groups(self.job.source.blocks, self.job.options.tune.nblocks)]
+            steps = TimedSteps(self.job.options.tune.distill_steps, self.progress, self.clock)
+            AllBlocks(self.job, members, self.scratch, self.journal, self.outputs).tune(streams, head, steps)
+            self.clock.lap("distill")
         measured = measure_streams(self.job, streams, head)
         self.clock.lap("measure")
         return measured
@@ -255,16 +261,11 @@ class _Loop:
     def _group_tuning(self) -> GroupTuning:
         """What is the same for all groups of blocks."""
         job, options = self.job, self.job.options
-        positions = 0
-        if options.tune.enable_alg_ext and job.rows is not None:
-            budget = logits_budget(job.device, sparing=job.memory.low_gpu_mem_usage)
-            # Positions of several rows stand in a line, no longer than a model's table of positions.
-            positions = min(positions_at_once(job.source.facts.vocabulary, budget), len(job.rows.rows[0]))
         return GroupTuning(
             objective=replace(self._objective(), ranks=job.ranks),
             seed=options.calibration.seed,
             from_quantized=options.tune.enable_quanted_input,
-            positions=positions,
+            positions=positions_held(job) if options.tune.enable_alg_ext else 0,
         )
 
     def _objective(self) -> Objective:
@@ -353,6 +354,8 @@ class _Loop:
         leads = not self.job.ranks.rank
         if result.inputs and leads:
             save_inputs(self.scratch, f"{number:04d}", result.inputs)
+        if leads:
+            keep_learned(self.scratch, number - 1, result.tuned)
         if self.job.options.output.resume and leads:
             streams.save(saved_streams(self.scratch, number))
         self._done(unit, written, figures_of(result), timed=True)

@@ -43,6 +43,7 @@ class TuneConfig:
         tune_norm_bias: also learn the block's norm weights and biases.
         keep_best: return the best parameters seen on the held-out samples, else the last ones.
         ranges: what flows into layers fixes numbers of their formats; tuning itself does not look at this.
+        keeps_offsets: return the offsets and knobs of each weight too, where a later stage goes on from them.
         patience: stop after this many steps without a better held-out loss, which is looked at ten times in a
             run; 0 never stops early.
     """
@@ -64,12 +65,13 @@ class TuneConfig:
     tune_norm_bias: bool = False
     keep_best: bool = True
     ranges: bool = False
+    keeps_offsets: bool = False
     patience: int = 0
 
     @property
     def needs_rows(self) -> bool:
-        """Whether calibration rows are needed: for tuning, the weighted search, and ranges of inputs."""
-        return self.iters > 0 or self.search or self.ranges
+        """Whether rows are needed: for tuning, the weighted search, ranges of inputs, or a later stage."""
+        return self.iters > 0 or self.search or self.ranges or self.keeps_offsets
 
     @property
     def pass_rows(self) -> int:

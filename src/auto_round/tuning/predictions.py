@@ -60,19 +60,8 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, output: Tensor, target: Tensor, finish: Callable[[Tensor], Tensor], at_once: int
     ) -> Tensor:
-        wants_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(output) if wants_gradient else None
-        total = torch.zeros((), dtype=torch.float32, device=output.device)
-        for start in range(0, len(output), at_once):
-            part = slice(start, start + at_once)
-            expected = finish(target[part].unsqueeze(0)).float().log_softmax(-1)
-            with torch.set_grad_enabled(wants_gradient):
-                hidden = output[part].detach().requires_grad_(wants_gradient)
-                found = finish(hidden.unsqueeze(0)).float().log_softmax(-1)
-                divergence = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
-            if gradient is not None:
-                (gradient[part],) = torch.autograd.grad(divergence, hidden)
-            total += divergence.detach()
+        ends = Ends(finish, finish, at_once)
+        total, gradient = summed_divergence(output, target, ends, gradient=ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         return total
 
@@ -80,3 +69,48 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The ends of two models: what turns hidden states `[1, n, hidden]` into logits `[1, n, vocabulary]`.
+
+    Attributes:
+        found: of the model that is judged; differentiable.
+        expected: of the original model.
+        at_once: positions whose logits are held at a time.
+    """
+
+    found: Callable[[Tensor], Tensor]
+    expected: Callable[[Tensor], Tensor]
+    at_once: int
+
+
+def summed_divergence(
+    output: Tensor, target: Tensor, ends: Ends, *, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum over positions of the divergence of predictions from those of the original model, nats.
+
+    Args:
+        output: hidden states of the model that is judged, `[n, hidden]`.
+        target: those of the original model, same shape.
+        ends: what turns both into logits.
+        gradient: also return the gradient in `output`.
+
+    Returns:
+        float32 scalar, and the gradient `[n, hidden]` in the dtype of `output`.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=output.device)
+    found_gradient = torch.empty_like(output) if gradient else None
+    for start in range(0, len(output), ends.at_once):
+        part = slice(start, start + ends.at_once)
+        with torch.no_grad():
+            expected = ends.expected(target[part].unsqueeze(0)).float().log_softmax(-1)
+        with torch.set_grad_enabled(gradient):
+            hidden = output[part].detach().requires_grad_(gradient)
+            found = ends.found(hidden.unsqueeze(0)).float().log_softmax(-1)
+            divergence = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
+        if found_gradient is not None:
+            (found_gradient[part],) = torch.autograd.grad(divergence, hidden)
+        total += divergence.detach()
+    return total, found_gradient

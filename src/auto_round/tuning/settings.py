@@ -35,4 +35,5 @@ def tune_settings(tune: TuneOptions, bits: int) -> TuneConfig:
         tune_norm_bias=tune.enable_norm_bias_tuning,
         keep_best=not tune.not_use_best_mse,
         patience=max(0, tune.dynamic_max_gap),
+        keeps_offsets=tune.distill_steps > 0,
     )

@@ -25,7 +25,7 @@ from auto_round.tuning.gradients import GradientSum
 from auto_round.tuning.objective import PLAIN, Objective
 from auto_round.tuning.samples import Counts, Samples
 from auto_round.tuning.steps import batch_rows, held_out_looks, make_stepper, step_factor
-from auto_round.tuning.weights import Weight, WeightTask, fake_weights
+from auto_round.tuning.weights import Learned, Weight, WeightTask, fake_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class TunedBlock:
         initial_loss: held-out loss of the starting point.
         loss: held-out loss of what is returned.
         best_step: step that was kept; 0 is the starting point.
+        learned: offsets and knobs of each weight, where the settings keep them.
     """
 
     weights: Mapping[str, QTensor]
@@ -45,6 +46,7 @@ class TunedBlock:
     initial_loss: float = math.nan
     loss: float = math.nan
     best_step: int = 0
+    learned: Mapping[str, Learned] = field(default_factory=dict)
 
 
 def tune_block(
@@ -75,6 +77,10 @@ def tune_block(
     effort = (QUICK if config.iters else THOROUGH) if config.search else None
     ranks, sizes = objective.ranks, {name: _numel(block, name) for name in tasks}
     if not config.iters or not tasks:
+        if config.keeps_offsets:
+            weights = {name: Weight.of(block, name, task, effort) for name, task in tasks.items()}
+            learned = {n: w.learned for n, w in weights.items()}
+            return TunedBlock({n: w.quantize() for n, w in weights.items()}, learned=learned)
         return TunedBlock(
             done_together(ranks, sizes, lambda name: Weight.of(block, name, tasks[name], effort).quantize())
         )
@@ -167,6 +173,7 @@ class _Loop:
             initial,
             loss,
             done,
+            {n: w.learned for n, w in self._weights.items()} if config.keeps_offsets else {},
         )
 
     def _gradients(self, step: int) -> list[Tensor | None]:

@@ -33,6 +33,19 @@ class WeightTask:
     importance: AnyImportance | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What tuning found for one weight, before it is rounded.
+
+    Attributes:
+        knobs: range multipliers.
+        v: rounding offsets in units of the grid's spacing, shape of the weight, float32.
+    """
+
+    knobs: Knobs
+    v: Tensor
+
+
 @dataclass(slots=True)
 class Weight:
     """One weight under tuning.
@@ -77,10 +90,48 @@ class Weight:
         """The weight as it would come back from its codes, in the dtype that the block runs in."""
         return self.format.fake_quantize(self.original, self.stats, self.knobs, self.v).to(self.dtype)
 
+    @property
+    def learned(self) -> Learned:
+        """The offsets and knobs as they are now."""
+        return Learned(Knobs(self.knobs.lo.detach(), self.knobs.hi.detach()), self.v.detach())
+
     def quantize(self) -> QTensor:
         """Codes and scale of what was tuned."""
         with torch.no_grad():
             return self.format.quantize(self.original, self.knobs, self.v)
+
+
+@dataclass(slots=True)
+class Rescaled:
+    """One weight whose codes stay while its steps are learned.
+
+    Attributes:
+        format: numeric format, bound to this weight.
+        codes: codes and scale of `knobs`.
+        stats: measured ranges of the weight.
+        knobs: range multipliers, which stay.
+        ratio: what both of them are multiplied by, learned; `[..., rows, n_groups]` float32.
+        dtype: dtype in which the block runs.
+    """
+
+    format: Format
+    codes: QTensor
+    stats: Stats
+    knobs: Knobs
+    ratio: Tensor
+    dtype: torch.dtype
+
+    def fake(self) -> Tensor:
+        """The weight as it would come back from its codes, in the dtype that the block runs in."""
+        return self.format.fake_rescale(self.codes, self.stats, self._scaled()).to(self.dtype)
+
+    def quantize(self) -> QTensor:
+        """Codes and scale of what was learned."""
+        with torch.no_grad():
+            return self.format.rescale(self.codes, self.stats, self._scaled())
+
+    def _scaled(self) -> Knobs:
+        return Knobs(self.knobs.lo * self.ratio, self.knobs.hi * self.ratio)
 
 
 def measured(name: str, fmt: Format, w: Tensor) -> Stats:
@@ -95,7 +146,7 @@ def measured(name: str, fmt: Format, w: Tensor) -> Stats:
         raise NumericsError(f"{name}: {error}") from None
 
 
-def fake_weights(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+def fake_weights(weights: Mapping[str, Weight | Rescaled]) -> dict[str, Tensor]:
     """All weights of a block as they would come back from their codes."""
     return {name: weight.fake() for name, weight in weights.items()}
 

@@ -105,6 +105,11 @@ IDLE: Final = (
         "it says how iters 0 rounds; tuning always begins with searched ranges",
         lambda run: not _rounds(run),
     ),
+    Idle(
+        ("distill_nsamples", "distill_lr", "distill_scales_only"),
+        "blocks are not tuned together (--distill_steps 300)",
+        lambda run: not run.options.tune.distill_steps,
+    ),
     Idle(("nsamples", "expert_rows"), "plain rounding needs no data", _needs_no_rows),
     Idle(("expert_rows",), "the model sends tokens to no experts", lambda run: not run.has_experts),
     Idle(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from auto_round.calibration.registry import Platform
-from auto_round.calibration.row import CalibrationRow
+from auto_round.calibration.row import CalibrationRow, fingerprint
 from auto_round.calibration.rows import CalibrationRows, load_rows
 from auto_round.calibration.scripts import letters_of
 from auto_round.config.groups import CalibrationOptions
@@ -27,6 +27,7 @@ from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
+from auto_round.tuning.distill import rows_of_step
 
 HELD_OUT = 8
 """Rows beyond those tuned on: they choose the step that is kept, and measure the result."""
@@ -40,11 +41,13 @@ class Data:
         rows: calibration rows, those held out last; None for plain rounding without data.
         tuned: how many of the rows are tuned on; the rest are held out.
         more: loads so many rows of the same data, these among them; None where it can be read only once.
+        fresh: further rows, of the stage after block tuning.
     """
 
     rows: CalibrationRows | None = None
     tuned: int = 0
     more: Callable[[int], CalibrationRows] | None = None
+    fresh: tuple[CalibrationRow, ...] = ()
 
 
 def fetch_rows(opened: Opened, decided: Decided, *, dataset: Any = None, dry: bool = False) -> Data:
@@ -62,13 +65,15 @@ def fetch_rows(opened: Opened, decided: Decided, *, dataset: Any = None, dry: bo
         AutoRoundError: no data.
     """
     options, source, tokenizer = opened.options, opened.source, opened.tokenizer
+    if options.tune.distill_steps:
+        _refuse_several_lists(source)
     if decided.importance or not _runs_by_blocks(opened, decided, dataset) or dry:
         return Data()
     if tokenizer is None and decided.tune.needs_rows and dataset is None and source.folder is not None:
         tokenizer = load_tokenizer(options, source, required=True)
     data = _rows(options, decided.tune, replace(opened, tokenizer=tokenizer), dataset)
     if data.rows is not None:
-        refuse_unknown_tokens(data.rows, source)
+        refuse_unknown_tokens([*data.rows.rows, *data.fresh], source)
         refuse_other_inputs(data.rows.rows, source, ready=dataset is not None)
         if not _reach_all_blocks(data.rows.rows, source, decided):
             return Data()
@@ -106,8 +111,12 @@ def _rows(options: Options, tune: TuneConfig, opened: Opened, dataset: Any) -> D
         if dataset is None and wanted.dataset == CalibrationOptions().dataset:
             return Data()
         return Data(load(nsamples=HELD_OUT))
-    beside = held_out_rows(wanted.nsamples)
-    rows = load(nsamples=wanted.nsamples + beside)
+    beside, later = held_out_rows(wanted.nsamples), fresh_rows(options)
+    rows = load(nsamples=wanted.nsamples + beside + later)
+    once = isinstance(dataset, Iterator)
+    more = None if once else lambda count: load(nsamples=count + later)
+    if later:
+        return replace(_with_fresh(rows, wanted.nsamples, beside, later), more=more)
     count = len(rows.rows)
     if count == 1:
         logger.warning(
@@ -118,9 +127,53 @@ def _rows(options: Options, tune: TuneConfig, opened: Opened, dataset: Any) -> D
         return Data(replace(rows, rows=rows.rows * 2), 1)
     short = count < wanted.nsamples + beside
     tuned = count - (min(beside, max(1, count // 8)) if short else beside)
-    once = isinstance(dataset, Iterator)
-    more = None if once else lambda count: load(nsamples=count)
     return Data(with_each_kind_held_out(rows, tuned), tuned, more)
+
+
+def fresh_rows(options: Options) -> int:
+    """Rows that the stage after block tuning wants for itself."""
+    tune = options.tune
+    if not tune.distill_steps:
+        return 0
+    return tune.distill_nsamples or tune.distill_steps * rows_of_step(options.calibration.seqlen)
+
+
+def _refuse_several_lists(source: ModelSource) -> None:
+    """Refuse the stage after block tuning for models of which one list of blocks reads what another gave.
+
+    Raises:
+        UnsupportedError: it is such a model.
+    """
+    if len(source.block_lists) > 1:
+        reason = f"it has {len(source.block_lists)} lists of blocks, such as an encoder and a decoder"
+        raise UnsupportedError(
+            "distill_steps goes through one list of blocks",
+            [Refusal("distillation", reason, "leave distill_steps out")],
+        )
+
+
+def _with_fresh(rows: CalibrationRows, tuned: int, beside: int, later: int) -> Data:
+    """Rows to tune blocks on, to hold out, and for the stage after block tuning.
+
+    Raises:
+        ConfigError: there are too few for all three.
+        UnsupportedError: some have images.
+    """
+    found = len(rows.rows)
+    if found < tuned + beside + later:
+        raise ConfigError(
+            f"distill_steps takes rows that blocks are not tuned on: expected {tuned} + {beside} held out + "
+            f"{later} more, and the data give {found} ({rows.summary}). Give more data, fewer steps, fewer "
+            "rows for each of the two (--nsamples, --distill_nsamples: the same rows are then seen again), "
+            "or shorter ones (--seqlen)"
+        )
+    if first_with_images(rows.rows) is not None:
+        raise UnsupportedError(
+            "distill_steps reads text only",
+            [Refusal("distillation", "some calibration rows have images", "give text, or leave it out")],
+        )
+    first, fresh = rows.rows[: tuned + beside], rows.rows[tuned + beside :]
+    return Data(replace(rows, rows=first, fingerprint=fingerprint(first)), tuned, fresh=fresh)
 
 
 def _runs_by_blocks(opened: Opened, decided: Decided, dataset: Any) -> bool:
@@ -207,15 +260,15 @@ def _refuse_unreached(source: ModelSource, plan: Plan, skipped: Collection[int])
         )
 
 
-def refuse_unknown_tokens(rows: CalibrationRows, source: ModelSource) -> None:
+def refuse_unknown_tokens(rows: Sequence[CalibrationRow], source: ModelSource) -> None:
     """Refuse rows that hold tokens which the model does not know.
 
     Raises:
         ConfigError: they do.
     """
     known = max(source.facts.vocabulary, source.facts.image_token + 1)
-    largest = max(int(row.tokens.max()) for row in rows.rows)
-    smallest = min(int(row.tokens.min()) for row in rows.rows)
+    largest = max(int(row.tokens.max()) for row in rows)
+    smallest = min(int(row.tokens.min()) for row in rows)
     if largest >= known or smallest < 0:
         raise ConfigError(
             f"the calibration rows hold token {largest if largest >= known else smallest}, but the model's "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auto_round.calibration.row import CalibrationRow
 from auto_round.calibration.rows import CalibrationRows
 from auto_round.checkpoint.shards import TRANSFORMERS, WeightFiles
 from auto_round.config.groups import MemoryOptions
@@ -52,6 +53,7 @@ class Job:
         caches: which scales of the key/value cache and of attention are calibrated; None for none.
         ranks: the processes that do it together.
         files: how weight files of the output are called.
+        fresh: rows of the stage after block tuning, which blocks are not tuned on; empty without it.
     """
 
     options: Options
@@ -71,6 +73,7 @@ class Job:
     caches: AttentionPlan | None = None
     ranks: Ranks = ALONE
     files: WeightFiles = TRANSFORMERS
+    fresh: tuple[CalibrationRow, ...] = ()
 
     @property
     def effort(self) -> Effort | None:

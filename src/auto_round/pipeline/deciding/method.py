@@ -38,12 +38,19 @@ def method_of(options: Options, tune: TuneConfig, *, with_rows: bool) -> Method:
         with_rows: some rows are there to tune on, or to weigh a search by.
     """
     return Method(
-        sentence=_sentence(tune, with_rows=with_rows, by_predictions=options.tune.enable_alg_ext),
+        sentence=_sentence(tune, with_rows=with_rows, by_predictions=options.tune.enable_alg_ext)
+        + _stage(options.tune),
         facts=_facts(options.tune, options.calibration),
         seed=options.calibration.seed,
         dataset=options.calibration.dataset,
         model=options.model.model,
     )
+
+
+def _stage(tune: TuneOptions) -> str:
+    if not tune.distill_steps:
+        return ""
+    return f", then {tune.distill_steps} steps of all blocks together by the model's predictions"
 
 
 def _sentence(tune: TuneConfig, *, with_rows: bool, by_predictions: bool) -> str:

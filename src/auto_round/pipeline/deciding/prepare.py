@@ -84,4 +84,5 @@ def put_together(request: Request, opened: Opened, decided: Decided, data: Data)
         output=request.output,
         importance=decided.importance,
         caches=decided.caches,
+        fresh=data.fresh,
     )

@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from auto_round.log import Progress
 from auto_round.pipeline.machine.memory import peak_bytes
 
+COUNTED = ("tune", "distill")
+"""Stages whose events come at even intervals, so that the time left follows."""
+
 
 class Clock:
     """Starts when made."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._tuning_since: float | None = None
+        self._counting_since: float | None = None
         self._skipped = 0
         self._lap = self._start
         self._stages: dict[str, float] = {}
@@ -42,8 +45,8 @@ class Clock:
         return seconds
 
     def skip(self, units: int) -> None:
-        """Tell that this many units were done in an earlier run."""
-        self._skipped = units
+        """Tell that this many units of the stage that begins were done in an earlier run."""
+        self._skipped, self._counting_since = units, self.seconds
 
     def event(
         self,
@@ -56,12 +59,12 @@ class Clock:
         initial: float | None = None,
     ) -> Progress:
         """A progress event, with the time left while tuning."""
-        if stage != "tune":
-            self._tuning_since = self.seconds
+        if stage not in COUNTED:
+            self._counting_since = self.seconds
         fresh = done - self._skipped
         left = None
-        if stage == "tune" and fresh > 0 and self._tuning_since is not None:
-            left = (self.seconds - self._tuning_since) / fresh * (total - done)
+        if stage in COUNTED and fresh > 0 and self._counting_since is not None:
+            left = (self.seconds - self._counting_since) / fresh * (total - done)
         return Progress(
             stage,
             done,

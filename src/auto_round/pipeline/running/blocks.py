@@ -14,11 +14,12 @@ from auto_round.calibration.observe_experts import ExpertMoments
 from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
 from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Layer
+from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import FixedScale
 from auto_round.numerics.activation_int import FixedInt
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import AnyImportance
-from auto_round.numerics.qtensor import QuantizedLayer
+from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.numerics.token_weights import Massive
 from auto_round.pipeline.deciding.activations import formats_inside
 from auto_round.pipeline.deciding.job import Job
@@ -29,7 +30,7 @@ from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import InputSquares
 from auto_round.pipeline.running.last_block import by_predictions
 from auto_round.pipeline.running.streams import Streams
-from auto_round.pipeline.running.unit import TunedUnit, Unit, tune_unit
+from auto_round.pipeline.running.unit import Unit, tune_unit
 from auto_round.tuning.objective import Objective
 from auto_round.tuning.sign_round import TunedBlock
 
@@ -105,7 +106,9 @@ def tune_group(
         if how.positions and indices[-1] == len(job.source.blocks) - 1:
             last = by_predictions(job.source, job.device, job.dtype, objective, how.positions)
             objective = stack.enter_context(last)
-        unit = _unit(job, indices, BlockGroup(blocks, [job.source.blocks[i].flow for i in indices]), table)
+        group = BlockGroup(blocks, [job.source.blocks[i].flow for i in indices])
+        refuse_not_finite(group, prefixes)
+        unit = make_unit(job, indices, group, table)
         found = tune_unit(
             unit,
             streams,
@@ -114,30 +117,25 @@ def tune_group(
             objective=objective,
             from_quantized=how.from_quantized,
         )
-    layers = _layers_of(job, indices, found)
-    others = {_outside(name, prefixes): value for name, value in found.tuned.others.items()}
+    layers = layers_of(job, indices, found.tuned.weights, found.activations)
+    others = {outside(name, prefixes): value for name, value in found.tuned.others.items()}
     seen = _inputs_of(job, indices, found.importance, found.moments) if job.saves_imatrix else {}
     ranges = InputRanges(
-        {_outside(name, prefixes): ends for name, ends in found.ranges.extremes.items()},
-        tuple(_outside(name, prefixes) for name in found.ranges.borrowed),
+        {outside(name, prefixes): ends for name, ends in found.ranges.extremes.items()},
+        tuple(outside(name, prefixes) for name in found.ranges.borrowed),
     )
     attentions = _attentions(job, prefixes)
     states = {attentions[n]: {p: s.step for p, s in each.items()} for n, each in found.states.items()}
-    experts = {_outside(name, prefixes): counts for name, counts in found.experts.items()}
+    experts = {outside(name, prefixes): counts for name, counts in found.experts.items()}
     errors = by_kind(found.errors)
     return GroupResult(layers, others, found.tuned, seen, found.massive, errors, ranges, states, experts)
 
 
-def _unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTable) -> Unit:
-    """The group as a unit of tuning: formats found, and blocks cast to the dtypes in which they compute.
-
-    Raises:
-        NumericsError: a weight is not finite.
-    """
+def make_unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTable) -> Unit:
+    """The group as a unit of tuning: formats found, and blocks cast to the dtypes in which they compute."""
     formats = _formats(job, indices)
     first = job.source.block_lists[job.source.blocks[indices[0]].in_list][0].index
     prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
-    refuse_not_finite(group, prefixes)
     originals = {name: group.get_parameter(name).detach() for name in formats}
     cast_group(job, group, indices)
     observed = _observed(job, indices, formats)
@@ -205,7 +203,7 @@ def refuse_not_finite(group: BlockGroup, prefixes: Mapping[str, str]) -> None:
         count = parameter.numel() - int(parameter.isfinite().sum())
         if count:
             raise NumericsError(
-                f"{_outside(name, prefixes)}: {count} of {parameter.numel()} weights are NaN or infinite; "
+                f"{outside(name, prefixes)}: {count} of {parameter.numel()} weights are NaN or infinite; "
                 "expected finite ones: fetch the model again"
             )
 
@@ -220,7 +218,8 @@ def cast_group(job: Job, group: BlockGroup, indices: Sequence[int]) -> None:
                 tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
 
 
-def _outside(name: str, prefixes: Mapping[str, str]) -> str:
+def outside(name: str, prefixes: Mapping[str, str]) -> str:
+    """Name in the model of a module or parameter of a group; `prefixes` has the path of each block."""
     position, _, rest = name.partition(".")
     return f"{prefixes[position]}.{rest}"
 
@@ -255,17 +254,28 @@ def _owner(group: BlockGroup, parameter: str) -> nn.Module:
     return group.get_submodule(parameter.rpartition(".")[0])
 
 
-def _layers_of(job: Job, indices: Sequence[int], tuned: TunedUnit) -> dict[str, tuple[Layer, QuantizedLayer]]:
-    """Quantized layers by their names on disk; fused parameters are cut into their matrices."""
+def layers_of(
+    job: Job,
+    indices: Sequence[int],
+    weights: Mapping[str, QTensor],
+    activations: Mapping[str, ActivationFormat],
+) -> dict[str, tuple[Layer, QuantizedLayer]]:
+    """Quantized layers by their names on disk; fused parameters are cut into their matrices.
+
+    Args:
+        job: the run.
+        indices: of the blocks of a group.
+        weights: parameter of the group -> codes and scale.
+        activations: module of the group -> what its input is rounded to.
+    """
     found: dict[str, tuple[Layer, QuantizedLayer]] = {}
     for layer in job.source.layers:
         if layer.block in indices and job.plan.format_of(layer.name) is not None:
             index = () if layer.expert is None else (layer.expert,)
             rows = slice(None) if layer.rows is None else slice(*layer.rows)
             name = inside_group(job, indices, layer)
-            inputs = tuned.activations.get(name.removesuffix(".weight"))
+            inputs = activations.get(name.removesuffix(".weight"))
             scale = inputs.number if isinstance(inputs, FixedScale) else None
             zero = inputs.zero if isinstance(inputs, FixedInt) else None
-            weight = tuned.tuned.weights[name].take(index, rows)
-            found[layer.name] = (layer, QuantizedLayer(weight, scale, zero))
+            found[layer.name] = (layer, QuantizedLayer(weights[name].take(index, rows), scale, zero))
     return found

@@ -94,13 +94,8 @@ def _fresh(job: Job, count: int) -> list[CalibrationRow]:
     """Rows that the run does not have yet, of so many rows of its data."""
     if job.rows is None or job.more_rows is None:
         return []
-    known = {_identity(row) for row in job.rows.rows}
-    return [row for row in job.more_rows(count).rows if _identity(row) not in known]
-
-
-def _identity(row: CalibrationRow) -> tuple[int, ...]:
-    """What two rows have in common that differ by their padding only."""
-    return tuple((row.tokens if row.mask is None else row.tokens[row.mask]).tolist())
+    known = {row.identity for row in (*job.rows.rows, *job.fresh)}
+    return [row for row in job.more_rows(count).rows if row.identity not in known]
 
 
 def _with_rows(job: Job, added: Sequence[CalibrationRow]) -> Job:

@@ -11,7 +11,9 @@ from dataclasses import replace
 
 import torch
 
+from auto_round.evaluate.logits import positions_at_once
 from auto_round.models.source import ModelSource
+from auto_round.pipeline.deciding.job import Job
 from auto_round.tuning.objective import Objective
 from auto_round.tuning.predictions import Predictions
 
@@ -29,6 +31,15 @@ def logits_budget(device: torch.device, *, sparing: bool) -> int:
         sparing: memory of an accelerator is to be spared.
     """
     return LOGITS_BYTES if sparing or device.type == "cpu" else ACCELERATOR_LOGITS_BYTES
+
+
+def positions_held(job: Job) -> int:
+    """Positions whose logits are held at a time while predictions are compared; 0 without rows."""
+    if job.rows is None:
+        return 0
+    budget = logits_budget(job.device, sparing=job.memory.low_gpu_mem_usage)
+    # Positions of several rows stand in a line, no longer than a model's table of positions.
+    return min(positions_at_once(job.source.facts.vocabulary, budget), len(job.rows.rows[0]))
 
 
 @contextmanager

@@ -84,6 +84,10 @@ class Unit:
         """Whether the model runs all of the blocks."""
         return not any(self.table.skipped(block) for block in self.blocks)
 
+    def rounds_input_of(self, weight: str) -> bool:
+        """Whether what a parameter is multiplied by is rounded too."""
+        return weight.removesuffix(_WEIGHT) in self.activations
+
 
 @dataclass(frozen=True, slots=True)
 class TunedUnit:
@@ -161,7 +165,7 @@ def tune_unit(
         )
         dtypes = {name: parameter.dtype for name, parameter in group.named_parameters()}
         rounded = {
-            n: as_read(q, unit.originals[n].dtype, dtypes[n], _rounds_inputs(unit, n))
+            n: as_read(q, unit.originals[n].dtype, dtypes[n], unit.rounds_input_of(n))
             for n, q in tuned.weights.items()
         }
         retrained = {n: p.to(dtypes[n]) for n, p in tuned.others.items()}
@@ -208,10 +212,6 @@ def as_read(q: QTensor, own: torch.dtype, dtype: torch.dtype, rounds_inputs: boo
     """
     held = own if rounds_inputs and isinstance(q.format.grid, FloatGrid) else dtype
     return q.format.dequantize(q, held).to(dtype)
-
-
-def _rounds_inputs(unit: Unit, name: str) -> bool:
-    return name.removesuffix(_WEIGHT) in unit.activations
 
 
 def bound_formats(formats: Mapping[str, Format], originals: Mapping[str, Tensor]) -> dict[str, Format]:

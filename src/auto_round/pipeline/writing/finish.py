@@ -28,7 +28,7 @@ from auto_round.pipeline.running.input_squares import load_inputs
 from auto_round.pipeline.running.measure import Measured
 from auto_round.pipeline.writing.cost import COST
 from auto_round.pipeline.writing.planned import planned
-from auto_round.report.record import CHOSEN, REPORT, SENSITIVITY
+from auto_round.report.record import CHOSEN, DISTILLED, REPORT, SENSITIVITY
 from auto_round.version import __version__
 
 
@@ -76,7 +76,11 @@ def build_report(
         "bits_per_quantized_weight": round(size.bits_per_weight, 4),
         "bytes_before": before,
         "bytes_after": dict(nbytes),
-        "blocks": [{k: v for k, v in e.items() if k not in ("tensors", COST)} for e in journal.entries],
+        "blocks": [
+            {k: v for k, v in e.items() if k not in ("tensors", COST)}
+            for e in journal.entries
+            if DISTILLED not in e
+        ],
         "plan": planned(job, first),
     }
     if job.rows is not None:
@@ -102,6 +106,9 @@ def build_report(
             "same_top_token": c.agreement,
             "kl_histogram": measured.spread.to_json(),
         }
+    for entry in journal.entries:
+        if DISTILLED in entry:
+            report[DISTILLED] = entry[DISTILLED]
     if job.options.chosen is not None:
         apart = ("use", "layer_config", SENSITIVITY)
         report["auto_scheme"] = {k: v for k, v in job.options.chosen.items() if k not in apart}

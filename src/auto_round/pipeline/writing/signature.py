@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auto_round.calibration.row import fingerprint
 from auto_round.config.groups import CalibrationOptions, TuneOptions
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.job import Job
@@ -37,7 +38,7 @@ def signature(job: Job) -> dict[str, Any]:
         "formats": {name: _plain(exporter) for name, exporter in job.exporters.items()},
         "calibration": None
         if job.rows is None
-        else {"rows": job.rows.fingerprint, "tuned": job.tuned, "seed": calibration.seed},
+        else {"rows": job.rows.fingerprint, "tuned": job.tuned, "seed": calibration.seed} | _fresh(job),
         "imatrix": _digest(job.importance) if job.importance else None,
         "save_imatrix": job.saves_imatrix,
         "tune": _tune(job.tune),
@@ -47,6 +48,10 @@ def signature(job: Job) -> dict[str, Any]:
     }
     others = _others(job.options.tune, calibration)
     return own | {name: value for name, value in others.items() if name not in own["tune"]}
+
+
+def _fresh(job: Job) -> dict[str, Any]:
+    return {"fresh": fingerprint(job.fresh)} if job.fresh else {}
 
 
 def _tune(tune: TuneConfig) -> dict[str, Any]:

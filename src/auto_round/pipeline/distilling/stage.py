@@ -1,0 +1,242 @@
+"""The stage itself: steps, looks at held-out rows, and what is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from auto_round.facts.flow import States
+from auto_round.facts.layer import Layer
+from auto_round.log import logger
+from auto_round.numerics.head_steps import HeadSteps
+from auto_round.numerics.qtensor import QTensor, QuantizedLayer
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.distilling.feed import Batch, Feed, trace_some, whole
+from auto_round.pipeline.distilling.shelf import Shelf
+from auto_round.pipeline.distilling.sweep import Boundaries, Sweep, squared_error
+from auto_round.pipeline.distilling.units import Units
+from auto_round.pipeline.running.blocks import layers_of, outside
+from auto_round.pipeline.running.input_ranges import InputRanges
+from auto_round.pipeline.running.streams import SPILL_BYTES, Streams, home_of_streams
+from auto_round.tuning.distill import DistillConfig, row_order, rows_of_step
+from auto_round.tuning.predictions import Ends, summed_divergence
+
+FOLDER = "distill"
+"""Where the states lie, in the scratch folder of a run."""
+STATE_BYTES = 12
+"""Of each weight: offset and two moments in float32."""
+STEPS_APART = 5
+"""Steps after which the states are made durable, at the latest."""
+
+
+class Told(Protocol):
+    """Hears how far the stage is."""
+
+    def begin(self, step: int) -> None:
+        """The stage begins, or goes on, behind a step."""
+        ...
+
+    def step(self, step: int, look: tuple[float, float] | None) -> None:
+        """A step is taken; the divergence at the start and now, where it was looked at."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What the stage goes on from.
+
+    Attributes:
+        job: the run.
+        config: settings.
+        members: indices of the blocks of each unit of block tuning.
+        scratch: folder of what only a continued run needs.
+        embedding: as the output stores it; None for the model's own.
+        head: the rounded head; None where it is kept.
+        positions: whose logits are held at a time.
+        ranges: extremes of inputs that calibration fixed.
+        states: attention module -> part -> its steps, where these are calibrated.
+    """
+
+    job: Job
+    config: DistillConfig
+    members: Sequence[Sequence[int]]
+    scratch: Path
+    embedding: Tensor | None = None
+    head: QTensor | None = None
+    positions: int = 1
+    ranges: InputRanges = field(default_factory=InputRanges)
+    states: Mapping[str, Mapping[str, HeadSteps]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What one unit became.
+
+    Attributes:
+        layers: quantized layers by name.
+        norms: learned norms by parameter name.
+    """
+
+    layers: Mapping[str, tuple[Layer, QuantizedLayer]]
+    norms: Mapping[str, Tensor]
+
+
+def distill(stage: Stage, streams: Streams, put: Callable[[Packed], None], told: Told) -> dict[str, Any]:
+    """Tune all blocks together; what held-out rows find better than before is put.
+
+    Args:
+        stage: what to go on from.
+        streams: behind the last block. Their held-out rows judge; the quantized ones are replaced where
+            something is put.
+        put: receives each unit, in order, if any step is kept.
+        told: hears of every step.
+
+    Returns:
+        What the report says.
+    """
+    job = stage.job
+    with job.source.stem(job.device, job.dtype) as stem, torch.no_grad():
+        weight = None if stage.head is None else stage.head.format.dequantize(stage.head, job.dtype)
+        head = weight if weight is None else weight.to(job.device)
+        ends = Ends(lambda x: stem.finish(x, head), stem.finish, stage.positions)
+        loop = _Loop(stage, ends, streams, told)
+        found = loop.run()
+        if found["kept_step"]:
+            loop.pack(put)
+    _say(found)
+    return found
+
+
+def _say(found: Mapping[str, Any]) -> None:
+    """One line for people."""
+    before, best, kept, steps = (found[name] for name in ("kl_before", "kl_best", "kept_step", "steps"))
+    if kept:
+        words = "all blocks together: KL on held-out rows %.4g -> %.4g nats per token, kept step %d of %d"
+        logger.info(words, before, best, kept, steps)
+    else:
+        words = "all blocks together: none of %d steps was better on held-out rows (KL %.4g): nothing changed"
+        logger.warning(words, steps, before)
+
+
+class _Loop:
+    """The steps. What the shelf calls durable is not done again."""
+
+    def __init__(self, stage: Stage, ends: Ends, streams: Streams, told: Told) -> None:
+        self._stage, self._ends, self._streams, self._told = stage, ends, streams, told
+        self._folder = stage.scratch / FOLDER
+        job, config = stage.job, stage.config
+        states = STATE_BYTES * sum(math.prod(layer.shape) for layer, _ in job.quantized().values())
+        small = config.codes_stay or states <= SPILL_BYTES
+        in_memory = small or not job.memory.low_cpu_mem_usage
+        self._shelf = Shelf(self._folder, len(stage.members), in_memory=in_memory)
+        self._units = Units(job, stage.members, self._shelf, stage.ranges, stage.states, config.norms)
+        rows = job.rows.rows[job.tuned :] if job.rows is not None else ()
+        self._held = whole(*trace_some(job, rows, self._folder / "held", stage.embedding))
+
+    def run(self) -> dict[str, Any]:
+        """Take all steps; what is kept is on the shelf then."""
+        stage, config, shelf = self._stage, self._stage.config, self._shelf
+        rows = stage.job.fresh
+        per_step = rows_of_step(len(rows[0]))
+        order = row_order(len(rows), per_step, config.steps, config.seed)
+        feed = Feed(stage.job, rows, order, scratch=self._folder / "rows", embedding=stage.embedding)
+        told = shelf.progress or self._begin()
+        sweep = Sweep(self._units, self._ends, config, told["scales"])
+        room = self._room(feed.batch(told["step"] % config.steps))
+        self._told.begin(told["step"])
+        for step in range(told["step"], config.steps):
+            loss = sweep.step(feed.batch(step), room, step)
+            done = step + 1
+            if done in config.looks:
+                told = self._judged(told, done)
+            if not math.isfinite(loss):
+                logger.warning("distillation stopped after step %d: its loss became %s", done, loss)
+                break
+            if done in config.looks or done % STEPS_APART == 0:
+                shelf.make_durable(done, told)
+            look = (told["kl_before"], told["looks"][-1][1]) if done in config.looks else None
+            self._told.step(done, look)
+        shelf.take_best()
+        return {
+            "steps": config.steps,
+            "rows": len({i for each in order for i in each}),
+            "tokens": sum(rows[i].positions for each in order for i in each),
+            "kl_before": told["kl_before"],
+            "kl_best": told["kl_best"],
+            "kept_step": told["best"],
+            "looks": told["looks"],
+        }
+
+    def pack(self, put: Callable[[Packed], None]) -> None:
+        """Round the states that are kept, and move the held-out rows of the quantized stream past them."""
+        job, flow = self._stage.job, self._held.quantized
+        for number, indices in enumerate(self._stage.members):
+            with self._units.open(number, self._held.rows) as here:
+                codes, parameters = here.quantized()
+                here.run_rounded(parameters, flow, flow)
+                layers = layers_of(job, indices, codes, here.activations)
+                norms = {outside(n, here.prefixes): v for n, v in here.student.kept_norms().items()}
+                put(Packed(layers, norms))
+        for to, state in zip(self._streams.quantized, flow, strict=True):
+            to[self._streams.tuned :] = state.to(to.device)
+
+    def _begin(self) -> dict[str, Any]:
+        """Divergence and squared errors before the first step."""
+        kl, scales = self._look(errors=True)
+        return {
+            "step": 0,
+            "best": 0,
+            "kl_before": kl,
+            "kl_best": kl,
+            "scales": scales,
+            "looks": [[0, kl]],
+        }
+
+    def _judged(self, told: Mapping[str, Any], done: int) -> dict[str, Any]:
+        """What is known after another look at the held-out rows."""
+        kl, _ = self._look()
+        looks = [*told["looks"], [done, kl]]
+        better = {"best": done, "kl_best": kl} if kl < told["kl_best"] else {}
+        return {**told, **better, "looks": looks}
+
+    def _look(self, *, errors: bool = False) -> tuple[float, list[float]]:
+        """Mean divergence on the held-out rows, nats; and the squared error behind each unit if asked for."""
+        rows = self._held.rows
+        flow = tuple(state.clone() for state in self._held.quantized)
+        original = tuple(state.clone() for state in self._held.reference) if errors else ()
+        found: list[float] = []
+        for number in range(len(self._stage.members)):
+            with self._units.open(number, rows) as here:
+                _, parameters = here.quantized()
+                here.run_rounded(parameters, flow, flow)
+                if errors and self._stage.config.codes_stay:
+                    self._shelf.keep_constants(number, here.student.constants())
+                if errors:
+                    here.run_original(original, original)
+                    pairs = enumerate(zip(flow, original, strict=True))
+                    found.append(sum(squared_error(a, b, rows.mask_of(i)) for i, (a, b) in pairs))
+        return self._divergence(flow), found
+
+    def _divergence(self, flow: States) -> float:
+        """Mean over positions that count of the held-out rows."""
+        total, count, device = 0.0, 0, self._stage.job.device
+        expected = self._streams.reference[0][self._streams.tuned :]
+        masks = self._held.rows.masks
+        for row, (found, wanted) in enumerate(zip(flow[0], expected, strict=True)):
+            here = slice(None) if masks is None else masks[row]
+            some = found[here].to(device)
+            part, _ = summed_divergence(some, wanted[here].to(device), self._ends, gradient=False)
+            total, count = total + float(part), count + len(some)
+        return total / max(1, count)
+
+    def _room(self, batch: Batch) -> Boundaries:
+        job, units = self._stage.job, len(self._stage.members)
+        size = (2 * units + 1) * sum(s.numel() * s.element_size() for s in batch.reference)
+        home = home_of_streams(job.memory, job.device, size)
+        return Boundaries.like(batch, units, home, self._folder / "between")

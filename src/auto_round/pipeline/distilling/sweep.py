@@ -1,0 +1,212 @@
+"""One step over the whole model with one unit of blocks in memory: forward, then backward unit by unit.
+
+The forward sweep runs the original and the rounded blocks from one read of the weights, and keeps what flows
+between units. The backward sweep reads each unit again, runs its rounded blocks on what flowed in, and pulls
+the gradient of what flowed out back through them. All that is learned moves by the gradient at one and the
+same point: a unit moves when its own gradient, and that of what flows into it, are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from auto_round.facts.flow import States
+from auto_round.numerics.token_weights import token_energy, token_weights
+from auto_round.pipeline.distilling.feed import Batch
+from auto_round.pipeline.distilling.shelf import LEARNED, MOMENTS
+from auto_round.pipeline.distilling.units import OpenUnit, Rows, Units
+from auto_round.pipeline.running.streams import Home, storage
+from auto_round.tuning.distill import DistillConfig, adam_step
+from auto_round.tuning.predictions import Ends, summed_divergence
+from auto_round.tuning.student import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Boundaries:
+    """What flows between units, for the rows of a step.
+
+    Attributes:
+        original: what flows out of each original unit.
+        rounded: what flows into each rounded unit, and out of the last.
+    """
+
+    original: list[States]
+    rounded: list[States]
+
+    @classmethod
+    def like(cls, batch: Batch, units: int, home: Home, spill: Path) -> Boundaries:
+        """Room for them, to be used again at every step.
+
+        Args:
+            batch: rows of a step.
+            units: how many units there are.
+            home: where hidden states lie.
+            spill: folder of files that back them, where `home` says so.
+        """
+
+        def room(name: str, number: int) -> States:
+            return tuple(
+                storage(
+                    state.shape,
+                    state.dtype,
+                    home.device,
+                    spill if home.files else None,
+                    f"{name}-{number}-{i}",
+                )
+                for i, state in enumerate(batch.reference)
+            )
+
+        return cls(
+            [room("original", n) for n in range(units)], [room("rounded", n) for n in range(units + 1)]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A step over the whole model.
+
+    Attributes:
+        units: of the model.
+        ends: of the rounded and of the original model.
+        config: settings.
+        scales: what the squared error behind each unit is divided by: that before the first step.
+    """
+
+    units: Units
+    ends: Ends
+    config: DistillConfig
+    scales: Sequence[float]
+
+    def step(self, batch: Batch, room: Boundaries, number: int) -> float:
+        """Take step `number` (from 0) on some rows; returns their mean divergence before it, nats."""
+        self.forward(batch, room)
+        rows = batch.rows
+        counted = slice(None) if rows.masks is None else rows.masks.reshape(-1)
+        out, target = room.rounded[-1][0], room.original[-1][0]
+        width, device = out.shape[-1], self.units.job.device
+        total, gradient = summed_divergence(
+            out.reshape(-1, width)[counted].to(device),
+            target.reshape(-1, width)[counted].to(device),
+            self.ends,
+            gradient=True,
+        )
+        whole = torch.zeros_like(out.reshape(-1, width), device=device)
+        if gradient is not None:
+            whole[counted] = gradient
+        count = rows.count * out.shape[1] if rows.masks is None else int(rows.masks.sum())
+        flowing: list[Tensor | None] = [whole.reshape(out.shape), *[None] * (len(room.rounded[-1]) - 1)]
+        for unit in reversed(range(len(self.units.members))):
+            with self.units.open(unit, rows) as here:
+                wanted = self._with_features(flowing, room, rows, unit)
+                flowing = self._move(here, unit, room.rounded[unit], wanted, count, number)
+        return float(total) / max(1, count)
+
+    def forward(self, batch: Batch, room: Boundaries) -> None:
+        """Fill the boundaries."""
+        _copy(room.rounded[0], batch.quantized)
+        reference = batch.reference
+        for number, (original, out) in enumerate(zip(room.original, room.rounded[1:], strict=True)):
+            with self.units.open(number, batch.rows) as here:
+                here.run_original(reference, original)
+                here.run_rounded(here.student.parameters(), room.rounded[number], out)
+            reference = original
+
+    def _with_features(
+        self, flowing: Sequence[Tensor | None], room: Boundaries, rows: Rows, unit: int
+    ) -> list[Tensor | None]:
+        """The gradient of what a unit hands on, with that of its own squared error; summed over positions."""
+        share = self.config.features / len(self.units.members)
+        scale = self.scales[unit]
+        if not share or not scale:
+            return list(flowing)
+        found: list[Tensor | None] = []
+        outputs, targets = room.rounded[unit + 1], room.original[unit]
+        for i, (gradient, output, target) in enumerate(zip(flowing, outputs, targets, strict=True)):
+            own = error_gradient(output, target, rows.mask_of(i)).mul_(share / scale)
+            own = own.to(self.units.job.device)
+            found.append(own if gradient is None else own.add_(gradient))
+        return found
+
+    def _move(
+        self,
+        here: OpenUnit,
+        unit: int,
+        inputs: States,
+        gradients: Sequence[Tensor | None],
+        count: int,
+        number: int,
+    ) -> list[Tensor | None]:
+        """Move what is learned of a unit; returns the gradient of what flowed in."""
+        device, shelf = here.unit.device, self.units.shelf
+        samples = here.samples(inputs)
+        passes = [list(index) for index in samples.passes(range(here.rows.count), here.at_once)]
+        parts = [
+            Part(
+                tuple(x[index].to(device) for x in inputs),
+                samples.arguments(index)[0],
+                tuple(None if g is None else g[index] for g in gradients),
+            )
+            for index in passes
+        ]
+        with here.rounding():
+            found, flowed = here.student.gradients(parts)
+        values = here.student.values
+        moments = {n: t.to(device) for n, t in shelf.load(unit, MOMENTS).items()}
+        adam_step(
+            values,
+            {name: gradient.div_(count) for name, gradient in found.items()},
+            moments,
+            here.student.rates(self.config),
+            step=number,
+            factor=self.config.factor(number),
+        )
+        here.student.clamp()
+        shelf.put(unit, LEARNED, values, number + 1)
+        shelf.put(unit, MOMENTS, moments, number + 1)
+        return _joined(inputs, passes, flowed, device)
+
+
+def squared_error(output: Tensor, target: Tensor, mask: Tensor | None) -> float:
+    """Mean over elements `[rows, length, width]` of the squared difference, weighted by `token_weights`."""
+    weights = token_weights(token_energy(target), mask)
+    error = (output.float() - target.float()).square().sum(-1)
+    counted = max(1, int((weights > 0).sum())) * output.shape[-1]
+    return float(torch.where(weights > 0, error * weights, 0.0).sum(dtype=torch.float64)) / counted
+
+
+def error_gradient(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Gradient of `squared_error` in the output times the number of positions, float32."""
+    weights = token_weights(token_energy(target), mask).unsqueeze(-1)
+    difference = output.float() - target.float()
+    return torch.where(weights > 0, difference * weights, 0.0).mul_(2.0 / output.shape[-1])
+
+
+def _copy(to: States, states: States) -> None:
+    for room, state in zip(to, states, strict=True):
+        room.copy_(state)
+
+
+def _joined(
+    inputs: States,
+    passes: Sequence[Sequence[int]],
+    flowed: Sequence[Sequence[Tensor | None]],
+    device: torch.device,
+) -> list[Tensor | None]:
+    """Gradients of parts put together again, in the order of the rows."""
+    found: list[Tensor | None] = []
+    for position, state in enumerate(inputs):
+        pieces = [part[position] for part in flowed]
+        if all(piece is None for piece in pieces):
+            found.append(None)
+            continue
+        whole = torch.zeros(state.shape, dtype=state.dtype, device=device)
+        for index, piece in zip(passes, pieces, strict=True):
+            if piece is not None:
+                whole[list(index)] = piece
+        found.append(whole)
+    return found

@@ -1,0 +1,230 @@
+"""What is learned of some blocks, and its gradients from the gradient of what the blocks hand on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from auto_round.facts.flow import States
+from auto_round.numerics.format import Format
+from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.scale import MAX_KNOB, Knobs, Stats
+from auto_round.numerics.ste import cast_ste
+from auto_round.tuning.distill import NORM_RATE, DistillConfig, Rate
+from auto_round.tuning.samples import states_of
+from auto_round.tuning.sign_round import TunedBlock
+from auto_round.tuning.weights import Rescaled, Weight, fake_weights
+
+OFFSET, LOW, HIGH, RATIO, CODES, NORM = "v.", "lo.", "hi.", "ratio.", "codes.", "norm."
+"""What a name among the values begins with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows on their way through blocks.
+
+    Attributes:
+        inputs: what flows in.
+        args: what the blocks are called with behind it.
+        gradients: of each tensor that flows out; None for none.
+    """
+
+    inputs: States
+    args: tuple[Any, ...]
+    gradients: tuple[Tensor | None, ...]
+
+
+class Student:
+    """Blocks whose weights are rounded, with what is learned of them.
+
+    Attributes:
+        weights: parameter of the blocks -> its offsets and knobs, or its codes and what their steps become.
+        norms: parameter of one dimension -> its value, float32; empty where norms stay.
+        values: everything that is learned, by a prefix and the parameter's name; float32, changed in place.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, Weight | Rescaled],
+        norms: Mapping[str, Tensor],
+        own: Mapping[str, torch.dtype],
+    ) -> None:
+        """Put together what is learned.
+
+        Args:
+            block: runs in its dtypes already.
+            weights: parameters to round.
+            norms: parameters of one dimension to learn, float32.
+            own: dtype in which the model keeps each of those.
+        """
+        self._block, self._own = block, own
+        self.weights, self.norms = weights, norms
+        self.values = {NORM + name: value for name, value in norms.items()}
+        for name, weight in weights.items():
+            tunable = weight.format.rule.tunable
+            if isinstance(weight, Rescaled):
+                self.values |= {RATIO + name: weight.ratio} if tunable else {}
+                continue
+            self.values[OFFSET + name] = weight.v
+            if tunable:
+                self.values |= {LOW + name: weight.knobs.lo, HIGH + name: weight.knobs.hi}
+
+    def rates(self, config: DistillConfig) -> dict[str, Rate]:
+        """How far each of the values moves in a step."""
+        found: dict[str, Rate] = {}
+        for key, value in self.values.items():
+            kind, _, name = key.partition(".")
+            if kind + "." == NORM:
+                found[key] = Rate(NORM_RATE * float(value.abs().mean()))
+                continue
+            bits = self.weights[name].format.grid.bits
+            if kind + "." == OFFSET:
+                found[key] = Rate(config.offset_rate(bits))
+            else:
+                found[key] = Rate(config.range_rate(bits), relative=True)
+        return found
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Rounded weights and learned norms as the blocks compute with them; no gradient."""
+        with torch.no_grad():
+            return fake_weights(self.weights) | self._norms()
+
+    def quantize(self) -> dict[str, QTensor]:
+        """Codes and scale of each weight."""
+        return {name: weight.quantize() for name, weight in self.weights.items()}
+
+    def constants(self) -> dict[str, Tensor]:
+        """Codes and knobs as they are now, for steps that leave them as they are; see `weight_of`."""
+        found: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            found |= {LOW + name: weight.knobs.lo, HIGH + name: weight.knobs.hi}
+            found[CODES + name] = weight.quantize().codes
+        return found
+
+    def kept_norms(self) -> dict[str, Tensor]:
+        """The norms in the dtype in which the model keeps them."""
+        return {name: value.detach().to(self._own[name]) for name, value in self.norms.items()}
+
+    def clamp(self) -> None:
+        """Keep range multipliers where they are allowed to be."""
+        for key, value in self.values.items():
+            if key.startswith((LOW, HIGH, RATIO)):
+                value.clamp_(0.0, MAX_KNOB)
+
+    def gradients(self, parts: Sequence[Part]) -> tuple[dict[str, Tensor], list[tuple[Tensor | None, ...]]]:
+        """Gradients of what is learned, and of what flows in.
+
+        The weights are rounded once, whatever passes through them. What the parts did not reach has no
+        gradient.
+
+        Args:
+            parts: some rows each.
+
+        Returns:
+            Gradients of `values` by name, summed over the parts, and for each part those of its inputs.
+        """
+        for value in self.values.values():
+            value.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                return self._gradients(parts)
+        finally:
+            for value in self.values.values():
+                value.requires_grad_(False)
+
+    def _gradients(self, parts: Sequence[Part]) -> tuple[dict[str, Tensor], list[tuple[Tensor | None, ...]]]:
+        made = fake_weights(self.weights) | self._norms()
+        used = {name: value.detach().requires_grad_() for name, value in made.items()}
+        total: list[Tensor | None] = [None] * len(used)
+        flowing: list[tuple[Tensor | None, ...]] = []
+        for part in parts:
+            inputs = [state.detach().requires_grad_() for state in part.inputs]
+            outputs = functional_call(self._block, used, (*inputs, *part.args))
+            found = _pulled_back(
+                states_of(outputs, range(len(part.gradients))), part.gradients, [*used.values(), *inputs]
+            )
+            total = [_sum(a, b) for a, b in zip(total, found, strict=False)]
+            flowing.append(tuple(found[len(used) :]))
+        wanted = list(self.values.values())
+        through = _pulled_back(tuple(made.values()), tuple(total), wanted)
+        names = self.values.keys()
+        return {n: g for n, g in zip(names, through, strict=True) if g is not None}, flowing
+
+    def _norms(self) -> dict[str, Tensor]:
+        """Rounded to what the model keeps, in the dtype in which the blocks run."""
+        dtypes = {name: self._block.get_parameter(name).dtype for name in self.norms}
+        return {name: cast_ste(v, self._own[name]).to(dtypes[name]) for name, v in self.norms.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A weight and its format, of which nothing is learned yet.
+
+    Attributes:
+        format: numeric format, bound to the weight.
+        original: the weight as the model has it.
+        stats: its measured ranges.
+        dtype: dtype in which the block runs.
+    """
+
+    format: Format
+    original: Tensor
+    stats: Stats
+    dtype: torch.dtype
+
+
+def weight_of(name: str, source: Source, learned: Mapping[str, Tensor]) -> Weight | Rescaled:
+    """A weight with what is learned of it, by the names of `Student.values`; codes that are known stay.
+
+    Args:
+        name: of the parameter.
+        source: the weight.
+        learned: of the blocks; with `CODES` where codes stay.
+    """
+    fmt, stats = source.format, source.stats
+    knobs = Knobs(learned[LOW + name], learned[HIGH + name])
+    codes = learned.get(CODES + name)
+    if codes is None:
+        return Weight(fmt, source.original, stats, knobs, learned[OFFSET + name], source.dtype)
+    with torch.no_grad():
+        scale = fmt.rule_for(stats).fit(stats, fmt.grid, knobs)
+    ratio = learned.get(RATIO + name)
+    if ratio is None:
+        ratio = torch.ones_like(stats.lo)
+    return Rescaled(fmt, QTensor(codes, scale, fmt), stats, knobs, ratio, source.dtype)
+
+
+def student_of(tuned: TunedBlock) -> dict[str, Tensor]:
+    """What tuning of a block found, by the names of `Student.values`."""
+    found = {NORM + name: value.float() for name, value in tuned.others.items()}
+    for name, each in tuned.learned.items():
+        found |= {OFFSET + name: each.v, LOW + name: each.knobs.lo, HIGH + name: each.knobs.hi}
+    return found
+
+
+def _pulled_back(
+    outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients in the inputs of the outputs that have one."""
+    pairs = [
+        (output, gradient.to(output.dtype))
+        for output, gradient in zip(outputs, gradients, strict=True)
+        if gradient is not None and output.requires_grad
+    ]
+    if not pairs or not inputs:
+        return [None] * len(inputs)
+    reached, seeds = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(reached, inputs, seeds, allow_unused=True))
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Sum of two gradients, in float32."""
+    if b is None:
+        return a
+    return b.float() if a is None else a.add_(b)

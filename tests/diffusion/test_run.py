@@ -238,6 +238,7 @@ BAD = {
     "metrics without pictures": ({"metrics": "clip"}, ConfigError, "--prompt"),
     "metrics without weights": ({"metrics": "clip", "prompt": "a cat"}, UnsupportedError, "clip"),
     "predictions of tokens": ({"enable_alg_ext": True}, ConfigError, "enable_alg_ext"),
+    "all blocks by predictions": ({"distill_steps": 2}, ConfigError, "distill_steps"),
     "an output head": ({"quant_lm_head": True}, ConfigError, "quant_lm_head"),
     "budgets": ({"avg_bits": 3, "scheme_options": "W2A16,W4A16"}, ConfigError, "avg_bits"),
 }

@@ -32,6 +32,7 @@ FORMATS = ("auto_round", "fake")
 
 _OF_TEXT = {
     "enable_alg_ext": "a denoiser has no predictions of tokens",
+    "distill_steps": "a denoiser has no predictions of tokens",
     "quant_lm_head": "there is no output head",
     "static_kv_dtype": "there is no key/value cache",
     "static_attention_dtype": "its attention has no scales",

@@ -219,7 +219,7 @@ class _Loop:
         if inputs and self.job.saves_imatrix:
             save_inputs(self.scratch, "head", inputs)
         if self.job.fresh:
-            members = [m for _, m in _groups(self.job.source.blocks, self.job.options.tune.nblocks)]
+            members = [m for _, m in groups_of(self.job.source.blocks, self.job.options.tune.nblocks)]
             steps = TimedSteps(self.job.options.tune.distill_steps, self.progress, self.clock)
             AllBlocks(self.job, members, self.scratch, self.journal, self.outputs).tune(streams, head, steps)
             self.clock.lap("distill")

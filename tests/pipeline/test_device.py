@@ -6,14 +6,12 @@ import pytest
 import torch
 
 from auto_round.config import build_options
-from auto_round.config.groups import MemoryOptions
 from auto_round.errors import ConfigError
 from auto_round.log import logger
 from auto_round.pipeline.deciding import open_model
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.machine import device
 from auto_round.pipeline.machine.device import choose_device, compute_dtype, rows_at_once
-from auto_round.pipeline.running.streams import home_of_streams
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -51,17 +49,10 @@ def test_processors_are_asked_for_bfloat16(monkeypatch, flags, there):
 
 
 @pytest.mark.parametrize(
-    ("where", "length", "sparing", "rows"),
-    [
-        (CPU, 512, False, 2),
-        (CPU, 2048, False, 1),
-        (CPU, 16, True, 64),
-        (GPU, 512, False, 0),
-        (GPU, 512, True, 1),
-    ],
+    ("where", "length", "rows"), [(CPU, 512, 2), (CPU, 2048, 1), (CPU, 16, 64), (GPU, 512, 0)]
 )
-def test_rows_at_once(where, length, sparing, rows):
-    assert rows_at_once(where, length, sparing=sparing) == rows
+def test_rows_at_once(where, length, rows):
+    assert rows_at_once(where, length) == rows
 
 
 def pretend(monkeypatch, count):
@@ -135,20 +126,3 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_looked_up(monk
     monkeypatch.setattr(open_model, "resolve_model", lambda *given, **named: pytest.fail("looked up"))
     with pytest.raises(ConfigError, match="cuda:63"):
         prepare(build_options({"model": "some/model", "device_map": "cuda:63"}))
-
-
-@pytest.mark.parametrize(
-    ("where", "memory", "nbytes", "home"),
-    [
-        (CPU, {}, 1 << 30, (CPU, False)),
-        (CPU, {}, 3 << 30, (CPU, True)),
-        (CPU, {"low_cpu_mem_usage": False}, 3 << 30, (CPU, False)),
-        (GPU, {}, 3 << 30, (GPU, False)),
-        (GPU, {"low_gpu_mem_usage": True}, 1 << 30, (CPU, False)),
-        (GPU, {"low_gpu_mem_usage": True}, 3 << 30, (CPU, True)),
-        (GPU, {"low_gpu_mem_usage": True, "low_cpu_mem_usage": False}, 3 << 30, (CPU, False)),
-    ],
-)
-def test_where_streams_lie(where, memory, nbytes, home):
-    """On the accelerator whatever their size, unless its memory is to be spared; files back the host's."""
-    assert home_of_streams(MemoryOptions(**memory), where, nbytes) == home

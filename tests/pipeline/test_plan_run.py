@@ -10,10 +10,12 @@ import torch
 
 from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.pipeline.deciding.fit import workload
 from auto_round.pipeline.deciding.plan_table import manifests, plan_size
 from auto_round.pipeline.distilling.cost import StageWork, stage_cost
-from auto_round.pipeline.estimate import Rates, estimate, measure_sizes
-from auto_round.pipeline.plan_run import dry_run, workload
+from auto_round.pipeline.estimate import Estimate, Rates, estimate
+from auto_round.pipeline.fitting.work import measure_sizes
+from auto_round.pipeline.plan_run import DryRun, dry_run
 from pipeline.runs import ROWS, SHORT, quantize, weights
 
 HEADS = {"head_dim": 16}
@@ -24,6 +26,10 @@ def planned(model, out, **given):
     return dry_run(
         build_options({**SHORT, "model": str(model), "output_dir": str(out), **given}), dataset=ROWS
     )
+
+
+def expected_of(dry: DryRun, rates: Rates = RATES) -> Estimate:
+    return estimate(workload(dry.job), dry.memory, rates)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +68,9 @@ def test_the_text_says_what_matters(tiny, tmp_path):
         "SignRound, 2 steps",
         "cpu, blocks run in bfloat16",
         "memory:  about",
+        "64 rows at once, activations in host memory",
+        "offsets and ranges",
+        "hidden states",
         "disk:",
         "a rough estimate",
         str(tmp_path / "out"),
@@ -105,7 +114,7 @@ def test_estimates_grow_with_the_work(tiny, tmp_path):
     model = tiny("llama", max_position_embeddings=4096)
 
     def expected(**given):
-        return estimate(workload(planned(model, tmp_path / "out", **given).job), RATES)
+        return expected_of(planned(model, tmp_path / "out", **given))
 
     base = expected()
     assert expected(iters=200).seconds > 10 * base.seconds
@@ -122,8 +131,8 @@ def test_estimates_grow_with_the_work(tiny, tmp_path):
 def test_only_the_chosen_experts_count_in_time(tiny, tmp_path):
     def seconds(chosen):
         experts = {"moe_intermediate_size": 32, "num_experts_per_tok": chosen}
-        job = planned(tiny("qwen3_moe", **HEADS, **experts), tmp_path / "out").job
-        return estimate(workload(job), Rates(operations=1e6, bandwidth=1e12)).seconds
+        dry = planned(tiny("qwen3_moe", **HEADS, **experts), tmp_path / "out")
+        return expected_of(dry, Rates(operations=1e6, bandwidth=1e12)).seconds
 
     assert seconds(1) < seconds(2) < seconds(4)
 

@@ -144,7 +144,7 @@ def test_killed_at_twenty_moments(tiny, tmp_path):
 
 def test_streams_in_files_change_nothing(tiny, tmp_path, monkeypatch):
     quantize(tiny("qwen3", **HEADS), tmp_path / "whole")
-    monkeypatch.setattr("auto_round.pipeline.running.streams.SPILL_BYTES", 0)
+    monkeypatch.setattr("auto_round.pipeline.fitting.choose.STREAMS_SHARE", 0)
     seen = []
 
     def look(event):

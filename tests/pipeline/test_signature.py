@@ -105,6 +105,7 @@ ELSEWHERE = {
     "platform": "where the model comes from",
     "trust_remote_code": "without it the run would not have begun",
     "device_map": "the kind of device is compared, and the machine",
+    "memory": "where streams lie; how many rows go through at once is compared",
     "low_gpu_mem_usage": "where streams lie; on an accelerator how many rows go through at once is compared",
     "low_cpu_mem_usage": "where streams lie",
     "dist_backend": "how processes talk; a run continues on any number of them",

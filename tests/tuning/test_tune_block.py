@@ -401,3 +401,26 @@ def test_gradients_too_small_for_float16_still_tune():
     exact, half = found(torch.float32), found(torch.float16)
     assert exact.loss < 0.8 * exact.initial_loss
     assert half.loss == pytest.approx(exact.loss, rel=0.1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TuneConfig(iters=12, batch_size=4, accumulate=2),
+        TuneConfig(iters=12, rows_at_once=1, tune_range=False),
+        TuneConfig(iters=12, tune_rounding=False, tune_norm_bias=True),
+    ],
+    ids=["all", "offsets", "ranges and norms"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_again_gives_the_same_bits(config, masked, dtype):
+    """Memory is saved and time is lost, and nothing else; an expert without tokens has no gradient."""
+    block = Experts().to(dtype) if masked else Mlp().to(dtype)
+    whole = tune(block, config)
+    again = tune(block, config, objective=Objective(rounds_again=True))
+    assert same_codes(whole.weights, again.weights)
+    assert whole.loss == again.loss
+    assert whole.best_step == again.best_step
+    for name, value in whole.others.items():
+        assert torch.equal(value, again.others[name])

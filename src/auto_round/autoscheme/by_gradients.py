@@ -77,7 +77,7 @@ def _forward(setting: Setting, table: ArgumentTable, start: States, scratch: Pat
     job = setting.job
     count = len(job.source.blocks) + 1
     nbytes = count * sum(state.numel() * state.element_size() for state in start)
-    home = home_of_streams(job.options.memory, job.device, nbytes)
+    home = home_of_streams(job.level, job.memory, job.device, nbytes)
     spill = scratch / "boundaries" if home.files else None
     boundaries = [start]
     for block in job.source.blocks:

@@ -16,13 +16,13 @@ from auto_round.config.env import (
 from auto_round.config.evaluation import EvaluationOptions, FidelityOptions
 from auto_round.config.groups import (
     CalibrationOptions,
-    MemoryOptions,
     ModelOptions,
     OutputOptions,
     SchemeOptions,
     TuneOptions,
     long_dtype,
 )
+from auto_round.config.memory import MemoryOptions
 from auto_round.config.option import Setting, Spec, settings
 from auto_round.config.options import (
     EVALUATION_GROUPS,

@@ -350,24 +350,6 @@ class TuneOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryOptions:
-    """What to save memory at the cost of time."""
-
-    low_gpu_mem_usage: bool = option(False, Spec("keep activations in host memory instead of on the GPU"))
-    low_cpu_mem_usage: bool = option(
-        True,
-        Spec(
-            "hold one block in host memory and spill activations to disk when they are large",
-            off=("disable_low_cpu_mem_usage",),
-            off_help="keep everything in host memory",
-        ),
-    )
-
-    def __post_init__(self) -> None:
-        settle(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
     """What is written, where, and what happens around the writing."""
 

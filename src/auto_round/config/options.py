@@ -14,12 +14,12 @@ from auto_round.config.env import Environment
 from auto_round.config.evaluation import EvaluationOptions, FidelityOptions
 from auto_round.config.groups import (
     CalibrationOptions,
-    MemoryOptions,
     ModelOptions,
     OutputOptions,
     SchemeOptions,
     TuneOptions,
 )
+from auto_round.config.memory import MemoryOptions
 from auto_round.config.option import Setting, settings
 from auto_round.config.recipes import RECIPES
 from auto_round.errors import ArgumentError, ConfigError, nearest

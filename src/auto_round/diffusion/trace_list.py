@@ -121,8 +121,8 @@ def _room(shapes: Any) -> list[tuple[int, int]]:
 
 
 def _streams(job: Job, room: Sequence[tuple[int, int]], count: int, spill: Path) -> Streams:
-    size = 2 * count * job.dtype.itemsize * sum(length * width for length, width in room)
-    home = home_of_streams(job.memory, job.device, size)
+    size = 3 * count * job.dtype.itemsize * sum(length * width for length, width in room)
+    home = home_of_streams(job.level, job.memory, job.device, size)
     folder = spill if home.files else None
 
     def make(name: str) -> States:

@@ -16,10 +16,10 @@ from auto_round.log import ProgressSink
 from auto_round.models.component import ComponentSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.clock import Clock
-from auto_round.pipeline.machine.device import rows_at_once
 from auto_round.pipeline.plain import bursts, nbytes, round_layers
 from auto_round.pipeline.quantize import groups_of, saved_streams
-from auto_round.pipeline.running.blocks import GroupResult, GroupTuning, tune_group
+from auto_round.pipeline.running.blocks import GroupResult, GroupTuning
+from auto_round.pipeline.running.lower import Fitting
 from auto_round.pipeline.writing.cost import COST, cost_of
 from auto_round.pipeline.writing.group_figures import figures_of
 from auto_round.pipeline.writing.outputs import Outputs, Written
@@ -80,12 +80,12 @@ class ComponentRun:
             table, begun = trace_list(job, self.source, rows, self.scratch, ended)
             self.clock.lap("trace")
             streams = begun.streams
-            sized = _sized(job, streams.reference[0].shape[1])
+            fitting = Fitting(_sized(job, streams.reference[0].shape[1]), self.scratch)
             start = sum(1 for unit, _ in groups if unit in done)
             if start:
                 streams.restore(saved_streams(self.scratch, before + start))
             for number, (unit, indices) in enumerate(groups[start:], start=before + start + 1):
-                result = tune_group(sized, indices, table, streams, how)
+                result = fitting.tune(indices, table, streams, how)
                 written = self._write(result)
                 if job.options.output.resume:
                     streams.save(saved_streams(self.scratch, number))
@@ -144,5 +144,4 @@ class ComponentRun:
 
 def _sized(job: Job, length: int) -> Job:
     """The job with as many rows in a pass as their length allows."""
-    at_once = rows_at_once(job.device, length, sparing=job.memory.low_gpu_mem_usage)
-    return replace(job, tune=replace(job.tune, rows_at_once=at_once))
+    return replace(job, tune=replace(job.tune, rows_at_once=job.levels_for(length)[0].rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +12,15 @@ from torch import nn
 from auto_round.checkpoint.workfolder import refuse_occupied
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
-from auto_round.pipeline.deciding.fetch_rows import fresh_rows, held_out_rows
+from auto_round.pipeline.deciding.fetch_rows import fresh_rows
+from auto_round.pipeline.deciding.fit import plan_memory, workload
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.plan_table import manifests, plan_table
+from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.distilling.cost import StageCost, StageWork, stage_cost
-from auto_round.pipeline.estimate import Estimate, Rates, Workload, active_weights, estimate, measure_rates
+from auto_round.pipeline.estimate import Estimate, Rates, active_weights, estimate, measure_rates
+from auto_round.pipeline.fitting.plan import MemoryPlan
+from auto_round.pipeline.fitting.work import Workload
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.memory import available_bytes
 
@@ -30,6 +32,7 @@ class DryRun:
     Attributes:
         job: the prepared run; without calibration rows.
         table: the plan for people.
+        memory: what the run needs where.
         rates: measured speed of the device.
         estimate: memory, disk and time.
         available_bytes: host memory that is free now; 0 where the system does not tell.
@@ -41,6 +44,7 @@ class DryRun:
 
     job: Job
     table: str
+    memory: MemoryPlan
     rates: Rates
     estimate: Estimate
     available_bytes: int
@@ -63,7 +67,8 @@ class DryRun:
             memory += f", {_size(self.available_bytes)} available"
         if expected.device_bytes:
             memory += f"; on {self.job.device} about {_size(expected.device_bytes)}"
-        lines += [memory + _too_little(expected.host_bytes, self.available_bytes)]
+        lines += [memory + ("" if self.memory.fits else ": TOO LITTLE"), f"         {self.memory.level.text}"]
+        lines += [self.memory.table]
         parts = f"{_size(expected.output_bytes)} output, {_size(expected.scratch_bytes)} until it is finished"
         lines += [
             f"disk:    {_size(disk)} ({parts}), {_size(self.free_bytes)} free"
@@ -103,6 +108,7 @@ def dry_run(
     """
     job = prepare(options, model=model, tokenizer=tokenizer, dataset=dataset, rows=False)
     work = workload(job)
+    memory = job.memory_plan or plan_memory(job)
     rates = measure_rates(work)
     out = job.output.expanduser().resolve()
     partial = out.with_name(out.name + ".partial")
@@ -115,40 +121,14 @@ def dry_run(
     return DryRun(
         job=job,
         table=plan_table(job),
+        memory=memory,
         rates=rates,
-        estimate=_with(estimate(work, rates), together),
+        estimate=_with(estimate(work, memory, rates), together),
         together=together,
         available_bytes=available_bytes(),
         free_bytes=_free_bytes(out),
         blocked=blocked,
         unfinished=partial if partial.is_dir() else None,
-    )
-
-
-def workload(job: Job) -> Workload:
-    """What the cost of a run follows from; rows that are not fetched yet are counted."""
-    calibration, output = job.options.calibration, job.options.output
-    held_out = held_out_rows(calibration.nsamples)
-    rows = 0
-    if job.rows is not None:
-        rows = len(job.rows.rows)
-    elif job.tune.needs_rows:
-        rows = calibration.nsamples + held_out
-    return Workload(
-        source=job.source,
-        tune=job.tune,
-        device=job.device,
-        dtype=job.dtype,
-        memory=job.memory,
-        rows=rows,
-        held_out=held_out,
-        seqlen=calibration.seqlen,
-        nblocks=job.options.tune.nblocks,
-        by_predictions=job.options.tune.enable_alg_ext,
-        reloads=output.verify,
-        continues=output.resume,
-        quantized=sum(math.prod(layer.shape) for layer, _ in job.quantized().values()),
-        output_bytes=sum(m.nbytes for m in manifests(job).values()),
     )
 
 

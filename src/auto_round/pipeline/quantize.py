@@ -34,7 +34,7 @@ from auto_round.pipeline.machine.memory import keep_freed_memory, release_freed_
 from auto_round.pipeline.plain import bursts, nbytes, round_together
 from auto_round.pipeline.result import Result
 from auto_round.pipeline.running.attention_states import read_steps
-from auto_round.pipeline.running.blocks import GroupResult, GroupTuning, tune_group
+from auto_round.pipeline.running.blocks import GroupResult, GroupTuning
 from auto_round.pipeline.running.compile import (
     TuningSteps,
     block_kinds,
@@ -48,6 +48,7 @@ from auto_round.pipeline.running.head import quantize_outside
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import save_inputs
 from auto_round.pipeline.running.last_block import positions_held
+from auto_round.pipeline.running.lower import Fitting
 from auto_round.pipeline.running.measure import Measured, measure_streams
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.towers import round_towers
@@ -236,9 +237,10 @@ class _Loop:
         lists = [groups_of(blocks, job.options.tune.nblocks) for blocks in job.source.block_lists]
         count, done = sum(map(len, lists)), self._finished()
         before, ended = 0, list[Streams]()
-        towers = round_towers(job, self._write)
+        towers, fitting = round_towers(job, self._write), Fitting(job, self.scratch)
         for groups in lists:
             table, streams = trace_rows(job, self.scratch, embedding, ended, towers)
+            release_freed_memory()
             self.clock.lap("trace")
             if not ended:
                 self._say_begun([unit for members in lists for unit, _ in members])
@@ -246,12 +248,12 @@ class _Loop:
             if start:
                 self._restore(streams, before + start)
             for number, (unit, indices) in enumerate(groups[start:], start=before + start + 1):
-                result = tune_group(job, indices, table, streams, how)
+                result = fitting.tune(indices, table, streams, how)
                 refuse_difference(job.ranks, f"codes of {unit}", digest_of(job, result))
-                self._keep(result, unit, number, streams)
+                losses = self._keep(result, unit, number, streams, fitting.lowered)
+                del result  # not to be held beside the next group
                 if number > before + 1:  # what flows out of a list is needed until the end
                     saved_streams(self.scratch, number - 1).unlink(missing_ok=True)
-                losses = {"loss": result.tuned.loss, "initial": result.tuned.initial_loss}
                 self.progress(self.clock.event("tune", number, count, unit, **losses))
             before += len(groups)
             ended.append(streams)
@@ -342,8 +344,10 @@ class _Loop:
             streams.restore(saved_streams(self.scratch, number))
         self.job.ranks.spread((*streams.reference, *streams.quantized))
 
-    def _keep(self, result: GroupResult, unit: str, number: int, streams: Streams) -> None:
-        """Write a finished group so that a killed run can continue after it."""
+    def _keep(
+        self, result: GroupResult, unit: str, number: int, streams: Streams, lowered: str
+    ) -> dict[str, float]:
+        """Write a finished group so that a killed run can continue after it; returns its losses."""
         written: Written = {}
         for layer, q in result.layers.values():
             written |= self.outputs.put(layer, q)
@@ -358,19 +362,18 @@ class _Loop:
             keep_learned(self.scratch, number - 1, result.tuned)
         if self.job.options.output.resume and leads:
             streams.save(saved_streams(self.scratch, number))
-        self._done(unit, written, figures_of(result), timed=True)
+        cost = cost_of(unit, self.clock.lap("tune"), self.job.device, lowered)
+        self._done(unit, written, {**figures_of(result), COST: cost})
+        return {"loss": result.tuned.loss, "initial": result.tuned.initial_loss}
 
     def _write(self, layer: Layer, q: QuantizedLayer) -> None:
         """Write a layer outside the blocks, unless an earlier run did."""
         if layer.name not in self._finished():
             self._done(layer.name, self.outputs.put(layer, q))
 
-    def _done(
-        self, unit: str, tensors: Written, figures: Mapping[str, Any] | None = None, *, timed: bool = False
-    ) -> None:
+    def _done(self, unit: str, tensors: Written, figures: Mapping[str, Any] | None = None) -> None:
         self.outputs.sync()
-        cost = {COST: cost_of(unit, self.clock.lap("tune"), self.job.device)} if timed else {}
-        self.journal.append({"unit": unit, "tensors": tensors, **(figures or {}), **cost})
+        self.journal.append({"unit": unit, "tensors": tensors, **(figures or {})})
 
     def _finished(self) -> set[str]:
         return {entry["unit"] for entry in self.journal.entries}

@@ -9,6 +9,7 @@ from typing import Final
 
 from auto_round.report import plots_quality, plots_run
 from auto_round.report.draw import Words
+from auto_round.report.record import RunRecord
 from auto_round.report.run import PlanLine, Run, Spread
 from auto_round.report.section import Page, Section, Tile
 from auto_round.report.table import Cell, Table, nbytes, number, seconds, share
@@ -40,7 +41,8 @@ def _tiles(run: Run) -> Iterator[Tile]:
         yield Tile("Same top token", share(held.same_top_token), f"of {held.positions:,} predictions")
     if (record := run.record) is not None:
         yield Tile("Time", seconds(record.seconds), "of the last part" if record.continued else "")
-        yield Tile("Peak memory", nbytes(record.peak_bytes), f"tuned on {record.device}")
+        planned = f", {size(record.memory['host_bytes'])} planned" if record.memory else ""
+        yield Tile("Peak memory", nbytes(record.peak_bytes), f"tuned on {record.device}{planned}")
 
 
 def _notices(run: Run) -> Iterator[str]:
@@ -248,8 +250,9 @@ def _cost(run: Run) -> Section | None:
     by_stage = Table(
         "Time by stage", ("stage", "time"), [[name, seconds(taken)] for name, taken in record.stages.items()]
     )
+    planned = _memory_plan(record)
     if not record.units:
-        return Section("cost", "Time and memory", (words,), tables=(by_stage,))
+        return Section("cost", "Time and memory", (words,), tables=(by_stage, *planned))
     table = Table(
         "Time and memory by block",
         ("block", "time", "memory held", "peak so far", "peak, accelerator"),
@@ -267,7 +270,26 @@ def _cost(run: Run) -> Section | None:
     slowest = max(record.units, key=lambda unit: unit.seconds)
     text = f"Seconds and memory of {len(record.units)} blocks; the slowest is {slowest.unit}."
     picture = plots_run.cost_picture(Words("cost-picture", "Time and memory", text), record.units)
-    return Section("cost", "Time and memory", (words,), picture, (table, by_stage))
+    return Section("cost", "Time and memory", (words,), picture, (table, by_stage, *planned))
+
+
+def _memory_plan(record: RunRecord) -> tuple[Table, ...]:
+    """What was planned before the first block, part by part, and below it what was measured."""
+    plan = record.memory
+    if not plan:
+        return ()
+    rows: list[list[Cell]] = [["before the run", "host", "Python and libraries", nbytes(plan["held"])]]
+    for stage, places in plan["stages"].items():
+        for place, parts in places.items():
+            rows += [[stage, place, part, nbytes(count)] for part, count in parts.items() if count]
+    for place, planned, measured in (
+        ("host", plan["host_bytes"], record.peak_bytes),
+        ("device", plan["device_bytes"], max((u.device_peak_bytes for u in record.units), default=0)),
+    ):
+        if planned:
+            rows.append(["peak", place, "planned", nbytes(planned)])
+            rows.append(["peak", place, "measured", nbytes(measured)])
+    return (Table("Memory plan", ("stage", "place", "part", "bytes"), rows),)
 
 
 def _coverage(run: Run) -> Section | None:

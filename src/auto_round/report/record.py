@@ -30,6 +30,7 @@ class UnitCost:
         resident_bytes: host memory held when the unit was done; 0 where the system does not say.
         peak_bytes: peak of it so far, since the process began.
         device_peak_bytes: peak of memory on the accelerator so far; 0 on a host.
+        lowered: how it was tuned, where memory had ended before; empty where the run went as planned.
     """
 
     unit: str
@@ -37,6 +38,7 @@ class UnitCost:
     resident_bytes: int
     peak_bytes: int
     device_peak_bytes: int = 0
+    lowered: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class RunRecord:
         units: cost of each unit, in order; empty for plain rounding, whose units overlap.
         machine: processor, accelerator and settings, see `pipeline.machine.description`.
         versions: package -> version.
+        memory: what was planned before the first block, to be held against `peak_bytes`, see
+            `pipeline.fitting.plan.MemoryPlan.to_json`.
     """
 
     command: str
@@ -69,6 +73,7 @@ class RunRecord:
     units: Sequence[UnitCost] = ()
     machine: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str | None] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; `from_json` gives back an equal record."""

@@ -52,12 +52,15 @@ class Objective:
         rounding: `fake_weights`, for what is differentiated.
         loss: what is differentiated, with the arguments of `block_objective`.
         judge: the same loss of held-out samples, whose batches have other shapes: never compiled.
+        rounds_again: weights are rounded a second time for the backward pass, one after another, so that
+            nothing is kept of the first time: less memory, more time, the same result.
         ranks: the processes among which the rows of a step are divided.
     """
 
     rounding: Callable[..., dict[str, Tensor]] = fake_weights
     loss: Callable[..., Tensor] = block_objective
     judge: Callable[..., Tensor] = block_objective
+    rounds_again: bool = False
     ranks: Ranks = ALONE
 
 

@@ -24,7 +24,7 @@ from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.gradients import GradientSum
 from auto_round.tuning.objective import PLAIN, Objective
 from auto_round.tuning.samples import Counts, Samples
-from auto_round.tuning.steps import batch_rows, held_out_looks, make_stepper, step_factor
+from auto_round.tuning.steps import Stepper, batch_rows, held_out_looks, make_stepper, step_factor
 from auto_round.tuning.weights import Learned, Weight, WeightTask, fake_weights
 
 
@@ -147,26 +147,23 @@ class _Loop:
         stepper = make_stepper(config, self._offsets, self._ranges, list(self._others.values()))
         best_loss = loss = initial = self._held_out_loss()
         best_step, done = 0, 0
-        best = self._snapshot() if config.keep_best else None
+        best = [p.detach().clone() for p in self._trained] if config.keep_best else []
         looks = set(held_out_looks(config))
         for step in range(config.iters):
-            gradients = self._gradients(step)
-            with torch.no_grad():
-                stepper.step(gradients, step_factor(config, step))
-                for knob, _ in self._ranges:
-                    knob.clamp_(0.0, MAX_KNOB)
+            self._take(stepper, step)
             done = step + 1
             if done not in looks:
                 continue
             loss = self._held_out_loss()
             if loss < best_loss:
                 best_loss, best_step = loss, done
-                best = self._snapshot() if config.keep_best else None
+                _copy(self._trained, best)
             elif config.patience and done - best_step >= config.patience:
                 break
-        if best is not None:
-            self._restore(best)
+        if config.keep_best:
+            _copy(best, self._trained)
             loss, done = best_loss, best_step
+            best.clear()
         return TunedBlock(
             {n: w.quantize() for n, w in self._weights.items()},
             {n: p.detach().to(self._block.get_parameter(n).dtype) for n, p in self._others.items()},
@@ -176,14 +173,37 @@ class _Loop:
             {n: w.learned for n, w in self._weights.items()} if config.keeps_offsets else {},
         )
 
+    def _take(self, stepper: Stepper, step: int) -> None:
+        """One step; its gradients are freed before the next ones are computed."""
+        gradients = self._gradients(step)
+        with torch.no_grad():
+            stepper.step(gradients, step_factor(self._config, step))
+            for knob, _ in self._ranges:
+                knob.clamp_(0.0, MAX_KNOB)
+
     def _gradients(self, step: int) -> list[Tensor | None]:
         """Gradients of everything that is trained.
 
         The weights are rounded once, whatever passes through them: losses are differentiated up to the
         rounded weights, and the sum of those gradients goes through the rounding.
         """
-        rounded = self._objective.rounding(self._weights)
+        with torch.set_grad_enabled(not self._objective.rounds_again):
+            rounded = self._objective.rounding(self._weights)
         values = {n: w.detach().requires_grad_() for n, w in rounded.items()} | self._others
+        total, scale = self._behind_rounding(values, step)
+        if self._objective.rounds_again:
+            values.clear()
+            rounded.clear()
+            inner = self._through_rounding_again(total)
+        else:
+            inner = list(self._through_rounding(list(rounded.values()), total))
+        all_found = [*inner, *total[len(self._weights) :]]
+        return all_found if scale is None else [None if g is None else g / scale for g in all_found]
+
+    def _behind_rounding(
+        self, values: Mapping[str, Tensor], step: int
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """Gradients of the loss by rounded weights and other parameters, and what they were multiplied by."""
         reached = list(values.values())
         ranks, half = self._objective.ranks, self._samples.inputs[0].dtype is torch.float16
         found, first = GradientSum(ranks, by_row=self._config.by_row, half=half), 0
@@ -198,13 +218,31 @@ class _Loop:
             first += len(passes)
             self._check(loss)
         total, scale = found.total(len(reached))
-        through = [(w, g.to(w.dtype)) for w, g in zip(rounded.values(), total, strict=False) if g is not None]
-        inner: tuple[Tensor | None, ...] = (None,) * len(self._rounding)
-        if through and self._rounding:
-            outputs, gradients = zip(*through, strict=True)
-            inner = torch.autograd.grad(outputs, self._rounding, gradients, allow_unused=True)
-        everything = [*inner, *total[len(rounded) :]]
-        return everything if scale is None else [None if g is None else g / scale for g in everything]
+        return list(total), scale
+
+    def _through_rounding(
+        self, rounded: Sequence[Tensor], behind: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of offsets and range multipliers from those of the rounded weights."""
+        through = [(w, g.to(w.dtype)) for w, g in zip(rounded, behind, strict=False) if g is not None]
+        if not (through and self._rounding):
+            return (None,) * len(self._rounding)
+        outputs, gradients = zip(*through, strict=True)
+        return torch.autograd.grad(outputs, self._rounding, gradients, allow_unused=True)
+
+    def _through_rounding_again(self, behind: list[Tensor | None]) -> list[Tensor | None]:
+        """The same, weight by weight: each is rounded once more, and nothing was kept of the first time."""
+        found: dict[int, Tensor | None] = {}
+        places = {id(p) for p in self._rounding}
+        for i, weight in enumerate(self._weights.values()):
+            gradient, behind[i] = behind[i], None
+            own = [p for p in (weight.v, weight.knobs.lo, weight.knobs.hi) if id(p) in places]
+            if gradient is None or not own:
+                continue
+            rounded = weight.fake()
+            inner = torch.autograd.grad(rounded, own, gradient.to(rounded.dtype), allow_unused=True)
+            found.update(zip(map(id, own), inner, strict=True))
+        return [found.get(id(p)) for p in self._rounding]
 
     def _passes(self, samples: Samples, batch: Sequence[int]) -> list[tuple[Sequence[int], Counts]]:
         """A batch cut into what goes through the block at once; their losses add up to that of the batch."""
@@ -246,13 +284,12 @@ class _Loop:
             )
         return loss
 
-    def _snapshot(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self._trained]
 
-    def _restore(self, values: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            for p, value in zip(self._trained, values, strict=True):
-                p.copy_(value)
+def _copy(values: Sequence[Tensor], places: Sequence[Tensor]) -> None:
+    """Copy values to where they are kept, nowhere where there are no places: nothing is held a third time."""
+    with torch.no_grad():
+        for place, value in zip(places, values, strict=False):
+            place.copy_(value)
 
 
 def _other_parameters(block: nn.Module, weights: Mapping[str, Weight]) -> dict[str, Tensor]:

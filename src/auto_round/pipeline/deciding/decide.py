@@ -16,7 +16,7 @@ from auto_round.pipeline.deciding.open_model import Opened
 from auto_round.pipeline.deciding.plan_together import plan_together
 from auto_round.pipeline.deciding.recast import named_dtype
 from auto_round.pipeline.deciding.request import Request
-from auto_round.pipeline.machine.device import compute_dtype, rows_at_once
+from auto_round.pipeline.machine.device import compute_dtype
 from auto_round.schemes.attention import AttentionPlan
 from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
@@ -73,14 +73,12 @@ def decide(request: Request, opened: Opened, *, quiet: bool = False) -> Decided:
     tune = replace(tune, ranges=ranges)
     for exporter in exporters.values():
         exporter.check(options, request.output, calibrated=tune.needs_rows)
-    sparing = options.memory.low_gpu_mem_usage
-    at_once = rows_at_once(request.device, options.calibration.seqlen, sparing=sparing)
     own = named_dtype(options.model.model_dtype) or opened.source.dtype
     return Decided(
         plan=plan,
         exporters=exporters,
         importance=planned.importance,
-        tune=replace(tune, rows_at_once=at_once),
+        tune=tune,
         dtype=compute_dtype(own, request.device, amp=options.tune.amp),
         caches=caches,
     )

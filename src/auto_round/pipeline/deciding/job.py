@@ -13,7 +13,7 @@ from torch import Tensor
 from auto_round.calibration.row import CalibrationRow
 from auto_round.calibration.rows import CalibrationRows
 from auto_round.checkpoint.shards import TRANSFORMERS, WeightFiles
-from auto_round.config.groups import MemoryOptions
+from auto_round.config.memory import MemoryOptions
 from auto_round.config.options import Options
 from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer
@@ -23,6 +23,8 @@ from auto_round.numerics.search import THOROUGH
 from auto_round.numerics.search_groups import Effort
 from auto_round.pipeline.deciding.method import Method, method_of
 from auto_round.pipeline.deciding.recast import named_dtype
+from auto_round.pipeline.fitting.level import Level, levels_of, starts_at
+from auto_round.pipeline.fitting.plan import MemoryPlan
 from auto_round.ranks.ranks import ALONE, Ranks
 from auto_round.schemes.attention import AttentionPlan
 from auto_round.schemes.plan import Plan
@@ -51,6 +53,7 @@ class Job:
         more_rows: loads so many rows of the calibration data; None where there are none.
         processor: its processor for images, where it was given as an object.
         caches: which scales of the key/value cache and of attention are calibrated; None for none.
+        memory_plan: what the run needs where, and how it begins; None before that is decided.
         ranks: the processes that do it together.
         files: how weight files of the output are called.
         fresh: rows of the stage after block tuning, which blocks are not tuned on; empty without it.
@@ -71,6 +74,7 @@ class Job:
     more_rows: Callable[[int], CalibrationRows] | None = None
     processor: Any = None
     caches: AttentionPlan | None = None
+    memory_plan: MemoryPlan | None = None
     ranks: Ranks = ALONE
     files: WeightFiles = TRANSFORMERS
     fresh: tuple[CalibrationRow, ...] = ()
@@ -106,6 +110,23 @@ class Job:
     def memory(self) -> MemoryOptions:
         """What to save memory at the cost of time."""
         return self.options.memory
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """How the run begins and goes on where memory ends: as planned, else as the options say."""
+        if self.memory_plan is not None:
+            return self.memory_plan.levels[self.memory_plan.chosen :]
+        return self.levels_for(self.options.calibration.seqlen)
+
+    @property
+    def level(self) -> Level:
+        """How the run begins."""
+        return self.levels[0]
+
+    def levels_for(self, length: int) -> tuple[Level, ...]:
+        """The same for rows of another length, as far as the options say."""
+        levels = levels_of(self.device, self.tune.batch_size, length)
+        return levels[starts_at(levels, self.memory) :]
 
     @property
     def kept_dtype(self) -> torch.dtype | None:

@@ -14,6 +14,7 @@ from auto_round.log import logger
 from auto_round.pipeline.deciding.decide import Decided, decide
 from auto_round.pipeline.deciding.effects import Settled, idle_options
 from auto_round.pipeline.deciding.fetch_rows import Data, fetch_rows
+from auto_round.pipeline.deciding.fit import fitted
 from auto_round.pipeline.deciding.image_rows import first_with_images
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.open_model import Opened, open_model
@@ -64,7 +65,7 @@ def prepare(
     )
     for note in idle_options(settled):
         logger.warning(note)
-    return job
+    return fitted(job)
 
 
 def put_together(request: Request, opened: Opened, decided: Decided, data: Data) -> Job:

@@ -238,5 +238,5 @@ class _Loop:
     def _room(self, batch: Batch) -> Boundaries:
         job, units = self._stage.job, len(self._stage.members)
         size = (2 * units + 1) * sum(s.numel() * s.element_size() for s in batch.reference)
-        home = home_of_streams(job.memory, job.device, size)
+        home = home_of_streams(job.level, job.memory, job.device, size)
         return Boundaries.like(batch, units, home, self._folder / "between")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -14,23 +15,53 @@ TOKENS_AT_ONCE = 1024
 """Tokens that go through a block at once on a CPU (docs/LOG.md)."""
 
 
-def choose_device(wanted: str | Mapping[str, object]) -> torch.device:
-    """Where blocks are tuned: the first device of the map; "auto" takes an accelerator when there is one.
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Devices of a run.
 
-    Devices after the first are not used, which is said. So is that 0, the device of other versions when none
-    is named, means the CPU on a machine without an accelerator.
+    Attributes:
+        main: where what flows is held, and all that is not placed elsewhere.
+        others: further ones, in the user's order.
+        rules: name or pattern of layers -> where they are tuned; empty where matrices are spread over all.
+    """
+
+    main: torch.device
+    others: tuple[torch.device, ...] = ()
+    rules: tuple[tuple[str, torch.device], ...] = ()
+
+
+def choose_devices(wanted: str | Mapping[str, object]) -> Devices:
+    """The devices of a `device_map`; "auto" takes an accelerator when there is one.
+
+    The first device of a list is the main one; of a mapping that of the key "", else its first accelerator.
+    It is said that 0, the device of other versions when none is named, means the CPU on a machine without an
+    accelerator. "disk" says nothing: weights are on disk before and after they are worked on anyway.
 
     Raises:
         ConfigError: a device that is not there, be it the first or not, or no device's name.
     """
-    named = _named(wanted)
-    devices = list(dict.fromkeys(_device(name) for name in named))
-    if named[0] == "0" and devices[0].type == "cpu":
-        logger.warning("device 0: PyTorch sees no accelerator here, so blocks are tuned on the CPU")
-    if len(devices) > 1:
-        others = ", ".join(map(str, devices[1:]))
-        logger.warning("blocks are tuned on one device at a time: %s is used, not %s", devices[0], others)
-    return devices[0]
+    if isinstance(wanted, str):
+        found = [_device(name) for name in (word.strip() for word in wanted.split(","))]
+        main, rules = found[0], tuple[tuple[str, torch.device], ...]()
+        if wanted.split(",")[0].strip() == "0" and main.type == "cpu":
+            logger.warning("device 0: PyTorch sees no accelerator here, so blocks are tuned on the CPU")
+    else:
+        placed = {key: _device(str(name)) for key, name in wanted.items() if name != "disk"}
+        found = sorted(placed.values(), key=lambda device: device.type == "cpu")
+        found = found or [_device("cpu" if wanted else "auto")]
+        main = placed.get("", found[0])
+        rules = tuple((key, device) for key, device in placed.items() if key)
+    others = tuple(device for device in dict.fromkeys(found) if device != main)
+    return Devices(main, others, rules)
+
+
+def choose_device(wanted: str | Mapping[str, object]) -> torch.device:
+    """The main device of a `device_map`, see `choose_devices`; that others are not used is said."""
+    devices = choose_devices(wanted)
+    if devices.others:
+        others = ", ".join(map(str, devices.others))
+        logger.warning("blocks are tuned on one device at a time: %s is used, not %s", devices.main, others)
+    return devices.main
 
 
 def device_of_rank(wanted: str | Mapping[str, str], local: int) -> str | Mapping[str, str]:
@@ -42,23 +73,10 @@ def device_of_rank(wanted: str | Mapping[str, str], local: int) -> str | Mapping
     """
     if _accelerator() is None or not isinstance(wanted, str):
         return wanted
-    named = _named(wanted)
+    named = [word.strip() for word in wanted.split(",")]
     if named == ["auto"]:
         return str(local)
     return named[local % len(named)]
-
-
-def _named(wanted: str | Mapping[str, object]) -> list[str]:
-    """Names of devices in the order of their use; of a map the accelerators first."""
-    if isinstance(wanted, str):
-        named = [name.strip() for name in wanted.split(",")]
-    else:
-        named = sorted((str(name) for name in wanted.values() if name != "disk"), key=_is_cpu)
-    return named or ["auto" if not wanted else "cpu"]
-
-
-def _is_cpu(name: str) -> bool:
-    return name == "cpu"
 
 
 def _device(name: str) -> torch.device:
@@ -94,20 +112,17 @@ def _not_there(name: str, seen: str) -> ConfigError:
     return ConfigError(f'device "{name}" is not there: PyTorch sees {seen}; use --device auto, or cpu')
 
 
-def rows_at_once(device: torch.device, length: int, *, sparing: bool) -> int:
-    """Rows that go through a block at once while it is tuned; 0 for whole batches.
+def rows_at_once(device: torch.device, length: int) -> int:
+    """Rows that go through a block at once while it is tuned and memory is at hand; 0 for whole batches.
 
     A processor computes a thousand tokens as fast as many thousands, and what the backward pass needs of them
-    stays near its caches; an accelerator wants all it can get, unless memory is to be spared.
+    stays near its caches; an accelerator wants all it can get.
 
     Args:
         device: where blocks run.
         length: tokens in a row.
-        sparing: whether the user asked for little memory on the accelerator.
     """
-    if device.type != "cpu":
-        return 1 if sparing else 0
-    return max(1, TOKENS_AT_ONCE // length)
+    return max(1, TOKENS_AT_ONCE // length) if device.type == "cpu" else 0
 
 
 def compute_dtype(own: torch.dtype, device: torch.device, *, amp: bool) -> torch.dtype:

@@ -45,6 +45,14 @@ def device_peak_bytes(device: torch.device) -> int:
     return 0 if ask is None else int(ask(device))
 
 
+def device_total_bytes(device: torch.device) -> int:
+    """Memory of an accelerator in all, bytes; 0 on the host and where nobody tells."""
+    if device.type == "cpu":
+        return 0
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return 0 if ask is None else int(ask(device)[1])
+
+
 def available_bytes() -> int:
     """Memory that could be taken without swapping, bytes; 0 where the system does not tell.
 

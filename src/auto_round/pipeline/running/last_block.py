@@ -14,23 +14,9 @@ import torch
 from auto_round.evaluate.logits import positions_at_once
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.fitting.logits import logits_budget
 from auto_round.tuning.objective import Objective
 from auto_round.tuning.predictions import Predictions
-
-LOGITS_BYTES = 256 << 20
-"""Memory for logits on a CPU, or where memory is to be spared, while predictions are compared."""
-ACCELERATOR_LOGITS_BYTES = 2 << 30
-"""The same on an accelerator, which needs long matrices to be busy."""
-
-
-def logits_budget(device: torch.device, *, sparing: bool) -> int:
-    """Bytes for logits while predictions are compared.
-
-    Args:
-        device: where blocks are tuned.
-        sparing: memory of an accelerator is to be spared.
-    """
-    return LOGITS_BYTES if sparing or device.type == "cpu" else ACCELERATOR_LOGITS_BYTES
 
 
 def positions_held(job: Job) -> int:

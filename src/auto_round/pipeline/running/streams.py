@@ -11,12 +11,14 @@ from torch import Tensor
 
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.checkpoint.disk import reserve, writing
-from auto_round.config.groups import MemoryOptions
+from auto_round.config.memory import MemoryOptions
 from auto_round.facts.flow import States
+from auto_round.pipeline.fitting.choose import wants_files
+from auto_round.pipeline.fitting.level import Level, Place
+from auto_round.pipeline.machine.memory import available_bytes
 
 SPILL_BYTES = 2 << 30
-"""Both streams above this size are backed by files where they lie on the host, unless `low_cpu_mem_usage` is
-off."""
+"""What is kept of all weights beside the streams lies in files above this size."""
 
 SAVED_AS = 2
 """Version of the files that streams are saved in; a run with files of another version is not continued."""
@@ -34,17 +36,22 @@ class Home(NamedTuple):
     files: bool
 
 
-def home_of_streams(memory: MemoryOptions, device: torch.device, nbytes: int) -> Home:
+def home_of_streams(
+    level: Level, memory: MemoryOptions, device: torch.device, nbytes: int, beside: int = 0
+) -> Home:
     """Where the streams of a run lie.
 
     Args:
+        level: how much memory the run may take.
         memory: what the user asked for.
         device: where blocks run.
-        nbytes: of both streams.
+        nbytes: of all of them, with the targets.
+        beside: host memory that the run needs beside them, bytes.
     """
-    if device.type != "cpu" and not memory.low_gpu_mem_usage:
+    if device.type != "cpu" and level.streams is Place.DEVICE:
         return Home(device, files=False)
-    return Home(torch.device("cpu"), memory.low_cpu_mem_usage and nbytes > SPILL_BYTES)
+    free = available_bytes()
+    return Home(torch.device("cpu"), wants_files(level, memory, nbytes, free - beside if free else None))
 
 
 class Streams:
@@ -60,6 +67,7 @@ class Streams:
         targets: room for what the next unquantized block gives, of the same shapes.
         tuned: rows that are tuned on.
         masks: `[rows, length]` bool, True where a position of the first tensor counts; None where all do.
+        between: False while the quantized stream is being replaced, so that a part of it is of each block.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class Streams:
         self.targets = targets
         self.tuned = tuned
         self.masks = masks
+        self.between = True
 
     @property
     def rows(self) -> int:
@@ -130,6 +139,24 @@ class Streams:
         for to, state in zip(self.reference, self.targets, strict=True):
             to.copy_(state)
 
+    def move(self, home: Home, spill: Path) -> None:
+        """Let everything lie elsewhere from now on; the targets start empty.
+
+        Args:
+            home: where.
+            spill: folder for files.
+        """
+        folder = spill if home.files else None
+        self.targets = ()
+        moved = []
+        for name, states in (("reference", self.reference), ("quantized", self.quantized)):
+            there = _room(states, name, home, folder)
+            for to, state in zip(there, states, strict=True):
+                to.copy_(state)
+            moved.append(there)
+        self.reference, self.quantized = moved
+        self.targets = _room(self.reference, "targets", home, folder)
+
     def save(self, path: Path) -> None:
         """Write both streams; complete or not at all."""
         save_tensors(path, {name: state.cpu() for name, state in self._named().items()})
@@ -143,6 +170,14 @@ class Streams:
     def _named(self) -> dict[str, Tensor]:
         both = {"reference": self.reference, "quantized": self.quantized}
         return {f"{name}.{i}": state for name, states in both.items() for i, state in enumerate(states)}
+
+
+def _room(states: States, name: str, home: Home, spill: Path | None) -> States:
+    """Room for tensors like these."""
+    return tuple(
+        storage(state.shape, state.dtype, home.device, spill, f"{name}-{position}")
+        for position, state in enumerate(states)
+    )
 
 
 def storage(

@@ -53,8 +53,8 @@ def trace_rows(
             if embedding is not None or ended:
                 with nullcontext() if embedding is None else stem.embedding(embedding):
                     rounded.append(_states(job, stem.trace(row.inputs, quantized)))
-    size = 2 * sum(state.numel() * state.element_size() for states in begun for state in states)
-    home = home_of_streams(job.memory, job.device, size)
+    size = 3 * sum(state.numel() * state.element_size() for states in begun for state in states)
+    home = home_of_streams(job.level, job.memory, job.device, size, _beside(job))
     masks = masks_of(rows)
     if masks is not None and masks.shape[1] != begun[0][0].shape[1]:
         masks = None  # what flows here does not stand at the rows' positions
@@ -63,6 +63,11 @@ def trace_rows(
     for i, states in enumerate(rounded):
         streams.restart(i, states)
     return table, streams
+
+
+def _beside(job: Job) -> int:
+    """Host memory that the run will need beside the streams, bytes."""
+    return 0 if job.memory_plan is None else job.memory_plan.beside_streams
 
 
 def _states(job: Job, traced: Trace) -> States:

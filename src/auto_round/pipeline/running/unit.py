@@ -23,6 +23,7 @@ from auto_round.numerics.importance import AnyImportance
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.token_weights import Massive, massive_tokens, token_energy, token_weights
 from auto_round.pipeline.deciding.activations import to_calibrate
+from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.attention_states import StateRanges, observe_states, rounded_states
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
@@ -144,6 +145,7 @@ def tune_unit(
     group, arguments = unit.group, unit.arguments()
     ranks = objective.ranks
     seen = _references(unit, streams, arguments, config, ranks)
+    release_freed_memory()
     importance = {n: found for n, m in seen.moments.items() if (found := m.importance()) is not None}
     energies = [torch.stack([token_energy(row) for row in target]) for target in streams.targets]
     weights = tuple(token_weights(energy, streams.mask_of(i)) for i, energy in enumerate(energies))
@@ -304,6 +306,8 @@ def _advance(
     everything = Samples(streams.quantized, streams.quantized, arguments, kind=arguments.kind)
     rows = range(streams.rows)
     own = own_rows(ranks, rows)
+    streams.between = False
     run_block(quantized, everything, streams.quantized, batch_size=at_once, rows=own, device=unit.device)
     ranks.share(streams.quantized, rows)
     streams.advance()
+    streams.between = True

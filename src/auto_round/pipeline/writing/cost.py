@@ -25,11 +25,10 @@ COST = "cost"
 """Key of a unit's cost in the journal; it never reaches `report.json`, which equal runs write equal."""
 
 
-def cost_of(unit: str, seconds: float, device: torch.device) -> dict[str, Any]:
-    """What a unit cost that took so long and is finished now, as JSON values."""
-    return asdict(
-        UnitCost(unit, round(seconds, 3), resident_bytes(), peak_bytes(), device_peak_bytes(device))
-    )
+def cost_of(unit: str, seconds: float, device: torch.device, lowered: str = "") -> dict[str, Any]:
+    """What a unit cost that took so long and is finished now, as JSON values; see `UnitCost`."""
+    held, peak = resident_bytes(), peak_bytes()
+    return asdict(UnitCost(unit, round(seconds, 3), held, peak, device_peak_bytes(device), lowered))
 
 
 def run_record(job: Job, journal: Journal, clock: Clock, *, continued: bool) -> RunRecord:
@@ -61,6 +60,7 @@ def run_record(job: Job, journal: Journal, clock: Clock, *, continued: bool) -> 
             "transformers": transformers.__version__,
             **versions(),
         },
+        memory={} if job.memory_plan is None else job.memory_plan.to_json(),
     )
 
 

@@ -1,0 +1,60 @@
+"""Last step of a job: how it fits into the memory that is there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from auto_round.log import logger
+from auto_round.pipeline.deciding.fetch_rows import held_out_rows
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.plan_table import manifests
+from auto_round.pipeline.fitting.choose import Room, make_plan
+from auto_round.pipeline.fitting.plan import MemoryPlan
+from auto_round.pipeline.fitting.work import Workload
+from auto_round.pipeline.machine.memory import available_bytes, device_total_bytes, resident_bytes
+
+
+def fitted(job: Job) -> Job:
+    """The job with its memory plan, and with as many rows at once as the plan says."""
+    plan = plan_memory(job)
+    logger.info("memory: %s", plan.line)
+    if not plan.fits:
+        logger.warning(
+            "this run may need more memory than there is: %s. Less is needed with --memory low or lowest, "
+            "fewer or shorter rows (--nsamples, --seqlen)",
+            plan.line,
+        )
+    return replace(job, memory_plan=plan, tune=replace(job.tune, rows_at_once=plan.level.rows))
+
+
+def plan_memory(job: Job) -> MemoryPlan:
+    """What the job needs where, and the level at which it begins."""
+    room = Room(resident_bytes(), available_bytes(), device_total_bytes(job.device))
+    return make_plan(workload(job), room)
+
+
+def workload(job: Job) -> Workload:
+    """What the cost of a run follows from; rows that are not fetched yet are counted."""
+    calibration, output = job.options.calibration, job.options.output
+    held_out = held_out_rows(calibration.nsamples)
+    rows = 0
+    if job.rows is not None:
+        rows = len(job.rows.rows)
+    elif job.tune.needs_rows:
+        rows = calibration.nsamples + held_out
+    return Workload(
+        source=job.source,
+        tune=job.tune,
+        device=job.device,
+        dtype=job.dtype,
+        memory=job.memory,
+        rows=rows,
+        held_out=held_out,
+        seqlen=calibration.seqlen,
+        nblocks=job.options.tune.nblocks,
+        by_predictions=job.options.tune.enable_alg_ext,
+        reloads=output.verify,
+        continues=output.resume,
+        formats={name: fmt for name, (_, fmt) in job.quantized().items()},
+        output_bytes=sum(m.nbytes for m in manifests(job).values()),
+    )

@@ -1,0 +1,288 @@
+"""What a run holds in memory, part by part, from shapes and settings alone.
+
+The figures of one weight follow from what the code holds; `docs/machines.md` has them beside measured peaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from auto_round.facts.layer import Layer, Role
+from auto_round.numerics.grid_float import FloatGrid
+from auto_round.numerics.importance import TILE
+from auto_round.pipeline.fitting.level import Level, Place
+from auto_round.pipeline.fitting.logits import MEASURED_LOGITS_BYTES, logits_budget
+from auto_round.pipeline.fitting.plan import STREAMS, Stage
+from auto_round.pipeline.fitting.work import Sizes, Workload, active_share, measure_sizes
+
+FLOAT = 4
+"""Bytes of a number in float32: offsets, gradients, range multipliers."""
+KEPT_BY_ROUNDING = 5
+"""What the backward pass of the rounding keeps of each weight: a number in float32 and a mark."""
+SPACING = 4
+"""The same of floating grids besides: the spacing at each weight."""
+AT_WORK = 16
+"""Numbers in float32 that are formed at a time of each weight of the matrix that is rounded."""
+SEARCHED = 33 * FLOAT
+"""Bytes that the search of ranges forms for each weight of a band (measured)."""
+SEARCH_BAND = 1 << 21
+"""Most weights of a band (`numerics.search.BAND`)."""
+NORMS = 5
+"""Hidden states that the norms and sums of a block keep for the backward pass."""
+ATTENTION_BANDS = 4
+"""Into so many bands queries are cut on a CPU (`models.attention.BANDS`); as many are formed at a time."""
+EXPERTS_AT_WORK = 9
+"""Copies of the largest parameter of fused experts that its products form and differentiate (measured)."""
+WORKERS = 4
+"""Matrices at once in plain rounding."""
+VERIFIED_ROWS, VERIFIED_POSITIONS = 4, 512
+"""Rows, and most positions of each, that a reloaded folder is asked for (`checking.compare_rows`)."""
+PACKED = 1
+"""Bytes of a code before it is packed."""
+FRAGMENTS = 0.1
+"""Share of the memory given out and returned that the C library cannot give out again, as measured."""
+WORKSPACE = 12 << 20
+"""Buffers of libraries, and small things."""
+
+
+def stages_of(work: Workload, level: Level) -> tuple[Stage, ...]:
+    """What each stage of a run holds at a level."""
+    parameters: dict[str, int] = {}
+    for layer in work.source.layers:
+        parameters[layer.parameter] = parameters.get(layer.parameter, 0) + math.prod(layer.shape)
+    return _Demand(work, measure_sizes(work), level, parameters).stages()
+
+
+_OF_LOOP = ("offsets and ranges", "optimizer", "rounding", "activations and gradients")
+"""Parts that are there while offsets are tuned, and not while ranges are searched."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Demand:
+    """A run at one level.
+
+    Attributes:
+        work: the run.
+        sizes: of its parts.
+        level: how it is run.
+        parameters: parameter -> weights in it: fused experts are rounded as one.
+    """
+
+    work: Workload
+    sizes: Sizes
+    level: Level
+    parameters: Mapping[str, int]
+
+    def stages(self) -> tuple[Stage, ...]:
+        if not self.sizes.tokens:
+            return (self._stage("round", self._plain()), *self._verify())
+        return (
+            self._stage("trace", {}, self._trace()),
+            self._stage("tune", self._tune() | self._streams_there(), self._streams_here()),
+            self._stage("measure", self._measure() | self._streams_there(), self._streams_here()),
+            *self._verify(),
+        )
+
+    def _stage(self, name: str, at_work: dict[str, int], aside: dict[str, int] | None = None) -> Stage:
+        """A stage from what lies where blocks are tuned, and what lies on the host in any case."""
+        if self.work.device.type == "cpu":
+            host, device = at_work | (aside or {}), dict[str, int]()
+        else:
+            host, device = dict(aside or {}), at_work
+        for parts in (host, device):
+            if parts is host or parts:
+                parts["workspace"] = WORKSPACE + int(FRAGMENTS * sum(parts.values()))
+        return Stage(name, host, device)
+
+    # --- where hidden states lie
+
+    def _streams_there(self) -> dict[str, int]:
+        """Both streams and the targets on the accelerator."""
+        on_device = self.level.streams is Place.DEVICE and self.work.device.type != "cpu"
+        return {STREAMS: 3 * self.sizes.stream} if on_device else {}
+
+    def _streams_here(self) -> dict[str, int]:
+        """The same on the host. Pages of files count as long as nobody else needs their memory."""
+        return {} if self._streams_there() else {STREAMS: 3 * self.sizes.stream}
+
+    # --- stages
+
+    def _trace(self) -> dict[str, int]:
+        own, dtype = self.work.source.dtype, self.work.dtype
+        embeddings = self.sizes.outside - self._head()
+        return {
+            "embeddings": embeddings + _cast(embeddings, own.itemsize, dtype.itemsize),
+            STREAMS: 3 * self.sizes.stream,
+        }
+
+    def _tune(self) -> dict[str, int]:
+        return max((self._block(layers) for layers in self._groups()), key=lambda parts: sum(parts.values()))
+
+    def _block(self, layers: list[Layer]) -> dict[str, int]:
+        """A group of blocks while it is tuned or searched."""
+        work, tune = self.work, self.work.tune
+        count = sum(math.prod(layer.shape) for layer in layers)
+        quantized = [layer for layer in layers if layer.name in work.formats]
+        tuned = sum(math.prod(layer.shape) for layer in quantized)
+        largest = max((self.parameters[layer.parameter] for layer in quantized), default=0)
+        own, itemsize = work.source.dtype.itemsize, work.dtype.itemsize
+        parts = {"weights": count * itemsize + (tuned * own if own != itemsize else 0)}
+        parts["statistics"] = self._statistics(quantized)
+        if not tune.iters:
+            offsets = FLOAT if tune.search else 0
+            parts["offsets and ranges"] = tuned * offsets + self._ranges(quantized)
+            searched = self._searched(quantized) * SEARCHED if tune.search else largest * AT_WORK
+            parts["search"] = searched + tuned * PACKED
+            return parts
+        copies = 2 if tune.keep_best else 1
+        state = 2 * FLOAT if tune.optimizer.value == "adam" else FLOAT if tune.momentum else 0
+        own_ranges = self._ranges(quantized)
+        parts["offsets and ranges"] = copies * (tuned * FLOAT + own_ranges)
+        parts["optimizer"] = tuned * state
+        kept = 0 if self.level.rounds_again else sum(map(self._kept, quantized))
+        parts["rounding"] = tuned * itemsize + kept
+        backward = max(self._backward(layers, tuned), self._through(quantized, tuned, largest))
+        parts["activations and gradients"] = backward
+        searched = tuned * FLOAT + own_ranges + self._searched(quantized) * SEARCHED
+        before = sum(parts[name] for name in _OF_LOOP)
+        if tune.search and searched > before:  # ranges are searched before anything of the loop is there
+            parts |= dict.fromkeys(_OF_LOOP, 0) | {"offsets and ranges": tuned * FLOAT + own_ranges}
+            parts["search"] = searched - parts["offsets and ranges"]
+        if work.by_predictions and any(layer.block == len(work.source.blocks) - 1 for layer in layers):
+            parts["head and logits"] = self.sizes.outside + logits_budget(
+                work.device, sparing=work.memory.low_gpu_mem_usage
+            )
+        return parts
+
+    def _measure(self) -> dict[str, int]:
+        """Norm and head, after the last block."""
+        own, dtype = self.work.source.dtype, self.work.dtype
+        outside = self.sizes.outside
+        return {
+            "embeddings and head": outside + _cast(self._largest_outside(), own.itemsize, dtype.itemsize),
+            "logits": self._logits(),
+        }
+
+    def _verify(self) -> tuple[Stage, ...]:
+        """What was written, loaded by Transformers."""
+        work = self.work
+        if not work.reloads:
+            return ()
+        own, dtype = work.source.dtype, work.dtype
+        outside = self.sizes.outside * own.itemsize // dtype.itemsize
+        packed = max(0, work.output_bytes - outside)
+        compared = {}
+        if self.sizes.tokens:
+            compared = {
+                "logits": 2 * self._verified_logits() + self._logits() // 2,
+                STREAMS: self.sizes.stream,
+            }
+        at_work = max(work.output_bytes, self._largest_outside(), sum(compared.values()))
+        loaded = {"model": self.sizes.outside + packed, **compared}
+        loaded["at work"] = at_work - sum(
+            compared.values()
+        )  # pages of the files, before anything is compared
+        return (self._stage("verify", loaded),)
+
+    def _plain(self) -> dict[str, int]:
+        """As many matrices as there are workers: as stored, in float32, and as codes."""
+        counts = sorted((math.prod(a.shape) for a in self.work.source.layers), reverse=True)
+        each = self.work.source.dtype.itemsize + PACKED + 1
+        searched = min(counts[0] if counts else 0, SEARCH_BAND) * (
+            SEARCHED if self.work.tune.search else AT_WORK
+        )
+        return {"weights": each * sum(counts[:WORKERS]), "at work": searched * WORKERS}
+
+    # --- parts of them
+
+    def _groups(self) -> Iterator[list[Layer]]:
+        """Layers of each group of blocks that are tuned as one."""
+        blocks: dict[int, list[Layer]] = {}
+        for layer in self.work.source.layers:
+            if layer.block is not None:
+                blocks.setdefault(layer.block // self.work.nblocks, []).append(layer)
+        yield from blocks.values()
+
+    def _backward(self, layers: list[Layer], tuned: int) -> int:
+        """Gradients of the loss by rounded weights, while activations are still there."""
+        itemsize = self.work.dtype.itemsize
+        found, passes = tuned * itemsize, self._passes()
+        fused = (self.parameters[a.parameter] for a in layers if a.role is Role.EXPERT)
+        activations = self._activations(layers) + EXPERTS_AT_WORK * itemsize * max(fused, default=0)
+        return max(activations + found // 4, found) + (tuned * FLOAT if passes > 1 else 0)
+
+    def _through(self, layers: list[Layer], tuned: int, largest: int) -> int:
+        """The same gradients on their way through the rounding."""
+        through = tuned * FLOAT + largest * AT_WORK
+        if self.level.rounds_again:
+            through += max(map(self._kept, layers), default=0) - tuned * self.work.dtype.itemsize
+        return through
+
+    def _kept(self, layer: Layer) -> int:
+        """What the backward pass of the rounding of a layer keeps."""
+        floats = isinstance(self.work.formats[layer.name].grid, FloatGrid)
+        return math.prod(layer.shape) * (KEPT_BY_ROUNDING + (SPACING if floats else 0))
+
+    def _searched(self, layers: list[Layer]) -> int:
+        """Weights of the largest band that is searched at a time: matrix by matrix."""
+        return min(SEARCH_BAND, max((math.prod(a.shape) for a in layers), default=0))
+
+    def _ranges(self, layers: list[Layer]) -> int:
+        """Multipliers and measured ranges of all groups, both ends."""
+        groups = (math.prod(self.work.formats[a.name].group.scale_shape(a.shape)) for a in layers)
+        return 4 * FLOAT * sum(groups)
+
+    def _statistics(self, layers: list[Layer]) -> int:
+        """Squares and products of the inputs of each matrix and expert, as sums and as means."""
+        if not self.work.tune.search:
+            return 0
+        inputs = {(a.parameter, a.expert): a.shape[1] for a in layers}
+        return 2 * sum(inputs.values()) * (TILE + 2) * FLOAT
+
+    def _passes(self) -> int:
+        tune = self.work.tune
+        rows = min(tune.batch_size, max(1, self.work.rows))
+        return math.ceil(rows / (self.level.rows or rows)) * tune.accumulate
+
+    def _activations(self, layers: list[Layer]) -> int:
+        """What the backward pass through a group keeps and forms, bytes."""
+        work = self.work
+        facts, length, share = work.source.facts, work.seqlen, active_share(work.source)
+        rows = min(self.level.rows or work.tune.batch_size, work.tune.batch_size, max(1, work.rows))
+        widths = sum(sum(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in layers)
+        widest = max((max(a.shape) for a in layers), default=0)
+        scores = 0.0
+        if work.device.type == "cpu":
+            kept = (ATTENTION_BANDS + 1) / (2 * ATTENTION_BANDS)
+            scores = facts.heads * length * (kept * work.nblocks + 1)
+        each = widths + NORMS * facts.width * work.nblocks + 3 * widest + scores
+        return int(rows * length * each * work.dtype.itemsize)
+
+    def _head(self) -> int:
+        """The output head, where it is a matrix of its own."""
+        source = self.work.source
+        heads = (math.prod(a.shape) for a in source.layers if a.role is Role.HEAD)
+        return 0 if source.tied_head else sum(heads) * self.work.dtype.itemsize
+
+    def _largest_outside(self) -> int:
+        """The larger of embedding and head in the compute dtype."""
+        facts = self.work.source.facts
+        return facts.vocabulary * facts.width * self.work.dtype.itemsize
+
+    def _logits(self) -> int:
+        """Logits of two models in float32, and what is formed of them."""
+        facts = self.work.source.facts
+        return min(MEASURED_LOGITS_BYTES, 4 * FLOAT * facts.vocabulary * self.work.seqlen)
+
+    def _verified_logits(self) -> int:
+        """Logits of one model for the rows on which a folder is compared."""
+        work = self.work
+        each = work.source.facts.vocabulary * work.dtype.itemsize
+        return min(MEASURED_LOGITS_BYTES, VERIFIED_ROWS * min(work.seqlen, VERIFIED_POSITIONS) * each)
+
+
+def _cast(nbytes: int, own: int, wanted: int) -> int:
+    """What is read before it is cast, bytes."""
+    return nbytes * own // wanted if own != wanted else 0

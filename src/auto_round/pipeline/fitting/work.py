@@ -1,0 +1,109 @@
+"""What a run's memory and time follow from, and the sizes of its parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from auto_round.config.memory import MemoryOptions
+from auto_round.facts.layer import Layer, Role
+from auto_round.models.source import ModelSource
+from auto_round.numerics.format import Format
+from auto_round.tuning.config import TuneConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a run's cost follows from.
+
+    Attributes:
+        source: the model, of which shapes are read.
+        tune: settings of the tuning loop.
+        device: where blocks are tuned.
+        dtype: dtype in which blocks run.
+        memory: what to save memory at the cost of time.
+        rows: calibration rows, those held out too; 0 without data.
+        held_out: how many of them judge and are not tuned on.
+        seqlen: tokens of a row.
+        nblocks: blocks tuned as one.
+        by_predictions: the last block is tuned by what the model predicts.
+        reloads: what was written is loaded and compared.
+        continues: streams are saved, so that a killed run can continue.
+        formats: quantized layer -> its format.
+        output_bytes: all output folders together.
+    """
+
+    source: ModelSource
+    tune: TuneConfig
+    device: torch.device
+    dtype: torch.dtype
+    memory: MemoryOptions
+    rows: int
+    held_out: int
+    seqlen: int
+    nblocks: int
+    by_predictions: bool
+    reloads: bool
+    continues: bool
+    formats: Mapping[str, Format]
+    output_bytes: int
+
+    @property
+    def quantized(self) -> int:
+        """Weights that are quantized."""
+        return sum(math.prod(layer.shape) for layer in self.source.layers if layer.name in self.formats)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the run holds in memory, bytes, and how many tokens it sees.
+
+    Attributes:
+        tokens: tokens of all rows; 0 without data.
+        batch_tokens: tokens of a whole batch.
+        stream: hidden states of all rows between two blocks.
+        block: weights of the largest block in the compute dtype.
+        block_weights: weights in the largest block.
+        outside: embeddings, head and other tensors outside the blocks, in the compute dtype.
+    """
+
+    tokens: int
+    batch_tokens: int
+    stream: int
+    block: int
+    block_weights: int
+    outside: int
+
+
+def measure_sizes(work: Workload) -> Sizes:
+    """Sizes of a run from its settings and the shapes of the model."""
+    source, rows, itemsize = work.source, work.rows, work.dtype.itemsize
+    blocks: dict[int, int] = {}
+    for layer in source.layers:
+        if layer.block is not None:
+            blocks[layer.block] = blocks.get(layer.block, 0) + math.prod(layer.shape)
+    largest = max(blocks.values(), default=0) * work.nblocks
+    total = sum(math.prod(spec.shape) for spec in source.tensors.values())
+    return Sizes(
+        tokens=rows * work.seqlen,
+        batch_tokens=min(work.tune.batch_size, max(1, rows)) * work.seqlen,
+        stream=rows * work.seqlen * source.facts.width * itemsize,
+        block=largest * itemsize,
+        block_weights=largest,
+        outside=max(0, total - sum(blocks.values())) * itemsize,
+    )
+
+
+def active_share(source: ModelSource) -> float:
+    """Share of the experts that a token passes through."""
+    chosen = source.facts.chosen_experts
+    experts = _experts(source.layers)
+    return min(1.0, chosen / experts) if chosen and experts else 1.0
+
+
+def _experts(layers: Sequence[Layer]) -> int:
+    found = {layer.expert for layer in layers if layer.role is Role.EXPERT and layer.expert is not None}
+    return len(found)

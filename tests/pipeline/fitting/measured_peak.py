@@ -1,0 +1,93 @@
+"""One run in a process of its own: what it planned and what it took, beside what Python and imports hold.
+
+`python measured_peak.py SHAPE FOLDER` prints a line of JSON; the model lies in `FOLDER/model`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+_ATTENTION = {"num_attention_heads": 8, "num_key_value_heads": 4}
+_SHORT = {"iters": 3, "nsamples": 8, "seqlen": 128, "batch_size": 4}
+SHAPES = {
+    "dense": ("llama", {"hidden_size": 768, "intermediate_size": 2048, **_ATTENTION}, _SHORT),
+    "no gate": (
+        "gpt_neox",
+        {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 8},
+        _SHORT,
+    ),
+    "experts": (
+        "qwen3_moe",
+        {
+            "hidden_size": 512,
+            "moe_intermediate_size": 256,
+            "num_experts": 16,
+            "num_experts_per_tok": 2,
+            "head_dim": 64,
+            **_ATTENTION,
+        },
+        _SHORT,
+    ),
+    "long rows": (
+        "llama",
+        {"hidden_size": 256, "intermediate_size": 512, **_ATTENTION},
+        {**_SHORT, "seqlen": 2048},
+    ),
+    "vocabulary": (
+        "llama",
+        {"hidden_size": 512, "intermediate_size": 768, "vocab_size": 48000, **_ATTENTION},
+        _SHORT,
+    ),
+    "many rows": (
+        "qwen3",
+        {"hidden_size": 512, "intermediate_size": 768, "head_dim": 64, **_ATTENTION},
+        {**_SHORT, "nsamples": 96, "seqlen": 512},
+    ),
+}
+"""Family, sizes and settings. Each takes 100 to 500 MB beside what Python and imports hold."""
+VOCABULARY = 2048
+
+
+def make_model(shape: str, folder: Path) -> None:
+    """Save a random model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from auto_round.testing.tiny_models import tiny_config
+
+    family, sizes, _ = SHAPES[shape]
+    torch.manual_seed(0)
+    config = tiny_config(family, **{"vocab_size": VOCABULARY, "max_position_embeddings": 4096, **sizes})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def measure(shape: str, folder: Path) -> dict[str, float]:
+    """Quantize the model; bytes above what is held once everything is imported."""
+    import torch
+    import transformers  # noqa: F401  held before the run, as the rest that is imported
+
+    from auto_round.config import build_options
+    from auto_round.pipeline.machine.memory import peak_bytes, resident_bytes
+    from auto_round.pipeline.quantize import run
+    from auto_round.report.record import RUN_RECORD
+
+    _, sizes, given = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+    shape_of_rows = (given["nsamples"] * 9 // 8 + 4, given["seqlen"])
+    rows = torch.randint(3, sizes.get("vocab_size", VOCABULARY), shape_of_rows, generator=generator).tolist()
+    held = resident_bytes()
+    out = folder / "out"
+    named = {"model": str(folder / "model"), "output_dir": str(out), "device_map": "cpu", "group_size": 128}
+    run(build_options({**named, **given}), dataset=rows)
+    planned = json.loads((out / RUN_RECORD).read_bytes())["memory"]
+    return {
+        "planned": planned["host_bytes"] - held,
+        "measured": peak_bytes() - held,
+        "stages": planned["stages"],
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))) + "\n")

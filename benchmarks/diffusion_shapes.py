@@ -224,7 +224,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def compare(folder: Path, out: Path, count: int, steps: int) -> None:
+def compare(folder: Path, out: Path, count: int, steps: int, iters: int) -> None:
     """Quantize by each method and bits, and say how far the pictures are from the original's."""
     from auto_round.config import build_options
     from auto_round.diffusion.prepare import prepare_pipeline
@@ -249,6 +249,7 @@ def compare(folder: Path, out: Path, count: int, steps: int) -> None:
                 "amp": False,
                 "overwrite": True,
                 **given,
+                **({"iters": iters} if given["iters"] else {}),
             }
         )
         result = run_pipeline(prepare_pipeline(options, dataset=texts[: -count - 8]))
@@ -279,11 +280,13 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--steps", type=int, help="of training; of denoising")
     parser.add_argument("--count", type=int, default=16, help="pictures that are compared")
+    parser.add_argument("--iters", type=int, default=200, help="tuning steps a block")
     words = parser.parse_args()
     if words.what == "train":
         train(words.folder, words.steps or 1200)
     else:
-        compare(words.folder, words.out or words.folder.with_name("compared"), words.count, words.steps or 8)
+        out = words.out or words.folder.with_name("compared")
+        compare(words.folder, out, words.count, words.steps or 8, words.iters)
 
 
 if __name__ == "__main__":

@@ -79,5 +79,7 @@ def _lines(result: PipelineResult) -> Iterator[tuple[str, str]]:
             "pictures",
             f"PSNR {shown['psnr']:.4g} dB, SSIM {shown['ssim']:.4g}, latents {shown['latent_error']:.3g}",
         )
+        for name, scores in shown["metrics"].items():
+            yield name, f"{scores['original']:.4g} -> {scores['quantized']:.4g}"
         yield "sheet", str(shown["sheet"])
     yield "took", f"{duration(result.seconds)}, peak memory {size(result.peak_bytes)}"

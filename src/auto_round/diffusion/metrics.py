@@ -1,39 +1,100 @@
-"""Models that judge pictures by their captions: which package and which weights each needs."""
+"""Models that judge pictures by their captions; each needs weights that are on this machine already."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
+
+Judge = Callable[[str, Sequence[str], Sequence[Any]], float]
+"""From weights, captions and pictures (uint8 `[height, width, 3]`) to a mean score."""
+
+GOOD, BAD = "Good photo.", "Bad photo."
+"""The pair of CLIP-IQA (Wang, Chan and Loy, "Exploring CLIP for assessing the look and feel of images")."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What a metric needs.
+    """What a metric needs, and how it is computed.
 
     Attributes:
         package: module that computes it.
         install: name of that package.
-        weights: model on the hub.
-        file: a file of it that tells whether it is in the cache.
+        weights: model on the hub, or a folder.
+        file: the file of its weights.
+        judge: computes it.
     """
 
     package: str
     install: str
     weights: str
     file: str
+    judge: Judge
 
+
+def _clip_score(weights: str, captions: Sequence[str], pictures: Sequence[Any]) -> float:
+    """Mean of 100 times the cosine of picture and caption, at least 0 (Hessel et al., "CLIPScore", 2021)."""
+    model, processor = _clip(weights)
+    seen, said = _embedded(model, processor, pictures, captions)
+    return float((100 * (seen * said).sum(-1)).clamp_min(0).mean())
+
+
+def _clip_iqa(weights: str, captions: Sequence[str], pictures: Sequence[Any]) -> float:
+    """Mean probability of the better of two descriptions."""
+    del captions
+    model, processor = _clip(weights)
+    seen, said = _embedded(model, processor, pictures, [GOOD, BAD])
+    return float((100 * seen @ said.T).softmax(-1)[:, 0].mean())
+
+
+def _image_reward(weights: str, captions: Sequence[str], pictures: Sequence[Any]) -> float:
+    del weights
+    import ImageReward
+    from PIL import Image
+
+    model = ImageReward.load("ImageReward-v1.0")
+    scores = [
+        float(model.score(caption, Image.fromarray(picture)))
+        for caption, picture in zip(captions, pictures, strict=True)
+    ]
+    return sum(scores) / len(scores)
+
+
+def _clip(weights: str) -> tuple[Any, Any]:
+    from transformers import AutoProcessor, CLIPModel
+
+    processor = AutoProcessor.from_pretrained(weights, local_files_only=True)
+    return CLIPModel.from_pretrained(weights, local_files_only=True).eval(), processor
+
+
+def _embedded(
+    model: Any, processor: Any, pictures: Sequence[Any], texts: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Unit vectors of pictures and texts, `[n, width]` float32."""
+    given = processor(
+        text=list(texts), images=list(pictures), return_tensors="pt", padding=True, truncation=True
+    )
+    with torch.no_grad():
+        output = model(**given)
+    seen, said = output.image_embeds.float(), output.text_embeds.float()
+    return seen / seen.norm(dim=-1, keepdim=True), said / said.norm(dim=-1, keepdim=True)
+
+
+_CLIP = "openai/clip-vit-large-patch14"
 
 METRICS: Mapping[str, Metric] = {
-    "clip": Metric(
-        "torchmetrics", "torchmetrics[multimodal]", "openai/clip-vit-large-patch14", "config.json"
+    "clip": Metric("transformers", "transformers", _CLIP, "model.safetensors", _clip_score),
+    "clip-iqa": Metric("transformers", "transformers", _CLIP, "model.safetensors", _clip_iqa),
+    "imagereward": Metric(
+        "ImageReward", "image-reward", "THUDM/ImageReward", "ImageReward.pt", _image_reward
     ),
-    "clip-iqa": Metric(
-        "torchmetrics", "torchmetrics[multimodal]", "openai/clip-vit-large-patch14", "config.json"
-    ),
-    "imagereward": Metric("ImageReward", "image-reward", "THUDM/ImageReward", "ImageReward.pt"),
 }
 
 
@@ -55,12 +116,26 @@ def refuse_metrics(names: Sequence[str], *, drawn: bool) -> None:
         raise UnsupportedError("pictures cannot be judged as asked", refusals)
 
 
+def judged(names: Sequence[str], captions: Sequence[str], pictures: Tensor) -> dict[str, float]:
+    """Mean score of each metric.
+
+    Args:
+        names: the metrics.
+        captions: of the pictures.
+        pictures: `[n, height, width, 3]` with numbers from 0 to 1.
+    """
+    each = list((pictures.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    return {name: METRICS[name].judge(METRICS[name].weights, captions, each) for name in names}
+
+
 def _missing(name: str) -> Refusal | None:
     from huggingface_hub import try_to_load_from_cache
 
     metric = METRICS[name]
     if importlib.util.find_spec(metric.package) is None:
         return Refusal(name, f"needs a package that is missing: pip install {metric.install}")
+    if (Path(metric.weights) / metric.file).is_file():
+        return None
     if not isinstance(try_to_load_from_cache(metric.weights, metric.file), str):
         return Refusal(
             name, f"its weights are not on this machine: hf download {metric.weights}", "or leave it out"

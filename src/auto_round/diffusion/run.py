@@ -30,6 +30,7 @@ from auto_round.pipeline.machine.determinism import deterministic_kernels
 from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.writing.outputs import Outputs, check_written
 from auto_round.pipeline.writing.signature import request_digest, signature
+from auto_round.report.make import make_page
 from auto_round.report.record import REPORT
 
 
@@ -91,6 +92,8 @@ def run_pipeline(
         shown = compare_pictures(job, folders, progress, clock) if job.prompts else None
         report = write_reports(job, folders, made, _told(shown), folder.folder)
         final = folder.seal(digest)
+    if job.options.output.report:
+        make_page([final])
     return PipelineResult(tuple(job.folders(final).values()), report, clock.seconds, clock.peak)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from auto_round.checkpoint.disk import writing
 from auto_round.diffusion.drawing import Drawing, as_tensor
 from auto_round.diffusion.likeness import psnr, ssim
+from auto_round.diffusion.metrics import judged
 from auto_round.diffusion.original import original
 from auto_round.diffusion.prepare import PipelineJob
 from auto_round.diffusion.sheet import write_pictures, write_sheet
@@ -36,6 +37,7 @@ class Shown:
         ssim: mean over pictures.
         each: caption, psnr and ssim of every picture.
         sheet: file of the picture sheet, relative to the output.
+        metrics: metric -> mean score of the original's pictures and of the result's.
     """
 
     pictures: int
@@ -44,6 +46,7 @@ class Shown:
     ssim: float
     each: Sequence[Mapping[str, Any]]
     sheet: str
+    metrics: Mapping[str, Mapping[str, float]]
 
 
 def compare_pictures(
@@ -76,7 +79,10 @@ def compare_pictures(
     write_sheet(place / SHEET, job.prompts, before.pictures, after.pictures)
     clock.lap("show")
     sheet = f"{PICTURES}/{SHEET}" if where is None else str(place / SHEET)
-    return _compared(job.prompts, before, after, sheet)
+    asked = job.options.diffusion.metrics
+    scores = [judged(asked, job.prompts, drawn.pictures) for drawn in (before, after)]
+    metrics = {name: {"original": scores[0][name], "quantized": scores[1][name]} for name in asked}
+    return _compared(job.prompts, before, after, sheet, metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +108,20 @@ def stills(drawn: Any) -> Tensor:
     return found[:, found.shape[1] // 2] if found.dim() == 5 else found
 
 
-def _compared(captions: Sequence[str], before: _Drawn, after: _Drawn, sheet: str) -> Shown:
+def _compared(
+    captions: Sequence[str],
+    before: _Drawn,
+    after: _Drawn,
+    sheet: str,
+    metrics: Mapping[str, Mapping[str, float]],
+) -> Shown:
     each: list[dict[str, Any]] = [
         {"caption": caption, "psnr": psnr(a, b), "ssim": ssim(a, b)}
         for caption, a, b in zip(captions, before.pictures, after.pictures, strict=True)
     ]
     error = float((after.latents - before.latents).square().sum() / before.latents.square().sum())
-    return Shown(
-        len(each), error, _mean(e["psnr"] for e in each), _mean(e["ssim"] for e in each), each, sheet
-    )
+    means = (_mean(entry[name] for entry in each) for name in ("psnr", "ssim"))
+    return Shown(len(each), error, *means, each, sheet, metrics)
 
 
 def _mean(values: Iterable[float]) -> float:

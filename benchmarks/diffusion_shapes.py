@@ -65,10 +65,9 @@ def picture(caption: str, chance: random.Random) -> Tensor:
     return 2 * (cover * front + (1 - cover) * back) - 1
 
 
-def a_batch(count: int, chance: random.Random, known: list[str]) -> tuple[list[str], Tensor]:
-    """Captions and their pictures, `[count, 3, SIZE, SIZE]`."""
-    some = [chance.choice(known) for _ in range(count)]
-    return some, torch.stack([picture(caption, chance) for caption in some])
+def pictures_of(texts: list[str], each: int, chance: random.Random) -> Tensor:
+    """Some pictures of every caption, `[captions, each, 3, SIZE, SIZE]`."""
+    return torch.stack([torch.stack([picture(text, chance) for _ in range(each)]) for text in texts])
 
 
 def build() -> Any:
@@ -133,84 +132,87 @@ def build() -> Any:
     )
 
 
-def train_vae(vae: Any, steps: int, chance: random.Random) -> float:
+def train_vae(vae: Any, pictures: Tensor, steps: int) -> float:
     """Train the autoencoder, and scale its latents to unit variance; returns the last loss."""
     optimizer = torch.optim.Adam(vae.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    loss = torch.zeros(())
+    generator, loss = torch.Generator().manual_seed(2), torch.zeros(())
     for _ in range(steps):
-        _, pictures = a_batch(32, chance, captions())
-        latents = vae.encode(pictures).latent_dist
-        loss = functional.mse_loss(vae.decode(latents.sample()).sample, pictures) + 1e-4 * latents.kl().mean()
+        some = pictures[torch.randint(len(pictures), (32,), generator=generator)]
+        latents = vae.encode(some).latent_dist
+        loss = functional.mse_loss(vae.decode(latents.sample()).sample, some) + 1e-4 * latents.kl().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        found = vae.encode(a_batch(256, chance, captions())[1]).latent_dist.mean
-    vae.register_to_config(shift_factor=float(found.mean()), scaling_factor=1 / float(found.std()))
-    return float(loss)
+        found = vae.encode(pictures[:256]).latent_dist.mean
+    vae.register_to_config(shift_factor=float(found.mean()), scaling_factor=float(1 / found.std()))
+    return float(loss.detach())
 
 
-def train_transformer(pipeline: Any, steps: int, chance: random.Random, known: list[str]) -> float:
-    """Train by flow matching on the known captions; returns the mean loss of the last steps."""
-    model, vae = pipeline.transformer, pipeline.vae.eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    average = [p.detach().clone() for p in model.parameters()]
-    losses = []
-    generator = torch.Generator().manual_seed(1)
+def packed_latents(pipeline: Any, pictures: Tensor) -> Tensor:
+    """What the transformer is to end with for pictures, `[n, tokens, channels]`."""
+    config = pipeline.vae.config
+    with torch.no_grad():
+        found = torch.cat([pipeline.vae.encode(some).latent_dist.mean for some in pictures.split(128)])
+    side = found.shape[-1]
+    scaled = (found - config.shift_factor) * config.scaling_factor
+    return pipeline._pack_latents(scaled, len(scaled), 4, side, side)
+
+
+def train_transformer(pipeline: Any, pictures: Tensor, steps: int) -> float:
+    """Train by flow matching; returns the mean loss of the last hundred steps.
+
+    Args:
+        pipeline: everything but its transformer is trained.
+        pictures: `[captions, each, 3, SIZE, SIZE]`.
+        steps: of the optimizer.
+    """
+    model, (count, each) = pipeline.transformer, pictures.shape[:2]
+    latents = packed_latents(pipeline, pictures.flatten(0, 1)).unflatten(0, (count, each))
+    with torch.no_grad():
+        given = pipeline.encode_prompt(prompt=captions(), prompt_2=None, max_sequence_length=12)
+    embeds, pooled, text_ids = given
+    side = int(latents.shape[2] ** 0.5)
+    ids = pipeline._prepare_latent_image_ids(1, side, side, torch.device("cpu"), torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    generator, losses = torch.Generator().manual_seed(1), list[float]()
     for step in range(steps):
-        texts, pictures = a_batch(64, chance, known)
-        with torch.no_grad():
-            embeds, pooled, text_ids = pipeline.encode_prompt(
-                prompt=texts, prompt_2=None, max_sequence_length=12
-            )
-            latents = (
-                vae.encode(pictures).latent_dist.mean - vae.config.shift_factor
-            ) * vae.config.scaling_factor
-            side = latents.shape[-1]
-            packed = pipeline._pack_latents(latents, len(texts), 4, side, side)
-            ids = pipeline._prepare_latent_image_ids(
-                len(texts), side // 2, side // 2, torch.device("cpu"), torch.float32
-            )
-        noise = torch.randn(packed.shape, generator=generator)
-        t = torch.sigmoid(torch.randn(len(texts), generator=generator) * 1.2)
-        mixed = (1 - t)[:, None, None] * packed + t[:, None, None] * noise
+        texts = torch.randint(count, (64,), generator=generator)
+        clean = latents[texts, torch.randint(each, (64,), generator=generator)]
+        noise = torch.randn(clean.shape, generator=generator)
+        t = torch.sigmoid(torch.randn(64, generator=generator) * 1.2)
         found = model(
-            hidden_states=mixed,
+            hidden_states=torch.lerp(clean, noise, t[:, None, None]),
             timestep=t,
-            pooled_projections=pooled,
-            encoder_hidden_states=embeds,
+            pooled_projections=pooled[texts],
+            encoder_hidden_states=embeds[texts],
             txt_ids=text_ids,
             img_ids=ids,
             return_dict=False,
         )[0]
-        loss = functional.mse_loss(found, noise - packed)
+        loss = functional.mse_loss(found, noise - clean)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
-        with torch.no_grad():
-            keep = min(0.995, (1 + step) / (10 + step))
-            for kept, parameter in zip(average, model.parameters(), strict=True):
-                kept.lerp_(parameter, 1 - keep)
-        if step % 100 == 0:
-            print(json.dumps({"step": step, "loss": sum(losses[-100:]) / len(losses[-100:])}), flush=True)
-    with torch.no_grad():
-        for kept, parameter in zip(average, model.parameters(), strict=True):
-            parameter.copy_(kept)
+        losses.append(float(loss.detach()))
+        if step % 50 == 0:
+            print(json.dumps({"step": step, "loss": sum(losses[-50:]) / len(losses[-50:])}), flush=True)
     return sum(losses[-100:]) / len(losses[-100:])
 
 
 def train(folder: Path, steps: int) -> None:
     """Train both parts and save the pipeline."""
     torch.manual_seed(0)
-    begin, chance, pipeline = time.perf_counter(), random.Random(1), build()
-    vae = train_vae(pipeline.vae, max(50, steps // 4), chance)
-    loss = train_transformer(pipeline, steps, chance, captions())
+    begin, pipeline = time.perf_counter(), build()
+    pictures = pictures_of(captions(), 12, random.Random(1))
+    vae = train_vae(pipeline.vae, pictures.flatten(0, 1), max(50, steps // 4))
+    loss = train_transformer(pipeline, pictures, steps)
+    pipeline.vae.eval()
     pipeline.transformer.eval()
     pipeline.save_pretrained(folder)
     seconds = time.perf_counter() - begin

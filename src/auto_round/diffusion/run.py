@@ -131,6 +131,8 @@ def _earlier(job: PipelineJob, out: Path, clock: Clock) -> PipelineResult:
         out,
     )
     report = json.loads((out / REPORT).read_bytes())
+    if job.options.output.report:
+        make_page([out])
     return PipelineResult(tuple(job.folders(out).values()), report, clock.seconds, clock.peak)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,10 +57,9 @@ def _clip_iqa(weights: str, captions: Sequence[str], pictures: Sequence[Any]) ->
 
 def _image_reward(weights: str, captions: Sequence[str], pictures: Sequence[Any]) -> float:
     del weights
-    import ImageReward
     from PIL import Image
 
-    model = ImageReward.load("ImageReward-v1.0")
+    model = importlib.import_module("ImageReward").load("ImageReward-v1.0")
     scores = [
         float(model.score(caption, Image.fromarray(picture)))
         for caption, picture in zip(captions, pictures, strict=True)

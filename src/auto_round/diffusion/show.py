@@ -120,8 +120,15 @@ def _compared(
         for caption, a, b in zip(captions, before.pictures, after.pictures, strict=True)
     ]
     error = float((after.latents - before.latents).square().sum() / before.latents.square().sum())
-    means = (_mean(entry[name] for entry in each) for name in ("psnr", "ssim"))
-    return Shown(len(each), error, *means, each, sheet, metrics)
+    return Shown(
+        pictures=len(each),
+        latent_error=error,
+        psnr=_mean(entry["psnr"] for entry in each),
+        ssim=_mean(entry["ssim"] for entry in each),
+        each=each,
+        sheet=sheet,
+        metrics=metrics,
+    )
 
 
 def _mean(values: Iterable[float]) -> float:

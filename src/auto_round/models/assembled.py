@@ -35,6 +35,7 @@ from auto_round.models.role_table import role_table
 from auto_round.models.roles import find_head, find_towers
 from auto_round.models.skeleton import weight_dtypes
 from auto_round.models.source import CPU, Stem
+from auto_round.models.text_part import text_tensors
 from auto_round.models.trace import LeftOut, StemParts, StubStem, trial_traces
 from auto_round.models.tried import TRIED
 
@@ -131,6 +132,12 @@ class AssembledSource(ABC):
     def tensors(self) -> Mapping[str, TensorSpec]:
         """See `ModelSource`."""
         return self._parts.tensors
+
+    @cached_property
+    def text_tensors(self) -> Mapping[str, str]:
+        """See `ModelSource`."""
+        parts = self._parts
+        return text_tensors(parts.model, parts.anatomy, parts.names, parts.tensors)
 
     @property
     def unsupported(self) -> tuple[Refusal, ...]:

@@ -148,6 +148,14 @@ class ModelSource(Protocol):
         ...
 
     @property
+    def text_tensors(self) -> Mapping[str, str]:
+        """Tensor on disk -> its name in a model of text alone; those of encoders and projectors are left out.
+
+        All tensors, under their own names, where the model reads text only.
+        """
+        ...
+
+    @property
     def unsupported(self) -> tuple[Refusal, ...]:
         """Matrices that are kept at 16 bits because they cannot be addressed one by one, and why."""
         ...

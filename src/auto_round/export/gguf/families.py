@@ -66,6 +66,7 @@ class Family:
         plus_one: norms multiply by one plus their weight.
         transposed: modules that store `[in, out]`.
         demands: attribute -> values that llama.cpp takes for granted; anything else is refused.
+        deepstack: images are added to the states of the first blocks; the file says of how many.
         computed: names in `hyperparameters.COMPUTED` of keys that need arithmetic.
     """
 
@@ -77,10 +78,14 @@ class Family:
     plus_one: bool = False
     transposed: tuple[str, ...] = ()
     demands: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    deepstack: bool = False
     computed: tuple[str, ...] = ()
 
 
 _LLAMA = Family("llama", (*_COUNTS, *_HEAD_DIM, *_RMS, *_ROTARY), rotated=_QUERY_KEY)
+_QWEN2_VL = Family(
+    "qwen2vl", (*_COUNTS, *_RMS), demands={"use_sliding_window": (False,)}, computed=("rotary sections",)
+)
 _SILU: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -95,6 +100,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             renamed=((r"^model\.(layers\.\d+)\.block_sparse_moe\.experts\.", r"\1.feed_forward.experts."),),
         ),
         "qwen2": Family("qwen2", (*_COUNTS, *_RMS), demands={"use_sliding_window": (False,)}),
+        "qwen2_vl_text": _QWEN2_VL,
+        "qwen2_5_vl_text": _QWEN2_VL,
+        "qwen3_vl_text": Family(
+            "qwen3vl", (*_COUNTS, *_HEAD_DIM, *_RMS), deepstack=True, computed=("rotary sections",)
+        ),
         "qwen2_moe": Family(
             "qwen2moe",
             (

@@ -57,6 +57,7 @@ class GgufFormat(Exporter):
     idle: ClassVar[Mapping[str, str]] = {
         "max_shard_size": "a GGUF model is one file",
         "quant_lm_head": "the GGUF type gives the output head its own type",
+        "quant_nontext_module": "the file holds the language model",
         "model_dtype": "the GGUF type gives every tensor its own type",
     }
 

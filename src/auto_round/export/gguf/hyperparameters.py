@@ -11,6 +11,7 @@ from auto_round.export.gguf.families import Family
 from auto_round.export.gguf.tensors import GgufTensor
 from auto_round.export.gguf.values import Value
 
+_SECTIONS = 4
 _PLAIN_ROPE = ("default", "llama3")
 
 
@@ -187,6 +188,15 @@ def _no_rotation(config: Any, every: int) -> dict[str, Value]:
     return {}
 
 
+def _sections(config: Any) -> dict[str, Value]:
+    """Rotary pairs that turn by time, height, width, and a fourth that no model of these families has."""
+    sections = [int(n) for n in _full(config).get("mrope_section", ())]
+    if not 1 <= len(sections) <= _SECTIONS:
+        raise _refused(f"mrope_section of rope_parameters is {sections}, expected 1 to {_SECTIONS} numbers")
+    padded = (*sections, *[0] * (_SECTIONS - len(sections)))
+    return {"rope.dimension_sections": Value("i32[]", padded)}
+
+
 def _falcon(config: Any) -> dict[str, Value]:
     return {
         "attention.head_count_kv": Value("u32", kv_heads(config)),
@@ -208,5 +218,6 @@ COMPUTED: Mapping[str, Callable[[Any], dict[str, Value]]] = {
     "whole rotary": lambda config: {"rope.dimension_count": Value("u32", head_dim(config))},
     "four times as wide": _four_times,
     "falcon": _falcon,
+    "rotary sections": _sections,
 }
 """Keys that need arithmetic, or a check, by the names that families use."""

@@ -77,7 +77,10 @@ def describe_gguf(source: ModelSource, tokenizer: Any, name: str) -> GgufModel:
     config = source.facts.text
     family = family_of(config)
     numbers = hyperparameters(family, config)
-    tensors = name_tensors(family, config, source.tensors, _tied(source))
+    if family.deepstack:
+        count = len(source.config.vision_config.deepstack_visual_indexes)
+        numbers[f"{family.arch}.n_deepstack_layers"] = Value("u32", count)
+    tensors = name_tensors(family, config, source.tensors, _tied(source), source.text_tensors)
     vocabulary = tokenizer_metadata(tokenizer, config)
     metadata = {**_general(source, name), **numbers, **vocabulary}
     return GgufModel(family.arch, metadata, tensors, facts_of(family.arch, config), {})
@@ -105,7 +108,7 @@ def _tied(source: ModelSource) -> frozenset[str]:
 
 
 def _general(source: ModelSource, name: str) -> dict[str, Value]:
-    weights = sum(math.prod(spec.shape) for spec in source.tensors.values())
+    weights = sum(math.prod(source.tensors[name].shape) for name in source.text_tensors)
     return {
         "general.type": Value("str", "model"),
         "general.name": Value("str", name),

@@ -36,6 +36,7 @@ def name_tensors(
     config: Any,
     stored: Mapping[str, TensorSpec],
     skipped: Collection[str] = (),
+    called: Mapping[str, str] | None = None,
 ) -> tuple[GgufTensor, ...]:
     """Every tensor of the file, in the order of the checkpoint.
 
@@ -44,12 +45,15 @@ def name_tensors(
         config: the text model's configuration.
         stored: dtype and shape of every tensor in the checkpoint.
         skipped: tensors to leave out (a head that is the embedding).
+        called: tensor in the checkpoint -> its name in a model of text alone, for those that belong to the
+            file; None for all, under their own names.
 
     Raises:
         UnsupportedError: a tensor without a name in the file.
         CheckpointError: numbered tensors that are not complete.
     """
-    found, nameless = _names(family, config, [n for n in stored if n not in skipped])
+    inside = {n: n for n in stored} if called is None else called
+    found, nameless = _names(family, config, {n: text for n, text in inside.items() if n not in skipped})
     if nameless:
         shown = ", ".join(nameless[:_SHOWN]) + (", ..." if len(nameless) > _SHOWN else "")
         raise UnsupportedError(
@@ -63,15 +67,18 @@ def name_tensors(
     return (*constants(family, config), *tensors)
 
 
-def _names(family: Family, config: Any, sources: list[str]) -> tuple[list[_Found], list[str]]:
+def _names(
+    family: Family, config: Any, sources: Mapping[str, str]
+) -> tuple[list[_Found], list[str]]:
+    """Tensors with their names in the file, and those that have none."""
     module = gguf()
     arch = next(key for key, text in module.MODEL_ARCH_NAMES.items() if text == family.arch)
     names = module.get_tensor_name_map(arch, int(config.num_hidden_layers))
     found, nameless = [], []
-    for source in sources:
-        if source.endswith(_NOT_WEIGHTS):
+    for source, called in sources.items():
+        if called.endswith(_NOT_WEIGHTS):
             continue
-        text, number = _stacked(family, source)
+        text, number = _stacked(family, called)
         for pattern, replacement in family.renamed:
             text = re.sub(pattern, replacement, text)
         name = names.get_name(text, try_suffixes=_SUFFIXES)

@@ -65,14 +65,17 @@ def plan_gguf(
     _agree(places, types)
     entries = {}
     for layer in source.layers:
+        if layer.tensor not in source.text_tensors:
+            entries[layer.name] = PlanEntry(None, "not in the file: it holds the language model", fixed=True)
+            continue
         kinds = [types[tensor.name] for tensor, _ in places.get(layer.tensor, ())]
         kind = TYPES[
             kinds[0] if kinds else types["token_embd.weight"]
         ]  # a head that the file stores as the embedding
         apart = layer.tensor in model.apart
         entries[layer.name] = _entry(base.entries[layer.name], kind, wanted.preset, apart=apart)
-    plan = replace(base, entries=entries, untie_head=False, warnings=_warnings(base, model, types, wanted))
-    return plan, types
+    notes = (*_warnings(base, model, types, wanted), *_left_out(source))
+    return replace(base, entries=entries, untie_head=False, warnings=notes), types
 
 
 def _split_rules(
@@ -180,6 +183,14 @@ def _entry(entry: PlanEntry, kind: GgufType, preset: str, *, apart: bool) -> Pla
         return PlanEntry(None, kept, entry.fixed)
     reason = entry.reason if entry.fixed else f"{kind.name.upper()} in {preset}"
     return PlanEntry(kind.scheme, reason, entry.fixed)
+
+
+def _left_out(source: ModelSource) -> list[str]:
+    """Says that the file has no encoder, where the model has one."""
+    outside = len(source.tensors.keys() - source.text_tensors.keys())
+    if not outside or len(source.text_tensors) == len(source.tensors):
+        return []
+    return [f"the file holds the language model: {outside} tensors of encoders and projectors are not in it"]
 
 
 def _warnings(base: Plan, model: GgufModel, types: Mapping[str, str], wanted: FileType) -> tuple[str, ...]:

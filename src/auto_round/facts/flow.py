@@ -50,22 +50,33 @@ class BlockCall:
         places: where each of the `States` goes: position in `args`, or name.
         lengths: how much of each of the `States` the block is given, where rows have other lengths than the
             tensors that hold them all; empty where it is given all of them.
+        shape: of what flows in one row of an encoder, `[patches, width]` or `[tiles, patches, width]`: it is
+            kept as `[1, length, width]`. None: it flows as it is kept.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     places: tuple[int | str, ...] = (0,)
     lengths: tuple[int, ...] = ()
+    shape: tuple[int, ...] | None = None
 
     def given(self, states: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the whole call."""
         args, kwargs = list(self.args), dict(self.kwargs)
+        if self.shape is not None:
+            states = [state.reshape(self.shape) for state in states]
         for place, state in zip(self.places, states, strict=True):
             if isinstance(place, int):
                 args[place] = state
             else:
                 kwargs[place] = state
         return tuple(args), kwargs
+
+    def kept(self, states: Sequence[Tensor]) -> States:
+        """What a block handed on, as it is kept: `[1, length, width]` where `shape` says so."""
+        if self.shape is None:
+            return tuple(states)
+        return tuple(state.reshape(1, -1, state.shape[-1]) for state in states)
 
 
 def split_call(

@@ -51,7 +51,7 @@ from auto_round.pipeline.running.last_block import positions_held
 from auto_round.pipeline.running.lower import Fitting
 from auto_round.pipeline.running.measure import Measured, measure_streams
 from auto_round.pipeline.running.streams import Streams
-from auto_round.pipeline.running.towers import round_towers
+from auto_round.pipeline.running.towers import quantize_towers
 from auto_round.pipeline.running.trace_rows import trace_rows
 from auto_round.pipeline.together import Begun, joined, shared
 from auto_round.pipeline.writing.cost import COST, cost_of, run_record, write_record
@@ -237,7 +237,7 @@ class _Loop:
         lists = [groups_of(blocks, job.options.tune.nblocks) for blocks in job.source.block_lists]
         count, done = sum(map(len, lists)), self._finished()
         before, ended = 0, list[Streams]()
-        towers, fitting = round_towers(job, self._write), Fitting(job, self.scratch)
+        towers, fitting = quantize_towers(job, self._write), Fitting(job, self.scratch)
         for groups in lists:
             table, streams = trace_rows(job, self.scratch, embedding, ended, towers)
             release_freed_memory()

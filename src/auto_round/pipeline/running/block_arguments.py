@@ -58,7 +58,9 @@ class ArgumentTable:
     all blocks of one kind.
     """
 
-    def __init__(self, axes: Mapping[Place, int] | None = None, *, apart: bool = False) -> None:
+    def __init__(
+        self, axes: Mapping[Place, int] | None = None, *, apart: bool = False, alone: bool = False
+    ) -> None:
         """An empty table.
 
         Args:
@@ -66,8 +68,10 @@ class ArgumentTable:
                 not is joined along the first axis.
             apart: rows may need arguments that cannot be put into one batch, as those with images do: `kind`
                 tells which can.
+            alone: no two rows can: encoders put the patches of all images of a row into one tensor.
         """
-        self.apart = apart
+        self.apart = apart or alone
+        self._alone = alone
         self._kinds: list[Hashable] = []
         self._axes = axes or {}
         self._calls: list[tuple[BlockCall | None, ...]] = []
@@ -84,7 +88,7 @@ class ArgumentTable:
                 args = tuple(self._intern(a) for a in call.args)
                 kwargs = {k: self._intern(v) for k, v in call.kwargs.items()}
                 kept.append(replace(call, args=args, kwargs=kwargs))
-        self._kinds.append(_kind(kept) if self.apart else None)
+        self._kinds.append(len(self._calls) if self._alone else _kind(kept) if self.apart else None)
         self._calls.append(tuple(kept))
         self._edits.append(tuple(edits))
 

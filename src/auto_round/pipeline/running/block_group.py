@@ -44,7 +44,8 @@ class BlockGroup(nn.Module):
             if call is not None:
                 whole, states = states, _cut(states, call.lengths)
                 args, kwargs = call.given(states)
-                states = _filled(_handed_on(block(*args, **kwargs), order, states), whole)
+                handed = _handed_on(block(*args, **kwargs), order, states)
+                states = _filled(call.kept(handed), whole)
         return tuple(states)
 
 

@@ -114,6 +114,7 @@ SHOWN_ELSEWHERE = {
     "imatrix": "tests/export/gguf/test_imatrix.py",
     "save_imatrix": "tests/export/gguf/test_save_imatrix.py",
     "gguf_template": "tests/export/gguf/test_template.py",
+    "mmproj": "tests/export/gguf/test_mmproj.py",
     "avg_bits": "tests/autoscheme",
     "target_size": "tests/autoscheme",
     "target_kl": "tests/autoscheme",

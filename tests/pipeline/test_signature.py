@@ -101,6 +101,7 @@ ELSEWHERE = {
     "quant_nontext_module": "of the plan, which names the layers of encoders",
     "imatrix": "the importances themselves are compared",
     "gguf_template": "the types of the file's tensors are compared",
+    "mmproj": "written after the last byte of the language model, from the model itself",
     "save_imatrix": "that one is written is compared; only GGUF files have it",
     "platform": "where the model comes from",
     "trust_remote_code": "without it the run would not have begun",

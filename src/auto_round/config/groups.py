@@ -364,6 +364,13 @@ class OutputOptions:
             "taken from it"
         ),
     )
+    mmproj: str | None = option(
+        None,
+        Spec(
+            "GGUF of a model that reads images: also write its encoder and projector, as a file of this type",
+            choices=("f16", "q8_0"),
+        ),
+    )
     save_imatrix: str | None = option(
         None,
         Spec("GGUF: file for the importances that this run measures, which llama.cpp and --imatrix read"),

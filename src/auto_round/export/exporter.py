@@ -257,6 +257,15 @@ class Exporter(ABC):
 
     # The files.
 
+    def write_beside(self, folder: Path, read: Callable[[str], Tensor]) -> None:
+        """Write what lies beside `file` and is made of the source alone.
+
+        Args:
+            folder: of the output.
+            read: reads a tensor of the source by name.
+        """
+        return
+
     @property
     def file(self) -> str | None:
         """File that holds all a loader needs; None for a folder of safetensors with configurations beside."""

@@ -17,11 +17,11 @@ _DECODER, _HEAD = "model.", "lm_head.weight"
 def text_tensors(
     model: Any, anatomy: Anatomy, names: NameMap, disk: Mapping[str, TensorSpec]
 ) -> dict[str, str]:
-    """Tensor on disk -> its name in a model of text alone; all of them, as they are, where there is no encoder.
+    """Tensor on disk -> its name in a model of text alone; all, as they are, where there is no encoder.
 
     What lies in front of the blocks' numbers differs (`language_model.model.`, `model.language_model.`,
-    `model.text_model.`); it becomes `model.`, and the head `lm_head.weight`. Names inside of blocks stay as on
-    disk.
+    `model.text_model.`); it becomes `model.`, and the head `lm_head.weight`. Names inside of blocks stay as
+    on disk.
 
     Args:
         model: the skeleton.

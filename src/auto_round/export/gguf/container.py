@@ -61,11 +61,11 @@ def make_head(arch: str, metadata: Metadata, tensors: Mapping[str, tuple[tuple[i
     module = gguf()
     writer = module.GGUFWriter(None, arch)
     for key, value in metadata.items():
-        _add(module, writer, key, value)
+        add_value(module, writer, key, value)
     begins: dict[str, int] = {}
     position = 0
     for name, (shape, kind) in tensors.items():
-        _add_tensor(module, writer, name, shape, kind)
+        add_tensor(module, writer, name, shape, kind)
         begins[name] = position
         position += _padded(kind.nbytes(shape))
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,8 @@ def value_of(field: Any) -> Value:
     return Value(names[field.types[0]], field.contents())
 
 
-def _add(module: Any, writer: Any, key: str, value: Value) -> None:
+def add_value(module: Any, writer: Any, key: str, value: Value) -> None:
+    """Tell the `gguf` package's writer one key."""
     types = module.GGUFValueType
     if value.kind.endswith("[]"):
         inner = types[_KINDS[value.kind.removesuffix("[]")]]
@@ -98,7 +99,8 @@ def _add(module: Any, writer: Any, key: str, value: Value) -> None:
         writer.add_key_value(key, value.value, types[_KINDS[value.kind]])
 
 
-def _add_tensor(module: Any, writer: Any, name: str, shape: tuple[int, ...], kind: GgufType) -> None:
+def add_tensor(module: Any, writer: Any, name: str, shape: tuple[int, ...], kind: GgufType) -> None:
+    """Tell the `gguf` package's writer of one tensor, without its numbers."""
     import numpy as np
 
     writer.add_tensor_info(

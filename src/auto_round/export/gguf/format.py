@@ -17,6 +17,7 @@ from auto_round.errors import InternalError, Refusal
 from auto_round.export.exporter import Exporter, Inputs, Rest
 from auto_round.export.gguf.file import GgufFile, pack_rows
 from auto_round.export.gguf.imatrix import read_imatrix
+from auto_round.export.gguf.mmproj import Mmproj, describe_mmproj
 from auto_round.export.gguf.model import describe_gguf, model_name
 from auto_round.export.gguf.plan import plan_gguf
 from auto_round.export.gguf.request import settle_gguf
@@ -48,9 +49,11 @@ class GgufFormat(Exporter):
 
     Attributes:
         made: the file with the types of all its tensors; None until it is planned.
+        mmproj: the file of the encoder and projector beside it, where it is wanted.
     """
 
     made: GgufFile | None = None
+    mmproj: Mmproj | None = None
 
     noun: ClassVar[str] = "a GGUF file"
     library: ClassVar[str] = "gguf"
@@ -113,7 +116,9 @@ class GgufFormat(Exporter):
         steered = tune_settings(options.tune, TYPES[self.kind.base].bits).needs_rows
         plan, types = plan_gguf(source, model, self.kind, plan_request(options.scheme), imatrix=steered)
         file = GgufFile(self.kind, f"{name}-{self.kind.name.upper()}.gguf", model, types)
-        exporters: dict[str, Exporter] = {self.name: replace(self, made=file)}
+        kind = options.output.mmproj
+        beside = None if kind is None else describe_mmproj(source, kind, name)
+        exporters: dict[str, Exporter] = {self.name: replace(self, made=file, mmproj=beside)}
         exporters |= {e.name: e.for_plan(plan, source.layers) for e in asked if e.name != self.name}
         path = options.calibration.imatrix
         importance = {} if path is None else read_imatrix(Path(path)).for_sources(model)
@@ -204,7 +209,13 @@ class GgufFormat(Exporter):
 
     def verify(self, folder: Path, run: Finished) -> dict[str, Any]:
         """Read the file with the `gguf` package, and with llama.cpp where it is installed."""
-        return verify_gguf(self._file, folder, run)
+        found = verify_gguf(self._file, folder, run)
+        return found if self.mmproj is None else found | self.mmproj.check(folder, run.source.read_tensor)
+
+    def write_beside(self, folder: Path, read: Callable[[str], Tensor]) -> None:
+        """The encoder and projector, where they are wanted."""
+        if self.mmproj is not None:
+            self.mmproj.write(folder, read)
 
     @property
     def _file(self) -> GgufFile:

@@ -67,9 +67,7 @@ def name_tensors(
     return (*constants(family, config), *tensors)
 
 
-def _names(
-    family: Family, config: Any, sources: Mapping[str, str]
-) -> tuple[list[_Found], list[str]]:
+def _names(family: Family, config: Any, sources: Mapping[str, str]) -> tuple[list[_Found], list[str]]:
     """Tensors with their names in the file, and those that have none."""
     module = gguf()
     arch = next(key for key, text in module.MODEL_ARCH_NAMES.items() if text == family.arch)

@@ -89,6 +89,7 @@ def _refuse_gguf_options(options: Options, beside: Collection[str], *, by_scheme
         "gguf_template": options.output.gguf_template,
         "imatrix": options.calibration.imatrix,
         "save_imatrix": options.output.save_imatrix,
+        "mmproj": options.output.mmproj,
     }
     for name, value in given.items():
         if value is not None:

@@ -133,4 +133,3 @@ def masks_of_runs(runs: Sequence[TowerRun]) -> Tensor | None:
     if bool((lengths == longest).all()):
         return None
     return torch.arange(longest, device="cpu") < lengths[:, None]
-

@@ -81,14 +81,13 @@ def _lists(model: nn.Module, chosen: Chosen) -> list[str]:
 def _quantize_list(job: Job, stem: Stem, path: str, chosen: Chosen, write: Write) -> dict[str, Tensor]:
     """One list of blocks: tuned, or rounded where that cannot be."""
     blocks = [module for _, module in stem.model.get_submodule(path).named_children()]
+    if not job.tune.iters:
+        return _round(job, stem, chosen, write)
     try:
-        if job.rows is None or not job.tune.iters:
-            raise UnsupportedError("nothing is tuned")
         runs, tuned = _watched(job, stem, blocks)
     except UnsupportedError as error:
-        if job.tune.iters:
-            why = "; ".join(refusal.reason for refusal in error.refusals) or str(error)
-            logger.warning("%s is rounded in searched ranges, not tuned: %s", path, why)
+        why = "; ".join(refusal.reason for refusal in error.refusals) or str(error)
+        logger.warning("%s is rounded in searched ranges, not tuned: %s", path, why)
         return _round(job, stem, chosen, write)
     return _Tuning(job, path, blocks, chosen, runs, tuned).run(write)
 

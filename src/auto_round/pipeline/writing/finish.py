@@ -38,6 +38,7 @@ def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
     plan, layers = with_unplanned(job.plan, source.layers, blocks, source.tensors, source.parameters)
     for name, exporter in job.exporters.items():
         if exporter.file is not None:
+            exporter.write_beside(folders[name], source.read_tensor)
             continue  # the file holds all of it
         folder = folders[name]
         quantization = exporter.config(plan, layers, blocks, job.method.facts)

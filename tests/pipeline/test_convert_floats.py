@@ -30,6 +30,18 @@ BOTH = {
         "layer_config": {f"model.layers.{b}.mlp.down_proj": {"bits": 8} for b in range(2)},
         "ignore_layers": "k_proj",
     },
+    "whole numbers in MXFP4": {
+        "scheme": "MXFP4",
+        "layer_config": {
+            f"model.layers.{b}.mlp.down_proj": {
+                "bits": 8,
+                "data_type": "int",
+                "act_bits": 16,
+                "scale_dtype": "bfloat16",
+            }
+            for b in range(2)
+        },
+    },
 }
 """Schemes that `auto_round` and `llm_compressor` both hold, of a model in bfloat16."""
 

@@ -199,7 +199,7 @@ def test_mixed_floats(tiny, tmp_path):
             {"scheme": "W4A16", "act_bits": 8, "act_data_type": "fp", "act_group_size": -1},
             "whole numbers alone",
         ),
-        ({"scheme": "MXFP4", "layer_config": {"down_proj": {"data_type": "int"}}}, "floating numbers"),
+        ({"scheme": "MXFP4", "layer_config": {"down_proj": {"data_type": "int"}}}, "whole numbers alone"),
     ],
 )
 def test_what_it_cannot_hold_is_refused_before_work(tiny, tmp_path, given, reason):

@@ -33,6 +33,10 @@ FLOATS = {
     "auto_round FP8_STATIC": {"scheme": "FP8_STATIC", "group_size": -1},
     "auto_round FPW8A16": {"scheme": "FPW8A16", "group_size": 0},
     "auto_round FP8": {"data_type": "fp", "bits": 8, "group_size": -1, "scale_dtype": "bfloat16"},
+    "auto_round MXFP4 and whole numbers": {
+        "scheme": "MXFP4",
+        "layer_config": {"mlp": {"bits": 4, "data_type": "int", "act_bits": 16}},
+    },
     "llm_compressor MXFP4": {"scheme": "MXFP4", "act_bits": 16},
     "llm_compressor MXFP6": {"scheme": "MXFP6"},
     "llm_compressor MXFP8": {"scheme": "MXFP8"},

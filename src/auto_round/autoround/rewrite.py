@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.consumers.lines import judge_outputs
 from auto_round.errors import ConfigError
+from auto_round.export.auto_round_config import PACKING
 from auto_round.export.compressed_cache import scale_name
 from auto_round.export.compressed_config import compressed_layout
 from auto_round.facts.attention import Attention
+from auto_round.facts.layer import Layer
 from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
-from auto_round.layouts.table import layout_of
+from auto_round.layouts.table import layout_for, layout_of
 from auto_round.pipeline.checking.verify import verify_all
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.default_device import plain_device
@@ -31,7 +33,6 @@ from auto_round.pipeline.writing.outputs import Outputs
 from auto_round.pipeline.writing.signature import request_digest, signature
 from auto_round.report.make import make_page
 from auto_round.schemes.attention import AttentionPlan
-from auto_round.schemes.scheme import QuantizationScheme
 
 
 @plain_device()
@@ -60,8 +61,9 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
             Outputs.open(job, folders, done=(), fresh=True) as outputs,
         ):
             quantized = job.quantized()
+            order_of = _order_of(config, job)
             for layer, fmt in quantized.values():
-                order = _layout(config, job.plan.scheme_of(layer.name))
+                order = order_of(layer)
                 stored = LayerLayout(order, fmt, layer.shape, job.plan.inputs_of(layer))
                 parts = {suffix: finished.read(f"{layer.name}.{suffix}") for suffix in stored.spec()}
                 outputs.put(layer, stored.unpack(parts))
@@ -131,11 +133,19 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _layout(config: Mapping[str, Any], scheme: QuantizationScheme | None) -> Layout:
-    """Order of bytes of one layer."""
-    if scheme is None or config["quant_method"] != "compressed-tensors":
-        return layout_of(config)
-    return compressed_layout(scheme)
+def _order_of(config: Mapping[str, Any], job: Job) -> Callable[[Layer], Layout]:
+    """What tells the order of bytes in which a layer lies.
+
+    GPTQ and AWQ folders have one for all layers, the others may have several.
+    """
+    method = config["quant_method"]
+    if method == "compressed-tensors":
+        schemes = {name: s for name in job.plan.quantized if (s := job.plan.scheme_of(name)) is not None}
+        return lambda layer: compressed_layout(schemes[layer.name])
+    top = layout_of(config)
+    extra = (config.get("extra_config") or {}) if method == "auto-round" else {}
+    packings = {name: said[PACKING] for name, said in extra.items() if PACKING in said}
+    return lambda layer: layout_for(packings[layer.name]) if layer.name in packings else top
 
 
 def _scales(finished: Checkpoint, caches: AttentionPlan, attention: Attention) -> dict[str, Tensor]:

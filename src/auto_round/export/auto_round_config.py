@@ -7,6 +7,9 @@ names do not begin with `block_name_to_quantize` are left alone, except those th
 vLLM reads an exact entry without `bits` as 16 bits, so every entry has `bits`. It asks for the module of all
 experts of a block, not for single experts, so that module gets an entry too.
 
+An entry may have a `packing_format` of its own, which this package alone reads: floating numbers lie in other
+orders of bytes than whole ones.
+
 Source: Transformers 5 `AutoRoundConfig`; vLLM 0.32 `quantization/inc/inc.py`, `inc/config_parser.py`; SGLang
 `quantization/auto_round.py`.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from auto_round.errors import InternalError
@@ -29,6 +33,8 @@ from auto_round.schemes.plan import Plan
 from auto_round.schemes.rules import Kind
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.version import __version__
+
+PACKING = "packing_format"
 
 KEPT: Mapping[str, Any] = {"bits": 16, "data_type": "float"}
 """Entry of a layer inside the blocks that keeps its weights."""
@@ -64,34 +70,40 @@ def auto_round_config(
     layers: Sequence[Layer],
     blocks: Sequence[Block],
     facts: TuningFacts | None = None,
+    others: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any] | None:
     """Dictionary for `config.json` and `quantization_config.json`; None when nothing is quantized.
 
     Args:
-        packing_format: order of the stored bytes.
+        packing_format: order of the stored bytes, of layers with the scheme at the top and all alike.
         plan: what becomes of each layer.
         layers: the layers of the plan.
         blocks: the blocks of the model.
         facts: options of the tuning run; those that say nothing new are left out.
+        others: layer -> order of its bytes, where that is another one.
 
     Raises:
         InternalError: a fact that would overwrite another key.
     """
     if not plan.quantized:
         return None
-    fields_of = _with_zero_points if isinstance(layout_for(packing_format), AWQ) else _fields
+    fields_of = _with_zero_points if isinstance(layout_for(packing_format), AWQ) else scheme_fields
     base = _loadable(fields_of(top_scheme(plan, layers, fields_of)))
     prefixes = _prefixes(plan, layers, blocks)
     config: dict[str, Any] = {
         "quant_method": "auto-round",
-        "packing_format": packing_format,
+        PACKING: packing_format,
         **base,
         **(_fp8_words(base) if layout_for(packing_format) is FP8 else {}),
         "autoround_version": __version__,
     }
     if prefixes:
         config["block_name_to_quantize"] = prefixes[0] if len(prefixes) == 1 else prefixes
-    overrides = {layer.name: _override(plan, layer, base, prefixes, fields_of) for layer in layers}
+    overrides = {
+        layer.name: _override(plan, layer, base, prefixes, fields_of)
+        + (((PACKING, others[layer.name]),) if layer.name in others else ())
+        for layer in layers
+    }
     extra = _extra_config(plan, overrides)
     if extra:
         config["extra_config"] = extra
@@ -102,7 +114,7 @@ def auto_round_config(
     return config | news
 
 
-def _fields(scheme: QuantizationScheme) -> dict[str, Any]:
+def scheme_fields(scheme: QuantizationScheme) -> dict[str, Any]:
     """What readers need of a scheme; the dtype of steps only where it is not the usual one of the type."""
     fields: dict[str, Any] = {
         "bits": scheme.bits,
@@ -140,7 +152,7 @@ def _fp8_words(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_zero_points(scheme: QuantizationScheme) -> dict[str, Any]:
     """Fields for the AWQ order of bytes, which stores zero points; `sym` true would keep vLLM from Marlin."""
-    return {**_fields(scheme), "sym": False}
+    return {**scheme_fields(scheme), "sym": False}
 
 
 def _prefixes(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> list[str]:

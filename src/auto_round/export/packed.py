@@ -36,11 +36,11 @@ LOADABLE_BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
-class OneLayout(Exporter):
-    """A format that stores the weights of all layers in one order of bytes."""
+class LayerByLayer(Exporter):
+    """A format that stores each layer as a layout says."""
 
     @abstractmethod
-    def _layout(self) -> Layout: ...
+    def _stored(self, layer: Layer, fmt: Format) -> LayerLayout: ...
 
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """The tensors of the layout, for example `<layer>.qweight`."""
@@ -49,6 +49,14 @@ class OneLayout(Exporter):
     def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The tensors of `spec`."""
         return prefixed(layer, self._stored(layer, q.weight.format).pack(q))
+
+
+@dataclass(frozen=True, slots=True)
+class OneLayout(LayerByLayer):
+    """A format that stores the weights of all layers in one order of bytes."""
+
+    @abstractmethod
+    def _layout(self) -> Layout: ...
 
     def _stored(self, layer: Layer, fmt: Format) -> LayerLayout:
         return LayerLayout(self._layout(), fmt, layer.shape)

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from auto_round.errors import InternalError, Refusal
-from auto_round.export.auto_round_config import auto_round_config
+from auto_round.export.auto_round_config import auto_round_config, scheme_fields
 from auto_round.export.exporter import TuningFacts
 from auto_round.export.packed import (
-    OneLayout,
+    LayerByLayer,
     gather_refusals,
     planned_inputs,
     quantized_layers,
     refuse_unloadable,
+    top_scheme,
 )
 from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.by_numbers import ByNumbers
@@ -40,7 +41,7 @@ Source: vLLM `inc/schemes/inc_wna16_scheme.py` (`CUDA_HUMMING_SUPPORTED_BITS`), 
 
 
 @dataclass(frozen=True, slots=True)
-class AutoRoundFormat(OneLayout):
+class AutoRoundFormat(LayerByLayer):
     """Packed numbers with one of five `packing_format`s.
 
     A quantized head that was tied to the embedding is written apart (`lm_head.qweight`, ...); the embedding
@@ -53,16 +54,18 @@ class AutoRoundFormat(OneLayout):
             `auto_round:fp8_static` for FP8 with one scale for each row or tensor, of weights and of inputs,
             `auto_round:fp8` for such weights alone, `auto_round:llm_compressor` for other floating numbers,
             else `auto_round`.
+        others: layer -> its packing, where that is another one: floating numbers beside whole ones.
         inputs: layer -> what its input is rounded to, where it is.
     """
 
     packing: str | None = None
+    others: Mapping[str, str] = field(default_factory=dict, hash=False)
     inputs: Mapping[str, InputFormat] = field(default_factory=dict, hash=False)
 
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> AutoRoundFormat:
         """This format with its packing decided."""
-        packing = self.packing or _fitting(plan, layers)
-        return replace(self, packing=packing, inputs=planned_inputs(plan, layers))
+        packing, others = (self.packing, self.others) if self.packing else _fitting(plan, layers)
+        return replace(self, packing=packing, others=others, inputs=planned_inputs(plan, layers))
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """One refusal for each reason, with the layers that it holds for."""
@@ -70,7 +73,7 @@ class AutoRoundFormat(OneLayout):
 
         def refuse(layer: Layer, fmt: Format) -> Refusal | None:
             scheme = plan.scheme_of(layer.name)
-            found = exact._refusal(layer, fmt) or exact._refuse_inputs(plan.activation_of(layer.name))
+            found = exact._refusal(layer, fmt) or exact._refuse_inputs(layer, plan.activation_of(layer.name))
             if found or scheme is None or not scheme.act_quantized or isinstance(fmt.grid, FloatGrid):
                 return found
             reason = "its readers leave activations of layers of whole numbers alone"
@@ -83,38 +86,50 @@ class AutoRoundFormat(OneLayout):
         return isinstance(fmt, MeasuredScales | CalibratedScale) and isinstance(fmt.format.grid, FloatGrid)
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
-        """Readers that take zero points stored minus one for something else."""
+        """Readers that know one packing for a folder, or take zero points stored minus one for others."""
         form = self.for_plan(plan, layers)
-        if form._layout() is not GPTQ_V1:
-            return []
-        asymmetric = [layer.name for layer, fmt in quantized_layers(plan, layers) if not is_symmetric(fmt)]
+        notes = []
+        if form.others:
+            notes.append(
+                f"{self.name}: whole and floating numbers in one folder are read by Transformers with this "
+                "package, not by vLLM and SGLang; for those use the format llm_compressor"
+            )
+        written = quantized_layers(plan, layers)
+        asymmetric = [
+            layer.name for layer, fmt in written if form._layout(layer) is GPTQ_V1 and not is_symmetric(fmt)
+        ]
         if not asymmetric:
-            return []
+            return notes
         return [
+            *notes,
             f"{self.name}: {some(asymmetric)}: zero points are stored minus one. Transformers reads them "
             "with this package; vLLM and SGLang have no kernel for such linear layers. Use the format "
-            "auto_round or auto_round:gptqmodel, or a symmetric scheme"
+            "auto_round or auto_round:gptqmodel, or a symmetric scheme",
         ]
 
     def config(
         self, plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block], facts: TuningFacts | None = None
     ) -> dict[str, Any] | None:
         """The `quantization_config`; None when the plan quantizes nothing."""
-        packing = self.for_plan(plan, layers).packing
+        form = self.for_plan(plan, layers)
+        packing = form.packing
         if packing is None:
             raise InternalError(f"{self.name} did not decide on a packing")
-        return auto_round_config(packing, plan, layers, blocks, facts)
+        return auto_round_config(packing, plan, layers, blocks, facts, form.others)
 
-    def _layout(self) -> Layout:
+    def _packing(self, layer: Layer) -> str:
         if self.packing is None:
             raise InternalError(f"{self.name} has several packings: ask for_plan first")
-        return layout_for(self.packing)
+        return self.others.get(layer.name, self.packing)
+
+    def _layout(self, layer: Layer) -> Layout:
+        return layout_for(self._packing(layer))
 
     def _stored(self, layer: Layer, fmt: Format) -> LayerLayout:
-        return LayerLayout(self._layout(), fmt, layer.shape, self.inputs.get(layer.name))
+        return LayerLayout(self._layout(layer), fmt, layer.shape, self.inputs.get(layer.name))
 
     def _refusal(self, layer: Layer, fmt: Format) -> Refusal | None:
-        layout = self._layout()
+        layout = self._layout(layer)
         if layout is GPTQ_V1 and not is_symmetric(fmt) and fmt.grid.bits in READ_AS_THEY_ARE:
             return Refusal(
                 self.name,
@@ -126,13 +141,13 @@ class AutoRoundFormat(OneLayout):
             return refuse_floats(self.name, layer, fmt, layout)
         return refuse_unloadable(self.name, layer, fmt, layout)
 
-    def _refuse_inputs(self, inputs: InputFormat | None) -> Refusal | None:
+    def _refuse_inputs(self, layer: Layer, inputs: InputFormat | None) -> Refusal | None:
         """Why a packing of FP8 does not say how a layer's input is rounded; None where it does."""
         calibrated = isinstance(inputs, CalibratedScale)
-        if self.packing == FP8_STATIC and not calibrated:
+        if self._packing(layer) == FP8_STATIC and not calibrated:
             reason = "holds layers whose inputs have one scale that calibration fixes"
             return Refusal(self.name, reason, f"use the scheme FP8_STATIC, or the format {FP8_OTHER}")
-        if self.packing == FP8_OTHER and calibrated:
+        if self._packing(layer) == FP8_OTHER and calibrated:
             return Refusal(self.name, "holds no scales of inputs", f"use the format {FP8_STATIC}")
         return None
 
@@ -150,15 +165,28 @@ def refuse_floats(who: str, layer: Layer, fmt: Format, layout: Layout) -> Refusa
     return refusal and replace(refusal, who=who, remedy=refusal.remedy or "use another format")
 
 
-def _fitting(plan: Plan, layers: Sequence[Layer]) -> str:
-    """`packing_format` for a plan."""
+def _fitting(plan: Plan, layers: Sequence[Layer]) -> tuple[str, dict[str, str]]:
+    """`packing_format` for a plan, and layer -> that of layers with other numbers than those at the top."""
     quantized = quantized_layers(plan, layers)
-    if any(isinstance(fmt.grid, FloatGrid) for _, fmt in quantized):
-        return _fitting_floats(plan, quantized)
+    floats = [(layer, fmt) for layer, fmt in quantized if isinstance(fmt.grid, FloatGrid)]
+    whole = [(layer, fmt) for layer, fmt in quantized if not isinstance(fmt.grid, FloatGrid)]
+    if not floats:
+        return _fitting_whole(whole, alone=True), {}
+    if not whole:
+        return _fitting_floats(plan, floats), {}
+    top = top_scheme(plan, layers, scheme_fields).weight_format()
+    of_whole, of_floats = _fitting_whole(whole, alone=False), _fitting_floats(plan, floats)
+    if top is not None and isinstance(top.grid, FloatGrid):
+        return of_floats, {layer.name: of_whole for layer, _ in whole}
+    return of_whole, {layer.name: of_floats for layer, _ in floats}
+
+
+def _fitting_whole(quantized: Sequence[tuple[Layer, Format]], *, alone: bool) -> str:
+    """`packing_format` for whole numbers; that of AWQ only where nothing else lies beside them."""
     if all(is_symmetric(fmt) for _, fmt in quantized):
         return "auto_round:auto_gptq"
     uniform = all(not is_symmetric(fmt) and fmt.grid.bits == AWQ_BITS for _, fmt in quantized)
-    if uniform and all(AWQ_GEMM.accepts(fmt, layer.shape) is None for layer, fmt in quantized):
+    if alone and uniform and all(AWQ_GEMM.accepts(fmt, layer.shape) is None for layer, fmt in quantized):
         return "auto_round:auto_awq"
     return "auto_round"
 

@@ -79,6 +79,10 @@ class UnsupportedError(AutoRoundError, NotImplementedError, ValueError):
         self.refusals = tuple(refusals)
 
 
+class CannotHoldError(UnsupportedError):
+    """A plan that no fault is found with, but that a format cannot hold."""
+
+
 class NothingQuantizedError(UnsupportedError):
     """The model would only be copied: none of its matrices can be quantized as asked."""
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from auto_round import AutoRound
 from auto_round.cli.main import main_rtn
-from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.errors import CannotHoldError, ConfigError, UnsupportedError
 from auto_round.testing.tiny_models import save_tiny_model
 
 IDS = torch.arange(12).view(1, 12) + 3
@@ -21,6 +21,14 @@ IDS = torch.arange(12).view(1, 12) + 3
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny"
     return save_tiny_model("qwen3", path, dtype=torch.bfloat16, hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Sizes that blocks of 128 divide."""
+    path = tmp_path_factory.mktemp("model") / "wide"
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    return save_tiny_model("qwen3", path, dtype=torch.bfloat16, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +138,58 @@ def test_scales_of_the_cache_are_written_again(folder, rows, tmp_path):
     scales = [name for name in first if name.endswith(("k_scale", "v_scale"))]
     assert scales
     assert all(torch.equal(first[name], second[name]) for name in scales)
+
+
+HELD = {
+    "activations of whole numbers": {"bits": 4, "act_bits": 8, "act_group_size": -1},
+    "a width that nobody packs": {"bits": 5},
+    "a mixture with one": {"scheme": "W4A16", "bits": None, "layer_config": {"mlp": {"bits": 5}}},
+    "blocks of rows": {"scheme": "FP8_BLOCK", "bits": None, "group_size": None, "ignore_layers": "self_attn"},
+}
+"""Plans that `auto_round` cannot hold and `fake` can."""
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_where_nobody_chose_a_format_rounded_weights_hold_what_the_usual_one_cannot(
+    wide, rows, tmp_path, caplog, name
+):
+    plain = {"iters": 0, "disable_opt_rtn": True, **HELD[name]}
+    rounder = quantizer(wide, rows, **plain)
+    model, schemes = rounder.quantize()
+    assert schemes
+    assert "nobody chose a format, and auto_round cannot be it" in caplog.text
+    assert not hasattr(model.config, "quantization_config")
+    (folder,) = rounder.save_quantized(tmp_path / "fake", format="fake")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, dtype="auto")), logits(model))
+    with pytest.raises(CannotHoldError, match=r"formats that can: .*fake"):
+        rounder.save_quantized(tmp_path / "out")
+    with pytest.raises(ConfigError, match="only the rounded weights were kept"):
+        rounder.save_quantized(tmp_path / "codes", format="llm_compressor")
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_chosen_format_and_a_folder_that_stays_are_never_changed(wide, rows, tmp_path, name):
+    plain = {"iters": 0, "disable_opt_rtn": True, **HELD[name]}
+    with pytest.raises(CannotHoldError, match="auto_round"):
+        quantizer(wide, rows, format="auto_round", **plain).quantize()
+    with pytest.raises(CannotHoldError, match=r"formats that can: .*fake"):
+        quantizer(wide, rows, **plain).quantize_and_save(tmp_path / "out")
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "FP8_STATIC"])
+def test_the_usual_format_is_taken_where_it_holds_activations(folder, rows, tmp_path, scheme):
+    plain = {"bits": None, "group_size": None, "iters": 0, "disable_opt_rtn": True, "scheme": scheme}
+    rounder = quantizer(folder, rows, **plain)
+    model, _ = rounder.quantize()
+    assert model.config.quantization_config.quant_method == "auto-round"
+    (again,) = rounder.save_quantized(tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(again, dtype="auto")), logits(model))
+
+
+def test_a_mixture_of_both_kinds_of_numbers_is_written_again(folder, rows, tmp_path):
+    plain = {"bits": None, "group_size": None, "iters": 0, "disable_opt_rtn": True}
+    rules = {"down_proj": "W8A16", "layers.1.self_attn": {"bits": 4, "data_type": "int", "act_bits": 16}}
+    rounder = quantizer(folder, rows, scheme="MXFP4", layer_config=rules, **plain)
+    model, _ = rounder.quantize()
+    folders = rounder.save_quantized(tmp_path / "again", format="auto_round,fake")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folders[0], dtype="auto")), logits(model))

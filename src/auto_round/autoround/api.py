@@ -18,11 +18,11 @@ from auto_round.autoround.parameters import (
     read_arguments,
 )
 from auto_round.autoround.pipelines import load_pipeline, names_pipeline, quantize_pipeline
+from auto_round.autoround.usual_format import usual_or_rounded
 from auto_round.config import Options, OutputOptions, read_environment
 from auto_round.config.values import FROM_PYTHON
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.log import ProgressSink, ignore_progress, logger
-from auto_round.schemes import parse_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -88,14 +88,15 @@ class AutoRound(Attributes):
     def quantize(self) -> tuple[Any, dict[str, dict[str, Any]]]:
         """Quantize; `save_quantized` can then write the result, more than once.
 
-        The result lies in a scratch folder, which is deleted with this object.
+        The result lies in a scratch folder, which is deleted with this object. Where nobody chose a format
+        and the usual one cannot hold the plan, it is a model of rounded weights, and a warning says so.
 
         Returns:
             The quantized model, ready to run, and the scheme of every quantized layer by name. Of a GGUF
             scheme it is the model with rounded weights.
 
         Raises:
-            AutoRoundError: the request is wrong, or the work failed.
+            AutoRoundError: the request is wrong, the work failed, or the chosen format cannot hold the plan.
         """
         from auto_round.export.table import settle_formats
         from auto_round.pipeline.machine.clock import Clock
@@ -103,20 +104,25 @@ class AutoRound(Attributes):
 
         if self._is_pipeline:
             raise UnsupportedError("a pipeline of diffusers is written at once: call quantize_and_save()")
-        options = self._chosen()
+        options, *more = usual_or_rounded(self.options, self._choices)
+        if more:
+            raise ConfigError(
+                f"quantize() makes one model, and {len(more) + 1} targets are given: give one, or call "
+                "quantize_and_save(), which writes an output for each"
+            )
         space = read_environment().work_space
         if space is not None:
             space.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix="auto_round-", dir=space)
-        first = options.output.formats[0]
-        scheme = parse_scheme(options.scheme.scheme, options.scheme.overrides())
-        if scheme.act_quantized and first == OutputOptions().format:
-            first = "fake"  # nobody chose a format, and the usual one says nothing of activations
-        output = self._output(Path(scratch.name) / "model", first)
-        settled, (exporter, *_) = settle_formats(replace(options, output=output))
-        if exporter.library != "transformers":  # rounded weights beside it are for PyTorch
-            output = replace(settled.output, format=f"{exporter.name},fake")
-        job = self._prepare(replace(options, output=output), rows=True)
+
+        def wanted(options: Options) -> Job:
+            output = self._output(Path(scratch.name) / "model", options.output.formats[0])
+            settled, (exporter, *_) = settle_formats(replace(options, output=output))
+            if exporter.library != "transformers":  # rounded weights beside it are for PyTorch
+                output = replace(settled.output, format=f"{exporter.name},fake")
+            return self._prepare(replace(options, output=output), rows=True)
+
+        job = usual_or_rounded(options, wanted)
         result = run_job(job, self._progress, Clock())
         self._finished = _Finished(scratch, job, result, options)
         self._done = Done(result.plan, result.folders[-1])
@@ -166,10 +172,9 @@ class AutoRound(Attributes):
             job = replace(done.job, output=Path(output.output_dir), options=settled)
             job = replace(job, exporters={e.name: job.exporters[e.name] for e in asked})
         job = replace(job, rows=done.job.rows, tuned=done.job.tuned)
-        if done.planned_by is not None:
-            return copy_files(
-                job, dict(zip(done.job.exporters, done.result.folders, strict=True)), done.result
-            )
+        finished = dict(zip(done.job.exporters, done.result.folders, strict=True))
+        if done.planned_by is not None or all(e.any_plan and e.name in finished for e in asked):
+            return copy_files(job, finished, done.result)
         return rewrite(job, done.result.folders[0], done.result.report)
 
     def quantize_and_save(
@@ -268,27 +273,6 @@ class AutoRound(Attributes):
             format=output.format if formats is None else formats,
             overwrite=output.overwrite if overwrite is None else overwrite,
         )
-
-    def _chosen(self) -> Options:
-        """The options with the scheme that AutoScheme chose, where it is asked for.
-
-        Raises:
-            ConfigError: it is asked for several.
-        """
-        asked = self.options
-        try:
-            found = self._choices(asked)
-        except UnsupportedError:
-            if asked.output.format != OutputOptions().format:
-                raise
-            # Nobody chose a format, and the usual one cannot hold the mixture: rounded weights hold any.
-            found = self._choices(replace(asked, output=self._output(None, "fake")))
-        if len(found) > 1:
-            raise ConfigError(
-                f"quantize() makes one model, and {len(found)} targets are given: give one, or call "
-                "quantize_and_save(), which writes an output for each"
-            )
-        return found[0]
 
     def _choices(self, options: Options) -> tuple[Options, ...]:
         """One request for each target of AutoScheme; the request itself where none is asked for."""

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from auto_round.config.options import Options
-from auto_round.errors import AutoRoundError, Refusal, UnsupportedError
+from auto_round.errors import AutoRoundError, CannotHoldError, Refusal
 from auto_round.export.exporter import Exporter
 from auto_round.export.planning import Planned
 from auto_round.export.table import EXPORTERS, all_refusals, scale_dtype
@@ -29,7 +29,7 @@ def plan_together(
 
     Raises:
         NothingQuantizedError: the run would only copy the model.
-        UnsupportedError: a format cannot hold the plan; names those that can.
+        CannotHoldError: a format cannot hold the plan; names those that can.
     """
     plan = _plan(options, source, asked)
     exporters = _exporters(asked, plan, source, options)
@@ -72,7 +72,7 @@ def _exporters(
     """Format name -> exporter with its variant decided.
 
     Raises:
-        UnsupportedError: a format cannot hold the plan; names those that can.
+        CannotHoldError: a format cannot hold the plan; names those that can.
     """
     refused = _refused(asked, plan, source)
     if refused:
@@ -80,7 +80,7 @@ def _exporters(
         alone = f"; {', '.join(others)} can: run once for each format that is left" if others else ""
         if not others and (able := _able(options, source, asked)):
             alone = f"; formats that can: {', '.join(able)}"
-        raise UnsupportedError(f"this plan cannot be written as asked{alone}", refused)
+        raise CannotHoldError(f"this plan cannot be written as asked{alone}", refused)
     return {e.name: e.for_plan(plan, source.layers) for e in asked}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from auto_round import AutoRound, AutoScheme, QuantizationScheme
 from auto_round.cli.main import main
-from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.errors import CannotHoldError, ConfigError
 from export.gguf.small_models import save_small_model
 from pipeline.runs import token_rows
 
@@ -40,12 +40,22 @@ def test_quantize_returns_the_mixture_and_saves_it(model: Path, tmp_path: Path) 
     assert set(plan["layer_config"]) == set(schemes)
 
 
-def test_quantize_takes_a_mixture_that_the_usual_format_cannot_hold(model: Path) -> None:
-    scheme = wanted(avg_bits=7, options=("W4A16", "MXFP8"))
-    _, schemes = AutoRound(str(model), scheme=scheme, **TOLD).quantize()
+def test_quantize_takes_a_mixture_of_whole_and_floating_numbers(model: Path, tmp_path: Path) -> None:
+    ar = AutoRound(str(model), scheme=wanted(avg_bits=7, options=("W4A16", "MXFP8")), **TOLD)
+    _, schemes = ar.quantize()
     assert {fields["data_type"] for fields in schemes.values()} == {"int", "mx_fp"}
-    with pytest.raises(UnsupportedError, match="auto_round"):
-        AutoRound(str(model), scheme=scheme, **TOLD).quantize_and_save(format="auto_round")
+    (folder,) = ar.save_quantized(tmp_path / "saved")
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["packing_format"]
+
+
+def test_quantize_takes_a_mixture_that_the_usual_format_cannot_hold(model: Path) -> None:
+    scheme = wanted(avg_bits=7, options=("W4A16", "INT8_W8A8"))
+    _, schemes = AutoRound(str(model), scheme=scheme, **TOLD).quantize()
+    assert {fields["act_bits"] for fields in schemes.values()} == {None, 8}
+    with pytest.raises(CannotHoldError, match="auto_round"):
+        AutoRound(str(model), scheme=scheme, **TOLD).quantize_and_save()
+    with pytest.raises(CannotHoldError, match="auto_round"):
+        AutoRound(str(model), scheme=scheme, format="auto_round", **TOLD).quantize()
 
 
 def test_each_target_gets_a_folder(model: Path, tmp_path: Path) -> None:

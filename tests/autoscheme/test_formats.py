@@ -60,6 +60,15 @@ def test_floating_numbers_with_their_activations(small: Any, tmp_path: Path, nam
         assert configuration(result)["format"] == "mixed-precision"
 
 
+@pytest.mark.parametrize("name", ["auto_round", "llm_compressor"])
+def test_whole_numbers_beside_rounded_inputs(small: Any, tmp_path: Path, name: str) -> None:
+    """A chosen scheme leaves inputs alone also where that of most layers rounds them."""
+    result = mixed(small(), tmp_path / "out", format=name, scheme_options="W4A16,MXFP8", avg_bits=7)
+    found = {result.plan.scheme_of(layer) for layer in result.plan.quantized}
+    assert {(s.data_type, s.act_quantized) for s in found if s} == {("int", False), ("mx_fp", True)}
+    assert result.report["verified"][name]["kl"] < 1e-3
+
+
 def test_gguf_types(tmp_path: Path) -> None:
     model = save_small_model("llama", tmp_path / "model")
     rows = [[t % 60 + 3 for t in row] for row in token_rows(4, 16)]

@@ -15,11 +15,13 @@ def written(scheme: QuantizationScheme | None) -> str | dict[str, Any]:
     """A scheme as rules name it: a preset's name where one says all, else its fields.
 
     The dtype of scales is left to the format. Smaller groups than the preset's, where rows needed them, are
-    written out.
+    written out. Fields that are missing come from the scheme of the run, so it is said that inputs are left
+    alone.
     """
     if scheme is None:
         return KEPT
     usual = replace(scheme, scale_dtype=QuantizationScheme().scale_dtype)
     if usual.presets:
         return usual.presets[0]
-    return {name: value for name, value in usual.to_dict().items() if name != "scale_dtype"}
+    named = {name: value for name, value in usual.to_dict().items() if name != "scale_dtype"}
+    return named if scheme.act_quantized else {**named, "act_bits": 16}

@@ -123,3 +123,30 @@ def record(**changes: Any) -> dict[str, Any]:
         "versions": {"auto_round": "1.0.0", "triton": None},
     }
     return {**found, **changes}
+
+
+def evaluation(**changes: Any) -> dict[str, Any]:
+    """What `auto-round eval --original` writes, as far as a page reads it."""
+
+    def estimate(value: float) -> dict[str, float]:
+        return {"value": value, "error": value / 20, "low": value * 0.875, "high": value * 1.125}
+
+    def spread(scale: float) -> dict[str, Any]:
+        found = {"mean": 0.0345, "median": 0.0123, "p90": 0.0789, "p99": 0.234, "p99_9": 0.678}
+        return {**{name: estimate(scale * value) for name, value in found.items()}, "largest": scale * 2.71}
+
+    found: dict[str, Any] = {
+        "model": "tiny",
+        "original": "original",
+        "text": "some/where/wiki <test>.txt",
+        "positions": 40_880,
+        "perplexity_original": estimate(12.25),
+        "perplexity": estimate(12.75),
+        "perplexity_ratio": estimate(1.040816),
+        "kl": spread(1.0),
+        "kl_reverse": spread(1.25),
+        "same_top": estimate(0.8125),
+        "probability_difference": {"mean": estimate(0.001), "rms": estimate(0.0625)},
+        "noise_floor": {"dtype": "bfloat16", "rows": 16, "kl": 0.00021, "same_top": 0.99},
+    }
+    return {**found, **changes}

@@ -21,14 +21,11 @@ from auto_round.errors import RankError
 from auto_round.log import ignore_progress, logger
 from auto_round.models.hub import holds_pipeline
 from auto_round.ranks.place import Place, place
-from auto_round.report.record import PAGE
+from auto_round.report.record import EVALUATION_SUFFIX, PAGE
 
 if TYPE_CHECKING:
     from auto_round.evaluate.task_names import Tasks
     from auto_round.ranks.ranks import Ranks
-
-EVALUATION_SUFFIX = ".evaluation.json"
-"""What the file of a folder's results is called behind the folder's name."""
 
 
 def quantize(given: Mapping[str, Any], recipe: str, evaluation: Mapping[str, Any]) -> None:

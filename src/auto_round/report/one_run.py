@@ -9,6 +9,7 @@ from typing import Final
 
 from auto_round.report import plots_quality, plots_run
 from auto_round.report.draw import Words
+from auto_round.report.fidelity_section import fidelity_section
 from auto_round.report.record import RunRecord
 from auto_round.report.run import PlanLine, Run, Spread
 from auto_round.report.section import Page, Section, Tile
@@ -222,6 +223,10 @@ def _spread(run: Run) -> Section | None:
     return Section("spread", "Divergence of single predictions", (text,), picture, (table,))
 
 
+def _fidelity(run: Run) -> Section | None:
+    return None if run.fidelity is None else fidelity_section(run.fidelity)
+
+
 def spread_table(spreads: Mapping[str, Spread]) -> Table:
     """Counts of one or several histograms, in the bins that any of them fills."""
     first = next(iter(spreads.values()))
@@ -382,6 +387,7 @@ _SECTIONS: Final = (
     _massive,
     _quality,
     _spread,
+    _fidelity,
     _cost,
     _coverage,
     _experts,

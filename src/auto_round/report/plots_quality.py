@@ -104,6 +104,55 @@ def spread_picture(words: Words, spreads: Mapping[str, Spread]) -> Picture:
     return picture(words, 240 + 16 * (len(spreads) // 2), paint)
 
 
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Divergences with their intervals.
+
+    Attributes:
+        names: of the places on the horizontal axis, for example `90 %`.
+        values: nats.
+        low: lower ends of the intervals.
+        high: upper ends.
+    """
+
+    names: Sequence[str]
+    values: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def quantiles_picture(words: Words, bands: Mapping[str, Band], floor: float | None) -> Picture:
+    """Divergence that a share of the predictions stays below, one line a run, with its interval.
+
+    Args:
+        words: what is said of it.
+        bands: label -> divergences, all at the same places.
+        floor: mean divergence of the original from itself in another dtype, drawn as a line; None for none.
+    """
+    least = min((v for band in bands.values() for v in band.values if v > 0), default=1e-6) / 2
+
+    def paint(axes: Sequence[Axes]) -> None:
+        (only,) = axes
+        for index, (label, band) in enumerate(bands.items()):
+            places = range(len(band.names))
+            values, low, high = ([max(v, least) for v in each] for each in (band.values, band.low, band.high))
+            only.fill_between(
+                places, low, high, color=light(SERIES[index % len(SERIES)]), alpha=0.15, linewidth=0
+            )
+            only.plot(places, values, marker="o", markersize=4, label=label, **_line(index))
+            only.set_xticks(list(places), band.names)
+        if floor is not None and floor > 0:
+            only.axhline(floor, color=light("muted"), linestyle=":", label="original in another dtype, mean")
+        only.set_yscale("log")
+        plain_numbers(only.yaxis, marks=(1,))
+        only.set_xlabel("share of the predictions below")
+        only.set_ylabel("KL, nats")
+        if len(bands) > 1 or floor:
+            legend(only)
+
+    return picture(words, 240 + 16 * (len(bands) // 2), paint)
+
+
 def losses_of_runs(words: Words, runs: Mapping[str, Sequence[Unit]]) -> Picture:
     """Loss that was kept in each block, one line a run."""
 

@@ -16,6 +16,8 @@ SENSITIVITY = "sensitivity"
 """Key of `report.json` under which is said how much each layer minds being rounded."""
 DISTILLED = "distillation"
 """Key under which is said what tuning all blocks together gave."""
+EVALUATION_SUFFIX = ".evaluation.json"
+"""End of the name of the file beside a folder that says how good it is, see `auto-round eval`."""
 PAGE = "report.html"
 """All of it as a page."""
 

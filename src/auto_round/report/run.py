@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from auto_round.errors import CheckpointError, ConfigError
-from auto_round.report.record import REPORT, RUN_RECORD, SENSITIVITY, RunRecord
+from auto_round.report.fidelity import Fidelity, fidelity_of
+from auto_round.report.record import EVALUATION_SUFFIX, REPORT, RUN_RECORD, SENSITIVITY, RunRecord
 
 T = TypeVar("T")
 
@@ -166,6 +167,7 @@ class Run:
         versions: package -> version.
         seed: of every random choice.
         record: what the run cost; None where an older version wrote none.
+        fidelity: what `auto-round eval` measured of the folder; None where it was not asked.
     """
 
     label: str
@@ -188,6 +190,7 @@ class Run:
     verified: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str | None] = field(default_factory=dict)
     record: RunRecord | None = None
+    fidelity: Fidelity | None = None
 
     @property
     def nbytes(self) -> int:
@@ -224,7 +227,9 @@ def read_run(folder: Path, label: str) -> Run:
         )
     cost = folder / RUN_RECORD
     record = _json(cost) if cost.is_file() else None
-    return run_of(_json(file), record, label, file)
+    run = run_of(_json(file), record, label, file)
+    measured = folder.resolve().with_name(folder.resolve().name + EVALUATION_SUFFIX)
+    return replace(run, fidelity=fidelity_of(_json(measured), measured)) if measured.is_file() else run
 
 
 def run_of(report: Mapping[str, Any], record: Mapping[str, Any] | None, label: str, file: Path) -> Run:

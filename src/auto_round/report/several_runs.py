@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from auto_round.report import plots_quality
 from auto_round.report.draw import Words
+from auto_round.report.fidelity_section import fidelity_of_runs
 from auto_round.report.one_run import spread_table
 from auto_round.report.plots_quality import Point
 from auto_round.report.run import Run
@@ -60,6 +61,8 @@ def _sections(runs: Sequence[Run]) -> Iterator[Section]:
         yield Section(
             "spread", "Divergence of single predictions", (text,), picture, (spread_table(spreads),)
         )
+    if measured := {run.label: run.fidelity for run in runs if run.fidelity is not None}:
+        yield fidelity_of_runs(measured)
     tuned = {run.label: run.tuned for run in runs if run.tuned}
     if tuned:
         text = f"Loss that was kept in each block of {len(tuned)} runs."

@@ -3,9 +3,10 @@
     python benchmarks/autoscheme.py MODEL --dataset calibration.jsonl --text evaluation.jsonl \
         --options W2A16G64,W4A16,W8A16 --avg_bits 2.5,3,4 --seeds 42 1 2 --out results.jsonl
 
-Every plan is carried out by optimized rounding, in memory, matrix by matrix, and compared with the original
-on rows of another text: KL in nats per token. `--plan FILE` adds plans that others made, JSON of layer ->
-fields of a scheme. One JSON line a plan.
+Every plan is carried out by optimized rounding, in memory, matrix by matrix, with rounded inputs where its
+schemes have them, and compared with the original on rows of another text: KL in nats per token. Layers in
+blocks count; of GGUF files head and embedding stay as they are here. `--plan FILE` adds plans that others
+made, JSON of layer -> fields of a scheme. One JSON line a plan.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from auto_round.numerics.search import THOROUGH
 from auto_round.schemes.make import PlanRequest, make_plan
 from auto_round.schemes.scheme import QuantizationScheme, parse_scheme
 from auto_round.schemes.shapes import awkward_shape
+from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.settings import PLAIN_FROM_BITS
 from auto_round.tuning.weights import round_to_nearest
 
@@ -89,7 +91,12 @@ class Bench:
         for name, scheme in plan.items():
             self._put(name, self.originals[name] if scheme is None else self._rounded(name, scheme))
         found = Comparison()
-        with torch.no_grad():
+        inputs = {
+            self.layers[name].parameter.removesuffix(".weight"): fmt
+            for name, scheme in plan.items()
+            if scheme is not None and (fmt := scheme.activation_format()) is not None
+        }
+        with quantized_inputs(self.model, inputs), torch.no_grad():
             for rows, reference in zip(self.held_out.split(BATCH), self.references, strict=True):
                 logits = self.model(rows).logits
                 for row, before, after in zip(rows, reference, logits, strict=True):
@@ -203,7 +210,8 @@ def lines(args: argparse.Namespace, tokenizer: Any, seed: int) -> Iterator[dict[
         for run in chosen:
             if run.chosen is not None:
                 rules = run.chosen["layer_config"].items()
-                plan = {n: s if (s := parse_scheme(v)).quantized else None for n, v in rules}
+                schemes = ((n, parse_scheme(v)) for n, v in rules if n in bench.layers)
+                plan = {n: s if s.quantized else None for n, s in schemes}
                 yield measured(bench, method, run.chosen["target"], plan)
     for budget in budgets:
         options = [uniform[name] for name in args.options.split(",")]

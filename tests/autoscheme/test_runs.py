@@ -41,7 +41,7 @@ def bits(options: Options) -> dict[str, str]:
     return dict(options.chosen["layer_config"])
 
 
-@pytest.mark.parametrize("method", ["fisher", "kl"])
+@pytest.mark.parametrize("method", ["fisher", "kl", "first_order"])
 def test_a_budget_becomes_a_folder_that_reloads(small: Any, tmp_path: Path, method: str) -> None:
     (options,) = chosen(small(), tmp_path / "out", score_method=method)
     result = run(options, dataset=ROWS)

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from auto_round.autoscheme import by_divergence, scores
 from auto_round.autoscheme.parts import Part
 from auto_round.autoscheme.runs import Given, choose_schemes
 from auto_round.config import build_options
-from auto_round.errors import NumericsError
+from auto_round.errors import ConfigError, NumericsError
+from auto_round.schemes.scheme import QuantizationScheme
+from auto_round.tuning.weights import round_to_nearest
 from pipeline.runs import SHORT, token_rows
 
 ROWS = token_rows(5, 16)
@@ -49,7 +52,7 @@ def largest_difference(one: dict[Part, list[float]], two: dict[Part, list[float]
     return max(abs(a - b) / max(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("method", ["fisher", "kl"])
+@pytest.mark.parametrize("method", ["fisher", "kl", "first_order"])
 def test_they_do_not_depend_on_the_batch_or_on_memory(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any, method: str
 ) -> None:
@@ -64,7 +67,7 @@ def test_they_do_not_depend_on_the_batch_or_on_memory(
         assert row[0] > row[1] > row[2] > 0
 
 
-@pytest.mark.parametrize("method", ["fisher", "kl"])
+@pytest.mark.parametrize("method", ["fisher", "kl", "first_order"])
 def test_a_killed_measurement_goes_on_and_gives_the_same(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any, method: str
 ) -> None:
@@ -90,6 +93,33 @@ def test_a_killed_measurement_goes_on_and_gives_the_same(
     assert not list((tmp_path / "killed").rglob("*.safetensors"))
 
 
+def test_first_order_is_the_slope_of_the_loss_times_the_change(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any
+) -> None:
+    given = {"disable_opt_rtn": True, "iters": 0, "quant_lm_head": True, "scheme_options": "W4A16,BF16"}
+    measure(small(), tmp_path, monkeypatch, score_method="first_order", avg_bits=8, **given)
+    model = AutoModelForCausalLM.from_pretrained(small(), dtype=torch.float32)
+    names = [name for part in seen[0] for name in part.layers]
+    changes = {}
+    for name in names:
+        weight = model.get_parameter(f"{name}.weight")
+        fmt = QuantizationScheme(bits=4, group_size=32).weight_format()
+        assert fmt is not None
+        q = round_to_nearest(weight.detach(), fmt, None, None)
+        changes[name] = weight.detach() - q.format.dequantize(q)
+        weight.data -= changes[name]
+    sums = dict.fromkeys(names, 0.0)
+    for row in torch.tensor(ROWS):
+        losses = model(row[None]).logits[0, :-1].log_softmax(-1).gather(1, row[1:, None])
+        weights = [model.get_parameter(f"{name}.weight") for name in names]
+        slopes = torch.autograd.grad(-losses.sum() / (len(ROWS) * (len(row) - 1)), weights)
+        for name, slope in zip(names, slopes, strict=True):
+            sums[name] += float((slope * changes[name]).abs().sum())
+    for part, (score, kept) in seen[0].items():
+        assert score == pytest.approx(sum(sums[name] for name in part.layers), rel=1e-3)
+        assert kept == 0
+
+
 def test_both_ways_agree_where_errors_are_small(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any
 ) -> None:
@@ -99,7 +129,7 @@ def test_both_ways_agree_where_errors_are_small(
     assert 0.3 < sums[0] / sums[1] < 3
 
 
-@pytest.mark.parametrize("method", ["fisher", "kl"])
+@pytest.mark.parametrize("method", ["fisher", "kl", "first_order"])
 def test_what_is_not_finite_is_an_error(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -112,3 +142,9 @@ def test_what_is_not_finite_is_an_error(
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericsError, match="sensitivity is nan"):
         measure(broken, tmp_path / "cache", monkeypatch, score_method=method)
+
+
+def test_first_order_predicts_no_divergence() -> None:
+    given = {"score_method": "first_order", "scheme_options": "W2A16,W4A16", "target_kl": 0.1}
+    with pytest.raises(ConfigError, match="no divergences"):
+        build_options({"model": "m", **given})

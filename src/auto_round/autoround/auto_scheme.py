@@ -9,7 +9,7 @@ from typing import Any
 from auto_round.errors import ConfigError, nearest
 from auto_round.log import logger
 
-_METHODS = {"default": None, "deltaloss": None, "fisher": "fisher", "kl": "kl"}
+_METHODS = {"default": None, "deltaloss": None, "fisher": "fisher", "kl": "kl", "first_order": "first_order"}
 """What may be asked for as `method` -> option `score_method`; None for the usual one."""
 
 
@@ -24,7 +24,7 @@ class AutoScheme:
         options: schemes to choose from: presets, dicts or `QuantizationScheme`s; a comma list works too.
         shared_layers: sets of layers that get one scheme, beside those that engines fuse: names, or patterns
             that are matched inside each block.
-        method: how sensitivity is measured: "default" ("fisher") or "kl".
+        method: how sensitivity is measured: "default" ("fisher"), "kl" or "first_order".
         ignore_scale_zp_bits: count the bits of codes only.
         batch_size: rows at a time while sensitivity is measured; the scores do not depend on it.
         nsamples: rows for that; None for 16, or 64 where there are experts.

@@ -89,7 +89,7 @@ def divergences(
     job = setting.job
     rows = () if job.rows is None else job.rows.rows
     rounding = [(part, o) for part in heads for o in setting.options if not setting.keeps(part, o)]
-    weights = {trial: _head(setting, *trial) for trial in rounding}
+    weights = {trial: head_weight(setting, *trial) for trial in rounding}
     sums, counted = dict.fromkeys([*moved, *weights], 0.0), 0
     step = positions_at_once(job.source.facts.vocabulary)
     with job.source.stem(job.device, job.dtype) as stem, torch.no_grad():
@@ -114,8 +114,14 @@ def _divergence(before: Tensor, logits: Tensor, mask: Tensor | None) -> float:
     return float((found if mask is None else found[mask]).double().sum())
 
 
-def _head(setting: Setting, part: Part, option: int) -> Tensor:
-    """The output head rounded, in the dtype that it computes in."""
+def head_weight(setting: Setting, part: Part, option: int) -> Tensor:
+    """The output head rounded by an option, in the dtype that it computes in.
+
+    Args:
+        setting: what is measured.
+        part: the head.
+        option: number of the option.
+    """
     job = setting.job
     layer = setting.candidates.layers[part.layers[0]]
     scheme = setting.candidates.plans[option].scheme_of(layer.name)

@@ -7,17 +7,20 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from auto_round.autoscheme import by_divergence, by_gradients
+from auto_round.autoscheme import by_divergence, by_first_order, by_gradients
 from auto_round.autoscheme.kept_scores import KeptScores, open_scores
 from auto_round.autoscheme.parts import Part, Setting, find_parts
 from auto_round.config import read_environment
+from auto_round.config.auto_scheme import FIRST_ORDER
 from auto_round.errors import NumericsError
 from auto_round.log import ProgressSink, logger
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.writing.signature import model_fingerprint
 from auto_round.version import __version__
 
-METHODS = MappingProxyType({"fisher": by_gradients.measure, "kl": by_divergence.measure})
+METHODS = MappingProxyType(
+    {"fisher": by_gradients.measure, "kl": by_divergence.measure, FIRST_ORDER: by_first_order.measure}
+)
 """Ways to measure by name; docs/LOG.md compares them."""
 
 MEASURED_AS = 2

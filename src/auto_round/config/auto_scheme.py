@@ -10,6 +10,9 @@ from auto_round.config import values
 from auto_round.config.option import Spec, option, settle
 from auto_round.errors import ConfigError
 
+FIRST_ORDER = "first_order"
+"""A way to measure sensitivity whose scores are no divergences."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoSchemeOptions:
@@ -62,8 +65,9 @@ class AutoSchemeOptions:
         "fisher",
         Spec(
             "how sensitivity is measured: fisher weighs a block's real error by gradients; kl measures the "
-            "divergence of the whole model, which takes a time that grows with the square of the blocks",
-            choices=("fisher", "kl"),
+            "divergence of the whole model, which takes a time that grows with the square of the blocks; "
+            "first_order multiplies gradients of the loss with what rounding changed",
+            choices=("fisher", "kl", FIRST_ORDER),
         ),
     )
     score_nsamples: int | None = option(
@@ -93,6 +97,10 @@ class AutoSchemeOptions:
             raise ConfigError(
                 f"{targets[0]} needs the schemes to choose from: --options W2A16,W4A16,W8A16, in Python "
                 "scheme=AutoScheme(avg_bits=..., options=...)"
+            )
+        if self.target_kl is not None and self.score_method == FIRST_ORDER:
+            raise ConfigError(
+                "target_kl: scores of first_order are no divergences; use score_method fisher or kl"
             )
         if not targets and self.scheme_options:
             raise ConfigError("options are schemes to choose from, which needs a target: --avg_bits 4")

@@ -85,8 +85,8 @@ def test_experts_of_one_kind_beside_layers_of_another(tiny, tmp_path):
     result = quantize(model, tmp_path / "out", format="auto_round", **ROUNDED, **given)
     assert kl_of(result)["auto_round"] < 1e-6
     loaded = AutoModelForCausalLM.from_pretrained(result.folders[0], dtype="auto")
-    names = {n.rpartition(".")[2] for n, m in loaded.named_modules() if isinstance(m, QuantLinear)}
-    assert names == {"q_proj", "o_proj"}, "experts are dequantized on a CPU"
+    kinds = {type(m.spec.fmt.grid).__name__ for m in loaded.modules() if isinstance(m, QuantLinear)}
+    assert "FloatGrid" in kinds
 
 
 def test_a_packing_that_was_named_holds_one_kind(tiny, tmp_path):

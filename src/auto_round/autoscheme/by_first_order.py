@@ -86,7 +86,7 @@ class _Pass:
         job = self.setting.job
         count = len(job.source.blocks) + 1
         nbytes = count * sum(state.numel() * state.element_size() for state in start)
-        home = home_of_streams(job.memory, job.device, nbytes)
+        home = home_of_streams(job.level, job.memory, job.device, nbytes)
         spill = self.scratch / f"first-{self.option}" if home.files else None
         boundaries = [start]
         for block in job.source.blocks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given
@@ -192,6 +193,10 @@ def test_any_arguments_are_read_or_refused(given):
         (1000, 3, None, 2 / 1000),
         (999, 2, None, 1 / 999),
         (50, 2, None, 1 / 50),
+        (133, 4, None, 0.05 * math.sqrt(3 / 133)),
+        (134, 8, None, 1 / 134),
+        (20, 4, None, 0.05 * math.sqrt(3 / 20)),
+        (20, 3, None, 1 / 20),
         (50, 4, 5e-3, 5e-3),
         (0, 4, None, 0.0),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -13,6 +14,10 @@ from auto_round.config.option import Spec, option, settle
 from auto_round.errors import ConfigError
 
 DTYPES = ("auto", "bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
+FEW_BITS = 3
+"""Up to here more is to be gained from long ways of rounding offsets than is lost by noise."""
+WANDER = 0.05
+"""How far, in codes, an offset may wander whose gradient is noise (measured: docs/LOG.md)."""
 SCALE_DTYPES = ("fp16", "float16", "bf16", "bfloat16", "fp32", "float32")
 
 
@@ -224,7 +229,8 @@ class TuneOptions:
     lr: float | None = option(
         None,
         Spec(
-            "step size of the rounding offsets; 1/iters when not given (2/iters: bits <= 3, iters >= 1000)",
+            "step size of the rounding offsets; when not given 1/iters (2/iters: bits <= 3, iters >= 1000; "
+            "0.087/sqrt(iters): bits >= 4, iters < 133)",
             low=0,
         ),
     )
@@ -340,13 +346,17 @@ class TuneOptions:
         """Return the step size of the rounding offsets, in units of one code.
 
         With linear decay an offset can travel lr * (iters + 1) / 2 codes: half a code by default, so that
-        each weight can reach either neighbour; a whole one in long runs at 2 or 3 bits.
+        each weight can reach either neighbour; a whole one in long runs at 2 or 3 bits. An offset whose
+        gradient is noise wanders about lr * sqrt(iters / 3) codes, which is more the fewer steps there are;
+        from 4 bits on, where there is less to gain, that is kept below `WANDER`.
         """
         if self.lr is not None:
             return self.lr
         if self.iters == 0:
             return 0.0
-        return (2.0 if self.iters >= 1000 and bits <= 3 else 1.0) / self.iters
+        if bits <= FEW_BITS:
+            return (2.0 if self.iters >= 1000 else 1.0) / self.iters
+        return min(1.0 / self.iters, WANDER * math.sqrt(3 / self.iters))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,6 +57,7 @@ class Weight:
         knobs: range multipliers, tuned.
         v: rounding offsets in units of the grid's spacing, tuned; shape of `original`, float32.
         dtype: dtype in which the block runs.
+        importance: second moments of the inputs, where they are known.
     """
 
     format: Format
@@ -65,6 +66,7 @@ class Weight:
     knobs: Knobs
     v: Tensor
     dtype: torch.dtype
+    importance: Importance | None
 
     @classmethod
     def of(cls, block: nn.Module, name: str, task: WeightTask, effort: Effort | None) -> Weight:
@@ -84,7 +86,7 @@ class Weight:
             v = cancelling_offsets(fmt, original, knobs, task.importance, effort.sweeps)
         if v is None:
             v = torch.zeros_like(original, dtype=torch.float32)
-        return cls(fmt, original, stats, knobs, v, block.get_parameter(name).dtype)
+        return cls(fmt, original, stats, knobs, v, block.get_parameter(name).dtype, task.importance)
 
     def fake(self) -> Tensor:
         """The weight as it would come back from its codes, in the dtype that the block runs in."""
@@ -94,6 +96,10 @@ class Weight:
     def learned(self) -> Learned:
         """The offsets and knobs as they are now."""
         return Learned(Knobs(self.knobs.lo.detach(), self.knobs.hi.detach()), self.v.detach())
+
+    def cancelled(self, sweeps: int) -> Tensor | None:
+        """Offsets under which errors cancel in the ranges as they are; see `cancelling_offsets`."""
+        return cancelling_offsets(self.format, self.original, self.knobs, self.importance, sweeps)
 
     def quantize(self) -> QTensor:
         """Codes and scale of what was tuned."""

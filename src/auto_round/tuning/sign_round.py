@@ -286,8 +286,8 @@ class _Loop:
     def _cancelled_loss(self, began: Sequence[Tensor]) -> float:
         """Held-out loss of the start with codes whose errors cancel; the parameters are left like that.
 
-        In short runs with few bits to lose it can be smaller than what steps find. Steps do not begin there:
-        at 2 bits they end worse than from nearest numbers, at 4 they end the same (docs/LOG.md).
+        In short runs at 4 bits and more it can be smaller than all that steps find. They do not begin there:
+        at 2 bits a model ends worse than from nearest numbers, at 4 bits alike (docs/LOG.md).
 
         Args:
             began: everything that is trained beside the offsets, as it was at first.
@@ -297,14 +297,22 @@ class _Loop:
         """
         if not self._offsets or not self._config.search:
             return math.inf
-        self._restore([*(torch.zeros_like(v) for v in self._offsets), *began])
-        found = [w.cancelled(THOROUGH.sweeps) for w in self._weights.values()]
-        if all(v is None for v in found):
+        with torch.no_grad():
+            for p, value in zip(self._trained[len(self._offsets) :], began, strict=True):
+                p.copy_(value)
+        weights = self._weights
+        sizes = {name: w.v.numel() for name, w in weights.items()}
+        found = done_together(
+            self._objective.ranks, sizes, lambda name: weights[name].cancelled(THOROUGH.sweeps)
+        )
+        if all(v is None for v in found.values()):
             return math.inf
         with torch.no_grad():
-            for offset, v in zip(self._offsets, found, strict=True):
-                if v is not None:
-                    offset.copy_(v)
+            for name, v in found.items():
+                if v is None:
+                    weights[name].v.zero_()
+                else:
+                    weights[name].v.copy_(v)
         return self._held_out_loss()
 
     def _check(self, loss: float) -> float:

@@ -66,7 +66,7 @@ class Weight:
     knobs: Knobs
     v: Tensor
     dtype: torch.dtype
-    importance: AnyImportance | None
+    importance: AnyImportance | None = None
 
     @classmethod
     def of(cls, block: nn.Module, name: str, task: WeightTask, effort: Effort | None) -> Weight:

@@ -106,6 +106,7 @@ SHOWN_ELSEWHERE = {
     "trust_remote_code": "tests/models/test_folder.py",
     "device_map": "tests/pipeline/test_device.py",
     "dataset": "tests/calibration",
+    "quant_mtp": "tests/pipeline/test_further_layers.py",
     "quant_nontext_module": "tests/pipeline/test_images.py",
     "processor": "tests/pipeline/test_images.py",
     "image_processor": "tests/pipeline/test_images.py",

@@ -98,6 +98,7 @@ ELSEWHERE = {
     "image_processor": "the rows themselves are compared",
     "template": "the rows themselves are compared",
     "extra_data_dir": "the rows themselves are compared",
+    "quant_mtp": "of the plan, which names the layers",
     "quant_nontext_module": "of the plan, which names the layers of encoders",
     "imatrix": "the importances themselves are compared",
     "gguf_template": "the types of the file's tensors are compared",

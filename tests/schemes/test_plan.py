@@ -29,7 +29,7 @@ def plan(layers, blocks):
 
 
 def test_roles_of_the_default_rules_exist():
-    kept = {Role.ROUTER, Role.OUTSIDE, Role.HEAD, Role.TOWER, Role.MODULATION}
+    kept = {Role.ROUTER, Role.OUTSIDE, Role.HEAD, Role.TOWER, Role.MODULATION, Role.FURTHER}
     assert set(KEPT_ROLES) == {role.value for role in kept}
 
 

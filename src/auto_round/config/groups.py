@@ -81,6 +81,7 @@ _OF_LAYERS = (
     "ignore_layers",
     "quant_lm_head",
     "quant_nontext_module",
+    "quant_mtp",
     "to_quant_block_names",
 )
 """Options of `SchemeOptions` that are no fields of a scheme: all others are called as the field is."""
@@ -148,6 +149,10 @@ class SchemeOptions:
     quant_lm_head: bool = option(False, Spec("quantize the output head too"))
     quant_nontext_module: bool = option(
         False, Spec("quantize the blocks of encoders for images and sound too, by data with images")
+    )
+    quant_mtp: bool = option(
+        False,
+        Spec("round layers for multi-token prediction too, which Transformers does not run: without data"),
     )
     to_quant_block_names: tuple[str, ...] = option(
         (), Spec("quantize only these blocks: comma list of names or prefixes", convert=values.names)

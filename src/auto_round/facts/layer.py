@@ -23,6 +23,7 @@ class Role(Enum):
     TOWER = "tower"
     OUTSIDE = "outside the blocks"
     MODULATION = "modulation"
+    FURTHER = "further layer"
 
 
 @dataclass(frozen=True, slots=True)

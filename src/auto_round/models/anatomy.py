@@ -14,6 +14,7 @@ from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.facts import expert_counts
 from auto_round.models.families import flow_of
+from auto_round.models.further import further_layers
 from auto_round.models.names import NameMap
 from auto_round.models.places import Locator
 from auto_round.models.readers import ASKED, read_elsewhere
@@ -89,6 +90,7 @@ class _Dissection:
             if is_linear(module) and not inside and path != head:
                 role = Role.TOWER if path.startswith(towers) else Role.OUTSIDE
                 layers.extend(self._matrices(f"{path}.weight", None, role))
+        layers.extend(further_layers(self._names.orphans, self._disk, layers, blocks))
         heads = [] if head is None else list(self._head(head))
         return Anatomy(
             (*layers, *heads), tuple(blocks), heads[0].name if heads else None, tuple(self._refusals)

@@ -35,6 +35,7 @@ __all__ = ["KEPT_ROLES", "PlanRequest", "make_plan"]
 
 ROUTER, HEAD, OUTSIDE, EXPERT, TOWER = "router", "head", "outside the blocks", "expert", "tower"
 MODULATION = "modulation"
+FURTHER = "further layer"
 """Values of `facts.layer.Role` that the default rules tell apart."""
 
 KEPT_ROLES = {
@@ -43,6 +44,7 @@ KEPT_ROLES = {
     HEAD: "output head (--quant_lm_head quantizes it)",
     TOWER: "encoder of images or sound (--quant_nontext_module quantizes it)",
     MODULATION: "modulation by the timestep (name it in --layer_config to quantize it)",
+    FURTHER: "no module of Transformers runs it (--quant_mtp rounds it without data)",
 }
 """Role -> why its layers are kept unless the user asks for them."""
 
@@ -140,11 +142,13 @@ def _head(layers: Sequence[Layer], request: PlanRequest) -> str | None:
         raise ConfigError("quant_lm_head: this model has no output head; leave the option out")
     if request.quant_nontext_module and not any(layer.role.value == TOWER for layer in layers):
         raise ConfigError("quant_nontext_module: this model has no encoder of images or sound; leave it out")
+    if request.quant_mtp and not any(layer.role.value == FURTHER for layer in layers):
+        raise ConfigError("quant_mtp: this model has no layers for multi-token prediction; leave it out")
     return head
 
 
 def _default(role: str, base: QuantizationScheme, request: PlanRequest) -> _Default:
-    asked = {HEAD: request.quant_lm_head, TOWER: request.quant_nontext_module}
+    asked = {HEAD: request.quant_lm_head, TOWER: request.quant_nontext_module, FURTHER: request.quant_mtp}
     if role in KEPT_ROLES and not asked.get(role, False):
         return _Default(PlanEntry(None, KEPT_ROLES[role]), open=False)
     scheme = base.for_role(role)
@@ -153,9 +157,12 @@ def _default(role: str, base: QuantizationScheme, request: PlanRequest) -> _Defa
 
 
 def _outside(layer: Layer, by_role: Mapping[str, _Default], chosen: frozenset[int]) -> bool:
-    """Whether the user's choice of blocks leaves out a layer that would be quantized; never head or tower."""
+    """Whether the user's choice of blocks leaves out a layer that would be quantized.
+
+    It says nothing of what has an option of its own.
+    """
     role = layer.role.value
-    return role not in (HEAD, TOWER) and by_role[role].open and layer.block not in chosen
+    return role not in (HEAD, TOWER, FURTHER) and by_role[role].open and layer.block not in chosen
 
 
 def _changes(scheme: QuantizationScheme) -> bool:

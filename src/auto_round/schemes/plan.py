@@ -33,6 +33,7 @@ class PlanRequest:
         ignore_layers: layers to keep, comma list or sequence.
         quant_lm_head: quantize the output head too.
         quant_nontext_module: quantize the blocks of encoders for images and sound too.
+        quant_mtp: round the layers for multi-token prediction too.
         to_quant_block_names: prefixes of the blocks to quantize; None for all.
         one_group_size: where a group size that nobody asked for does not divide all rows, every layer takes
             the one that does, for formats that hold one only.
@@ -44,6 +45,7 @@ class PlanRequest:
     ignore_layers: str | Iterable[str] | None = None
     quant_lm_head: bool = False
     quant_nontext_module: bool = False
+    quant_mtp: bool = False
     to_quant_block_names: str | Iterable[Any] | None = None
     one_group_size: bool = False
 

@@ -26,6 +26,7 @@ def plan_request(wanted: SchemeOptions, scale_dtype: str | None = None) -> PlanR
         ignore_layers=wanted.ignore_layers or None,
         quant_lm_head=wanted.quant_lm_head,
         quant_nontext_module=wanted.quant_nontext_module,
+        quant_mtp=wanted.quant_mtp,
         to_quant_block_names=wanted.to_quant_block_names or None,
     )
 

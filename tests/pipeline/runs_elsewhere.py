@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stand_in_device as device
-from pipeline.runs import ROWS, quantize
+from pipeline.runs import ROWS, quantize, tree
 
 PADDED = [
     {"input_ids": ids[: 16 - i] + [0] * i, "attention_mask": [1] * (16 - i) + [0] * i}
@@ -48,14 +48,38 @@ def test_the_device_keeps_apart_from_the_host():
         pytest.param("llama", {"scheme": "INT8", "group_size": None, "format": "fake"}, marks=slow),
         pytest.param("gemma3_text", {}, marks=slow),
         pytest.param("qwen3_moe", {}, marks=slow),
+        pytest.param(
+            "qwen3_moe",
+            {"device_map": {"": device.NAME, "mlp.experts": "cpu"}, "group_size": 24, "format": "fake"},
+            marks=slow,
+        ),
     ],
 )
 def test_runs(tiny, tmp_path, family, given):
     with device.OnDevice():
-        result = quantize(tiny(family), tmp_path / "out", device_map="auto", **given)
+        result = quantize(tiny(family), tmp_path / "out", **{"device_map": "auto", **given})
     assert all(
         figures["kl"] < 0.03 for figures in result.report.get("verified", {}).values() if "kl" in figures
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "placed", "given"),
+    [
+        ("llama", {"mlp": "cpu"}, {"iters": 1, "nsamples": 2, "verify": False}),
+        pytest.param("llama", {r"layers\.1": "cpu", "lm_head": "cpu"}, {"quant_lm_head": True}, marks=slow),
+        pytest.param("llama", {"q_proj": "cpu"}, {"iters": 0}, marks=slow),
+        pytest.param("llama", {"q_proj": "cpu"}, {"iters": 0, "disable_opt_rtn": True}, marks=slow),
+        pytest.param(
+            "llama", {"up_proj": "cpu"}, {"enable_norm_bias_tuning": True, "enable_adam": True}, marks=slow
+        ),
+    ],
+)
+def test_matrices_are_tuned_where_they_are_placed(tiny, tmp_path, family, placed, given):
+    with device.OnDevice():
+        quantize(tiny(family), tmp_path / "one", device_map="auto", **given)
+        quantize(tiny(family), tmp_path / "two", device_map={"": device.NAME, **placed}, **given)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
 @slow

@@ -11,7 +11,7 @@ from auto_round.log import logger
 from auto_round.pipeline.deciding import open_model
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.machine import device
-from auto_round.pipeline.machine.device import choose_device, compute_dtype, rows_at_once
+from auto_round.pipeline.machine.device import choose_device, choose_devices, compute_dtype, rows_at_once
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -104,22 +104,31 @@ def test_devices(monkeypatch, accelerators, wanted, without, with_two):
         assert choose_device(wanted) == torch.device(expected)
 
 
-@pytest.mark.parametrize(
-    ("wanted", "count", "said"),
-    [
-        ("0", 0, "no accelerator here"),
-        ("0,1", 2, "cuda:0 is used, not cuda:1"),
-        ({"a": "cpu", "b": "1"}, 2, "cuda:1 is used, not cpu"),
-        ("0,cuda:0,cuda", 2, None),
-        ("auto", 0, None),
-        ("cpu", 2, None),
-    ],
-)
-def test_what_is_not_used_is_said(monkeypatch, caplog, wanted, count, said):
+@pytest.mark.parametrize(("count", "said"), [(0, 1), (2, 0)])
+def test_device_0_on_a_machine_without_accelerators_is_said(monkeypatch, caplog, count, said):
     pretend(monkeypatch, count)
     monkeypatch.setattr(logger, "propagate", True)
-    choose_device(wanted)
-    assert [said in message for message in caplog.messages] == [True] * (said is not None)
+    choose_device("0")
+    assert ["no accelerator here" in message for message in caplog.messages] == [True] * said
+
+
+@pytest.mark.parametrize(
+    ("wanted", "main", "others", "rules"),
+    [
+        ("0,1", "cuda:0", ["cuda:1"], []),
+        ("1,cpu", "cuda:1", ["cpu"], []),
+        ("0,cuda:0,cuda", "cuda:0", [], []),
+        ("auto", "cuda:0", [], []),
+        ({"a": "cpu", "b": "1"}, "cuda:1", ["cpu"], [("a", "cpu"), ("b", "cuda:1")]),
+        ({"": "cpu", "experts": "0", "x": "disk"}, "cpu", ["cuda:0"], [("experts", "cuda:0")]),
+    ],
+)
+def test_several_devices(monkeypatch, wanted, main, others, rules):
+    pretend(monkeypatch, 2)
+    found = choose_devices(wanted)
+    assert str(found.main) == main
+    assert list(map(str, found.others)) == others
+    assert [(key, str(device)) for key, device in found.rules] == rules
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_looked_up(monkeypatch):

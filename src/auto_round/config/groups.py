@@ -55,8 +55,8 @@ class ModelOptions:
     device_map: str | Mapping[str, str] = option(
         "auto",
         Spec(
-            'where to tune: "auto", "cpu", "0", "cuda:0"; of several ("0,1", from Python also '
-            "{module suffix: device}) the first",
+            'where to tune: "auto", "cpu", "0", "cuda:0"; over several ("0,1") matrices are spread, or '
+            "placed by names and patterns (from Python {name: device})",
             flags=("device_map", "device", "devices"),
             aliases=("device",),
             convert=values.device,

@@ -21,6 +21,7 @@ from auto_round.pipeline.deciding.decide import decide
 from auto_round.pipeline.deciding.fetch_rows import held_out_rows
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.open_model import Opened
+from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.ranks.place import place
@@ -226,6 +227,7 @@ def _job(request: Request, source: ComponentSource) -> Job:
         device=request.device,
         dtype=decided.dtype,
         output=request.output,
+        placement=place_layers(request.devices, source),
         files=DIFFUSERS,
     )
 

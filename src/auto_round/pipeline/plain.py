@@ -139,7 +139,7 @@ def round_layers(
         if squares is not None and job.effort is not None:
             importance, effort = Importance(squares), BY_SQUARES
         bound = formats.get(layer.name, fmt)
-        q = round_matrix(layer.tensor, weight, bound, job.device, importance, effort)
+        q = round_matrix(layer.tensor, weight, bound, job.device_of(layer), importance, effort)
         return layer.name, put(layer, QuantizedLayer(q))
 
     # The largest first, so that no worker begins a large one when the others have finished.

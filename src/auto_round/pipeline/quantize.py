@@ -283,6 +283,7 @@ class _Loop:
             rounds_inputs=bool(activation_formats(job.plan, source.layers)),
             operations=step_operations(source.layers, len(job.rows.rows[0]), job.tune),
             device=job.device,
+            several=job.placement is not None and bool(job.placement.elsewhere),
         )
         return objective_for(steps)
 

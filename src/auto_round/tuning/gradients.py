@@ -46,7 +46,7 @@ class GradientSum:
         # A weight that the batch did not reach (an expert without tokens) has no gradient.
         found: Sequence[Tensor | None] = torch.autograd.grad(loss, reached, scale, allow_unused=True)
         if self._divided and scale is not None:  # each pass has a scale of its own: no pass waits for another
-            found = [None if g is None else g.float() / scale for g in found]
+            found = [None if g is None else g.float() / scale.to(g.device) for g in found]
         self._sum.add(place if self._by_row else self._ranks.rank, found)
 
     def total(self, count: int) -> tuple[Values, Tensor | None]:
@@ -63,7 +63,7 @@ class GradientSum:
             return total, None
         _, scale = min(scales, key=lambda each: each[0])
         if self._divided:
-            total = [None if g is None else g.mul_(scale) for g in total]
+            total = [None if g is None else g.mul_(scale.to(g.device)) for g in total]
         return total, scale
 
 

@@ -54,6 +54,8 @@ class Objective:
         judge: the same loss of held-out samples, whose batches have other shapes: never compiled.
         rounds_again: weights are rounded a second time for the backward pass, one after another, so that
             nothing is kept of the first time: less memory, more time, the same result.
+        device: where the block takes what flows; None for where its weights are. Weights may lie on several
+            devices, if the block moves what flows to each of them and back.
         ranks: the processes among which the rows of a step are divided.
     """
 
@@ -61,6 +63,7 @@ class Objective:
     loss: Callable[..., Tensor] = block_objective
     judge: Callable[..., Tensor] = block_objective
     rounds_again: bool = False
+    device: torch.device | None = None
     ranks: Ranks = ALONE
 
 

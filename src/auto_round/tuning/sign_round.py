@@ -131,7 +131,7 @@ class _Loop:
     ) -> None:
         self._block, self._weights, self._config = block, weights, config
         self._samples, self._held_out, self._generator = samples, held_out, generator
-        self._device = next(iter(weights.values())).original.device
+        self._device = objective.device or next(iter(weights.values())).original.device
         self._objective = objective
         self._others = _other_parameters(block, weights) if config.tune_norm_bias else {}
         self._offsets = [w.v for w in weights.values()] if config.tune_rounding else []
@@ -205,7 +205,9 @@ class _Loop:
         else:
             inner = list(self._through_rounding(list(rounded.values()), total))
         all_found = [*inner, *total[len(self._weights) :]]
-        return all_found if scale is None else [None if g is None else g / scale for g in all_found]
+        return (
+            all_found if scale is None else [None if g is None else g / scale.to(g.device) for g in all_found]
+        )
 
     def _behind_rounding(
         self, values: Mapping[str, Tensor], step: int

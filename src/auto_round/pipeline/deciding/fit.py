@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from auto_round.log import logger
 from auto_round.pipeline.deciding.fetch_rows import held_out_rows
 from auto_round.pipeline.deciding.job import Job
@@ -57,4 +59,11 @@ def workload(job: Job) -> Workload:
         continues=output.resume,
         formats={name: fmt for name, (_, fmt) in job.quantized().items()},
         output_bytes=sum(m.nbytes for m in manifests(job).values()),
+        elsewhere=_elsewhere(job),
     )
+
+
+def _elsewhere(job: Job) -> dict[str, torch.device]:
+    """Layer -> its device, where that is not the main one."""
+    placed = {} if job.placement is None else {a.name: job.device_of(a) for a in job.source.layers}
+    return {name: device for name, device in placed.items() if device != job.device}

@@ -22,6 +22,7 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.search import THOROUGH
 from auto_round.numerics.search_groups import Effort
 from auto_round.pipeline.deciding.method import Method, method_of
+from auto_round.pipeline.deciding.placement import Placement
 from auto_round.pipeline.deciding.recast import named_dtype
 from auto_round.pipeline.fitting.level import Level, levels_of, starts_at
 from auto_round.pipeline.fitting.plan import MemoryPlan
@@ -46,13 +47,14 @@ class Job:
         rows: calibration rows, those held out last; None for plain rounding without data.
         tuned: how many of the rows are tuned on; the rest are held out.
         tune: settings of the tuning loop.
-        device: where blocks are tuned.
+        device: where blocks are tuned, but for what is placed elsewhere.
         dtype: dtype in which blocks run.
         output: folder of the result.
         importance: tensor in the source -> mean square of its inputs `[in]`, from a file; empty without one.
         more_rows: loads so many rows of the calibration data; None where there are none.
         processor: its processor for images, where it was given as an object.
         caches: which scales of the key/value cache and of attention are calibrated; None for none.
+        placement: which matrices are tuned on other devices; None for none.
         memory_plan: what the run needs where, and how it begins; None before that is decided.
         ranks: the processes that do it together.
         files: how weight files of the output are called.
@@ -74,6 +76,7 @@ class Job:
     more_rows: Callable[[int], CalibrationRows] | None = None
     processor: Any = None
     caches: AttentionPlan | None = None
+    placement: Placement | None = None
     memory_plan: MemoryPlan | None = None
     ranks: Ranks = ALONE
     files: WeightFiles = TRANSFORMERS
@@ -110,6 +113,10 @@ class Job:
     def memory(self) -> MemoryOptions:
         """What to save memory at the cost of time."""
         return self.options.memory
+
+    def device_of(self, layer: Layer) -> torch.device:
+        """Where a layer is worked on."""
+        return self.device if self.placement is None else self.placement.of(layer)
 
     @property
     def levels(self) -> tuple[Level, ...]:

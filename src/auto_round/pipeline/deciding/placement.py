@@ -32,6 +32,11 @@ class Placement:
         """All devices that hold something, the main one first."""
         return tuple(dict.fromkeys([self.main, *self.elsewhere.values()]))
 
+    @property
+    def kinds(self) -> list[str]:
+        """Modules on devices of another kind than the main one: only they compute other last bits."""
+        return sorted(f"{m}: {d.type}" for m, d in self.elsewhere.items() if d.type != self.main.type)
+
     def of(self, layer: Layer) -> torch.device:
         """Where a layer is worked on."""
         return self.elsewhere.get(module_of(layer), self.main)
@@ -55,7 +60,7 @@ def module_of(layer: Layer) -> str:
     return layer.parameter.rpartition(".")[0]
 
 
-def place(devices: Devices, source: ModelSource) -> Placement:
+def place_layers(devices: Devices, source: ModelSource) -> Placement:
     """Where the layers of a model go: by the user's rules, or spread over all devices.
 
     Args:

@@ -18,6 +18,7 @@ from auto_round.pipeline.deciding.fit import fitted
 from auto_round.pipeline.deciding.image_rows import first_with_images
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.open_model import Opened, open_model
+from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.machine.default_device import plain_device
 
@@ -86,4 +87,5 @@ def put_together(request: Request, opened: Opened, decided: Decided, data: Data)
         importance=decided.importance,
         caches=decided.caches,
         fresh=data.fresh,
+        placement=place_layers(request.devices, opened.source),
     )

@@ -17,7 +17,7 @@ from auto_round.export.exporter import Exporter
 from auto_round.export.table import settle_formats
 from auto_round.pipeline.deciding.caches import refuse_formats
 from auto_round.pipeline.deciding.image_rows import image_folder
-from auto_round.pipeline.machine.device import choose_device, warn_of_threads
+from auto_round.pipeline.machine.device import Devices, choose_devices, warn_of_threads
 from auto_round.report.draw import require_plotting
 from auto_round.schemes.scheme import parse_scheme
 from auto_round.tuning.settings import tune_settings
@@ -32,14 +32,19 @@ class Request:
     Attributes:
         options: the user's, in line with what the formats imply.
         formats: the formats as asked for.
-        device: where blocks are tuned.
+        devices: where blocks are tuned.
         output: folder of the result.
     """
 
     options: Options
     formats: tuple[Exporter, ...]
-    device: torch.device
+    devices: Devices
     output: Path
+
+    @property
+    def device(self) -> torch.device:
+        """The main device."""
+        return self.devices.main
 
 
 def make_request(options: Options, *, dataset: Any = None, output: Path | None = None) -> Request:
@@ -56,8 +61,8 @@ def make_request(options: Options, *, dataset: Any = None, output: Path | None =
     """
     if options.output.report:
         require_plotting()
-    device = choose_device(options.model.device_map)
-    warn_of_threads(device)
+    devices = choose_devices(options.model.device_map)
+    warn_of_threads(devices.main)
     options, formats = settle_formats(options)
     refuse_formats(options.cache, formats)
     scheme = parse_scheme(options.scheme.scheme, options.scheme.overrides())
@@ -76,4 +81,4 @@ def make_request(options: Options, *, dataset: Any = None, output: Path | None =
         check_named(options.calibration.dataset)
     where = output or Path(options.output.output_dir)
     refuse_place(where)
-    return Request(options, formats, device, where)
+    return Request(options, formats, devices, where)

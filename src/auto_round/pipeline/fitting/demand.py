@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from auto_round.facts.layer import Layer, Role
 from auto_round.numerics.grid_float import FloatGrid
@@ -80,7 +80,7 @@ class _Demand:
             return (self._stage("round", self._plain()), *self._verify())
         return (
             self._stage("trace", {}, self._trace()),
-            self._stage("tune", self._tune() | self._streams_there(), self._streams_here()),
+            self._tuning(),
             self._stage("measure", self._measure() | self._streams_there(), self._streams_here()),
             *self._verify(),
         )
@@ -117,11 +117,24 @@ class _Demand:
             STREAMS: 3 * self.sizes.stream,
         }
 
+    def _tuning(self) -> Stage:
+        """Blocks while they are tuned, on all their devices."""
+        work, others = self.work, dict[str, int]()
+        for layers in self._groups():
+            for device in dict.fromkeys(work.elsewhere.values()):
+                there = [a for a in layers if work.elsewhere.get(a.name) == device]
+                held = sum(self._block(there).values())
+                others[str(device)] = max(others.get(str(device), 0), held)
+        on_host = {"weights placed on the host": others.pop("cpu")} if "cpu" in others else {}
+        stage = self._stage("tune", self._tune() | self._streams_there(), self._streams_here() | on_host)
+        return replace(stage, others=others)
+
     def _tune(self) -> dict[str, int]:
-        return max((self._block(layers) for layers in self._groups()), key=lambda parts: sum(parts.values()))
+        groups = ([a for a in layers if a.name not in self.work.elsewhere] for layers in self._groups())
+        return max(map(self._block, groups), key=lambda parts: sum(parts.values()))
 
     def _block(self, layers: list[Layer]) -> dict[str, int]:
-        """A group of blocks while it is tuned or searched."""
+        """A group of blocks, or its layers on one device, while it is tuned or searched."""
         work, tune = self.work, self.work.tune
         count = sum(math.prod(layer.shape) for layer in layers)
         quantized = [layer for layer in layers if layer.name in work.formats]

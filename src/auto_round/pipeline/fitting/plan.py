@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from auto_round.pipeline.fitting.level import Level
@@ -21,11 +21,13 @@ class Stage:
         name: "trace", "tune", "measure", "verify", or "round" without data.
         host: part -> bytes of host memory.
         device: part -> bytes on the accelerator; empty where blocks are tuned on the host.
+        others: further device -> bytes, where matrices of blocks are placed on several.
     """
 
     name: str
     host: Mapping[str, int]
     device: Mapping[str, int]
+    others: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def host_bytes(self) -> int:
@@ -115,11 +117,14 @@ class MemoryPlan:
                 if shown := [f"{name} {size(count)}" for name, count in parts.items() if count]:
                     total = size(sum(parts.values()))
                     lines.append(f"  {stage.name + place:12} {total}: {', '.join(shown)}")
+            if stage.others:
+                there = ", ".join(f"{device} {size(count)}" for device, count in stage.others.items())
+                lines.append(f"  {stage.name:12} other devices: {there}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, for the record of the run."""
-        stages = {s.name: {"host": dict(s.host), "device": dict(s.device)} for s in self.stages}
+        stages = {s.name: {"host": dict(s.host), "device": dict(s.device), **_others(s)} for s in self.stages}
         return {
             "host_bytes": self.host_bytes,
             "device_bytes": self.device_bytes,
@@ -128,3 +133,8 @@ class MemoryPlan:
             "files": self.files,
             "stages": stages,
         }
+
+
+def _others(stage: Stage) -> dict[str, dict[str, int]]:
+    """Further devices, in the form of the others."""
+    return {device: {"weights": count} for device, count in stage.others.items()}

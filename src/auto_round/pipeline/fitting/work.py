@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,6 +33,7 @@ class Workload:
         reloads: what was written is loaded and compared.
         continues: streams are saved, so that a killed run can continue.
         formats: quantized layer -> its format.
+        elsewhere: layer -> its device, where that is not the one where blocks are tuned.
         output_bytes: all output folders together.
     """
 
@@ -50,6 +51,7 @@ class Workload:
     continues: bool
     formats: Mapping[str, Format]
     output_bytes: int
+    elsewhere: Mapping[str, torch.device] = field(default_factory=dict)
 
     @property
     def quantized(self) -> int:

@@ -56,12 +56,8 @@ def choose_devices(wanted: str | Mapping[str, object]) -> Devices:
 
 
 def choose_device(wanted: str | Mapping[str, object]) -> torch.device:
-    """The main device of a `device_map`, see `choose_devices`; that others are not used is said."""
-    devices = choose_devices(wanted)
-    if devices.others:
-        others = ", ".join(map(str, devices.others))
-        logger.warning("blocks are tuned on one device at a time: %s is used, not %s", devices.main, others)
-    return devices.main
+    """The main device of a `device_map`, see `choose_devices`."""
+    return choose_devices(wanted).main
 
 
 def device_of_rank(wanted: str | Mapping[str, str], local: int) -> str | Mapping[str, str]:

@@ -14,6 +14,7 @@ from auto_round.calibration.observe_experts import ExpertMoments
 from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
 from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Layer
+from auto_round.models.source import CPU
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import FixedScale
 from auto_round.numerics.activation_int import FixedInt
@@ -29,6 +30,7 @@ from auto_round.pipeline.running.hard_cases import by_kind
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import InputSquares
 from auto_round.pipeline.running.last_block import by_predictions
+from auto_round.pipeline.running.placed import put_modules
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.unit import Unit, tune_unit
 from auto_round.tuning.objective import Objective
@@ -100,13 +102,17 @@ def tune_group(
         NumericsError: a weight or the loss is not finite; names the tensor.
     """
     with ExitStack() as stack:
-        blocks = [stack.enter_context(job.source.block(i, job.device)) for i in indices]
+        placed = job.placement is not None and job.placement.elsewhere
+        first_at = CPU if placed else job.device
+        blocks = [stack.enter_context(job.source.block(i, first_at)) for i in indices]
         prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
         objective = how.objective
         if how.positions and indices[-1] == len(job.source.blocks) - 1:
             last = by_predictions(job.source, job.device, job.dtype, objective, how.positions)
             objective = stack.enter_context(last)
         group = BlockGroup(blocks, [job.source.blocks[i].flow for i in indices])
+        if job.placement is not None and placed:
+            put_modules(group, job.placement.inside(prefixes), job.device)
         refuse_not_finite(group, prefixes)
         unit = make_unit(job, indices, group, table)
         found = tune_unit(

@@ -39,6 +39,7 @@ class TuningSteps:
         rounds_inputs: inputs of layers are quantized.
         operations: floating-point operations of all steps, see `step_operations`.
         device: where blocks are tuned.
+        several: their matrices lie on several devices.
     """
 
     wanted: bool | None
@@ -46,6 +47,7 @@ class TuningSteps:
     rounds_inputs: bool
     operations: float
     device: torch.device
+    several: bool = False
 
     @property
     def seconds(self) -> float:
@@ -59,6 +61,9 @@ def objective_for(steps: TuningSteps) -> Objective:
     if steps.rounds_inputs:
         # Inputs are rounded in hooks, which compiled code of another block would not see.
         level("blocks are not compiled: activations are quantized")
+        return PLAIN
+    if steps.several:
+        level("blocks are not compiled: their matrices lie on several devices")
         return PLAIN
     if steps.kinds > MOST_KINDS:
         level("blocks are not compiled: there are %d kinds of them, more than PyTorch keeps", steps.kinds)

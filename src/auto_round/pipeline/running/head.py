@@ -42,7 +42,7 @@ def quantize_outside(
             if importance is not None:
                 inputs[layer.tensor] = InputSquares(importance.squares.cpu(), moments.count)
         weight = as_wanted(job.source.read(layer), job.kept_dtype)
-        q = round_matrix(layer.tensor, weight, fmt, job.device, importance, job.effort)
+        q = round_matrix(layer.tensor, weight, fmt, job.device_of(layer), importance, job.effort)
         write(layer, QuantizedLayer(q))
         if layer.name == job.source.head:
             head = q

@@ -21,8 +21,10 @@ def put_modules(group: nn.Module, devices: Mapping[str, torch.device], main: tor
     """
     for name, module in group.named_modules():
         device = devices.get(name, main)
-        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            tensor.data = tensor.data.to(device)
+        for own, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, own, nn.Parameter(parameter.detach().to(device), requires_grad=False))
+        for own, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, own, buffer.to(device))
         if device != main:
             module.register_forward_pre_hook(partial(_fetch, device), with_kwargs=True)
             module.register_forward_hook(partial(_hand_back, main))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from auto_round.numerics.format import Format
 from auto_round.numerics.scale import Stats
 from auto_round.schemes.siblings import joined_matrices
@@ -34,6 +36,12 @@ def bind_tied(
     bound = dict(formats)
     for names in tied:
         for name in names:
-            others = [stats[other] for other in names if other != name]
+            here = stats[name].lo.device
+            others = [_moved(stats[other], here) for other in names if other != name]
             bound[name] = formats[name].bind(stats[name], *others)
     return bound
+
+
+def _moved(stats: Stats, device: torch.device) -> Stats:
+    """Ranges of a weight on another device."""
+    return Stats(stats.lo.to(device), stats.hi.to(device))

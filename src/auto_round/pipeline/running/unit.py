@@ -163,7 +163,7 @@ def tune_unit(
             _samples(inputs, streams.targets, weights, unit.arguments(count), slice(count, None)),
             config if count and unit.runs else replace(config, iters=0),
             generator=generator,
-            objective=objective,
+            objective=replace(objective, device=unit.device),
         )
         dtypes = {name: parameter.dtype for name, parameter in group.named_parameters()}
         rounded = {

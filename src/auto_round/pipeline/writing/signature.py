@@ -31,6 +31,7 @@ def signature(job: Job) -> dict[str, Any]:
         "machine": machine(job.device),
         "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
         "device": job.device.type,
+        "placed": None if job.placement is None else job.placement.kinds,
         "model_dtype": str(job.source.dtype),
         "compute_dtype": str(job.dtype),
         "model": model_fingerprint(job.source),
@@ -75,7 +76,7 @@ def _others(tune: TuneOptions, calibration: CalibrationOptions) -> dict[str, Any
 
 
 HOW = frozenset(
-    {"torch", "machine", "threads", "device", "compute_dtype", "keep_streams", "saved_streams"}
+    {"torch", "machine", "threads", "device", "placed", "compute_dtype", "keep_streams", "saved_streams"}
     | {"enable_torch_compile"}
 )
 """Parts of the signature that change how a result is reached, not what was asked for: a finished output with

@@ -17,6 +17,12 @@ from auto_round.numerics.scale import Knobs, Stats
 from auto_round.numerics.search import search_knobs
 from auto_round.numerics.search_groups import Effort
 
+MATRIX = 2
+"""Dimensions of a plain weight; stacks of them, as of experts, have one more."""
+AT_ONCE = 1 << 26
+"""Weights of a stack up to which all of it is rounded at once. Rounding takes 16 bytes a weight for a while
+beside what its gradient keeps: with 400 million weights of 128 experts 6 GB, by matrix 50 MB."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightTask:
@@ -90,7 +96,19 @@ class Weight:
 
     def fake(self) -> Tensor:
         """The weight as it would come back from its codes, in the dtype that the block runs in."""
+        if self.original.dim() > MATRIX and self.original.numel() > AT_ONCE:
+            return self._fake_by_matrix()
         return self.format.fake_quantize(self.original, self.stats, self.knobs, self.v).to(self.dtype)
+
+    def _fake_by_matrix(self) -> Tensor:
+        """The same, one matrix of a stack after the other: what rounding needs besides is that of one."""
+        made = []
+        # Unbound rather than indexed: the gradient of an index is a tensor of the whole stack's size.
+        pieces = (self.original, self.v, self.knobs.lo, self.knobs.hi)
+        for i, (w, v, lo, hi) in enumerate(zip(*(piece.unbind() for piece in pieces), strict=True)):
+            fmt = self.format.matrix(i)
+            made.append(fmt.fake_quantize(w, self.stats[i], Knobs(lo, hi), v).to(self.dtype))
+        return torch.stack(made)
 
     @property
     def learned(self) -> Learned:

@@ -226,17 +226,19 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def compare(folder: Path, out: Path, count: int, steps: int, iters: int) -> None:
+def compare(folder: Path, out: Path, words: argparse.Namespace) -> None:
     """Quantize by each method and bits, and say how far the pictures are from the original's."""
     from auto_round.config import build_options
     from auto_round.diffusion.prepare import prepare_pipeline
     from auto_round.diffusion.run import run_pipeline
 
-    texts = captions()
+    texts, count = captions(), words.count
     shown = out / "prompts.txt"
     out.mkdir(parents=True, exist_ok=True)
     shown.write_text("\n".join(texts[-count:]) + "\n", encoding="utf-8")
     for bits, (name, given) in itertools.product((4, 2), METHODS.items()):
+        if name not in words.methods.split(","):
+            continue
         options = build_options(
             {
                 "model": str(folder),
@@ -244,14 +246,14 @@ def compare(folder: Path, out: Path, count: int, steps: int, iters: int) -> None
                 "bits": bits,
                 "group_size": 32,
                 "nsamples": 32,
-                "num_inference_steps": steps,
+                "num_inference_steps": words.steps or 8,
                 "generator_seed": 1000,
                 "pipeline_args": CALL,
                 "prompt_file": str(shown),
                 "amp": False,
                 "overwrite": True,
                 **given,
-                **({"iters": iters} if given["iters"] else {}),
+                **({"iters": words.iters} if given["iters"] else {}),
             }
         )
         result = run_pipeline(prepare_pipeline(options, dataset=texts[: -count - 8]))
@@ -282,13 +284,14 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--steps", type=int, help="of training; of denoising")
     parser.add_argument("--count", type=int, default=16, help="pictures that are compared")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma list")
     parser.add_argument("--iters", type=int, default=200, help="tuning steps a block")
     words = parser.parse_args()
     if words.what == "train":
         train(words.folder, words.steps or 1200)
     else:
         out = words.out or words.folder.with_name("compared")
-        compare(words.folder, out, words.count, words.steps or 8, words.iters)
+        compare(words.folder, out, words)
 
 
 if __name__ == "__main__":

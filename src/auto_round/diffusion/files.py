@@ -14,6 +14,7 @@ from auto_round.export.unplanned import with_unplanned
 from auto_round.models.component import ComponentSource
 from auto_round.models.hub import PIPELINE_INDEX
 from auto_round.pipeline.deciding.job import Job
+from auto_round.schemes.float_types import FLOAT_TYPES
 
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".h5", ".pb", ".gguf")
 """Second copies of the weights, for other libraries."""
@@ -25,7 +26,8 @@ def write_component(job: Job, exporter: Exporter, source: ComponentSource, folde
     """Write the configurations of a tuned component."""
     plan, layers = with_unplanned(job.plan, source.layers, source.blocks, source.tensors, source.parameters)
     quantization = exporter.config(plan, layers, source.blocks, job.method.facts)
-    if quantization is not None and "scale_dtype" not in quantization:
+    whole_numbers = plan.scheme.data_type not in FLOAT_TYPES
+    if quantization is not None and whole_numbers:
         quantization["scale_dtype"] = f"torch.{plan.scheme.scale_dtype}"  # diffusers casts what is stored
     write_configs(folder, read_config(source.folder), quantization)
 

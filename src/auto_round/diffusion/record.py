@@ -23,6 +23,9 @@ _WHOLE = frozenset({"img_ids", "txt_ids"})
 
 _GOLDEN = 0.6180339887498949
 
+APART = 1 << 20
+"""Captions of calibration are numbered from here on: pictures to compare begin with noise that was not seen."""
+
 
 def kept_steps(caption: int, total: int, kept: int) -> frozenset[int]:
     """Steps of a caption that are kept, one in each of `kept` equal parts of the way.
@@ -109,7 +112,7 @@ def record(
         with ExitStack() as stack:
             for name, module in components.items():
                 stack.enter_context(_noting(module, writers[name], recorder))
-            drawing.latents(some, first)
+            drawing.latents(some, APART + first)
         yield first + len(some)
 
 

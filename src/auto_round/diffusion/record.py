@@ -24,7 +24,7 @@ _WHOLE = frozenset({"img_ids", "txt_ids"})
 _GOLDEN = 0.6180339887498949
 
 APART = 1 << 20
-"""Captions of calibration are numbered from here on: pictures to compare begin with noise that was not seen."""
+"""Captions of calibration are numbered from here: pictures to compare begin with noise that was not seen."""
 
 
 def kept_steps(caption: int, total: int, kept: int) -> frozenset[int]:

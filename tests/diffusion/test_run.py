@@ -281,6 +281,33 @@ def test_a_pipeline_of_an_unknown_class_is_refused(tiny, tmp_path):
         job(folder, "flux", tmp_path / "out")
 
 
+def test_a_name_on_a_hub_is_asked_once_and_only_by_runs(monkeypatch):
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoSibling
+
+    from auto_round import AutoRound
+    from auto_round.models.hub import holds_pipeline
+
+    asked = []
+
+    class Info:
+        siblings = (RepoSibling("model_index.json"), RepoSibling("transformer/config.json"))
+
+    def info(self, name, **_):
+        asked.append(name)
+        if "pipeline" not in name:
+            raise OSError("no network")
+        return Info
+
+    monkeypatch.setattr(HfApi, "model_info", info)
+    assert AutoRound("some/pipeline").options.model.model == "some/pipeline"
+    assert not asked
+    assert holds_pipeline("some/pipeline")
+    assert not holds_pipeline("some/model")
+    assert not holds_pipeline("model")
+    assert asked == ["some/pipeline", "some/model"]
+
+
 def test_command_shows_the_plan(tiny, tmp_path, capsys):
     words = ["--output_dir", str(tmp_path), "--dry_run", "--num_inference_steps", "6", "--device", "cpu"]
     assert main([str(tiny("flux")), *words]) == 0

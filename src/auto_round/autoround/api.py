@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from auto_round.autoround.parameters import (
     make_signature,
     read_arguments,
 )
-from auto_round.autoround.pipelines import load_pipeline, names_pipeline, quantize_pipeline
+from auto_round.autoround.pipelines import is_live_pipeline, load_pipeline, quantize_pipeline
 from auto_round.autoround.usual_format import usual_or_rounded
 from auto_round.config import Options, OutputOptions, read_environment
 from auto_round.config.values import FROM_PYTHON
@@ -75,9 +76,8 @@ class AutoRound(Attributes):
             given["dataset"] = f"{type(self._dataset).__name__} {FROM_PYTHON}"
         self._model, self._tokenizer = _live(model), _live(tokenizer)
         self._processor = live_processor(given)
-        self._is_pipeline = names_pipeline(model, str(given.get("platform") or "hf"))
         alone = self._model is not None and tokenizer is None and self._dataset is None
-        if alone and not self._is_pipeline:
+        if alone and not is_live_pipeline(self._model):
             raise ConfigError("a model in memory needs its tokenizer: AutoRound(model, tokenizer, ...)")
         name = str(model) if self._model is None else type(model).__name__
         given |= {"model": name, "tokenizer": tokenizer if self._tokenizer is None else None}
@@ -262,6 +262,23 @@ class AutoRound(Attributes):
         target = device if auto_offload else None
         after, before = quantize_one_block(block, inputs, q_input, self.options, target)
         return (after, before) if len(after) > 1 else (after[0], before[0])
+
+    @cached_property
+    def _is_pipeline(self) -> bool:
+        """Whether the model is a pipeline of diffusers; a hub may be asked, so only runs want to know."""
+        if self._model is not None:
+            return is_live_pipeline(self._model)
+        from auto_round.models.hub import holds_pipeline
+
+        return holds_pipeline(self.options.model.model, self.options.model.platform)
+
+    def _original(self) -> Any:
+        """What `model` is before a run, where nobody gave an object."""
+        if not self._is_pipeline:
+            return super()._original()
+        from auto_round.models.hub import resolve_pipeline
+
+        return load_pipeline(resolve_pipeline(self.options.model.model, self.options.model.platform))
 
     def _output(
         self, output_dir: str | Path | None, formats: str | None, overwrite: bool | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from auto_round.autoround.api import AutoRound
@@ -45,5 +46,6 @@ class AutoRoundDiffusion(AutoRound):
         }
         named |= {name: value for name, value in given.items() if value is not None}
         super().__init__(model, tokenizer, *positional, **named)
-        if not self._is_pipeline:
+        local = self._model is not None or Path(self.options.model.model).expanduser().is_dir()
+        if local and not self._is_pipeline:
             raise ConfigError(f"{self.options.model.model} is no pipeline of diffusers: use AutoRound for it")

@@ -14,12 +14,8 @@ if TYPE_CHECKING:
     from auto_round.diffusion.run import PipelineResult
 
 
-def names_pipeline(model: Any, platform: str) -> bool:
-    """Whether a model is a pipeline of diffusers, in memory, in a folder or on a hub."""
-    if isinstance(model, str | Path):
-        from auto_round.models.hub import holds_pipeline
-
-        return holds_pipeline(str(model), platform)
+def is_live_pipeline(model: Any) -> bool:
+    """Whether an object is a pipeline of diffusers; nothing is imported to find out."""
     return any(kind.__name__ == "DiffusionPipeline" for kind in type(model).__mro__)
 
 

@@ -88,16 +88,16 @@ def holds_pipeline(name: str, platform: str = "hf") -> bool:
         return (path / PIPELINE_INDEX).is_file()
     if not _REPOSITORY.fullmatch(name):
         return False
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, try_to_load_from_cache
 
     known = {file: try_to_load_from_cache(name, file) for file in (PIPELINE_INDEX, "config.json")}
     if any(isinstance(found, str) for found in known.values()):
         return isinstance(known[PIPELINE_INDEX], str)
-    try:
-        hf_hub_download(name, PIPELINE_INDEX)
+    try:  # one question that is not asked again: a download would try for half a minute without a network
+        files = HfApi().model_info(name, timeout=10).siblings or []
     except Exception:  # noqa: BLE001  whatever is wrong with the name is said when the model is fetched
         return False
-    return True
+    return any(file.rfilename == PIPELINE_INDEX for file in files)
 
 
 def _from_hugging_face(

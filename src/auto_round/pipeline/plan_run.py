@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from auto_round.checkpoint.workfolder import refuse_occupied
@@ -15,13 +16,17 @@ from auto_round.errors import ConfigError
 from auto_round.pipeline.deciding.fetch_rows import fresh_rows
 from auto_round.pipeline.deciding.fit import plan_memory, workload
 from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.distilling.cost import StageCost, StageWork, stage_cost
 from auto_round.pipeline.estimate import Estimate, Rates, active_weights, estimate, measure_rates
+from auto_round.pipeline.fitting.accelerators import Machines, read_machines
+from auto_round.pipeline.fitting.paper import Paper, on_paper
 from auto_round.pipeline.fitting.plan import MemoryPlan
 from auto_round.pipeline.fitting.work import Workload
 from auto_round.pipeline.machine.default_device import plain_device
+from auto_round.pipeline.machine.device import Devices
 from auto_round.pipeline.machine.memory import available_bytes
 
 
@@ -33,6 +38,7 @@ class DryRun:
         job: the prepared run; without calibration rows.
         table: the plan for people.
         memory: what the run needs where.
+        paper: what it would take on other machines; None where none were named.
         rates: measured speed of the device.
         estimate: memory, disk and time.
         available_bytes: host memory that is free now; 0 where the system does not tell.
@@ -45,6 +51,7 @@ class DryRun:
     job: Job
     table: str
     memory: MemoryPlan
+    paper: Paper | None
     rates: Rates
     estimate: Estimate
     available_bytes: int
@@ -83,6 +90,8 @@ class DryRun:
                 f"{options.tune.distill_steps} steps of all blocks together, on {fresh_rows(options)} rows "
                 "of their own"
             ]
+        if self.paper is not None:
+            lines += ["", self.paper.text, ""]
         lines += [f"output:  {', '.join(map(str, self.job.folders(self.job.output).values()))}"]
         if self.unfinished is not None:
             lines += [f"         an unfinished run lies in {self.unfinished}: the same command continues it"]
@@ -106,6 +115,9 @@ def dry_run(
     Raises:
         AutoRoundError: the run itself would be refused, except for its output folder: that is reported.
     """
+    machines = read_machines(options.model.device_map)
+    if machines is not None:  # whatever this machine has, it is not what is asked about
+        options = replace(options, model=replace(options.model, device_map="cpu"))
     job = prepare(options, model=model, tokenizer=tokenizer, dataset=dataset, rows=False)
     work = workload(job)
     memory = job.memory_plan or plan_memory(job)
@@ -122,6 +134,7 @@ def dry_run(
         job=job,
         table=plan_table(job),
         memory=memory,
+        paper=None if machines is None else _on_paper(job, work, machines),
         rates=rates,
         estimate=_with(estimate(work, memory, rates), together),
         together=together,
@@ -160,6 +173,21 @@ def _with(expected: Estimate, together: StageCost | None) -> Estimate:
         scratch_bytes=expected.scratch_bytes + together.scratch_bytes,
         seconds=expected.seconds + together.seconds,
     )
+
+
+def _on_paper(job: Job, work: Workload, machines: Machines) -> Paper:
+    """The run on machines that are not at hand."""
+
+    def spread(count: int) -> dict[str, torch.device]:
+        devices = [torch.device("cuda", i) for i in range(count)]
+        placement = place_layers(Devices(devices[0], tuple(devices[1:])), job.source)
+        placed = {layer.name: placement.of(layer) for layer in job.source.layers}
+        return {name: device for name, device in placed.items() if device != devices[0]}
+
+    def seconds(there: Workload, plan: MemoryPlan, operations: float, bandwidth: float) -> float:
+        return estimate(there, plan, Rates(operations, bandwidth)).seconds
+
+    return on_paper(work, machines, spread, seconds)
 
 
 def _method(job: Job) -> str:

@@ -1,0 +1,62 @@
+"""Plans for machines that are not at hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from auto_round.config import build_options
+from auto_round.errors import ConfigError
+from auto_round.pipeline.fitting.accelerators import ACCELERATORS, read_machines
+from auto_round.pipeline.plan_run import dry_run
+from pipeline.runs import ROWS, SHORT
+
+
+def planned(model, devices, **given):
+    named = {"model": str(model), "output_dir": "out", "device_map": devices, "seqlen": 64, **given}
+    return dry_run(build_options({**SHORT, **named}), dataset=ROWS)
+
+
+@pytest.mark.parametrize("text", ["0,1", "cuda:0", "auto", "x8", "8xcuda:0", {"a": "cpu"}])
+def test_devices_are_no_machines(text):
+    assert read_machines(text) is None
+
+
+@pytest.mark.parametrize("text", ["8xH900", "0xH100", "2xTPU"])
+def test_machines_that_are_not_known_are_refused(text):
+    with pytest.raises(ConfigError, match="devices"):
+        read_machines(text)
+
+
+@pytest.mark.parametrize(("text", "count", "inside", "nodes"), [("1xh100", 1, 1, 1), ("64 x H200", 64, 8, 8)])
+def test_machines(text, count, inside, nodes):
+    found = read_machines(text)
+    assert (found.count, found.inside, found.nodes) == (count, inside, nodes)
+
+
+def test_a_block_that_fits_is_divided_by_rows(tiny):
+    one, many = (
+        planned(tiny("llama"), devices, batch_size=8, iters=200).paper for devices in ("1xH100", "8xH100")
+    )
+    assert (one.ranks, many.ranks, many.spread) == (1, 8, 1)
+    assert one.fits
+    assert one.exchanged == 0 < many.exchanged
+    assert one.plan.device_bytes == many.plan.device_bytes
+
+
+def test_a_block_that_does_not_fit_is_spread(tiny, monkeypatch):
+    small = ACCELERATORS["H100"].__class__(13e6, 1e15, 3e12, 4e11, "made up")
+    monkeypatch.setattr(
+        "auto_round.pipeline.fitting.accelerators.ACCELERATORS", {**ACCELERATORS, "H100": small}
+    )
+    dry = planned(tiny("llama", hidden_size=256, intermediate_size=512), "4xH100", iters=200)
+    assert (dry.paper.ranks, dry.paper.spread) == (1, 4)
+    assert dry.paper.largest_other > 0
+    for part in ("4 x H100, on paper", "spread over 4", "a block", "read", "assumed", "made up"):
+        assert part in dry.text
+
+
+def test_machines_are_for_dry_runs(tiny):
+    from pipeline.runs import quantize
+
+    with pytest.raises(ConfigError, match="unknown device"):
+        quantize(tiny("llama"), "out", device_map="8xH100")

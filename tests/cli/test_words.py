@@ -92,6 +92,7 @@ def test_summary_holds_what_the_report_holds(tmp_path):
             bytes_before=4_000_000,
             bytes_after={"auto_round": 1_000_000},
             held_out={"perplexity_before": 10.0, "perplexity_after": 11.0, "kl": 0.02},
+            distillation={"steps": 20, "kept_step": 18, "kl_before": 0.04, "kl_best": 0.02},
             verified={"auto_round": {"kl": 1e-6, "sample": "a line\nand more"}},
         )
     )
@@ -100,6 +101,7 @@ def test_summary_holds_what_the_report_holds(tmp_path):
         "4 MB -> 1 MB (4.00 times smaller)",
         "10 -> 11 (+10.00 %)",
         "0.02 nats",
+        "KL 0.04 -> 0.02 (-50 %) by step 18 of 20 of all blocks",
         "auto_round: KL 1e-06",
         "'a line\\nand more'",
         "1 min 01 s, peak memory 1 GB",

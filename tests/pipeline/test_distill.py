@@ -18,6 +18,7 @@ from auto_round.pipeline.distilling.shelf import LEARNED, MOMENTS, Shelf, begin
 from auto_round.pipeline.distilling.units import Units
 from auto_round.testing.tiny_models import save_tiny_model
 from auto_round.tuning import distill
+from export.gguf.small_models import save_small_model, sentencepiece_tokenizer
 from pipeline.runs import kl_of, quantize, token_rows, tree, weights
 
 DRIVER = Path(__file__).with_name("distill_driver.py")
@@ -158,6 +159,24 @@ def test_number_types(tiny, tmp_path, given):
     assert said["kl_best"] <= said["kl_before"]
     assert max(kl_of(result).values()) < 2e-3
     assert result.report["held_out"]["kl"] == pytest.approx(said["kl_best"], rel=0.3, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["gguf:q4_k_m", "gguf:q2_k_s"])
+def test_files_with_a_rounded_embedding_and_head(tmp_path, form):
+    model = save_small_model(
+        "llama",
+        tmp_path / "model",
+        hidden_size=256,
+        intermediate_size=320,
+        tokenizer=sentencepiece_tokenizer(),
+    )
+    given = {**SHORT, "bits": None, "group_size": None, "format": form, "enable_norm_bias_tuning": True}
+    result = quantize(model, tmp_path / "out", **given)
+    said = result.report["distillation"]
+    assert said["kept_step"] > 0
+    assert result.report["held_out"]["kl"] == pytest.approx(said["kl_best"], rel=0.1)
+    assert result.report["verified"][form]["reader"] == "gguf"
 
 
 def shelved(shelf, unit):

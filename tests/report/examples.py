@@ -72,6 +72,15 @@ def report(**changes: Any) -> dict[str, Any]:
             "same_top_token": 0.8765432,
             "kl_histogram": {"first_power": -3, "bins_per_decade": 2, "positions": [1, 25, 60, 30, 10, 0]},
         },
+        "distillation": {
+            "steps": 20,
+            "rows": 80,
+            "tokens": 20480,
+            "kl_before": 0.45,
+            "kl_best": 0.3987,
+            "kept_step": 20,
+            "looks": [[0, 0.45], [10, 0.46], [20, 0.3987]],
+        },
         "hard_cases": {
             "kept_as_started": {"units": ["model.layers.0"], "of": 5},
             "far_from_the_original": {"kl": 0.39, "bound": 0.3, "largest_errors": {"q_proj": 0.06}},

@@ -146,6 +146,8 @@ def test_hard_cases_and_the_command_are_said(page):
         "means that the model says other things than the original",
         "q_proj 6 %",
         "1 of 15 experts saw no token",
+        "All blocks learned together for 20 steps on 20,480 tokens",
+        "step 20 was kept",
         "1 of 5 blocks were kept as they started",
         "fake was not reloaded: there was no memory",
         'auto-round a/model --layer_config \'{"q_proj": {"bits": 8}}\'',
@@ -200,6 +202,7 @@ def test_no_colour_stands_for_two_things():
 
 
 OLD = (
+    "distillation",
     "plan",
     "calibration",
     "held_out",

@@ -16,7 +16,7 @@ from auto_round.tuning.objective import Objective, block_objective
 from auto_round.tuning.samples import Samples
 from auto_round.tuning.sign_round import tune_block
 from auto_round.tuning.steps import batch_rows, held_out_looks
-from auto_round.tuning.weights import WeightTask, round_to_nearest
+from auto_round.tuning.weights import MARGIN, Weight, WeightTask, round_to_nearest
 from tuning.blocks import HIDDEN, W2, Experts, Mlp, activations, generator, samples, tasks
 
 QUICKLY = TuneConfig(iters=40)
@@ -424,3 +424,21 @@ def test_rounding_again_gives_the_same_bits(config, masked, dtype):
     assert whole.best_step == again.best_step
     for name, value in whole.others.items():
         assert torch.equal(value, again.others[name])
+
+
+def test_kept_offsets_round_to_the_same_codes_from_a_little_further_inside():
+    block = Mlp()
+    weight = Weight.of(block, "up.weight", WeightTask(W2), None)
+    generator = torch.Generator().manual_seed(4)
+    near = torch.rand(weight.v.shape, generator=generator) * 0.02 - 0.01
+    step = weight.format.rule_for(weight.stats).fit(weight.stats, W2.grid, None).step
+    u = weight.original / step.repeat_interleave(16, 1)
+    weight.v.copy_(u.floor() + 0.5 + near - u)  # at the border between two numbers
+    codes = weight.quantize().codes
+    learned = weight.learned()
+    assert torch.equal(weight.format.quantize(weight.original, learned.knobs, learned.v).codes, codes)
+    for way in (0.5 * MARGIN, -0.5 * MARGIN):
+        moved = weight.format.quantize(weight.original, learned.knobs, learned.v + way).codes
+        assert (moved != codes).float().mean() < 0.01
+    crossed = weight.format.quantize(weight.original, learned.knobs, weight.v + 0.5 * MARGIN).codes
+    assert (crossed != codes).float().mean() > 0.1

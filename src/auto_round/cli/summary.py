@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from auto_round.consumers.lines import loading, refusing
 from auto_round.pipeline.running.coverage import coverage_sentence
-from auto_round.units import duration, size
+from auto_round.report.record import DISTILLED
+from auto_round.units import duration, gain, size
 
 if TYPE_CHECKING:
     from auto_round.pipeline.result import Result
@@ -52,6 +53,14 @@ def _lines(result: Result) -> Iterator[tuple[str, str]]:
     yield "took", f"{duration(result.seconds)}, peak memory {size(result.peak_bytes)}"
 
 
+def _together(found: Mapping[str, Any]) -> str:
+    """What tuning all blocks together gave."""
+    if not found["kept_step"]:
+        return f"none of {found['steps']} steps of all blocks was better than block tuning: nothing changed"
+    change = gain(found["kl_before"], found["kl_best"])
+    return f"KL {change} by step {found['kept_step']} of {found['steps']} of all blocks"
+
+
 def _quality(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     held_out = report.get("held_out")
     if held_out is None:
@@ -61,6 +70,8 @@ def _quality(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     rows = "the row that was tuned on" if held_out.get("tuned_on_too") else "held-out rows"
     yield "perplexity", f"{before:.4g} -> {after:.4g} ({100 * (after / before - 1):+.2f} %) on {rows}"
     yield "KL", f"{held_out['kl']:.4g} nats per token from the original's predictions"
+    if together := report.get(DISTILLED):
+        yield "together", _together(together)
     if poor := coverage_sentence(report.get("experts", {})):
         yield "experts", poor
     hard = report.get("hard_cases", {})

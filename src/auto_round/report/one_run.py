@@ -297,6 +297,22 @@ def _memory_plan(record: RunRecord) -> tuple[Table, ...]:
     return (Table("Memory plan", ("stage", "place", "part", "bytes"), rows),)
 
 
+def _together(run: Run) -> Section | None:
+    found = run.distillation
+    if not found:
+        return None
+    kept = (
+        f"step {found['kept_step']} was kept" if found["kept_step"] else "no step was better: nothing changed"
+    )
+    words = (
+        f"All blocks learned together for {found['steps']} steps on {found['tokens']:,} tokens of rows that "
+        f"blocks were not tuned on: {kept}."
+    )
+    rows: list[list[Cell]] = [[number(step), number(kl)] for step, kl in found["looks"]]
+    table = Table("Looks at held-out rows", ("after step", "KL, nats per token"), rows)
+    return Section("together", "All blocks together", (words,), tables=(table,))
+
+
 def _coverage(run: Run) -> Section | None:
     data = run.calibration
     if data is None:
@@ -385,6 +401,7 @@ _SECTIONS: Final = (
     _losses,
     _errors,
     _massive,
+    _together,
     _quality,
     _spread,
     _fidelity,

@@ -161,6 +161,8 @@ class Run:
         held_out: None where nothing was measured.
         sensitivity: None where nothing was measured.
         auto_scheme: what AutoScheme reached, see `autoscheme.decision`; empty where it was not asked.
+        distillation: what tuning all blocks together gave, see `pipeline.distilling.stage.distill`; empty
+            where it was not asked for.
         hard_cases: what was hard, see `pipeline.running.hard_cases`.
         engines: format -> engine -> verdict.
         verified: format -> what reloading it gave.
@@ -185,6 +187,7 @@ class Run:
     held_out: HeldOut | None = None
     sensitivity: Sensitivity | None = None
     auto_scheme: Mapping[str, Any] = field(default_factory=dict)
+    distillation: Mapping[str, Any] = field(default_factory=dict)
     hard_cases: Mapping[str, Any] = field(default_factory=dict)
     engines: Mapping[str, Any] = field(default_factory=dict)
     verified: Mapping[str, Any] = field(default_factory=dict)

@@ -80,7 +80,7 @@ def tune_block(
     if not config.iters or not tasks:
         if config.keeps_offsets:
             weights = {name: Weight.of(block, name, task, effort) for name, task in tasks.items()}
-            learned = {n: w.learned for n, w in weights.items()}
+            learned = {n: w.learned() for n, w in weights.items()}
             return TunedBlock({n: w.quantize() for n, w in weights.items()}, learned=learned)
         return TunedBlock(
             done_together(ranks, sizes, lambda name: Weight.of(block, name, tasks[name], effort).quantize())
@@ -177,7 +177,7 @@ class _Loop:
             initial,
             loss,
             done,
-            {n: w.learned for n, w in self._weights.items()} if config.keeps_offsets else {},
+            {n: w.learned() for n, w in self._weights.items()} if config.keeps_offsets else {},
         )
 
     def _take(self, stepper: Stepper, step: int) -> None:

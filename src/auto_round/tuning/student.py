@@ -45,7 +45,8 @@ class Student:
     Attributes:
         weights: parameter of the blocks -> its offsets and knobs, or its codes and what their steps become.
         norms: parameter of one dimension -> its value, float32; empty where norms stay.
-        values: everything that is learned, by a prefix and the parameter's name; float32, changed in place.
+        values: everything that is learned, and knobs of ranges that stay, by a prefix and the parameter's
+            name; float32, changed in place.
     """
 
     def __init__(
@@ -66,14 +67,16 @@ class Student:
         self._block, self._own = block, own
         self.weights, self.norms = weights, norms
         self.values = {NORM + name: value for name, value in norms.items()}
+        fixed: set[str] = set()
         for name, weight in weights.items():
             tunable = weight.format.rule.tunable
             if isinstance(weight, Rescaled):
                 self.values |= {RATIO + name: weight.ratio} if tunable else {}
                 continue
-            self.values[OFFSET + name] = weight.v
-            if tunable:
-                self.values |= {LOW + name: weight.knobs.lo, HIGH + name: weight.knobs.hi}
+            knobs = {LOW + name: weight.knobs.lo, HIGH + name: weight.knobs.hi}
+            self.values |= {OFFSET + name: weight.v, **knobs}
+            fixed |= set() if tunable else knobs.keys()
+        self._learned = [key for key in self.values if key not in fixed]
 
     def rates(self, config: DistillConfig) -> dict[str, Rate]:
         """How far each of the values moves in a step."""
@@ -129,14 +132,14 @@ class Student:
         Returns:
             Gradients of `values` by name, summed over the parts, and for each part those of its inputs.
         """
-        for value in self.values.values():
-            value.requires_grad_(True)
+        for key in self._learned:
+            self.values[key].requires_grad_(True)
         try:
             with torch.enable_grad():
                 return self._gradients(parts)
         finally:
-            for value in self.values.values():
-                value.requires_grad_(False)
+            for key in self._learned:
+                self.values[key].requires_grad_(False)
 
     def _gradients(self, parts: Sequence[Part]) -> tuple[dict[str, Tensor], list[tuple[Tensor | None, ...]]]:
         made = fake_weights(self.weights) | self._norms()
@@ -151,10 +154,9 @@ class Student:
             )
             total = [_sum(a, b) for a, b in zip(total, found, strict=False)]
             flowing.append(tuple(found[len(used) :]))
-        wanted = list(self.values.values())
+        wanted = [self.values[key] for key in self._learned]
         through = _pulled_back(tuple(made.values()), tuple(total), wanted)
-        names = self.values.keys()
-        return {n: g for n, g in zip(names, through, strict=True) if g is not None}, flowing
+        return {n: g for n, g in zip(self._learned, through, strict=True) if g is not None}, flowing
 
     def _norms(self) -> dict[str, Tensor]:
         """Rounded to what the model keeps, in the dtype in which the blocks run."""

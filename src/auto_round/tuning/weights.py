@@ -22,6 +22,8 @@ MATRIX = 2
 AT_ONCE = 1 << 26
 """Weights of a stack up to which all of it is rounded at once. Rounding takes 16 bytes a weight for a while
 beside what its gradient keeps: with 400 million weights of 128 experts 6 GB, by matrix 50 MB."""
+MARGIN = 0.02
+"""How far inside, in units of the grid's spacing (docs/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +112,21 @@ class Weight:
             made.append(fmt.fake_quantize(w, self.stats[i], Knobs(lo, hi), v).to(self.dtype))
         return torch.stack(made)
 
-    @property
     def learned(self) -> Learned:
-        """The offsets and knobs as they are now."""
-        return Learned(Knobs(self.knobs.lo.detach(), self.knobs.hi.detach()), self.v.detach())
+        """The offsets and knobs as they are now, offsets a little inside of what rounds to the same codes.
+
+        Sign descent leaves many weights at the very border between two numbers. The first steps of a later
+        stage, small as they are, would throw these to either side (`MARGIN`).
+        """
+        with torch.no_grad():
+            v, codes = self.v.detach(), self._codes(self.v)
+            up, down = (self._codes(v + way) != codes for way in (MARGIN, -MARGIN))
+            inside = v + MARGIN * (down.to(v.dtype) - up.to(v.dtype))
+            inside = torch.where(self._codes(inside) == codes, inside, v)
+        return Learned(Knobs(self.knobs.lo.detach(), self.knobs.hi.detach()), inside)
+
+    def _codes(self, v: Tensor) -> Tensor:
+        return self.format.quantize(self.original, self.knobs, v).codes
 
     def cancelled(self, sweeps: int) -> Tensor | None:
         """Offsets under which errors cancel in the ranges as they are; see `cancelling_offsets`."""

@@ -76,6 +76,22 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
         dict.fromkeys(("auto_round", "auto_gptq", "llm_compressor"), REPLACED),
     ),
+    "several widths": (  # a plan as AutoScheme makes it
+        {
+            "scheme": "W4A16",
+            "group_size": 32,
+            "layer_config": {
+                "layers.0.mlp.(gate|up)_proj": {"bits": 2},
+                "layers.[12].self_attn": {"bits": 8},
+            },
+            "ignore_layers": "layers.3.mlp.down_proj",
+        },
+        dict.fromkeys(("auto_round", "auto_gptq", "llm_compressor"), REPLACED),
+    ),
+    "whole and floating": (
+        {"scheme": "W4A16", "group_size": 32, "layer_config": {"mlp": "MXFP8"}},
+        {"auto_round": REPLACED},
+    ),
     "w4-k-alone": (
         {"scheme": "W4A16", "layer_config": {"k_proj": {"bits": 8}}},
         dict.fromkeys(("auto_round", "auto_gptq", "llm_compressor"), REPLACED),

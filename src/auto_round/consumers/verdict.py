@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.consumers.compare import compare
-from auto_round.consumers.engines import ENGINES, GPTQMODEL, NAMES, VLLM, Engine
+from auto_round.consumers.engines import AUTO_ROUND, ENGINES, GPTQMODEL, NAMES, VLLM, Engine
 from auto_round.consumers.fields import FLOAT_BITS, CannotReadError, CompressedFields, Fields
 from auto_round.consumers.folder import Folder, read_folder
 from auto_round.consumers.humming import runs_with_humming
@@ -89,6 +89,8 @@ def _order_agrees(folder: Folder, engine: Engine) -> bool:
 
 def _order_text(folder: Folder, orders: set[str]) -> str:
     stated = folder.quantization.get("packing_format", folder.method)
+    if len(orders) > 1 and folder.method == AUTO_ROUND:
+        return "it reads one packing_format for a folder, and layers here name another one"
     if orders & {OTHER, BLOCKS}:
         return f"not known: the table of engines has no row for {stated}"
     return f"the tensors are packed as {' and '.join(sorted(orders))}, the configuration says {stated}"

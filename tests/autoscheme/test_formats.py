@@ -14,6 +14,8 @@ from auto_round.pipeline.quantize import run
 from auto_round.pipeline.result import Result
 from export.gguf.small_models import save_small_model
 from pipeline.runs import SHORT, token_rows
+from sweep.multimodal import model_config
+from sweep.outcome import save_config
 
 ROWS = token_rows(4, 16)
 
@@ -94,3 +96,10 @@ def test_experts_of_a_block_share(small: Any, tmp_path: Path) -> None:
     assert experts
     assert all(len(schemes) == 1 for schemes in experts.values())
     assert result.report["verified"]["auto_round"]["kl"] < 1e-3
+
+
+def test_language_blocks_of_a_model_that_reads_images(tmp_path: Path) -> None:
+    model = save_config(model_config("llava"), tmp_path / "model")
+    result = mixed(model, tmp_path / "out", [[t % 60 for t in row] for row in ROWS], avg_bits=6)
+    assert all(name.startswith("language_model.") for name in result.plan.quantized)
+    assert result.report["verified"]["auto_round"]["kl"] < 1e-6

@@ -69,6 +69,7 @@ CASES = [
     *((family, "gguf:f16") for family in sorted(FAMILIES)),
     *(("llama", f"gguf:{name}") for name in FILE_TYPES if name not in ("f16",)),
     ("qwen3_moe", "gguf:q4_k_m"),
+    ("qwen3_moe", "gguf:mxfp4_moe"),
     ("gpt2", "gguf:q4_k_m"),
 ]
 

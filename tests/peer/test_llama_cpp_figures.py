@@ -81,14 +81,15 @@ def test_figures_from_its_logits(measured: Measured, tmp_path: Path, form: str) 
 def test_figures_that_its_tool_prints(measured: Measured, tmp_path: Path, form: str) -> None:
     """The tool keeps the original's log-probabilities in 16 bits, and cuts them 16 nats below the largest.
 
-    It prints figures of all rows so far behind each row. What it says at its end is lost at times: its log
-    is written by a thread that is not waited for. So it goes on for some rows more.
+    Its attention is the plain one here, as in the binding: the other moves KL by a percent. It prints
+    figures of all rows so far behind each row. What it says at its end is lost at times, since its log is
+    written by a thread that is not waited for: so it goes on for some rows more.
     """
     program = os.environ.get(TOOL)
     if not program:
         pytest.skip(f"{TOOL} names no llama-perplexity (see tests/peer/README.md)")
     rows = TOKENS // LENGTH
-    base = ["-c", str(LENGTH), "-b", str(LENGTH), "--chunks", str(rows + MORE), "-t", "1"]
+    base = ["-fa", "off", "-c", str(LENGTH), "-b", str(LENGTH), "--chunks", str(rows + MORE), "-t", "1"]
     base += ["--kl-divergence-base", str(tmp_path / "base.kld")]
     first = said(program, "-m", str(measured.files[FORMS[0]]), "-f", str(measured.text), *base)
     second = said(program, "-m", str(measured.files[form]), "--kl-divergence", *base)

@@ -49,7 +49,9 @@ def error(model, rows, weights):
     return total
 
 
-@pytest.mark.parametrize(("name", "plainly"), [("qwen2_5_vl", True), ("llava", False)])
+@pytest.mark.parametrize(
+    ("name", "plainly"), [pytest.param("qwen2_5_vl", True, marks=pytest.mark.slow), ("llava", False)]
+)
 def test_tuned_encoders_are_nearer_than_rounded_ones(tmp_path, caplog, name, plainly):
     """A few hundred random patches say little: of two searches the better one may be hard to beat."""
     model = save_config(model_config(name), tmp_path / "model")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +61,15 @@ PLAIN = {
 """Models whose language model is a family of its own -> what its tensors are called with on disk."""
 
 
-@pytest.mark.parametrize("name", PLAIN)
+ALWAYS = ("llava", "gemma3")
+"""The others take a while."""
+
+
+def kept_for_later(names: Iterable[str]) -> list[Any]:
+    return [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", kept_for_later(PLAIN))
 def test_the_file_is_that_of_the_language_model_alone(tmp_path, name):
     model, alone = save(name, tmp_path / "both"), tmp_path / "alone"
     alone.mkdir()
@@ -85,7 +95,7 @@ def test_the_file_is_that_of_the_language_model_alone(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "arch", "prefix", "more"),
     [
-        ("qwen2_vl", "qwen2vl", "model.", {}),
+        pytest.param("qwen2_vl", "qwen2vl", "model.", {}, marks=pytest.mark.slow),
         ("qwen2_5_vl", "qwen2vl", "model.", {}),
         ("qwen3_vl", "qwen3vl", "model.language_model.", {"qwen3vl.n_deepstack_layers": 2}),
     ],

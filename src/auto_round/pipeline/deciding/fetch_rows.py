@@ -23,6 +23,7 @@ from auto_round.pipeline.deciding.image_rows import (
     refuse_other_inputs,
     with_each_kind_held_out,
 )
+from auto_round.pipeline.deciding.one_parameter import refuse_mixed_parameters
 from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
@@ -185,7 +186,12 @@ def _runs_by_blocks(opened: Opened, decided: Decided, dataset: Any) -> bool:
     options, source, needed = opened.options, opened.source, decided.tune.needs_rows
     if not needed and dataset is None and options.calibration.dataset == CalibrationOptions().dataset:
         return True  # nothing is run
-    return _can(source.refuse_untraceable, needed=needed)
+
+    def find_out() -> None:
+        refuse_mixed_parameters(decided.plan, source.layers)
+        source.refuse_untraceable()
+
+    return _can(find_out, needed=needed)
 
 
 def _can(find_out: Callable[[], object], *, needed: bool) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from auto_round.calibration.observe import InputMoments
 from auto_round.calibration.observe_experts import ExpertMoments
-from auto_round.errors import InternalError, NumericsError, Refusal, UnsupportedError
+from auto_round.errors import InternalError, NumericsError
 from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Layer
 from auto_round.models.source import CPU
@@ -173,25 +173,12 @@ def _attentions(job: Job, prefixes: Mapping[str, str]) -> dict[str, Attention]:
 
 
 def _formats(job: Job, indices: Sequence[int]) -> dict[str, Format]:
-    """Parameter name inside the group -> format; one format for all matrices inside a fused parameter."""
+    """Parameter name inside the group -> format, one for all matrices inside (`refuse_mixed_parameters`)."""
     found: dict[str, Format] = {}
-    kept: set[str] = set()
     for layer in job.source.layers:
-        if layer.block not in indices:
-            continue
-        name = inside_group(job, indices, layer)
         fmt = job.plan.format_of(layer.name)
-        if fmt is None or found.setdefault(name, fmt) != fmt:
-            kept.add(name)
-    mixed = sorted(kept & found.keys())
-    if mixed:
-        reason = (
-            f"{mixed[0]} holds several matrices in one parameter, and the plan gives them different schemes"
-        )
-        raise UnsupportedError(
-            "fused experts must share one scheme",
-            [Refusal("tuning", reason, "give all experts of a layer one scheme")],
-        )
+        if layer.block in indices and fmt is not None:
+            found[inside_group(job, indices, layer)] = fmt
     return found
 
 

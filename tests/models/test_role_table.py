@@ -11,7 +11,9 @@ import pytest
 
 from auto_round.cli import main as cli
 from auto_round.config import build_options
+from auto_round.facts.layer import Role
 from auto_round.facts.roles import render_roles
+from auto_round.models import role_table
 from auto_round.models.folder import FolderSource
 from auto_round.models.tried import TRIED
 from auto_round.pipeline.deciding.prepare import prepare
@@ -64,6 +66,10 @@ def test_each_matrix_has_one_role(tmp_path, name):
         assert sum(row.weights for row in rows) == sum(map(math.prod, wide))
         assert all(row.note for row in rows if row.role in {"kept", "tower", "head", "router"})
         assert len(render_roles(rows).splitlines()) == len(rows)
+
+
+def test_each_role_has_its_place():
+    assert {role_table._WORDS.get(role, role.value) for role in Role} <= set(role_table._ORDER)
 
 
 def test_a_tied_head_is_told_beside_the_embedding(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
@@ -49,18 +50,20 @@ def error(model, rows, weights):
     return total
 
 
-@pytest.mark.parametrize(
-    ("name", "plainly"), [pytest.param("qwen2_5_vl", True, marks=pytest.mark.slow), ("llava", False)]
-)
-def test_tuned_encoders_are_nearer_than_rounded_ones(tmp_path, caplog, name, plainly):
-    """A few hundred random patches say little: of two searches the better one may be hard to beat."""
+@pytest.mark.parametrize("name", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "llava"])
+def test_tuned_encoders_are_nearer_than_rounded_ones(tmp_path, caplog, name):
+    """On images that were not tuned on; so few random patches do not let tuning beat a search by much."""
+    caplog.set_level(logging.INFO, "auto_round")
     model = save_config(model_config(name), tmp_path / "model")
     pictures = image_rows(name, 18)
     rows, unseen = [*pictures[:14], *TEXT[:2]], pictures[14:]
-    rounded = towers_of(model, rows, iters=0, bits=2, disable_opt_rtn=plainly)
+    rounded = towers_of(model, rows, iters=0, bits=2, disable_opt_rtn=True)
     tuned = towers_of(model, rows, iters=40, bits=2)
     assert tuned.keys() == rounded.keys()
     assert error(model, unseen, tuned) < 0.9 * error(model, unseen, rounded)
+    losses = re.findall(r"\.\d: loss ([\d.e-]+), then ([\d.e-]+)", caplog.text)
+    assert len(losses) == 2
+    assert all(float(after) <= float(before) for before, after in losses)
     assert "not tuned" not in caplog.text
 
 

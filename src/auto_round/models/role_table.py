@@ -21,7 +21,18 @@ from auto_round.schemes.make import KEPT_ROLES
 TEXT, KEPT, EMBEDDING = "text", "kept", "embedding"
 _WORDS = {Role.LINEAR: TEXT, Role.OUTSIDE: KEPT}
 """What people call roles that are named otherwise in code."""
-_ORDER = (TEXT, "expert", "shared expert", "router", "tower", "further layer", "head", EMBEDDING, KEPT)
+_ORDER = (
+    TEXT,
+    "expert",
+    "shared expert",
+    "router",
+    "tower",
+    "modulation",
+    "further layer",
+    "head",
+    EMBEDDING,
+    KEPT,
+)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 NO_MODULE = "no module of the model wants it: copied as it is"
 

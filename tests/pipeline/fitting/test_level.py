@@ -89,6 +89,11 @@ def test_a_processor_keeps_its_rows_whatever_is_free(work):
     assert [plan.fits for plan in plans] == [True, False]
 
 
+def test_what_cannot_be_reloaded_is_not_planned(work):
+    plans = [make_plan(work, Room(0, free, 0)) for free in (64 * GIB, work.output_bytes)]
+    assert [[stage.name for stage in plan.stages][-1] for plan in plans] == ["verify", "measure"]
+
+
 HOST = Level(1, Place.HOST)
 
 

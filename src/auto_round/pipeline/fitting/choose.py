@@ -14,6 +14,8 @@ UNKNOWN_ROOM = 4 << 30
 """Room for hidden states where the system does not tell what is free, bytes."""
 STREAMS_SHARE = 0.5
 """Hidden states may take this share of the host memory that the rest of the run leaves."""
+RELOADED = 2
+"""A folder is loaded for the closing check where so many times its size is free (`checking.reload`)."""
 DEVICE_SHARE = 0.95
 """Share of an accelerator's memory that a plan may fill."""
 
@@ -53,7 +55,8 @@ def make_plan(work: Workload, room: Room) -> MemoryPlan:
 
 def _plan(work: Workload, levels: tuple[Level, ...], chosen: int, room: Room) -> MemoryPlan:
     level = levels[chosen]
-    stages = stages_of(work, level)
+    skipped = room.host and RELOADED * work.output_bytes > room.host  # it is said then
+    stages = stages_of(replace(work, reloads=False) if skipped else work, level)
     streams = 3 * measure_sizes(work).stream
     on_host = work.device.type == "cpu" or level.streams is not Place.DEVICE
     whole = MemoryPlan(levels, chosen, stages, room.held, False, room.host, int(DEVICE_SHARE * room.device))

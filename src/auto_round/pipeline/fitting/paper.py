@@ -97,6 +97,8 @@ class Paper:
 def on_paper(work: Workload, machines: Machines, spread: Spread, seconds: Seconds) -> Paper:
     """Plan a run: by ranks where a block fits one accelerator, else spread over those of one machine.
 
+    The closing check, which loads the whole output on one device, is left out.
+
     Args:
         work: the run.
         machines: what to plan for.
@@ -104,7 +106,7 @@ def on_paper(work: Workload, machines: Machines, spread: Spread, seconds: Second
         seconds: time at given rates.
     """
     half = torch.float16 if work.source.dtype is torch.float16 else torch.bfloat16
-    alone = replace(work, device=torch.device("cuda"), dtype=half, elsewhere={})
+    alone = replace(work, device=torch.device("cuda"), dtype=half, elsewhere={}, reloads=False)
     room = Room(0, 0, int(machines.each.nbytes))
     plan, ranks, over = make_plan(alone, room), machines.count, 1
     if not plan.fits and machines.count > 1:

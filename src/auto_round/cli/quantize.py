@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +89,8 @@ def _run_all(options: Options, ranks: Ranks) -> list[Path]:
     folders: list[Path] = []
     for job in jobs:
         try:
-            with drawn_progress() as progress:
-                result = run_job(job, ignore_progress if ranks.rank else progress, clock)
+            with nullcontext(ignore_progress) if ranks.rank else drawn_progress() as progress:
+                result = run_job(job, progress, clock)
         except KeyboardInterrupt:
             if job.options.output.resume:
                 logger.warning("the same command continues where this run stopped (%s.partial)", job.output)

@@ -118,7 +118,8 @@ def _follow(job: Job, clock: Clock) -> Result:
     begun: Begun | None = job.ranks.first(None)
     if begun is not None:
         job = job if begun.rows is None else replace(job, rows=begun.rows, tuned=begun.tuned)
-        with TemporaryDirectory(prefix="auto_round-") as scratch:
+        seen = begun.scratch if begun.scratch.is_dir() else None  # another machine may have other disks
+        with TemporaryDirectory(prefix=f"rank-{job.ranks.rank}-", dir=seen) as scratch:
             outputs = Outputs(job, {}, done=(), fresh=False)
             _Loop(job, Path(scratch), JournalCopy(begun.entries), outputs, ignore_progress, clock).run()
     nothing: dict[str, Any] = {}
@@ -179,7 +180,7 @@ def _lead(job: Job, progress: ProgressSink, clock: Clock) -> Result:
 def _begin(job: Job, scratch: Path, journal: Journal) -> Job:
     """The job with all of its rows; other ranks are told of them, and of what is done already."""
     whole = cover_experts(job, scratch)
-    job.ranks.first(Begun(journal.entries, None if whole is job else whole.rows, whole.tuned))
+    job.ranks.first(Begun(journal.entries, scratch, None if whole is job else whole.rows, whole.tuned))
     return whole
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from auto_round.calibration.rows import CalibrationRows
@@ -22,6 +24,7 @@ from auto_round.ranks.ranks import ALONE, Ranks
 from auto_round.ranks.start import check_backend, join
 from auto_round.tuning.steps import batch_rows
 
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")
 _LISTED = 5
 """Most differences that an error names."""
 
@@ -31,11 +34,13 @@ class Begun(NamedTuple):
 
     Attributes:
         entries: of its journal.
+        scratch: folder for what only this run needs, which others may not see.
         rows: calibration rows, where they are not those that all have prepared.
         tuned: how many of them are tuned on.
     """
 
     entries: list[dict[str, Any]]
+    scratch: Path
     rows: CalibrationRows | None
     tuned: int
 
@@ -105,7 +110,7 @@ def _settings(options: Options) -> dict[str, Any]:
         for key, group in GROUPS.items()
         for each in settings(group)
     }
-    return {name: repr(value) for name, value in values.items() if not callable(value)}
+    return {name: _ADDRESS.sub("", repr(value)) for name, value in values.items() if not callable(value)}
 
 
 def _refuse_differences(ranks: Ranks, what: str, own: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from auto_round.testing.tiny_models import save_tiny_model
+from export.gguf.small_models import byte_level_tokenizer
 from pipeline.runs import ROWS, SHORT, SIZES, tree
 
 DRIVER = Path(__file__).with_name("ranks_driver.py")
@@ -73,15 +74,17 @@ WORK = {
     "searched": {"iters": 0, "quant_lm_head": True},
     "plain, two formats": {"iters": 0, "disable_opt_rtn": True, "rows": None, "format": "auto_round,fake"},
     "inputs of a fixed scale": {"scheme": "FP8_STATIC", "group_size": None, "format": "fake"},
-    "GGUF": {"scheme": "gguf:q4_k_m", "group_size": None, "format": "gguf:q4_k_m", "seqlen": 16},
+    "GGUF": {"scheme": "gguf:q4_k_m", "group_size": None, "format": "gguf:q4_k_m"},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("work", WORK)
 def test_any_number_of_processes_writes_what_one_writes(tmp_path, work):
-    sizes = {"hidden_size": 256, "intermediate_size": 256} if work == "GGUF" else SIZES
-    model = save_tiny_model("qwen3", tmp_path / "model", **sizes, head_dim=16)
+    gguf = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 288}
+    model = save_tiny_model("qwen3", tmp_path / "model", head_dim=16, **(gguf if work == "GGUF" else SIZES))
+    if work == "GGUF":
+        byte_level_tokenizer().save_pretrained(model)
     given = {"verify": work == "tuned", **WORK[work]}
     ended = drive(tmp_path, [case(model, tmp_path / f"out{n}", n, **given) for n in (1, 2, 3)])
     assert [each["ends"] for each in ended] == [[0], [0, 0], [0, 0, 0]], [each["said"] for each in ended]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import subprocess
+import sys
 
 import pytest
 
 from auto_round.cli import exit_codes
 from auto_round.cli.main import _log_on_stderr, main
-from auto_round.cli.quantize import ended_by_launcher
-from auto_round.errors import RankError
 from auto_round.log import logger
 from auto_round.ranks.place import Place
 
@@ -60,10 +58,29 @@ def test_only_the_first_rank_says_more_than_errors(capsys):
     ]
 
 
-def test_a_rank_that_its_launcher_stops_ends_with_an_error_that_says_so():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RankError, match="the same command continues"), ended_by_launcher(Place(1, 2, 1)):
-        os.kill(os.getpid(), signal.SIGTERM)
+STOPPED = """
+import os, signal, threading, time
+from auto_round.cli.launched import ended_by_launcher
+from auto_round.ranks.place import Place
+
+before = signal.getsignal(signal.SIGTERM)
+with ended_by_launcher(None):
     assert signal.getsignal(signal.SIGTERM) == before
-    with ended_by_launcher(None):
-        assert signal.getsignal(signal.SIGTERM) == before
+with ended_by_launcher(Place(1, 2, 1)):
+    pass
+assert signal.getsignal(signal.SIGTERM) == before
+with ended_by_launcher(Place(1, 2, 1)):
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    while True:  # no exception gets past this
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+"""
+
+
+def test_a_rank_that_its_launcher_stops_ends_with_an_error_that_says_so():
+    ended = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True, timeout=50)
+    assert ended.returncode == exit_codes.FAILED
+    assert ended.stderr.startswith("auto-round: [rank 1] error: stopped by the program that started it")
+    assert "the same command continues" in ended.stderr

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from auto_round.cli.folder import with_named_folder
+from auto_round.cli.launched import ended_by_launcher
 from auto_round.cli.measured import evaluated
 from auto_round.cli.progress import drawn_progress
 from auto_round.cli.summary import summary
 from auto_round.config import EvaluationOptions, ModelOptions, Options, build_options, read_environment
-from auto_round.errors import RankError
 from auto_round.log import ignore_progress, logger
 from auto_round.models.hub import holds_pipeline
-from auto_round.ranks.place import Place, place
+from auto_round.ranks.place import place
 from auto_round.report.record import EVALUATION_SUFFIX, PAGE
 
 if TYPE_CHECKING:
@@ -114,30 +112,6 @@ def _evaluate(tasks: Tasks, folder: Path, model: ModelOptions) -> None:
     beside = folder.with_name(folder.name + EVALUATION_SUFFIX)
     write_json(found, beside)
     print(f"\n{evaluated(found)}\n\nwritten     {beside}")
-
-
-@contextmanager
-def ended_by_launcher(here: Place | None) -> Iterator[None]:
-    """Let one of several processes end as on any error when its launcher stops it.
-
-    torchrun sends SIGTERM to the others when one process has failed.
-    """
-    if here is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        del number, frame
-        raise RankError(
-            "stopped by the program that started it, as happens when another process of the run fails. What "
-            "was finished is kept: the same command continues, with as many processes or others"
-        )
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _runs(options: Options) -> list[Options]:

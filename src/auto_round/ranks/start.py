@@ -13,6 +13,8 @@ from auto_round.ranks.place import place
 from auto_round.ranks.ranks import ALONE, Ranks
 
 AUTO = "auto"
+MEETING = timedelta(minutes=10)
+"""How long a process waits for the others to come."""
 WAIT = timedelta(hours=6)
 """How long a process waits for another that is alive: while the first one writes and checks the output the
 others do nothing. One that ended is noticed at once, by its closed connections."""
@@ -55,6 +57,7 @@ def join(backend: str, device: torch.device) -> Iterator[Ranks]:
         yield ALONE
         return
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     from auto_round.ranks.joined import Joined
 
@@ -67,7 +70,10 @@ def join(backend: str, device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group(backend, rank=here.rank, world_size=here.size, timeout=WAIT)
+        store, _, _ = next(rendezvous("env://", here.rank, here.size, timeout=MEETING))
+        store.set(f"here-{here.rank}", "")
+        store.wait([f"here-{rank}" for rank in range(here.size)], MEETING)
+        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size, timeout=WAIT)
     except (RuntimeError, ValueError) as error:
         raise RankError(
             f"rank {here.rank} of {here.size} cannot join the others: {str(error).strip().splitlines()[0]}"

@@ -15,15 +15,19 @@ from auto_round.ranks.tree import TreeSum
 Moments = dict[str, InputMoments | ExpertMoments]
 
 
-def pieces(ranks: Ranks, own: range, by_row: bool) -> Iterator[tuple[int, range]]:
-    """Rows that are summed up as one, with the place of their sum (see `TreeSum`); one piece at least.
+def pieces(ranks: Ranks, own: range, by_row: bool) -> Iterator[tuple[int | None, range]]:
+    """Rows that are summed up as one, with the place of their sum (see `TreeSum`).
+
+    There is one piece at least, by which modules become known; one without rows has no place.
 
     Args:
         ranks: who else has rows.
         own: rows of this rank.
         by_row: each row is summed up apart, so that the sum of all is the same bits on any number of ranks.
     """
-    if by_row and own:
+    if not own:
+        yield None, own
+    elif by_row:
         yield from ((row, range(row, row + 1)) for row in own)
     else:
         yield ranks.rank, own
@@ -39,17 +43,18 @@ class SummedMoments:
         self._tokens: dict[str, Tensor] = {}
         self._moments: Moments = {}
 
-    def add(self, place: int, seen: Mapping[str, InputMoments], experts: SeenExperts) -> None:
+    def add(self, place: int | None, seen: Mapping[str, InputMoments], experts: SeenExperts) -> None:
         """Add what was seen in one piece; the same modules in each call.
 
         Args:
-            place: of the piece.
+            place: of the piece; None for one without rows.
             seen: module -> moments of its input.
             experts: what reached experts.
         """
         self._moments = {**seen, **experts.moments}
         flat = _flat(self._moments)
-        self._sum.add(place, [t for each in flat for t in (each.squares, each.products)])
+        if place is not None:
+            self._sum.add(place, [t for each in flat for t in (each.squares, each.products)])
         before = self._counts or [0] * len(flat)
         self._counts = [n + each.count for n, each in zip(before, flat, strict=True)]
         for name, tokens in experts.tokens.items():

@@ -206,7 +206,7 @@ def _talk(call: Callable[..., object], *arguments: object) -> None:
     try:
         call(*arguments)
     except RuntimeError as error:  # backends have classes of their own for some of their errors only
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise RankError(
             f"another process of this run has ended or does not answer ({reason}). What was finished is "
             "kept: the same command continues, with as many processes or others"

@@ -16,6 +16,7 @@ from auto_round.log import ProgressSink
 from auto_round.models.component import ComponentSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.clock import Clock
+from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.plain import bursts, nbytes, round_layers
 from auto_round.pipeline.quantize import groups_of, saved_streams
 from auto_round.pipeline.running.blocks import GroupResult, GroupTuning
@@ -90,6 +91,7 @@ class ComponentRun:
                 if job.options.output.resume:
                     streams.save(saved_streams(self.scratch, number))
                 self._done(unit, written, figures_of(result))
+                release_freed_memory()  # blocks leave holes, which would add up
                 if number > before + 1:  # what flows out of a list is needed until the end
                     saved_streams(self.scratch, number - 1).unlink(missing_ok=True)
                 losses = {"loss": result.tuned.loss, "initial": result.tuned.initial_loss}

@@ -101,7 +101,7 @@ def expected(job, model, shelf, members, batch):
         squares = (outputs[end] - originals[end]).square().mean(-1)
         errors.append((squares * weights).mean())
         assert float(errors[-1].detach()) == pytest.approx(
-            squared_error(outputs[end], originals[end], None), rel=1e-5
+            squared_error(outputs[end].detach(), originals[end], None), rel=1e-5
         )
     loss = kl + 0.1 * sum(errors) / len(ends) / BEFORE
     loss.backward()

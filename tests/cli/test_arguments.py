@@ -43,8 +43,7 @@ EVALUATION = """
 """
 LATER = """
 --vlmeval
---lmms | --prompt_file p | --prompt hello | --metrics clip | --metric clip-iqa | --image_save_dir d
---guidance_scale 7.5 | --num_inference_steps 50 | --generator_seed 3 | --algorithm awq
+--lmms | --algorithm awq
 --alg awq+signround | --awq_duo_scaling True | --awq_n_grid 20 | --awq_seqlen 3
 --awq_smooth_batch_size 3 | --awq_apply_clip | --awq_clip_as_init | --svdquant-rank 32
 --enable-svdquant-smooth | --svdquant-smooth-num-grids 20 | --svdquant-low-rank-dtype bf16

@@ -273,7 +273,7 @@ def test_a_run_that_is_interrupted(command, model, monkeypatch, words, continues
     def interrupt(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("auto_round.pipeline.quantize.tune_group", interrupt)
+    monkeypatch.setattr("auto_round.pipeline.running.lower.tune_group", interrupt)
     code, err = command(model, *words)
     assert code == 130
     assert "auto-round: interrupted" in err

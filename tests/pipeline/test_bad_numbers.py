@@ -111,7 +111,6 @@ def test_activations_without_weights(tiny):
             "whole numbers, not mxfp4",
             "llm_compressor",
         ),
-        ({"format": "auto_round", "layer_config": {"q_proj": "MXFP4"}}, "floating numbers", "llm_compressor"),
         (
             {"format": "auto_round:auto_gptq", "layer_config": {"q_proj": "NVFP4"}},
             "whole numbers, not nvfp4",

@@ -100,7 +100,7 @@ class _Band:
 
     def sweep(self) -> None:
         """Every weight once."""
-        for start in range(0, TILE, TOGETHER):
+        for start in range(0, min(TILE, self._shape[1]), TOGETHER):
             here = slice(start, start + TOGETHER)
             before = self._error[:, here].clone()
             for j in range(start, start + TOGETHER):

@@ -128,7 +128,11 @@ def limits(scale: Scale) -> dict[str, float]:
     n = 64 if scale.small else 8192
     x = torch.randn(n, n, device=gpu_linear.DEVICE).to(torch.bfloat16)
     product = 2 * n**3 / (1e-6 * gpu_linear.microseconds([lambda: x @ x.t()], scale.repeats))
-    return {"copy_GB_per_s": round(copy / 1e9, 1), "product_TFLOP_per_s": round(product / 1e12, 3)}
+    # Three digits, not decimals: on a busy processor the small copies of a rehearsal take milliseconds.
+    return {
+        "copy_GB_per_s": float(f"{copy / 1e9:.3g}"),
+        "product_TFLOP_per_s": float(f"{product / 1e12:.3g}"),
+    }
 
 
 def tests(emit: Emit, scale: Scale) -> None:
@@ -216,9 +220,10 @@ def quantized(emit: Emit, scale: Scale, name: str, config: dict[str, Any], **giv
 
     from auto_round.config import build_options
     from auto_round.pipeline.deciding.fetch_rows import held_out_rows
+    from auto_round.pipeline.deciding.fit import plan_memory, workload
     from auto_round.pipeline.deciding.prepare import prepare
-    from auto_round.pipeline.estimate import estimate, measure_rates, measure_sizes, operations
-    from auto_round.pipeline.plan_run import workload
+    from auto_round.pipeline.estimate import estimate, measure_rates, operations
+    from auto_round.pipeline.fitting.work import measure_sizes
     from auto_round.pipeline.quantize import run
 
     generator = torch.Generator().manual_seed(0)
@@ -232,8 +237,9 @@ def quantized(emit: Emit, scale: Scale, name: str, config: dict[str, Any], **giv
         if scale.small:
             settings |= {"group_size": 32, "not_use_best_mse": True}
         options = build_options(settings)
-        work = workload(prepare(options, dataset=rows, rows=False))
-        expected, counted = estimate(work, measure_rates(work)), operations(work, measure_sizes(work))
+        job = prepare(options, dataset=rows, rows=False)
+        work, memory = workload(job), job.memory_plan or plan_memory(job)
+        expected, counted = estimate(work, memory, measure_rates(work)), operations(work, measure_sizes(work))
         emit(
             "expected",
             model=name,

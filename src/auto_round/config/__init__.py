@@ -19,7 +19,6 @@ from auto_round.config.groups import (
     ModelOptions,
     OutputOptions,
     SchemeOptions,
-    TuneOptions,
     long_dtype,
 )
 from auto_round.config.memory import MemoryOptions
@@ -34,6 +33,7 @@ from auto_round.config.options import (
     options_markdown,
 )
 from auto_round.config.recipes import RECIPES
+from auto_round.config.tuning import TuneOptions
 
 __all__ = [
     "EVALUATION_GROUPS",

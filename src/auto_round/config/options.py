@@ -17,11 +17,11 @@ from auto_round.config.groups import (
     ModelOptions,
     OutputOptions,
     SchemeOptions,
-    TuneOptions,
 )
 from auto_round.config.memory import MemoryOptions
 from auto_round.config.option import Setting, settings
 from auto_round.config.recipes import RECIPES
+from auto_round.config.tuning import TuneOptions
 from auto_round.errors import ArgumentError, ConfigError, nearest
 
 GROUPS: Final[Mapping[str, type]] = MappingProxyType(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auto_round.config.groups import TuneOptions
+from auto_round.config.tuning import TuneOptions
 from auto_round.errors import ConfigError
 
 STEP_TOKENS = 1024

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from auto_round.config.groups import TuneOptions
+from auto_round.config.tuning import TuneOptions
 from auto_round.tuning.config import Optimizer, TuneConfig
 
 PLAIN_FROM_BITS = 8

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from auto_round.checkpoint.reader import Checkpoint
-from auto_round.config.groups import CalibrationOptions, TuneOptions
+from auto_round.config.groups import CalibrationOptions
+from auto_round.config.tuning import TuneOptions
 from auto_round.consumers.folder import Folder, read_folder, read_quantization
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.export.exporter import TuningFacts

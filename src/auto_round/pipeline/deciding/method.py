@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from auto_round.config.groups import CalibrationOptions, TuneOptions
+from auto_round.config.groups import CalibrationOptions
 from auto_round.config.options import Options
+from auto_round.config.tuning import TuneOptions
 from auto_round.export.exporter import TuningFacts
 from auto_round.tuning.config import TuneConfig
 

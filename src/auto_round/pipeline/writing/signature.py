@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from auto_round.calibration.row import fingerprint
-from auto_round.config.groups import CalibrationOptions, TuneOptions
+from auto_round.config.groups import CalibrationOptions
+from auto_round.config.tuning import TuneOptions
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.description import machine, versions

@@ -242,14 +242,14 @@ class ToyForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_code_in_the_folder_needs_trust(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("copied_code")
+def test_code_in_the_folder_needs_trust(tmp_path):
     folder = save_tiny_model("llama", tmp_path / "m")
     (folder / "toy.py").write_text(CODE)
     auto_map = {"AutoConfig": "toy.ToyConfig", "AutoModelForCausalLM": "toy.ToyForCausalLM"}
     edit_config(folder, model_type="toy_llama", auto_map=auto_map)
     with pytest.raises(ConfigError, match="trust_remote_code"):
         FolderSource.open(folder)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     with FolderSource.open(folder, trust_remote_code=True) as source:
         assert type(source.config).__name__ == "ToyConfig"
         assert len(source.layers) == 15

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 import pytest
 import torch
@@ -16,15 +15,7 @@ from pipeline.own_code import save_own, seeing_rows
 from pipeline.runs import quantize, token_rows, weights
 
 TRUST = {"trust_remote_code": True}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    """Transformers copies code that it runs into a folder of the user."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)
+pytestmark = pytest.mark.usefixtures("copied_code")
 
 
 @pytest.mark.parametrize("name", ["own_text", "own_seeing"])

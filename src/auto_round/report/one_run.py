@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from statistics import median
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from auto_round.report import plots_quality, plots_run
+from auto_round.report.coverage_sections import coverage, experts
 from auto_round.report.draw import Words
 from auto_round.report.fidelity_section import fidelity_section
 from auto_round.report.record import RunRecord
@@ -313,62 +313,6 @@ def _together(run: Run) -> Section | None:
     return Section("together", "All blocks together", (words,), tables=(table,))
 
 
-def _coverage(run: Run) -> Section | None:
-    data = run.calibration
-    if data is None:
-        return None
-    rows: list[list[Cell]] = [
-        ["rows tuned on", number(data.rows_tuned)],
-        ["rows held out", number(data.rows_held_out)],
-        ["tokens a row", number(data.tokens_per_row)],
-        ["tokens tuned on", number(data.tokens_tuned)],
-    ]
-    counts = Table("Rows and tokens", ("what", "how many"), rows)
-    sources = Table(
-        "Sources",
-        ("source", "samples read", "rows", "dropped"),
-        [
-            [
-                s.name,
-                number(s.samples),
-                number(s.rows),
-                "; ".join(f"{n} {why}" for why, n in s.dropped.items()) or "none",
-            ]
-            for s in data.sources
-        ],
-    )
-    letters = Table("Scripts", ("script", "letters"), [[s, number(n)] for s, n in data.letters.items()])
-    tables = (counts, *([sources] if data.sources else ()), *([letters] if data.letters else ()))
-    return Section("coverage", "Calibration data", (data.summary,), tables=tables)
-
-
-def _experts(run: Run) -> Section | None:
-    counts = {name: found for unit in run.units for name, found in unit.experts.items()}
-    if not counts:
-        return None
-    least = min(min(found) for found in counts.values())
-    unseen = sum(not tokens for found in counts.values() for tokens in found)
-    of = sum(map(len, counts.values()))
-    text = (
-        f"{unseen} of {of} experts saw no token: they were rounded without data. More rows help "
-        "(--expert_rows)."
-        if unseen
-        else f"Every one of {of} experts saw {least:,} tokens or more."
-    )
-    table = Table(
-        "Tokens of experts",
-        ("experts", "least", "median", "most", "without any"),
-        [[name, *(number(x) for x in _spread_of(found))] for name, found in counts.items()],
-    )
-    words = Words("experts-picture", "Tokens that reached the experts of each block", text)
-    picture = plots_run.experts_picture(words, list(counts.values()))
-    return Section("experts", "Calibration of experts", (text,), picture, (table,))
-
-
-def _spread_of(counts: Sequence[int]) -> tuple[float, ...]:
-    return min(counts), median(counts), max(counts), sum(not tokens for tokens in counts)
-
-
 def _made_with(run: Run) -> Section:
     record = run.record
     versions = {**run.versions, **(record.versions if record is not None else {})}
@@ -406,8 +350,8 @@ _SECTIONS: Final = (
     _spread,
     _fidelity,
     _cost,
-    _coverage,
-    _experts,
+    coverage,
+    experts,
     _made_with,
     _repeat,
 )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from auto_round.calibration.rows import CalibrationRows
 from auto_round.checkpoint.disk import atomic_write_json
 from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.record import OURS
@@ -85,17 +86,7 @@ def build_report(
         "plan": planned(job, first),
     }
     if job.rows is not None:
-        report["calibration"] = {
-            "dataset": job.method.dataset,
-            "summary": job.rows.summary,
-            "fingerprint": job.rows.fingerprint,
-            "sources": [asdict(source) for source in job.rows.sources],
-            "letters": dict(job.rows.letters),
-            "rows_tuned": job.tuned,
-            "rows_held_out": len(job.rows.rows) - job.tuned if job.judged_apart else 0,
-            "tokens_per_row": len(job.rows.rows[0]),
-            "tokens_tuned": sum(row.positions for row in job.rows.rows[: job.tuned]),
-        }
+        report["calibration"] = _calibration(job, job.rows)
     if measured is not None:
         c = measured.comparison
         report["held_out"] = {
@@ -122,6 +113,21 @@ def build_report(
     if hard:
         report["hard_cases"] = hard
     return report
+
+
+def _calibration(job: Job, data: CalibrationRows) -> dict[str, Any]:
+    """What the run was tuned and judged on."""
+    return {
+        "dataset": job.method.dataset,
+        "summary": data.summary,
+        "fingerprint": data.fingerprint,
+        "sources": [asdict(source) for source in data.sources],
+        "letters": dict(data.letters),
+        "rows_tuned": job.tuned,
+        "rows_held_out": len(data.rows) - job.tuned if job.judged_apart else 0,
+        "tokens_per_row": len(data.rows[0]),
+        "tokens_tuned": sum(row.positions for row in data.rows[: job.tuned]),
+    }
 
 
 def write_report(job: Job, folders: Mapping[str, Path], report: Mapping[str, Any], root: Path) -> None:

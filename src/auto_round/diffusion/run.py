@@ -28,10 +28,10 @@ from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.determinism import deterministic_kernels
 from auto_round.pipeline.machine.memory import release_freed_memory
+from auto_round.pipeline.writing.earlier import earlier_report
 from auto_round.pipeline.writing.outputs import Outputs, check_written
 from auto_round.pipeline.writing.signature import request_digest, signature
 from auto_round.report.make import make_page
-from auto_round.report.record import REPORT
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +125,7 @@ def _digest(asked: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _earlier(job: PipelineJob, out: Path, clock: Clock) -> PipelineResult:
-    logger.warning(
-        "%s is finished already, with the same settings: nothing was done (to do it again: --overwrite, in "
-        "Python overwrite=True)",
-        out,
-    )
-    report = json.loads((out / REPORT).read_bytes())
-    if job.options.output.report:
-        make_page([out])
+    report = earlier_report(out, page=job.options.output.report)
     return PipelineResult(tuple(job.folders(out).values()), report, clock.seconds, clock.peak)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -55,6 +54,7 @@ from auto_round.pipeline.running.towers import quantize_towers
 from auto_round.pipeline.running.trace_rows import trace_rows
 from auto_round.pipeline.together import Begun, joined, shared
 from auto_round.pipeline.writing.cost import COST, cost_of, run_record, write_record
+from auto_round.pipeline.writing.earlier import earlier_report
 from auto_round.pipeline.writing.finish import (
     build_report,
     hand_over_inputs,
@@ -66,7 +66,6 @@ from auto_round.pipeline.writing.outputs import Outputs, Written, check_written
 from auto_round.pipeline.writing.signature import request_digest, signature
 from auto_round.ranks.ranks import refuse_difference
 from auto_round.report.make import make_page
-from auto_round.report.record import REPORT
 from auto_round.tuning.objective import PLAIN, Objective
 
 
@@ -186,14 +185,7 @@ def _begin(job: Job, scratch: Path, journal: Journal) -> Job:
 
 def _earlier(job: Job, out: Path, clock: Clock) -> Result:
     """The result of an earlier run with the same settings, read from its folder."""
-    logger.warning(
-        "%s is finished already, with the same settings: nothing was done (to do it again: --overwrite, in "
-        "Python overwrite=True)",
-        out,
-    )
-    report = json.loads((out / REPORT).read_bytes())
-    if job.options.output.report:
-        make_page([out])
+    report = earlier_report(out, page=job.options.output.report)
     return Result(tuple(job.folders(out).values()), job.plan, report, clock.seconds, clock.peak)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from auto_round.pipeline.checking import verify
 from auto_round.pipeline.machine import device
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +20,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def _bfloat16_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs compute in bfloat16 on every processor, so that tests see the same numbers everywhere."""
     monkeypatch.setattr(device, "has_bfloat16_arithmetic", lambda: True)
+
+
+@pytest.fixture(autouse=True)
+def _tiny_runs_stay_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short sample, and no waits for the disk: most of a tiny model's time. No test cuts the power."""
+    monkeypatch.setattr(verify, "NEW_TOKENS", 4)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -101,12 +100,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-@pytest.mark.usefixtures("quick")
 def test_killed_at_every_call_and_continued(tmp_path: Path) -> None:
     job(tmp_path / "whole")
     expected = tree(tmp_path / "whole")
@@ -127,7 +120,6 @@ def test_killed_at_every_call_and_continued(tmp_path: Path) -> None:
     assert tree(out) == expected
 
 
-@pytest.mark.usefixtures("quick")
 def test_replacing_an_older_output_never_loses_both(tmp_path: Path) -> None:
     out = tmp_path / "out"
     step = 1

@@ -67,6 +67,7 @@ class AssembledSource(ABC):
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._dtypes: dict[torch.dtype, Mapping[str, torch.dtype]] = {}
+        self._skipped_by_text: frozenset[int] | None = None
 
     @abstractmethod
     def read_tensor(self, name: str) -> Tensor:
@@ -237,7 +238,15 @@ class AssembledSource(ABC):
             yield StubStem(real, self._stem_parts(real), recorders, output)
 
     def refuse_untraceable(self, inputs: Mapping[str, Tensor] | None = None) -> frozenset[int]:
-        """See `ModelSource`: the stem runs with zeros in place of its weights, which take no memory."""
+        """See `ModelSource`; what holds for text alone is found out once."""
+        if inputs is not None:
+            return self._rehearse(inputs)
+        if self._skipped_by_text is None:
+            self._skipped_by_text = self._rehearse(None)
+        return self._skipped_by_text
+
+    def _rehearse(self, inputs: Mapping[str, Tensor] | None) -> frozenset[int]:
+        """Run stem and blocks with zeros for weights, which take no memory; indices of blocks not run."""
         model = self._parts.model
         spare = None if self.tied_head else find_head(model)
         left_out = self._outside_stem(spare, towers=inputs is not None)

@@ -49,6 +49,14 @@ def _classes_in(source: str) -> Mapping[str, ast.ClassDef]:
     return found
 
 
+@functools.cache
+def asks_of_parts(kind: Any) -> frozenset[str]:
+    """Attributes that a class asks of others than itself."""
+    tree = tree_of(kind)
+    asked = () if tree is None else (n for n in ast.walk(tree) if isinstance(n, ast.Attribute))
+    return frozenset(n.attr for n in asked if not isinstance(n.value, ast.Name) or n.value.id != "self")
+
+
 def compares(model: nn.Module, attribute: str, text: str) -> bool:
     """Whether some class of the model compares an attribute with a text, alone or among others."""
     kinds = {kind for module in model.modules() for kind in classes_of(module)}

@@ -7,7 +7,6 @@ others ask for, or in global names of its source file. These would be lost, or b
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from auto_round.facts.flow import BlockCall, States
 from auto_round.models.beside import Marks, arguments, untraceable, walk
-from auto_round.models.classes import classes_of, tree_of
+from auto_round.models.classes import asks_of_parts, classes_of
 from auto_round.models.facts import shares_no_caches
 from auto_round.models.families import parameter_names
 
@@ -223,9 +222,7 @@ def _owners(model: nn.Module) -> Counter[int]:
 def _asked_outside(model: nn.Module, own: frozenset[Any]) -> frozenset[str]:
     """Attributes that other classes ask of their parts."""
     kinds = {kind for module in model.modules() for kind in classes_of(module)} - own
-    trees = [tree for tree in map(tree_of, kinds) if tree is not None]
-    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    return frozenset(n.attr for n in nodes if not isinstance(n.value, ast.Name) or n.value.id != "self")
+    return frozenset().union(*map(asks_of_parts, kinds))
 
 
 _TORCHS = frozenset(vars(nn.Module()))

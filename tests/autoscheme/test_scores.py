@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from auto_round.autoscheme import by_divergence, scores
+from auto_round.autoscheme import by_divergence, by_gradients, scores
 from auto_round.autoscheme.parts import Part
 from auto_round.autoscheme.runs import Given, choose_schemes
 from auto_round.config import build_options
@@ -120,13 +120,54 @@ def test_first_order_is_the_slope_of_the_loss_times_the_change(
         assert kept == 0
 
 
-def test_both_ways_agree_where_errors_are_small(
+def test_fisher_is_the_square_of_the_slope_of_drawn_tokens_times_the_change(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any
 ) -> None:
+    given = {"disable_opt_rtn": True, "iters": 0, "scheme_options": "W4A16,BF16", "score_batch_size": 3}
+    measure(small(), tmp_path, monkeypatch, avg_bits=8, **given)
+    model = AutoModelForCausalLM.from_pretrained(small(), dtype=torch.float32)
+    fmt = QuantizationScheme(bits=4, group_size=32).weight_format()
+    assert fmt is not None
+    names = [name for part in seen[0] for name in part.layers]
+    weights = [model.get_parameter(f"{name}.weight") for name in names]
+    changes = [fmt.dequantize(round_to_nearest(w.detach(), fmt, None, None)) - w.detach() for w in weights]
+    sums = dict.fromkeys(names, 0.0)
+    for first in range(0, len(ROWS), by_gradients.TOGETHER):
+        drawn = torch.zeros(())
+        for number in range(first, min(first + by_gradients.TOGETHER, len(ROWS))):
+            likely = model(torch.tensor(ROWS[number : number + 1])).logits[0].log_softmax(-1)
+            seeded = torch.Generator().manual_seed(42 + number)
+            below = likely.detach().double().exp().cumsum(-1)
+            uniform = torch.rand(len(likely), generator=seeded, dtype=torch.float64)
+            tokens = torch.searchsorted(below, (uniform * below[:, -1])[:, None], right=True)
+            drawn = drawn + likely.gather(1, tokens).sum()
+        for name, slope, change in zip(names, torch.autograd.grad(drawn, weights), changes, strict=True):
+            sums[name] += float((slope * change).sum(1).square().sum())
+    count = len(ROWS) * len(ROWS[0])
+    for part, (score, kept) in seen[0].items():
+        assert score == pytest.approx(sum(sums[name] for name in part.layers) / (2 * count), rel=1e-2)
+        assert kept == 0
+
+
+@pytest.mark.parametrize("options", ["W4A16,W8A16", "MXFP4,MXFP8"])
+def test_both_ways_agree_where_errors_are_small(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any, options: str
+) -> None:
     for method in ("fisher", "kl"):
-        measure(small(), tmp_path, monkeypatch, score_method=method)
-    sums = [sum(row[1] for row in found.values()) for found in seen]
-    assert 0.3 < sums[0] / sums[1] < 3
+        measure(small(), tmp_path, monkeypatch, score_method=method, scheme_options=options, avg_bits=6)
+    for option in range(2):
+        fisher, kl = (sum(row[option] for row in found.values()) for found in seen)
+        assert 0.5 < fisher / kl < 2
+
+
+def test_inputs_that_are_rounded_count(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any
+) -> None:
+    eight_bits = {"bits": 8, "group_size": 32, "data_type": "int", "act_group_size": -1}
+    wanted = [{**eight_bits, "act_bits": bits, "act_dynamic": True} for bits in (4, 8)]
+    measure(small(), tmp_path, monkeypatch, scheme_options=wanted, avg_bits=9, format="fake")
+    for four, eight in seen[0].values():
+        assert four > 20 * eight
 
 
 @pytest.mark.parametrize("method", ["fisher", "kl", "first_order"])

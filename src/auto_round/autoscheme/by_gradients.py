@@ -1,33 +1,43 @@
-"""Sensitivity by the Fisher information: the real error of a block's output, weighed by squared gradients.
+"""Sensitivity by the Fisher information: what rounding changes, weighed by squared gradients of predictions.
 
 To second order the divergence of a model's predictions from its own is half the mean square of (gradient of
-the log-probability of a token drawn from the prediction) x (error). Gradients flow back block by block, and
-each block is read once forward and once backward. The errors are real: those of the block's output when one
-part of it is rounded, attention and all.
+the log-probability of a token drawn from the prediction) x (change). Tokens are drawn at every position
+independently, so the gradients of a whole row add up without mixing: one pass backward through a block gives
+the slopes along all its weights, and each option costs no more than a product of numbers with them. Gradients
+flow back block by block, and each block is read once forward and once backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from auto_round.autoscheme.by_divergence import divergences
-from auto_round.autoscheme.parts import OpenBlock, Part, Setting, open_block, taken
+from auto_round.autoscheme.parts import OpenBlock, Part, Rounded, Setting, open_block, taken
 from auto_round.autoscheme.start import begin
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
+from auto_round.evaluate.logits import positions_at_once
 from auto_round.facts.flow import States
 from auto_round.models.source import CPU
+from auto_round.numerics.activation import ActivationFormat
+from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.streams import home_of_streams, storage
 
-DRAWS = 4
-"""Tokens drawn from each prediction."""
+TOGETHER = 4
+"""Rows whose slopes are added before they are squared, whatever runs at a time: fewer products, and signs of
+independent draws cancel what the sum would mix."""
+
+LOGITS_BYTES = 128 << 20
+"""Memory for logits and what becomes of them; the head is read once for as many positions as fit."""
 
 SAVED = "gradients.safetensors"
-"""File of the gradients behind the block that is next."""
+"""File of the gradient behind the block that is next."""
 
 
 def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[tuple[Part, list[float]]]:
@@ -57,19 +67,16 @@ def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[
     saved = _load(scratch / SAVED, len(start))
     if saved is None or saved[0] <= max(wanted):
         saved = len(job.source.blocks), _at_the_end(setting, boundaries[-1], masks)
-    behind, gradients = saved
+    behind, gradient = saved
     tokens = start[0].shape[0] * start[0].shape[1] if masks is None else int(masks.sum())
     for index in range(behind - 1, min(wanted) - 1, -1):
+        del boundaries[index + 1 :]
         mine = [part for part in parts if part.block == index]
         with open_block(setting, index, table, mine) as opened:
-            if mine:
-                opened.observe(boundaries[index], mine, masks)
-            sums = _errors(opened, mine, boundaries[index], boundaries[index + 1], gradients)
-            _move_back(opened, boundaries[index], gradients)
-        del boundaries[index + 1 :]
+            sums = _back(opened, mine, boundaries[index], gradient, masks)
         for part in mine:
-            yield part, [sums.get((part, o), 0.0) / (2 * DRAWS * tokens) for o in setting.options]
-        _save(scratch / SAVED, index, gradients)
+            yield part, [sums.get((part, o), 0.0) / (2 * tokens) for o in setting.options]
+        _save(scratch / SAVED, index, gradient)
 
 
 def _forward(setting: Setting, table: ArgumentTable, start: States, scratch: Path) -> list[States]:
@@ -91,113 +98,197 @@ def _forward(setting: Setting, table: ArgumentTable, start: States, scratch: Pat
     return boundaries
 
 
-def _at_the_end(setting: Setting, final: States, masks: Tensor | None) -> list[States]:
-    """Gradient of each draw's log-probability with respect to what flows out of the last block.
+def _at_the_end(setting: Setting, final: States, masks: Tensor | None) -> States:
+    """Gradient of the drawn tokens' log-probability with respect to what flows out of the last block.
 
     Draws are made row by row from a generator of their own, so they do not depend on what runs together.
     """
     job = setting.job
     seed = job.options.calibration.seed
-    gradients = [tuple(torch.zeros_like(state) for state in final) for _ in range(DRAWS)]
+    gradient = tuple(torch.zeros_like(state) for state in final)
+    step = positions_at_once(job.source.facts.vocabulary, LOGITS_BYTES)
     with job.source.stem(job.device, job.dtype) as stem:
         for row in range(final[0].shape[0]):
             draws = torch.Generator(device=CPU).manual_seed(seed + row)
-            shape = (DRAWS, final[0].shape[1])
-            uniform = torch.rand(shape, generator=draws, dtype=torch.float64, device=CPU)
-            hidden = final[0][row : row + 1].to(job.device).requires_grad_()
-            with torch.enable_grad():
-                likely = stem.finish(hidden)[0].float().log_softmax(-1)
-            tokens = _draw(likely.detach(), uniform.to(likely.device))
-            for k in range(DRAWS):
-                picked = likely.gather(-1, tokens[k].unsqueeze(-1)).squeeze(-1)
+            uniform = torch.rand(final[0].shape[1], generator=draws, dtype=torch.float64, device=CPU)
+            for begin_at in range(0, final[0].shape[1], step):
+                here = (slice(row, row + 1), slice(begin_at, begin_at + step))
+                hidden = final[0][here].to(job.device).requires_grad_()
+                with torch.enable_grad():
+                    likely = stem.finish(hidden)[0].float().log_softmax(-1)
+                tokens = _draw(likely.detach(), uniform[here[1]].to(likely.device))
+                slope = torch.ones(len(tokens), 1, device=likely.device)
                 if masks is not None:
-                    picked = picked[masks[row].to(picked.device)]
-                (found,) = torch.autograd.grad(picked.sum(), hidden, retain_graph=k < DRAWS - 1)
-                gradients[k][0][row] = found[0].to(gradients[k][0].device)
-    return gradients
+                    slope *= masks[row, here[1], None].to(slope.device)
+                (found,) = torch.autograd.grad(likely.gather(-1, tokens), hidden, slope)
+                gradient[0][here] = found.to(gradient[0].device)
+    return gradient
 
 
 def _draw(likely: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens `[draws, length]` drawn from log-probabilities `[length, vocabulary]` by numbers in [0, 1)."""
-    below = likely.double().exp().cumsum(-1)
-    wanted = uniform.t().contiguous() * below[:, -1:]
-    return torch.searchsorted(below, wanted, right=True).clamp_max(likely.shape[-1] - 1).t()
+    """Tokens `[length, 1]` drawn from log-probabilities `[length, vocabulary]` by numbers in [0, 1)."""
+    below = likely.double().exp_().cumsum_(-1)
+    wanted = uniform.unsqueeze(-1) * below[:, -1:]
+    return torch.searchsorted(below, wanted, right=True).clamp_max(likely.shape[-1] - 1)
 
 
-def _errors(
-    opened: OpenBlock, parts: Sequence[Part], inputs: States, outputs: States, gradients: Sequence[States]
-) -> dict[tuple[Part, int], float]:
-    """Sum of (gradient x error)^2 for each part and option that rounds it.
+Trial = tuple[Part, int]
+"""A part and the option that it is rounded by."""
+
+
+def _back(
+    opened: OpenBlock, parts: Sequence[Part], inputs: States, gradient: States, masks: Tensor | None
+) -> dict[Trial, float]:
+    """Sum of (slope x change)^2 for each part and option that rounds it.
 
     Args:
         opened: the block.
         parts: parts of it.
         inputs: what flows into it.
-        outputs: what flows out of it when nothing is rounded.
-        gradients: of each draw, with respect to what flows out.
+        gradient: with respect to what flows out of it; then with respect to what flows in.
+        masks: which positions count.
     """
-    setting = opened.setting
-    sums: dict[tuple[Part, int], float] = {}
+    setting, device = opened.setting, opened.setting.job.device
     trials = [(part, o) for part in parts for o in setting.options if not setting.keeps(part, o)]
-    with torch.no_grad():
+    if trials:
+        opened.observe(inputs, parts, masks)
+    slopes = _Slopes(opened, trials)
+    count = inputs[0].shape[0]
+    for first in range(0, count, TOGETHER):
+        end = min(first + TOGETHER, count)
+        for at in range(first, end, setting.batch_size):
+            rows = range(at, min(at + setting.batch_size, end))
+            states = tuple(s.to(device).detach().requires_grad_() for s in taken(inputs, rows))
+            slopes.add(states, taken(gradient, rows), rows, last=rows.stop == end)
+            for to, state in zip(gradient, states, strict=True):
+                to[rows.start : rows.stop] = 0 if state.grad is None else state.grad.to(to.device)
+    return slopes.sums
+
+
+class _Slopes:
+    """Slopes of a block's weights and inputs, and the squares of what roundings change along them.
+
+    Channels of a layer's output count apart: what they change is summed over rows that run together, then
+    squared. Of inputs the channels of a token are added, and tokens count apart.
+
+    Attributes:
+        sums: of squares, by trial.
+    """
+
+    def __init__(self, opened: OpenBlock, trials: Sequence[Trial]) -> None:
+        self.sums = dict.fromkeys(trials, 0.0)
+        self._opened = opened
+        self._formats: dict[str, dict[Trial, ActivationFormat]] = {}
+        # 16 bits hold a change well enough: their errors average out over a row of weights.
+        self._changes: dict[str, dict[Trial, Tensor]] = {}
+        self._slopes: dict[str, Tensor] = {}
         for trial in trials:
             rounded = opened.rounded(*trial)
-            sums[trial] = sum(
-                _weighed(
-                    taken(outputs, rows),
-                    opened.run(taken(inputs, rows), rows, rounded),
-                    [taken(g, rows) for g in gradients],
-                )
-                for rows in opened.batches()
-            )
-    return sums
+            for name, weight in rounded.parameters.items():
+                change = weight - opened.group.get_parameter(name).detach()
+                self._changes.setdefault(name, {})[trial] = change.to(torch.bfloat16)
+            for module, fmt in rounded.activations.items():
+                self._formats.setdefault(module, {})[trial] = fmt
+        release_freed_memory()
 
+    def add(self, states: States, behind: States, rows: range, *, last: bool) -> None:
+        """Run rows forward and back, and count them; a slope is counted, and freed, as soon as it is known.
 
-def _weighed(clean: States, found: States, gradients: Sequence[States]) -> float:
-    """Sum of (gradient x error)^2 over draws, rows and positions.
-
-    Errors of the channels of a position are added before they are squared: they come from the same weights
-    (docs/LOG.md compares both).
-    """
-    total = 0.0
-    for state, (before, after) in enumerate(zip(clean, found, strict=True)):
-        error = after.float() - before.to(after.device).float()
-        for gradient in gradients:
-            product = gradient[state].to(error.device) * error
-            total += float(product.sum(dim=-1).square().double().sum())
-    return total
-
-
-def _move_back(opened: OpenBlock, inputs: States, gradients: Sequence[States]) -> None:
-    """Replace gradients with respect to the outputs of a block by those with respect to its inputs."""
-    device = opened.setting.job.device
-    for rows in opened.batches():
-        states = tuple(s.to(device).detach().requires_grad_() for s in taken(inputs, rows))
+        Args:
+            states: what flows in, leaves of the graph, which get gradients.
+            behind: gradient with respect to what flows out.
+            rows: their numbers.
+            last: no more rows are added to these before what they change in weights is squared.
+        """
+        group = self._opened.group
+        weights = {name: group.get_parameter(name).detach().requires_grad_() for name in self._changes}
+        for name, weight in weights.items():
+            weight.register_post_accumulate_grad_hook(partial(self._of_weight, name, last))  # type: ignore[no-untyped-call]
+        seen: dict[tuple[int, tuple[Trial, ...]], _Input] = {}
+        watched = {module: _Watch(seen, formats) for module, formats in self._formats.items()}
         with torch.enable_grad():
-            out = opened.run(states, rows)
-        for k, behind in enumerate(gradients):
-            upstream = [g.to(o.device) for g, o in zip(taken(behind, rows), out, strict=True)]
-            before = torch.autograd.grad(
-                out,
-                states,
-                upstream,
-                retain_graph=k < len(gradients) - 1,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            for to, value in zip(behind, before, strict=True):
-                to[rows.start : rows.stop] = value.to(to.device)
+            out = self._opened.run(states, rows, Rounded(weights, watched))
+        for one in seen.values():
+            one.place.register_hook(partial(self._of_input, one))  # type: ignore[no-untyped-call]
+        upstream = [g.to(o.device) for g, o in zip(behind, out, strict=True)]
+        torch.autograd.backward(out, upstream, inputs=[*states, *weights.values()])
+
+    def _of_weight(self, name: str, last: bool, weight: Tensor) -> None:
+        slope = weight.grad
+        weight.grad = None
+        if slope is None:
+            return
+        if name in self._slopes:
+            slope = slope.add_(self._slopes.pop(name))
+        if not last:
+            self._slopes[name] = slope
+            return
+        for trial, change in self._changes[name].items():
+            self.sums[trial] += _squares(slope, change)
+
+    def _of_input(self, one: _Input, slope: Tensor) -> None:
+        x = one.place.detach()
+        for trial, fmt in one.formats.items():
+            self.sums[trial] += _squares(slope, fmt.fake_quantize(x) - x)
 
 
-def _save(path: Path, behind: int, gradients: Sequence[States]) -> None:
-    """Keep the gradients of what flows into block `behind`: a killed run goes on with the one before."""
-    tensors = {f"{k}.{i}": state for k, states in enumerate(gradients) for i, state in enumerate(states)}
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """What flowed into some modules, as a place of its own in the graph, and how trials round it."""
+
+    source: Tensor
+    place: Tensor
+    formats: Mapping[Trial, ActivationFormat]
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """Stands for an activation format: changes nothing, and remembers what it saw.
+
+    Modules that are given the same input, such as q, k and v, are one place: what its rounding changes in
+    them adds up.
+    """
+
+    seen: dict[tuple[int, tuple[Trial, ...]], _Input]
+    formats: Mapping[Trial, ActivationFormat]
+
+    @property
+    def _any(self) -> ActivationFormat:
+        return next(iter(self.formats.values()))
+
+    @property
+    def name(self) -> str:
+        return self._any.name
+
+    @property
+    def bits(self) -> int:
+        return self._any.bits
+
+    @property
+    def end_steps(self) -> float:
+        return self._any.end_steps
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        key = id(x), tuple(self.formats)
+        if key not in self.seen:
+            self.seen[key] = _Input(x, x.view_as(x), self.formats)
+        return self.seen[key].place
+
+
+def _squares(slope: Tensor, change: Tensor) -> float:
+    """Sum over rows of the squared sum of slope x change in a row; both `[..., channels]`."""
+    return float((slope.float() * change.to(slope.device)).sum(-1).double().square().sum())
+
+
+def _save(path: Path, behind: int, gradient: States) -> None:
+    """Keep the gradient of what flows into block `behind`: a killed run goes on with the one before."""
+    tensors = {str(i): state for i, state in enumerate(gradient)}
     save_tensors(path, {**tensors, "behind": torch.tensor(behind, dtype=torch.int64, device=CPU)})
 
 
-def _load(path: Path, count: int) -> tuple[int, list[States]] | None:
+def _load(path: Path, count: int) -> tuple[int, States] | None:
     """What `_save` kept; None where nothing is."""
     if not path.is_file():
         return None
     found = load_tensors(path)
-    return int(found["behind"]), [tuple(found[f"{k}.{i}"] for i in range(count)) for k in range(DRAWS)]
+    return int(found["behind"]), tuple(found[str(i)] for i in range(count))

@@ -24,6 +24,7 @@ from auto_round.numerics.search import QUICK
 from auto_round.numerics.search_groups import Effort
 from auto_round.pipeline.deciding.activations import formats_inside, to_calibrate
 from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
 from auto_round.pipeline.running.blocks import cast_group, inside_group, refuse_not_finite
@@ -161,12 +162,17 @@ class OpenBlock:
             yield range(start, min(start + self.setting.batch_size, count))
 
     def observe(self, states: States, parts: Sequence[Part], masks: Tensor | None) -> None:
-        """Measure the inputs of the layers of some parts while the unrounded block runs."""
-        names = {self._inside(name) for part in parts for name in part.layers}
+        """Measure the inputs of the layers of some parts while the unrounded block runs.
+
+        Nothing runs where nobody asks: no range is searched, and none of an input is fixed.
+        """
+        names = {self._inside(name) for part in parts for name in part.layers if self.setting.search}
         linear = [n for n in sorted(names) if isinstance(self._owner(n), nn.Linear)]
         stacks = sorted(names.difference(linear))
         ranged = sorted({m for o in self.setting.options for m in to_calibrate(self._activations(parts, o))})
         mask_of: Callable[[], Tensor | None] = lambda: None if masks is None else masks[self.arguments.last]  # noqa: E731
+        if not names and not ranged:
+            return
         percentile = self.setting.job.options.calibration.act_percentile
         with (
             observe_inputs(self.group, [n.removesuffix(_WEIGHT) for n in linear], mask_of) as moments,
@@ -240,6 +246,7 @@ def open_block(
         originals = {name: group.get_parameter(name).detach() for name in names}
         cast_group(job, group, [index])
         yield OpenBlock(setting, index, group, originals, GroupArguments(table, [index], job.device))
+    release_freed_memory()
 
 
 def taken(states: States, rows: range) -> States:

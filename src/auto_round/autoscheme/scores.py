@@ -23,7 +23,7 @@ METHODS = MappingProxyType(
 )
 """Ways to measure by name; docs/LOG.md compares them."""
 
-MEASURED_AS = 2
+MEASURED_AS = 3
 """Version of the ways to measure; scores of another are measured again."""
 
 Scores = Mapping[Part, list[float]]

@@ -64,9 +64,10 @@ class AutoSchemeOptions:
     score_method: str = option(
         "fisher",
         Spec(
-            "how sensitivity is measured: fisher weighs a block's real error by gradients; kl measures the "
-            "divergence of the whole model, which takes a time that grows with the square of the blocks; "
-            "first_order multiplies gradients of the loss with what rounding changed",
+            "how sensitivity is measured: fisher squares what rounding changes along gradients of the "
+            "model's own predictions; kl measures the divergence of the whole model, which takes a time that "
+            "grows with the square of the blocks; first_order multiplies gradients of the text's loss with "
+            "what rounding changed",
             choices=("fisher", "kl", FIRST_ORDER),
         ),
     )

@@ -36,7 +36,10 @@ BITS = {
     "q5_k": 5.5,
     "q6_k": 6.5625,
     "mxfp4": 4.25,
+    "nvfp4": 4.5,
 }
+NUMBER = 0.37
+"""What the blocks of NVFP4 are multiplied by; other types are whole without such a number."""
 every_type = pytest.mark.parametrize("name", GGUF_BLOCKS)
 
 
@@ -44,6 +47,16 @@ def same_bits(a, b):
     """Whether two float32 tensors are the same bits, any NaN for any other, and any zero for any other."""
     a, b = a + 0.0, b + 0.0
     return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
+
+
+def near(a, b):
+    """Whether they are alike but for the last bits, any NaN for any other."""
+    return bool(torch.isclose(a, b, rtol=2e-7, atol=0, equal_nan=True).all())
+
+
+def agree(name, parts, read, ours):
+    """Two readers find the same weights, bit for bit where no number beside the blocks is multiplied last."""
+    assert near(times(parts, read), ours) if name == "nvfp4" else same_bits(read, ours)
 
 
 def random_octets(name, rows, blocks, seed, finite=True):
@@ -56,15 +69,25 @@ def random_octets(name, rows, blocks, seed, finite=True):
         if finite and isinstance(field, Half):
             octets[..., at + 1] = torch.where(octets[..., at + 1] & 0x7C == 0x7C, 0x31, octets[..., at + 1])
         if finite and isinstance(field, Octet):
-            octets[..., at] = octets[..., at].clamp_max(254)
+            most = 254 if name == "mxfp4" else 126
+            octets[..., at : at + field.size] = octets[..., at : at + field.size].clamp_max(most)
         at += field.size
     return octets.reshape(rows, -1)
+
+
+def stored(name, octets):
+    return {"weight": octets} | ({"scale": torch.tensor([NUMBER])} if name == "nvfp4" else {})
+
+
+def times(parts, values):
+    """What a reader of blocks alone gives, times the number beside them."""
+    return values * parts["scale"] if "scale" in parts else values
 
 
 def unpacked(name, octets):
     layout = GGUF_BLOCKS[name]
     shape = (len(octets), octets.shape[1] // layout.block_bytes * layout.weights)
-    return layout.unpack({"weight": octets}, layout.format, shape)
+    return layout.unpack(stored(name, octets), layout.format, shape)
 
 
 def test_every_type_is_there():
@@ -72,7 +95,8 @@ def test_every_type_is_there():
     for name, layout in GGUF_BLOCKS.items():
         assert (layout.weights, layout.block_bytes) == READERS[name][:2]
         assert layout.block_bytes * 8 / layout.weights == BITS[name]
-        assert layout.format.bits_per_weight((4, 512)) == BITS[name]
+        beside = 32 / (4 * 512) if name == "nvfp4" else 0
+        assert layout.format.bits_per_weight((4, 512)) == BITS[name] + beside
 
 
 @every_type
@@ -80,8 +104,8 @@ def test_quantized_weights_survive(name):
     layout = GGUF_BLOCKS[name]
     w = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
     q = layout.format.quantize(w)
-    octets = check_round_trip(layout, q)["weight"]
-    assert same_bits(read_blocks(name, octets), layout.format.dequantize(q))
+    parts = check_round_trip(layout, q)
+    agree(name, parts, read_blocks(name, parts["weight"]), layout.format.dequantize(q))
 
 
 @given(name=st.sampled_from(list(GGUF_BLOCKS)), seed=st.integers(0, 2**31))
@@ -90,7 +114,7 @@ def test_any_bytes_are_a_weight_and_come_back(name, seed):
     octets = random_octets(name, 2, 2, seed)
     q = unpacked(name, octets)
     assert torch.equal(GGUF_BLOCKS[name].pack(q)["weight"], octets)
-    assert same_bits(read_blocks(name, octets), q.format.dequantize(q))
+    agree(name, stored(name, octets), read_blocks(name, octets), q.format.dequantize(q))
     check_round_trip(GGUF_BLOCKS[name], q)
 
 
@@ -125,11 +149,11 @@ def test_the_package_of_llama_cpp_reads_the_same_bits(name):
     for seed in range(3):
         octets = random_octets(name, 8, 4, seed)
         q = unpacked(name, octets)
-        assert same_bits(theirs(octets), q.format.dequantize(q))
+        agree(name, stored(name, octets), theirs(octets), q.format.dequantize(q))
     w = extreme_weights()
     q = layout.format.quantize(w)
-    octets = layout.pack(q)["weight"]
-    assert same_bits(theirs(octets), layout.format.dequantize(q))
+    parts = layout.pack(q)
+    agree(name, parts, theirs(parts["weight"]), layout.format.dequantize(q))
     assert torch.isfinite(layout.format.dequantize(q)).all()
 
 
@@ -144,7 +168,7 @@ def test_what_does_not_fit_is_refused(name):
     assert all(layout.accepts(f, (4, 256)) is not None for f in others)
     octets = random_octets(name, 4, 1, 0)
     with pytest.raises(CheckpointError, match="expected"):
-        layout.unpack({"weight": octets[:, 1:]}, fmt, (4, layout.weights))
+        layout.unpack(stored(name, octets[:, 1:]), fmt, (4, layout.weights))
     with pytest.raises(CheckpointError, match="missing"):
         layout.unpack({}, fmt, (4, layout.weights))
 
@@ -205,6 +229,8 @@ MUTANTS = {
     "q4_k, runs of 64": ("q4_k", {3: Planes(256, 0, 4, 64)}),
     "q4_k, late scales first": ("q4_k", {2: LateScalesFirst()}),
     "q6_k, runs of 32": ("q6_k", {0: Planes(256, 0, 4, 32)}),
+    "nvfp4, runs of 16": ("nvfp4", {1: Planes(64, 0, 4, 16)}),
+    "nvfp4, neighbours share a byte": ("nvfp4", {1: Planes(64, 0, 4, 1)}),
 }
 
 
@@ -215,8 +241,8 @@ def test_mutants_read_their_own_bytes_but_others_do_not(mutant):
     fields = tuple(changes.get(i, field) for i, field in enumerate(layout.fields))
     wrong = dataclasses.replace(layout, fields=fields)
     q = layout.format.quantize(torch.randn(2, 256, generator=torch.Generator().manual_seed(3)))
-    octets = check_round_trip(wrong, q)["weight"]
-    assert not same_bits(read_blocks(name, octets), q.format.dequantize(q))
+    parts = check_round_trip(wrong, q)
+    assert not near(times(parts, read_blocks(name, parts["weight"])), q.format.dequantize(q))
 
 
 @every_type

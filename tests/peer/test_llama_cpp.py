@@ -70,6 +70,8 @@ CASES = [
     *(("llama", f"gguf:{name}") for name in FILE_TYPES if name not in ("f16",)),
     ("qwen3_moe", "gguf:q4_k_m"),
     ("qwen3_moe", "gguf:mxfp4_moe"),
+    ("qwen3_moe", "gguf:nvfp4"),
+    ("qwen3", "gguf:nvfp4"),
     ("gpt2", "gguf:q4_k_m"),
 ]
 

@@ -88,12 +88,13 @@ def test_block_bytes_agree_with_the_layouts() -> None:
             )
 
 
-@pytest.mark.parametrize(("file", "dense"), [("mxfp4_moe", "q8_0"), ("mxfp4", "mxfp4")])
+@pytest.mark.parametrize(("file", "dense"), [("mxfp4_moe", "q8_0"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4")])
 def test_mxfp4_holds_experts(file: str, dense: str) -> None:
-    """As llama.cpp's quantizer: stacked tensors in MXFP4, all others in Q8_0; ours has all layers in it."""
+    """As llama.cpp's quantizer: stacked tensors in MXFP4, all others in Q8_0; ours have all layers in it."""
     model = next(m for m in MODELS.values() if m["n_expert"])
     chosen = choose_types(facts(model), FILE_TYPES[file], shapes(model))
-    assert {t for n, t in chosen.items() if n.endswith("_exps.weight")} == {"mxfp4"}
+    experts = FILE_TYPES[file].base
+    assert {t for n, t in chosen.items() if n.endswith("_exps.weight")} == {experts}
     assert {t for n, t in chosen.items() if "attn_q.weight" in n} == {dense}
     assert {chosen[n] for n in ("token_embd.weight", "output.weight") if n in chosen} == {"q8_0"}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from auto_round.errors import CheckpointError
 from auto_round.export.gguf.library import gguf
 from auto_round.export.gguf.model import describe_gguf
+from auto_round.export.gguf.nvfp4 import KIND, number_of, scale_name
 from auto_round.models.folder import FolderSource
 
 
@@ -29,6 +30,11 @@ def gguf_weights(model: Path, file: Path) -> Iterator[tuple[str, Tensor]]:
 
     library = gguf()
     there = {t.name: t for t in library.GGUFReader(file).tensors}
+    scales = {
+        name: torch.tensor(there[scale_name(name)].data, dtype=torch.float32, device="cpu")
+        for name, t in there.items()
+        if t.tensor_type.name.lower() == KIND and scale_name(name) in there
+    }
     with FolderSource.open(model) as source:
         for tensor in describe_gguf(source, AutoTokenizer.from_pretrained(model), "x").tensors:
             stored = there.get(tensor.name)
@@ -43,4 +49,6 @@ def gguf_weights(model: Path, file: Path) -> Iterator[tuple[str, Tensor]]:
             rows = torch.tensor(numbers, dtype=torch.float32, device="cpu").reshape(-1, tensor.shape[-1])
             for piece in tensor.pieces:
                 part = rows if len(tensor.shape) == 1 else rows[piece.start : piece.start + piece.rows]
+                if tensor.name in scales:
+                    part = part * number_of(scales, tensor, piece)
                 yield piece.source, tensor.restore(piece, part)

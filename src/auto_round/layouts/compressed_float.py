@@ -55,7 +55,7 @@ class FloatLayout:
 
     def holds(self, fmt: Format) -> bool:
         """Whether a format has the layout's numbers and parts of scales, sizes aside."""
-        if isinstance(fmt.rule, OverTensor) and fmt.rule.blocks != E4M3:
+        if isinstance(fmt.rule, OverTensor) and (fmt.rule.blocks != E4M3 or fmt.rule.times):
             return False
         return fmt.grid == self.grid and list(fmt.rule.stored) == [part for part, _, _ in self.parts]
 

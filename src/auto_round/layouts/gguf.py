@@ -1,7 +1,8 @@
 """GGUF order: every row is a string of blocks, each with its scales and the codes of its weights.
 
 One tensor, `weight`: `[out, in / weights in a block * bytes of a block]` uint8, the rows of the tensor as
-they lie in the file.
+they lie in the file. NVFP4 has a second one, `scale` `[1]` float32, that its blocks are multiplied by.
+Source: `_generate_nvfp4_tensors` of llama.cpp's converter (`conversion/base.py`).
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class GGUFBlocks:
     def spec(self, fmt: Format, shape: Sequence[int]) -> Mapping[str, TensorSpec]:
         """The one tensor of bytes."""
         n_out, n_in = shape
-        return {"weight": TensorSpec(torch.uint8, (n_out, n_in // self.weights * self.block_bytes))}
+        blocks = {"weight": TensorSpec(torch.uint8, (n_out, n_in // self.weights * self.block_bytes))}
+        return blocks | {name: TensorSpec(fmt.rule.stored[part].dtype, (1,)) for part, name in _outside(fmt)}
 
     def pack(self, q: QTensor) -> Mapping[str, Tensor]:
         """Bytes of a quantized weight."""
@@ -78,10 +80,12 @@ class GGUFBlocks:
         blocks = n_in // self.weights
         octets = torch.empty(n_out, blocks, self.block_bytes, dtype=torch.uint8, device=q.codes.device)
         for band in self._bands(n_out, n_in):
-            contents = {CODES: q.codes[band], **{name: part[band] for name, part in q.scale.parts.items()}}
+            inside = {name: part for name, part in q.scale.parts.items() if name not in q.format.shared}
+            contents = {CODES: q.codes[band], **{name: part[band] for name, part in inside.items()}}
             contents = {name: x.reshape(len(x), blocks, -1) for name, x in contents.items()}
             torch.cat([field.pack(contents) for field in self.fields], -1, out=octets[band])
-        return {"weight": octets.reshape(n_out, -1)}
+        outside = {name: q.scale.parts[part].reshape(1) for part, name in _outside(q.format)}
+        return {"weight": octets.reshape(n_out, -1)} | outside
 
     def unpack(self, parts: Mapping[str, Tensor], fmt: Format, shape: Sequence[int]) -> QTensor:
         """Inverse of `pack`.
@@ -95,6 +99,7 @@ class GGUFBlocks:
         bands = [self._contents(octets[band]) for band in self._bands(n_out, n_in)]
         joined = {name: torch.cat([band[name] for band in bands]) for name in bands[0]}
         codes = joined.pop(CODES)
+        joined |= {part: parts[name].reshape(1, 1) for part, name in _outside(fmt)}
         return QTensor(codes, fmt.rule.read({name: joined[name] for name in fmt.rule.stored}), fmt)
 
     def _contents(self, octets: Tensor) -> dict[str, Tensor]:
@@ -111,6 +116,11 @@ class GGUFBlocks:
     def _bands(self, n_out: int, n_in: int) -> list[slice]:
         rows = max(1, BAND // max(1, n_in))
         return [slice(start, min(start + rows, n_out)) for start in range(0, n_out, rows)] or [slice(0, 0)]
+
+
+def _outside(fmt: Format) -> list[tuple[str, str]]:
+    """Parts of the scale that belong to the whole matrix, and the tensors that hold them."""
+    return [(part, "scale") for part in fmt.shared]
 
 
 def _blocks(name: str, weights: int, *fields: Field) -> GGUFBlocks:
@@ -136,5 +146,6 @@ GGUF_BLOCKS: dict[str, GGUFBlocks] = {
         "q6_k", 256, Planes(256, 0, 4, 64), Planes(256, 4, 2, 32), SignedBytes("sc", 16), Half("d")
     ),
     "mxfp4": _blocks("mxfp4", 32, Octet("exponent"), _NIBBLES),
+    "nvfp4": _blocks("nvfp4", 64, Octet("block", 4), Planes(64, 0, 4, 8)),
 }
 """Layouts of GGUF blocks by the name of their format."""

@@ -121,7 +121,7 @@ class Half:
 
 @dataclass(frozen=True, slots=True)
 class Octet:
-    """One byte (MXFP4: the biased power of two).
+    """One byte (MXFP4: the biased power of two), or one for each group of the block (NVFP4: E4M3 numbers).
 
     Attributes:
         part: its name in `Scale.parts`.

@@ -9,7 +9,7 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.group import Group
 from auto_round.numerics.multiples import Multiples
-from auto_round.numerics.presets_float import mx_format
+from auto_round.numerics.presets_float import mx_format, nv_format
 from auto_round.numerics.scale import ScaleRule
 from auto_round.numerics.scale_affine import Affine
 from auto_round.numerics.scale_integer import MinMax, SignedMax
@@ -68,7 +68,7 @@ GGUF_FORMATS: dict[str, Format] = {
         _gguf("q6_k", 6, 16, SharedSigned(Multiples(8, 16, -128))),
         mx_format("fp4"),
     )
-}
+} | {"nvfp4": nv_format(times=True)}
 """Block types of GGUF files by their name in llama.cpp, in lower case. Source: `ggml-common.h`.
 
 q8_0 uses all 256 codes; llama.cpp's own quantizer leaves out -128, its kernels accept it."""

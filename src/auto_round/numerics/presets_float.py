@@ -75,7 +75,7 @@ NV_SILENT = 0.125
 zeros. Source: compressed-tensors 0.20, `_get_dtype_eps` in `quantization/utils/helpers.py`."""
 
 
-def nv_format(blocks: FloatGrid = E4M3, *, measured: bool = False) -> Format:
+def nv_format(blocks: FloatGrid = E4M3, *, measured: bool = False, times: bool = False) -> Format:
     """NVFP4: 16 neighbouring weights share an FP8 number, and the whole tensor shares one more number.
 
     The step of a group is the first divided by the second, see `OverTensor`.
@@ -85,11 +85,12 @@ def nv_format(blocks: FloatGrid = E4M3, *, measured: bool = False) -> Format:
             number; it is kept so that weights of any size fit.
         measured: groups' numbers are measured as the model runs and stored nowhere. Stored ones are never 0,
             so that codes of the smallest groups still count; engines make zeros of such groups of inputs.
+        times: steps are the product of both numbers, as GGUF files have it.
     """
     top = NV_TOP if blocks == E4M3 else blocks.hi
-    name = "nvfp4" if blocks == E4M3 else "nvfp4_e5m3"
+    name = ("nvfp4" if blocks == E4M3 else "nvfp4_e5m3") + ("_gguf" if times else "")
     least = NV_SILENT if measured else blocks.smallest
-    return Format(name, E2M1, Group(NV_GROUP), OverTensor(blocks, top, least))
+    return Format(name, E2M1, Group(NV_GROUP), OverTensor(blocks, top, least, times))
 
 
 def fp8_format(group: Group, *, grid: FloatGrid = E4M3, scale_dtype: torch.dtype = torch.float32) -> Format:
@@ -127,6 +128,7 @@ FLOAT_FORMATS: dict[str, Format] = {
         *(mx_format(element, ceil=True) for element in ("fp4", "fp6", "fp8")),
         nv_format(),
         nv_format(E5M3),
+        nv_format(times=True),
         *(fp8_format(group) for group in (Group(-1), Group(0), FP8_BLOCK, Group(32))),
         fp8_format(Group(-1), scale_dtype=torch.bfloat16),
         fp8_format(Group(-1), grid=E5M2),

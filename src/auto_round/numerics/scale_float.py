@@ -91,11 +91,13 @@ class OverTensor:
         blocks: grid of the groups' numbers, of which the positive ones are used: codes of a byte.
         top: what the largest group gets.
         least: what a group gets whose number would be 0.
+        times: the step is `b * t` with `t = largest / (grid.hi * top)` instead, as in GGUF files.
     """
 
     blocks: FloatGrid
     top: float
     least: float
+    times: bool = False
 
     @property
     def stored(self) -> Mapping[str, PartSpec]:
@@ -114,13 +116,20 @@ class OverTensor:
         for size in sizes[1:]:
             other = size if size.shape == largest.shape else size.amax().expand_as(largest)
             largest = torch.maximum(largest, other.to(largest.device))
-        top = torch.finfo(torch.float32).max
-        shared = (grid.hi * self.top / largest).clamp_max(top)
+        ends = torch.finfo(torch.float32)
+        if self.times:
+            shared = (largest / (grid.hi * self.top)).clamp_min(ends.tiny)
+        else:
+            shared = (grid.hi * self.top / largest).clamp_max(ends.max)
         return BoundOverTensor(self, torch.where(largest > 0, shared, 1.0))
 
     def read(self, parts: Mapping[str, Tensor]) -> Scale:
-        """`step = b / t`, one rounding."""
-        return Scale(self.blocks.decode(parts["block"]) / parts["tensor"], None, parts)
+        """`step = b / t` (or `b * t`), one rounding."""
+        return Scale(self.step(self.blocks.decode(parts["block"]), parts["tensor"]), None, parts)
+
+    def step(self, b: Tensor, shared: Tensor) -> Tensor:
+        """Steps of groups with the numbers `b`."""
+        return b * shared if self.times else b / shared
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,9 +151,10 @@ class BoundOverTensor(BySize):
     def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
         """The nearest number of the grid for each group; instead of 0 the rule's least one."""
         blocks = self.rule.blocks
-        wanted = larger_side(stats, knobs) / grid.hi * self.shared
+        size = larger_side(stats, knobs) / grid.hi
+        wanted = size / self.shared if self.rule.times else size * self.shared
         nearest = blocks.snap(wanted.detach())
         b = replace_ste(wanted, torch.where(nearest == 0, self.rule.least, nearest))
         if b.requires_grad:
-            return Scale(b / self.shared, None)
+            return Scale(self.rule.step(b, self.shared), None)
         return self.rule.read({"block": blocks.encode(b), "tensor": self.shared})

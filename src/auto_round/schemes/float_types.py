@@ -86,11 +86,11 @@ def _mx_inputs(element: str, fields: InputFields, *, ceil: bool = False) -> Inpu
     return _asymmetric("activations", sym=fields.sym) or MeasuredScales(found)
 
 
-def _nv_weights(scheme: QuantizationScheme, *, e5m3: bool = False) -> Format | Refusal:
+def _nv_weights(scheme: QuantizationScheme, *, e5m3: bool = False, times: bool = False) -> Format | Refusal:
     from auto_round.numerics.grid_float import E4M3, E5M3
     from auto_round.numerics.presets_float import nv_format
 
-    return _asymmetric("weights", sym=scheme.sym) or nv_format(E5M3 if e5m3 else E4M3)
+    return _asymmetric("weights", sym=scheme.sym) or nv_format(E5M3 if e5m3 else E4M3, times=times)
 
 
 def _other_groups(fields: InputFields) -> Refusal | None:
@@ -222,6 +222,13 @@ FLOAT_TYPES: dict[str, NumberType] = {
         compressed=CompressedWords(
             type="float", format=_always(""), strategy="tensor_group", scale_dtype=_E4M3
         ),
+    ),
+    "nv_fp_gguf": NumberType(
+        spellings={"nv_fp_gguf": {}},
+        bits=(4,),
+        group_sizes=_NV_SIZES,
+        weights=partial(_nv_weights, times=True),
+        blocks=True,
     ),
     "nvfp4_v2": NumberType(
         called="NVFP4 with E5M3 scales (nvfp4_v2)",

@@ -158,13 +158,15 @@ NARROWER_ROWS: Mapping[str, str] = {
     "q4_k": "q5_0",
     "q5_k": "q5_1",
     "q6_k": "q8_0",
+    "nvfp4": "mxfp4",
 }
-"""Type for rows that are no multiple of 256; 16 bits when they are no multiple of 32 either."""
+"""Type for rows that are no multiple of 256 (NVFP4: 64); 16 bits when they are no multiple of 32 either."""
 
 BY_PLACE: Mapping[str, tuple[str, str, str]] = {
     "q2_k_mixed": ("q2_k", "q4_k", "q8_0"),
     "mxfp4_moe": ("mxfp4", "q8_0", "q8_0"),
     "mxfp4": ("mxfp4", "mxfp4", "q8_0"),
+    "nvfp4": ("nvfp4", "nvfp4", "q8_0"),
 }
 """Mixtures with one type for routed experts, one for the other layers, and one for embedding and head.
 

@@ -70,6 +70,7 @@ TYPES: Mapping[str, GgufType] = MappingProxyType(
             GgufType("q5_k", 13, 256, 176, "GGUF:Q5_K_S"),
             GgufType("q6_k", 14, 256, 210, "GGUF:Q6_K"),
             GgufType("mxfp4", 39, 32, 17, "GGUF:MXFP4"),
+            GgufType("nvfp4", 40, 64, 36, "GGUF:NVFP4"),
         )
     }
 )
@@ -120,6 +121,7 @@ FILE_TYPES: Mapping[str, FileType] = MappingProxyType(
             FileType("q6_k", 18, "q6_k"),
             FileType("mxfp4_moe", 38, "mxfp4"),
             FileType("mxfp4", 38, "mxfp4"),
+            FileType("nvfp4", 39, "nvfp4"),
         )
     }
 )

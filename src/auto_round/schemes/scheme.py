@@ -121,7 +121,7 @@ class QuantizationScheme(Mapping[str, Any]):
             return "16 bits"
         row = NUMBER_TYPES.get(self.data_type)
         if row is not None and row.blocks and not isinstance(fmt := weights_of(self), Refusal):
-            return fmt.name.upper()
+            return fmt.name.removesuffix("_gguf").upper()
         words = [f"W{self.bits}"]
         words += {_GROUPLESS: ["per row"], 0: ["per tensor"]}.get(self.group_size, [f"g{self.group_size}"])
         words += [self.data_type] if self.data_type != "int" else []
@@ -322,6 +322,7 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
     "GGUF:Q5_K_M": _row(5, 32, **_K_ASYM),
     "GGUF:MXFP4": _row(4, 32, "mx_fp"),
     "GGUF:MXFP4_MOE": _row(4, 32, "mx_fp"),
+    "GGUF:NVFP4": _row(4, 16, "nv_fp_gguf"),
     "GGUF:Q6_K": _row(6, 16, "int_sym_dq", super_bits=8, super_group_size=16),
 }
 """Preset name -> scheme. A new whole-number format is one row here."""

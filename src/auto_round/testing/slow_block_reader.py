@@ -86,6 +86,14 @@ def _mxfp4(b: bytes, i: int) -> Parts:
     return step, 1, -_DOUBLED[code & 7] if code & 8 else _DOUBLED[code], 0.0, 0
 
 
+def _nvfp4(b: bytes, i: int) -> Parts:
+    """Four groups of 16: a number of 4 bits exponent and 3 bits mantissa each, then 8 bytes of codes each."""
+    e, m = b[i // 16] >> 3, b[i // 16] & 7
+    step = m * 2.0**-10 if e == 0 else (8 + m) * 2.0 ** (e - 11)
+    code = b[4 + 8 * (i // 16) + i % 8] >> 4 * (i % 16 // 8) & 15
+    return step, 1, -_DOUBLED[code & 7] if code & 8 else _DOUBLED[code], 0.0, 0
+
+
 READERS: dict[str, tuple[int, int, Callable[[bytes, int], Parts]]] = {
     "q4_0": (32, 18, lambda b, i: (_half(b, 0), 1, _small(b, i, 2, fifth=False) - 8, 0.0, 0)),
     "q4_1": (32, 20, lambda b, i: (_half(b, 0), 1, _small(b, i, 4, fifth=False), _half(b, 2), -1)),
@@ -98,6 +106,7 @@ READERS: dict[str, tuple[int, int, Callable[[bytes, int], Parts]]] = {
     "q5_k": (256, 176, _q5_k),
     "q6_k": (256, 210, _q6_k),
     "mxfp4": (32, 17, _mxfp4),
+    "nvfp4": (64, 36, _nvfp4),
 }
 """Type -> weights in a block, bytes of a block, and what one weight is made of."""
 

@@ -11,6 +11,8 @@ import torch
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.config import build_options
 from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
+from auto_round.evaluate.gguf_weights import gguf_weights
+from auto_round.export.gguf.source import open_gguf
 from auto_round.export.gguf.tensors import RotaryPairs
 from auto_round.log import ignore_progress
 from auto_round.numerics.presets import GGUF_FORMATS
@@ -105,6 +107,43 @@ def test_blocks_are_those_of_the_formats(llama: Path, tmp_path: Path) -> None:
     assert types["output.weight"] == "q6_k"
     assert types["token_embd.weight"] == "q4_k"
     assert torch.equal(found["blk.0.attn_norm.weight"], norm)
+
+
+def _plain_layers(model: Path) -> dict[str, torch.Tensor]:
+    with Checkpoint.open(model) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint.names if "proj" in name}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_nvfp4_has_a_number_beside_each_matrix(family: str, tmp_path: Path) -> None:
+    """Blocks as the `gguf` package reads them, times it, are the rounded weights; so are they as a source."""
+    sizes = {"intermediate_size": 128, **({} if family == "llama" else {"moe_intermediate_size": 64})}
+    model = save_small_model(family, tmp_path / "m", **sizes)
+    _run(model, tmp_path / "out", "gguf:nvfp4")
+    file, fmt = _file(tmp_path / "out"), GGUF_FORMATS["nvfp4"]
+    stored, found = _tensors(file), dict(gguf_weights(model, file))
+    assert _types(file)["blk.0.attn_q.weight"] == "nvfp4"
+    experts = [name for name in stored if name.endswith("_exps.scale")]
+    assert [stored[name].shape for name in experts] == [(4,)] * len(experts)
+    assert len(experts) == (6 if "moe" in family else 0)
+    for name, weight in _plain_layers(model).items():
+        w = weight.float()
+        error = (found[name] - w).square().mean() / w.square().mean()
+        assert 0 < error < 0.02, name
+    q = fmt.quantize(_plain_layers(model)["model.layers.0.self_attn.o_proj.weight"].float())
+    torch.testing.assert_close(
+        found["model.layers.0.self_attn.o_proj.weight"], fmt.dequantize(q), rtol=1e-6, atol=0
+    )
+    with open_gguf(file, dtype=torch.float32) as source:
+        for name in _plain_layers(model):
+            torch.testing.assert_close(source.read_tensor(name), found[name], rtol=1e-6, atol=0, msg=name)
+
+
+def test_nvfp4_is_for_architectures_that_multiply_by_its_numbers(tmp_path: Path) -> None:
+    model = save_small_model("qwen2", tmp_path / "m")
+    with pytest.raises(UnsupportedError, match=r"leaves out the numbers.*qwen2"):
+        _run(model, tmp_path / "out", "gguf:nvfp4")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,16 @@ from auto_round.checkpoint.writer import Shard
 from auto_round.errors import InternalError
 from auto_round.export.gguf.container import Head, make_head
 from auto_round.export.gguf.model import GgufModel
-from auto_round.export.gguf.tensors import GgufTensor, Piece
+from auto_round.export.gguf.nvfp4 import KIND, scale_of
+from auto_round.export.gguf.tensors import Change, GgufTensor, Piece
 from auto_round.export.gguf.values import Value
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.gguf import GGUF_BLOCKS
 from auto_round.numerics.qtensor import QTensor
 from auto_round.schemes.gguf_types import TYPES, FileType, GgufType
+
+TYPE_OF_FORMAT = {block.format.name: name for name, block in GGUF_BLOCKS.items()}
+"""Name of a numeric format -> that of the type."""
 
 _PLAIN: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -52,6 +56,7 @@ class GgufFile:
         name: name of the file inside the output folder.
         model: what it holds.
         types: tensor name -> name of its type.
+        tensors: those of the model, and the numbers of NVFP4 matrices.
         head: bytes before the tensors.
         parts: part name -> part, in the order of the file. Parts of tensors that several source tensors make
             up are called `<tensor>/<number>`.
@@ -61,8 +66,10 @@ class GgufFile:
     def __init__(self, wanted: FileType, name: str, model: GgufModel, types: Mapping[str, str]) -> None:
         self.name = name
         self.model = model
-        self.types = dict(types)
-        listed = {t.name: (t.shape, TYPES[types[t.name]]) for t in model.tensors}
+        scales = tuple(scale_of(t) for t in model.tensors if types[t.name] == KIND)
+        self.types = {**types, **{t.name: "f32" for t in scales}}
+        self.tensors = (*model.tensors, *scales)
+        listed = {t.name: (t.shape, TYPES[self.types[t.name]]) for t in self.tensors}
         metadata = {**model.metadata, "general.file_type": Value("u32", wanted.number)}
         self.head: Head = make_head(model.arch, metadata, listed)
         self.parts = dict(self._all_parts())
@@ -95,9 +102,12 @@ class GgufFile:
         parts = self.parts_of(source)
         if not parts:
             return {}
-        octets = pack_rows(q)
-        found = {}
+        packed = GGUF_BLOCKS[TYPE_OF_FORMAT[q.format.name]].pack(q)
+        octets, found = packed["weight"], {}
         for name, part in parts.items():
+            if part.tensor.change is Change.SCALE:
+                found[name] = packed["scale"]
+                continue
             if part.piece is None:
                 raise InternalError(f"{layer} is one of several layers in {name}, of type 16 bits")
             found[name] = part.piece.arrange(octets)
@@ -136,7 +146,7 @@ class GgufFile:
     def histogram(self) -> dict[str, tuple[int, int, int]]:
         """Type name -> number of tensors, weights and bytes."""
         found: dict[str, tuple[int, int, int]] = {}
-        for tensor in self.model.tensors:
+        for tensor in self.tensors:
             kind = TYPES[self.types[tensor.name]]
             count, weights, size = found.get(kind.name, (0, 0, 0))
             new = tensor.rows * tensor.shape[-1]
@@ -144,9 +154,14 @@ class GgufFile:
         return found
 
     def _all_parts(self) -> Iterable[tuple[str, Part]]:
-        for tensor in self.model.tensors:
+        for tensor in self.tensors:
             kind = TYPES[self.types[tensor.name]]
             begin = self.head.begins[tensor.name]
+            if tensor.change is Change.SCALE:
+                for i, piece in enumerate(tensor.pieces):
+                    spec = TensorSpec(torch.float32, (1,))
+                    yield f"{tensor.name}/{i}", Part(tensor, piece, kind, begin + 4 * i, spec)
+                continue
             if len(tensor.pieces) < 2:
                 piece = tensor.pieces[0] if tensor.pieces else None
                 yield tensor.name, Part(tensor, piece, kind, begin, _spec(tensor, tensor.rows, kind))
@@ -158,7 +173,7 @@ class GgufFile:
 
 def pack_rows(q: QTensor) -> Tensor:
     """Bytes of a quantized matrix, `[out, bytes of a row]` uint8."""
-    return GGUF_BLOCKS[q.format.name].pack(q)["weight"]
+    return GGUF_BLOCKS[TYPE_OF_FORMAT[q.format.name]].pack(q)["weight"]
 
 
 def _spec(tensor: GgufTensor, rows: int, kind: GgufType) -> TensorSpec:

@@ -23,6 +23,7 @@ from auto_round.export.gguf.plan import plan_gguf
 from auto_round.export.gguf.request import settle_gguf
 from auto_round.export.gguf.save_imatrix import check_save_imatrix, save_imatrix
 from auto_round.export.gguf.template import from_template, with_name
+from auto_round.export.gguf.tensors import Change
 from auto_round.export.gguf.verify import verify_gguf
 from auto_round.export.manifest import Manifest
 from auto_round.export.planning import Planned, Planner
@@ -131,7 +132,7 @@ class GgufFormat(Exporter):
             for layer in layers
             if (fmt := plan.format_of(layer.name)) is not None
             for part in self._file.parts_of(layer.tensor).values()
-            if fmt != GGUF_FORMATS.get(part.type.name)
+            if fmt != GGUF_FORMATS.get(part.type.name) and part.tensor.change is not Change.SCALE
         ]
 
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
@@ -178,7 +179,7 @@ class GgufFormat(Exporter):
         part = self._file.parts[name]
         fmt = GGUF_FORMATS[part.type.name]
         octets = stored.reshape(part.spec.shape)
-        return fmt.dequantize(GGUF_BLOCKS[fmt.name].unpack({"weight": octets}, fmt, part.tensor.shape))
+        return fmt.dequantize(GGUF_BLOCKS[part.type.name].unpack({"weight": octets}, fmt, part.tensor.shape))
 
     def save_inputs(self, options: Options, inputs: Inputs, output: Path, folder: Path) -> None:
         """Write the importances where the user wants them, in llama.cpp's format."""

@@ -10,6 +10,7 @@ import torch
 
 from auto_round.errors import ConfigError
 from auto_round.export.gguf.model import GgufModel
+from auto_round.export.gguf.nvfp4 import KIND, refuse_unmultiplied, type_with_number
 from auto_round.export.gguf.tensors import GgufTensor, Piece
 from auto_round.facts.layer import Layer, Role
 from auto_round.models.source import ModelSource
@@ -48,6 +49,7 @@ def plan_gguf(
 
     Raises:
         ConfigError: a rule that cannot hold in a GGUF file.
+        UnsupportedError: llama.cpp does not multiply by what NVFP4 needs.
     """
     places = model.places()
     outside, inside = _split_rules(asked.layer_config, source, places)
@@ -62,6 +64,9 @@ def plan_gguf(
     types |= model.kept
     fixed = _fixed(base, source, places) | outside
     types |= {t.name: fitting(fixed[t.name], t.shape[-1]) for t in model.tensors if t.name in fixed}
+    if KIND in types.values():
+        refuse_unmultiplied(model.arch)
+    types = {t.name: type_with_number(t, types[t.name], types) for t in model.tensors}
     _agree(places, types)
     entries = {}
     for layer in source.layers:

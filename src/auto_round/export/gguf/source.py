@@ -27,6 +27,7 @@ from auto_round.export.gguf.families import FAMILIES, Family, family_of
 from auto_round.export.gguf.hyperparameters import hyperparameters
 from auto_round.export.gguf.library import gguf
 from auto_round.export.gguf.names import name_tensors
+from auto_round.export.gguf.nvfp4 import KIND, number_of, scale_name
 from auto_round.export.gguf.tensors import Change, GgufTensor, Piece
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.gguf import GGUF_BLOCKS
@@ -107,6 +108,11 @@ class GgufTensors:
         self._places = places
         self._specs = specs
         self._files = OpenFiles(os.O_RDONLY)
+        self._scales = {
+            name: self._bytes(there.begin, there.nbytes).view(torch.float32)
+            for name, each in stored.items()
+            if each.kind == KIND and (there := stored.get(scale_name(name)))
+        }
 
     @property
     def folder(self) -> Path:
@@ -135,11 +141,13 @@ class GgufTensors:
         start, count = (piece.start, piece.rows) if len(tensor.shape) > 1 else (0, 1)
         width, size = stored.shape[-1], stored.nbytes // stored.rows
         rows = torch.empty(count, width, dtype=dtype, device="cpu")
+        number = number_of(self._scales, tensor, piece) if stored.kind == KIND else None
         step = max(1, BAND // width)
         for at in range(0, count, step):
             some_rows = min(step, count - at)
             octets = self._bytes(stored.begin + (start + at) * size, some_rows * size)
-            rows[at : at + some_rows] = numbers(octets.reshape(some_rows, size), stored.kind, width, dtype)
+            octets = octets.reshape(some_rows, size)
+            rows[at : at + some_rows] = numbers(octets, stored.kind, width, dtype, number)
         return tensor.restore(piece, rows).to(spec.dtype).reshape(spec.shape).contiguous()
 
     def copy_into(self, name: str, fd: int, offset: int) -> None:
@@ -168,11 +176,22 @@ class GgufTensors:
         return octets
 
 
-def numbers(octets: Tensor, kind: str, width: int, dtype: torch.dtype) -> Tensor:
-    """Numbers `[rows, width]` of rows of bytes; of types without a layout here by the `gguf` package."""
+def numbers(
+    octets: Tensor, kind: str, width: int, dtype: torch.dtype, number: Tensor | None = None
+) -> Tensor:
+    """Numbers `[rows, width]` of rows of bytes; of types without a layout here by the `gguf` package.
+
+    Args:
+        octets: the rows.
+        kind: name of their type.
+        width: weights in a row.
+        dtype: of the result.
+        number: what the blocks are multiplied by, of NVFP4.
+    """
     block = GGUF_BLOCKS.get(kind)
     if block is not None:
-        q = block.unpack({"weight": octets}, block.format, (len(octets), width))
+        parts = {"weight": octets} | ({} if number is None else {"scale": number})
+        q = block.unpack(parts, block.format, (len(octets), width))
         return block.format.dequantize(q, dtype)
     module = gguf()
     found = module.quants.dequantize(octets.numpy(), module.GGMLQuantizationType[kind.upper()])
@@ -314,9 +333,12 @@ def _same(one: Any, other: Any) -> bool:
 def _check(file: Path, tensors: Iterable[GgufTensor], stored: Mapping[str, Stored]) -> None:
     """Refuse a file that lacks tensors of the model, or has others."""
     wanted = {tensor.name: tensor for tensor in tensors}
+    scales = {scale_name(name) for name, each in stored.items() if each.kind == KIND}
     wrong = {
         "lacks": [name for name, tensor in wanted.items() if tensor.pieces and name not in stored],
-        "has tensors without a place in the model:": [name for name in stored if name not in wanted],
+        "has tensors without a place in the model:": [
+            name for name in stored if name not in wanted and name not in scales
+        ],
         "has other shapes of": [
             name for name, t in wanted.items() if name in stored and stored[name].shape != tuple(t.shape)
         ],

@@ -77,6 +77,7 @@ class Change(Enum):
     NONE = "none"
     PLUS_ONE = "1 is added (Gemma multiplies by 1 + weight, llama.cpp by the weight)"
     TRANSPOSED = "rows become columns (GPT-2 stores [in, out])"
+    SCALE = "a number of each matrix that its blocks are multiplied by (NVFP4)"
 
 
 @dataclass(frozen=True, slots=True)

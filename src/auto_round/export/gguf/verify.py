@@ -13,7 +13,8 @@ from torch import Tensor
 from auto_round.errors import CheckpointError
 from auto_round.export.gguf.file import GgufFile
 from auto_round.export.gguf.library import gguf
-from auto_round.export.gguf.tensors import GgufTensor
+from auto_round.export.gguf.nvfp4 import KIND, scale_name
+from auto_round.export.gguf.tensors import Change, GgufTensor
 from auto_round.export.verification import Finished
 
 ROWS = 64
@@ -32,6 +33,7 @@ LARGEST_ERROR: Mapping[str, float] = {
     "q4_1": 0.4,
     "q4_0": 0.4,
     "mxfp4": 0.5,
+    "nvfp4": 0.4,
     "q3_k": 0.7,
     "q2_k": 1.0,
 }
@@ -62,7 +64,7 @@ def _tensors(file: GgufFile, folder: Path, run: Finished) -> dict[str, Any]:
     path = folder / file.name
     read = {tensor.name: tensor for tensor in gguf().GGUFReader(path).tensors}
     worst, where = 0.0, ""
-    for wanted in file.model.tensors:
+    for wanted in file.tensors:
         kind = file.types[wanted.name]
         there = read.get(wanted.name)
         if there is None:
@@ -73,7 +75,7 @@ def _tensors(file: GgufFile, folder: Path, run: Finished) -> dict[str, Any]:
                 f"{path}: tensor {wanted.name} is {there.tensor_type.name} {list(shape)}, expected "
                 f"{kind.upper()} {list(wanted.shape)}"
             )
-        error = _error(run, file, wanted, there)
+        error = _error(run, file, wanted, read)
         if not error <= LARGEST_ERROR[kind]:
             raise CheckpointError(
                 f"{path}: tensor {wanted.name} ({kind.upper()}) differs from its source by {error:.2g} of "
@@ -85,16 +87,18 @@ def _tensors(file: GgufFile, folder: Path, run: Finished) -> dict[str, Any]:
     return {"tensors": len(read), "largest_error": where}
 
 
-def _error(run: Finished, file: GgufFile, wanted: GgufTensor, there: Any) -> float:
+def _error(run: Finished, file: GgufFile, wanted: GgufTensor, read: Mapping[str, Any]) -> float:
     """Error of the first rows of the first piece, as a share of their size."""
     retrained = file.types[wanted.name] == "f32" and run.norms_tuned
-    if not wanted.pieces or retrained:
+    if not wanted.pieces or retrained or wanted.change is Change.SCALE:
         return 0.0
-    piece = wanted.pieces[0]
+    piece, there = wanted.pieces[0], read[wanted.name]
     source = wanted.prepare(piece, run.source.read_tensor(piece.source)).float()
     source = source.reshape(-1, wanted.shape[-1])[:ROWS]
     data = there.data.reshape(-1, there.data.shape[-1])[piece.start : piece.start + len(source)]
     numbers = gguf().quants.dequantize(data, there.tensor_type)
+    if file.types[wanted.name] == KIND:
+        numbers = numbers * read[scale_name(wanted.name)].data[0]
     stored = torch.tensor(numbers, dtype=torch.float32, device="cpu").reshape(source.shape)
     size = source.square().mean().sqrt()
     if not bool(size > 0):

@@ -7,7 +7,7 @@ import torch
 
 from auto_round.errors import CheckpointError, InternalError
 from auto_round.layouts.layer import LayerLayout
-from auto_round.layouts.table import COMPRESSED_FLOATS, GPTQ_V1
+from auto_round.layouts.table import COMPRESSED_NUMBERS, GPTQ_V1
 from auto_round.numerics.activation_float import CalibratedScale, MeasuredScales
 from auto_round.numerics.group import Group
 from auto_round.numerics.presets import int_format
@@ -23,7 +23,7 @@ CASES = {
 
 
 def stored(fmt, inputs):
-    return LayerLayout(COMPRESSED_FLOATS, fmt, SHAPE, inputs)
+    return LayerLayout(COMPRESSED_NUMBERS, fmt, SHAPE, inputs)
 
 
 def quantized(fmt, inputs=None):
@@ -52,7 +52,7 @@ def test_the_number_of_the_input_comes_back_bit_for_bit(case):
 )
 def test_inputs_without_a_number_store_none(fmt, inputs):
     layout, layer = stored(fmt, inputs), quantized(fmt)
-    assert layout.spec() == dict(COMPRESSED_FLOATS.spec(fmt, SHAPE))
+    assert layout.spec() == dict(COMPRESSED_NUMBERS.spec(fmt, SHAPE))
     assert layout.unpack(layout.pack(layer)).input_scale is None
 
 

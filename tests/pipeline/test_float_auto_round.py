@@ -40,6 +40,8 @@ WIDE = {"hidden_size": 128, "intermediate_size": 256}
 
 ROUNDED = {"group_size": None, "iters": 0, "disable_opt_rtn": True, "verify": False}
 
+INT8_STATIC = {"scheme": "INT8_W8A8", "group_size": None, "act_dynamic": False, "act_group_size": 0}
+
 CASES = {
     "MXFP4": {"scheme": "MXFP4"},
     "MXFP4_RCEIL": {"scheme": "MXFP4_RCEIL"},
@@ -56,6 +58,15 @@ CASES = {
     "FP8 by token": {**FP8_TOKEN, "group_size": -1},
     "FP8A16 by row": {"bits": 8, "data_type": "fp", "group_size": -1},
     "FP8 in groups": {"bits": 8, "data_type": "fp", "group_size": 32},
+    "FP8_BLOCK": {"scheme": "FP8_BLOCK", "group_size": None},
+    "FP8_BLOCK A16": {"scheme": "FP8_BLOCK", "group_size": None, "act_bits": 16},
+    "INT8_W8A8": {"scheme": "INT8_W8A8", "group_size": None},
+    "INT8, static": INT8_STATIC,
+    "W4 beside INT8": {
+        "scheme": "INT8_W8A8",
+        "group_size": None,
+        "layer_config": {"down_proj": "W4A16", "o_proj": "FP8_BLOCK"},
+    },
 }
 
 
@@ -69,7 +80,8 @@ PACKINGS = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_predicts_what_was_tuned(tiny, tmp_path, name):
-    result = quantize(tiny("llama"), tmp_path / "out", format="auto_round", **CASES[name])
+    sizes = WIDE if "BLOCK" in name or name == "W4 beside INT8" else {}
+    result = quantize(tiny("llama", **sizes), tmp_path / "out", format="auto_round", **CASES[name])
     assert kl_of(result)["auto_round"] < 1e-9
     config = json.loads((result.folders[0] / "config.json").read_text())["quantization_config"]
     assert config["packing_format"] == PACKINGS.get(name, "auto_round:llm_compressor")
@@ -192,14 +204,15 @@ def test_mixed_floats(tiny, tmp_path):
         ({"scheme": "FPW8A16", "group_size": 0, "format": "auto_round:fp8_static"}, "scheme FP8_STATIC"),
         ({"scheme": "FP8_STATIC", "group_size": -1, "format": "auto_round:fp8"}, "auto_round:fp8_static"),
         ({"scheme": "FP8_STATIC", "group_size": 32, "format": "auto_round:fp8_static"}, "each row"),
-        ({"scheme": "MXFP4", "format": "auto_round:fp8"}, "floating numbers"),
-        ({"scheme": "FP8_BLOCK", "group_size": 128, "act_bits": 16}, "blocks of several rows"),
+        ({"scheme": "MXFP4", "format": "auto_round:fp8"}, "not those of mxfp4"),
         ({"scheme": "MXINT4"}, "mxint4|mx_int|zero point|scale"),
         (
             {"scheme": "W4A16", "act_bits": 8, "act_data_type": "fp", "act_group_size": -1},
-            "whole numbers alone",
+            "inputs of 8 bits",
         ),
-        ({"scheme": "MXFP4", "layer_config": {"down_proj": {"data_type": "int"}}}, "whole numbers alone"),
+        ({"scheme": "MXFP4", "layer_config": {"down_proj": {"data_type": "int"}}}, "inputs of 8 bits"),
+        ({**INT8_STATIC, "act_sym": False}, "inputs of 8 bits"),
+        ({"scheme": "INT4"}, "inputs of 8 bits"),
     ],
 )
 def test_what_it_cannot_hold_is_refused_before_work(tiny, tmp_path, given, reason):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from auto_round.errors import InternalError, Refusal
 from auto_round.facts.tensor import TensorSpec
+from auto_round.layouts.compressed import IntQuantized
 from auto_round.layouts.compressed_float import FloatLayout
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
@@ -24,13 +25,13 @@ class ByNumbers:
     """
 
     name: str
-    layouts: tuple[FloatLayout, ...]
+    layouts: tuple[FloatLayout | IntQuantized, ...]
 
     def accepts(self, fmt: Format, shape: Sequence[int]) -> Refusal | None:
         """None where one of the layouts holds such a weight, else the reason of the one for its numbers."""
         layout = self._find(fmt)
         if layout is None:
-            return Refusal(self.name, f"holds floating numbers of compressed-tensors, not {fmt.name}")
+            return Refusal(self.name, f"holds numbers of {self._known()}, not those of {fmt.name}")
         return layout.accepts(fmt, shape)
 
     def spec(self, fmt: Format, shape: Sequence[int]) -> Mapping[str, TensorSpec]:
@@ -53,10 +54,13 @@ class ByNumbers:
         """Whether one of the layouts has the numbers and scales of a format, sizes aside."""
         return self._find(fmt) is not None
 
-    def _find(self, fmt: Format) -> FloatLayout | None:
+    def _known(self) -> str:
+        return " or ".join(layout.name for layout in self.layouts)
+
+    def _find(self, fmt: Format) -> FloatLayout | IntQuantized | None:
         return next((layout for layout in self.layouts if layout.holds(fmt)), None)
 
-    def _of(self, fmt: Format) -> FloatLayout:
+    def _of(self, fmt: Format) -> FloatLayout | IntQuantized:
         layout = self._find(fmt)
         if layout is None:
             raise InternalError(f"{self.name} holds no {fmt.name}")

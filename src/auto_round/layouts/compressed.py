@@ -32,8 +32,10 @@ from auto_round.layouts import integers
 from auto_round.layouts.bits import WIDTHS, WORD, pack_bits, unpack_bits
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
+from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.qtensor import QTensor
 
+OCTET = 8
 LAYOUT_VERSION = "0.20.0"
 """Release of compressed-tensors whose order of bytes this is."""
 
@@ -104,6 +106,15 @@ class IntQuantized:
     """
 
     name: str = "int-quantized"
+
+    def holds(self, fmt: Format) -> bool:
+        """Whether a format has numbers that fill their bytes, and nothing but a step, sizes aside."""
+        return (
+            isinstance(fmt.grid, IntGrid)
+            and fmt.grid.bits == OCTET
+            and list(fmt.rule.stored) == ["step"]
+            and integers.is_symmetric(fmt)
+        )
 
     def accepts(self, fmt: Format, shape: Sequence[int]) -> Refusal | None:
         """None for symmetric whole-number formats of 2 to 8 bits whose groups divide the rows."""

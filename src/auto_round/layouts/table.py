@@ -8,6 +8,7 @@ from typing import Any
 from auto_round.errors import ConfigError, nearest
 from auto_round.layouts.awq import AWQ
 from auto_round.layouts.by_numbers import ByNumbers
+from auto_round.layouts.compressed import INT_QUANTIZED
 from auto_round.layouts.compressed_float import FLOATS, FP8_LINES
 from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layout import Layout
@@ -27,8 +28,8 @@ GPTQ_V2_INDEXED = GPTQ("gptq_v2_indexed", minus_one=False, indexed=True)
 AWQ_GEMM = AWQ("awq_gemm")
 """4 bits, interleaved along the output."""
 
-COMPRESSED_FLOATS = ByNumbers("llm_compressor", tuple(FLOATS.values()))
-"""Floating numbers as compressed-tensors stores them."""
+COMPRESSED_NUMBERS = ByNumbers("llm_compressor", (*FLOATS.values(), INT_QUANTIZED))
+"""Floating numbers, and whole ones of 8 bits that meet rounded inputs, as compressed-tensors stores them."""
 
 FP8 = ByNumbers("auto_round:fp8", (FP8_LINES,))
 """FP8 weights with a scale for each row, or one."""
@@ -41,7 +42,7 @@ LAYOUTS: dict[str, Layout] = {
     "auto_round:gptqmodel": GPTQ_PLAIN,
     "auto_round:auto_awq": AWQ_GEMM,
     "auto_round:awq": AWQ_GEMM,
-    "auto_round:llm_compressor": COMPRESSED_FLOATS,
+    "auto_round:llm_compressor": COMPRESSED_NUMBERS,
     "auto_round:fp8_static": FP8,
     "auto_round:fp8": FP8,
 }

@@ -73,7 +73,7 @@ class FixedInt(FixedScale):
         """What `fake_quantize` gives, without a gradient."""
         grid = self.format.grid
         with torch.no_grad():
-            step = self.number.to(x.device)
+            step = self.number.to(x.device, x.dtype)
             u = x / step
             if self.zero is None:
                 return u.clamp_(grid.lo, grid.hi).round_().mul_(step).to(x.dtype)

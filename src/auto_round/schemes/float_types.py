@@ -157,6 +157,8 @@ FLOAT_TYPES: dict[str, NumberType] = {
         group_sizes=(128,),
         short_groups=True,
         weights=partial(_fp8_weights, blocks=True),
+        stored="fp_block",
+        steps=_WIDE,
         compressed=CompressedWords(
             type="float", format=_always("float-quantized"), strategy="block", block=(128, 128)
         ),

@@ -160,6 +160,7 @@ NUMBER_TYPES: dict[str, NumberType] = {
         weights=_whole_weights,
         input_bits=WHOLE,
         inputs=_whole_inputs,
+        runs_inputs=True,
         stored="int",
         compressed=CompressedWords(type="int", format=_whole_bytes),
     ),

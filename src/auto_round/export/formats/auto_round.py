@@ -19,10 +19,12 @@ from auto_round.export.packed import (
 )
 from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.by_numbers import ByNumbers
+from auto_round.layouts.compressed import INT_QUANTIZED, OCTET
 from auto_round.layouts.integers import is_symmetric
 from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import AWQ_GEMM, FP8, GPTQ_V1, layout_for
+from auto_round.numerics.activation import TokenInt
 from auto_round.numerics.activation_float import CalibratedScale, InputFormat, MeasuredScales
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid_float import FloatGrid
@@ -31,8 +33,14 @@ from auto_round.schemes.plan import Plan
 
 AWQ_BITS = 4
 
+COMPRESSED = "auto_round:llm_compressor"
+"""Packing of other numbers that have rounded inputs."""
+
 FP8_STATIC, FP8_OTHER = "auto_round:fp8_static", "auto_round:fp8"
 """Packings of FP8 with and without scales of inputs that calibration fixed."""
+
+ROUND_INPUTS = (COMPRESSED, FP8_STATIC, FP8_OTHER)
+"""Packings whose readers round what flows in."""
 
 READ_AS_THEY_ARE = (2, 3)
 """Widths whose zero points vLLM takes as stored in every packing of codes along the input.
@@ -72,18 +80,17 @@ class AutoRoundFormat(LayerByLayer):
         exact = self.for_plan(plan, layers)
 
         def refuse(layer: Layer, fmt: Format) -> Refusal | None:
-            scheme = plan.scheme_of(layer.name)
-            found = exact._refusal(layer, fmt) or exact._refuse_inputs(layer, plan.activation_of(layer.name))
-            if found or scheme is None or not scheme.act_quantized or isinstance(fmt.grid, FloatGrid):
-                return found
-            reason = "its readers leave activations of layers of whole numbers alone"
-            return Refusal(self.name, reason, "use the format llm_compressor or fake")
+            return exact._refusal(layer, fmt) or exact._refuse_inputs(layer, plan.activation_of(layer.name))
 
         return gather_refusals(plan, layers, refuse)
 
     def holds_activation(self, fmt: InputFormat) -> bool:
-        """True for floating numbers."""
-        return isinstance(fmt, MeasuredScales | CalibratedScale) and isinstance(fmt.format.grid, FloatGrid)
+        """True for floating numbers, and for whole ones of 8 bits without zero points."""
+        if isinstance(fmt, TokenInt):
+            return fmt.sym and fmt.bits == OCTET
+        if isinstance(fmt, CalibratedScale):
+            return not fmt.has_zero and (isinstance(fmt.format.grid, FloatGrid) or fmt.bits == OCTET)
+        return isinstance(fmt, MeasuredScales) and isinstance(fmt.format.grid, FloatGrid)
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
         """Readers that know one packing for a folder, or take zero points stored minus one for others."""
@@ -149,18 +156,15 @@ class AutoRoundFormat(LayerByLayer):
             return Refusal(self.name, reason, f"use the scheme FP8_STATIC, or the format {FP8_OTHER}")
         if self._packing(layer) == FP8_OTHER and calibrated:
             return Refusal(self.name, "holds no scales of inputs", f"use the format {FP8_STATIC}")
-        return None
+        rounds = self._packing(layer) in ROUND_INPUTS
+        if inputs is None or (rounds and self.holds_activation(inputs)):
+            return None
+        reason = "its readers round inputs of floating numbers, and inputs of 8 bits of whole ones of 8 bits"
+        return Refusal(self.name, reason, "use the format llm_compressor or fake")
 
 
 def refuse_floats(who: str, layer: Layer, fmt: Format, layout: Layout) -> Refusal | None:
-    """Why loaders of `auto_round` folders do not read a layer of floating numbers; None where they do.
-
-    Blocks of rows have group sizes of two numbers, which Transformers 5.24 does not take
-    (`AutoRoundConfig.post_init`).
-    """
-    if fmt.group.rows > 1:
-        reason = "Transformers does not load scales of blocks of several rows from it"
-        return Refusal(who, reason, "use the format llm_compressor")
+    """Why loaders of `auto_round` folders do not read a layer of such numbers; None where they do."""
     refusal = layout.accepts(fmt, layer.shape)
     return refusal and replace(refusal, who=who, remedy=refusal.remedy or "use another format")
 
@@ -168,17 +172,24 @@ def refuse_floats(who: str, layer: Layer, fmt: Format, layout: Layout) -> Refusa
 def _fitting(plan: Plan, layers: Sequence[Layer]) -> tuple[str, dict[str, str]]:
     """`packing_format` for a plan, and layer -> that of layers with other numbers than those at the top."""
     quantized = quantized_layers(plan, layers)
-    floats = [(layer, fmt) for layer, fmt in quantized if isinstance(fmt.grid, FloatGrid)]
-    whole = [(layer, fmt) for layer, fmt in quantized if not isinstance(fmt.grid, FloatGrid)]
+    floats = [(layer, fmt) for layer, fmt in quantized if _as_compressed(plan, layer, fmt)]
+    whole = [(layer, fmt) for layer, fmt in quantized if not _as_compressed(plan, layer, fmt)]
     if not floats:
         return _fitting_whole(whole, alone=True), {}
     if not whole:
         return _fitting_floats(plan, floats), {}
     top = top_scheme(plan, layers, scheme_fields).weight_format()
     of_whole, of_floats = _fitting_whole(whole, alone=False), _fitting_floats(plan, floats)
-    if top is not None and isinstance(top.grid, FloatGrid):
+    if top is not None and any(fmt == top for _, fmt in floats):
         return of_floats, {layer.name: of_whole for layer, _ in whole}
     return of_whole, {layer.name: of_floats for layer, _ in floats}
+
+
+def _as_compressed(plan: Plan, layer: Layer, fmt: Format) -> bool:
+    """Whether a layer is stored as compressed-tensors has it: floats, and bytes that meet rounded inputs."""
+    return isinstance(fmt.grid, FloatGrid) or (
+        plan.activation_of(layer.name) is not None and INT_QUANTIZED.holds(fmt)
+    )
 
 
 def _fitting_whole(quantized: Sequence[tuple[Layer, Format]], *, alone: bool) -> str:
@@ -199,4 +210,4 @@ def _fitting_floats(plan: Plan, quantized: Sequence[tuple[Layer, Format]]) -> st
             return FP8_STATIC
         if all(fmt.group.size == 0 for _, fmt in quantized) and inputs == {None}:
             return FP8_OTHER
-    return "auto_round:llm_compressor"
+    return COMPRESSED

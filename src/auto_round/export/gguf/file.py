@@ -163,8 +163,8 @@ class GgufFile:
                     yield f"{tensor.name}/{i}", Part(tensor, piece, kind, begin + 4 * i, spec)
                 continue
             if len(tensor.pieces) < 2:
-                piece = tensor.pieces[0] if tensor.pieces else None
-                yield tensor.name, Part(tensor, piece, kind, begin, _spec(tensor, tensor.rows, kind))
+                whole = tensor.pieces[0] if tensor.pieces else None
+                yield tensor.name, Part(tensor, whole, kind, begin, _spec(tensor, tensor.rows, kind))
                 continue
             for i, piece in enumerate(tensor.pieces):
                 offset = begin + piece.start * kind.row_bytes(tensor.shape[-1])

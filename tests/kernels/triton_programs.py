@@ -92,7 +92,8 @@ def test_other_widths(bits, path):
 
 
 def test_split_inputs(path):
-    exact(KERNEL, LinearSpec(int_format(8, 64, sym=False), (16, 640), torch.float16, "cpu"), tokens=(3, 17))
+    tokens = (1, 3) if path == "one token" else (3, 17)  # that path runs a program for each token
+    exact(KERNEL, LinearSpec(int_format(8, 64, sym=False), (16, 640), torch.float16, "cpu"), tokens=tokens)
 
 
 def test_shapes_of_activations(path):
@@ -107,19 +108,23 @@ def test_shapes_of_activations(path):
     assert torch.equal(KERNEL.linear(wide[..., :64], buffers, spec, None), (x.float() @ w.t()).half())
 
 
+def test_gradients_pass_through(path):
+    """What lies before a layer learns as it would before the dequantized one."""
+    found = []
+    for inner in layer_and_dense():
+        x = torch.arange(3 * 64).view(3, 64).remainder(3).half().requires_grad_()
+        inner(x).float().square().mean().backward()
+        found.append(x.grad)
+    assert bool(found[1].abs().sum() > 0)
+    assert torch.allclose(*found, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
 def test_gradients_reach_adapters(path):
     """An adapter of PEFT around a layer learns as it would around the dequantized one."""
     peft = pytest.importorskip("peft")
-    spec = LinearSpec(int_format(4, 32, sym=False), (32, 64), torch.float16, "cpu")
-    layout, q = layout_for("auto_round"), kernel_kit.exact_case(spec)
-    layer = QuantLinear(spec, layout, KERNEL, None, "triton").to_empty(device="cpu")
-    for name, part in layout.pack(q).items():
-        layer.get_buffer(name).copy_(part)
-    layer.adopt(KERNEL, spec)
-    dense = torch.nn.Linear(64, 32, bias=False, dtype=torch.float16)
-    dense.weight.data = spec.fmt.dequantize(q, torch.float16)
     found = []
-    for inner in (layer, dense):
+    for inner in layer_and_dense():
         torch.manual_seed(0)
         config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
         net = torch.nn.Sequential(
@@ -132,6 +137,19 @@ def test_gradients_reach_adapters(path):
     for got, want in zip(*found, strict=True):
         assert bool(want.abs().sum() > 0)
         assert torch.allclose(got, want, rtol=1e-2, atol=1e-2)
+
+
+def layer_and_dense():
+    """A quantized layer, and the dense one of equal weights."""
+    spec = LinearSpec(int_format(4, 32, sym=False), (32, 64), torch.float16, "cpu")
+    layout, q = layout_for("auto_round"), kernel_kit.exact_case(spec)
+    layer = QuantLinear(spec, layout, KERNEL, None, "triton").to_empty(device="cpu")
+    for name, part in layout.pack(q).items():
+        layer.get_buffer(name).copy_(part)
+    layer.adopt(KERNEL, spec)
+    dense = torch.nn.Linear(64, 32, bias=False, dtype=torch.float16)
+    dense.weight.data = spec.fmt.dequantize(q, torch.float16)
+    return layer, dense
 
 
 @pytest.mark.parametrize("change", ["codes", "step", "zero"])
@@ -153,7 +171,7 @@ def test_mutants_fail(change, path):
         exact(Wrong(), spec)
 
 
-@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("sym", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_operator_is_what_torch_compile_expects(sym):
     """Its schema, its shapes without data, and its place in compiled graphs."""
     spec = LinearSpec(int_format(4, 32, sym=sym), (16, 64), torch.float16, "cpu")

@@ -194,5 +194,6 @@ def _watch(look: Callable[[str, tuple[Any, ...]], None]) -> None:
 
 
 if __name__ == "__main__":
+    os.fsync = lambda _: None  # a kill loses no page cache
     torch.set_num_threads(1)  # a fork of a process with a thread pool would hang
     main(*sys.argv[1:])

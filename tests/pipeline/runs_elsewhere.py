@@ -12,7 +12,13 @@ PADDED = [
     {"input_ids": ids[: 16 - i] + [0] * i, "attention_mask": [1] * (16 - i) + [0] * i}
     for i, ids in zip([0, 3, 5, 0, 1, 2, 7, 4] * 2, ROWS, strict=False)
 ]
+SHORTEST = {"nsamples": 2, "iters": 1, "verify": False}
 slow = pytest.mark.slow
+
+
+def model_for(tiny, family, given):
+    """One block is enough for the shortest runs."""
+    return tiny(family, num_hidden_layers=1) if given.items() >= SHORTEST.items() else tiny(family)
 
 
 def test_the_device_keeps_apart_from_the_host():
@@ -33,7 +39,7 @@ def test_the_device_keeps_apart_from_the_host():
 @pytest.mark.parametrize(
     ("family", "given"),
     [
-        pytest.param("qwen3", {"dataset": PADDED, "nsamples": 2, "iters": 1, "verify": False}, id="padded"),
+        pytest.param("qwen3", SHORTEST | {"dataset": PADDED}, id="padded"),
         pytest.param("qwen3", {"dataset": PADDED}, marks=slow),
         pytest.param("llama", {"low_gpu_mem_usage": True}, marks=slow),
         pytest.param("llama", {"enable_alg_ext": True, "dataset": PADDED}, marks=slow),
@@ -56,8 +62,9 @@ def test_the_device_keeps_apart_from_the_host():
     ],
 )
 def test_runs(tiny, tmp_path, family, given):
+    model = model_for(tiny, family, given)
     with device.OnDevice():
-        result = quantize(tiny(family), tmp_path / "out", **{"device_map": "auto", **given})
+        result = quantize(model, tmp_path / "out", **{"device_map": "auto", **given})
     assert all(
         figures["kl"] < 0.03 for figures in result.report.get("verified", {}).values() if "kl" in figures
     )
@@ -66,7 +73,7 @@ def test_runs(tiny, tmp_path, family, given):
 @pytest.mark.parametrize(
     ("family", "placed", "given"),
     [
-        ("llama", {"mlp": "cpu"}, {"iters": 1, "nsamples": 2, "verify": False}),
+        ("llama", {"mlp": "cpu"}, SHORTEST),
         pytest.param("llama", {r"layers\.1": "cpu", "lm_head": "cpu"}, {"quant_lm_head": True}, marks=slow),
         pytest.param("llama", {"q_proj": "cpu"}, {"iters": 0}, marks=slow),
         pytest.param("llama", {"q_proj": "cpu"}, {"iters": 0, "disable_opt_rtn": True}, marks=slow),
@@ -76,9 +83,10 @@ def test_runs(tiny, tmp_path, family, given):
     ],
 )
 def test_matrices_are_tuned_where_they_are_placed(tiny, tmp_path, family, placed, given):
+    model = model_for(tiny, family, given)
     with device.OnDevice():
-        quantize(tiny(family), tmp_path / "one", device_map="auto", **given)
-        quantize(tiny(family), tmp_path / "two", device_map={"": device.NAME, **placed}, **given)
+        quantize(model, tmp_path / "one", device_map="auto", **given)
+        quantize(model, tmp_path / "two", device_map={"": device.NAME, **placed}, **given)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 

@@ -58,7 +58,7 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
         folders = job.folders(output.folder)
         with (
             Checkpoint.open(folder) as finished,
-            Outputs.open(job, folders, done=(), fresh=True) as outputs,
+            Outputs.open(job, folders, None) as outputs,
         ):
             quantized = job.quantized()
             order_of = _order_of(config, job)

@@ -28,10 +28,9 @@ from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.determinism import deterministic_kernels
 from auto_round.pipeline.machine.memory import release_freed_memory
-from auto_round.pipeline.writing.earlier import earlier_report
+from auto_round.pipeline.writing.into_folder import into_folder
 from auto_round.pipeline.writing.outputs import Outputs, check_written
 from auto_round.pipeline.writing.signature import request_digest, signature
-from auto_round.report.make import make_page
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,40 +60,42 @@ def run_pipeline(
         AutoRoundError: see its subclasses; nothing half-valid is left under the output's name.
     """
     clock = clock or Clock()
-    with ExitStack() as stack:
-        exact = job.options.tune.enable_deterministic_algorithms
-        stack.enter_context(deterministic_kernels(wanted=exact))
-        folder = stack.enter_context(OutputFolder.open(job.output, overwrite=job.options.output.overwrite))
-        asked = {name: {**signature(part), **_asked(job)} for name, part in job.jobs.items()}
-        digest = _digest(asked)
-        if folder.holds(digest):
-            folder.abandon()
-            return _earlier(job, folder.out, clock)
-        if not job.options.output.resume:
-            folder.discard()
+    asked = {name: {**signature(part), **_asked(job)} for name, part in job.jobs.items()}
+
+    def work(folder: OutputFolder) -> Mapping[str, Any]:
         clock.lap("prepare")
-        journals = {
-            name: stack.enter_context(
-                Journal.open(_made(folder.scratch / name) / "journal.jsonl", asked[name])
-            )
-            for name in job.jobs
-        }
-        rows = _rows(job, folder.scratch, progress, clock)
-        folders = job.folders(folder.folder)
-        made: dict[str, Made] = {}
-        for name in job.jobs:
-            work = _Work(job, name, folder.scratch / name, journals[name], progress, clock)
-            made[name] = work.run(folders, rows[name])
-        progress(clock.event("write", 0, 1, "the other components"))
+        with ExitStack() as stack:
+            journals = {
+                name: stack.enter_context(
+                    Journal.open(_made(folder.scratch / name) / "journal.jsonl", asked[name])
+                )
+                for name in job.jobs
+            }
+            return _write_all(job, folder, journals, progress, clock)
+
+    with deterministic_kernels(wanted=job.options.tune.enable_deterministic_algorithms):
+        ended = into_folder(job.output, job.options.output, _digest(asked), work)
+    return PipelineResult(tuple(job.folders(ended.folder).values()), ended.report, clock.seconds, clock.peak)
+
+
+def _write_all(
+    job: PipelineJob,
+    folder: OutputFolder,
+    journals: Mapping[str, Journal],
+    progress: ProgressSink,
+    clock: Clock,
+) -> Mapping[str, Any]:
+    """Everything that the output holds, and the report on it."""
+    rows = _rows(job, folder.scratch, progress, clock)
+    folders = job.folders(folder.folder)
+    made: dict[str, Made] = {}
+    for name in job.jobs:
+        work = _Work(job, name, folder.scratch / name, journals[name], progress, clock)
+        made[name] = work.run(folders, rows[name])
+    with clock.stage("write", "the other components", progress):
         copy_pipeline(job, folders)
-        clock.lap("write")
-        progress(clock.event("write", 1, 1, "the other components"))
-        shown = compare_pictures(job, folders, progress, clock) if job.prompts else None
-        report = write_reports(job, folders, made, _told(shown), folder.folder)
-        final = folder.seal(digest)
-    if job.options.output.report:
-        make_page([final])
-    return PipelineResult(tuple(job.folders(final).values()), report, clock.seconds, clock.peak)
+    shown = compare_pictures(job, folders, progress, clock) if job.prompts else None
+    return write_reports(job, folders, made, _told(shown), folder.folder)
 
 
 def _told(shown: Shown | None) -> dict[str, Any] | None:
@@ -122,11 +123,6 @@ def _digest(asked: Mapping[str, Mapping[str, Any]]) -> str:
     """Digest of what was asked for all components."""
     each = json.dumps({name: request_digest(part) for name, part in asked.items()}, sort_keys=True)
     return hashlib.sha256(each.encode()).hexdigest()[:32]
-
-
-def _earlier(job: PipelineJob, out: Path, clock: Clock) -> PipelineResult:
-    report = earlier_report(out, page=job.options.output.report)
-    return PipelineResult(tuple(job.folders(out).values()), report, clock.seconds, clock.peak)
 
 
 def _made(folder: Path) -> Path:
@@ -195,9 +191,8 @@ class _Work:
         if rows is not None:
             part = replace(part, tuned=_tuned(self.job, rows))
         inside = {fmt: folder / self.name for fmt, folder in folders.items()}
-        done = [name for entry in self.journal.entries for name in entry["tensors"]]
         logger.info("%s: plan\n%s", self.name, plan_table(part))
-        with Outputs.open(part, inside, done=done, fresh=not self.journal.resumed) as outputs:
+        with Outputs.open(part, inside, self.journal) as outputs:
             source = self.job.source(self.name)
             work = (part, source, rows, self.scratch, self.journal, outputs, self.progress, self.clock)
             held = ComponentRun(*work).run()
@@ -213,11 +208,10 @@ class _Work:
     def _check(
         self, part: Job, inside: Mapping[str, Path], rows: Rows | None, held: Held | None
     ) -> dict[str, Any]:
-        self.progress(self.clock.event("verify", 0, 1, f"{self.name}: reload and compare"))
-        found: dict[str, Any] = {"tensors_read_back": check_written(self.journal, inside, part.exporters)}
-        kind = self.job.pipeline.kind(self.name)
-        for fmt, folder in inside.items():
-            found[fmt] = check_reload(part, kind, folder, rows, held)
-        self.clock.lap("verify")
-        self.progress(self.clock.event("verify", 1, 1, f"{self.name}: reload and compare"))
+        with self.clock.stage("verify", f"{self.name}: reload and compare", self.progress):
+            read_back = check_written(self.journal, inside, part.exporters)
+            found: dict[str, Any] = {"tensors_read_back": read_back}
+            kind = self.job.pipeline.kind(self.name)
+            for fmt, folder in inside.items():
+                found[fmt] = check_reload(part, kind, folder, rows, held)
         return found

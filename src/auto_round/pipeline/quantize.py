@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,7 +53,6 @@ from auto_round.pipeline.running.towers import quantize_towers
 from auto_round.pipeline.running.trace_rows import trace_rows
 from auto_round.pipeline.together import Begun, joined, shared
 from auto_round.pipeline.writing.cost import COST, cost_of, run_record, write_record
-from auto_round.pipeline.writing.earlier import earlier_report
 from auto_round.pipeline.writing.finish import (
     build_report,
     hand_over_inputs,
@@ -62,10 +60,10 @@ from auto_round.pipeline.writing.finish import (
     write_report,
 )
 from auto_round.pipeline.writing.group_figures import digest_of, figures_of
+from auto_round.pipeline.writing.into_folder import into_folder
 from auto_round.pipeline.writing.outputs import Outputs, Written, check_written
 from auto_round.pipeline.writing.signature import request_digest, signature
 from auto_round.ranks.ranks import refuse_difference
-from auto_round.report.make import make_page
 from auto_round.tuning.objective import PLAIN, Objective
 
 
@@ -128,52 +126,49 @@ def _follow(job: Job, clock: Clock) -> Result:
 
 def _lead(job: Job, progress: ProgressSink, clock: Clock) -> Result:
     """What the first rank does, or the only one: it writes, and tells others what is done already."""
-    with ExitStack() as stack:
-        folder = stack.enter_context(OutputFolder.open(job.output, overwrite=job.options.output.overwrite))
-        asked = signature(job)
-        if folder.holds(request_digest(asked)):
-            folder.abandon()
-            job.ranks.first(None)
-            result = _earlier(job, folder.out, clock)
-            job.ranks.first((folder.out, result.report))
-            return result
-        if not job.options.output.resume:
-            folder.discard()
-        journal = stack.enter_context(Journal.open(folder.scratch / "journal.jsonl", asked))
-        folders = job.folders(folder.folder)
-        done = [name for entry in journal.entries for name in entry["tensors"]]
-        continued = bool(journal.entries)
-        job = _begin(job, folder.scratch, journal)
-        outputs = stack.enter_context(Outputs.open(job, folders, done=done, fresh=not journal.resumed))
+    asked = signature(job)
+
+    def work(folder: OutputFolder) -> dict[str, Any]:
+        with Journal.open(folder.scratch / "journal.jsonl", asked) as journal:
+            return _write_all(job, folder, journal, progress, clock)
+
+    ended = into_folder(job.output, job.options.output, request_digest(asked), work)
+    if ended.earlier:
+        job.ranks.first(None)
+    job.ranks.first((ended.folder, ended.report))
+    return Result(
+        tuple(job.folders(ended.folder).values()), job.plan, ended.report, clock.seconds, clock.peak
+    )
+
+
+def _write_all(
+    job: Job, folder: OutputFolder, journal: Journal, progress: ProgressSink, clock: Clock
+) -> dict[str, Any]:
+    """Everything that the output holds, and the report on it."""
+    folders, continued = job.folders(folder.folder), bool(journal.entries)
+    job = _begin(job, folder.scratch, journal)
+    with Outputs.open(job, folders, journal) as outputs:
         clock.lap("prepare")
         logger.info("plan\n%s", plan_table(job))
         measured = _Loop(job, folder.scratch, journal, outputs, progress, clock).run()
-        progress(clock.event("write", 0, 1, "remaining tensors"))
-        outputs.copy_rest()
-        outputs.seal()
-        write_configs_and_tokenizer(job, folders)
-        report = build_report(job, journal, measured, outputs.nbytes)
-        if poor := coverage_sentence(report.get("experts", {})):
-            logger.warning(poor)
-        report["engines"] = judge_outputs(folders)
-        clock.lap("write")
-        progress(clock.event("write", 1, 1, "remaining tensors"))
+        with clock.stage("write", "remaining tensors", progress):
+            outputs.copy_rest()
+            outputs.seal()
+            write_configs_and_tokenizer(job, folders)
+            report = build_report(job, journal, measured, outputs.nbytes)
+            if poor := coverage_sentence(report.get("experts", {})):
+                logger.warning(poor)
+            report["engines"] = judge_outputs(folders)
         if job.options.output.verify:
-            progress(clock.event("verify", 0, 1, "reload and compare"))
-            report["tensors_read_back"] = check_written(journal, folders, job.exporters)
-            ranges = InputRanges.from_entries(journal.entries)
-            states = read_steps(job.caches, journal.entries)
-            report["verified"] = verify_all(job, folders, measured, ranges, states)
-            clock.lap("verify")
-            progress(clock.event("verify", 1, 1, "reload and compare"))
-        write_report(job, folders, report, folder.folder)
-        write_record(folder.folder, run_record(job, journal, clock, continued=continued))
-        hand_over_inputs(job, folder.scratch, folder.folder)
-        final = folder.seal(request_digest(asked))
-    if job.options.output.report:
-        make_page([final])
-    job.ranks.first((final, report))
-    return Result(tuple(job.folders(final).values()), job.plan, report, clock.seconds, clock.peak)
+            with clock.stage("verify", "reload and compare", progress):
+                report["tensors_read_back"] = check_written(journal, folders, job.exporters)
+                ranges = InputRanges.from_entries(journal.entries)
+                states = read_steps(job.caches, journal.entries)
+                report["verified"] = verify_all(job, folders, measured, ranges, states)
+    write_report(job, folders, report, folder.folder)
+    write_record(folder.folder, run_record(job, journal, clock, continued=continued))
+    hand_over_inputs(job, folder.scratch, folder.folder)
+    return report
 
 
 def _begin(job: Job, scratch: Path, journal: Journal) -> Job:
@@ -181,12 +176,6 @@ def _begin(job: Job, scratch: Path, journal: Journal) -> Job:
     whole = cover_experts(job, scratch)
     job.ranks.first(Begun(journal.entries, scratch, None if whole is job else whole.rows, whole.tuned))
     return whole
-
-
-def _earlier(job: Job, out: Path, clock: Clock) -> Result:
-    """The result of an earlier run with the same settings, read from its folder."""
-    report = earlier_report(out, page=job.options.output.report)
-    return Result(tuple(job.folders(out).values()), job.plan, report, clock.seconds, clock.peak)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_model("llama", tmp_path_factory.mktemp("llama") / "m", hidden_size=256)
 
 
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of a run that wrote `imatrix.gguf` beside its output; equal settings give the same folder."""
+    made: dict[str, Path] = {}
+
+    def make(**given: Any) -> Path:
+        key = json.dumps(given, sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("whole")
+            _run(model, made[key] / "out", save_imatrix=str(made[key] / "imatrix.gguf"), **given)
+        return made[key]
+
+    return make
+
+
 def _run(
     model: Path, out: Path, progress: Callable[[Progress], None] = ignore_progress, **given: Any
 ) -> None:
@@ -134,18 +149,18 @@ def test_the_file_says_what_flows_into_each_expert(tmp_path: Path) -> None:
     ],
     ids=["searched", "tuned", "tuned from plain", "kept layers", "eight bits"],
 )
-def test_the_file_says_what_flows_in(given: dict[str, Any], model: Path, tmp_path: Path) -> None:
+def test_the_file_says_what_flows_in(given: dict[str, Any], model: Path, whole: Callable[..., Path]) -> None:
     """All linear layers, also those that stay in 16 bits: the file is for any quantizer."""
-    path = tmp_path / "not there yet" / "imatrix.gguf"
-    _run(model, tmp_path / "out", save_imatrix=str(path), **given)
-    found = read_imatrix(path)
-    _check(found, _measured(model))
-    assert sorted(path.parent.iterdir()) == [path]
+    folder = whole(**given)
+    _check(read_imatrix(folder / "imatrix.gguf"), _measured(model))
+    assert sorted(path.name for path in folder.iterdir()) == ["imatrix.gguf", "out"]
 
 
 def test_writing_it_changes_nothing_else(model: Path, tmp_path: Path) -> None:
-    _run(model, tmp_path / "without")
-    _run(model, tmp_path / "with", save_imatrix=str(tmp_path / "with" / "beside" / "imatrix.gguf"))
+    given = {"ignore_layers": "mlp,v_proj"}
+    _run(model, tmp_path / "without", **given)
+    beside = tmp_path / "with" / "beside" / "imatrix.gguf"  # in a folder that is not there yet
+    _run(model, tmp_path / "with", save_imatrix=str(beside), **given)
     without, both = (tree(tmp_path / d) for d in ("without", "with"))
     assert both[file := str(Path("beside") / "imatrix.gguf")][:4] == b"GGUF"
     # The record of the folder names its files, and something else was asked for.
@@ -158,7 +173,7 @@ def test_writing_it_changes_nothing_else(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", [{}, {"iters": 2}], ids=["searched", "tuned"])
 @pytest.mark.parametrize("stage", ["tune 1", "tune 2", "verify 1"])
 def test_killed_run_writes_the_same_file(
-    stage: str, given: dict[str, Any], model: Path, tmp_path: Path
+    stage: str, given: dict[str, Any], model: Path, whole: Callable[..., Path], tmp_path: Path
 ) -> None:
     class Killed(Exception):  # noqa: N818
         pass
@@ -167,13 +182,12 @@ def test_killed_run_writes_the_same_file(
         if f"{event.stage} {event.done}" == stage:
             raise Killed
 
-    whole, path = tmp_path / "whole.gguf", tmp_path / "imatrix.gguf"
-    _run(model, tmp_path / "whole", save_imatrix=str(whole), **given)
+    path = tmp_path / "imatrix.gguf"
     with pytest.raises(Killed):
         _run(model, tmp_path / "out", die, save_imatrix=str(path), **given)
     assert not path.exists()
     _run(model, tmp_path / "out", save_imatrix=str(path), **given)
-    assert path.read_bytes() == whole.read_bytes()
+    assert path.read_bytes() == (whole(**given) / "imatrix.gguf").read_bytes()
 
 
 def test_a_run_that_kept_nothing_is_not_continued(model: Path, tmp_path: Path) -> None:
@@ -187,9 +201,8 @@ def test_a_run_that_kept_nothing_is_not_continued(model: Path, tmp_path: Path) -
         _run(model, tmp_path / "out", save_imatrix=str(tmp_path / "imatrix.gguf"))
 
 
-def test_it_steers_a_run_of_ours(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "imatrix.gguf"
-    _run(model, tmp_path / "first", save_imatrix=str(path))
+def test_it_steers_a_run_of_ours(model: Path, whole: Callable[..., Path], tmp_path: Path) -> None:
+    path = whole() / "imatrix.gguf"
     options = {"model": str(model), "format": "gguf:q2_k_s", "iters": 0, "device_map": "cpu"}
     plain, steered = (
         run(build_options({**options, "output_dir": str(tmp_path / name), **given}))
@@ -200,15 +213,16 @@ def test_it_steers_a_run_of_ours(model: Path, tmp_path: Path) -> None:
     assert files[0] != files[1]
 
 
-def test_only_importances_are_replaced(model: Path, tmp_path: Path) -> None:
+def test_only_importances_are_replaced(model: Path, whole: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "precious.gguf"
     path.write_bytes(b"something else")
     with pytest.raises(ConfigError, match="something else lies there"):
         _run(model, tmp_path / "out", save_imatrix=str(path))
     assert path.read_bytes() == b"something else"
-    path.unlink()
-    _run(model, tmp_path / "out", save_imatrix=str(path))
+    earlier = (whole(iters=2) / "imatrix.gguf").read_bytes()
+    path.write_bytes(earlier + b"of an earlier run")
     _run(model, tmp_path / "again", save_imatrix=str(path))
+    assert len(path.read_bytes()) == len(earlier)
     with pytest.raises(ConfigError, match="is a folder"):
         _run(model, tmp_path / "more", save_imatrix=str(tmp_path))
 

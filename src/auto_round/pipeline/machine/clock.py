@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from auto_round.log import Progress
+from auto_round.log import Progress, ProgressSink
 from auto_round.pipeline.machine.memory import peak_bytes
 
 COUNTED = ("tune", "distill")
@@ -43,6 +44,14 @@ class Clock:
         seconds, self._lap = now - self._lap, now
         self._stages[stage] = self._stages.get(stage, 0.0) + seconds
         return seconds
+
+    @contextmanager
+    def stage(self, stage: str, label: str, progress: ProgressSink) -> Iterator[None]:
+        """A stage that is one piece of work: an event before it and one behind it."""
+        progress(self.event(stage, 0, 1, label))
+        yield
+        self.lap(stage)
+        progress(self.event(stage, 1, 1, label))
 
     def skip(self, units: int) -> None:
         """Tell that this many units of the stage that begins were done in an earlier run."""

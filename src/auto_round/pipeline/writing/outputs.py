@@ -58,11 +58,17 @@ class Outputs:
 
     @classmethod
     @contextmanager
-    def open(
-        cls, job: Job, folders: Mapping[str, Path], *, done: Iterable[str], fresh: bool
-    ) -> Iterator[Outputs]:
-        """Open the folders while the context lasts; arguments as for the class."""
-        outputs = cls(job, folders, done=done, fresh=fresh)
+    def open(cls, job: Job, folders: Mapping[str, Path], journal: Journal | None) -> Iterator[Outputs]:
+        """Open the folders while the context lasts.
+
+        Args:
+            job: what is written.
+            folders: format -> folder.
+            journal: of the run; says what an interrupted one wrote. None to begin anew.
+        """
+        entries = () if journal is None else journal.entries
+        done = [name for entry in entries for name in entry["tensors"]]
+        outputs = cls(job, folders, done=done, fresh=journal is None or not journal.resumed)
         try:
             yield outputs
         finally:

@@ -60,6 +60,7 @@ def test_they_do_not_depend_on_the_batch_or_on_memory(
     measure(small(), tmp_path / "b", monkeypatch, score_method=method, score_batch_size=2)
     monkeypatch.setattr("auto_round.pipeline.fitting.choose.STREAMS_SHARE", 0)
     monkeypatch.setattr(by_divergence, "STREAM_BYTES", 0)
+    monkeypatch.setattr(by_gradients, "CHANGES_BYTES", 0)
     measure(small(), tmp_path / "c", monkeypatch, score_method=method)
     assert largest_difference(seen[0], seen[1]) < CLOSE
     assert seen[0] == seen[2]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from auto_round.checkpoint import disk
+from auto_round.checkpoint import disk, reader
 from auto_round.checkpoint.open_files import MOST_OPEN
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import CheckpointError, ConfigError, InternalError
@@ -53,6 +53,20 @@ def test_names_follow_the_bytes(sharded: Path) -> None:
     with Checkpoint.open(sharded) as checkpoint:
         places = [(checkpoint.info(n).file, checkpoint.info(n).begin) for n in checkpoint.names]
     assert places == sorted(places)
+
+
+def test_another_dtype_piece_by_piece(
+    single: Path, zoo: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for piece in (16 << 20, 40):
+        monkeypatch.setattr(reader, "_PIECE_BYTES", piece)
+        with Checkpoint.open(single) as checkpoint:
+            for name, tensor in zoo.items():
+                for dtype in (torch.float64, tensor.dtype):
+                    got = checkpoint.read_as(name, dtype)
+                    assert got.dtype == dtype
+                    assert got.is_contiguous()
+                    assert raw(got) == raw(tensor.to(dtype))
 
 
 def test_rows(single: Path, zoo: dict[str, Tensor]) -> None:

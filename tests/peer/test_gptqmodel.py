@@ -17,6 +17,14 @@ MIXED = {
     "layer_config": {"down_proj": {"bits": 8}, "model.layers.1.mlp.up_proj": {"group_size": 32}},
     "ignore_layers": "layers.0.self_attn.q_proj,o_proj",
 }
+WIDTHS = {
+    "layer_config": {
+        "mlp": {"bits": 2, "group_size": 64},
+        "model.layers.0.mlp.down_proj": {"bits": 8},
+        "layers.1.self_attn": {"bits": 8, "group_size": 128},
+    }
+}
+"""As AutoScheme chooses among W2A16G64, W4A16 and W8A16."""
 KEPT = {"ignore_layers": "layers.0.self_attn.q_proj,o_proj"}
 
 PLANS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -29,6 +37,7 @@ PLANS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "w4-asym": ({"bits": 4, "group_size": 32, "sym": False}, ("gptqmodel", "auto_awq")),
     "w8-asym": ({"bits": 8, "sym": False}, ("gptqmodel",)),
     "w4-mixed": ({"bits": 4, **MIXED}, ("auto_gptq", "gptqmodel")),
+    "w4-widths": ({"bits": 4, **WIDTHS}, ("auto_gptq", "gptqmodel")),
     "w4-kept": ({"bits": 4, "sym": False, "group_size": 64, **KEPT}, ("auto_awq",)),
     "w4-head": ({"bits": 4, "quant_lm_head": True}, ("auto_gptq",)),
     "w4-biases": ({"bits": 4}, ("auto_gptq", "auto_awq")),

@@ -9,6 +9,7 @@ flow back block by block, and each block is read once forward and once backward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +34,11 @@ TOGETHER = 4
 """Rows whose slopes are added before they are squared, whatever runs at a time: fewer products, and signs of
 independent draws cancel what the sum would mix."""
 
-LOGITS_BYTES = 128 << 20
-"""Memory for logits and what becomes of them; the head is read once for as many positions as fit."""
+CHANGE = torch.bfloat16
+"""Holds what rounding changes in a weight: errors of 8 bits average out over a row of weights."""
+
+CHANGES_BYTES = 2 << 30
+"""Memory for what the options change in a block; one with more is run back several times."""
 
 SAVED = "gradients.safetensors"
 """File of the gradient behind the block that is next."""
@@ -106,7 +110,7 @@ def _at_the_end(setting: Setting, final: States, masks: Tensor | None) -> States
     job = setting.job
     seed = job.options.calibration.seed
     gradient = tuple(torch.zeros_like(state) for state in final)
-    step = positions_at_once(job.source.facts.vocabulary, LOGITS_BYTES)
+    step = positions_at_once(job.source.facts.vocabulary)
     with job.source.stem(job.device, job.dtype) as stem:
         for row in range(final[0].shape[0]):
             draws = torch.Generator(device=CPU).manual_seed(seed + row)
@@ -152,17 +156,41 @@ def _back(
     trials = [(part, o) for part in parts for o in setting.options if not setting.keeps(part, o)]
     if trials:
         opened.observe(inputs, parts, masks)
-    slopes = _Slopes(opened, trials)
-    count = inputs[0].shape[0]
+    sums: dict[Trial, float] = {}
+    turns = _turns(setting, trials)
+    for number, turn in enumerate(turns):
+        slopes = _Slopes(opened, turn)
+        for rows, last in _some_rows(inputs[0].shape[0], setting.batch_size):
+            states = tuple(s.to(device).detach().requires_grad_() for s in taken(inputs, rows))
+            slopes.add(states, taken(gradient, rows), rows, last=last)
+            if number + 1 == len(turns):
+                for to, state in zip(gradient, states, strict=True):
+                    to[rows.start : rows.stop] = 0 if state.grad is None else state.grad.to(to.device)
+        sums |= slopes.sums
+    return sums
+
+
+def _turns(setting: Setting, trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Trials whose changes are held at a time; at least one turn, in which the gradient moves."""
+    turns: list[list[Trial]] = [[]]
+    room = CHANGES_BYTES
+    for part, option in trials:
+        weights = sum(math.prod(setting.candidates.layers[name].shape) for name in part.layers)
+        room -= weights * CHANGE.itemsize
+        if room < 0 and turns[-1]:
+            turns.append([])
+            room = CHANGES_BYTES - weights * CHANGE.itemsize
+        turns[-1].append((part, option))
+    return turns
+
+
+def _some_rows(count: int, batch_size: int) -> Iterator[tuple[range, bool]]:
+    """Rows that run at a time, and whether they are the last of those that are added before squaring."""
     for first in range(0, count, TOGETHER):
         end = min(first + TOGETHER, count)
-        for at in range(first, end, setting.batch_size):
-            rows = range(at, min(at + setting.batch_size, end))
-            states = tuple(s.to(device).detach().requires_grad_() for s in taken(inputs, rows))
-            slopes.add(states, taken(gradient, rows), rows, last=rows.stop == end)
-            for to, state in zip(gradient, states, strict=True):
-                to[rows.start : rows.stop] = 0 if state.grad is None else state.grad.to(to.device)
-    return slopes.sums
+        for at in range(first, end, batch_size):
+            stop = min(at + batch_size, end)
+            yield range(at, stop), stop == end
 
 
 class _Slopes:
@@ -179,14 +207,13 @@ class _Slopes:
         self.sums = dict.fromkeys(trials, 0.0)
         self._opened = opened
         self._formats: dict[str, dict[Trial, ActivationFormat]] = {}
-        # 16 bits hold a change well enough: their errors average out over a row of weights.
         self._changes: dict[str, dict[Trial, Tensor]] = {}
         self._slopes: dict[str, Tensor] = {}
         for trial in trials:
             rounded = opened.rounded(*trial)
             for name, weight in rounded.parameters.items():
                 change = weight - opened.group.get_parameter(name).detach()
-                self._changes.setdefault(name, {})[trial] = change.to(torch.bfloat16)
+                self._changes.setdefault(name, {})[trial] = change.to(CHANGE)
             for module, fmt in rounded.activations.items():
                 self._formats.setdefault(module, {})[trial] = fmt
         release_freed_memory()

@@ -28,6 +28,7 @@ from auto_round.facts.tensor import TensorSpec
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SAMPLE_BYTES = 4096
+_PIECE_BYTES = 16 << 20
 
 
 class Checkpoint:
@@ -117,6 +118,22 @@ class Checkpoint:
         info = self.info(name)
         tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
         return self._fill(name, info, tensor, info.begin)
+
+    def read_as(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The same in another dtype, converted a few rows at a time where it is large.
+
+        Raises:
+            CheckpointError: no such tensor, or its file ends early.
+        """
+        info = self.info(name)
+        if info.dtype == dtype or info.nbytes <= _PIECE_BYTES or not info.shape:
+            return self.read(name).to(dtype)
+        out = torch.empty(info.shape, dtype=dtype, device="cpu")
+        step = max(1, _PIECE_BYTES * info.shape[0] // info.nbytes)
+        for start in range(0, info.shape[0], step):
+            stop = min(start + step, info.shape[0])
+            out[start:stop] = self.read_rows(name, start, stop)
+        return out
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` (excluded) of the first axis, without reading the others.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from auto_round.facts.tensor import TensorSpec
@@ -36,6 +37,14 @@ class Tensors(Protocol):
 
     def read(self, name: str) -> Tensor:
         """Tensor in fresh CPU memory that the caller owns.
+
+        Raises:
+            CheckpointError: no such tensor, or its file is damaged.
+        """
+        ...
+
+    def read_as(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The same in another dtype; a large one never lies in memory twice.
 
         Raises:
             CheckpointError: no such tensor, or its file is damaged.

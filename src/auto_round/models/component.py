@@ -149,7 +149,7 @@ class ComponentSource(AssembledSource):
             return block(*args, **kwargs)
 
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        return {recipe.targets[0]: self._files.read(recipe.pieces[0].name).to(dtype)}
+        return {recipe.targets[0]: self._files.read_as(recipe.pieces[0].name, dtype)}
 
     def _dtypes_for(self, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
         if dtype not in self._dtypes:

@@ -103,7 +103,7 @@ class FolderSource(AssembledSource):
 
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
         def read(name: str) -> Tensor:
-            return self._files.read(name).to(dtype)
+            return self._files.read_as(name, dtype)
 
         return recipe.make(read, self._parts.model)
 

@@ -68,6 +68,10 @@ class Unpacked:
         packed = self._packed.get(name)
         return self.files.read(name) if packed is None else packed.plain(self.files, self._dtype)
 
+    def read_as(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The same in another dtype."""
+        return self.read(name).to(dtype) if name in self._packed else self.files.read_as(name, dtype)
+
     def copy_into(self, name: str, fd: int, offset: int) -> None:
         """Write the bytes of a plain tensor to an open file."""
         if name not in self._packed:

@@ -150,6 +150,10 @@ class GgufTensors:
             rows[at : at + some_rows] = numbers(octets, stored.kind, width, dtype, number)
         return tensor.restore(piece, rows).to(spec.dtype).reshape(spec.shape).contiguous()
 
+    def read_as(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The same in another dtype."""
+        return self.read(name).to(dtype)
+
     def copy_into(self, name: str, fd: int, offset: int) -> None:
         """Write the bytes of a plain tensor to an open file."""
         write_at(fd, bytes_of(self.read(name)), offset)

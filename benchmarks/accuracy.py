@@ -1,30 +1,43 @@
 """How far are quantized models from their originals, and what did it cost, beside another package?
 
-    python benchmarks/accuracy.py --models A B --schemes W2G64 W3G64A --texts wiki.txt books.jsonl \
-        --dataset calibration.jsonl --peer-python OTHER/bin/python --seeds 42 1 --out results.jsonl
+    python benchmarks/accuracy.py --half dev --models A B --schemes W2G64 W3G64A --seeds 42 1 \
+        --dataset calibration.jsonl --dev-texts books.jsonl --report-texts wiki.txt python-docs talk.jsonl \
+        --ours default best 'halved={"iters": 20, "distill_steps": 20}' --peer-python OTHER/bin/python
 
 A scheme is `W<bits>G<group>`, with an `A` behind it for zero points; `:RTN` behind that rounds without
 tuning. Each run is a process of its own and uses the package `auto_round` of its Python through the same
-few lines. Its folder is then read by us: only the weights differ. Texts are for measuring only and take no
-part in any choice.
+few lines. Its folder is then read by us: only the weights differ.
 
-Writes one JSON line a run: wall and processor seconds, peak memory (MiB), and for each text the mean
-KL(original || quantized) in nats per token, both perplexities and the share of equal most likely tokens.
-Then how the first tokens of rows fare, which attention uses as a sink in large models: `sink_energy`, their
-mean square over the median token's after the block where that is largest; `sink_error` and `other_error`,
-squared distance of their and of all other hidden states from the original's over their squares, mean over
-blocks; `sink_attention`, mean share of attention that the first token gets, original's and quantized.
+**Two halves.** Choices are made by what `--half dev` shows. `--half report` measures texts that had no say,
+and is looked at when all is chosen. A text is a file (`text` or `context` of JSON lines) or `python-docs`.
+Calibration data belong to neither.
 
-Runs whose line is in the file already are left out, so an interrupted table continues. Ends with the table
-in Markdown.
+**Recipes.** `--ours` names recipes of ours, or makes some up: `NAME={arguments}`, which may name a `recipe`.
+The other package runs `--peer` (its default, or its `best` or `light`), with the same rows.
+
+Writes one JSON line a run: our commit or the other's version, wall and processor seconds, peak memory (MiB),
+and for each text the mean KL(original || quantized) in nats per token, both perplexities and the share of
+equal most likely tokens. Then how the first tokens of rows fare, which attention uses as a sink in large
+models: `sink_energy`, their mean square over the median token's after the block where that is largest;
+`sink_error` and `other_error`, squared distance of their and of all other hidden states from the original's
+over their squares, mean over blocks; `sink_attention`, mean share of attention that the first token gets,
+original's and quantized.
+
+What is in the file already is left out, so an interrupted table continues; with `--keep` folders stay, and
+the second half needs no second run. Runs of the other package stay valid as long as its version does; those
+of ours are found again by their commit, unless `--any-commit` is given. Ends with tables in Markdown: all
+figures, and for each recipe the geometric mean over texts of its KL over the other package's, with the times.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,6 +50,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from auto_round.calibration.python_docs import PythonDocs
 from auto_round.evaluate.logits import Comparison
 
 SCRIPT = """
@@ -49,22 +63,38 @@ SINK_ROWS = 4
 """Rows whose attention is looked at: it is held for all blocks and heads at once."""
 
 
+PEER, DEFAULT, PYTHON_DOCS = "peer", "default", "python-docs"
+PEER_RECIPES: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
+    "light": {"iters": 50, "lr": 5e-3},
+    "best": {"iters": 1000, "nsamples": 512},
+}
+"""Of auto-round 0.16.1, by the arguments that they stand for."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One quantization: which package, model and settings."""
 
     package: str
     python: str
+    version: str
     model: Path
     scheme: str
     seed: int
     settings: tuple[tuple[str, Any], ...]
 
     @property
+    def named(self) -> dict[str, Any]:
+        """What it is, without paths."""
+        named = {"package": self.package, "model": self.model.name, "scheme": self.scheme, "seed": self.seed}
+        data = {name: Path(value).name for name, value in self.settings if name == "dataset"}
+        return named | dict(self.settings) | data
+
+    @property
     def key(self) -> str:
         """What tells it from others in the file of results."""
-        named = {"package": self.package, "model": self.model.name, "scheme": self.scheme, "seed": self.seed}
-        return json.dumps(named | dict(self.settings), sort_keys=True)
+        return json.dumps(self.named, sort_keys=True)
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `AutoRound`."""
@@ -78,7 +108,7 @@ class Run:
         }
         return wanted | {"seed": self.seed} | ({"iters": 0} if found[4] else {})
 
-    def quantize(self, out: Path) -> dict[str, float]:
+    def quantize(self, out: Path) -> dict[str, Any]:
         """Run it in a process of its own; returns what it cost."""
         log = out.with_suffix(".log")
         with log.open("w") as stream:
@@ -90,29 +120,74 @@ class Run:
         if status:
             sys.exit(f"{self.key} failed:\n{log.read_text()[-3000:]}")
         return {
+            "version": self.version,
+            "threads": torch.get_num_threads(),
             "wall_s": round(seconds, 1),
             "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
             "peak_mib": usage.ru_maxrss // 1024,
         }
 
+    def folder(self, under: Path) -> tuple[Path, dict[str, Any]]:
+        """The quantized folder and what it cost; made unless it is there."""
+        digest = hashlib.sha256(f"{self.key} {self.version}".encode()).hexdigest()[:12]
+        out = under / f"{self.model.name}-{self.scheme}-{digest}"
+        told = out.with_suffix(".cost")
+        if not told.exists():
+            shutil.rmtree(out, ignore_errors=True)
+            told.write_text(json.dumps(self.quantize(out)))
+        return next(path.parent for path in out.rglob("config.json")), json.loads(told.read_text())
 
-def words(path: Path) -> str:
-    """Text of a .txt, or of the field `text` of a .jsonl."""
+
+def commit() -> str:
+    """Of this repository, with a `+` where files differ from it."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    head = subprocess.run(
+        [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
+    )
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no", "../src"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def version_of(python: str) -> str:
+    """Version of the package of a Python."""
+    code = "from importlib.metadata import version; print(version('auto-round'))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    return found.stdout.strip()
+
+
+def recipe(given: str) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of one of ours: `NAME`, or `NAME={...}`."""
+    name, _, arguments = given.partition("=")
+    return name, json.loads(arguments) if arguments else {"recipe": name}
+
+
+def words(text: str) -> str:
+    """A text: a file, of JSON lines their `text` or `context`, or `python-docs`."""
+    if text == PYTHON_DOCS:
+        return "\n\n".join(document[:3000] for document in PythonDocs())
+    path = Path(text)
     if path.suffix != ".jsonl":
         return path.read_text()
-    return "\n\n".join(json.loads(line)["text"][:3000] for line in path.open())
+    lines = [json.loads(line) for line in path.open()]
+    return "\n\n".join((line.get("text") or line["context"])[:3000] for line in lines)
 
 
 class Original:
     """The unquantized model and what it says of the texts."""
 
-    def __init__(self, folder: Path, texts: list[Path], tokens: int, seqlen: int) -> None:
+    def __init__(self, folder: Path, texts: list[str], tokens: int, seqlen: int) -> None:
         self.model = loaded(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.rows = {}
-        for path in texts:
-            ids = tokenizer(words(path)[: tokens * 8], add_special_tokens=False)["input_ids"][:tokens]
-            self.rows[path.stem] = torch.tensor(ids[: len(ids) // seqlen * seqlen]).view(-1, seqlen)
+        for text in texts:
+            ids = tokenizer(words(text)[: tokens * 8], add_special_tokens=False)["input_ids"][:tokens]
+            self.rows[Path(text).stem] = torch.tensor(ids[: len(ids) // seqlen * seqlen]).view(-1, seqlen)
         # float16 halves the memory; a KL is changed by about 1e-5.
         self.logits = {
             name: [self.model(row[None], use_cache=False).logits[0, :-1].half() for row in rows]
@@ -121,11 +196,13 @@ class Original:
         first = next(iter(self.rows.values()))[:SINK_ROWS]
         self.states = inner(self.model, first)
 
-    def compare(self, folder: Path) -> dict[str, Any]:
+    def compare(self, folder: Path, texts: set[str]) -> dict[str, Any]:
         """Figures of a quantized folder."""
         candidate = loaded(folder).dequantize()  # only the weights differ, not the kernels
         found: dict[str, Any] = {"kl": {}, "perplexity": {}, "perplexity_original": {}, "same_top": {}}
         for text, rows in self.rows.items():
+            if text not in texts:
+                continue
             total = Comparison()
             for row, reference in zip(rows, self.logits[text], strict=True):
                 total.add(reference, candidate(row[None], use_cache=False).logits[0, :-1], row[1:])
@@ -176,40 +253,115 @@ def sinks(before: Inner, after: Inner) -> dict[str, float]:
 def table(lines: list[dict[str, Any]]) -> str:
     """The results in Markdown, one row a run."""
     texts = sorted({text for line in lines for text in line["kl"]})
-    head = [
-        "model",
-        "scheme",
-        "seed",
-        "package",
-        *(f"KL {t}" for t in texts),
-        *(f"same top {t}" for t in texts),
-    ]
-    head += ["wall s", "peak MiB", "sink error", "other error", "attention to sink"]
+    head = ["model", "scheme", "seed", "package", "version"]
+    head += [f"{kind} {t}" for kind in ("KL", "same top") for t in texts]
+    head += ["wall s", "cpu s", "peak MiB", "sink error", "other error", "attention to sink"]
     rows = [head, ["---"] * len(head)]
     for line in lines:
-        run = json.loads(line["run"])
+        run = line["run"]
         rows.append(
             [
                 *(str(run[name]) for name in ("model", "scheme", "seed", "package")),
+                line["version"],
                 *(str(line[kind].get(text, "")) for kind in ("kl", "same_top") for text in texts),
-                *(str(line[name]) for name in ("wall_s", "peak_mib", "sink_error", "other_error")),
+                *(str(line[n]) for n in ("wall_s", "cpu_s", "peak_mib", "sink_error", "other_error")),
                 f"{line['sink_attention_original']} -> {line['sink_attention']}",
             ]
         )
+    return _markdown(rows)
+
+
+def against_peer(lines: list[dict[str, Any]]) -> str:
+    """Each run of ours over the other package's default with the same rows."""
+    rows = [["model", "scheme", "seed", "recipe", "KL", "processor time", "memory"], ["---"] * 7]
+    for line in lines:
+        pair = [other for other in lines if _paired(line["run"], other["run"])]
+        shared = [t for t in line["kl"] if pair and t in pair[0]["kl"]]
+        if not shared:
+            continue
+        kl = math.exp(sum(math.log(line["kl"][t] / pair[0]["kl"][t]) for t in shared) / len(shared))
+        costs = [f"{line[name] / pair[0][name]:.2f}" for name in ("cpu_s", "peak_mib")]
+        who = [str(line["run"][name]) for name in ("model", "scheme", "seed", "package")]
+        rows.append([*who, f"**{kl:.3f}** ({', '.join(shared)})", *costs])
+    return _markdown(rows)
+
+
+def _paired(ours: dict[str, Any], other: dict[str, Any]) -> bool:
+    same = ("model", "scheme", "seed", "dataset", "nsamples", "seqlen")
+    peer = other["package"] == f"{PEER} {DEFAULT}" and not ours["package"].startswith(PEER)
+    return peer and all(ours.get(name) == other.get(name) for name in same)
+
+
+def _markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+class Results:
+    """The file of results, one JSON line a run and half."""
+
+    def __init__(self, path: Path, any_commit: bool) -> None:
+        self._path, self._any = path, any_commit
+        self._lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def missing(self, run: Run, texts: list[str]) -> list[str]:
+        """Texts of which nothing is known."""
+        known = {
+            text
+            for line in self._lines
+            if line["run"] == run.named and (self._any or line["version"] == run.version)
+            for text in line["kl"]
+        }
+        return [text for text in texts if Path(text).stem not in known]
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write a line."""
+        self._lines.append(line)
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+    def merged(self) -> list[dict[str, Any]]:
+        """The lines, those of one run put together."""
+        found: dict[str, dict[str, Any]] = {}
+        for line in self._lines:
+            key = json.dumps([line["run"], line["version"]], sort_keys=True)
+            before = found.setdefault(key, line)
+            kinds = {k: before[k] | v for k, v in line.items() if isinstance(v, dict) and k != "run"}
+            found[key] = before | kinds
+        return list(found.values())
+
+
+def runs_of(args: argparse.Namespace, model: Path) -> list[Run]:
+    """All runs of a model."""
+    shared = {name: getattr(args, name) for name in ("dataset", "iters", "nsamples", "seqlen")}
+    shared |= args.extra
+    here = (sys.executable, commit())
+    kinds = [(name, *here, shared | more) for name, more in map(recipe, args.ours)]
+    if args.peer_python:
+        there = (args.peer_python, version_of(args.peer_python))
+        kinds += [(f"{PEER} {name}", *there, shared | PEER_RECIPES[name]) for name in args.peer]
+    return [
+        Run(package, python, version, model, scheme, seed, tuple(settings.items()))
+        for scheme in args.schemes
+        for seed in args.seeds
+        for package, python, version, settings in kinds
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--half", choices=["dev", "report"], required=True)
     parser.add_argument("--models", type=Path, nargs="+", required=True)
     parser.add_argument("--schemes", nargs="+", required=True)
-    parser.add_argument("--texts", type=Path, nargs="+", required=True)
+    parser.add_argument("--dev-texts", nargs="+", default=[])
+    parser.add_argument("--report-texts", nargs="+", default=[PYTHON_DOCS])
     parser.add_argument("--dataset", required=True, help="calibration data")
+    parser.add_argument("--ours", nargs="*", default=[DEFAULT], help="recipes, or NAME={arguments}")
     parser.add_argument("--peer-python", help="Python with the other package; without it only ours runs")
-    parser.add_argument("--skip-ours", action="store_true")
-    parser.add_argument("--label", default="ours", help="name of our package in the table")
+    parser.add_argument("--peer", nargs="*", choices=list(PEER_RECIPES), default=[DEFAULT])
+    parser.add_argument("--any-commit", action="store_true", help="take runs of ours of other commits too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--iters", type=int, default=200)
     parser.add_argument("--nsamples", type=int, default=128)
@@ -217,35 +369,24 @@ def main() -> None:
     parser.add_argument("--extra", type=json.loads, default={}, help="JSON of further arguments of both")
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens of each text that are measured")
     parser.add_argument("--measure-seqlen", type=int, default=512)
-    parser.add_argument("--out", type=Path, required=True, help="file of results, one JSON line a run")
+    parser.add_argument("--keep", type=Path, help="folder in which quantized folders stay")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.jsonl")
     args = parser.parse_args()
-    settings = {
-        "dataset": args.dataset,
-        "iters": args.iters,
-        "nsamples": args.nsamples,
-        "seqlen": args.seqlen,
-    }
-    pairs = [] if args.skip_ours else [(args.label, sys.executable)]
-    pairs += [("peer", args.peer_python)] if args.peer_python else []
-    known = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    texts = args.dev_texts if args.half == "dev" else args.report_texts
+    results = Results(args.out, args.any_commit)
     with torch.no_grad():
         for model in args.models:
-            original = None
-            for scheme, seed, (package, python) in [
-                (scheme, seed, pair) for scheme in args.schemes for seed in args.seeds for pair in pairs
-            ]:
-                run = Run(package, python, model, scheme, seed, tuple((settings | args.extra).items()))
-                if any(line["run"] == run.key for line in known):
-                    continue
-                with tempfile.TemporaryDirectory() as folder:
-                    cost = run.quantize(Path(folder) / "out")
-                    made = next(path.parent for path in Path(folder).rglob("config.json"))
-                    original = original or Original(model, args.texts, args.tokens, args.measure_seqlen)
-                    known.append({"run": run.key, **cost, **original.compare(made)})
-                with args.out.open("a") as file:
-                    file.write(json.dumps(known[-1]) + "\n")
-                print(json.dumps(known[-1]), flush=True)
-    print(table(known))
+            wanted = [
+                (run, missing) for run in runs_of(args, model) if (missing := results.missing(run, texts))
+            ]
+            original = Original(model, texts, args.tokens, args.measure_seqlen) if wanted else None
+            for run, missing in wanted:
+                with tempfile.TemporaryDirectory() as passing:
+                    made, cost = run.folder(args.keep or Path(passing))
+                    figures = original.compare(made, {Path(text).stem for text in missing})
+                results.add({"run": run.named, **cost, **figures})
+    lines = results.merged()
+    print(table(lines), against_peer(lines), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ The other package runs `--peer` (its default, or its `best` or `light`), with th
 
 Writes one JSON line a run: our commit or the other's version, wall and processor seconds, peak memory (MiB),
 and for each text the mean KL(original || quantized) in nats per token, both perplexities and the share of
-equal most likely tokens. Then how the first tokens of rows fare, which attention uses as a sink in large
-models: `sink_energy`, their mean square over the median token's after the block where that is largest;
-`sink_error` and `other_error`, squared distance of their and of all other hidden states from the original's
-over their squares, mean over blocks; `sink_attention`, mean share of attention that the first token gets,
-original's and quantized.
+equal most likely tokens (`measured`: tokens of a text, tokens of a row). Then how the first tokens of rows
+fare, which attention uses as a sink in large models: `sink_energy`, their mean square over the median
+token's after the block where that is largest; `sink_error` and `other_error`, squared distance of their and
+of all other hidden states from the original's over their squares, mean over blocks; `sink_attention`, mean
+share of attention that the first token gets, original's and quantized.
 
 What is in the file already is left out, so an interrupted table continues; with `--keep` folders stay, and
 the second half needs no second run. Runs of the other package stay valid as long as its version does; those
@@ -273,23 +273,25 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def against_peer(lines: list[dict[str, Any]]) -> str:
     """Each run of ours over the other package's default with the same rows."""
-    rows = [["model", "scheme", "seed", "recipe", "KL", "processor time", "memory"], ["---"] * 7]
+    rows = [["model", "scheme", "seed", "recipe", "against", "KL", "processor time", "memory"], ["---"] * 8]
     for line in lines:
-        pair = [other for other in lines if _paired(line["run"], other["run"])]
-        shared = [t for t in line["kl"] if pair and t in pair[0]["kl"]]
-        if not shared:
-            continue
-        kl = math.exp(sum(math.log(line["kl"][t] / pair[0]["kl"][t]) for t in shared) / len(shared))
-        costs = [f"{line[name] / pair[0][name]:.2f}" for name in ("cpu_s", "peak_mib")]
-        who = [str(line["run"][name]) for name in ("model", "scheme", "seed", "package")]
-        rows.append([*who, f"**{kl:.3f}** ({', '.join(shared)})", *costs])
+        for pair in [other for other in lines if _paired(line, other)]:
+            shared = [text for text in line["kl"] if text in pair["kl"]]
+            if not shared:
+                continue
+            kl = math.exp(sum(math.log(line["kl"][t] / pair["kl"][t]) for t in shared) / len(shared))
+            costs = [f"{line[name] / pair[name]:.2f}" for name in ("cpu_s", "peak_mib")]
+            who = [str(line["run"][name]) for name in ("model", "scheme", "seed", "package")]
+            against = f"{pair['version']}, {pair['run']['iters']} steps"
+            rows.append([*who, against, f"**{kl:.3f}** ({', '.join(shared)})", *costs])
     return _markdown(rows)
 
 
-def _paired(ours: dict[str, Any], other: dict[str, Any]) -> bool:
+def _paired(line: dict[str, Any], other: dict[str, Any]) -> bool:
+    ours, peer = line["run"], other["run"]
     same = ("model", "scheme", "seed", "dataset", "nsamples", "seqlen")
-    peer = other["package"] == f"{PEER} {DEFAULT}" and not ours["package"].startswith(PEER)
-    return peer and all(ours.get(name) == other.get(name) for name in same)
+    right = peer["package"] == f"{PEER} {DEFAULT}" and not ours["package"].startswith(PEER)
+    return right and all(ours[n] == peer[n] for n in same) and line["measured"] == other["measured"]
 
 
 def _markdown(rows: list[list[str]]) -> str:
@@ -303,12 +305,13 @@ class Results:
         self._path, self._any = path, any_commit
         self._lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def missing(self, run: Run, texts: list[str]) -> list[str]:
+    def missing(self, run: Run, texts: list[str], measured: list[int]) -> list[str]:
         """Texts of which nothing is known."""
         known = {
             text
             for line in self._lines
-            if line["run"] == run.named and (self._any or line["version"] == run.version)
+            if line["run"] == run.named and line["measured"] == measured
+            if self._any or line["version"] == run.version
             for text in line["kl"]
         }
         return [text for text in texts if Path(text).stem not in known]
@@ -324,7 +327,7 @@ class Results:
         """The lines, those of one run put together."""
         found: dict[str, dict[str, Any]] = {}
         for line in self._lines:
-            key = json.dumps([line["run"], line["version"]], sort_keys=True)
+            key = json.dumps([line[n] for n in ("run", "measured", "version")], sort_keys=True)
             before = found.setdefault(key, line)
             kinds = {k: before[k] | v for k, v in line.items() if isinstance(v, dict) and k != "run"}
             found[key] = before | kinds
@@ -372,19 +375,22 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder in which quantized folders stay")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.jsonl")
     args = parser.parse_args()
+    measured = [args.tokens, args.measure_seqlen]
     texts = args.dev_texts if args.half == "dev" else args.report_texts
     results = Results(args.out, args.any_commit)
     with torch.no_grad():
         for model in args.models:
             wanted = [
-                (run, missing) for run in runs_of(args, model) if (missing := results.missing(run, texts))
+                (run, missing)
+                for run in runs_of(args, model)
+                if (missing := results.missing(run, texts, measured))
             ]
             original = Original(model, texts, args.tokens, args.measure_seqlen) if wanted else None
             for run, missing in wanted:
                 with tempfile.TemporaryDirectory() as passing:
                     made, cost = run.folder(args.keep or Path(passing))
                     figures = original.compare(made, {Path(text).stem for text in missing})
-                results.add({"run": run.named, **cost, **figures})
+                results.add({"run": run.named, "measured": measured, **cost, **figures})
     lines = results.merged()
     print(table(lines), against_peer(lines), sep="\n\n")
 

@@ -426,6 +426,24 @@ def test_rounding_again_gives_the_same_bits(config, masked, dtype):
         assert torch.equal(value, again.others[name])
 
 
+@pytest.mark.parametrize("fmt", [W2, int_format(3, 16, sym=False)], ids=lambda fmt: fmt.name)
+def test_held_codes_have_the_gradient_of_their_ranges(fmt):
+    block = Mlp()
+    weight = Weight.of(block, "up.weight", WeightTask(fmt), QUICK)
+    weight.v.uniform_(-0.4, 0.4, generator=torch.Generator().manual_seed(1))
+    knobs = [weight.knobs.lo, weight.knobs.hi]
+    for knob in knobs:
+        knob.requires_grad_()
+    found = weight.fake(hold=True)
+    assert torch.equal(found, weight.fake())
+    ahead = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
+    gradients = torch.autograd.grad((found * ahead).sum(), knobs)
+    q = weight.quantize()
+    alone = weight.format.fake_rescale(q, weight.stats, weight.knobs)
+    for gradient, wanted in zip(gradients, torch.autograd.grad((alone * ahead).sum(), knobs), strict=True):
+        assert torch.allclose(gradient, wanted, atol=1e-6)
+
+
 def test_kept_offsets_round_to_the_same_codes_from_a_little_further_inside():
     block = Mlp()
     weight = Weight.of(block, "up.weight", WeightTask(W2), None)

@@ -125,8 +125,8 @@ class TuneOptions:
     distill_lr: float | None = option(
         None,
         Spec(
-            "step size of the rounding offsets in distill_steps; when not given 0.002 at 2 bits, half of it "
-            "at 3 and so on",
+            "how many codes a rounding offset moves in distill_steps for each standard deviation by which "
+            "the sum of its gradients differs from 0; when not given 0.04",
             low=0,
         ),
     )

@@ -23,6 +23,11 @@ _ONE_OF_MANY = re.compile(r"(?:^|\.)experts\.\d+\.")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def may_route(path: str) -> bool:
+    """Whether a module of this path may choose experts."""
+    return bool(_ROUTER.search(path) or _MAYBE_ROUTER.search(path))
+
+
 def is_linear(module: nn.Module) -> bool:
     """True for layers that are a plain matrix product (and an optional bias) by a weight `[out, in]`.
 

@@ -15,13 +15,15 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import MAX_KNOB, Knobs, Stats
 from auto_round.numerics.ste import cast_ste
-from auto_round.tuning.distill import NORM_RATE, DistillConfig, Rate
+from auto_round.tuning.distill import DistillConfig, Rate
 from auto_round.tuning.samples import states_of
 from auto_round.tuning.sign_round import TunedBlock
 from auto_round.tuning.weights import Rescaled, Weight, fake_weights
 
 OFFSET, LOW, HIGH, RATIO, CODES, NORM = "v.", "lo.", "hi.", "ratio.", "codes.", "norm."
 """What a name among the values begins with."""
+NO_GRID = 8
+"""Bits that decide how far norms move where no weight beside them is rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +83,16 @@ class Student:
     def rates(self, config: DistillConfig) -> dict[str, Rate]:
         """How far each of the values moves in a step."""
         found: dict[str, Rate] = {}
+        bits = min((weight.format.grid.bits for weight in self.weights.values()), default=NO_GRID)
         for key, value in self.values.items():
             kind, _, name = key.partition(".")
             if kind + "." == NORM:
-                found[key] = Rate(NORM_RATE * float(value.abs().mean()))
+                found[key] = Rate(config.norm_rate(bits) * float(value.abs().mean()))
                 continue
-            bits = self.weights[name].format.grid.bits
             if kind + "." == OFFSET:
-                found[key] = Rate(config.offset_rate(bits))
+                found[key] = Rate(config.lr, summed=True)
             else:
-                found[key] = Rate(config.range_rate(bits), relative=True)
+                found[key] = Rate(config.range_rate(self.weights[name].format.grid.bits), relative=True)
         return found
 
     def parameters(self) -> dict[str, Tensor]:
@@ -142,7 +144,7 @@ class Student:
                 self.values[key].requires_grad_(False)
 
     def _gradients(self, parts: Sequence[Part]) -> tuple[dict[str, Tensor], list[tuple[Tensor | None, ...]]]:
-        made = fake_weights(self.weights) | self._norms()
+        made = fake_weights(self.weights, hold=True) | self._norms()
         used = {name: value.detach().requires_grad_() for name, value in made.items()}
         total: list[Tensor | None] = [None] * len(used)
         flowing: list[tuple[Tensor | None, ...]] = []

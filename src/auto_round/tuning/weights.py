@@ -22,8 +22,11 @@ MATRIX = 2
 AT_ONCE = 1 << 26
 """Weights of a stack up to which all of it is rounded at once. Rounding takes 16 bytes a weight for a while
 beside what its gradient keeps: with 400 million weights of 128 experts 6 GB, by matrix 50 MB."""
-MARGIN = 0.02
-"""How far inside, in units of the grid's spacing (docs/LOG.md)."""
+MARGIN = 0.1
+"""How far inside of what rounds to the same code an offset is left, in units of the grid's spacing
+(docs/LOG.md)."""
+MARGIN_STEPS = 5
+"""It is moved there in so many steps, so that it lies at most one of them further inside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,33 +99,40 @@ class Weight:
             v = torch.zeros_like(original, dtype=torch.float32)
         return cls(fmt, original, stats, knobs, v, block.get_parameter(name).dtype, task.importance)
 
-    def fake(self) -> Tensor:
-        """The weight as it would come back from its codes, in the dtype that the block runs in."""
-        if self.original.dim() > MATRIX and self.original.numel() > AT_ONCE:
-            return self._fake_by_matrix()
-        return self.format.fake_quantize(self.original, self.stats, self.knobs, self.v).to(self.dtype)
+    def fake(self, *, hold: bool = False) -> Tensor:
+        """The weight as it would come back from its codes, in the dtype that the block runs in.
 
-    def _fake_by_matrix(self) -> Tensor:
+        Args:
+            hold: gradients of the ranges are those of the same codes in other ranges. Else they are those of
+                ranges that codes follow, which says how far to go in search of ranges, but not which way a
+                model whose codes are found is better.
+        """
+        if self.original.dim() > MATRIX and self.original.numel() > AT_ONCE:
+            return self._fake_by_matrix(hold)
+        return _fake(self.format, self.original, self.stats, Learned(self.knobs, self.v), hold).to(self.dtype)
+
+    def _fake_by_matrix(self, hold: bool) -> Tensor:
         """The same, one matrix of a stack after the other: what rounding needs besides is that of one."""
         made = []
         # Unbound rather than indexed: the gradient of an index is a tensor of the whole stack's size.
         pieces = (self.original, self.v, self.knobs.lo, self.knobs.hi)
         for i, (w, v, lo, hi) in enumerate(zip(*(piece.unbind() for piece in pieces), strict=True)):
-            fmt = self.format.matrix(i)
-            made.append(fmt.fake_quantize(w, self.stats[i], Knobs(lo, hi), v).to(self.dtype))
+            learned = Learned(Knobs(lo, hi), v)
+            made.append(_fake(self.format.matrix(i), w, self.stats[i], learned, hold).to(self.dtype))
         return torch.stack(made)
 
     def learned(self) -> Learned:
         """The offsets and knobs as they are now, offsets a little inside of what rounds to the same codes.
 
         Sign descent leaves many weights at the very border between two numbers. The first steps of a later
-        stage, small as they are, would throw these to either side (`MARGIN`).
+        stage, small as they are, would throw these to either side.
         """
         with torch.no_grad():
-            v, codes = self.v.detach(), self._codes(self.v)
-            up, down = (self._codes(v + way) != codes for way in (MARGIN, -MARGIN))
-            inside = v + MARGIN * (down.to(v.dtype) - up.to(v.dtype))
-            inside = torch.where(self._codes(inside) == codes, inside, v)
+            inside, codes = self.v.detach(), self._codes(self.v)
+            for _ in range(MARGIN_STEPS):
+                up, down = (self._codes(inside + way) != codes for way in (MARGIN, -MARGIN))
+                moved = inside + MARGIN / MARGIN_STEPS * (down.to(inside.dtype) - up.to(inside.dtype))
+                inside = torch.where(self._codes(moved) == codes, moved, inside)
         return Learned(Knobs(self.knobs.lo.detach(), self.knobs.hi.detach()), inside)
 
     def _codes(self, v: Tensor) -> Tensor:
@@ -158,8 +168,8 @@ class Rescaled:
     ratio: Tensor
     dtype: torch.dtype
 
-    def fake(self) -> Tensor:
-        """The weight as it would come back from its codes, in the dtype that the block runs in."""
+    def fake(self, *, hold: bool = True) -> Tensor:
+        """The weight as it would come back from its codes, which stay, in the dtype of the block."""
         return self.format.fake_rescale(self.codes, self.stats, self._scaled()).to(self.dtype)
 
     def quantize(self) -> QTensor:
@@ -183,9 +193,19 @@ def measured(name: str, fmt: Format, w: Tensor) -> Stats:
         raise NumericsError(f"{name}: {error}") from None
 
 
-def fake_weights(weights: Mapping[str, Weight | Rescaled]) -> dict[str, Tensor]:
-    """All weights of a block as they would come back from their codes."""
-    return {name: weight.fake() for name, weight in weights.items()}
+def fake_weights(weights: Mapping[str, Weight | Rescaled], *, hold: bool = False) -> dict[str, Tensor]:
+    """All weights of a block as they would come back from their codes; see `Weight.fake`."""
+    return {name: weight.fake(hold=hold) for name, weight in weights.items()}
+
+
+def _fake(fmt: Format, w: Tensor, stats: Stats, learned: Learned, hold: bool) -> Tensor:
+    """As `Weight.fake`, float32."""
+    knobs, v = learned.knobs, learned.v
+    if not hold or not knobs.lo.requires_grad:
+        return fmt.fake_quantize(w, stats, knobs, v)
+    here = Knobs(knobs.lo.detach(), knobs.hi.detach())
+    held = fmt.fake_rescale(fmt.quantize(w, here, v.detach()), stats, knobs)
+    return fmt.fake_quantize(w, stats, here, v) + (held - held.detach())
 
 
 def round_to_nearest(

@@ -74,7 +74,7 @@ class TunedModel:
     @property
     def norms_tuned(self) -> bool:
         """Norm weights and biases are no longer the source's."""
-        return self.job.tune.tune_norm_bias
+        return self.job.tune.tune_norm_bias or bool(self.job.fresh)
 
     def reload(self, folder: Path, exporter: Exporter) -> dict[str, Any]:
         """Reload one output with Transformers and compare.

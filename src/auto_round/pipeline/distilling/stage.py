@@ -135,7 +135,7 @@ class _Loop:
         small = config.codes_stay or states <= SPILL_BYTES
         in_memory = small or not job.memory.low_cpu_mem_usage
         self._shelf = Shelf(self._folder, len(stage.members), in_memory=in_memory)
-        self._units = Units(job, stage.members, self._shelf, stage.ranges, stage.states, config.norms)
+        self._units = Units(job, stage.members, self._shelf, stage.ranges, stage.states)
         rows = job.rows.rows[job.tuned :] if job.rows is not None else ()
         self._held = whole(*trace_some(job, rows, self._folder / "held", stage.embedding))
 

@@ -21,7 +21,7 @@ from auto_round.pipeline.distilling.feed import Batch
 from auto_round.pipeline.distilling.shelf import LEARNED, MOMENTS
 from auto_round.pipeline.distilling.units import OpenUnit, Rows, Units
 from auto_round.pipeline.running.streams import Home, storage
-from auto_round.tuning.distill import DistillConfig, adam_step
+from auto_round.tuning.distill import DistillConfig, take_step
 from auto_round.tuning.predictions import Ends, summed_divergence
 from auto_round.tuning.student import Part
 
@@ -157,13 +157,13 @@ class Sweep:
             found, flowed = here.student.gradients(parts)
         values = here.student.values
         moments = {n: t.to(device) for n, t in shelf.load(unit, MOMENTS).items()}
-        adam_step(
+        take_step(
             values,
             {name: gradient.div_(count) for name, gradient in found.items()},
             moments,
             here.student.rates(self.config),
             step=number,
-            factor=self.config.factor(number),
+            config=self.config,
         )
         here.student.clamp()
         shelf.put(unit, LEARNED, values, number + 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from auto_round.facts.flow import States
+from auto_round.models.roles import may_route
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.head_steps import HeadSteps
 from auto_round.numerics.qtensor import QTensor
@@ -125,7 +126,6 @@ class Units:
         shelf: what is learned of them.
         ranges: extremes of inputs that calibration fixed.
         states: attention module of the model -> part -> its steps.
-        norms: norms are learned.
     """
 
     job: Job
@@ -133,7 +133,6 @@ class Units:
     shelf: Shelf
     ranges: InputRanges
     states: Mapping[str, Mapping[str, HeadSteps]]
-    norms: bool
 
     @contextmanager
     def open(self, number: int, rows: Rows) -> Iterator[OpenUnit]:
@@ -173,7 +172,7 @@ class Units:
             weights[name] = weight_of(name, plain, learned)
         norms: dict[str, Tensor] = {}
         for name, value in flat.items():
-            if name not in weights and (self.norms or NORM + name in learned):
+            if name not in weights and not may_route(name.rpartition(".")[0]):
                 known = learned.get(NORM + name)
                 norms[name] = value.to(torch.float32, copy=True) if known is None else known
         own = {name: value.dtype for name, value in flat.items()}

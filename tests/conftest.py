@@ -5,15 +5,38 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from auto_round.numerics.search import THOROUGH
 from auto_round.pipeline.checking import verify
+from auto_round.pipeline.deciding import job
 from auto_round.pipeline.machine import device
+from auto_round.tuning import sign_round
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(
+    int(os.environ["OMP_NUM_THREADS"])
+)  # read when PyTorch was loaded: too early for the above
+
+TESTS = Path(__file__).parent
+WHOLE_RUNS = (
+    "autoround",
+    "autoscheme",
+    "cli",
+    "evaluate",
+    "export",
+    "inference",
+    "pipeline",
+    "report",
+    "stored",
+)
+"""Folders whose tests are of what a run does with codes, whichever codes these are."""
+SHORT_SEARCH = replace(THOROUGH, points=12, rounds=2, distances=6, sweeps=1)
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +45,19 @@ def _bfloat16_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "has_bfloat16_arithmetic", lambda: True)
 
 
-@pytest.fixture(autouse=True)
-def _tiny_runs_stay_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short sample, and no waits for the disk: most of a tiny model's time. No test cuts the power."""
-    monkeypatch.setattr(verify, "NEW_TOKENS", 4)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+@pytest.fixture(autouse=True, scope="module")
+def _tiny_runs_stay_short(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A short sample, no waits for the disk (no test cuts the power) and, in whole runs, a shorter search.
+
+    These are most of a tiny model's time. What the search finds is for the tests of `numerics` and `tuning`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "NEW_TOKENS", 4)
+        patch.setattr(os, "fsync", lambda _: None)
+        if request.path.relative_to(TESTS).parts[0] in WHOLE_RUNS:
+            for place in (sign_round, job):
+                patch.setattr(place, "THOROUGH", SHORT_SEARCH)
+        yield
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def test_perplexity_alone(made):
 
 
 def test_another_vocabulary_is_refused_before_work(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(predictors, "load_folder", None)
+    monkeypatch.setattr(predictors, "load_whole", None)
     wider = save_small_model("llama", tmp_path / "wider", vocab_size=400)
     with pytest.raises(ConfigError, match=r"vocabulary of 288 tokens and .* one of 400"):
         run(made, wider)

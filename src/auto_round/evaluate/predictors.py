@@ -18,7 +18,7 @@ from auto_round.errors import (
 )
 from auto_round.evaluate.gguf_weights import gguf_weights
 from auto_round.evaluate.subject import Subject
-from auto_round.inference.load_folder import Loading, failures, load_folder, unpacked_to
+from auto_round.inference.load_folder import Loading, failures, load_whole
 from auto_round.log import logger
 from auto_round.models.auto_classes import auto_class, auto_class_name
 from auto_round.models.roles import text_model
@@ -112,18 +112,7 @@ def open_model(subject: Subject, how: Opening) -> Any:
     loading = Loading(subject.method, how.dtype, how.placement, how.trust, how.backend)
     if package := loading.missing_package():
         raise ConfigError(f"Transformers loads {subject.path} with a package: pip install {package}")
-    with failures(subject.path):
-        model, missing = load_folder(subject.path, loading)
-    if missing:
-        raise CheckpointError(
-            f"{subject.path}: {len(missing)} weights of the model are not found in it: "
-            f"{', '.join(missing[:_SHOWN])}"
-        )
-    if how.dtype is not None and model.dtype is not how.dtype:
-        with failures(subject.path):  # unpacks its weights
-            TransformersPredictor(model).logits(torch.zeros(1, 2, dtype=torch.int64, device=model.device))
-        unpacked_to(model, how.dtype)
-    return model
+    return load_whole(subject.path, loading)
 
 
 def _open_gguf(subject: Subject, how: Opening) -> Any:

@@ -14,6 +14,9 @@ import torch
 
 from auto_round.errors import AutoRoundError, CheckpointError, is_out_of_memory
 from auto_round.models.auto_classes import load_model
+from auto_round.models.roles import text_model
+
+_SHOWN = 4
 
 PACKAGES = {"compressed-tensors": ("compressed_tensors", "compressed-tensors")}
 """`quant_method` that Transformers loads with another package -> its module, and its name to install it."""
@@ -61,6 +64,34 @@ def load_folder(folder: Path, how: Loading) -> tuple[Any, list[str]]:
         warnings.simplefilter("ignore", UserWarning)
         model, found = load_model(folder, trust_remote_code=how.trust, output_loading_info=True, **settings)
     return model.eval(), sorted(found["missing_keys"])
+
+
+def load_whole(folder: Path, how: Loading, what: str = "it", advice: str = "") -> Any:
+    """The model of a folder with all of its weights, in the dtype that is asked for.
+
+    Args:
+        folder: of any format that Transformers loads.
+        how: it is loaded.
+        what: was loaded, in words.
+        advice: behind the reason.
+
+    Raises:
+        CheckpointError: Transformers does not load it, or weights are missing.
+    """
+    with failures(folder, what, advice):
+        model, missing = load_folder(folder, how)
+        if missing:
+            raise CheckpointError(
+                f"{folder}: {len(missing)} weights of the model are not found in it: "
+                f"{', '.join(missing[:_SHOWN])}{advice}"
+            )
+        if how.dtype is not None and model.dtype is not how.dtype:
+            with torch.no_grad():  # unpacks its weights
+                text_model(model)(
+                    input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False
+                )
+            unpacked_to(model, how.dtype)
+    return model
 
 
 def unpacked_to(model: Any, dtype: torch.dtype) -> None:

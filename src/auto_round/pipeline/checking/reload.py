@@ -12,13 +12,12 @@ import torch
 
 from auto_round.errors import AutoRoundError, CheckpointError
 from auto_round.export.hf_config import read_config
-from auto_round.inference.load_folder import Loading, failures, load_folder, unpacked_to
+from auto_round.inference.load_folder import Loading, failures, load_whole
 from auto_round.log import logger
 from auto_round.models.roles import text_model
 from auto_round.pipeline.machine.memory import available_bytes
 
 CPU = torch.device("cpu")
-_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +56,7 @@ class Reader:
             CheckpointError: Transformers does not load it, or finds weights missing.
         """
         with _failures(folder):
-            model, missing = load_folder(folder, self._loading())
-        if missing:
-            raise CheckpointError(
-                f"{folder}: {len(missing)} weights of the model are not found in it: "
-                f"{', '.join(missing[:_SHOWN])}. {_REPORT}"
-            )
-        if self.dtype is not None and model.dtype is not self.dtype:
-            predict_one_token(model, folder)  # unpacks its weights
-            unpacked_to(model, self.dtype)
-        return model
+            return load_whole(folder, self._loading(), _WHAT, f". {_REPORT}")
 
     def _loading(self) -> Loading:
         on_cpu = self.device.type == "cpu"
@@ -74,6 +64,7 @@ class Reader:
         return Loading(self.method, self.dtype, placement, self.trust)
 
 
+_WHAT = "what was written"
 _REPORT = "Please report this; the unfinished folder is kept"
 
 
@@ -123,7 +114,7 @@ class MemoryEndedError(AutoRoundError):
 def _failures(folder: Path) -> Iterator[None]:
     """What other people's code raises, as errors that say which folder they are about."""
     try:
-        with failures(folder, "what was written", f". {_REPORT}"):
+        with failures(folder, _WHAT, f". {_REPORT}"):
             yield
     except AutoRoundError:
         raise

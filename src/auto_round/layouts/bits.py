@@ -62,7 +62,7 @@ def pack_bits(codes: Tensor, bits: int, axis: int = -1) -> Tensor:
     last = codes.movedim(axis, -1)
     flat = last.reshape(-1, last.shape[-1])
     packed = torch.empty(flat.shape[0], n_words, dtype=torch.int32, device=codes.device)
-    step = _band(flat)
+    step = max(1, weights_at_once(codes.device, BAND) // max(1, flat.shape[1]))
     for start in range(0, flat.shape[0], step):
         rows = slice(start, start + step)
         _pack_rows(_aligned(flat[rows]), bits, packed[rows])
@@ -89,17 +89,15 @@ def unpack_bits(packed: Tensor, bits: int, axis: int = -1) -> Tensor:
     words(n_codes, bits)
     last = packed.movedim(axis, -1)
     flat = last.reshape(-1, last.shape[-1])
-    codes = torch.empty(flat.shape[0], n_codes, dtype=torch.uint8, device=packed.device)
-    step = _band(codes)
-    for start in range(0, flat.shape[0], step):
-        rows = slice(start, start + step)
-        codes[rows] = _unpack_rows(_aligned(flat[rows]), bits)
+    step = max(1, weights_at_once(packed.device, BAND) // max(1, n_codes))
+    if 0 < flat.shape[0] <= step and bits != 8:  # of 8 bits it would be the memory of `packed` itself
+        codes = _unpack_rows(_aligned(flat), bits)
+    else:
+        codes = torch.empty(flat.shape[0], n_codes, dtype=torch.uint8, device=packed.device)
+        for start in range(0, flat.shape[0], step):
+            rows = slice(start, start + step)
+            codes[rows] = _unpack_rows(_aligned(flat[rows]), bits)
     return codes.reshape(*last.shape[:-1], n_codes).movedim(-1, axis).contiguous()
-
-
-def _band(rows: Tensor) -> int:
-    """Rows to handle at a time."""
-    return max(1, weights_at_once(rows.device, BAND) // max(1, rows.shape[1]))
 
 
 def _aligned(x: Tensor) -> Tensor:

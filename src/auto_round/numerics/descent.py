@@ -93,10 +93,13 @@ class _Band:
         step = self._tiles(fmt.group.spread(scale.step, w.shape), fill=1.0)
         self._step, self._zero = step, by_channel(scale.zero)
         self._u = (self._tiles(w) if floor is None else self._tiles(w) + floor) / step
-        self._nearest = self._snap(self._u, slice(None))
+        self._nearest = self._snap(self._u, self._zero)
         self._error = (self._nearest - self._u).mul_(step)
         self._slope = products @ self._error
-        self._diagonal = products.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+        diagonal = products.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+        each = (step, self._u, self._error, self._slope, diagonal)
+        self._channels = list(zip(*(x.unbind(1) for x in each), strict=True))  # views, made once
+        self._zeros = None if self._zero is None else self._zero.unbind(1)
 
     def sweep(self) -> None:
         """Every weight once."""
@@ -107,13 +110,14 @@ class _Band:
                 self._improve(j, here)
             changed = self._error[:, here].sub(before)
             for others in (slice(0, start), slice(here.stop, TILE)):
-                self._slope[:, others] += self._products[:, others, here] @ changed
+                self._slope[:, others].add_(self._products[:, others, here] @ changed)
 
     def _improve(self, j: int, here: slice) -> None:
         """The best number of channel `j`; slopes of the channels `here` follow."""
-        step, u, error = self._step[:, j], self._u[:, j], self._error[:, j]
-        best = error - self._slope[:, j] / self._diagonal[:, j]
-        change = (self._snap(u + best / step, j) - u).mul_(step).sub_(error)
+        step, u, error, slope, diagonal = self._channels[j]
+        best = (slope / diagonal).neg_().add_(error)
+        zero = None if self._zeros is None else self._zeros[j]
+        change = self._snap(best.div_(step).add_(u), zero).sub_(u).mul_(step).sub_(error)
         self._slope[:, here].addcmul_(self._products[:, here, j, None], change[:, None])
         error.add_(change)
 
@@ -126,12 +130,9 @@ class _Band:
         tiles = away.masked_fill_(same, 0.0).permute(2, 0, 1)
         return tiles.reshape(len(tiles), -1)[:, : self._shape[1]]
 
-    def _snap(self, u: Tensor, channels: slice | int) -> Tensor:
+    def _snap(self, u: Tensor, zero: Tensor | None) -> Tensor:
         """Numbers of the grid nearest to `u`, the zero point removed."""
-        if self._zero is None:
-            return self._grid.snap(u)
-        zero = self._zero[:, channels]
-        return self._grid.snap(u, zero).sub_(zero)
+        return self._grid.snap(u) if zero is None else self._grid.snap(u, zero).sub_(zero)
 
     def _tiles(self, w: Tensor, fill: float = 0.0) -> Tensor:
         """`[rows, in]` as `[n_tiles, TILE, rows]`."""

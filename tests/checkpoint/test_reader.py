@@ -80,16 +80,6 @@ def test_rows(single: Path, zoo: dict[str, Tensor]) -> None:
             checkpoint.read_rows("scalar", 0, 1)
 
 
-def test_reading_into_memory_that_is_there(single: Path, zoo: dict[str, Tensor]) -> None:
-    with Checkpoint.open(single) as checkpoint:
-        out = torch.empty_like(zoo["cube"])
-        assert checkpoint.read_into("cube", out) is out
-        assert raw(out) == raw(zoo["cube"])
-        for wrong in (out.float(), out[:2], torch.empty(2, 3, 4, dtype=out.dtype).permute(2, 1, 0)):
-            with pytest.raises(InternalError, match="cube"):
-                checkpoint.read_into("cube", wrong)
-
-
 def test_result_is_aligned_and_owned(single: Path) -> None:
     with Checkpoint.open(single) as checkpoint:
         first = checkpoint.read("odd")

@@ -149,21 +149,6 @@ class Checkpoint:
         rows = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype, device="cpu")
         return self._fill(name, info, rows, info.begin + start * row_bytes)
 
-    def read_into(self, name: str, out: Tensor) -> Tensor:
-        """Like `read`, into contiguous CPU memory that is already there; returns `out`.
-
-        Raises:
-            CheckpointError: no such tensor, or its file ends early.
-            InternalError: dtype, shape, device or strides of `out` do not fit.
-        """
-        info = self.info(name)
-        fits = out.dtype == info.dtype and tuple(out.shape) == info.shape
-        if not fits or out.device.type != "cpu" or not out.is_contiguous():
-            raise InternalError(
-                f'tensor "{name}" is {info.dtype} {list(info.shape)}: cannot be read into {out.shape}'
-            )
-        return self._fill(name, info, out, info.begin)
-
     def copy_into(self, name: str, fd: int, offset: int) -> None:
         """Copy the bytes of a tensor to an open file without passing them through Python.
 

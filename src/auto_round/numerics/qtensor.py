@@ -62,7 +62,7 @@ def take_parts(
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
-    """What is stored of one quantized layer: its weight, and scales of what flows in and out.
+    """What is stored of one quantized layer: its weight, and the number of its input.
 
     Attributes:
         weight: codes and scales of the matrix.
@@ -70,10 +70,8 @@ class QuantizedLayer:
             measured numbers, what these are divided by (`FixedScale.number`); None where all is
             measured as the model runs, or where the input is left alone.
         input_zero: zero point of the input that calibration fixed, `[1]` int8; None where there is none.
-        output_scale: step of the output where a cache holds it quantized, float32; None elsewhere.
     """
 
     weight: QTensor
     input_scale: Tensor | None = None
     input_zero: Tensor | None = None
-    output_scale: Tensor | None = None

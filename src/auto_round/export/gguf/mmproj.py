@@ -21,7 +21,6 @@ from auto_round.export.gguf.values import Value
 from auto_round.models.source import ModelSource
 from auto_round.schemes.gguf_types import TYPES
 
-MMPROJ_TYPES = ("f16", "q8_0")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _SUFFIXES = (".weight", ".bias")
 _FILE_TYPES = {"f16": 1, "q8_0": 7}
@@ -119,7 +118,7 @@ def describe_mmproj(source: ModelSource, kind: str, name: str) -> Mmproj:
 
     Args:
         source: the model; no weights are read.
-        kind: one of `MMPROJ_TYPES`, for its matrices.
+        kind: a key of `_FILE_TYPES`, for its matrices.
         name: name of the model.
 
     Raises:

@@ -144,7 +144,6 @@ HELD = {
     "activations of whole numbers": {"bits": 4, "act_bits": 8, "act_group_size": -1},
     "a width that nobody packs": {"bits": 5},
     "a mixture with one": {"scheme": "W4A16", "bits": None, "layer_config": {"mlp": {"bits": 5}}},
-    "blocks of rows": {"scheme": "FP8_BLOCK", "bits": None, "group_size": None, "ignore_layers": "self_attn"},
 }
 """Plans that `auto_round` cannot hold and `fake` can."""
 

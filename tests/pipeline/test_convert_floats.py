@@ -98,8 +98,8 @@ def test_what_a_format_cannot_say_is_refused(tiny, tmp_path):
     result = quantize(
         tiny("llama"), tmp_path / "a", format="llm_compressor", scheme="INT8", group_size=-1, **PLAIN
     )
-    for target, reason in (("auto_gptq", "leave activations alone"), ("auto_round", "activations of layers")):
-        with pytest.raises(UnsupportedError, match=reason):
+    for target in ("auto_gptq", "auto_awq"):
+        with pytest.raises(UnsupportedError, match="leave activations alone"):
             convert_folder(result.folders[0], target, tmp_path / "b")
     result = quantize(tiny("llama"), tmp_path / "c", format="auto_round", scheme="MXFP4", **PLAIN)
     for target, reason in (("auto_gptq", "whole numbers"), ("fake", "stores weights"), ("gguf:q4_0", "GGUF")):

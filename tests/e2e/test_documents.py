@@ -130,6 +130,10 @@ COMMANDS = {
     "head": "auto-round --model_name MODEL --scheme W4A16 --quant_lm_head --format auto_round --iters 20",
     "devices": "auto-round --model MODEL --scheme W4A16 --device_map auto --iters 20",
     "memory": "auto-round --model MODEL --bs 1 --gradient_accumulate_steps 8 --seqlen 32 --iters 20",
+    "least memory": "auto-round --model MODEL --memory lowest --iters 20",
+    "all blocks together": "auto-round --model MODEL --bits 2 --iters 20 --distill_steps 20",
+    "scales together": "auto-round --model MODEL --bits 2 --iters 20 --distill_steps 20 --distill_scales_only"
+    " --distill_nsamples 40",
     "less memory": "auto-round --model MODEL --low_cpu_mem_usage --low_gpu_mem_usage --iters 20",
     "adam": "auto-round --model MODEL --adam --iters 20",
     "compiled": "auto-round --model MODEL --enable_torch_compile --iters 20",
@@ -155,6 +159,28 @@ def test_commands(reader: Reader, line: str) -> None:
 def test_words_about_the_commands(reader: Reader) -> None:
     assert "--scheme" in reader.command("auto-round -h")
     assert "gguf:q4_k_m" in reader.command("auto_round list format")
+
+
+def test_several_processes(reader: Reader) -> None:
+    """As a command and as a script, to the same bytes as one process where that is asked for."""
+    short = "--iters 5 --nsamples 16 --seqlen 32 --deterministic"
+    reader.command(f"torchrun --nproc-per-node 2 -m auto_round MODEL --output_dir two {short}")
+    reader.command(f"env OMP_NUM_THREADS=1 auto_round MODEL --output_dir one {short}")
+    one, two = (next((reader.place / name).rglob("model.safetensors")) for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    (reader.place / "my_script.py").write_text(
+        f"""{QUANTIZER}
+name = {str(reader.models / "Qwen3-0.6B")!r}
+AutoRound(name, iters=5, nsamples=16, seqlen=32).quantize_and_save("script")
+"""
+    )
+    reader.command("torchrun --nproc-per-node 2 my_script.py")
+    assert [folder.partition("/")[0] for folder in reader.finished()] == ["one", "script", "two"]
+
+
+def test_machines_that_are_not_at_hand(reader: Reader) -> None:
+    assert "H100" in reader.command("auto-round MODEL --dry_run --devices 8xH100")
+    assert reader.finished() == []
 
 
 def test_chat_template(reader: Reader) -> None:

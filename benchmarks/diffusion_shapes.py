@@ -3,7 +3,7 @@
 `train FOLDER` trains a small FLUX on generated pictures of coloured shapes with captions (a few minutes on
 one core). `compare FOLDER OUT` quantizes it by rounding and by tuning, and prints a JSON line for each: PSNR
 and SSIM of pictures of captions that were not tuned on, and the error of the transformer's predictions on
-held-out ones.
+held-out ones. `sheet OUT FILE` puts pictures of such a comparison side by side.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from auto_round.diffusion.sheet import TIMES
+from auto_round.testing.small_flux import clip_encoder, flux_pipeline, t5_encoder, word_tokenizer
 
 SIZE = 16
 SHAPES, COLOURS = ("circle", "square", "triangle"), ("red", "green", "blue", "yellow")
@@ -72,29 +75,8 @@ def pictures_of(texts: list[str], each: int, chance: random.Random) -> Tensor:
 
 def build() -> Any:
     """The pipeline with random weights; its text encoders stay as they are."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    from diffusers import AutoencoderKL
 
-    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {word: i + 4 for i, word in enumerate(WORDS)}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=12, **special)
-    clip = CLIPTextConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
-    )
-    t5 = T5Config(
-        vocab_size=64, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, is_encoder_decoder=False
-    )
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -109,27 +91,13 @@ def build() -> Any:
         scaling_factor=1.0,
         shift_factor=0.0,
     )
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=4,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=64,
-        pooled_projection_dim=32,
-        axes_dims_rope=(8, 12, 12),
-        guidance_embeds=False,
+    shape = {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 2, "attention_head_dim": 32}
+    shape |= {"axes_dims_rope": (8, 12, 12), "guidance_embeds": False}
+    encoders = (
+        clip_encoder(num_hidden_layers=1, max_position_embeddings=12),
+        t5_encoder(d_model=64, num_layers=1, num_heads=4),
     )
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae,
-        text_encoder=CLIPTextModel(clip).eval(),
-        tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(t5).eval(),
-        tokenizer_2=tokenizer,
-        transformer=transformer,
-    )
+    return flux_pipeline(shape, vae, encoders, [word_tokenizer(WORDS, 12)] * 2)
 
 
 def train_vae(vae: Any, pictures: Tensor, steps: int) -> float:
@@ -276,10 +244,43 @@ def compare(folder: Path, out: Path, words: argparse.Namespace) -> None:
         )
 
 
+def sheet(out: Path, file: Path, rows: int = 6, side: int = 64) -> None:
+    """Draw the pictures of a comparison: the original's, then each result's and how far it is from it.
+
+    Args:
+        out: where `compare` left its folders.
+        file: PNG file.
+        rows: captions that are shown.
+        side: pixels of a picture.
+    """
+    from PIL import Image, ImageChops, ImageDraw
+
+    found = [f"w{bits}-{name}" for bits in (4, 2) for name in METHODS]
+    found = [name for name in found if (out / name / "pictures").is_dir()]
+    texts = (out / "prompts.txt").read_text(encoding="utf-8").splitlines()[:rows]
+    step, top = side + 4, 14
+    drawn = Image.new("RGB", ((2 * len(found) + 1) * step + 4, top + rows * (step + top)), "white")
+    pen = ImageDraw.Draw(drawn)
+    titles = ["original", *(title for name in found for title in (name, f"difference x {TIMES}"))]
+    for column, title in enumerate(titles):
+        pen.text((4 + column * step, 2), title.replace("difference", "diff."), fill="black")
+    for row, text in enumerate(texts):
+        line = top + row * (step + top)
+        pen.text((4, line), text, fill="black")
+        original = Image.open(out / found[0] / "pictures" / f"{row:03d}-original.png")
+        shown = [original]
+        for name in found:
+            result = Image.open(out / name / "pictures" / f"{row:03d}-quantized.png")
+            shown += [result, ImageChops.difference(result, original).point(lambda value: TIMES * value)]
+        for column, picture in enumerate(shown):
+            drawn.paste(picture.resize((side, side), 0), (4 + column * step, line + top))
+    drawn.quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
+
+
 def main() -> None:
     """Read the words and do one of both."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("train", "compare"))
+    parser.add_argument("what", choices=("train", "compare", "sheet"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--steps", type=int, help="of training; of denoising")
@@ -289,6 +290,8 @@ def main() -> None:
     words = parser.parse_args()
     if words.what == "train":
         train(words.folder, words.steps or 1200)
+    elif words.what == "sheet":
+        sheet(words.folder, words.out)
     else:
         out = words.out or words.folder.with_name("compared")
         compare(words.folder, out, words)

@@ -64,6 +64,13 @@ def test_files_without_captions(tmp_path, name, text, message):
         of_file(written(tmp_path, name, text))
 
 
+@pytest.mark.parametrize("name", ["c.tsv", "c.txt", "c.jsonl"])
+def test_files_of_another_encoding(tmp_path, name):
+    (tmp_path / name).write_bytes(b"caption\nun caf\xe9\n")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        of_file(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["nowhere.tsv", "mbpp", "python-docs", "some/data"])
 def test_names_that_hold_none(name):
     with pytest.raises(ConfigError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -52,3 +53,58 @@ def test_what_is_not_there_is_refused():
         metrics.refuse_metrics(["clip", "imagereward"], drawn=True)
     assert "image-reward" in str(caught.value)
     metrics.refuse_metrics([], drawn=False)
+
+
+STAND_IN = """
+calls = []
+
+class Model:
+    def score(self, prompt, image):
+        calls.append((prompt, image.size, image.mode))
+        return float(len(prompt))
+
+def load(name="ImageReward-v1.0", device="cuda", download_root=None, med_config=None):
+    calls.append((name, device, med_config))
+    return Model()
+"""
+
+
+@pytest.fixture
+def reward(tmp_path, monkeypatch):
+    """A package that is called as image-reward 1.5 is, and files where those of its model lie."""
+    (tmp_path / "ImageReward.py").write_text(STAND_IN)
+    for name in ("ImageReward.pt", "med_config.json", "vocab.txt"):
+        (tmp_path / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ImageReward", raising=False)
+    here = {"weights": str(tmp_path), "reads": (str(tmp_path), ("vocab.txt",))}
+    one = replace(metrics.METRICS["imagereward"], **here)
+    monkeypatch.setattr(metrics, "METRICS", {"imagereward": one})
+    yield tmp_path
+    sys.modules.pop("ImageReward", None)
+
+
+def test_image_reward_is_given_captions_pictures_and_files(reward):
+    metrics.refuse_metrics(["imagereward"], drawn=True)
+    captions = ["a red cat", "a dog"]
+    assert metrics.judged(["imagereward"], captions, torch.rand(2, 8, 12, 3)) == {"imagereward": 7.0}
+    import ImageReward
+
+    files = [str(reward / name) for name in ("ImageReward.pt", "med_config.json")]
+    assert ImageReward.calls == [
+        (files[0], "cpu", files[1]),  # so that nothing is fetched
+        *((caption, (12, 8), "RGB") for caption in captions),
+    ]
+
+
+@pytest.mark.parametrize("name", ["ImageReward.pt", "med_config.json", "vocab.txt"])
+def test_each_file_of_image_reward_is_needed(reward, name):
+    (reward / name).unlink()
+    with pytest.raises(UnsupportedError, match=f"hf download {reward}"):
+        metrics.refuse_metrics(["imagereward"], drawn=True)
+
+
+def test_a_package_that_does_not_import_is_refused(reward):
+    (reward / "ImageReward.py").write_text("from transformers.modeling_utils import no_longer_there\n")
+    with pytest.raises(UnsupportedError, match="does not work with what is installed"):
+        metrics.refuse_metrics(["imagereward"], drawn=True)

@@ -7,8 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from auto_round.diffusion.record import joined, kept_steps, one_row
+from auto_round.diffusion.record import Recorder, joined, kept_steps, one_row
 from auto_round.diffusion.rows import Rows, RowWriter
+from auto_round.errors import UnsupportedError
 
 
 def a_call(batch):
@@ -72,3 +73,23 @@ def test_kept_steps_cover_all_steps(total, kept):
     for steps in map(sorted, each):  # evenly apart
         gaps = [after - before for before, after in pairwise(steps)]
         assert all(abs(gap - total / wanted) < 1 for gap in gaps)
+
+
+class Encoder(torch.nn.Module):
+    def forward(self, ids, mask=None, **kwargs):
+        raise NotImplementedError
+
+
+def test_an_encoder_is_kept_whatever_the_step(tmp_path):
+    """It is told no time; its calls count no step, and what it reads twice is kept once."""
+    encoder, writer, recorder = Encoder(), RowWriter(tmp_path), Recorder(first=6, count=2, total=9, kept=1)
+    ids = torch.tensor([[1, 2], [1, 3]])
+    recorder.note(encoder, (ids,), {"mask": ids > 1, "scale": 2, "output_hidden_states": True}, writer=writer)
+    recorder.note(encoder, (ids[[1, 1]],), {"mask": ids[[1, 1]] > 1, "scale": 2}, writer=writer)
+    with pytest.raises(UnsupportedError, match="3 pictures for 2 captions"):
+        recorder.note(encoder, (torch.zeros(3, 2),), {}, writer=writer)
+    writer.finish()
+    rows = Rows.open(tmp_path)
+    assert [(entry.caption, entry.step) for entry in rows.entries] == [(6, 0), (7, 0)]
+    assert same(rows.read(1), {"ids": ids[1:], "mask": ids[1:] > 1, "scale": 2})
+    assert recorder._step == -1

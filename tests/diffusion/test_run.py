@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,50 +16,13 @@ from auto_round.cli.main import main
 from auto_round.config import build_options
 from auto_round.diffusion.prepare import prepare_pipeline
 from auto_round.diffusion.run import run_pipeline
-from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.errors import CheckpointError, ConfigError, MissingError, UnsupportedError
 from auto_round.models.component import ComponentSource
 from auto_round.models.pipeline_folder import PipelineFolder
-from diffusion.tiny import CAPTIONS, FAMILIES, save
+from diffusion.runs import SHORT, WHOLE, Killed, job, killed_after, part, tree
+from diffusion.tiny import CAPTIONS, FAMILIES
 
-SHORT = {
-    "iters": 15,
-    "nsamples": 5,
-    "batch_size": 2,
-    "bits": 2,
-    "num_inference_steps": 3,
-    "device_map": "cpu",
-    "amp": False,
-}
-WHOLE = {"format": "auto_round,fake", "prompt": "a red cat", "report": True}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A function: name of a family -> its folder."""
-    root, made = tmp_path_factory.mktemp("pipelines"), dict[str, Path]()
-
-    def find(name):
-        if name not in made:
-            made[name] = save(FAMILIES[name][0], root / name)
-        return made[name]
-
-    return find
-
-
-def job(folder, name, out, **given):
-    arguments = {"steps_per_caption": 2, "pipeline_args": FAMILIES[name][1], **SHORT}
-    options = build_options({"model": str(folder), "output_dir": str(out), **arguments, **given})
-    return prepare_pipeline(options, dataset=CAPTIONS)
-
-
-def tree(folder):
-    """Every file but those that say when and how long."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +30,6 @@ def flux(tiny, tmp_path_factory):
     """A run in two formats that also compares pictures."""
     out = tmp_path_factory.mktemp("flux") / "out"
     return run_pipeline(job(tiny("flux"), "flux", out, **WHOLE))
-
-
-def part(result, name="transformer"):
-    return result.report["components"][name]
 
 
 def test_tuning_beats_rounding_on_captions_it_never_saw(flux):
@@ -148,16 +109,9 @@ def test_pictures_are_compared_and_drawn(flux):
 
 
 def test_killed_and_continued_it_gives_the_same_bytes(flux, tiny, tmp_path):
-    class Killed(BaseException):
-        pass
-
-    def kill(event):
-        if event.stage == "tune" and event.done == kill.after:
-            raise Killed
-
-    for kill.after in (1, 3):  # inside the first list of blocks, and inside the second
+    for blocks in (1, 3):  # inside the first list of blocks, and inside the second
         with pytest.raises(Killed):
-            run_pipeline(job(tiny("flux"), "flux", tmp_path / "out", **WHOLE), kill)
+            run_pipeline(job(tiny("flux"), "flux", tmp_path / "out", **WHOLE), killed_after(blocks))
     run_pipeline(job(tiny("flux"), "flux", tmp_path / "out", **WHOLE))
     assert tree(tmp_path / "out") == tree(flux.folders[0].parent)
 
@@ -243,6 +197,13 @@ BAD = {
     "predictions of tokens": ({"enable_alg_ext": True}, ConfigError, "enable_alg_ext"),
     "all blocks by predictions": ({"distill_steps": 2}, ConfigError, "distill_steps"),
     "an output head": ({"quant_lm_head": True}, ConfigError, "quant_lm_head"),
+    "an empty prompt": ({"prompt": " "}, ConfigError, "prompt is empty"),
+    "pictures of nothing": ({"image_save_dir": "pictures"}, ConfigError, "--prompt"),
+    "pictures below a file": (
+        {"prompt": "a cat", "image_save_dir": f"{__file__}/pictures"},
+        ConfigError,
+        "is a file, expected a folder",
+    ),
     "budgets": ({"avg_bits": 3, "scheme_options": "W2A16,W4A16"}, ConfigError, "avg_bits"),
 }
 
@@ -267,9 +228,51 @@ def test_data_without_captions_is_refused(tiny, tmp_path, monkeypatch, dataset, 
         prepare_pipeline(options)
 
 
+@pytest.mark.parametrize("data", [5, {"caption": "a cat"}, [], [1], [b"a cat"]], ids=repr)
+def test_captions_from_python_that_are_none(tiny, tmp_path, data):
+    options = build_options({"model": str(tiny("flux")), "output_dir": str(tmp_path / "out"), **SHORT})
+    with pytest.raises(ConfigError, match="caption"):
+        prepare_pipeline(options, dataset=data)
+
+
+DAMAGED = {
+    "a component is gone": (["vae"], CheckpointError, "not there: vae"),
+    "a configuration is gone": (["transformer/config.json"], MissingError, "config.json is missing"),
+    "weights are gone": (
+        ["transformer/diffusion_pytorch_model.safetensors"],
+        ConfigError,
+        "transformer has neither",
+    ),
+    "an encoder's configuration is gone": (["text_encoder_2/config.json"], MissingError, "config.json"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_folders_that_are_not_whole(tiny, tmp_path, name):
+    gone, kind, message = DAMAGED[name]
+    folder = tmp_path / "in"
+    shutil.copytree(tiny("flux"), folder)
+    for path in gone:
+        (shutil.rmtree if (folder / path).is_dir() else os.remove)(folder / path)
+    with pytest.raises(kind, match=message):
+        job(folder, "flux", tmp_path / "out", components="transformer,text_encoder_2")
+
+
+def test_a_quantized_pipeline_is_refused(tiny, flux, tmp_path):
+    with pytest.raises(UnsupportedError, match="quantized already"):
+        job(flux.folders[0], "flux", tmp_path / "out")
+
+
+@pytest.mark.parametrize("given", [{"max_sequence_length": 1000}, {"height": "large", "width": 16}], ids=repr)
+def test_what_a_pipeline_cannot_draw_is_said_in_its_own_words(tiny, tmp_path, given):
+    with pytest.raises(ConfigError, match="FluxPipeline does not draw captions as asked"):
+        run_pipeline(job(tiny("flux"), "flux", tmp_path / "out", pipeline_args=given))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pipeline_of_an_unknown_class_is_refused(tiny, tmp_path):
     folder = tmp_path / "other"
-    folder.mkdir()
+    shutil.copytree(tiny("flux"), folder)
     index = json.loads((tiny("flux") / "model_index.json").read_text())
     index["transformer"] = ["diffusers", "AllegroTransformer3DModel"]
     (folder / "model_index.json").write_text(json.dumps(index))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from auto_round.testing.small_flux import clip_encoder, flux_pipeline, t5_encoder, word_tokenizer
 
 WORDS = [*("a", "an", "the", "on", "in", "of"), *("dog", "cat", "man", "riding", "photo", "circle", "square")]
 WORDS += ["red", "blue", "green", "small", "large"]
@@ -23,39 +23,58 @@ CAPTIONS = [
 
 
 def tokenizer(length: int) -> Any:
-    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {word: i + 4 for i, word in enumerate(WORDS)}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        model_max_length=length,
-    )
+    return word_tokenizer(WORDS, length)
 
 
-def clip(kind: Any = CLIPTextModel) -> Any:
-    config = CLIPTextConfig(
+def umt5() -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    return UMT5EncoderModel(config).eval()
+
+
+def qwen3() -> Any:
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        projection_dim=32,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
+        num_key_value_heads=2,
+        head_dim=16,
     )
-    return kind(config).eval()
+    return Qwen3Model(config).eval()
 
 
-def t5(width: int = 32) -> Any:
-    config = T5Config(
-        vocab_size=64, d_model=width, d_kv=16, d_ff=64, num_layers=2, num_heads=2, is_encoder_decoder=False
+def qwen2_5_vl() -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e6},
+            "vocab_size": 64,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+        },
+        image_token_id=60,
+        video_token_id=61,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+        vocab_size=64,
     )
-    return T5EncoderModel(config).eval()
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 def vae(**named: Any) -> Any:
@@ -85,34 +104,14 @@ def wide_flux(depth: int) -> Any:
 
 
 def flux(depth: int = 2, singles: int = 2, heads: int = 2) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=depth,
-        num_single_layers=singles,
-        attention_head_dim=16,
-        num_attention_heads=heads,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(),
-        text_encoder=clip(),
-        tokenizer=tokenizer(77),
-        text_encoder_2=t5(),
-        tokenizer_2=tokenizer(64),
-        transformer=transformer.eval(),
-    )
+    shape = {"num_layers": depth, "num_single_layers": singles, "num_attention_heads": heads}
+    shape |= {"attention_head_dim": 16, "axes_dims_rope": (4, 4, 8), "guidance_embeds": True}
+    encoders = clip_encoder(), t5_encoder()
+    return flux_pipeline(shape, vae(), encoders, (tokenizer(77), tokenizer(64)))
 
 
 def sd3() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection
 
     transformer = SD3Transformer2DModel(
         sample_size=32,
@@ -129,11 +128,11 @@ def sd3() -> Any:
     return StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae(),
-        text_encoder=clip(CLIPTextModelWithProjection),
+        text_encoder=clip_encoder(projection=True),
         tokenizer=tokenizer(77),
-        text_encoder_2=clip(CLIPTextModelWithProjection),
+        text_encoder_2=clip_encoder(projection=True),
         tokenizer_2=tokenizer(77),
-        text_encoder_3=t5(64),
+        text_encoder_3=t5_encoder(d_model=64),
         tokenizer_3=tokenizer(64),
         transformer=transformer.eval(),
     )
@@ -146,7 +145,6 @@ def qwen_image() -> Any:
         QwenImagePipeline,
         QwenImageTransformer2DModel,
     )
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
@@ -158,33 +156,10 @@ def qwen_image() -> Any:
         joint_attention_dim=32,
         axes_dims_rope=(8, 4, 4),
     )
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "rope_parameters": {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e6},
-            "vocab_size": 64,
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-        },
-        image_token_id=60,
-        video_token_id=61,
-        vision_start_token_id=62,
-        vision_end_token_id=63,
-        vocab_size=64,
-    )
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=AutoencoderKLQwenImage(**_video_vae()).eval(),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+        text_encoder=qwen2_5_vl(),
         tokenizer=tokenizer(1058),
         transformer=transformer.eval(),
     )
@@ -197,7 +172,6 @@ def wan() -> Any:
         WanPipeline,
         WanTransformer3DModel,
     )
-    from transformers import UMT5Config, UMT5EncoderModel
 
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -211,11 +185,10 @@ def wan() -> Any:
         num_layers=2,
         rope_max_seq_len=32,
     )
-    config = UMT5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
     return WanPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         vae=AutoencoderKLWan(**_video_vae()).eval(),
-        text_encoder=UMT5EncoderModel(config).eval(),
+        text_encoder=umt5(),
         tokenizer=tokenizer(512),
         transformer=transformer.eval(),
     )
@@ -223,7 +196,6 @@ def wan() -> Any:
 
 def z_image() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-    from transformers import Qwen3Config, Qwen3Model
 
     transformer = ZImageTransformer2DModel(
         in_channels=4,
@@ -239,21 +211,12 @@ def z_image() -> Any:
     for name, parameter in transformer.named_parameters():
         if name.endswith("pad_token"):  # which is left as memory was
             parameter.data.normal_()
-    config = Qwen3Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
     words = tokenizer(512)
     words.chat_template = "a photo of {% for m in messages %}{{ m['content'] }}{% endfor %}"
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae(),
-        text_encoder=Qwen3Model(config).eval(),
+        text_encoder=qwen3(),
         tokenizer=words,
         transformer=transformer.eval(),
     )
@@ -261,7 +224,6 @@ def z_image() -> Any:
 
 def sdxl() -> Any:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModelWithProjection
 
     unet = UNet2DConditionModel(
         block_out_channels=(32, 64),
@@ -283,9 +245,9 @@ def sdxl() -> Any:
     return StableDiffusionXLPipeline(
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         vae=vae(shift_factor=None),
-        text_encoder=clip(),
+        text_encoder=clip_encoder(),
         tokenizer=tokenizer(77),
-        text_encoder_2=clip(CLIPTextModelWithProjection),
+        text_encoder_2=clip_encoder(projection=True),
         tokenizer_2=tokenizer(77),
         unet=unet.eval(),
     )

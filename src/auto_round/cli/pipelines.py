@@ -55,7 +55,7 @@ def plan(job: PipelineJob) -> str:
     drawn = f"{job.call.steps} steps a caption, of which {min(kept, job.call.steps)} are tuned on"
     folders = ", ".join(map(str, job.folders(job.output).values()))
     return "\n".join(
-        [*parts, "", f"method:  {job.first.method.sentence}", f"drawing: {drawn}", f"output:  {folders}"]
+        [*parts, "", f"method:  {job.method.sentence}", f"drawing: {drawn}", f"output:  {folders}"]
     )
 
 
@@ -73,7 +73,7 @@ def _lines(result: PipelineResult) -> Iterator[tuple[str, str]]:
                 f"{held['relative_error']:.3g} of the square of what it predicts, held-out captions",
             )
         else:
-            yield "quality", "not measured: no captions were asked for"
+            yield "quality", "not measured: no captions are held out"
     if (shown := report.get("pictures")) is not None:
         yield (
             "pictures",

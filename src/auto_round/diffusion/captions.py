@@ -68,9 +68,7 @@ def of_file(path: Path) -> list[str]:
     if path.suffix.lower() == ".tsv":
         return _of_table(path)
     if path.suffix.lower() == ".txt":
-        with reading(path):
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        return _of_records([line for line in lines if line.strip()], str(path))
+        return _of_records([line for line in _lines(path) if line.strip()], str(path))
     return _of_records(read_path(path, ()), str(path))
 
 
@@ -95,20 +93,33 @@ def _existing(name: str) -> None:
         raise MissingError(f"captions {path}: no such file; relative paths begin at {Path.cwd()}")
 
 
+def _lines(path: Path) -> list[str]:
+    with reading(path):
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"captions {path}: expected text in UTF-8 ({error})") from error
+
+
 def _of_table(path: Path) -> list[str]:
-    with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        names = rows.fieldnames or ()
-        column = next((name for name in FIELDS if name in names), None)
-        if column is None:
-            raise ConfigError(
-                f"captions {path}: its first line names the columns {list(names)}; expected one of "
-                f"{', '.join(FIELDS)}"
-            )
-        return _of_records([row[column] for row in rows if row[column]], str(path))
+    rows = csv.DictReader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+    names = rows.fieldnames or ()
+    column = next((name for name in FIELDS if name in names), None)
+    if column is None:
+        raise ConfigError(
+            f"captions {path}: its first line names the columns {list(names)}; expected one of "
+            f"{', '.join(FIELDS)}"
+        )
+    return _of_records([row[column] for row in rows if row[column]], str(path))
 
 
 def _of_records(records: Iterable[Any], name: str) -> list[str]:
+    if isinstance(records, Mapping) or not isinstance(records, Iterable):
+        raise ConfigError(
+            f"captions {name}: expected a list of captions, or of mappings with one of {', '.join(FIELDS)}, "
+            f"got a {type(records).__name__}"
+        )
     captions = [_caption(record, f"{name}, record {i}") for i, record in enumerate(records)]
     if not captions:
         raise ConfigError(f"captions {name}: it holds none")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from auto_round.config import Options
-from auto_round.errors import ConfigError, nearest
-from auto_round.models.pipeline_folder import PipelineFolder
+from auto_round.errors import AutoRoundError, ConfigError, is_out_of_memory, nearest
+from auto_round.models.pipeline_folder import DENOISERS, PipelineFolder
 
 STEPS = "num_inference_steps"
 _OWN = frozenset(
@@ -59,6 +60,12 @@ class Drawing:
         """Denoising steps of a picture."""
         return self.call.steps
 
+    @property
+    def denoisers(self) -> tuple[nn.Module, ...]:
+        """Components that are called at every step."""
+        parts = (getattr(self.pipeline, name, None) for name in DENOISERS)
+        return tuple(part for part in parts if isinstance(part, nn.Module))
+
     def latents(self, captions: Sequence[str], first: int) -> Any:
         """What the denoising ends with for some captions, the first of which has number `first`."""
         return self._run(captions, first, "latent")
@@ -69,7 +76,7 @@ class Drawing:
 
     def _run(self, captions: Sequence[str], first: int, kind: str) -> Any:
         noise = [torch.Generator().manual_seed(self.call.seed + first + i) for i in range(len(captions))]
-        with torch.no_grad():
+        with torch.no_grad(), _asked_of(self.pipeline):
             output = self.pipeline(
                 prompt=list(captions),
                 generator=noise,
@@ -78,6 +85,26 @@ class Drawing:
                 **self.call.arguments,
             )
         return output[0]
+
+
+@contextmanager
+def _asked_of(pipeline: Any) -> Iterator[None]:
+    """Say whose error it is where a pipeline cannot do what it is asked for.
+
+    Raises:
+        ConfigError: with the pipeline's own words.
+    """
+    try:
+        yield
+    except AutoRoundError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"{type(pipeline).__name__} does not draw captions as asked ({type(error).__name__}: "
+            f"{str(error).strip()[:300]}): see pipeline_args, and that it needs nothing but captions"
+        ) from error
 
 
 def settle_call(options: Options, folder: PipelineFolder) -> Call:

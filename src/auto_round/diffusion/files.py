@@ -11,8 +11,8 @@ from auto_round.diffusion.prepare import PipelineJob
 from auto_round.export.exporter import Exporter
 from auto_round.export.hf_config import read_config, write_configs
 from auto_round.export.unplanned import with_unplanned
-from auto_round.models.component import ComponentSource
 from auto_round.models.hub import PIPELINE_INDEX
+from auto_round.models.replayed import ReplayedSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.schemes.float_types import FLOAT_TYPES
 
@@ -22,7 +22,7 @@ _OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_da
 _BESIDE = ("LICENSE*", "NOTICE*")
 
 
-def write_component(job: Job, exporter: Exporter, source: ComponentSource, folder: Path) -> None:
+def write_component(job: Job, exporter: Exporter, source: ReplayedSource, folder: Path) -> None:
     """Write the configurations of a tuned component."""
     plan, layers = with_unplanned(job.plan, source.layers, source.blocks, source.tensors, source.parameters)
     quantization = exporter.config(plan, layers, source.blocks, job.method.facts)
@@ -57,6 +57,12 @@ def _kept_files(job: PipelineJob) -> Iterator[Path]:
     for pattern in _BESIDE:
         yield from sorted(path.relative_to(root) for path in root.glob(pattern) if path.is_file())
     for name in job.pipeline.components:
-        if name not in job.jobs and (root / name).is_dir():
+        if (root / name).is_dir():
             inside = sorted(path for path in (root / name).rglob("*") if path.is_file())
-            yield from (p.relative_to(root) for p in inside if p.suffix not in _OTHER_WEIGHTS)
+            kept = (path for path in inside if path.suffix not in _OTHER_WEIGHTS)
+            yield from (p.relative_to(root) for p in kept if name not in job.jobs or not _written(p))
+
+
+def _written(path: Path) -> bool:
+    """Whether a file of a tuned component is not copied, but written anew."""
+    return path.name == "config.json" or any(path.match(f"*.safetensors{end}") for end in ("", ".index.json"))

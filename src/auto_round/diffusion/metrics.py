@@ -29,15 +29,17 @@ class Metric:
         package: module that computes it.
         install: name of that package.
         weights: model on the hub, or a folder.
-        file: the file of its weights.
+        files: what has to be there of it.
         judge: computes it.
+        reads: another model, of which files have to be there too, and their names.
     """
 
     package: str
     install: str
     weights: str
-    file: str
+    files: tuple[str, ...]
     judge: Judge
+    reads: tuple[str, tuple[str, ...]] = ("", ())
 
 
 def _clip_score(weights: str, captions: Sequence[str], pictures: Sequence[Any]) -> float:
@@ -56,10 +58,12 @@ def _clip_iqa(weights: str, captions: Sequence[str], pictures: Sequence[Any]) ->
 
 
 def _image_reward(weights: str, captions: Sequence[str], pictures: Sequence[Any]) -> float:
-    del weights
+    """Mean reward (Xu et al., "ImageReward", 2023). Files are named: else it would fetch them anew."""
     from PIL import Image
 
-    model = importlib.import_module("ImageReward").load("ImageReward-v1.0")
+    model_file, layout = (str(_found(weights, name)) for name in METRICS["imagereward"].files)
+    package = importlib.import_module("ImageReward")
+    model = package.load(model_file, device="cpu", med_config=layout)
     scores = [
         float(model.score(caption, Image.fromarray(picture)))
         for caption, picture in zip(captions, pictures, strict=True)
@@ -90,10 +94,15 @@ def _embedded(
 _CLIP = "openai/clip-vit-large-patch14"
 
 METRICS: Mapping[str, Metric] = {
-    "clip": Metric("transformers", "transformers", _CLIP, "model.safetensors", _clip_score),
-    "clip-iqa": Metric("transformers", "transformers", _CLIP, "model.safetensors", _clip_iqa),
+    "clip": Metric("transformers", "transformers", _CLIP, ("model.safetensors",), _clip_score),
+    "clip-iqa": Metric("transformers", "transformers", _CLIP, ("model.safetensors",), _clip_iqa),
     "imagereward": Metric(
-        "ImageReward", "image-reward", "THUDM/ImageReward", "ImageReward.pt", _image_reward
+        "ImageReward",
+        "image-reward",
+        "THUDM/ImageReward",
+        ("ImageReward.pt", "med_config.json"),
+        _image_reward,
+        ("bert-base-uncased", ("vocab.txt",)),
     ),
 }
 
@@ -129,15 +138,28 @@ def judged(names: Sequence[str], captions: Sequence[str], pictures: Tensor) -> d
 
 
 def _missing(name: str) -> Refusal | None:
-    from huggingface_hub import try_to_load_from_cache
-
     metric = METRICS[name]
     if importlib.util.find_spec(metric.package) is None:
         return Refusal(name, f"needs a package that is missing: pip install {metric.install}")
-    if (Path(metric.weights) / metric.file).is_file():
-        return None
-    if not isinstance(try_to_load_from_cache(metric.weights, metric.file), str):
-        return Refusal(
-            name, f"its weights are not on this machine: hf download {metric.weights}", "or leave it out"
-        )
+    for weights, files in ((metric.weights, metric.files), metric.reads):
+        if any(_found(weights, file) is None for file in files):
+            reason = f"its weights are not on this machine: hf download {weights}"
+            return Refusal(name, reason, "or leave it out")
+    try:
+        importlib.import_module(metric.package)
+    except Exception as error:  # noqa: BLE001  image-reward 1.5 asks Transformers for what it no longer has
+        why = str(error).strip().split("\n", 1)[0]
+        reason = f"the package {metric.install} does not work with what is installed: {why}"
+        return Refusal(name, reason, "leave it out")
     return None
+
+
+def _found(weights: str, file: str) -> Path | None:
+    """A file of a model in a folder, or on the hub where it is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    own = Path(weights) / file
+    if own.is_file() or Path(weights).is_dir():
+        return own if own.is_file() else None
+    cached = try_to_load_from_cache(weights, file)
+    return Path(cached) if isinstance(cached, str) else None

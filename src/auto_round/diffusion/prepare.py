@@ -7,19 +7,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from auto_round.checkpoint.shards import DIFFUSERS
+from auto_round.checkpoint.shards import DIFFUSERS, TRANSFORMERS
 from auto_round.config import DiffusionOptions, Options
 from auto_round.diffusion.captions import check_captions, of_file, read_captions
 from auto_round.diffusion.drawing import Call, settle_call
 from auto_round.diffusion.metrics import refuse_metrics
-from auto_round.errors import ConfigError, Refusal, UnsupportedError
+from auto_round.diffusion.sheet import require_pillow
+from auto_round.errors import CannotHoldError, CheckpointError, ConfigError, Refusal, UnsupportedError
+from auto_round.export.table import EXPORTERS
 from auto_round.log import logger
 from auto_round.models.component import ComponentSource, refuse_unknown
+from auto_round.models.encoder import EncoderSource, refuse_textless
 from auto_round.models.hub import resolve_pipeline
 from auto_round.models.pipeline_folder import DENOISERS, PipelineFolder
-from auto_round.pipeline.deciding.decide import decide
+from auto_round.models.replayed import ReplayedSource
+from auto_round.pipeline.deciding.decide import Decided, decide
 from auto_round.pipeline.deciding.fetch_rows import held_out_rows
 from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.method import Method, method_of
 from auto_round.pipeline.deciding.open_model import Opened
 from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.request import Request, make_request
@@ -52,7 +57,7 @@ class PipelineJob:
         options: what the user asked for.
         pipeline: the folder.
         call: how it draws.
-        jobs: component -> its own job, without rows; its source is a `ComponentSource`.
+        jobs: component -> its own job, without rows; its source is a `ReplayedSource`.
         captions: to calibrate on, those that are held out last; none for plain rounding.
         tuned: how many of them are tuned on.
         prompts: captions of pictures to compare.
@@ -68,17 +73,28 @@ class PipelineJob:
     prompts: tuple[str, ...]
     output: Path
 
-    def source(self, component: str) -> ComponentSource:
+    def source(self, component: str) -> ReplayedSource:
         """The component, read block by block."""
         source = self.jobs[component].source
-        if not isinstance(source, ComponentSource):
+        if not isinstance(source, ReplayedSource):
             raise TypeError(component)
         return source
+
+    @property
+    def denoises(self) -> bool:
+        """Some component is called at every denoising step; False where all of them read captions."""
+        return any(isinstance(job.source, ComponentSource) for job in self.jobs.values())
 
     @property
     def first(self) -> Job:
         """The job of the first component."""
         return next(iter(self.jobs.values()))
+
+    @property
+    def method(self) -> Method:
+        """How the components are quantized, in words."""
+        tune = self.first.tune
+        return method_of(self.options, tune, with_rows=tune.needs_rows)
 
     def folders(self, root: Path) -> dict[str, Path]:
         """Folder of each output format under `root`, each a whole pipeline."""
@@ -115,6 +131,7 @@ def prepare_pipeline(
     pipeline = PipelineFolder.open(folder or resolve_pipeline(options.model.model, options.model.platform))
     call = settle_call(options, pipeline)
     prompts = _prompts(options.diffusion)
+    _refuse_places(options, pipeline, drawn=bool(prompts))
     refuse_metrics(options.diffusion.metrics, drawn=bool(prompts))
     if dataset is None:
         check_captions(options.calibration.dataset)
@@ -126,7 +143,7 @@ def prepare_pipeline(
     jobs: dict[str, Job] = {}
     try:
         for name in _components(options.diffusion, pipeline):
-            jobs[name] = _job(request, ComponentSource.open(pipeline.folder / name, pipeline.kind(name)))
+            jobs[name] = _job(request, _open(pipeline, name))
     except BaseException:
         for job in jobs.values():
             _close(job)
@@ -152,7 +169,8 @@ def _lasting(options: Options) -> Options:
     """The options with steps in bfloat16 where the user names no dtype.
 
     diffusers casts scales to the dtype that a pipeline is loaded in, as a rule bfloat16; float16 would lose
-    bits there, and the weights would no longer be those that were tuned.
+    bits there, and the weights would no longer be those that were tuned. Steps of floating numbers are in the
+    dtype of the model, in which their readers compute.
     """
     scheme = parse_scheme(options.scheme.scheme, options.scheme.overrides())
     if options.scheme.scale_dtype is not None or scheme.data_type in FLOAT_TYPES:
@@ -184,6 +202,30 @@ def _refuse_options(options: Options) -> None:
         raise UnsupportedError("AutoScheme does not choose schemes for pipelines of diffusers yet")
 
 
+def _refuse_places(options: Options, pipeline: PipelineFolder, *, drawn: bool) -> None:
+    """Refuse folders that cannot be read or written.
+
+    Raises:
+        CheckpointError: a component of the pipeline is not there.
+        ConfigError: pictures cannot be written, or nobody asks for any.
+    """
+    absent = [name for name in pipeline.components if not (pipeline.folder / name).is_dir()]
+    if absent:
+        raise CheckpointError(
+            f"{pipeline.folder}: its index names components that are not there: {', '.join(absent)}"
+        )
+    if drawn:
+        require_pillow()
+    if options.diffusion.image_save_dir is None:
+        return
+    if not drawn:
+        raise ConfigError("image_save_dir is for pictures: say what to draw with --prompt or --prompt_file")
+    place = Path(options.diffusion.image_save_dir).expanduser()
+    in_the_way = next((p for p in (place, *place.parents) if p.exists() and not p.is_dir()), None)
+    if in_the_way is not None:
+        raise ConfigError(f"image_save_dir {place}: {in_the_way} is a file, expected a folder")
+
+
 def _components(wanted: DiffusionOptions, pipeline: PipelineFolder) -> tuple[str, ...]:
     """Components to make small.
 
@@ -199,16 +241,29 @@ def _components(wanted: DiffusionOptions, pipeline: PipelineFolder) -> tuple[str
             [Refusal("diffusion", f"its components are {have}", "name some with --components")],
         )
     for name in names:
-        pipeline.kind(name)
-        refuse_unknown(pipeline.components[name][1])
-    return names
+        kind = pipeline.kind(name)
+        if pipeline.is_encoder(name):
+            refuse_textless(kind)
+        else:
+            refuse_unknown(kind.__name__)
+    return tuple(dict.fromkeys(names))
 
 
-def _job(request: Request, source: ComponentSource) -> Job:
+def _open(pipeline: PipelineFolder, name: str) -> ReplayedSource:
+    """A component without its weights."""
+    folder, kind = pipeline.folder / name, pipeline.kind(name)
+    if pipeline.is_encoder(name):
+        return EncoderSource.of_kind(folder, kind)
+    return ComponentSource.open(folder, kind)
+
+
+def _job(request: Request, source: ReplayedSource) -> Job:
     """The job of one component."""
     opened = Opened(request.options, source, None)
     try:
-        decided = decide(request, opened)
+        decided = _decide(request, opened)
+        if decided.tune.needs_rows:
+            source.refuse_untraceable()
     except BaseException:
         source.close()
         raise
@@ -228,12 +283,35 @@ def _job(request: Request, source: ComponentSource) -> Job:
         dtype=decided.dtype,
         output=request.output,
         placement=place_layers(request.devices, source),
-        files=DIFFUSERS,
+        files=TRANSFORMERS if isinstance(source, EncoderSource) else DIFFUSERS,
     )
 
 
+def _decide(request: Request, opened: Opened) -> Decided:
+    """What becomes of the layers of a component.
+
+    Raises:
+        UnsupportedError: no format holds it; of other formats, those that pipelines can have are named.
+    """
+    try:
+        return decide(request, opened)
+    except CannotHoldError as error:
+        asked = [exporter.name for exporter in request.formats]
+        able = [name for name in FORMATS if name not in asked and _holds(name, request, opened)]
+        others = f"; formats that can: {', '.join(able)}" if able else ""
+        raise UnsupportedError(f"this plan cannot be written as asked{others}", error.refusals) from error
+
+
+def _holds(name: str, request: Request, opened: Opened) -> bool:
+    try:
+        decide(replace(request, formats=(EXPORTERS[name],)), opened, quiet=True)
+    except UnsupportedError:
+        return False
+    return True
+
+
 def _close(job: Job) -> None:
-    if isinstance(job.source, ComponentSource):
+    if isinstance(job.source, ReplayedSource):
         job.source.close()
 
 
@@ -243,4 +321,6 @@ def _prompts(wanted: DiffusionOptions) -> tuple[str, ...]:
         raise ConfigError("prompt and prompt_file both say what to draw: give one of them")
     if wanted.prompt_file is not None:
         return tuple(of_file(Path(wanted.prompt_file).expanduser()))
+    if wanted.prompt is not None and not wanted.prompt.strip():
+        raise ConfigError("prompt is empty: say what to draw")
     return () if wanted.prompt is None else (wanted.prompt,)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from auto_round.errors import UnsupportedError
 
 _TIMES = ("timestep", "t")
 """What components call the time of a denoising step."""
+
+_ANSWERS = frozenset(
+    {"return_dict", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+)
+"""Arguments that say what comes back."""
 
 _WHOLE = frozenset({"img_ids", "txt_ids"})
 """Arguments that all pictures of a call share, whatever their first dimension."""
@@ -63,21 +69,20 @@ class Recorder:
     _time: float | None = None
 
     def note(
-        self, module: nn.Module, writer: RowWriter, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, writer: RowWriter
     ) -> None:
-        """Keep a call, cut into rows.
+        """Keep a call, cut into rows. One that is told no time reads captions, and is kept in any case.
 
         Raises:
             UnsupportedError: it is not made of whole pictures.
         """
-        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        inputs = {name: value for name, value in bound.items() if name != "return_dict"}
-        time = _time_of(inputs)
-        if time != self._time:
-            self._step, self._time = self._step + 1, time
-        chosen = [
-            i for i in range(self.count) if self._step in kept_steps(self.first + i, self.total, self.kept)
-        ]
+        inputs = _by_name(module, args, kwargs)
+        time, chosen, step = _time_of(inputs), range(self.count), 0
+        if time is not None:
+            if time != self._time:
+                self._step, self._time = self._step + 1, time
+            step = self._step
+            chosen = [i for i in chosen if step in kept_steps(self.first + i, self.total, self.kept)]
         batch = _batch(inputs)
         if batch % self.count:
             raise UnsupportedError(
@@ -87,7 +92,11 @@ class Recorder:
         for row in range(batch):  # with guidance there are two of each: without and with its caption
             if row % self.count in chosen:
                 cut = {n: v if n in _WHOLE else one_row(v, row, batch) for n, v in inputs.items()}
-                writer.add(self.first + row % self.count, self._step, time, cut)
+                writer.add(self.first + row % self.count, step, time or 0.0, cut)
+
+
+class _Enough(Exception):  # noqa: N818  nothing went wrong
+    """Captions are read, and nothing behind that is asked for."""
 
 
 def record(
@@ -96,6 +105,8 @@ def record(
     components: Mapping[str, nn.Module],
     writers: Mapping[str, RowWriter],
     kept: int,
+    *,
+    until: Sequence[nn.Module] = (),
 ) -> Iterator[int]:
     """Draw captions, some at a time, and write rows; yields how many captions are done.
 
@@ -105,22 +116,24 @@ def record(
         components: those whose calls are kept.
         writers: where the rows of each go.
         kept: steps kept of each caption; 0 for all.
+        until: the first call of one of these ends the drawing.
     """
     for first in range(0, len(captions), drawing.at_once):
         some = captions[first : first + drawing.at_once]
         recorder = Recorder(first, len(some), drawing.steps, kept)
         with ExitStack() as stack:
+            stack.enter_context(suppress(_Enough))
             for name, module in components.items():
-                stack.enter_context(_noting(module, writers[name], recorder))
+                stack.enter_context(_called(module, partial(recorder.note, writer=writers[name])))
+            for module in until:
+                stack.enter_context(_called(module, _enough))
             drawing.latents(some, APART + first)
         yield first + len(some)
 
 
 @contextmanager
-def _noting(module: nn.Module, writer: RowWriter, recorder: Recorder) -> Iterator[None]:
-    def note(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorder.note(called, writer, args, kwargs)
-
+def _called(module: nn.Module, note: Callable[..., None]) -> Iterator[None]:
+    """Let `note` know of every call of a module, before it."""
     handle = module.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield
@@ -128,11 +141,26 @@ def _noting(module: nn.Module, writer: RowWriter, recorder: Recorder) -> Iterato
         handle.remove()
 
 
-def _time_of(inputs: Mapping[str, Any]) -> float:
+def _enough(*_: Any) -> None:
+    raise _Enough
+
+
+def _by_name(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by the names of the module's parameters, without what says what comes back."""
+    signature = inspect.signature(module.forward)
+    bound = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    return {name: value for name, value in bound.items() if name not in _ANSWERS}
+
+
+def _time_of(inputs: Mapping[str, Any]) -> float | None:
+    """What a call is told of the time; None for a text encoder, which is told nothing."""
     value = next((inputs[name] for name in _TIMES if name in inputs), None)
     if isinstance(value, Tensor):
         return float(value.reshape(-1)[0])
-    return float(value) if isinstance(value, int | float) else 0.0
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _batch(inputs: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,32 @@ from auto_round.diffusion.tune_component import Held
 from auto_round.errors import AutoRoundError, CheckpointError, is_out_of_memory
 from auto_round.models.pipeline_folder import quiet_diffusers
 from auto_round.models.replay import first_tensor, placed
+from auto_round.numerics.activation import ActivationFormat
+from auto_round.pipeline.deciding.activations import activation_formats
 from auto_round.pipeline.deciding.job import Job
+from auto_round.tuning.quantized_inputs import quantized_inputs
 
 LARGEST_ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Squared difference over squared prediction that arithmetic in another order may cause, by dtype."""
+LARGEST_ERROR_INPUTS = 1e-3
+"""The same where inputs are rounded: one that lies between two numbers may come to the other one."""
 
 
-def check_reload(job: Job, kind: Any, folder: Path, rows: Rows | None, held: Held | None) -> dict[str, Any]:
+def check_reload(
+    job: Job,
+    kind: Any,
+    folder: Path,
+    tuned: tuple[Rows, Held] | None,
+    inputs: Mapping[str, ActivationFormat],
+) -> dict[str, Any]:
     """Load a component as users do, and compare its predictions.
 
     Args:
         job: the run of the component.
         kind: its class.
         folder: what was written.
-        rows: what it is called with; None where there were none.
-        held: predictions of the tuned component; None where there were no rows.
+        tuned: what it is called with, and what the tuned component predicts; None without rows.
+        inputs: module -> what its input has to be rounded to here, where the folder does not say so.
 
     Returns:
         `error` of its predictions and how many `rows` they were for; `loaded` alone without rows.
@@ -35,19 +47,22 @@ def check_reload(job: Job, kind: Any, folder: Path, rows: Rows | None, held: Hel
         CheckpointError: it does not load, or predicts something else.
     """
     model = _load(job, kind, folder)
-    if rows is None or held is None:
+    if tuned is None:
         return {"loaded": True}
+    rows, held = tuned
     difference = size = 0.0
     for number, wanted in held.outputs.items():
-        with torch.no_grad():
+        with torch.no_grad(), quantized_inputs(model, inputs):
             found = first_tensor(model(**placed(rows.read(number), job.device, job.dtype))).cpu().double()
         difference += float((found - wanted.double()).square().sum())
         size += float(wanted.double().square().sum())
     error = difference / max(size, 1e-30)
-    if not error <= LARGEST_ERROR[job.dtype]:
+    rounds_inputs = bool(activation_formats(job.plan, job.source.layers))
+    limit = max(LARGEST_ERROR[job.dtype], LARGEST_ERROR_INPUTS if rounds_inputs else 0)
+    if not error <= limit:
         raise CheckpointError(
             f"{folder}: what was written does not predict what was tuned: relative squared error {error:.3g} "
-            f"(at most {LARGEST_ERROR[job.dtype]}). Please report this; the unfinished folder is kept"
+            f"(at most {limit}). Please report this; the unfinished folder is kept"
         )
     return {"rows": len(held.outputs), "error": error}
 

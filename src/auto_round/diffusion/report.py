@@ -61,8 +61,8 @@ def write_reports(
         "pipeline": job.pipeline.class_name,
         "scheme": first.plan.scheme.label,
         "formats": list(first.exporters),
-        "method": first.method.sentence,
-        "seed": first.method.seed,
+        "method": job.method.sentence,
+        "seed": job.method.seed,
         "captions": {"tuned": job.tuned, "held_out": len(job.captions) - job.tuned},
         "drawing": {"steps": job.call.steps, "seed": job.call.seed, "arguments": dict(job.call.arguments)},
         "components": {name: _component(part) for name, part in made.items()},
@@ -96,7 +96,7 @@ def _component(made: Made) -> dict[str, Any]:
             "held_out": len(made.rows) - job.tuned,
             "fingerprint": made.rows.fingerprint,
         }
-    if made.held is not None:
+    if made.held is not None and made.held.rows:
         by_step = {str(step): error for step, error in made.held.by_step.items()}
         found["held_out"] = {"rows": made.held.rows, "relative_error": made.held.error, "by_step": by_step}
     return found

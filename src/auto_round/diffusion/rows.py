@@ -44,6 +44,7 @@ class RowWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._entries: list[Entry] = []
+        self._seen: set[str] = set()
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -55,8 +56,14 @@ class RowWriter:
         for name, tensor in tensors.items():
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(bytes_of(torch.view_as_real(tensor) if tensor.is_complex() else tensor))
+        entry = Entry(caption, step, timestep, tree, digest.hexdigest()[:16])
+        if (
+            entry.digest in self._seen
+        ):  # an encoder reads "nothing" once for each caption, where there is guidance
+            return
+        self._seen.add(entry.digest)
         save_tensors(self._folder / _file(len(self._entries)), tensors)
-        self._entries.append(Entry(caption, step, timestep, tree, digest.hexdigest()[:16]))
+        self._entries.append(entry)
 
     def finish(self) -> None:
         """List the rows; what is listed is whole."""

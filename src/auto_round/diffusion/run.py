@@ -22,12 +22,15 @@ from auto_round.diffusion.rows import Rows, RowWriter
 from auto_round.diffusion.show import Shown, compare_pictures
 from auto_round.diffusion.tune_component import ComponentRun, Held
 from auto_round.log import ProgressSink, ignore_progress, logger
+from auto_round.numerics.activation import ActivationFormat
+from auto_round.pipeline.deciding.activations import activation_formats
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.determinism import deterministic_kernels
 from auto_round.pipeline.machine.memory import release_freed_memory
+from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.writing.into_folder import into_folder
 from auto_round.pipeline.writing.outputs import Outputs, check_written
 from auto_round.pipeline.writing.signature import request_digest, signature
@@ -149,7 +152,8 @@ def _record(job: PipelineJob, places: Mapping[str, Path], progress: ProgressSink
     with ExitStack() as stack:
         parts = {name: stack.enter_context(original(job, name)) for name in job.jobs}
         drawing = job.call.on(job.pipeline.load(first.dtype, first.device, parts))
-        for done in record(drawing, job.captions, parts, writers, job.options.diffusion.steps_per_caption):
+        kept, until = job.options.diffusion.steps_per_caption, () if job.denoises else drawing.denoisers
+        for done in record(drawing, job.captions, parts, writers, kept, until=until):
             progress(clock.event("calibrate", done, count, f"{count} captions"))
         del drawing
     for writer in writers.values():
@@ -208,10 +212,17 @@ class _Work:
     def _check(
         self, part: Job, inside: Mapping[str, Path], rows: Rows | None, held: Held | None
     ) -> dict[str, Any]:
+        tuned = None if rows is None or held is None else (rows, held)
         with self.clock.stage("verify", f"{self.name}: reload and compare", self.progress):
             read_back = check_written(self.journal, inside, part.exporters)
             found: dict[str, Any] = {"tensors_read_back": read_back}
             kind = self.job.pipeline.kind(self.name)
             for fmt, folder in inside.items():
-                found[fmt] = check_reload(part, kind, folder, rows, held)
+                plain = fmt == "fake" and tuned is not None  # dense weights do not say how inputs are rounded
+                found[fmt] = check_reload(part, kind, folder, tuned, self._inputs(part) if plain else {})
         return found
+
+    def _inputs(self, part: Job) -> dict[str, ActivationFormat]:
+        """What inputs are rounded to, by module."""
+        ranges = InputRanges.from_entries(self.journal.entries)
+        return ranges.formats(activation_formats(part.plan, part.source.layers))

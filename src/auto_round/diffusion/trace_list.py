@@ -13,8 +13,8 @@ from torch import Tensor
 from auto_round.diffusion.record import joined
 from auto_round.diffusion.rows import Rows
 from auto_round.facts.flow import States
-from auto_round.models.component import ComponentSource
 from auto_round.models.replay import Replay
+from auto_round.models.replayed import ReplayedSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.running.block_arguments import ArgumentTable, Place, batch_axes
 from auto_round.pipeline.running.streams import Streams, home_of_streams, storage
@@ -24,7 +24,7 @@ Lengths = tuple[int, ...]
 
 
 def trace_list(
-    job: Job, source: ComponentSource, rows: Rows, scratch: Path, ended: Sequence[Ended]
+    job: Job, source: ReplayedSource, rows: Rows, scratch: Path, ended: Sequence[Ended]
 ) -> tuple[ArgumentTable, Ended]:
     """Replay every row up to a list of blocks.
 
@@ -70,7 +70,7 @@ class Ended:
 
 
 def outputs(
-    job: Job, source: ComponentSource, rows: Rows, ended: Sequence[Ended], numbers: Sequence[int]
+    job: Job, source: ReplayedSource, rows: Rows, ended: Sequence[Ended], numbers: Sequence[int]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """What the component gives for some rows, unquantized and quantized, float32 on the host."""
     with source.replay(job.device, job.dtype) as replay:

@@ -13,7 +13,7 @@ from auto_round.checkpoint.journal import Journal
 from auto_round.diffusion.rows import Rows
 from auto_round.diffusion.trace_list import Ended, outputs, trace_list
 from auto_round.log import ProgressSink
-from auto_round.models.component import ComponentSource
+from auto_round.models.replayed import ReplayedSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.memory import release_freed_memory
@@ -32,7 +32,7 @@ class Held:
     """What rounding did to the predictions of a component on rows that were not tuned on.
 
     Attributes:
-        rows: how many there are.
+        rows: how many there are; 0 where all were tuned on, which are looked at then.
         error: squared difference over squared prediction, all rows together.
         by_step: denoising step -> the same over its rows.
         outputs: number of a row -> what the quantized component predicts, for some of them.
@@ -53,7 +53,7 @@ class ComponentRun:
     """The work on one component; what the journal calls finished is not done again."""
 
     job: Job
-    source: ComponentSource
+    source: ReplayedSource
     rows: Rows | None
     scratch: Path
     journal: Journal
@@ -111,7 +111,7 @@ class ComponentRun:
 
     def _measure(self, rows: Rows, ended: Sequence[Ended]) -> Held:
         total, kept = dict[int, list[float]](), dict[int, torch.Tensor]()
-        numbers = range(self.job.tuned, len(rows))
+        numbers = range(self.job.tuned, len(rows)) or range(len(rows))
         for i, reference, quantized in outputs(self.job, self.source, rows, ended, numbers):
             sums = total.setdefault(rows.entries[i].step, [0.0, 0.0])
             sums[0] += float((quantized - reference).double().square().sum())
@@ -121,7 +121,7 @@ class ComponentRun:
         self.clock.lap("measure")
         error = sum(e for e, _ in total.values()) / max(1e-30, sum(s for _, s in total.values()))
         by_step = {step: e / max(1e-30, s) for step, (e, s) in sorted(total.items())}
-        return Held(len(numbers), error, by_step, kept)
+        return Held(len(rows) - self.job.tuned, error, by_step, kept)
 
     def _round(self) -> None:
         """Plain rounding without data."""

@@ -22,10 +22,13 @@ class Flow:
     Attributes:
         taken: names of the parameters, in the order of `States`.
         returned: the same names in the order in which the block returns them.
+        settled: how many values it returns right behind them in which nothing that flows has a part; every
+            block finds them itself.
     """
 
     taken: tuple[str, ...]
     returned: tuple[str, ...]
+    settled: int = 0
 
     @property
     def order(self) -> tuple[int, ...]:

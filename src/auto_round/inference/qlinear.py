@@ -101,10 +101,25 @@ def _narrowed(part: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if part.dtype in _SIXTEEN and dtype in _SIXTEEN:
         return part.to(dtype)
+    if part.dtype in _SIXTEEN and dtype is torch.float32:
+        return _widened(part)
     if part.dtype is dtype or not (part.dtype is torch.float32 and dtype.is_floating_point):
         return part
     stored = part.to(dtype)
     return stored if torch.equal(stored.to(part.dtype), part) else part
+
+
+def _widened(part: Tensor) -> Tensor:
+    """Steps that diffusers has cast: in bfloat16 up to 1/512 of them is lost.
+
+    Raises:
+        UnsupportedError: it has left the range of the dtype.
+    """
+    if not torch.isfinite(part).all():
+        raise UnsupportedError(
+            f"steps of a quantized layer do not fit into {part.dtype}: load the model as torch.bfloat16"
+        )
+    return part.float()
 
 
 class QuantLinear(PackedWeight, nn.Linear):

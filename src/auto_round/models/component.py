@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from auto_round.checkpoint.header import read_object
 from auto_round.checkpoint.reader import Checkpoint
-from auto_round.errors import CheckpointError, Refusal, UnsupportedError
+from auto_round.errors import CheckpointError, MissingError, Refusal, UnsupportedError
 from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
-from auto_round.models.assembled import AssembledSource, Parts, check_complete
+from auto_round.models.assembled import Parts, check_complete
 from auto_round.models.families import LISTS, flow_of
-from auto_round.models.materialize import META, freed_on_exit, real_copy
+from auto_round.models.materialize import META
 from auto_round.models.names import DiskTensor, NameMap, Recipe
 from auto_round.models.readers import ASKED, read_elsewhere
-from auto_round.models.recorder import make_stubs
-from auto_round.models.replay import Replay
+from auto_round.models.replayed import ReplayedSource
 from auto_round.models.roles import find_block_lists, is_linear
 
 MODULATION = re.compile(r"(?:^|\.)(?:norm\w*\.linear(?:_\d)?|\w*_mod\.\d+|adaLN_modulation\.\d+)$")
@@ -34,7 +32,7 @@ MODULATION = re.compile(r"(?:^|\.)(?:norm\w*\.linear(?:_\d)?|\w*_mod\.\d+|adaLN_
 and steer every token of it."""
 
 
-class ComponentSource(AssembledSource):
+class ComponentSource(ReplayedSource):
     """A `ModelSource` over the folder of a component. It reads no text: `replay` is its stem."""
 
     def __init__(self, files: Checkpoint, parts: Parts) -> None:
@@ -54,6 +52,7 @@ class ComponentSource(AssembledSource):
             CheckpointError: weights are missing, damaged, or of another model than the configuration.
         """
         refuse_unknown(kind.__name__)
+        _refuse_quantized(folder)
         files = Checkpoint.open(folder)
         try:
             return cls(files, _parts(files, kind))
@@ -100,54 +99,6 @@ class ComponentSource(AssembledSource):
         del inputs
         return frozenset()
 
-    @contextmanager
-    def replay(self, device: torch.device, dtype: torch.dtype) -> Iterator[Replay]:
-        """The component without its blocks; weights on entry, freed on exit.
-
-        Args:
-            device: where the weights go.
-            dtype: dtype in which it computes.
-        """
-        real, recorders = self._stubbed(self._paths, self._outside(device, dtype), device)
-        with freed_on_exit(real):
-            yield Replay(real, recorders, device, dtype)
-
-    @contextmanager
-    def streamed(self, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
-        """The whole component, of which one block is in memory at a time: each is read when it is called.
-
-        Arguments as for `replay`.
-        """
-        model, blocks = self._parts.model, [self._parts.model.get_submodule(path) for path in self._paths]
-        stubs = make_stubs(blocks, partial(self._run, device, dtype))
-        real = real_copy(model, self._outside(device, dtype), device, stubs)
-        with freed_on_exit(real):
-            yield real
-
-    @contextmanager
-    def whole(self, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
-        """The whole component in memory; arguments as for `replay`."""
-        model = self._parts.model
-        real = real_copy(model, self._gather(model.state_dict(), device, dtype), device, {})
-        with freed_on_exit(real):
-            yield real
-
-    @property
-    def _paths(self) -> list[str]:
-        return [block.module for block in self.blocks]
-
-    def _outside(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Tensors outside of the blocks."""
-        return self._gather(self._in_stem(self._paths), device, dtype)
-
-    def _run(
-        self, device: torch.device, dtype: torch.dtype, index: int, names: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """One call of a block that is in memory for it."""
-        del names
-        with self.block(index, device, dtype) as block, torch.no_grad():
-            return block(*args, **kwargs)
-
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
         return {recipe.targets[0]: self._files.read_as(recipe.pieces[0].name, dtype)}
 
@@ -171,6 +122,23 @@ def refuse_unknown(class_name: str) -> None:
         raise UnsupportedError(
             f"the blocks of {class_name} are not known",
             [Refusal("models", "it has no row in models/families.py", f"known are {', '.join(LISTS)}")],
+        )
+
+
+def _refuse_quantized(folder: Path) -> None:
+    """Refuse a folder whose weights are packed.
+
+    Raises:
+        UnsupportedError: its configuration says so.
+        MissingError: it has no configuration.
+    """
+    path = folder / "config.json"
+    if folder.is_dir() and not path.is_file():
+        raise MissingError(f"{path} is missing: expected a component as diffusers saves it")
+    if folder.is_dir() and "quantization_config" in read_object(path):
+        raise UnsupportedError(
+            f"{folder} is quantized already",
+            [Refusal("models", "packed weights of diffusers are not unpacked", "name the original pipeline")],
         )
 
 

@@ -34,6 +34,7 @@ FLOWS: Mapping[str, Flow] = {
     "Flux2TransformerBlock": _TEXT_FIRST,
     "JointTransformerBlock": _TEXT_FIRST,
     "QwenImageTransformerBlock": _TEXT_FIRST,
+    "T5Block": Flow(("hidden_states",), ("hidden_states",), settled=2),  # position biases
 }
 """Class name of a block that hands on several tensors -> which parameters receive them, and their order in
 its output. All blocks of a list hand on equally many; the last may give None for what nobody reads.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,7 @@ from auto_round.models.skeleton import (
     build_skeleton,
     fill_derived,
     read_model_config,
+    share_position_tables,
     straighten,
     tied_weights,
     untie,
@@ -85,7 +86,11 @@ class FolderSource(AssembledSource):
             CheckpointError: weights are missing, or of another model than the configuration.
             UnsupportedError: not a causal language model.
         """
-        return cls(files, _open(config, files, trust_remote_code, dtype))
+
+        def build(computing: torch.dtype) -> Any:
+            return build_skeleton(config, computing, trust_remote_code=trust_remote_code)
+
+        return cls(files, read_parts(files, config, build, dtype))
 
     @property
     def folder(self) -> Path:
@@ -120,12 +125,26 @@ class FolderSource(AssembledSource):
         self.close()
 
 
-def _open(config: Any, files: Tensors, trust: bool, dtype: torch.dtype | None) -> Parts:
+def read_parts(
+    files: Tensors, config: Any, build: Callable[[torch.dtype], Any], dtype: torch.dtype | None = None
+) -> Parts:
+    """What a folder holds, and which modules it belongs to.
+
+    Args:
+        files: its tensors.
+        config: its configuration, of Transformers.
+        build: makes the skeleton in a dtype.
+        dtype: dtype in which blocks compute, as for `FolderSource.open`.
+
+    Raises:
+        CheckpointError: weights are missing, or of another model than the configuration.
+        UnsupportedError: no such model.
+    """
     disk = {name: files.spec(name) for name in files.names}
     computing = dtype or _own_dtype(config, disk)
-    model = build_skeleton(config, computing, trust_remote_code=trust)
+    model = build(computing)
     names = map_names(model, disk, straighten(model))
-    tied = _really_tied(model, names, files)
+    tied = _really_tied(model, names, files) | share_position_tables(model)
     missing = missing_tensors(model, names, tied)
     excused = absent_by_design(model, missing)
     check_complete(missing - excused, str(files.folder))

@@ -80,6 +80,10 @@ class PipelineFolder:
             )
         return found
 
+    def is_encoder(self, component: str) -> bool:
+        """Whether a component is a model of Transformers, which reads captions as a rule."""
+        return self.components[component][0] == "transformers"
+
     @property
     def call_parameters(self) -> Mapping[str, inspect.Parameter]:
         """What the pipeline can be called with.

@@ -15,7 +15,7 @@ from auto_round.models.beside import Passed, untraceable
 from auto_round.models.families import parameter_names
 from auto_round.models.source import Edits, Trace
 
-_CACHES = frozenset({"past_key_values", "past_key_value", "use_cache", "layer_past"})
+_CACHES = frozenset({"past_key_values", "past_key_value", "cache", "use_cache", "layer_past"})
 
 
 class Recorder:
@@ -70,7 +70,9 @@ class Recorder:
         self._seen.append(Passed(index, states, passed, call, parameters))
         output = tuple(handed[name] for name in flow.returned)
         if self.returned > len(output):
-            return (*output, *(self._beside() for _ in range(self.returned - len(output))))
+            settled = (None,) * flow.settled
+            more = self.returned - len(output) - flow.settled
+            return (*output, *settled, *(self._beside() for _ in range(more)))
         return output if self.returned or len(output) > 1 else output[0]
 
     def _beside(self) -> Tensor | None:

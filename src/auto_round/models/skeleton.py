@@ -17,6 +17,7 @@ from auto_round.models.auto_classes import auto_class, auto_class_name
 from auto_round.models.roles import is_transposed_linear
 
 META = torch.device("meta")
+_HAS_TABLE = "has_relative_attention_bias"
 
 
 def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -75,6 +76,17 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
                 )
             ],
         ) from error
+    return _made_ready(model)
+
+
+def build_kind(kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model of a class of Transformers on the meta device, in evaluation mode; see `build_skeleton`."""
+    with META:
+        model = kind._from_config(config, dtype=dtype)
+    return _made_ready(model)
+
+
+def _made_ready(model: Any) -> Any:
     attention.install(model)
     model.requires_grad_(False)
     return model.eval()
@@ -106,6 +118,33 @@ def straighten(model: nn.Module) -> frozenset[str]:
             setattr(model.get_submodule(parent), leaf, linear.train(module.training))
             found.append(f"{path}.weight")
     return frozenset(found)
+
+
+def share_position_tables(model: nn.Module) -> dict[str, str]:
+    """Let every block look up its position biases itself, in place.
+
+    T5 has one table for all blocks: the first block looks them up, and hands them on. With the table in
+    each of them a block can run alone.
+
+    Returns:
+        Names of the further tables -> name of the one that they are.
+    """
+    found: dict[str, str] = {}
+    for members in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
+        inside = [dict(block.named_modules()) for block in members]
+        for path, first in inside[0].items() if inside else ():
+            others = [modules[path] for modules in inside[1:] if path in modules]
+            if not getattr(first, _HAS_TABLE, False) or any(getattr(m, _HAS_TABLE, True) for m in others):
+                continue
+            for other in others:
+                setattr(other, _HAS_TABLE, True)
+                other.relative_attention_bias = first.relative_attention_bias
+    known: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith(".relative_attention_bias.weight"):
+            shared = known.setdefault(id(parameter), name)
+            found |= {} if shared == name else {name: shared}
+    return found
 
 
 def fill_derived(model: Any, absent: Collection[str]) -> None:

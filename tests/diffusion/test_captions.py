@@ -64,7 +64,7 @@ def test_files_without_captions(tmp_path, name, text, message):
         of_file(written(tmp_path, name, text))
 
 
-@pytest.mark.parametrize("name", ["c.tsv", "c.txt", "c.jsonl"])
+@pytest.mark.parametrize("name", ["c.tsv", "c.txt"])
 def test_files_of_another_encoding(tmp_path, name):
     (tmp_path / name).write_bytes(b"caption\nun caf\xe9\n")
     with pytest.raises(ConfigError, match="UTF-8"):

@@ -77,7 +77,7 @@ class Recorder:
             UnsupportedError: it is not made of whole pictures.
         """
         inputs = _by_name(module, args, kwargs)
-        time, chosen, step = _time_of(inputs), range(self.count), 0
+        time, chosen, step = _time_of(inputs), list(range(self.count)), 0
         if time is not None:
             if time != self._time:
                 self._step, self._time = self._step + 1, time

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from auto_round.checkpoint.tensors import Tensors
 from auto_round.models.assembled import AssembledSource
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.recorder import Recorder, make_stubs
@@ -26,6 +27,11 @@ class ReplayedSource(AssembledSource):
     @abstractmethod
     def folder(self) -> Path:
         """The part's folder."""
+
+    @property
+    @abstractmethod
+    def files(self) -> Tensors:
+        """Its tensors as they are copied; see `ModelSource`."""
 
     @abstractmethod
     def close(self) -> None:

@@ -187,6 +187,7 @@ def lines(args: argparse.Namespace, tokenizer: Any, seed: int) -> Iterator[dict[
         }
         yield measured(bench, "plan", path.stem, made)
     budgets = [float(bits) for bits in args.avg_bits.split(",")]
+    reached = dict.fromkeys(budgets, 0.0)  # of layers in blocks: of GGUF files the head counts, too
     for method in args.methods.split(","):
         begin = time.perf_counter()
         chosen = choose_schemes(
@@ -207,16 +208,20 @@ def lines(args: argparse.Namespace, tokenizer: Any, seed: int) -> Iterator[dict[
             )
         )
         yield {"what": "scores", "name": method, "seconds": round(time.perf_counter() - begin, 1)}
-        for run in chosen:
+        for budget, run in zip(budgets, chosen, strict=True):
             if run.chosen is not None:
                 rules = run.chosen["layer_config"].items()
                 schemes = ((n, parse_scheme(v)) for n, v in rules if n in bench.layers)
                 plan = {n: s if s.quantized else None for n, s in schemes}
                 yield measured(bench, method, run.chosen["target"], plan)
-    for budget in budgets:
+                reached[budget] = max(reached[budget], bench.bits(plan))
+    for budget in reached.values():
         options = [uniform[name] for name in args.options.split(",")]
         found = [measured(bench, "random", "", p) for p in bench.random_plans(options, budget, seed)]
-        yield {**min(found, key=lambda line: line["kl"]), "name": f"best of {len(found)} at {budget:g} bits"}
+        yield {
+            **min(found, key=lambda line: line["kl"]),
+            "name": f"best of {len(found)} at {budget:.4g} bits",
+        }
 
 
 def tokens(data: str, tokenizer: Any, args: argparse.Namespace, *, seed: int) -> Tensor:

@@ -38,6 +38,12 @@ def test_engines_fuse_q_k_v_and_gate_up() -> None:
     assert len(found) == 8
 
 
+def test_each_layer_by_itself_where_nobody_fuses() -> None:
+    found = group_layers(LAYERS, NAMES, [["gate_proj", "up_proj"]], fused=False)
+    assert sum(len(names) == 1 for names in found) == 2 * 5
+    assert {"1.mlp.gate_proj", "1.mlp.up_proj"} in short(found)
+
+
 @pytest.mark.parametrize("pattern", ["o_proj", "*.self_attn.o_proj", "self_attn\\.o_.*"])
 def test_patterns_join_inside_each_block(pattern: str) -> None:
     found = short(group_layers(LAYERS, NAMES, [[pattern, "v_proj"]]))

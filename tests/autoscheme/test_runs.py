@@ -102,6 +102,18 @@ def test_q_k_v_share_and_rules_stay(small: Any, tmp_path: Path) -> None:
     assert average(small(), result) <= 5.5
 
 
+def test_each_layer_has_a_scheme_of_its_own_where_asked(small: Any, tmp_path: Path) -> None:
+    (together,) = chosen(small(), tmp_path / "out", avg_bits=5.3)
+    (apart,) = chosen(small(), tmp_path / "out", avg_bits=5.3, shared_layers=[["none"]])
+    assert together.chosen is not None
+    assert apart.chosen is not None
+    assert apart.chosen["predicted_kl"] < together.chosen["predicted_kl"]
+    schemes = bits(apart)
+    names = ("q_proj", "k_proj", "v_proj")
+    assert any(len({str(schemes[f"model.layers.{b}.self_attn.{n}"]) for n in names}) > 1 for b in range(2))
+    assert run(apart, dataset=ROWS).report["verified"]["auto_round"]["kl"] < 1e-4
+
+
 def test_a_layer_may_be_kept(small: Any, tmp_path: Path) -> None:
     (options,) = chosen(small(), tmp_path / "out", scheme_options=["W4A16", "BF16"], avg_bits=10)
     kept = [name for name, scheme in bits(options).items() if scheme == "BF16"]

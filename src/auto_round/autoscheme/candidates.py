@@ -27,6 +27,7 @@ class Candidates:
         groups: layers that are decided together, in the order of execution.
         fixed: layers that the user's rules quantize, with their schemes: they count, and nothing is chosen.
         layers: every layer of the model by name.
+        fused: layers that engines fuse are measured, and chosen for, together.
     """
 
     labels: tuple[str, ...]
@@ -34,6 +35,7 @@ class Candidates:
     groups: tuple[tuple[str, ...], ...]
     fixed: Mapping[str, QuantizationScheme]
     layers: Mapping[str, Layer]
+    fused: bool = True
 
     @property
     def weights(self) -> int:
@@ -62,6 +64,8 @@ def make_candidates(
     layers: Sequence[Layer],
     plans: Mapping[str, Plan],
     shared: Sequence[Sequence[str]] = (),
+    *,
+    fused: bool = True,
 ) -> Candidates:
     """Find the layers that are left to choose for.
 
@@ -69,6 +73,7 @@ def make_candidates(
         layers: every layer, in the order of execution.
         plans: label of an option -> the plan that gives every layer this option.
         shared: the user's sets of layers that get one scheme.
+        fused: layers that engines fuse get one, too.
 
     Raises:
         ConfigError: a set names no layer, or there is nothing to choose.
@@ -81,7 +86,7 @@ def make_candidates(
         if not first[layer.name].fixed and any(e[layer.name].scheme is not None for e in entries)
     ]
     fixed = {name: e.scheme for name, e in first.items() if e.fixed and e.scheme is not None}
-    groups = group_layers(layers, chosen, shared)
+    groups = group_layers(layers, chosen, shared, fused=fused)
     if not groups:
         raise ConfigError("there is no layer to choose a scheme for: rules and roles decide on all of them")
     return Candidates(
@@ -90,6 +95,7 @@ def make_candidates(
         groups=tuple(groups),
         fixed=fixed,
         layers={layer.name: layer for layer in layers},
+        fused=fused,
     )
 
 

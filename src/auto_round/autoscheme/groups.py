@@ -11,7 +11,11 @@ from auto_round.schemes.siblings import fused_groups
 
 
 def group_layers(
-    layers: Sequence[Layer], chosen: Iterable[str], shared: Sequence[Sequence[str]] = ()
+    layers: Sequence[Layer],
+    chosen: Iterable[str],
+    shared: Sequence[Sequence[str]] = (),
+    *,
+    fused: bool = True,
 ) -> list[tuple[str, ...]]:
     """Put layers that must get one scheme together.
 
@@ -23,6 +27,7 @@ def group_layers(
         layers: every layer of the model, in the order of execution.
         chosen: names of those whose scheme is to be chosen.
         shared: the user's sets of names and patterns.
+        fused: what engines fuse joins; else only matrices of one parameter do, and the user's sets.
 
     Returns:
         Names of each group, in the order of execution.
@@ -31,7 +36,8 @@ def group_layers(
         ConfigError: a name or pattern that matches no layer; names the nearest.
     """
     wanted = dict.fromkeys(chosen)
-    sets = [*fused_groups(wanted).values(), *_parameters(layers, wanted), *_user_sets(layers, shared)]
+    by_engines = fused_groups(wanted).values() if fused else ()
+    sets = [*by_engines, *_parameters(layers, wanted), *_user_sets(layers, shared)]
     parent = {name: name for name in wanted}
 
     def root(name: str) -> str:

@@ -82,10 +82,10 @@ class Setting:
 
 
 def find_parts(candidates: Candidates, layers: Sequence[Layer]) -> tuple[Part, ...]:
-    """The parts to measure: as small as engines allow; wider groups of the user's are sums of them."""
+    """The parts to measure: the least that may be chosen for; wider groups of the user's are sums of them."""
     block_of = {layer.name: layer.block for layer in layers}
     found: list[Part] = []
-    for names in group_layers(layers, candidates.chosen):
+    for names in group_layers(layers, candidates.chosen, fused=candidates.fused):
         inside: dict[int | None, list[str]] = {}
         for name in names:
             inside.setdefault(block_of[name], []).append(name)

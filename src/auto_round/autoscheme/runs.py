@@ -130,7 +130,8 @@ def choose_schemes(
     candidates = make_candidates(
         opened.source.layers,
         {option.label: _plan(options, request, opened, option) for option in listed},
-        options.auto.shared_layers,
+        options.auto.joined,
+        fused=options.auto.fused,
     )
     menu = Menu(options, listed, candidates)
     decided = _trial(menu, opened, given)

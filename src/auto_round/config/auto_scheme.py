@@ -13,6 +13,9 @@ from auto_round.errors import ConfigError
 FIRST_ORDER = "first_order"
 """A way to measure sensitivity whose scores are no divergences."""
 
+NOT_FUSED = ("none",)
+"""The set in `shared_layers` that says: what engines fuse need not share a scheme."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoSchemeOptions:
@@ -52,7 +55,8 @@ class AutoSchemeOptions:
         (),
         Spec(
             "layers that get one scheme, beside those that engines fuse: names, or patterns that are matched "
-            "inside each block; may be given again for another set",
+            'inside each block; may be given again for another set; "none": each layer gets a scheme of its '
+            "own, for readers that fuse none, such as Transformers",
             many=True,
             again=True,
             convert=values.name_groups,
@@ -109,6 +113,16 @@ class AutoSchemeOptions:
             raise ConfigError(
                 "shared_layers is for a choice of schemes, which needs --avg_bits and --options"
             )
+
+    @property
+    def fused(self) -> bool:
+        """Whether layers that engines fuse share a scheme."""
+        return NOT_FUSED not in self.shared_layers
+
+    @property
+    def joined(self) -> tuple[tuple[str, ...], ...]:
+        """Sets of layers that the user wants to share a scheme."""
+        return tuple(names for names in self.shared_layers if names != NOT_FUSED)
 
     @property
     def asked(self) -> bool:

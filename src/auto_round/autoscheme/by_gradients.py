@@ -34,6 +34,9 @@ TOGETHER = 4
 """Rows whose slopes are added before they are squared, whatever runs at a time: fewer products, and signs of
 independent draws cancel what the sum would mix."""
 
+LOGITS_BYTES = 128 << 20
+"""Memory for logits and what becomes of them; the head is read once for as many positions as fit."""
+
 CHANGE = torch.bfloat16
 """Holds what rounding changes in a weight: errors of 8 bits average out over a row of weights."""
 
@@ -110,12 +113,14 @@ def _at_the_end(setting: Setting, final: States, masks: Tensor | None) -> States
     job = setting.job
     seed = job.options.calibration.seed
     gradient = tuple(torch.zeros_like(state) for state in final)
-    step = positions_at_once(job.source.facts.vocabulary)
+    length = final[0].shape[1]
+    pieces = math.ceil(length / positions_at_once(job.source.facts.vocabulary, LOGITS_BYTES))
+    step = math.ceil(length / pieces)
     with job.source.stem(job.device, job.dtype) as stem:
         for row in range(final[0].shape[0]):
             draws = torch.Generator(device=CPU).manual_seed(seed + row)
-            uniform = torch.rand(final[0].shape[1], generator=draws, dtype=torch.float64, device=CPU)
-            for begin_at in range(0, final[0].shape[1], step):
+            uniform = torch.rand(length, generator=draws, dtype=torch.float64, device=CPU)
+            for begin_at in range(0, length, step):
                 here = (slice(row, row + 1), slice(begin_at, begin_at + step))
                 hidden = final[0][here].to(job.device).requires_grad_()
                 with torch.enable_grad():

@@ -16,6 +16,7 @@ from auto_round.calibration.observe import observe_extremes, observe_inputs
 from auto_round.calibration.observe_experts import observe_experts
 from auto_round.facts.flow import States
 from auto_round.facts.layer import Layer
+from auto_round.models.matrix_experts import computes_in
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
@@ -206,7 +207,7 @@ class OpenBlock:
         for name, fmt in bound_formats(formats, self.originals).items():
             weight, importance = self.originals[name], self.importance.get(name)
             q = round_matrix(name, weight, fmt, job.device, importance, efforts[name])
-            dtype = self.group.get_parameter(name).dtype
+            dtype = computes_in(self.group, name)
             parameters[name] = as_read(q, weight.dtype, dtype, name.removesuffix(_WEIGHT) in activations)
         return Rounded(parameters, activations)
 

@@ -111,7 +111,7 @@ def multiply_by(module: nn.Module, name: str) -> Multiply:
     transposed = fused_experts(module)[name]
 
     def multiply(expert: int, x: Tensor) -> Tensor:
-        matrix = weight[expert].T if transposed else weight[expert]
+        matrix = (weight[expert].T if transposed else weight[expert]).to(x.dtype)
         return nn.functional.linear(x, matrix, None if bias is None else bias[expert])
 
     return multiply

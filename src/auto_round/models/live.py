@@ -72,7 +72,7 @@ class LiveSource(AssembledSource):
 
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
         found = {t: self._state[t].detach().to(dtype, copy=True) for t in recipe.targets}
-        return {t: w.t().contiguous() for t, w in found.items()} if recipe.transposed else found
+        return {t: w.mT.contiguous() for t, w in found.items()} if recipe.transposed else found
 
 
 def _check_usable(model: Any) -> None:

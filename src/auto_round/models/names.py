@@ -58,7 +58,7 @@ class Recipe:
         """
         if self.converter is None:
             tensor = read(self.pieces[0].name)
-            return {self.targets[0]: tensor.t().contiguous() if self.transposed else tensor}
+            return {self.targets[0]: tensor.mT.contiguous() if self.transposed else tensor}
         converter = copy.deepcopy(self.converter)
         for piece in self.pieces:
             converter.add_tensor(self.key, piece.name, piece.pattern, read(piece.name))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, MissingError, Refusal, UnsupportedError
 from auto_round.facts.tensor import TensorSpec
-from auto_round.models import attention
+from auto_round.models import attention, matrix_experts
 from auto_round.models.auto_classes import auto_class, auto_class_name
 from auto_round.models.roles import is_transposed_linear
 
@@ -103,10 +103,12 @@ def _code_hint(error: Exception) -> str:
 def straighten(model: nn.Module) -> frozenset[str]:
     """Replace layers that store `[in, out]` by ordinary linear layers on the meta device, in place.
 
+    Fused experts too, of whatever order, make way for ones that run matrix by matrix.
+
     Returns:
-        Names of their weights.
+        Names of the weights that lie the other way round on disk.
     """
-    found = []
+    found = [*matrix_experts.install(model)]
     for path, module in list(model.named_modules()):
         if is_transposed_linear(module):
             weight = module.get_parameter("weight")

@@ -27,7 +27,12 @@ TOGETHER = 16
 
 
 def cancelling_offsets(
-    fmt: Format, w: Tensor, knobs: Knobs | None, importance: AnyImportance | None, sweeps: int
+    fmt: Format,
+    w: Tensor,
+    knobs: Knobs | None,
+    importance: AnyImportance | None,
+    sweeps: int,
+    out: Tensor | None = None,
 ) -> Tensor | None:
     """Rounding offsets that lead to codes of a smaller error of the layer's output.
 
@@ -37,6 +42,7 @@ def cancelling_offsets(
         knobs: range multipliers; None for the measured range.
         importance: second moments of the inputs; matrices of a stack may have inputs of their own.
         sweeps: how often to go over all weights.
+        out: where the result goes, float32; None for memory of its own.
 
     Returns:
         `v` for `fmt.quantize(w, knobs, v)`, float32, shape of `w`; 0 where a weight is rounded to nearest.
@@ -46,14 +52,16 @@ def cancelling_offsets(
         return None
     with torch.no_grad():
         flat = w.reshape(-1, *w.shape[-2:])
-        products = [_tiles_of(importance.matrix(i), w.device) for i in range(len(flat))]
-        if all(tiles is None for tiles in products):
+        seen = [importance.matrix(i) for i in range(len(flat))]
+        if not any(map(_has_products, seen)):
             return None
-        v = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
+        v = torch.empty(w.shape, dtype=torch.float32, device=w.device) if out is None else out
+        v.zero_()
         stats = fmt.stats(w)
         scale = fmt.rule_for(stats).fit(stats, fmt.grid, knobs)
         offsets = v.reshape(-1, *w.shape[-2:])
-        for matrix, steps, tiles, found in zip(flat, _matrices(scale), products, offsets, strict=True):
+        for matrix, steps, inputs, found in zip(flat, _matrices(scale), seen, offsets, strict=True):
+            tiles = None if inputs is None or not _has_products(inputs) else inputs.tiles(w.device)
             if tiles is None:
                 continue
             for rows, groups in fmt.group.bands(matrix.shape, weights_at_once(w.device, BAND)):
@@ -64,9 +72,9 @@ def cancelling_offsets(
         return v
 
 
-def _tiles_of(importance: Importance | None, device: torch.device) -> Tensor | None:
-    """Products inside of tiles; None where they are not known."""
-    return None if importance is None or not importance.usable else importance.tiles(device)
+def _has_products(importance: Importance | None) -> bool:
+    """Whether products inside of tiles are known."""
+    return importance is not None and importance.products is not None and importance.usable
 
 
 def _matrices(scale: Scale) -> list[Scale]:

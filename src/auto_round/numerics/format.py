@@ -89,19 +89,22 @@ class Format:
             raise NumericsError(f"{bad} of {w.numel()} weights are NaN or infinite")
         return Stats(lo.clamp_max_(0), hi.clamp_min_(0))
 
-    def quantize(self, w: Tensor, knobs: Knobs | None = None, v: Tensor | None = None) -> QTensor:
+    def quantize(
+        self, w: Tensor, knobs: Knobs | None = None, v: Tensor | None = None, stats: Stats | None = None
+    ) -> QTensor:
         """Codes and scale of a weight: the one place where rounding is decided.
 
         Args:
             w: `[..., out, in]`, any float dtype; computed in float32.
             knobs: range multipliers; None for the measured range.
             v: rounding offset in units of the grid's spacing, shape of `w`; None for none.
+            stats: `self.stats(w)`, where it is known.
 
         Raises:
             NumericsError: `w` holds NaN or infinities.
         """
         with torch.no_grad():
-            stats = self.stats(w)
+            stats = self.stats(w) if stats is None else stats
             scale = self.rule_for(stats).fit(stats, self.grid, knobs)
             codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
             for rows, scales, grouped in self._bands(w):

@@ -65,8 +65,8 @@ class Scale:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     floor: Tensor | None = None
 
-    def __getitem__(self, rows: slice) -> Scale:
-        """Some rows of it, without what goes on disk."""
+    def __getitem__(self, rows: slice | int) -> Scale:
+        """Some rows of it, or one matrix of a stack, without what goes on disk."""
         zero = None if self.zero is None else self.zero[rows]
         return Scale(self.step[rows], zero, floor=None if self.floor is None else self.floor[rows])
 

@@ -266,6 +266,7 @@ class _Loop:
             operations=step_operations(source.layers, len(job.rows.rows[0]), job.tune),
             device=job.device,
             several=job.placement is not None and bool(job.placement.elsewhere),
+            stacks=any(layer.expert is not None for layer in source.layers),
         )
         return objective_for(steps)
 

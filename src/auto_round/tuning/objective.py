@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from auto_round.facts.flow import States
+from auto_round.models.matrix_experts import Matrices, using
 from auto_round.ranks.ranks import ALONE, Ranks
 from auto_round.tuning.samples import Batch, states_of
 from auto_round.tuning.weights import fake_weights
 
 
-def block_objective(block: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+def block_objective(block: nn.Module, parameters: Mapping[str, Tensor | Matrices], batch: Batch) -> Tensor:
     """Loss of a block with other parameters; the module itself is not touched.
 
     Args:
         block: the module.
-        parameters: rounded weights and retrained parameters by name.
+        parameters: rounded weights and retrained parameters by name; for stacks of matrices whoever has them.
         batch: what the block is called with, and what it should give.
 
     Returns:
@@ -36,11 +37,13 @@ def block_objective(block: nn.Module, parameters: Mapping[str, Tensor], batch: B
     return reduce(torch.add, losses)
 
 
-def block_outputs(block: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> States:
+def block_outputs(block: nn.Module, parameters: Mapping[str, Tensor | Matrices], batch: Batch) -> States:
     """What a block with other parameters hands on; arguments of `block_objective`."""
     dtype = batch.inputs[0].dtype
-    values = {name: value.to(dtype) for name, value in parameters.items()}
-    output = functional_call(block, values, (*batch.inputs, *batch.args), dict(batch.kwargs))
+    values = {name: v.to(dtype) for name, v in parameters.items() if isinstance(v, Tensor)}
+    stacks = {name: v for name, v in parameters.items() if not isinstance(v, Tensor)}
+    with using(block, stacks):
+        output = functional_call(block, values, (*batch.inputs, *batch.args), dict(batch.kwargs))
     return states_of(output, range(len(batch.targets)))
 
 
@@ -57,6 +60,7 @@ class Objective:
         device: where the block takes what flows; None for where its weights are. Weights may lie on several
             devices, if the block moves what flows to each of them and back.
         ranks: the processes among which the rows of a step are divided.
+        matrix_by_matrix: the losses take stacks of matrices too, which compiled ones do not.
     """
 
     rounding: Callable[..., dict[str, Tensor]] = fake_weights
@@ -65,6 +69,7 @@ class Objective:
     rounds_again: bool = False
     device: torch.device | None = None
     ranks: Ranks = ALONE
+    matrix_by_matrix: bool = True
 
 
 PLAIN = Objective()

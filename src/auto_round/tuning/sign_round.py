@@ -24,6 +24,7 @@ from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.gradients import GradientSum
 from auto_round.tuning.objective import PLAIN, Objective
 from auto_round.tuning.samples import Counts, Samples
+from auto_round.tuning.stacks import find_stacks
 from auto_round.tuning.steps import Stepper, batch_rows, held_out_looks, make_stepper, step_factor
 from auto_round.tuning.weights import Learned, Weight, WeightTask, fake_weights
 
@@ -130,6 +131,10 @@ class _Loop:
         objective: Objective,
     ) -> None:
         self._block, self._weights, self._config = block, weights, config
+        apart = samples.inputs[0].dtype is not torch.float16 and objective.matrix_by_matrix
+        alone = objective.ranks.size == 1 and not config.by_row
+        self._stacks = find_stacks(block, weights) if apart and alone else {}
+        self._plain = {n: w for n, w in weights.items() if n not in self._stacks}
         self._samples, self._held_out, self._generator = samples, held_out, generator
         self._device = objective.device or next(iter(weights.values())).original.device
         self._objective = objective
@@ -149,7 +154,9 @@ class _Loop:
         best_loss = loss = initial = self._held_out_loss()
         best_step, done = 0, 0
         began = [p.detach().clone() for p in self._trained[len(self._offsets) :]]
-        best = [p.detach().clone() for p in self._trained] if config.keep_best else []
+        kept = self._kept_whole()
+        best = [p.detach().clone() for p in kept] if config.keep_best else []
+        codes = self._codes() if config.keep_best else {}
         looks = set(held_out_looks(config))
         for step in range(config.iters):
             self._take(stepper, step)
@@ -159,26 +166,43 @@ class _Loop:
             loss = self._held_out_loss()
             if loss < best_loss:
                 best_loss, best_step = loss, done
-                _copy(self._trained, best)
+                _copy(kept, best)
+                if config.keep_best:
+                    codes = {}  # their memory is free for what comes
+                    codes = self._codes()
             elif config.patience and done - best_step >= config.patience:
                 break
         if config.keep_best:
-            _copy(best, self._trained)
+            _copy(best, kept)
             loss, done = best_loss, best_step
             cancelled = self._cancelled_loss(began)
             if cancelled < loss:
-                loss, done = cancelled, 0
+                loss, done, codes = cancelled, 0, {}
             else:
-                _copy(best, self._trained)
+                _copy(best, kept)
             best.clear()
         return TunedBlock(
-            {n: w.quantize() for n, w in self._weights.items()},
+            {n: codes[n] if n in codes else w.quantize() for n, w in self._weights.items()},
             {n: p.detach().to(self._block.get_parameter(n).dtype) for n, p in self._others.items()},
             initial,
             loss,
             done,
             {n: w.learned() for n, w in self._weights.items()} if config.keeps_offsets else {},
         )
+
+    def _kept_whole(self) -> list[Tensor]:
+        """What is trained, without offsets and ranges of stacks of which codes are all that is wanted."""
+        if self._config.keeps_offsets:
+            return self._trained
+        stacks = [each.weight for each in self._stacks.values()]
+        left_out = {id(p) for w in stacks for p in (w.v, w.knobs.lo, w.knobs.hi)}
+        return [p for p in self._trained if id(p) not in left_out]
+
+    def _codes(self) -> dict[str, QTensor]:
+        """Codes of the stacks as they are now: a quarter of what their offsets would take."""
+        if self._config.keeps_offsets:
+            return {}
+        return {name: each.weight.quantize() for name, each in self._stacks.items()}
 
     def _take(self, stepper: Stepper, step: int) -> None:
         """One step; its gradients are freed before the next ones are computed."""
@@ -195,7 +219,7 @@ class _Loop:
         rounded weights, and the sum of those gradients goes through the rounding.
         """
         with torch.set_grad_enabled(not self._objective.rounds_again):
-            rounded = self._objective.rounding(self._weights)
+            rounded = self._objective.rounding(self._plain)
         values = {n: w.detach().requires_grad_() for n, w in rounded.items()} | self._others
         total, scale = self._behind_rounding(values, step)
         if self._objective.rounds_again:
@@ -204,7 +228,9 @@ class _Loop:
             inner = self._through_rounding_again(total)
         else:
             inner = list(self._through_rounding(list(rounded.values()), total))
-        all_found = [*inner, *total[len(self._weights) :]]
+        if self._stacks:
+            inner = self._with_stacks(inner)
+        all_found = [*inner, *total[len(self._plain) :]]
         return (
             all_found if scale is None else [None if g is None else g / scale.to(g.device) for g in all_found]
         )
@@ -213,21 +239,22 @@ class _Loop:
         self, values: Mapping[str, Tensor], step: int
     ) -> tuple[list[Tensor | None], Tensor | None]:
         """Gradients of the loss by rounded weights and other parameters, and what they were multiplied by."""
-        reached = list(values.values())
+        reached = [*values.values(), *(stack.anchor for stack in self._stacks.values())]
+        everything = {**values, **{name: stack.round() for name, stack in self._stacks.items()}}
         ranks, half = self._objective.ranks, self._samples.inputs[0].dtype is torch.float16
         found, first = GradientSum(ranks, by_row=self._config.by_row, half=half), 0
         for _ in range(self._config.accumulate):
             passes, loss = self._passes(self._samples, self._next_batch(step)), 0.0
             for place in own_rows(ranks, range(len(passes))):
                 part = self._samples.batch(*passes[place], self._device)
-                share = self._objective.loss(self._block, values, part)
+                share = self._objective.loss(self._block, everything, part)
                 if share.requires_grad:  # not for rows for which the model leaves the block out
                     found.add(first + place, share, reached, part.counts)
                     loss += float(share.detach())
             first += len(passes)
             self._check(loss)
         total, scale = found.total(len(reached))
-        return list(total), scale
+        return list(total)[: len(values)], scale
 
     def _through_rounding(
         self, rounded: Sequence[Tensor], behind: Sequence[Tensor | None]
@@ -243,7 +270,7 @@ class _Loop:
         """The same, weight by weight: each is rounded once more, and nothing was kept of the first time."""
         found: dict[int, Tensor | None] = {}
         places = {id(p) for p in self._rounding}
-        for i, weight in enumerate(self._weights.values()):
+        for i, weight in enumerate(self._plain.values()):
             gradient, behind[i] = behind[i], None
             own = [p for p in (weight.v, weight.knobs.lo, weight.knobs.hi) if id(p) in places]
             if gradient is None or not own:
@@ -252,6 +279,15 @@ class _Loop:
             inner = torch.autograd.grad(rounded, own, gradient.to(rounded.dtype), allow_unused=True)
             found.update(zip(map(id, own), inner, strict=True))
         return [found.get(id(p)) for p in self._rounding]
+
+    def _with_stacks(self, inner: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of offsets and range multipliers, those of stacks filled in."""
+        found: dict[int, Tensor | None] = {}
+        for stack in self._stacks.values():
+            weight = stack.weight
+            own = map(id, (weight.v, weight.knobs.lo, weight.knobs.hi))
+            found.update(zip(own, stack.gradients(), strict=True))
+        return [found.get(id(p), g) for p, g in zip(self._rounding, inner, strict=True)]
 
     def _passes(self, samples: Samples, batch: Sequence[int]) -> list[tuple[Sequence[int], Counts]]:
         """A batch cut into what goes through the block at once; their losses add up to that of the batch."""
@@ -275,11 +311,12 @@ class _Loop:
         parts = [(part, len(batch)) for batch in batches for part in self._passes(held_out, batch)]
         own: list[float] = []
         with torch.no_grad():
-            values = fake_weights(self._weights) | self._others  # compiled code would be made anew for this
+            values = fake_weights(self._plain) | self._others  # compiled code would be made anew for this
+            everything = values | {name: stack.round() for name, stack in self._stacks.items()}
             for place in own_rows(ranks, range(len(parts))):
                 (index, counts), rows = parts[place]
                 part = held_out.batch(index, counts, self._device)
-                own.append(float(self._objective.judge(self._block, values, part)) * rows)
+                own.append(float(self._objective.judge(self._block, everything, part)) * rows)
         total = 0.0
         for loss in chain.from_iterable(ranks.objects(own)):  # in the parts' order, whoever made them
             total += loss
@@ -303,13 +340,16 @@ class _Loop:
             for p, value in zip(self._trained[len(self._offsets) :], began, strict=True):
                 p.copy_(value)
         weights = self._weights
-        sizes = {name: w.v.numel() for name, w in weights.items()}
+        sizes = {name: w.v.numel() for name, w in self._plain.items()}
         found = done_together(
             self._objective.ranks, sizes, lambda name: weights[name].cancelled(THOROUGH.sweeps)
         )
-        if all(v is None for v in found.values()):
-            return math.inf
+        known = [v is not None for v in found.values()]
         with torch.no_grad():
+            for stack in self._stacks.values():
+                known.append(stack.weight.cancel(THOROUGH.sweeps))
+            if not any(known):
+                return math.inf
             for name, v in found.items():
                 if v is None:
                     weights[name].v.zero_()

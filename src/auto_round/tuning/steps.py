@@ -51,7 +51,9 @@ class SignDescent:
             direction = g
             if self._momentum:
                 direction = self._buffers[i].mul_(self._momentum).add_(g)
-            p.add_(direction.sign(), alpha=-lr * factor)
+            stack = p.dim() > 2  # no second copy of all experts' signs
+            for piece, way in zip(*(x.unbind() if stack else (x,) for x in (p, direction)), strict=True):
+                piece.add_(way.sign(), alpha=-lr * factor)
 
 
 class Adam:

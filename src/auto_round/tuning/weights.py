@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import NumericsError
+from auto_round.models.matrix_experts import computes_in
 from auto_round.numerics.descent import cancelling_offsets
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import AnyImportance
@@ -97,7 +98,7 @@ class Weight:
             v = cancelling_offsets(fmt, original, knobs, task.importance, effort.sweeps)
         if v is None:
             v = torch.zeros_like(original, dtype=torch.float32)
-        return cls(fmt, original, stats, knobs, v, block.get_parameter(name).dtype, task.importance)
+        return cls(fmt, original, stats, knobs, v, computes_in(block, name), task.importance)
 
     def fake(self, *, hold: bool = False) -> Tensor:
         """The weight as it would come back from its codes, in the dtype that the block runs in.
@@ -116,10 +117,14 @@ class Weight:
         made = []
         # Unbound rather than indexed: the gradient of an index is a tensor of the whole stack's size.
         pieces = (self.original, self.v, self.knobs.lo, self.knobs.hi)
-        for i, (w, v, lo, hi) in enumerate(zip(*(piece.unbind() for piece in pieces), strict=True)):
-            learned = Learned(Knobs(lo, hi), v)
-            made.append(_fake(self.format.matrix(i), w, self.stats[i], learned, hold).to(self.dtype))
+        for i, (_, v, lo, hi) in enumerate(zip(*(piece.unbind() for piece in pieces), strict=True)):
+            made.append(self.fake_matrix(i, Learned(Knobs(lo, hi), v), hold=hold))
         return torch.stack(made)
+
+    def fake_matrix(self, i: int, learned: Learned, *, hold: bool = False) -> Tensor:
+        """One matrix of a stack as it would come back from its codes, with offsets and multipliers of its own."""
+        made = _fake(self.format.matrix(i), self.original[i], self.stats[i], learned, hold)
+        return made.to(self.dtype)
 
     def learned(self) -> Learned:
         """The offsets and knobs as they are now, offsets a little inside of what rounds to the same codes.
@@ -142,10 +147,24 @@ class Weight:
         """Offsets under which errors cancel in the ranges as they are; see `cancelling_offsets`."""
         return cancelling_offsets(self.format, self.original, self.knobs, self.importance, sweeps)
 
+    def cancel(self, sweeps: int) -> bool:
+        """Take these offsets in place of the tuned ones, in their memory; none where products are not known.
+
+        Returns:
+            Whether products are known.
+        """
+        with torch.no_grad():
+            known = cancelling_offsets(
+                self.format, self.original, self.knobs, self.importance, sweeps, self.v.detach()
+            )
+            if known is None:
+                self.v.zero_()
+            return known is not None
+
     def quantize(self) -> QTensor:
         """Codes and scale of what was tuned."""
         with torch.no_grad():
-            return self.format.quantize(self.original, self.knobs, self.v)
+            return self.format.quantize(self.original, self.knobs, self.v, self.stats)
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from auto_round.facts.flow import States
+from auto_round.models.matrix_experts import computes_in
 from auto_round.models.roles import may_route
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.head_steps import HeadSteps
@@ -167,7 +168,7 @@ class Units:
         for name, fmt in bound_formats(unit.formats, unit.originals).items():
             original = unit.originals[name]
             stats = measured(name, fmt, original)
-            dtype = unit.group.get_parameter(name).dtype
+            dtype = computes_in(unit.group, name)
             plain = Source(fmt.bind(stats), original, stats, dtype)
             weights[name] = weight_of(name, plain, learned)
         norms: dict[str, Tensor] = {}

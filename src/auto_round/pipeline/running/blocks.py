@@ -14,6 +14,7 @@ from auto_round.calibration.observe_experts import ExpertMoments
 from auto_round.errors import InternalError, NumericsError
 from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Layer
+from auto_round.models.matrix_experts import matrix_experts
 from auto_round.models.source import CPU
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import FixedScale
@@ -207,7 +208,10 @@ def cast_group(job: Job, group: BlockGroup, indices: Sequence[int]) -> None:
         dtypes = job.source.block_dtypes(index, job.dtype)
         block = group.get_submodule(str(position))
         for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
-            if tensor.is_floating_point():
+            experts = matrix_experts(block, name) if tensor.dim() > MATRIX else None
+            if experts is not None and tensor.device.type == "cpu":
+                experts.keep(dtypes[name])
+            elif tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
 
 

@@ -40,6 +40,7 @@ class TuningSteps:
         operations: floating-point operations of all steps, see `step_operations`.
         device: where blocks are tuned.
         several: their matrices lie on several devices.
+        stacks: some hold experts in one parameter, which run matrix by matrix on a processor.
     """
 
     wanted: bool | None
@@ -48,6 +49,7 @@ class TuningSteps:
     operations: float
     device: torch.device
     several: bool = False
+    stacks: bool = False
 
     @property
     def seconds(self) -> float:
@@ -64,6 +66,9 @@ def objective_for(steps: TuningSteps) -> Objective:
         return PLAIN
     if steps.several:
         level("blocks are not compiled: their matrices lie on several devices")
+        return PLAIN
+    if steps.stacks and steps.device.type == "cpu":
+        level("blocks are not compiled: their experts run matrix by matrix")
         return PLAIN
     if steps.kinds > MOST_KINDS:
         level("blocks are not compiled: there are %d kinds of them, more than PyTorch keeps", steps.kinds)
@@ -122,7 +127,8 @@ def compiled_objective(backend: str | Callable[..., Any] = "inductor") -> Object
     Args:
         backend: compiler of `torch.compile`.
     """
-    return Objective(_Compiled(fake_weights, backend), _Compiled(block_objective, backend))
+    compiled = _Compiled(fake_weights, backend), _Compiled(block_objective, backend)
+    return Objective(*compiled, matrix_by_matrix=False)
 
 
 class _Compiled:

@@ -49,6 +49,24 @@ def relative_error(rounded: Tensor, original: Tensor, squares: Tensor | None) ->
     return error / energy if energy > 0 else 0.0
 
 
+def stack_error(pairs: Iterable[tuple[Tensor, Tensor]], squares: Tensor | None) -> float:
+    """The same of a stack of matrices that are given one by one, so that they need not exist all at once.
+
+    Args:
+        pairs: of each matrix `[out, in]`, as it would come back from its codes and before rounding.
+        squares: as for `relative_error`.
+    """
+    error = energy = 0.0
+    for i, (rounded, original) in enumerate(pairs):
+        if squares is None:
+            each = torch.ones(original.shape[-1], dtype=torch.float32, device=original.device)
+        else:
+            each = (squares[i] if squares.dim() > 1 else squares).to(original.device)
+        one, all_of_it = _squared(rounded, original, each)
+        error, energy = error + one, energy + all_of_it
+    return error / energy if energy > 0 else 0.0
+
+
 def _squared(rounded: Tensor, original: Tensor, weights: Tensor) -> tuple[float, float]:
     """Weighted squares of the differences, and of the rows themselves."""
     error = energy = 0.0

@@ -14,6 +14,7 @@ from auto_round.calibration.observe import InputExtremes, InputMoments, observe_
 from auto_round.calibration.observe_experts import ExpertMoments, observe_experts
 from auto_round.facts.attention import Attention
 from auto_round.facts.flow import States
+from auto_round.models.matrix_experts import computes_in, matrix_experts, using
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
@@ -27,7 +28,7 @@ from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.attention_states import StateRanges, observe_states, rounded_states
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
-from auto_round.pipeline.running.hard_cases import relative_error
+from auto_round.pipeline.running.hard_cases import relative_error, stack_error
 from auto_round.pipeline.running.input_ranges import InputRanges, settle_ranges
 from auto_round.pipeline.running.seen_together import SummedMoments, join_ranges, pieces
 from auto_round.pipeline.running.shared_numbers import bind_tied, tied_layers
@@ -39,6 +40,7 @@ from auto_round.tuning.objective import PLAIN, Objective
 from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.samples import Samples, run_block
 from auto_round.tuning.sign_round import TunedBlock, tune_block
+from auto_round.tuning.stacks import CodedStack
 from auto_round.tuning.weights import WeightTask, measured
 
 _WEIGHT = ".weight"
@@ -165,18 +167,25 @@ def tune_unit(
             generator=generator,
             objective=replace(objective, device=unit.device),
         )
-        dtypes = {name: parameter.dtype for name, parameter in group.named_parameters()}
-        rounded = {
-            n: as_read(q, unit.originals[n].dtype, dtypes[n], unit.rounds_input_of(n))
-            for n, q in tuned.weights.items()
+        dtypes = {name: computes_in(group, name) for name, _ in group.named_parameters()}
+        rounded: dict[str, Tensor | CodedStack] = {
+            n: _as_multiplied(unit, n, q, dtypes[n]) for n, q in tuned.weights.items()
         }
         retrained = {n: p.to(dtypes[n]) for n, p in tuned.others.items()}
         _advance(unit, rounded | retrained, streams, config.pass_rows, ranks)
     massive, errors = massive_tokens(energies[0], streams.masks), _errors(unit, rounded, importance)
-    both = rounded | retrained
+    both = {n: w for n, w in rounded.items() if isinstance(w, Tensor)} | retrained
     return TunedUnit(
         tuned, both, importance, seen.moments, massive, errors, ranges, activations, steps, seen.experts
     )
+
+
+def _as_multiplied(unit: Unit, name: str, q: QTensor, dtype: torch.dtype) -> Tensor | CodedStack:
+    """A rounded weight as the block multiplies by it from now on; stacks of matrices stay codes."""
+    own, rounds = unit.originals[name].dtype, unit.rounds_input_of(name)
+    if unit.device.type == "cpu" and matrix_experts(unit.group, name) is not None:
+        return CodedStack(q, _held(q, own, dtype, rounds))
+    return as_read(q, own, dtype, rounds)
 
 
 def _state_steps(unit: Unit, seen: Mapping[str, StateRanges]) -> dict[str, dict[str, HeadSteps]]:
@@ -187,15 +196,20 @@ def _state_steps(unit: Unit, seen: Mapping[str, StateRanges]) -> dict[str, dict[
 
 
 def _errors(
-    unit: Unit, rounded: Mapping[str, Tensor], importance: Mapping[str, AnyImportance]
+    unit: Unit, rounded: Mapping[str, Tensor | CodedStack], importance: Mapping[str, AnyImportance]
 ) -> dict[str, float]:
     """Share of each layer's output that rounding changed, by the name of its weight."""
-    return {
-        name: relative_error(
-            value, unit.originals[name], importance[name].squares if name in importance else None
-        )
-        for name, value in rounded.items()
-    }
+    found = {}
+    for name, value in rounded.items():
+        original = unit.originals[name]
+        squares = importance[name].squares if name in importance else None
+        if isinstance(value, Tensor):
+            found[name] = relative_error(value, original, squares)
+        else:
+            dtype = computes_in(unit.group, name)
+            pairs = ((value.matrix(i, dtype), matrix) for i, matrix in enumerate(original))
+            found[name] = stack_error(pairs, squares)
+    return found
 
 
 def as_read(q: QTensor, own: torch.dtype, dtype: torch.dtype, rounds_inputs: bool) -> Tensor:
@@ -212,8 +226,12 @@ def as_read(q: QTensor, own: torch.dtype, dtype: torch.dtype, rounds_inputs: boo
         dtype: dtype in which the block runs.
         rounds_inputs: what the weight is multiplied by is rounded too.
     """
-    held = own if rounds_inputs and isinstance(q.format.grid, FloatGrid) else dtype
-    return q.format.dequantize(q, held).to(dtype)
+    return q.format.dequantize(q, _held(q, own, dtype, rounds_inputs)).to(dtype)
+
+
+def _held(q: QTensor, own: torch.dtype, dtype: torch.dtype, rounds_inputs: bool) -> torch.dtype:
+    """Dtype to which readers unpack a weight; arguments as for `as_read`."""
+    return own if rounds_inputs and isinstance(q.format.grid, FloatGrid) else dtype
 
 
 def bound_formats(formats: Mapping[str, Format], originals: Mapping[str, Tensor]) -> dict[str, Format]:
@@ -294,12 +312,15 @@ def _references(
 
 
 def _advance(
-    unit: Unit, parameters: Mapping[str, Tensor], streams: Streams, at_once: int, ranks: Ranks
+    unit: Unit, parameters: Mapping[str, Tensor | CodedStack], streams: Streams, at_once: int, ranks: Ranks
 ) -> None:
     """Replace both streams by the outputs of the unquantized and of the quantized blocks."""
+    whole = {n: p for n, p in parameters.items() if isinstance(p, Tensor)}
+    stacks = {n: p for n, p in parameters.items() if not isinstance(p, Tensor)}
 
     def quantized(*inputs: object) -> States:
-        output: States = functional_call(unit.group, dict(parameters), inputs)
+        with using(unit.group, stacks):
+            output: States = functional_call(unit.group, whole, inputs)
         return output
 
     arguments = unit.arguments()

@@ -1,0 +1,127 @@
+"""What does a block of many experts cost, beside another package?
+
+    python benchmarks/experts_block.py TEXT --experts 128 --kinds rtn tune --peer-python OTHER/bin/python
+
+Writes a random Qwen3-MoE of one block with experts of 2048 x 768, reading nothing but TEXT (a file, or JSON
+lines with a field `text`), from which its tokenizer is learned and which calibrates. Then each package
+rounds it plainly (`rtn`), with a search (`search`) or tunes it (`tune`), W4G128, each run in a process of its
+own. Prints one JSON line a run (wall and processor seconds, peak resident MiB), and the ratios at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy import Run
+from small_moe import make_tokenizer, texts_of
+
+from auto_round.checkpoint.disk import atomic_write_json
+from auto_round.checkpoint.writer import ShardWriter
+
+WIDTH, INNER, CHOSEN, HEADS, HEAD_WIDTH, VOCABULARY = 2048, 768, 8, 16, 128, 2048
+KINDS: dict[str, dict[str, Any]] = {
+    "rtn": {"iters": 0, "disable_opt_rtn": True},
+    "search": {"iters": 0, "disable_opt_rtn": False},
+    "tune": {},
+}
+
+
+def make_model(folder: Path, experts: int, text: Path) -> None:
+    """Write a random model, one tensor at a time, and a tokenizer learned from a text."""
+    layer, narrow = "model.layers.0.", HEADS // 4 * HEAD_WIDTH
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCABULARY, WIDTH),
+        "model.norm.weight": (WIDTH,),
+        **{f"{layer}{n}_layernorm.weight": (WIDTH,) for n in ("input", "post_attention")},
+        **{f"{layer}self_attn.{n}_norm.weight": (HEAD_WIDTH,) for n in "qk"},
+        f"{layer}self_attn.q_proj.weight": (HEADS * HEAD_WIDTH, WIDTH),
+        **{f"{layer}self_attn.{n}_proj.weight": (narrow, WIDTH) for n in "kv"},
+        f"{layer}self_attn.o_proj.weight": (WIDTH, HEADS * HEAD_WIDTH),
+        f"{layer}mlp.gate.weight": (experts, WIDTH),
+    }
+    for i in range(experts):
+        shapes |= {f"{layer}mlp.experts.{i}.{n}_proj.weight": (INNER, WIDTH) for n in ("gate", "up")}
+        shapes[f"{layer}mlp.experts.{i}.down_proj.weight"] = (WIDTH, INNER)
+    generator = torch.Generator().manual_seed(0)
+    folder.mkdir(parents=True)
+    specs = {name: (torch.bfloat16, shape) for name, shape in shapes.items()}
+    with ShardWriter.create(folder, specs, max_shard_bytes=1 << 30) as writer:
+        for name, shape in shapes.items():
+            tensor = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
+            writer.put(name, tensor.bfloat16())
+        writer.seal()
+    make_tokenizer(texts_of(text), VOCABULARY).save_pretrained(folder)
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "moe_intermediate_size": INNER,
+        "num_hidden_layers": 1,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 4,
+        "head_dim": HEAD_WIDTH,
+        "num_experts": experts,
+        "num_experts_per_tok": CHOSEN,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }
+    atomic_write_json(folder / "config.json", config)
+
+
+def main() -> None:
+    """Make the model, run both packages in turn."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["rtn", "tune"])
+    parser.add_argument("--peer-python", default="", help="its package runs too")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where there is room, and where the model is kept"
+    )
+    parser.add_argument("--iters", type=int, default=8)
+    parser.add_argument("--nsamples", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=64)
+    given = parser.parse_args()
+    texts = {"dataset": str(given.text), "nsamples": given.nsamples, "seqlen": given.seqlen}
+    packages = {"ours": sys.executable} | ({"peer": given.peer_python} if given.peer_python else {})
+    with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
+        model = (given.folder or Path(scratch)) / f"experts{given.experts}"
+        if not model.exists():
+            make_model(model, given.experts, given.text)
+        for kind in given.kinds:
+            settings = {"iters": given.iters} | texts | KINDS[kind]
+            costs = {}
+            for name, python in packages.items():
+                if name == "peer":
+                    os.environ.pop("PYTHONPATH", None)
+                run = Run(name, python, model, "W4G128", 42, tuple(settings.items()))
+                with tempfile.TemporaryDirectory(dir=scratch) as out:
+                    costs[name] = run.quantize(Path(out) / "out")
+                print(
+                    json.dumps({"kind": kind, "package": name, "experts": given.experts, **costs[name]}),
+                    flush=True,
+                )
+            if len(costs) > 1:
+                ratios = {
+                    figure: round(costs["ours"][figure] / cost, 3) for figure, cost in costs["peer"].items()
+                }
+                print(json.dumps({"kind": kind, "ours / peer": ratios}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Fused experts that run matrix by matrix: whoever has their weights in another form gives one at a time.
+
+A block of 128 experts has 600 million weights and more. A copy of them in the dtype in which the block
+computes, one as they are rounded, and what a grouped product forms of both, take ten times the memory of the
+model itself. Here only the matrix at hand exists in full. Every sum has the order that it has in the grouped
+product of Transformers: outputs and gradients are the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from auto_round.errors import InternalError
+from auto_round.models.experts import ExpertCall, ExpertParts, between, read_call
+
+_SAID = ("config", "has_gate", "has_bias", "has_post_expert_norm", "num_experts")
+"""What such a module says of itself (`models.experts`)."""
+
+
+class Matrices(Protocol):
+    """The matrices of a stack, in whatever form they are kept.
+
+    Attributes:
+        height: rows of each.
+        anchor: a scalar that gradients are asked for, so that `reached` is called; None where they are not.
+    """
+
+    @property
+    def height(self) -> int:
+        """Rows of each."""
+        ...
+
+    @property
+    def anchor(self) -> Tensor | None:
+        """A scalar that gradients are asked for; None where none are wanted."""
+        ...
+
+    def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
+        """One of them, `[out, in]`."""
+        ...
+
+    def reached(self, index: int, gradient: Tensor) -> None:
+        """Take the gradient of one of them, `[out, in]`; the tensor belongs to the taker."""
+        ...
+
+
+class _Own:
+    """The matrices of a parameter, cast as they are multiplied; without gradients."""
+
+    anchor = None
+
+    def __init__(self, stack: Tensor) -> None:
+        self._stack, self.height = stack, int(stack.shape[1])
+
+    def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
+        return self._stack[index].to(dtype)
+
+    def reached(self, index: int, gradient: Tensor) -> None:
+        """Nobody wants it."""
+
+
+class MatrixExperts(nn.Module):
+    """Stands in for a module of fused experts in a model of ours; parameters have the same names.
+
+    Their matrices always are `[n_experts, out, in]`. They may stay in the dtype of the model while the block
+    computes in another one (`keep`).
+    """
+
+    def __init__(self, fused: nn.Module, parts: ExpertParts) -> None:
+        """Take the place of `fused`, whose parameters are shared.
+
+        Args:
+            fused: the module of experts.
+            parts: of it.
+        """
+        super().__init__()
+        self._parts = parts
+        self._transposed = bool(vars(fused)["is_transposed"])
+        self._given: dict[str, Matrices] = {}
+        self._kept: torch.dtype | None = None
+        self.is_transposed = False
+        for name in _SAID:
+            if name in vars(fused):
+                setattr(self, name, vars(fused)[name])
+        for name, parameter in fused.named_parameters(recurse=False):
+            turn = self._transposed and name in self.matrices
+            own = nn.Parameter(_turned(parameter), requires_grad=False) if turn else parameter
+            self.register_parameter(name, own)
+        for name, buffer in fused.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        for name, child in fused.named_children():
+            self.add_module(name, child)
+        self.train(fused.training)
+        # In a tuple, or its parameters would be there twice; last, for `__getattr__` asks it.
+        self._fused = (fused,)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the module has beside parameters: code around it may ask for it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_fused" not in self.__dict__:
+                raise
+            return getattr(self._fused[0], name)
+
+    @property
+    def matrices(self) -> tuple[str, str]:
+        """Names of the parameters that hold a matrix for each expert."""
+        return self._parts.up, self._parts.down
+
+    @property
+    def turned(self) -> tuple[str, ...]:
+        """Those that the model keeps as `[n_experts, in, out]`."""
+        return self.matrices if self._transposed else ()
+
+    def keep(self, dtype: torch.dtype) -> None:
+        """Leave the matrices in their dtype: the block computes in another one."""
+        self._kept = dtype
+
+    def computes_in(self, name: str) -> torch.dtype:
+        """Dtype in which one of its parameters is multiplied."""
+        own = self.get_parameter(name).dtype
+        return own if self._kept is None or name not in self.matrices else self._kept
+
+    @contextmanager
+    def using(self, name: str, matrices: Matrices) -> Iterator[None]:
+        """Multiply by other matrices in place of a parameter's, while the context lasts."""
+        self._given[name] = matrices
+        try:
+            yield
+        finally:
+            del self._given[name]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the fused module gives, `[tokens, width]`."""
+        call = read_call(args, kwargs)
+        if call is None or not (self._given or self._by_matrix(call.hidden)):
+            return self._as_written(args, kwargs)
+        up, down = (self._given.get(name) or _Own(self.get_parameter(name)) for name in self.matrices)
+        return self._run(call, up, down)
+
+    def _by_matrix(self, hidden: Tensor) -> bool:
+        """On processors, where grouped products copy all matrices; not for gradients of whole parameters."""
+        wanted = any(self.get_parameter(name).requires_grad for name in self.matrices)
+        return hidden.device.type == "cpu" and not wanted
+
+    def _as_written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's own forward."""
+        values: dict[str, Tensor] = {}
+        for name, value in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
+            cast = value.to(self.computes_in(name)) if name in self.matrices else value
+            values[name] = cast.transpose(-2, -1) if name in self.turned else cast
+        return functional_call(self._fused[0], values, args, kwargs)
+
+    def _run(self, call: ExpertCall, up: Matrices, down: Matrices) -> Tensor:
+        count, k = self._parts.count, call.chosen.shape[-1]
+        experts, order = torch.sort(call.chosen.reshape(-1), stable=True)
+        ends = torch.bincount(experts.clamp_max(count), minlength=count + 1)[:count].cumsum(0).tolist()
+        inner = self._product(call.hidden[order // k], self._parts.up, up, experts, ends)
+        found = self._product(between(self._fused[0], inner), self._parts.down, down, experts, ends)
+        if vars(self).get("has_post_expert_norm"):
+            found = self._fused[0].post_expert_norm(found)  # type: ignore[operator]
+        found = found * call.weights.reshape(-1)[order].unsqueeze(-1)
+        if ends[-1] < len(found):  # a number behind the last expert stands for none
+            found = torch.cat([found[: ends[-1]], torch.zeros_like(found[ends[-1] :])])
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return found[back].view(len(call.hidden), k, -1).sum(dim=1).to(call.hidden.dtype)
+
+    def _product(
+        self, x: Tensor, name: str, matrices: Matrices, experts: Tensor, ends: Sequence[int]
+    ) -> Tensor:
+        made: Tensor = _Product.apply(x, matrices.anchor, matrices, ends)  # type: ignore[no-untyped-call]
+        if not vars(self).get("has_bias"):
+            return made
+        bias = self.get_parameter(f"{name}_bias")
+        return made.add_(bias[experts.clamp_max(len(bias) - 1)])
+
+
+class _Product(torch.autograd.Function):
+    """Rows of `x`, sorted by expert, times the transposed matrix of each; `ends` of each one's rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor | None, matrices: Matrices, ends: Sequence[int]
+    ) -> Tensor:
+        out = x.new_zeros(len(x), matrices.height)
+        for expert, rows in _spans(ends):
+            torch.mm(x[rows], matrices.matrix(expert, x.dtype).T, out=out[rows])
+        ctx.save_for_backward(x)
+        ctx.matrices, ctx.ends = matrices, ends
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (x,) = ctx.saved_tensors
+        to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        for expert, rows in _spans(ctx.ends):
+            if to_x is not None:
+                torch.mm(grad[rows], ctx.matrices.matrix(expert, x.dtype), out=to_x[rows])
+            if ctx.needs_input_grad[1]:
+                ctx.matrices.reached(expert, grad[rows].T @ x[rows])
+        return to_x, (grad.new_zeros(()) if ctx.needs_input_grad[1] else None), None, None
+
+
+def _spans(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Experts that have rows, with their rows."""
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if end > start:
+            yield expert, slice(start, end)
+
+
+def _turned(stack: Tensor) -> Tensor:
+    return stack.detach().transpose(-2, -1).contiguous()
+
+
+def install(model: nn.Module) -> frozenset[str]:
+    """Replace the fused experts of a skeleton whose modules say how they compute, in place.
+
+    Returns:
+        Names of parameters that the model itself keeps the other way round.
+    """
+    turned = []
+    for path, module in list(model.named_modules()):
+        parts = ExpertParts.of(module)
+        if parts is None or isinstance(module, MatrixExperts):
+            continue
+        stand_in = MatrixExperts(module, parts)
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, stand_in)
+        turned += [f"{path}.{name}" for name in stand_in.turned]
+    return frozenset(turned)
+
+
+def matrix_experts(block: nn.Module, parameter: str) -> MatrixExperts | None:
+    """The module that multiplies by the matrices of a parameter one at a time; None for other parameters."""
+    path, _, name = parameter.rpartition(".")
+    owner = block.get_submodule(path)
+    return owner if isinstance(owner, MatrixExperts) and name in owner.matrices else None
+
+
+def computes_in(block: nn.Module, parameter: str) -> torch.dtype:
+    """Dtype in which a block multiplies by one of its parameters."""
+    owner = matrix_experts(block, parameter)
+    return (
+        block.get_parameter(parameter).dtype
+        if owner is None
+        else owner.computes_in(parameter.rpartition(".")[2])
+    )
+
+
+@contextmanager
+def using(block: nn.Module, matrices: Mapping[str, Matrices]) -> Iterator[None]:
+    """Multiply by other matrices in place of some parameters', while the context lasts.
+
+    Args:
+        block: any module that holds `MatrixExperts`.
+        matrices: parameter -> what stands in for it.
+    """
+    with ExitStack() as stack:
+        for parameter, each in matrices.items():
+            owner = matrix_experts(block, parameter)
+            if owner is None:
+                raise InternalError(f"{parameter} is not multiplied matrix by matrix")
+            stack.enter_context(owner.using(parameter.rpartition(".")[2], each))
+        yield

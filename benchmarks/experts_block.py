@@ -104,7 +104,7 @@ def main() -> None:
         if not model.exists():
             make_model(model, given.experts, given.text)
         for kind in given.kinds:
-            settings = {"iters": given.iters} | texts | KINDS[kind]
+            settings = {"iters": given.iters} | KINDS[kind] | ({} if kind == "rtn" else texts)
             costs = {}
             for name, python in packages.items():
                 if name == "peer":

@@ -7,9 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from auto_round.facts.layer import Role
+from auto_round.models.experts import ExpertParts
 from auto_round.models.folder import FolderSource
 from auto_round.models.live import LiveSource
 from auto_round.testing.tiny_models import DENSE, EXPERTS, KEPT, VOCABULARY
+from sweep.configurations import family_config
 
 FAMILIES = [*DENSE, *EXPERTS, *KEPT]
 
@@ -144,13 +146,40 @@ def test_every_matrix_is_found(saved, family):
         assert all(name.endswith("gate.weight") for name in rest), rest
 
 
-@pytest.mark.parametrize(("family", "reason"), [("gpt_oss", "transposed"), ("granitemoe", "fused")])
-def test_what_is_kept_is_said(saved, family, reason):
+@pytest.mark.parametrize(
+    ("family", "first"),
+    [
+        ("gpt_oss", "model.layers.0.mlp.experts.0.gate_proj"),
+        ("granitemoe", "model.layers.0.block_sparse_moe.experts.0.w1"),
+    ],
+)
+def test_experts_in_one_tensor_are_read_one_by_one(saved, family, first):
+    model = AutoModelForCausalLM.from_pretrained(saved(family), dtype=torch.float32)
+    experts = next(m for m in model.modules() if ExpertParts.of(m) is not None)
     with FolderSource.open(saved(family)) as source:
-        assert len(source.unsupported) >= 4
-        for refusal in source.unsupported:
-            assert reason in refusal.reason
-            assert refusal.who in source.tensors
+        assert not source.unsupported
+        fused = [layer for layer in source.layers if layer.fused]
+        assert fused[0].name == first
+        inside = [layer for layer in fused if layer.block == 0]
+        up, down = experts.gate_up_proj, experts.down_proj
+        if experts.is_transposed:
+            up, down = up.mT, down.mT
+        for layer in inside:
+            stack = down if layer.name.endswith(("down_proj", "w2")) else up
+            rows = slice(None) if layer.rows is None else slice(*layer.rows)
+            assert torch.equal(source.read(layer), stack[layer.expert][rows])
+        assert len(inside) == 3 * len(down)
+        gates = [layer for layer in inside if layer.name.endswith(("gate_proj", "w1"))]
+        gate = torch.stack([source.read(layer) for layer in gates])
+        half = up.shape[1] // 2
+        assert torch.equal(gate, up[:, 0::2] if family == "gpt_oss" else up[:, :half])
+
+
+def test_experts_that_say_nothing_of_themselves_are_named():
+    model = AutoModelForCausalLM.from_config(family_config("jetmoe"), dtype=torch.float32)
+    refusals = LiveSource(model).unsupported
+    assert refusals
+    assert all("does not say how its experts compute" in refusal.reason for refusal in refusals)
 
 
 def test_roles_of_experts(saved):

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 
 import pytest
 
@@ -61,9 +62,10 @@ def test_each_matrix_has_one_role(tmp_path, name):
     with FolderSource.open(save_config(config_of(name), tmp_path / "model")) as source:
         rows, disk = source.roles, source.tensors
         assert {(r.role, r.names, r.shape, r.count) for r in rows} >= WANTED[name]
-        wide = [spec.shape for spec in disk.values() if len(spec.shape) > 1]
-        assert sum(row.count for row in rows) == len(wide)
-        assert sum(row.weights for row in rows) == sum(map(math.prod, wide))
+        wide = {tensor: spec.shape for tensor, spec in disk.items() if len(spec.shape) > 1}
+        matrices = Counter(layer.tensor for layer in source.layers if layer.fused)
+        assert sum(row.count for row in rows) == sum(matrices.get(tensor, 1) for tensor in wide)
+        assert sum(row.weights for row in rows) == sum(map(math.prod, wide.values()))
         assert all(row.note for row in rows if row.role in {"kept", "tower", "head", "router"})
         assert len(render_roles(rows).splitlines()) == len(rows)
 

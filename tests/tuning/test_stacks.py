@@ -10,7 +10,12 @@ from auto_round.numerics.presets import int_format
 from auto_round.numerics.presets_float import nv_format
 from auto_round.numerics.search import QUICK
 from auto_round.tuning import weights
+from auto_round.tuning.config import Optimizer, TuneConfig
+from auto_round.tuning.objective import Objective
+from auto_round.tuning.samples import Samples
+from auto_round.tuning.sign_round import tune_block
 from auto_round.tuning.weights import Weight, WeightTask
+from models.test_matrix_experts import experts_of, stand_in
 
 FORMATS = {
     "int2": int_format(2, 32, sym=True),
@@ -45,3 +50,52 @@ def test_one_after_the_other_is_all_at_once(monkeypatch, name, effort):
 
 def knobs(weight):
     return weight.knobs.lo, weight.knobs.hi
+
+
+class Block(nn.Module):
+    """Fused experts of Transformers behind a router that is a plain table."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.experts = stand_in(experts_of("qwen3_moe", dtype))
+
+    def forward(self, hidden):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        weights, chosen = flat[:, :3].softmax(-1).topk(2)  # the last expert is never chosen
+        return hidden + self.experts(flat, chosen, weights).reshape(hidden.shape)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 0.05},
+        {"optimizer": Optimizer.ADAM, "keep_best": False},
+        {"momentum": 0.5, "rows_at_once": 3, "keep_best": False},
+        {"tune_range": False, "keeps_offsets": True, "keep_best": False},
+    ],
+    ids=["signs", "adam", "parts", "offsets"],
+)
+@pytest.mark.parametrize("fmt", [FORMATS["int2"], FORMATS["a number for each matrix"]], ids=["int2", "nvfp4"])
+def test_tuned_matrix_by_matrix_is_tuned_whole(settings, fmt):
+    block = Block()
+    x = torch.randn(12, 6, 64, generator=torch.Generator().manual_seed(3))
+    data = Samples((x,), (block(x).detach(),))
+    tasks = {f"experts.{name}": WeightTask(fmt) for name in ("gate_up_proj", "down_proj")}
+    config = TuneConfig(iters=6, batch_size=4, **settings)
+    found = [
+        tune_block(
+            block,
+            tasks,
+            data,
+            data,
+            config,
+            generator=torch.Generator().manual_seed(0),
+            objective=Objective(matrix_by_matrix=by_matrix),
+        )
+        for by_matrix in (True, False)
+    ]
+    assert found[0].loss == found[1].loss
+    for name, q in found[0].weights.items():
+        other = found[1].weights[name]
+        assert torch.equal(q.codes, other.codes)
+        assert torch.equal(q.scale.step, other.scale.step)

@@ -149,6 +149,10 @@ class Checkpoint:
         rows = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype, device="cpu")
         return self._fill(name, info, rows, info.begin + start * row_bytes)
 
+    def read_entry(self, name: str, index: int) -> Tensor:
+        """One entry of the first axis, without reading the others; raises what `read_rows` raises."""
+        return self.read_rows(name, index, index + 1)[0]
+
     def copy_into(self, name: str, fd: int, offset: int) -> None:
         """Copy the bytes of a tensor to an open file without passing them through Python.
 

@@ -51,6 +51,14 @@ class Tensors(Protocol):
         """
         ...
 
+    def read_entry(self, name: str, index: int) -> Tensor:
+        """One entry of a tensor's first axis, in fresh CPU memory that the caller owns.
+
+        Raises:
+            CheckpointError: no such tensor, or its file is damaged.
+        """
+        ...
+
     def copy_into(self, name: str, fd: int, offset: int) -> None:
         """Write the bytes of a tensor to an open file.
 

@@ -166,7 +166,7 @@ def _refuse_outside(who: str, layer: Layer) -> Refusal | None:
 
 def refuse_transposed(who: str, layer: Layer) -> Refusal | None:
     """Why readers that know `nn.Linear` only would not find a layer; None when they would."""
-    if not layer.transposed:
+    if not layer.transposed or layer.fused:
         return None
     return Refusal(
         who,

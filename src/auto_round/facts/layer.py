@@ -40,8 +40,10 @@ class Layer:
         block: index of the block that it belongs to, None outside of blocks.
         role: what it does.
         expert: index of the expert inside a fused `[n_experts, rows, in]` parameter; None for plain matrices.
-        rows: first and last-plus-one row of this matrix inside its (expert's) parameter; None for all rows.
+        rows: first and last-plus-one row of this matrix inside its (expert's) parameter, and the distance of
+            rows where they are not neighbours; None for all rows.
         transposed: it lies on disk as `[in, out]`, as GPT-2's matrices do.
+        fused: its tensor on disk holds the whole parameter: `expert` and `rows` say where it lies there too.
         asked: other code of the model asks for its weight, which not every loader of packed weights can give.
     """
 
@@ -53,9 +55,15 @@ class Layer:
     block: int | None
     role: Role
     expert: int | None = None
-    rows: tuple[int, int] | None = None
+    rows: tuple[int, ...] | None = None
     transposed: bool = False
+    fused: bool = False
     asked: bool = False
+
+    @property
+    def alone(self) -> str:
+        """Name of the matrix as a tensor of its own."""
+        return f"{self.name}.weight" if self.fused else self.tensor
 
     @property
     def stored_shape(self) -> tuple[int, int]:

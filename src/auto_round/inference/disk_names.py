@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from auto_round.errors import CheckpointError
 from auto_round.facts.tensor import TensorSpec
 from auto_round.log import logger
 from auto_round.models.names import NameMap, Recipe, map_names
+from auto_round.models.split import split_recipes
 
 _WRAPPERS = frozenset(("model", "language_model", "text_model"))
 """Containers that the classes of one architecture have or have not around the same layers: the base model in
@@ -29,12 +30,15 @@ class DiskNames:
             name on disk the module's own.
         disk: tensor name on disk -> dtype and shape.
         renamings: Transformers' renamings of single tensors.
+        split: parameter of experts that is one tensor on disk -> how it is made of quantized ones, which are
+            written one by one.
     """
 
     model: Any
     map: NameMap
     disk: Mapping[str, TensorSpec]
     renamings: Sequence[Any] = ()
+    split: Mapping[str, Recipe] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Any) -> DiskNames:
@@ -46,7 +50,11 @@ class DiskNames:
         try:
             tensors = revert_weight_conversion(model, model.state_dict())
             disk = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-            return cls(model, map_names(model, disk), disk, renamings)
+            names = map_names(model, disk)
+            split = split_recipes(model, names, disk)
+            pieces = {name: spec for _, specs in split.values() for name, spec in specs.items()}
+            recipes = {parameter: recipe for parameter, (recipe, _) in split.items()}
+            return cls(model, names, disk | pieces, renamings, recipes)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, CheckpointError) as error:
             logger.debug("names on disk are taken to be those of the modules: %s", error)
             return cls(model, NameMap((), {}, ()), {}, renamings)
@@ -59,7 +67,7 @@ class DiskNames:
 
     def recipe(self, parameter: str) -> Recipe | None:
         """How several tensors on disk become one parameter; None where one tensor is one parameter."""
-        recipe = self.map.by_target.get(parameter)
+        recipe = self.split.get(parameter) or self.map.by_target.get(parameter)
         return recipe if recipe is not None and recipe.converter is not None else None
 
     def inside(self, layer: str) -> str:

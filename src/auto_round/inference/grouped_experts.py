@@ -16,8 +16,8 @@ from auto_round.errors import UnsupportedError
 from auto_round.inference.experts import WEIGHT, PackedExperts
 from auto_round.inference.qlinear import QuantLinear, named
 from auto_round.models.experts import ExpertParts, read_call, run_experts
+from auto_round.models.fused import Place
 from auto_round.models.names import Recipe
-from auto_round.models.places import Place
 
 
 class GroupedExperts(PackedExperts):
@@ -69,9 +69,17 @@ class GroupedExperts(PackedExperts):
 
     def _product(self, parameter: str, expert: int, x: Tensor) -> Tensor:
         layers = self._rows[0][parameter][expert]
-        made = layers[0](x) if len(layers) == 1 else torch.cat([layer(x) for layer in layers], dim=-1)
+        made: Tensor
+        if len(layers) == 1:
+            made = layers[0][1](x)
+        elif all(len(rows) == 2 for rows, _ in layers):
+            made = torch.cat([layer(x) for _, layer in layers], dim=-1)
+        else:  # rows of several matrices in turn
+            made = x.new_empty(*x.shape[:-1], max(rows[1] for rows, _ in layers))
+            for rows, layer in layers:
+                made[..., slice(*rows)] = layer(x)
         bias = self._parameters.get(f"{parameter}_bias")
-        return made if bias is None else made + bias[expert]
+        return made if bias is None else made.add(bias[expert])
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
         layer = self._weights[name]
@@ -83,13 +91,12 @@ class GroupedExperts(PackedExperts):
 
 def _in_order(
     packed: Mapping[str, tuple[str, QuantLinear]], places: Mapping[str, Place], count: int
-) -> list[list[QuantLinear]]:
-    """Layers of each expert, in the order of their rows."""
-    found: list[list[tuple[int, QuantLinear]]] = [[] for _ in range(count)]
+) -> list[list[tuple[tuple[int, ...], QuantLinear]]]:
+    """Layers of each expert with their rows, in the order of these."""
+    found: list[list[tuple[tuple[int, ...], QuantLinear]]] = [[] for _ in range(count)]
     for name, place in places.items():
-        first = 0 if place.rows is None else place.rows[0]
-        found[place.expert or 0].append((first, packed[name][1]))
-    return [[layer for _, layer in sorted(each, key=lambda pair: pair[0])] for each in found]
+        found[place.expert or 0].append((place.rows or (0, -1), packed[name][1]))
+    return [sorted(each, key=lambda pair: pair[0]) for each in found]
 
 
 def can_run(fused: nn.Module, packed: Collection[str]) -> bool:

@@ -16,8 +16,9 @@ from auto_round.inference.grouped_experts import GroupedExperts, can_run
 from auto_round.inference.qlinear import PackedWeight, QuantLinear
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.select import select_kernel
+from auto_round.models.fused import Place, Stacking
 from auto_round.models.names import Recipe
-from auto_round.models.places import Locator, Place
+from auto_round.models.places import Locator
 from auto_round.models.roles import fused_experts
 from auto_round.stored.formats import StoredFormats, StoredLayer
 
@@ -84,7 +85,9 @@ def pack_experts(model: Any, stored: StoredFormats, names: ConfigNames, kernels:
         pieces: dict[str, _Piece] = {}
         for parameter, transposed in fused_experts(module).items():
             recipe = names.disk.recipe(f"{path}.{parameter}")
-            if recipe is None or transposed or len(recipe.targets) != 1:
+            if recipe is None or len(recipe.targets) != 1:
+                continue
+            if transposed and not isinstance(recipe.converter, Stacking):
                 continue
             dtype = module.get_parameter(parameter).dtype
             if own := _pieces(path, recipe, stored, names, dtype):
@@ -121,7 +124,7 @@ def _pieces(
     """Tensor name on disk -> what will hold it; empty when nothing is quantized."""
     found: dict[str, _Piece] = {}
     if any(len(names.disk.disk[piece.name].shape) != 2 for piece in recipe.pieces):
-        return found  # experts fused on disk too are never packed
+        return found  # a fused tensor is never packed
     for piece in recipe.pieces:
         layer = piece.name.removesuffix(WEIGHT)
         inside = names.disk.inside(layer)

@@ -15,7 +15,8 @@ from auto_round.facts.tensor import TensorSpec
 from auto_round.models.facts import expert_counts
 from auto_round.models.families import flow_of
 from auto_round.models.further import further_layers
-from auto_round.models.names import NameMap
+from auto_round.models.fused import heights, lies_turned, split
+from auto_round.models.names import NameMap, Recipe
 from auto_round.models.places import Locator
 from auto_round.models.readers import ASKED, read_elsewhere
 from auto_round.models.roles import (
@@ -27,6 +28,9 @@ from auto_round.models.roles import (
     is_linear,
     role_in_block,
 )
+
+MATRIX = 2
+"""Axes of a matrix on disk; those of experts in one tensor have one more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +118,42 @@ class _Dissection:
 
     def _bare(self, module: nn.Module, path: str, index: int) -> Iterator[Layer]:
         """Own parameters of a module that is not a linear layer: fused experts, or weights to be kept."""
-        for name, transposed in fused_experts(module).items():
-            if transposed:
-                self._refuse(f"{path}.{name}", "its experts are stored transposed")
+        for name in fused_experts(module):
+            parameter = f"{path}.{name}"
+            recipe = self._names.by_target.get(parameter)
+            if recipe is not None and len(self._disk[recipe.pieces[0].name].shape) > MATRIX:
+                yield from self._fused(module, recipe, index)
             else:
-                yield from self._matrices(f"{path}.{name}", index, Role.EXPERT)
+                yield from self._matrices(parameter, index, Role.EXPERT)
         for name in bare_matrices(module, self._experts):
             self._refuse(f"{path}.{name}", "it is a matrix outside of a linear layer")
+
+    def _fused(self, module: nn.Module, recipe: Recipe, index: int) -> Iterator[Layer]:
+        """Layers of a parameter of experts that is one tensor on disk."""
+        parameter, (piece, *others) = recipe.targets[0], recipe.pieces
+        name, spec = parameter.rpartition(".")[2], self._disk[piece.name]
+        made = tuple(module.get_parameter(name).shape)
+        found = split(module, name, piece.name)
+        turned = lies_turned(recipe.converter, spec.shape == made)
+        if others or turned is None:
+            found = "the conversion from disk does more than turn its matrices"
+        if isinstance(found, str):
+            self._refuse(parameter, found)
+            return
+        for each, height in zip(found, heights(made, found), strict=True):
+            yield Layer(
+                name=each.name,
+                tensor=piece.name,
+                parameter=parameter,
+                shape=(height, made[2]),
+                dtype=spec.dtype,
+                block=index,
+                role=Role.EXPERT,
+                expert=each.place.expert,
+                rows=each.place.rows,
+                transposed=turned is not recipe.transposed,
+                fused=True,
+            )
 
     def _matrices(self, parameter: str, index: int | None, role: Role) -> Iterator[Layer]:
         """Layers that make up one parameter: itself, or one per expert and projection."""
@@ -132,10 +165,8 @@ class _Dissection:
         if isinstance(places, str):
             self._refuse(parameter, places)
             return
-        if any(len(self._disk[name].shape) != 2 for name in places):
-            self._refuse(
-                parameter, "its experts lie on disk as one fused tensor, not as one matrix per expert"
-            )
+        if any(len(self._disk[name].shape) != MATRIX for name in places):
+            self._refuse(parameter, "it is no matrix on disk")
             return
         for name, place in sorted(
             places.items(), key=lambda item: (item[1].expert or 0, item[1].rows or (0, 0))

@@ -73,6 +73,10 @@ class AssembledSource(ABC):
     def read_tensor(self, name: str) -> Tensor:
         """Any tensor of `tensors`."""
 
+    def read_entry(self, name: str, index: int) -> Tensor:
+        """One entry of the first axis of a tensor."""
+        return self.read_tensor(name)[index]
+
     @abstractmethod
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """Module tensors of one recipe in fresh memory."""
@@ -185,8 +189,12 @@ class AssembledSource(ABC):
 
     def read(self, layer: Layer) -> Tensor:
         """Weight of a layer, `[out, in]`."""
-        weight = self.read_tensor(layer.tensor)
-        return weight.t().contiguous() if layer.transposed else weight
+        if not layer.fused or layer.expert is None:
+            weight = self.read_tensor(layer.tensor)
+            return weight.t().contiguous() if layer.transposed else weight
+        weight = self.read_entry(layer.tensor, layer.expert)
+        weight = weight.t() if layer.transposed else weight
+        return (weight if layer.rows is None else weight[slice(*layer.rows)]).contiguous()
 
     def disk_name(self, parameter: str) -> str:
         """Name on disk of a parameter that is stored alone; see `ModelSource`."""

@@ -106,6 +106,10 @@ class FolderSource(AssembledSource):
         """Any tensor of `tensors`."""
         return self._files.read(name)
 
+    def read_entry(self, name: str, index: int) -> Tensor:
+        """One entry of the first axis of a tensor; only that is read."""
+        return self._files.read_entry(name, index)
+
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
         def read(name: str) -> Tensor:
             return self._files.read_as(name, dtype)

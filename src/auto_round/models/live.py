@@ -60,7 +60,7 @@ class LiveSource(AssembledSource):
         """Any tensor of `tensors`, in the name and shape that it would have on disk."""
         recipe = self._recipes[name]
         layer = self._places.get(name)
-        if recipe.converter is None or layer is None:
+        if recipe.converter is None or layer is None or layer.fused:
             made = as_saved(self._parts.model, {t: self._state[t] for t in recipe.targets})
             return made[name].detach().to("cpu", copy=True).contiguous()
         weight = self._state[recipe.targets[0]].detach()

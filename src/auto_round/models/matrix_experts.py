@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from auto_round.errors import InternalError
 from auto_round.models.experts import ExpertCall, ExpertParts, between, read_call
+from auto_round.models.fused import transposed_parts
 
 _SAID = ("config", "has_gate", "has_bias", "has_post_expert_norm", "num_experts")
 """What such a module says of itself (`models.experts`)."""
@@ -77,11 +78,12 @@ class MatrixExperts(nn.Module):
 
         Args:
             fused: the module of experts.
-            parts: of it.
+            parts: of it; the module keeps them as `[n_experts, in, out]` where it says nothing of that.
         """
         super().__init__()
         self._parts = parts
-        self._transposed = bool(vars(fused)["is_transposed"])
+        self._transposed = bool(vars(fused).get("is_transposed", True))
+        self.by_matrix = ExpertParts.of(fused) is not None
         self._given: dict[str, Matrices] = {}
         self._kept: torch.dtype | None = None
         self.is_transposed = False
@@ -125,7 +127,7 @@ class MatrixExperts(nn.Module):
 
     def computes_in(self, name: str) -> torch.dtype:
         """Dtype in which one of its parameters is multiplied."""
-        own = self.get_parameter(name).dtype
+        own = self._value(name).dtype
         return own if self._kept is None or name not in self.matrices else self._kept
 
     @contextmanager
@@ -142,12 +144,17 @@ class MatrixExperts(nn.Module):
         call = read_call(args, kwargs)
         if call is None or not (self._given or self._by_matrix(call.hidden)):
             return self._as_written(args, kwargs)
-        up, down = (self._given.get(name) or _Own(self.get_parameter(name)) for name in self.matrices)
+        up, down = (self._given.get(name) or _Own(self._value(name)) for name in self.matrices)
         return self._run(call, up, down)
+
+    def _value(self, name: str) -> Tensor:
+        """A parameter, or the tensor that is substituted for it."""
+        value: Tensor = getattr(self, name)
+        return value
 
     def _by_matrix(self, hidden: Tensor) -> bool:
         """On processors, where grouped products copy all matrices; not for gradients of whole parameters."""
-        wanted = any(self.get_parameter(name).requires_grad for name in self.matrices)
+        wanted = any(self._value(name).requires_grad for name in self.matrices)
         return hidden.device.type == "cpu" and not wanted
 
     def _as_written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,7 +167,8 @@ class MatrixExperts(nn.Module):
 
     def _run(self, call: ExpertCall, up: Matrices, down: Matrices) -> Tensor:
         count, k = self._parts.count, call.chosen.shape[-1]
-        experts, order = torch.sort(call.chosen.reshape(-1), stable=True)
+        # As Transformers calls it: tokens of an expert are added in the order in which they stand.
+        experts, order = torch.sort(call.chosen.reshape(-1))
         ends = torch.bincount(experts.clamp_max(count), minlength=count + 1)[:count].cumsum(0).tolist()
         inner = self._product(call.hidden[order // k], self._parts.up, up, experts, ends)
         found = self._product(between(self._fused[0], inner), self._parts.down, down, experts, ends)
@@ -176,29 +184,35 @@ class MatrixExperts(nn.Module):
     def _product(
         self, x: Tensor, name: str, matrices: Matrices, experts: Tensor, ends: Sequence[int]
     ) -> Tensor:
-        made: Tensor = _Product.apply(x, matrices.anchor, matrices, ends)  # type: ignore[no-untyped-call]
+        made: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            x, matrices.anchor, matrices, ends, self._transposed
+        )
         if not vars(self).get("has_bias"):
             return made
-        bias = self.get_parameter(f"{name}_bias")
+        bias = self._value(f"{name}_bias")
         return made.add_(bias[experts.clamp_max(len(bias) - 1)])
 
 
 class _Product(torch.autograd.Function):
-    """Rows of `x`, sorted by expert, times the transposed matrix of each; `ends` of each one's rows."""
+    """Rows of `x`, sorted by expert, times the transposed matrix of each; `ends` of each one's rows.
+
+    Libraries add in another order where a factor lies in memory the other way round; with `turned` it does.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor | None, matrices: Matrices, ends: Sequence[int]
+        ctx: Any, x: Tensor, anchor: Tensor | None, matrices: Matrices, ends: Sequence[int], turned: bool
     ) -> Tensor:
         out = x.new_zeros(len(x), matrices.height)
         for expert, rows in _spans(ends):
-            torch.mm(x[rows], matrices.matrix(expert, x.dtype).T, out=out[rows])
+            factor = matrices.matrix(expert, x.dtype).T
+            torch.mm(x[rows], factor.contiguous() if turned else factor, out=out[rows])
         ctx.save_for_backward(x)
         ctx.matrices, ctx.ends = matrices, ends
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
         to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         for expert, rows in _spans(ctx.ends):
@@ -206,7 +220,7 @@ class _Product(torch.autograd.Function):
                 torch.mm(grad[rows], ctx.matrices.matrix(expert, x.dtype), out=to_x[rows])
             if ctx.needs_input_grad[1]:
                 ctx.matrices.reached(expert, grad[rows].T @ x[rows])
-        return to_x, (grad.new_zeros(()) if ctx.needs_input_grad[1] else None), None, None
+        return to_x, (grad.new_zeros(()) if ctx.needs_input_grad[1] else None), None, None, None
 
 
 def _spans(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
@@ -228,7 +242,7 @@ def install(model: nn.Module) -> frozenset[str]:
     """
     turned = []
     for path, module in list(model.named_modules()):
-        parts = ExpertParts.of(module)
+        parts = ExpertParts.of(module) or transposed_parts(module)
         if parts is None or isinstance(module, MatrixExperts):
             continue
         stand_in = MatrixExperts(module, parts)
@@ -242,7 +256,9 @@ def matrix_experts(block: nn.Module, parameter: str) -> MatrixExperts | None:
     """The module that multiplies by the matrices of a parameter one at a time; None for other parameters."""
     path, _, name = parameter.rpartition(".")
     owner = block.get_submodule(path)
-    return owner if isinstance(owner, MatrixExperts) and name in owner.matrices else None
+    if not isinstance(owner, MatrixExperts) or not owner.by_matrix or name not in owner.matrices:
+        return None
+    return owner
 
 
 def computes_in(block: nn.Module, parameter: str) -> torch.dtype:

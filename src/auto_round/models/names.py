@@ -40,7 +40,7 @@ class Recipe:
         pieces: what goes in, in the order in which the converter wants it.
         converter: Transformers' converter, never used itself but copied for every use (it collects tensors
             inside itself); None where the one piece is the one target.
-        transposed: the one piece lies on disk as `[in, out]` and is wanted as `[out, in]`.
+        transposed: what the model has as `[in, out]`, or as a stack of such, is wanted the other way round.
     """
 
     key: str
@@ -63,7 +63,8 @@ class Recipe:
         for piece in self.pieces:
             converter.add_tensor(self.key, piece.name, piece.pattern, read(piece.name))
         made = converter.convert(self.key, model=model, config=model.config)
-        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+        found = {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+        return {name: t.mT.contiguous() for name, t in found.items()} if self.transposed else found
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from auto_round.facts.tensor import TensorSpec
+from auto_round.models.fused import Place, Stacking
 from auto_round.models.names import Recipe
 
 _ROW_BITS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Rows of a parameter that are exactly one matrix on disk.
-
-    Attributes:
-        expert: index in the first dimension of a 3-D parameter; None in a 2-D one.
-        rows: first and last-plus-one row; None for all rows.
-    """
-
-    expert: int | None = None
-    rows: tuple[int, int] | None = None
 
 
 class Locator:
@@ -45,6 +32,8 @@ class Locator:
         """Disk name -> place, or the reason why the pieces cannot be addressed by rows."""
         if recipe.converter is None:
             return {recipe.pieces[0].name: Place()}
+        if isinstance(recipe.converter, Stacking):
+            return recipe.converter.places
         shapes = tuple(self._disk[p.name].shape for p in recipe.pieces)
         if len(recipe.targets) != 1:
             return "one matrix on disk is split into several weights of the module"

@@ -99,13 +99,15 @@ class Group:
         """Rows of the scales that belong to some rows of a weight.
 
         Raises:
-            UnsupportedError: the rows begin in the middle of a group.
+            UnsupportedError: the rows begin in the middle of a group, or are not neighbours.
         """
         if self.size == 0 or rows == slice(None):
             return slice(None)  # one scale for a whole matrix holds for each of its parts too
-        if rows.start % self.rows:
+        if self.rows == 1:
+            return rows
+        if rows.start % self.rows or rows.step not in (None, 1):
             raise UnsupportedError(
                 f"rows {rows.start} to {rows.stop} cannot be taken from a weight",
-                [Refusal("groups", f"{self.rows} rows share a scale, and these begin inside of a group")],
+                [Refusal("groups", f"{self.rows} rows share a scale, and these lie in groups with others")],
             )
         return slice(rows.start // self.rows, -(-rows.stop // self.rows))

@@ -103,10 +103,10 @@ class PartSpec:
             return groups
         if each == 0:
             return slice(None)
-        if groups.start % each:
+        if groups.start % each or groups.step not in (None, 1):
             raise UnsupportedError(
                 f"rows of groups {groups.start} to {groups.stop} cannot be taken from a weight",
-                [Refusal("scales", f"{each} rows of groups share a number, and these begin among them")],
+                [Refusal("scales", f"{each} rows of groups share a number, and these lie among them")],
             )
         return slice(groups.start // each, -(-groups.stop // each))
 

@@ -134,12 +134,12 @@ def round_layers(
     def work(item: tuple[Layer, Format]) -> tuple[str, T]:
         layer, fmt = item
         weight = as_wanted(job.source.read(layer), job.kept_dtype)
-        squares = job.importance.get(layer.tensor)
+        squares = job.importance.get(layer.alone)
         importance, effort = None, None
         if squares is not None and job.effort is not None:
             importance, effort = Importance(squares), BY_SQUARES
         bound = formats.get(layer.name, fmt)
-        q = round_matrix(layer.tensor, weight, bound, job.device_of(layer), importance, effort)
+        q = round_matrix(layer.alone, weight, bound, job.device_of(layer), importance, effort)
         return layer.name, put(layer, QuantizedLayer(q))
 
     # The largest first, so that no worker begins a large one when the others have finished.
@@ -161,7 +161,7 @@ def _bound(job: Job, layers: Sequence[tuple[Layer, Format]]) -> dict[str, Format
 
     def extremes(item: tuple[Layer, Format]) -> tuple[str, Stats]:
         layer, fmt = item
-        stats = measured(layer.tensor, fmt, as_wanted(job.source.read(layer), job.kept_dtype).to(job.device))
+        stats = measured(layer.alone, fmt, as_wanted(job.source.read(layer), job.kept_dtype).to(job.device))
         whole = Stats(stats.lo.amin((-2, -1), keepdim=True), stats.hi.amax((-2, -1), keepdim=True))
         return layer.name, whole
 

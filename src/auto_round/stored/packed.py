@@ -114,7 +114,7 @@ class Packed:
         if self.stack is not None:
             stacked = torch.empty(self.plain_shape, dtype=dtype, device="cpu")
             for i, place in enumerate(stacked):
-                place.copy_(self._turned(self.format.dequantize(self._unpack(files, i), dtype)))
+                place.copy_(self.plain_entry(files, i, dtype))
             return stacked
         order = self._reordered(files)
         if order is None and isinstance(self.layout, FloatLayout | ByNumbers):
@@ -126,6 +126,16 @@ class Packed:
         weight = torch.empty(q.shape, dtype=dtype, device="cpu")
         weight[:, order] = self.format.dequantize(grouped, dtype)
         return weight
+
+    def plain_entry(self, files: Checkpoint, index: int, dtype: torch.dtype) -> Tensor:
+        """One entry of the first axis of the weight: of a stack one matrix, which alone is unpacked.
+
+        Raises:
+            CheckpointError: tensors that contradict the configuration.
+        """
+        if self.stack is None:
+            return self.plain(files, dtype)[index]
+        return self._turned(self.format.dequantize(self._unpack(files, index), dtype))
 
     def _turned(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight

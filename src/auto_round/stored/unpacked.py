@@ -72,6 +72,13 @@ class Unpacked:
         """The same in another dtype."""
         return self.read(name).to(dtype) if name in self._packed else self.files.read_as(name, dtype)
 
+    def read_entry(self, name: str, index: int) -> Tensor:
+        """One entry of a plain tensor's first axis, in fresh memory."""
+        packed = self._packed.get(name)
+        if packed is None:
+            return self.files.read_entry(name, index)
+        return packed.plain_entry(self.files, index, self._dtype)
+
     def copy_into(self, name: str, fd: int, offset: int) -> None:
         """Write the bytes of a plain tensor to an open file."""
         if name not in self._packed:

@@ -125,7 +125,9 @@ class LearnedStack:
 def find_stacks(block: nn.Module, weights: Mapping[str, Weight]) -> dict[str, LearnedStack]:
     """Weights whose matrices a block multiplies by one at a time, on a processor."""
     return {
-        name: LearnedStack(weight, torch.zeros((), device=weight.v.device, requires_grad=True))
+        name: LearnedStack(
+            weight, torch.zeros((), dtype=torch.float32, device=weight.v.device, requires_grad=True)
+        )
         for name, weight in weights.items()
         if weight.v.device.type == "cpu" and matrix_experts(block, name) is not None
     }

@@ -122,7 +122,7 @@ class Weight:
         return torch.stack(made)
 
     def fake_matrix(self, i: int, learned: Learned, *, hold: bool = False) -> Tensor:
-        """One matrix of a stack as it would come back from its codes, with offsets and multipliers of its own."""
+        """One matrix of a stack as it would come back from its codes, with these offsets and multipliers."""
         made = _fake(self.format.matrix(i), self.original[i], self.stats[i], learned, hold)
         return made.to(self.dtype)
 

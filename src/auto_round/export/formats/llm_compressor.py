@@ -99,7 +99,7 @@ class LLMCompressorFormat(Exporter):
 
     def kept(self, layer: Layer) -> str:
         """Layers whose `weight` other code asks for: compressed-tensors makes it in their first call."""
-        return _ASKED if layer.asked else ""
+        return _ASKED if layer.asked else Exporter.kept(self, layer)
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
         """What some loaders of such a folder cannot do with the plan."""

@@ -70,6 +70,9 @@ def plan_gguf(
     _agree(places, types)
     entries = {}
     for layer in source.layers:
+        if layer.fused:
+            entries[layer.name] = PlanEntry(None, "rounded with the file's tensor of all experts", fixed=True)
+            continue
         if layer.tensor not in source.text_tensors:
             entries[layer.name] = PlanEntry(None, "not in the file: it holds the language model", fixed=True)
             continue
@@ -88,7 +91,7 @@ def _split_rules(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Rules for matrices that are no layers (the embedding) as tensor -> type, and the other rules."""
     tied = _tied_head(source)
-    layers = {layer.tensor for layer in source.layers if layer.name != tied}
+    layers = {layer.tensor for layer in source.layers if layer.name != tied and not layer.fused}
     matrices = {
         source_name.removesuffix(".weight"): [tensor.name for tensor, _ in found]
         for source_name, found in places.items()
@@ -133,6 +136,8 @@ def _fixed(base: Plan, source: ModelSource, places: _Places) -> dict[str, str]:
     """Tensor -> type, where the user decided; what his choice of blocks leaves out is kept."""
     wishes: dict[str, dict[str | None, str]] = {}
     for layer in source.layers:
+        if layer.fused:
+            continue
         entry = base.entries[layer.name]
         skipped = base.block_prefixes and layer.block is not None and entry.scheme is None
         decided = entry.fixed or (skipped and layer.role is not Role.ROUTER)

@@ -154,6 +154,10 @@ class GgufTensors:
         """The same in another dtype."""
         return self.read(name).to(dtype)
 
+    def read_entry(self, name: str, index: int) -> Tensor:
+        """One entry of a tensor's first axis."""
+        return self.read(name)[index]
+
     def copy_into(self, name: str, fd: int, offset: int) -> None:
         """Write the bytes of a plain tensor to an open file."""
         write_at(fd, bytes_of(self.read(name)), offset)

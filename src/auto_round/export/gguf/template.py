@@ -206,6 +206,8 @@ def _stored_apart(
     sums = {t.name: _sum(_values(plain[t.name])) for t in tensors if not t.pieces and len(t.shape) > 1}
     apart: set[str] = set()
     for layer in source.layers:
+        if layer.fused:
+            continue
         there = rows.get(layer.tensor, set())
         again = source.tied_head and layer.name == source.head  # it may be the embedding under another name
         if again or len(there) == layer.shape[0]:

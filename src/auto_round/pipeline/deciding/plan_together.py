@@ -13,6 +13,7 @@ from auto_round.export.exporter import Exporter
 from auto_round.export.planning import Planned
 from auto_round.export.table import EXPORTERS, all_refusals, scale_dtype
 from auto_round.models.source import ModelSource
+from auto_round.pipeline.deciding.one_parameter import refuse_torn_tensors
 from auto_round.pipeline.deciding.unaddressed import refuse_nothing, with_unaddressed, without_kept
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import Plan
@@ -53,6 +54,7 @@ def _plan(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> P
         uniform = make(replace(request, one_group_size=True))
         plan = uniform if _objections(asked, uniform, source) < objections else plan
     plan = without_kept(with_unaddressed(plan, source), source.layers, asked)
+    refuse_torn_tensors(plan, source.layers)
     refuse_nothing(plan, source)
     return plan
 

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from auto_round.facts.layer import Layer, Role
 from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.importance import TILE
@@ -34,7 +36,7 @@ NORMS = 5
 ATTENTION_BANDS = 4
 """Into so many bands queries are cut on a CPU (`models.attention.BANDS`); as many are formed at a time."""
 EXPERTS_AT_WORK = 9
-"""Copies of the largest parameter of fused experts that its products form and differentiate (measured)."""
+"""Copies of the largest parameter of fused experts that grouped products form (measured)."""
 WORKERS = 4
 """Matrices at once in plain rounding."""
 VERIFIED_ROWS, VERIFIED_POSITIONS = 4, 512
@@ -52,7 +54,8 @@ def stages_of(work: Workload, level: Level) -> tuple[Stage, ...]:
     parameters: dict[str, int] = {}
     for layer in work.source.layers:
         parameters[layer.parameter] = parameters.get(layer.parameter, 0) + math.prod(layer.shape)
-    return _Demand(work, measure_sizes(work), level, parameters).stages()
+    numbers = {layer.expert for layer in work.source.layers if layer.expert is not None}
+    return _Demand(work, measure_sizes(work), level, parameters, len(numbers)).stages()
 
 
 _OF_LOOP = ("offsets and ranges", "optimizer", "rounding", "activations and gradients")
@@ -68,12 +71,14 @@ class _Demand:
         sizes: of its parts.
         level: how it is run.
         parameters: parameter -> weights in it: fused experts are rounded as one.
+        experts: how many there are of one parameter.
     """
 
     work: Workload
     sizes: Sizes
     level: Level
     parameters: Mapping[str, int]
+    experts: int = 0
 
     def stages(self) -> tuple[Stage, ...]:
         if not self.sizes.tokens:
@@ -139,9 +144,12 @@ class _Demand:
         count = sum(math.prod(layer.shape) for layer in layers)
         quantized = [layer for layer in layers if layer.name in work.formats]
         tuned = sum(math.prod(layer.shape) for layer in quantized)
-        largest = max((self.parameters[layer.parameter] for layer in quantized), default=0)
+        stacked = [layer for layer in quantized if self._by_matrix(layer)]
+        apart = sum(math.prod(layer.shape) for layer in stacked)
+        largest = max(map(self._together, quantized), default=0)
         own, itemsize = work.source.dtype.itemsize, work.dtype.itemsize
-        parts = {"weights": count * itemsize + (tuned * own if own != itemsize else 0)}
+        parts = {"weights": (count - apart) * itemsize + ((tuned - apart) * own if own != itemsize else 0)}
+        parts["weights"] += apart * own
         parts["statistics"] = self._statistics(quantized)
         if not tune.iters:
             offsets = FLOAT if tune.search else 0
@@ -152,11 +160,14 @@ class _Demand:
         copies = 2 if tune.keep_best else 1
         state = 2 * FLOAT if tune.optimizer.value == "adam" else FLOAT if tune.momentum else 0
         own_ranges = self._ranges(quantized)
-        parts["offsets and ranges"] = copies * (tuned * FLOAT + own_ranges)
+        parts["offsets and ranges"] = copies * ((tuned - apart) * FLOAT + own_ranges)
+        parts["offsets and ranges"] += apart * (FLOAT + (copies - 1) * PACKED)
         parts["optimizer"] = tuned * state
-        kept = 0 if self.level.rounds_again else sum(map(self._kept, quantized))
-        parts["rounding"] = tuned * itemsize + kept
-        backward = max(self._backward(layers, tuned), self._through(quantized, tuned, largest))
+        whole = [layer for layer in quantized if not self._by_matrix(layer)]
+        kept = 0 if self.level.rounds_again else sum(map(self._kept, whole))
+        parts["rounding"] = (tuned - apart) * itemsize + kept + apart * PACKED
+        backward = max(self._backward(layers, tuned - apart), self._through(whole, tuned - apart, largest))
+        backward += apart * FLOAT
         parts["activations and gradients"] = backward
         searched = tuned * FLOAT + own_ranges + self._searched(quantized) * SEARCHED
         before = sum(parts[name] for name in _OF_LOOP)
@@ -218,11 +229,22 @@ class _Demand:
                 blocks.setdefault(layer.block // self.work.nblocks, []).append(layer)
         yield from blocks.values()
 
+    def _by_matrix(self, layer: Layer) -> bool:
+        """Whether a layer belongs to experts that run, and are tuned, one matrix after the other."""
+        work = self.work
+        half = work.dtype is torch.float16
+        return layer.expert is not None and work.device.type == "cpu" and not work.tune.by_row and not half
+
+    def _together(self, layer: Layer) -> int:
+        """Weights that are rounded at once with those of a layer: its parameter, or its expert."""
+        whole = self.parameters[layer.parameter]
+        return whole // max(1, self.experts) if self._by_matrix(layer) else whole
+
     def _backward(self, layers: list[Layer], tuned: int) -> int:
         """Gradients of the loss by rounded weights, while activations are still there."""
         itemsize = self.work.dtype.itemsize
         found, passes = tuned * itemsize, self._passes()
-        fused = (self.parameters[a.parameter] for a in layers if a.role is Role.EXPERT)
+        fused = (self._together(a) for a in layers if a.role is Role.EXPERT)
         activations = self._activations(layers) + EXPERTS_AT_WORK * itemsize * max(fused, default=0)
         return max(activations + found // 4, found) + (tuned * FLOAT if passes > 1 else 0)
 

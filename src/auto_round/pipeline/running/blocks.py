@@ -194,7 +194,8 @@ def inside_group(job: Job, indices: Sequence[int], layer: Layer) -> str:
 def refuse_not_finite(group: BlockGroup, prefixes: Mapping[str, str]) -> None:
     """Refuse NaN and infinite weights here, where the tensor has a name: later only activations show them."""
     for name, parameter in group.named_parameters():
-        count = parameter.numel() - int(parameter.isfinite().sum())
+        parts = parameter.unbind() if parameter.dim() > MATRIX else (parameter,)  # marks take memory too
+        count = parameter.numel() - sum(int(part.isfinite().sum()) for part in parts)
         if count:
             raise NumericsError(
                 f"{outside(name, prefixes)}: {count} of {parameter.numel()} weights are NaN or infinite; "
@@ -243,7 +244,7 @@ def _inputs_of(
             of_stack = 0 if layer.expert is None else layer.expert
             seen, sums = importance[name].matrix(of_stack), moments[name].matrix(of_stack)
             if seen is not None:
-                found[layer.tensor] = InputSquares(seen.squares.cpu(), sums.count)
+                found[layer.alone] = InputSquares(seen.squares.cpu(), sums.count)
     return found
 
 

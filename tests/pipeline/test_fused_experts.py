@@ -1,0 +1,81 @@
+"""Experts that a plain folder has in one tensor: tuned, written one by one, loaded again by Transformers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from auto_round.checkpoint.reader import Checkpoint
+from auto_round.errors import UnsupportedError
+from auto_round.facts.layer import Layer, Role
+from auto_round.pipeline.deciding.one_parameter import refuse_torn_tensors
+from pipeline.runs import quantize
+from sweep.outcome import save_family
+
+FAMILIES = {
+    "gpt_oss": "model.layers.0.mlp.experts.1.up_proj",
+    "granitemoe": "model.layers.0.block_sparse_moe.experts.1.w3",
+    "llama4_text": "model.layers.1.feed_forward.experts.1.up_proj",
+    "aria_text": "model.layers.0.mlp.experts.1.up_proj",
+}
+"""Family -> the name of one of its matrices, as engines have it."""
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(FAMILIES)[1:]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = save_family(family, tmp_path_factory.mktemp("model") / family)
+        return made[family]
+
+    return get
+
+
+@pytest.mark.parametrize("family", [next(iter(FAMILIES)), *_SLOW])
+def test_tuned_and_loaded_again(folder, tmp_path, family):
+    result = quantize(folder(family), tmp_path / "out", iters=1)
+    assert FAMILIES[family] in result.plan.quantized
+    assert result.report["verified"]["auto_round"]["kl"] < 1e-6
+    with Checkpoint.open(tmp_path / "out") as files:
+        assert f"{FAMILIES[family]}.qweight" in files
+        assert not [name for name in files.names if name.endswith(("experts.gate_up_proj", "fc1.weight"))]
+
+
+def test_kept_experts_stay_one_tensor(folder, tmp_path):
+    result = quantize(folder("gpt_oss"), tmp_path / "out", iters=1, ignore_layers="experts")
+    assert result.report["verified"]["auto_round"]["kl"] < 1e-6
+    with Checkpoint.open(tmp_path / "out") as files:
+        assert "model.layers.0.mlp.experts.gate_up_proj" in files
+
+
+def test_other_formats_keep_them_and_say_so(folder, tmp_path, caplog):
+    plain = {"iters": 0, "disable_opt_rtn": True}
+    result = quantize(folder("gpt_oss"), tmp_path / "out", format="auto_gptq", dataset=None, **plain)
+    assert FAMILIES["gpt_oss"] not in result.plan.quantized
+    assert "its experts are one tensor" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "given", [{"iters": 1}, {"iters": 0, "disable_opt_rtn": True}], ids=["tuned", "plain"]
+)
+def test_some_of_them_are_refused_before_work(folder, tmp_path, given):
+    one = {"model.layers.0.mlp.experts.2.up_proj": {"bits": 16}}
+    with pytest.raises(UnsupportedError, match=r"holds 8 matrices, of which the plan keeps .*2\.up_proj"):
+        quantize(folder("gpt_oss"), tmp_path / "out", layer_config=one, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_groups_of_several_rows_are_refused_where_rows_stand_in_turn():
+    rows = ((0, 64, 2), (1, 64, 2))
+    layers = [
+        Layer(f"e.0.{n}", "e.both", "e.both", (32, 64), torch.bfloat16, 0, Role.EXPERT, 0, each, fused=True)
+        for n, each in zip(("gate", "up"), rows, strict=True)
+    ]
+    blocks = SimpleNamespace(group=SimpleNamespace(rows=2))
+    with pytest.raises(UnsupportedError, match=r"stand in turn in e\.both"):
+        refuse_torn_tensors(SimpleNamespace(format_of=lambda name: blocks), layers)

@@ -13,8 +13,9 @@ from torch.func import functional_call
 from auto_round.autoscheme.candidates import Candidates
 from auto_round.autoscheme.groups import group_layers
 from auto_round.calibration.observe import observe_extremes, observe_inputs
-from auto_round.calibration.observe_experts import observe_experts
+from auto_round.calibration.observe_experts import observe_expert_extremes, observe_experts
 from auto_round.facts.flow import States
+from auto_round.facts.inputs import expert_of, owner_of
 from auto_round.facts.layer import Layer
 from auto_round.models.matrix_experts import computes_in
 from auto_round.numerics.activation import ActivationFormat
@@ -175,9 +176,12 @@ class OpenBlock:
         if not names and not ranged:
             return
         percentile = self.setting.job.options.calibration.act_percentile
+        of_modules = [name for name in ranged if expert_of(name) is None]
+        of_experts = [name for name in ranged if expert_of(name) is not None]
         with (
             observe_inputs(self.group, [n.removesuffix(_WEIGHT) for n in linear], mask_of) as moments,
-            observe_extremes(self.group, ranged, mask_of, percentile) as extremes,
+            observe_extremes(self.group, of_modules, mask_of, percentile) as extremes,
+            observe_expert_extremes(self.group, of_experts, mask_of, percentile) as experts_extremes,
             observe_experts(self.group, mask_of, lambda: len(self.arguments.last), stacks) as experts,
             torch.no_grad(),
         ):
@@ -185,7 +189,8 @@ class OpenBlock:
                 self.run(taken(states, rows), rows)
         sums = {n + _WEIGHT: m for n, m in moments.items()} | dict(experts.moments)
         self.importance = {n: i for n, m in sums.items() if (i := m.importance()) is not None}
-        self.ranges = settle_ranges({name: seen.value() for name, seen in extremes.items()})
+        found = {**extremes, **experts_extremes}
+        self.ranges = settle_ranges({name: seen.value() for name, seen in found.items()})
 
     def rounded(self, part: Part, option: int) -> Rounded:
         """The block with a part rounded by an option.
@@ -203,12 +208,12 @@ class OpenBlock:
                 formats[self._inside(name)] = fmt
                 efforts[self._inside(name)] = self.setting.effort(scheme.bits)
         activations = self.ranges.formats(self._activations([part], option))
-        parameters = {}
+        parameters, rounds = {}, {owner_of(name) for name in activations}
         for name, fmt in bound_formats(formats, self.originals).items():
             weight, importance = self.originals[name], self.importance.get(name)
             q = round_matrix(name, weight, fmt, job.device, importance, efforts[name])
             dtype = computes_in(self.group, name)
-            parameters[name] = as_read(q, weight.dtype, dtype, name.removesuffix(_WEIGHT) in activations)
+            parameters[name] = as_read(q, weight.dtype, dtype, name.removesuffix(_WEIGHT) in rounds)
         return Rounded(parameters, activations)
 
     def _activations(self, parts: Sequence[Part], option: int) -> dict[str, InputFormat]:

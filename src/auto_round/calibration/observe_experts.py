@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auto_round.calibration.observe import InputMoments, MaskOf
+from auto_round.calibration.observe import InputExtremes, InputMoments, MaskOf
 from auto_round.errors import NumericsError
+from auto_round.facts.inputs import expert_of
 from auto_round.models.experts import (
     ExpertCall,
     ExpertParts,
@@ -141,6 +142,74 @@ class _Watch:
         rows = self.rows_of()
         rows = rows if rows and len(energy) % rows == 0 else 1
         return token_weights(energy.reshape(rows, -1), counted.reshape(rows, -1)).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """Looks at the range of what flows into each expert of one module.
+
+    Attributes:
+        parts: how the module computes.
+        extremes: own parameter -> expert -> what was seen.
+        mask_of: asked for the mask of the batch that is running, `[batch, tokens] bool`.
+    """
+
+    parts: ExpertParts
+    extremes: Mapping[str, Mapping[int, InputExtremes]]
+    mask_of: MaskOf | None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = read_call(args, kwargs)
+        if call is None:
+            return
+        mask, k = None if self.mask_of is None else self.mask_of(), call.chosen.shape[-1]
+        counted = None if mask is None or mask.numel() != len(call.hidden) else mask.reshape(-1)
+        up, down = (self.extremes.get(name, {}) for name in (self.parts.up, self.parts.down))
+        first = multiply_by(module, self.parts.up)
+        with torch.no_grad():
+            for expert, at in rows_of_experts(call.chosen, self.parts.count):
+                rows = at // k
+                x = call.hidden[rows if counted is None else rows[counted.to(rows.device)[rows]]]
+                if expert in up:
+                    up[expert].add(x)
+                if expert in down and len(x):
+                    down[expert].add(between(module, first(expert, x)))
+
+
+@contextmanager
+def observe_expert_extremes(
+    block: nn.Module, inputs: Collection[str], mask_of: MaskOf | None = None, percentile: float = 100.0
+) -> Iterator[Mapping[str, InputExtremes]]:
+    """The range of what flows into some experts, while the context lasts.
+
+    Args:
+        block: any module; it is left as it was.
+        inputs: names of experts' inputs (`facts.inputs`).
+        mask_of: as for `observe_experts`.
+        percentile: as for `InputExtremes`.
+
+    Yields:
+        name -> its range, filled by running the block; without a token for modules that do not say how they
+        compute.
+    """
+    found = {name: InputExtremes(percentile) for name in inputs}
+    modules: dict[str, dict[str, dict[int, InputExtremes]]] = {}
+    for name, extremes in found.items():
+        parameter, expert = expert_of(name) or (name, 0)
+        path, _, own = parameter.rpartition(".")
+        modules.setdefault(path, {}).setdefault(own, {})[expert] = extremes
+    handles = []
+    for path, seen in modules.items():
+        module = block.get_submodule(path)
+        parts = ExpertParts.of(module)
+        if parts is not None:
+            watch = _Range(parts, seen, mask_of)
+            handles.append(module.register_forward_pre_hook(watch, with_kwargs=True))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _one() -> int:

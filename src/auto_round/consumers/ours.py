@@ -12,6 +12,7 @@ from auto_round.consumers.fields import CannotReadError, CompressedFields
 from auto_round.consumers.folder import Folder
 from auto_round.consumers.modules import Module, split_modules
 from auto_round.errors import AutoRoundError
+from auto_round.export.compressed_loading import EXPERTS_BY_ROW, EXPERTS_READ
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.awq import AWQ as AWQLayout  # noqa: N811
 from auto_round.layouts.compressed_table import COMPRESSED
@@ -64,6 +65,10 @@ def _mismatches(folder: Folder) -> Iterator[str]:
 def _compare(folder: Folder, module: Module) -> None:
     fields = _READER(folder, module)
     compare(module, fields)
+    if isinstance(fields, CompressedFields) and ".experts." in module.name:
+        by_row = fields.form in EXPERTS_BY_ROW and fields.strategy in ("channel", "tensor")
+        if fields.form not in EXPERTS_READ and not by_row:
+            raise CannotReadError(f"misreads experts in {fields.form}")
     if isinstance(fields, CompressedFields) and fields.form not in COMPRESSED:
         raise CannotReadError(f"expects {module.name} stored as {fields.form}, which is not known here")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from auto_round.errors import Refusal
-from auto_round.export.compressed_config import group_of
+from auto_round.export.compressed_config import compressed_layout, group_of
 from auto_round.facts.layer import Layer
 from auto_round.facts.loading import Loading
 from auto_round.schemes.condense import some
@@ -21,6 +21,12 @@ from auto_round.schemes.plan import Plan
 
 METHOD = "compressed-tensors"
 _ELSE = "use the format auto_round"
+EXPERTS_READ = ("pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
+EXPERTS_BY_ROW = ("float-quantized",)
+"""Orders of bytes of experts that Transformers unpacks, and those that it unpacks with one scale for each
+row or matrix. It leaves out what NVFP4 is divided by, and knows no bytes of whole numbers.
+
+Source: `CompressedTensorsDequantize.convert` in `integrations/compressed_tensors.py` of Transformers 5.24."""
 
 
 def unloadable(who: str, plan: Plan, layers: Sequence[Layer], loading: Loading) -> list[Refusal]:
@@ -48,6 +54,17 @@ def unloadable(who: str, plan: Plan, layers: Sequence[Layer], loading: Loading) 
         reason = "Transformers unpacks all matrices that it converts, as those of experts, by one scheme"
         found.append(Refusal(who, reason, f"give them one, or {_ELSE}"))
     return found
+
+
+def unread_experts(plan: Plan, layers: Sequence[Layer]) -> str:
+    """What Transformers makes of experts that others read, for people; empty where it reads them too."""
+    for layer in layers:
+        scheme, fmt = plan.scheme_of(layer.name), plan.format_of(layer.name)
+        if layer.expert is not None and scheme is not None and fmt is not None:
+            order = compressed_layout(scheme).name
+            if order not in EXPERTS_READ and (order not in EXPERTS_BY_ROW or fmt.group.size > 0):
+                return f"Transformers 5.24 misreads experts in {order}, unlike vLLM; {_ELSE} for it"
+    return ""
 
 
 def _layers(tensors: Sequence[str]) -> str:

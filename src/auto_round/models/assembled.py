@@ -28,6 +28,7 @@ from auto_round.models.facts import model_facts
 from auto_round.models.families import parameter_names
 from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
+from auto_round.models.matrix_experts import matrix_experts
 from auto_round.models.names import NameMap, Recipe
 from auto_round.models.recorder import Recorder, make_stubs
 from auto_round.models.rehearsal import RehearsedBlock, refuse_left_state
@@ -120,6 +121,10 @@ class AssembledSource(ABC):
     def attentions(self) -> tuple[Attention, ...]:
         """See `ModelSource`."""
         return find_attentions(self._parts.model, self.blocks, self.disk_name, self.dtype)
+
+    def tells_experts_apart(self, parameter: str) -> bool:
+        """See `ModelSource`."""
+        return matrix_experts(self._parts.model, parameter) is not None
 
     @property
     def head(self) -> str | None:

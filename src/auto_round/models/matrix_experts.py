@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from auto_round.errors import InternalError
+from auto_round.errors import InternalError, UnsupportedError
 from auto_round.models.experts import ExpertCall, ExpertParts, between, read_call
 from auto_round.models.fused import transposed_parts
+from auto_round.numerics.activation import ActivationFormat
 
 _SAID = ("config", "has_gate", "has_bias", "has_post_expert_norm", "num_experts")
 """What such a module says of itself (`models.experts`)."""
@@ -57,10 +58,10 @@ class _Own:
     anchor = None
 
     def __init__(self, stack: Tensor) -> None:
-        self._stack, self.height = stack, int(stack.shape[1])
+        self.stack, self.height = stack, int(stack.shape[1])
 
     def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
-        return self._stack[index].to(dtype)
+        return self.stack[index].to(dtype)
 
     def reached(self, index: int, gradient: Tensor) -> None:
         """Nobody wants it."""
@@ -85,6 +86,7 @@ class MatrixExperts(nn.Module):
         self._transposed = bool(vars(fused).get("is_transposed", True))
         self.by_matrix = ExpertParts.of(fused) is not None
         self._given: dict[str, Matrices] = {}
+        self._inputs: dict[str, Mapping[int, ActivationFormat]] = {}
         self._kept: torch.dtype | None = None
         self.is_transposed = False
         for name in _SAID:
@@ -139,10 +141,30 @@ class MatrixExperts(nn.Module):
         finally:
             del self._given[name]
 
+    @contextmanager
+    def rounding(self, name: str, formats: Mapping[int, ActivationFormat]) -> Iterator[None]:
+        """Round what flows into the matrices of a parameter, while the context lasts.
+
+        Args:
+            name: of the parameter.
+            formats: expert -> what its tokens `[n, in]` are rounded to; others are left alone.
+        """
+        self._inputs[name] = formats
+        try:
+            yield
+        finally:
+            del self._inputs[name]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the fused module gives, `[tokens, width]`."""
+        """What the fused module gives, `[tokens, width]`.
+
+        Raises:
+            UnsupportedError: inputs are to be rounded, and the module is called in an unusual way.
+        """
         call = read_call(args, kwargs)
-        if call is None or not (self._given or self._by_matrix(call.hidden)):
+        if call is None and self._inputs:
+            raise UnsupportedError("experts with rounded inputs take hidden states, indices and weights")
+        if call is None or not (self._given or self._inputs or self._by_matrix(call.hidden)):
             return self._as_written(args, kwargs)
         up, down = (self._given.get(name) or _Own(self._value(name)) for name in self.matrices)
         return self._run(call, up, down)
@@ -184,9 +206,15 @@ class MatrixExperts(nn.Module):
     def _product(
         self, x: Tensor, name: str, matrices: Matrices, experts: Tensor, ends: Sequence[int]
     ) -> Tensor:
-        made: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            x, matrices.anchor, matrices, ends, self._transposed
-        )
+        if name in self._inputs:
+            x = _rounded(x, self._inputs[name], ends)
+        made: Tensor
+        if isinstance(matrices, _Own) and matrices.stack.requires_grad and torch.is_grad_enabled():
+            made = _product_of_stack(x, matrices.stack, ends)
+        else:
+            made = _Product.apply(  # type: ignore[no-untyped-call]
+                x, matrices.anchor, matrices, ends, self._transposed
+            )
         if not vars(self).get("has_bias"):
             return made
         bias = self._value(f"{name}_bias")
@@ -228,6 +256,21 @@ def _spans(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
     for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if end > start:
             yield expert, slice(start, end)
+
+
+def _rounded(x: Tensor, formats: Mapping[int, ActivationFormat], ends: Sequence[int]) -> Tensor:
+    """Rows sorted by expert, those of each rounded to its format."""
+    parts = [
+        formats[expert].fake_quantize(x[rows]) if expert in formats else x[rows]
+        for expert, rows in _spans(ends)
+    ]
+    return torch.cat([*parts, x[ends[-1] :]])
+
+
+def _product_of_stack(x: Tensor, stack: Tensor, ends: Sequence[int]) -> Tensor:
+    """The product where gradients of the whole parameter are wanted."""
+    parts = [x[rows] @ stack[expert].to(x.dtype).T for expert, rows in _spans(ends)]
+    return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], stack.shape[1])])
 
 
 def _turned(stack: Tensor) -> Tensor:

@@ -132,6 +132,10 @@ class ModelSource(Protocol):
         """
         ...
 
+    def tells_experts_apart(self, parameter: str) -> bool:
+        """Whether what flows into each matrix of a parameter of fused experts can be looked at."""
+        ...
+
     @property
     def tied_head(self) -> bool:
         """True when the head shares its weight with the embedding."""

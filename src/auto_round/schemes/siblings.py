@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from auto_round.facts.inputs import expert_of
 from auto_round.schemes.condense import condense
 from auto_round.schemes.entry import PlanEntry
 
@@ -37,10 +38,15 @@ def joined_matrices(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def expert_peers(names: Iterable[str]) -> dict[str, list[str]]:
-    """Layers of experts by what they are in each expert of their block: `experts.*.up_proj`."""
+    """Layers of experts by what they are in each expert of their block: `experts.*.up_proj`.
+
+    Inputs of experts that share a parameter are peers too (`facts.inputs`).
+    """
     groups: dict[str, list[str]] = {}
     for name in names:
-        if (found := _EXPERT.fullmatch(name)) is not None:
+        if (shared := expert_of(name)) is not None:
+            groups.setdefault(f"{shared[0]}[*]", []).append(name)
+        elif (found := _EXPERT.fullmatch(name)) is not None:
             groups.setdefault(f"{found[1]}.*.{found[2]}", []).append(name)
     return groups
 

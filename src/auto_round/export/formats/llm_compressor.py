@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,10 +19,11 @@ from auto_round.export.compressed_config import (
     loader_notes,
     refuse_numbers,
 )
-from auto_round.export.compressed_loading import unloadable
+from auto_round.export.compressed_loading import unloadable, unread_experts
 from auto_round.export.exporter import Exporter, TuningFacts
 from auto_round.export.manifest import Manifest
 from auto_round.export.packed import gather_refusals, planned_inputs, prefixed, refuse_transposed
+from auto_round.export.verification import Finished
 from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
@@ -48,12 +50,14 @@ class LLMCompressorFormat(Exporter):
         orders: layer -> name of its order of bytes; None until a plan has decided.
         inputs: layer -> what its input is rounded to, where it is.
         caches: which scales of attention it will be given.
+        unread: why Transformers does not read its experts, for people; empty where it does.
     """
 
     name: str = "llm_compressor"
     orders: Mapping[str, str] | None = field(default=None, hash=False)
     inputs: Mapping[str, InputFormat] = field(default_factory=dict, hash=False)
     caches: AttentionPlan | None = None
+    unread: str = ""
 
     holds_scales: ClassVar[bool] = True
     scales_in_model_dtype: ClassVar[bool] = True
@@ -62,7 +66,8 @@ class LLMCompressorFormat(Exporter):
         """This format with the order of bytes of each layer decided."""
         schemes = {layer.name: s for layer in layers if (s := plan.scheme_of(layer.name)) is not None}
         orders = {name: compressed_layout(scheme).name for name, scheme in schemes.items()}
-        return replace(self, orders=orders, inputs=planned_inputs(plan, layers))
+        unread = unread_experts(plan, layers)
+        return replace(self, orders=orders, inputs=planned_inputs(plan, layers), unread=unread)
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """One refusal for each reason, with the layers that it holds for."""
@@ -103,7 +108,12 @@ class LLMCompressorFormat(Exporter):
 
     def warnings(self, plan: Plan, layers: Sequence[Layer]) -> list[str]:
         """What some loaders of such a folder cannot do with the plan."""
-        return loader_notes(plan, layers)
+        unread = unread_experts(plan, layers)
+        return [*([f"{self.name}: {unread}"] if unread else []), *loader_notes(plan, layers)]
+
+    def verify(self, folder: Path, run: Finished) -> dict[str, Any]:
+        """See `Exporter.verify`; a folder that Transformers misreads is not loaded."""
+        return {"skipped": self.unread} if self.unread else Exporter.verify(self, folder, run)
 
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """`<layer>.weight_packed` or `<layer>.weight`, `<layer>.weight_scale` and what belongs to them.

@@ -14,9 +14,11 @@ from torch import Tensor
 from auto_round.errors import CheckpointError, InternalError
 from auto_round.evaluate.logits import Comparison
 from auto_round.export.exporter import Exporter
+from auto_round.facts.inputs import expert_of
 from auto_round.facts.layer import Role
 from auto_round.inference.convert_model import change_backend
 from auto_round.log import logger
+from auto_round.models import matrix_experts
 from auto_round.models.attention import install
 from auto_round.models.source import ModelSource
 from auto_round.numerics.activation import ActivationFormat
@@ -31,6 +33,9 @@ from auto_round.pipeline.running.attention_states import rounded_states
 from auto_round.pipeline.running.input_ranges import NO_RANGES, InputRanges
 from auto_round.pipeline.running.measure import Measured
 from auto_round.tuning.quantized_inputs import quantized_inputs
+
+COMPRESSED = "compressed-tensors"
+"""`quant_method` of folders that Transformers reads with that package."""
 
 LARGEST_KL = 1e-3
 """Divergence that 16-bit arithmetic in another order may cause, nats per token; an error of one code in
@@ -97,11 +102,22 @@ class TunedModel:
             if self.measured is None or job.rows is None:
                 predict_one_token(reader.load(folder), folder)
                 return {"tokens": 1}
-            # A folder of dense weights does not say how inputs are rounded.
-            inputs = self.ranges.formats(_activations(job)) if method is None else {}
-            return _compared(self, reader, folder, self.measured, inputs)
+            return _compared(self, reader, folder, self.measured, self._left_alone(method))
         except MemoryEndedError as error:
             return {"skipped": str(error)}
+
+    def _left_alone(self, method: str | None) -> dict[str, ActivationFormat]:
+        """Inputs that the reader of a folder does not round -> what they are rounded to.
+
+        A folder of dense weights does not say how. compressed-tensors 0.20 has no layers for experts:
+        Transformers unpacks their matrices.
+        """
+        formats = self.ranges.formats(_activations(self.job))
+        if method is None:
+            return formats
+        if method != COMPRESSED:
+            return {}
+        return {name: fmt for name, fmt in formats.items() if expert_of(name) is not None}
 
     def held_out(self, most: int) -> Tensor | None:
         """The first tokens of a row that was not tuned on, `[at most most]` int64; None without data."""
@@ -152,6 +168,8 @@ def _compared(
     model = reader.load(folder)
     if tuned_model.states:
         install(model)
+    if any(expert_of(name) is not None for name in inputs):
+        matrix_experts.install(model)
     with quantized_inputs(model, inputs), rounded_states(model, tuned_model.states):
         comparison = Comparison()
         found = [compare(job, model, batch, comparison) for batch in asked]

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from auto_round.errors import Refusal, UnsupportedError
+from auto_round.facts.inputs import WEIGHT, input_of
 from auto_round.facts.layer import Layer
+from auto_round.models.source import ModelSource
 from auto_round.numerics.activation_float import CalibratedScale, InputFormat
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 
-_WEIGHT = ".weight"
 
-
-def refuse_unreachable(plan: Plan, layers: Sequence[Layer]) -> None:
-    """Refuse to quantize inputs of a layer that shares its module with others, or lies outside the blocks.
+def refuse_unreachable(plan: Plan, source: ModelSource) -> None:
+    """Refuse to quantize inputs that cannot be told apart, or of layers outside the blocks.
 
     Raises:
         UnsupportedError: there are such layers; names them.
     """
     refusals: list[Refusal] = []
-    chosen = [layer for layer in layers if plan.activation_of(layer.name) is not None]
-    fused = [layer.name for layer in chosen if layer.block is not None and _module(layer) is None]
+    chosen = [layer for layer in source.layers if plan.activation_of(layer.name) is not None]
+    apart = {layer.parameter: source.tells_experts_apart(layer.parameter) for layer in chosen if layer.expert}
+    fused = [
+        layer.name
+        for layer in chosen
+        if layer.block is not None and (input_name(layer) is None or not apart.get(layer.parameter, True))
+    ]
     if fused:
         reason = f"{some(fused)} share one parameter with others, so that their inputs cannot be told apart"
         refusals.append(
@@ -37,20 +42,20 @@ def refuse_unreachable(plan: Plan, layers: Sequence[Layer]) -> None:
 
 
 def activation_formats(plan: Plan, layers: Iterable[Layer]) -> dict[str, InputFormat]:
-    """Dotted name of each module in the model's tree -> what its input is rounded to.
+    """Name of each input (`facts.inputs`) -> what it is rounded to.
 
     Steps that calibration fixes are stored in the dtype of the layer, as its readers hold them.
     """
     found: dict[str, InputFormat] = {}
     for layer in layers:
-        fmt, module = plan.inputs_of(layer), _module(layer)
-        if fmt is not None and module is not None:
-            found[module] = fmt
+        fmt, name = plan.inputs_of(layer), input_name(layer)
+        if fmt is not None and name is not None:
+            found[name] = fmt
     return found
 
 
 def to_calibrate(formats: Mapping[str, InputFormat]) -> list[str]:
-    """Modules of whose inputs calibration is to fix a number."""
+    """Inputs of which calibration is to fix a number."""
     return [name for name, fmt in formats.items() if isinstance(fmt, CalibratedScale)]
 
 
@@ -60,15 +65,15 @@ def formats_inside(
     """`activation_formats` by names inside a group of blocks: position in the group -> path of the block."""
     found = activation_formats(plan, layers)
     return {
-        f"{position}.{module.removeprefix(prefix + '.')}": fmt
-        for module, fmt in found.items()
+        f"{position}.{name.removeprefix(prefix + '.')}": fmt
+        for name, fmt in found.items()
         for position, prefix in prefixes.items()
-        if module.startswith(f"{prefix}.")
+        if name.startswith(f"{prefix}.")
     }
 
 
-def _module(layer: Layer) -> str | None:
-    """Module whose whole input a matrix multiplies; None where several matrices share a parameter."""
-    if layer.expert is not None or layer.rows is not None or not layer.parameter.endswith(_WEIGHT):
+def input_name(layer: Layer) -> str | None:
+    """Name of the input that a matrix multiplies; None for one of several that are no experts."""
+    if layer.expert is None and (layer.rows is not None or not layer.parameter.endswith(WEIGHT)):
         return None
-    return layer.parameter.removesuffix(_WEIGHT)
+    return input_of(layer.parameter, layer.expert)

@@ -64,7 +64,7 @@ def decide(request: Request, opened: Opened, *, quiet: bool = False) -> Decided:
     plan = planned.plan
     for note in () if quiet else planned.notes:
         logger.warning(note)
-    refuse_unreachable(plan, opened.source.layers)
+    refuse_unreachable(plan, opened.source)
     schemes = [plan.scheme_of(name) for name in plan.quantized]
     tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=16))
     caches = plan_caches(options.cache, opened.source)

@@ -13,6 +13,7 @@ from auto_round.calibration.observe import InputMoments
 from auto_round.calibration.observe_experts import ExpertMoments
 from auto_round.errors import InternalError, NumericsError
 from auto_round.facts.attention import Attention
+from auto_round.facts.inputs import input_of
 from auto_round.facts.layer import Layer
 from auto_round.models.matrix_experts import matrix_experts
 from auto_round.models.source import CPU
@@ -264,7 +265,7 @@ def layers_of(
         job: the run.
         indices: of the blocks of a group.
         weights: parameter of the group -> codes and scale.
-        activations: module of the group -> what its input is rounded to.
+        activations: input in the group -> what it is rounded to.
     """
     found: dict[str, tuple[Layer, QuantizedLayer]] = {}
     for layer in job.source.layers:
@@ -272,7 +273,7 @@ def layers_of(
             index = () if layer.expert is None else (layer.expert,)
             rows = slice(None) if layer.rows is None else slice(*layer.rows)
             name = inside_group(job, indices, layer)
-            inputs = activations.get(name.removesuffix(".weight"))
+            inputs = activations.get(input_of(name, layer.expert))
             scale = inputs.number if isinstance(inputs, FixedScale) else None
             zero = inputs.zero if isinstance(inputs, FixedInt) else None
             found[layer.name] = (layer, QuantizedLayer(weights[name].take(index, rows), scale, zero))

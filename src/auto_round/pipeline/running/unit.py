@@ -11,9 +11,14 @@ from torch import Tensor
 from torch.func import functional_call
 
 from auto_round.calibration.observe import InputExtremes, InputMoments, observe_extremes, observe_inputs
-from auto_round.calibration.observe_experts import ExpertMoments, observe_experts
+from auto_round.calibration.observe_experts import (
+    ExpertMoments,
+    observe_expert_extremes,
+    observe_experts,
+)
 from auto_round.facts.attention import Attention
 from auto_round.facts.flow import States
+from auto_round.facts.inputs import expert_of, owner_of
 from auto_round.models.matrix_experts import computes_in, matrix_experts, using
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
@@ -54,7 +59,7 @@ class Unit:
         group: the blocks.
         originals: parameters to quantize, before any cast.
         formats: what they are rounded to.
-        activations: module of the group -> what its input is rounded to.
+        activations: input in the group (`facts.inputs`) -> what it is rounded to.
         observed: modules of the group whose inputs are measured.
         observed_experts: parameters of fused experts whose inputs are measured.
         table: what the blocks are called with beside what flows, for every row.
@@ -89,7 +94,7 @@ class Unit:
 
     def rounds_input_of(self, weight: str) -> bool:
         """Whether what a parameter is multiplied by is rounded too."""
-        return weight.removesuffix(_WEIGHT) in self.activations
+        return weight.removesuffix(_WEIGHT) in {owner_of(name) for name in self.activations}
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,8 +289,12 @@ def _references(
     mask_of = None if masks is None else lambda: masks[arguments.last]
     run = partial(run_block, unit.group, everything, streams.targets, device=unit.device)
     summed = SummedMoments(ranks)
+    ranged = to_calibrate(unit.activations)
+    of_modules = [name for name in ranged if expert_of(name) is None]
+    of_experts = [name for name in ranged if expert_of(name) is not None]
     with (
-        observe_extremes(unit.group, to_calibrate(unit.activations), mask_of, unit.percentile) as extremes,
+        observe_extremes(unit.group, of_modules, mask_of, unit.percentile) as extremes,
+        observe_expert_extremes(unit.group, of_experts, mask_of, unit.percentile) as experts_extremes,
         observe_states(unit.group, list(unit.attentions), mask_of) as states,
     ):
         for place, piece in pieces(ranks, own_rows(ranks, tuned), config.by_row):
@@ -302,6 +311,7 @@ def _references(
     ranks.share(streams.targets, tuned)
     ranks.share(streams.targets, rest)
     moments, tokens = summed.of_all()
+    extremes = {**extremes, **experts_extremes}
     join_ranges(ranks, extremes, states)
     return _Seen(
         {name + _WEIGHT if name in unit.observed else name: each for name, each in moments.items()},

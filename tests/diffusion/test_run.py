@@ -172,6 +172,23 @@ def test_every_family(tiny, tmp_path, name):
         assert found["verified"]["auto_round"]["error"] < 1e-9
         assert found["held_out"]["relative_error"] < 0.1
     assert result.report["pictures"]["psnr"] > 20
+    pipeline = PipelineFolder.open(result.folders[0])
+    for component, found in result.report["components"].items():
+        model = pipeline.kind(component).from_pretrained(pipeline.folder / component)
+        assert type(model.hf_quantizer).__name__ == "AutoRoundQuantizer"  # diffusers' own
+        packed = [module for module in model.modules() if type(module).__name__ == "QuantLinear"]
+        assert len(packed) == found["layers"]["quantized"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "flux"])
+def test_every_family_killed_and_continued(tiny, tmp_path, name):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run_pipeline(job(tiny(name), name, whole, iters=4))
+    with pytest.raises(Killed):
+        run_pipeline(job(tiny(name), name, out, iters=4), killed_after(1))
+    run_pipeline(job(tiny(name), name, out, iters=4))
+    assert tree(out) == tree(whole)
 
 
 @pytest.mark.slow
@@ -204,6 +221,7 @@ BAD = {
         ConfigError,
         "is a file, expected a folder",
     ),
+    "arguments that are no mapping": ({"pipeline_args": "height:16"}, ConfigError, "{height:512,width:512}"),
     "budgets": ({"avg_bits": 3, "scheme_options": "W2A16,W4A16"}, ConfigError, "avg_bits"),
 }
 
@@ -317,6 +335,10 @@ def test_command_shows_the_plan(tiny, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "modulation by the timestep" in said
     assert "6 steps a caption, of which 4 are tuned on" in said
+    assert main([str(tiny("flux")), *words, "--components", "text_encoder_2"]) == 0
+    assert "nothing is denoised" in capsys.readouterr().out
+    assert main(["inspect", str(tiny("flux"))]) == 2
+    assert "is a pipeline of diffusers" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ def plan(job: PipelineJob) -> str:
     parts = [f"{name}:\n{plan_table(part)}" for name, part in job.jobs.items()]
     kept = job.options.diffusion.steps_per_caption or job.call.steps
     drawn = f"{job.call.steps} steps a caption, of which {min(kept, job.call.steps)} are tuned on"
+    drawn = drawn if job.denoises else "captions are read, nothing is denoised"
     folders = ", ".join(map(str, job.folders(job.output).values()))
     return "\n".join(
         [*parts, "", f"method:  {job.method.sentence}", f"drawing: {drawn}", f"output:  {folders}"]

@@ -16,7 +16,11 @@ METRICS = ("clip", "clip-iqa", "imagereward")
 
 def _call_arguments(value: Any) -> Mapping[str, Any]:
     """Turn JSON, relaxed text such as `{height:512}`, a `.json` path or a mapping into a mapping."""
-    return {name: _number(part) for name, part in values.layer_rules(value).items()}
+    try:
+        given = values.layer_rules(value)
+    except TypeError as error:
+        raise TypeError("expected arguments as in {height:512,width:512}") from error
+    return {name: _number(part) for name, part in given.items()}
 
 
 def _number(value: Any) -> Any:

@@ -132,6 +132,7 @@ class Run:
         digest = hashlib.sha256(f"{self.key} {self.version}".encode()).hexdigest()[:12]
         out = under / f"{self.model.name}-{self.scheme}-{digest}"
         told = out.with_suffix(".cost")
+        under.mkdir(parents=True, exist_ok=True)
         if not told.exists():
             shutil.rmtree(out, ignore_errors=True)
             told.write_text(json.dumps(self.quantize(out)))
@@ -385,7 +386,7 @@ def main() -> None:
                 for run in runs_of(args, model)
                 if (missing := results.missing(run, texts, measured))
             ]
-            original = Original(model, texts, args.tokens, args.measure_seqlen) if wanted else None
+            original = Original(model, texts, *measured) if wanted else None
             for run, missing in wanted:
                 with tempfile.TemporaryDirectory() as passing:
                     made, cost = run.folder(args.keep or Path(passing))

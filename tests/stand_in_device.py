@@ -141,10 +141,16 @@ def _copy_from(source, target, non_blocking=False):
     return target
 
 
+def _silu_backward(grad, x):
+    """Of a device without a kernel of its own PyTorch writes this gradient out, with other last bits."""
+    return Elsewhere(aten.silu_backward.default(_raw(grad), _raw(x)))
+
+
 _LIBRARY = torch.library.Library("aten", "IMPL")  # kept: it owns what PyTorch's own C++ asks for
 for _name, _function in (
     ("empty.memory_format", _empty),
     ("empty_strided", _empty_strided),
     ("_copy_from", _copy_from),
+    ("silu_backward", _silu_backward),
 ):
     _LIBRARY.impl(_name, _function, "PrivateUse1")

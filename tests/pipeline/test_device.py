@@ -11,7 +11,13 @@ from auto_round.log import logger
 from auto_round.pipeline.deciding import open_model
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.machine import device
-from auto_round.pipeline.machine.device import choose_device, choose_devices, compute_dtype, rows_at_once
+from auto_round.pipeline.machine.device import (
+    choose_device,
+    choose_devices,
+    compute_dtype,
+    device_of_rank,
+    rows_at_once,
+)
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -129,6 +135,23 @@ def test_several_devices(monkeypatch, wanted, main, others, rules):
     assert str(found.main) == main
     assert list(map(str, found.others)) == others
     assert [(key, str(device)) for key, device in found.rules] == rules
+
+
+@pytest.mark.parametrize(
+    ("wanted", "beside", "found"),
+    [
+        ("auto", 0, ["0", "1", "2", "3"]),
+        ("auto", 4, ["0", "1", "2", "3"]),
+        ("auto", 2, ["0,1", "2,3"]),
+        ("auto", 1, ["0,1,2,3"]),
+        ("3,2", 2, ["3", "2"]),
+        ("3,2,1,0", 2, ["3,2", "1,0"]),
+        ("cpu", 2, ["cpu", "cpu"]),
+    ],
+)
+def test_devices_of_ranks(monkeypatch, wanted, beside, found):
+    pretend(monkeypatch, 4)
+    assert [device_of_rank(wanted, local, beside) for local in range(len(found))] == found
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_looked_up(monkeypatch):

@@ -110,6 +110,7 @@ ELSEWHERE = {
     "memory": "where streams lie; how many rows go through at once is compared",
     "low_gpu_mem_usage": "where streams lie; on an accelerator how many rows go through at once is compared",
     "low_cpu_mem_usage": "where streams lie",
+    "targets_ahead": "when something is computed, not what",
     "dist_backend": "how processes talk; a run continues on any number of them",
     "output_dir": "another folder is another run",
     "overwrite": "what happens to an older folder",

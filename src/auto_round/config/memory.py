@@ -28,5 +28,14 @@ class MemoryOptions:
         ),
     )
 
+    targets_ahead: str = option(
+        "auto",
+        Spec(
+            "compute what the next blocks should give while others are tuned: auto where an accelerator is "
+            "free for it, on also beside the tuning on the same device, off never",
+            choices=("auto", "on", "off"),
+        ),
+    )
+
     def __post_init__(self) -> None:
         settle(self)

@@ -31,6 +31,7 @@ from auto_round.pipeline.machine.determinism import deterministic_kernels
 from auto_round.pipeline.machine.memory import keep_freed_memory, release_freed_memory
 from auto_round.pipeline.plain import bursts, nbytes, round_together
 from auto_round.pipeline.result import Result
+from auto_round.pipeline.running.ahead import Ahead
 from auto_round.pipeline.running.attention_states import read_steps
 from auto_round.pipeline.running.blocks import GroupResult, GroupTuning
 from auto_round.pipeline.running.compile import (
@@ -217,28 +218,31 @@ class _Loop:
         if how.objective.loss is not PLAIN.loss:
             job = replace(job, tune=in_equal_passes(job.tune, job.tuned, job.ranks.size))
         lists = [groups_of(blocks, job.options.tune.nblocks) for blocks in job.source.block_lists]
-        count, done = sum(map(len, lists)), self._finished()
-        before, ended = 0, list[Streams]()
-        towers, fitting = quantize_towers(job, self._write), Fitting(job, self.scratch)
-        for groups in lists:
-            table, streams = trace_rows(job, self.scratch, embedding, ended, towers)
-            release_freed_memory()
-            self.clock.lap("trace")
-            if not ended:
-                self._say_begun([unit for members in lists for unit, _ in members])
-            start = sum(1 for unit, _ in groups if unit in done)
-            if start:
-                self._restore(streams, before + start)
-            for number, (unit, indices) in enumerate(groups[start:], start=before + start + 1):
-                result = fitting.tune(indices, table, streams, how)
-                refuse_difference(job.ranks, f"codes of {unit}", digest_of(job, result))
-                losses = self._keep(result, unit, number, streams, fitting.lowered)
-                del result  # not to be held beside the next group
-                if number > before + 1:  # what flows out of a list is needed until the end
-                    saved_streams(self.scratch, number - 1).unlink(missing_ok=True)
-                self.progress(self.clock.event("tune", number, count, unit, **losses))
-            before += len(groups)
-            ended.append(streams)
+        count, ended = sum(map(len, lists)), list[Streams]()
+        towers = quantize_towers(job, self._write)
+        with Ahead(job) as ahead:
+            fitting = Fitting(job, self.scratch, ahead)
+            for groups in lists:
+                before = sum(map(len, lists[: len(ended)]))
+                table, streams = trace_rows(job, self.scratch, embedding, ended, towers)
+                release_freed_memory()
+                self.clock.lap("trace")
+                if not ended:
+                    self._say_begun([unit for members in lists for unit, _ in members])
+                start = sum(1 for unit, _ in groups if unit in self._finished())
+                if start:
+                    self._restore(streams, before + start)
+                left = groups[start:]
+                followed = zip(left, [*(indices for _, indices in left[1:]), []], strict=True)
+                for number, ((unit, indices), following) in enumerate(followed, start=before + start + 1):
+                    result = fitting.tune(indices, table, streams, how, following)
+                    refuse_difference(job.ranks, f"codes of {unit}", digest_of(job, result))
+                    losses = self._keep(result, unit, number, streams, fitting.lowered)
+                    del result  # not to be held beside the next group
+                    if number > before + 1:  # what flows out of a list is needed until the end
+                        saved_streams(self.scratch, number - 1).unlink(missing_ok=True)
+                    self.progress(self.clock.event("tune", number, count, unit, **losses))
+                ended.append(streams)
         release_freed_memory()
         return ended[-1]
 

@@ -61,7 +61,7 @@ def joined(options: Options) -> Iterator[tuple[Ranks, Options]]:
     if here is None:
         yield ALONE, options
         return
-    wanted = device_of_rank(options.model.device_map, here.local)
+    wanted = device_of_rank(options.model.device_map, here.local, here.beside)
     own = replace(options, model=replace(options.model, device_map=wanted))
     with join(options.model.dist_backend, choose_device(wanted)) as ranks:
         _refuse_differences(ranks, "options", _settings(options))

@@ -18,12 +18,14 @@ class Place:
     Attributes:
         rank: its number, from 0; the first writes the output.
         size: how many there are.
-        local: its number among those of this machine, which is that of its accelerator.
+        local: its number among those of this machine, which is that of its accelerators.
+        beside: how many there are on this machine; 0 where that is not said.
     """
 
     rank: int
     size: int
     local: int
+    beside: int = 0
 
 
 def place(environment: Mapping[str, str] | None = None) -> Place | None:
@@ -47,6 +49,7 @@ def place(environment: Mapping[str, str] | None = None) -> Place | None:
             f"RANK is {rank} and WORLD_SIZE is {size} in the environment; expected 0 <= RANK < WORLD_SIZE: "
             "start all processes with torchrun"
         )
+    beside = _number(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else 0
     missing = [name for name in _ADDRESS if not env.get(name)]
     if size == 1:
         return None
@@ -55,7 +58,7 @@ def place(environment: Mapping[str, str] | None = None) -> Place | None:
             f"the environment names {size} processes (WORLD_SIZE), but not where they meet "
             f"({', '.join(missing)}): start them with torchrun, or remove RANK and WORLD_SIZE"
         )
-    return Place(rank, size, local)
+    return Place(rank, size, local, beside)
 
 
 def _number(env: Mapping[str, str], name: str) -> int:

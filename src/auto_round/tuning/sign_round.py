@@ -107,9 +107,10 @@ def _starting_points(
     found = done_together(ranks, {name: _numel(block, name) for name in tasks}, searched)
     weights = {name: Weight.of(block, name, task, None) for name, task in tasks.items()}
     for name, (knobs, offsets) in found.items():
-        weights[name].knobs = knobs
+        here = weights[name].original.device  # what others found comes to the main device
+        weights[name].knobs = Knobs(knobs.lo.to(here), knobs.hi.to(here))
         if offsets is not None:
-            weights[name].v = offsets
+            weights[name].v = offsets.to(here)
     return weights
 
 
@@ -260,7 +261,7 @@ class _Loop:
         self, rounded: Sequence[Tensor], behind: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of offsets and range multipliers from those of the rounded weights."""
-        through = [(w, g.to(w.dtype)) for w, g in zip(rounded, behind, strict=False) if g is not None]
+        through = [(w, g.to(w)) for w, g in zip(rounded, behind, strict=False) if g is not None]
         if not (through and self._rounding):
             return (None,) * len(self._rounding)
         outputs, gradients = zip(*through, strict=True)
@@ -276,7 +277,7 @@ class _Loop:
             if gradient is None or not own:
                 continue
             rounded = weight.fake()
-            inner = torch.autograd.grad(rounded, own, gradient.to(rounded.dtype), allow_unused=True)
+            inner = torch.autograd.grad(rounded, own, gradient.to(rounded), allow_unused=True)
             found.update(zip(map(id, own), inner, strict=True))
         return [found.get(id(p)) for p in self._rounding]
 

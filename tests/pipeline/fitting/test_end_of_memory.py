@@ -89,11 +89,11 @@ def test_other_errors_pass(model, tmp_path, monkeypatch):
 def test_a_stream_that_has_begun_to_move_is_not_used_again(model, whole, tmp_path, monkeypatch):
     real = lower.tune_group
 
-    def tune(job, indices, table, streams, how):
+    def tune(job, indices, table, streams, *others):
         if indices == [1]:
             streams.between = False
             raise MemoryError
-        return real(job, indices, table, streams, how)
+        return real(job, indices, table, streams, *others)
 
     monkeypatch.setattr(lower, "tune_group", tune)
     with pytest.raises(MemoryError):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from auto_round.config import build_options
-from auto_round.errors import ConfigError
+from auto_round.errors import AutoRoundError, ConfigError
 from auto_round.pipeline.fitting.accelerators import ACCELERATORS, read_machines
 from auto_round.pipeline.plan_run import dry_run
-from pipeline.runs import ROWS, SHORT
+from pipeline.runs import ROWS, SHORT, quantize
 
 
 def planned(model, devices, **given):
@@ -55,8 +55,35 @@ def test_a_block_that_does_not_fit_is_spread(tiny, monkeypatch):
         assert part in dry.text
 
 
-def test_machines_are_for_dry_runs(tiny):
-    from pipeline.runs import quantize
+def test_ranks_spread_what_does_not_fit_one(tiny, monkeypatch):
+    model = tiny("llama", hidden_size=256, intermediate_size=512)
+    least = planned(model, "1xH100", iters=200, memory="lowest").paper.plan.device_bytes
+    small = ACCELERATORS["H100"].__class__(1.04 * least, 1e15, 3e12, 4e11, "made up")
+    monkeypatch.setattr(
+        "auto_round.pipeline.fitting.accelerators.ACCELERATORS", {**ACCELERATORS, "H100": small}
+    )
+    many = planned(model, "64xH100", iters=200).paper
+    assert many.fits
+    assert many.ranks * many.spread == 64
+    assert many.spread > 1 < many.ranks
+    assert f"{many.ranks} ranks" in many.text
 
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_a_configuration_is_enough(tiny, tmp_path, family):
+    """The same plan as with weights; a run without them is refused before work."""
+    model = tiny(family)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_bytes((model / "config.json").read_bytes())
+    with_weights, without = (planned(path, "8xH100").paper for path in (model, alone))
+    assert without.plan.device_bytes == with_weights.plan.device_bytes
+    assert (without.read, without.written) == (with_weights.read, with_weights.written)
+    with pytest.raises(AutoRoundError, match="safetensors"):
+        quantize(alone, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_machines_are_for_dry_runs(tiny):
     with pytest.raises(ConfigError, match="unknown device"):
         quantize(tiny("llama"), "out", device_map="8xH100")

@@ -110,7 +110,7 @@ IDLE: Final = (
         "blocks are not tuned together (--distill_steps 300)",
         lambda run: not run.options.tune.distill_steps,
     ),
-    Idle(("memory",), "plain rounding holds a few matrices at a time", _needs_no_rows),
+    Idle(("memory", "targets_ahead"), "plain rounding holds a few matrices at a time", _needs_no_rows),
     Idle(("nsamples", "expert_rows"), "plain rounding needs no data", _needs_no_rows),
     Idle(("expert_rows",), "the model sends tokens to no experts", lambda run: not run.has_experts),
     Idle(

@@ -9,15 +9,18 @@ import torch
 from auto_round.log import logger
 from auto_round.pipeline.deciding.fetch_rows import held_out_rows
 from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.plan_table import manifests
 from auto_round.pipeline.fitting.choose import Room, make_plan
 from auto_round.pipeline.fitting.plan import MemoryPlan
 from auto_round.pipeline.fitting.work import Workload
+from auto_round.pipeline.machine.device import Devices
 from auto_round.pipeline.machine.memory import available_bytes, device_total_bytes, resident_bytes
 
 
 def fitted(job: Job) -> Job:
     """The job with its memory plan, and with as many rows at once as the plan says."""
+    job = _arranged(job)
     plan = plan_memory(job)
     logger.info("memory: %s", plan.line)
     if not plan.fits:
@@ -27,6 +30,30 @@ def fitted(job: Job) -> Job:
             plan.line,
         )
     return replace(job, memory_plan=plan, tune=replace(job.tune, rows_at_once=plan.level.rows))
+
+
+def _arranged(job: Job) -> Job:
+    """What further accelerators do that the run may use, and where targets are computed ahead.
+
+    A block that fits one accelerator stays there: products in pieces wait for each other. The next one then
+    computes targets. Else the matrices of each block are spread over all.
+    """
+    if job.free:
+        alone = plan_memory(job)
+        if not alone.fits or alone.level.rounds_again:
+            return replace(job, placement=place_layers(Devices(job.device, job.free), job.source))
+    wanted = job.memory.targets_ahead
+    at = job.free[0] if job.free else job.device if wanted == "on" else None
+    if at is None or wanted == "off" or not job.tune.needs_rows:
+        return job
+    ahead = replace(job, ahead=at)
+    plan = plan_memory(ahead)
+    if plan.fits and not plan.files and job.caches is None:
+        return ahead
+    if wanted == "on":
+        why = "attention states are calibrated" if job.caches is not None else "memory is too small for them"
+        logger.warning("targets are not computed ahead: %s", why)
+    return job
 
 
 def plan_memory(job: Job) -> MemoryPlan:
@@ -60,6 +87,7 @@ def workload(job: Job) -> Workload:
         formats={name: fmt for name, (_, fmt) in job.quantized().items()},
         output_bytes=sum(m.nbytes for m in manifests(job).values()),
         elsewhere=_elsewhere(job),
+        ahead=job.ahead,
     )
 
 

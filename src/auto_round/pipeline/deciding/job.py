@@ -55,6 +55,8 @@ class Job:
         processor: its processor for images, where it was given as an object.
         caches: which scales of the key/value cache and of attention are calibrated; None for none.
         placement: which matrices are tuned on other devices; None for none.
+        free: further accelerators that the run may use, where which is left to it.
+        ahead: where the next blocks' targets are computed while others are tuned; None for not at all.
         memory_plan: what the run needs where, and how it begins; None before that is decided.
         ranks: the processes that do it together.
         files: how weight files of the output are called.
@@ -77,6 +79,8 @@ class Job:
     processor: Any = None
     caches: AttentionPlan | None = None
     placement: Placement | None = None
+    free: tuple[torch.device, ...] = ()
+    ahead: torch.device | None = None
     memory_plan: MemoryPlan | None = None
     ranks: Ranks = ALONE
     files: WeightFiles = TRANSFORMERS

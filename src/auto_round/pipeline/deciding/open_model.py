@@ -16,6 +16,7 @@ from auto_round.log import logger
 from auto_round.models.folder import FolderSource
 from auto_round.models.hub import resolve_model
 from auto_round.models.live import LiveSource
+from auto_round.models.on_paper import is_on_paper, open_on_paper
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.image_rows import image_reader
 from auto_round.pipeline.deciding.recast import named_dtype
@@ -40,7 +41,12 @@ class Opened:
 
 
 def open_model(
-    request: Request, *, model: nn.Module | None = None, tokenizer: Any = None, processor: Any = None
+    request: Request,
+    *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
+    dry: bool = False,
 ) -> Opened:
     """Open the model and its tokenizer; configuration and headers are read, no weights.
 
@@ -49,13 +55,14 @@ def open_model(
         model: a model in memory instead of the one that the options name.
         tokenizer: its tokenizer, an object; None to load it.
         processor: its processor for images, an object; None to load it when it is needed.
+        dry: nothing will be read, so that a configuration without weights will do.
 
     Raises:
         ConfigError: no such model, or a tokenizer that is named or needed and is not there.
         AutoRoundError: a folder that cannot be read.
     """
     options = request.options
-    source = _open_source(options, model)
+    source = _open_source(options, model, dry=dry)
     if not source.tried:
         _tell_roles(source)
     needed = any(exporter.needs_tokenizer(options) for exporter in request.formats)
@@ -65,19 +72,18 @@ def open_model(
     return Opened(_within_context(options, source), source, tokenizer, images)
 
 
-def _open_source(options: Options, model: nn.Module | None) -> ModelSource:
+def _open_source(options: Options, model: nn.Module | None, *, dry: bool) -> ModelSource:
     if model is not None:
         return LiveSource(model)
     if not options.model.model:
         raise ConfigError("no model given: name a folder or a hub id, for example --model Qwen/Qwen3-0.6B")
     trust = options.model.trust_remote_code
     path = resolve_model(options.model.model, platform=options.model.platform, trust_remote_code=trust)
+    dtype = named_dtype(options.model.model_dtype)
+    if dry and path.is_dir() and is_on_paper(path):
+        return open_on_paper(path, trust_remote_code=trust, dtype=dtype)
     opened = FolderSource.open if gguf_file(path) is None else open_gguf
-    return opened(
-        path,
-        trust_remote_code=trust,
-        dtype=named_dtype(options.model.model_dtype),
-    )
+    return opened(path, trust_remote_code=trust, dtype=dtype)
 
 
 def _tell_roles(source: ModelSource) -> None:

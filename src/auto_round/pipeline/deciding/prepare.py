@@ -49,7 +49,7 @@ def prepare(
         AutoRoundError: anything that would make the run fail later, as far as it can be known.
     """
     request = make_request(options, dataset=dataset, output=output)
-    opened = open_model(request, model=model, tokenizer=tokenizer, processor=processor)
+    opened = open_model(request, model=model, tokenizer=tokenizer, processor=processor, dry=not rows)
     decided = decide(request, opened)
     data = fetch_rows(opened, decided, dataset=dataset, dry=not rows)
     job = replace(put_together(request, opened, decided, data), processor=processor)
@@ -88,4 +88,5 @@ def put_together(request: Request, opened: Opened, decided: Decided, data: Data)
         caches=decided.caches,
         fresh=data.fresh,
         placement=place_layers(request.devices, opened.source),
+        free=request.devices.free,
     )

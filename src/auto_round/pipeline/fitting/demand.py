@@ -106,11 +106,28 @@ class _Demand:
     def _streams_there(self) -> dict[str, int]:
         """Both streams and the targets on the accelerator."""
         on_device = self.level.streams is Place.DEVICE and self.work.device.type != "cpu"
-        return {STREAMS: 3 * self.sizes.stream} if on_device else {}
+        return {STREAMS: self._copies() * self.sizes.stream} if on_device else {}
 
     def _streams_here(self) -> dict[str, int]:
         """The same on the host. Pages of files count as long as nobody else needs their memory."""
-        return {} if self._streams_there() else {STREAMS: 3 * self.sizes.stream}
+        return {} if self._streams_there() else {STREAMS: self._copies() * self.sizes.stream}
+
+    def _copies(self) -> int:
+        """Both streams, the targets, and those of the next blocks."""
+        return 3 if self.work.ahead is None else 4
+
+    def _ahead(self) -> int:
+        """The next blocks as they are run while others are tuned."""
+        work = self.work
+        own, itemsize = work.source.dtype.itemsize, work.dtype.itemsize
+        found = 0
+        for layers in self._groups():
+            count = sum(math.prod(layer.shape) for layer in layers)
+            widest = max(max(layer.shape) for layer in layers)
+            rows = min(self.level.rows or work.tune.batch_size, work.tune.batch_size)
+            weights = count * (itemsize + (own if own != itemsize else 0))
+            found = max(found, weights + 4 * widest * rows * work.seqlen * itemsize)
+        return found
 
     # --- stages
 
@@ -130,8 +147,15 @@ class _Demand:
                 there = [a for a in layers if work.elsewhere.get(a.name) == device]
                 held = sum(self._block(there).values())
                 others[str(device)] = max(others.get(str(device), 0), held)
+        beside: dict[str, int] = {}
+        if work.ahead == work.device:
+            beside = {"targets ahead": self._ahead()}
+        elif work.ahead is not None:
+            others[str(work.ahead)] = others.get(str(work.ahead), 0) + self._ahead()
         on_host = {"weights placed on the host": others.pop("cpu")} if "cpu" in others else {}
-        stage = self._stage("tune", self._tune() | self._streams_there(), self._streams_here() | on_host)
+        stage = self._stage(
+            "tune", self._tune() | beside | self._streams_there(), self._streams_here() | on_host
+        )
         return replace(stage, others=others)
 
     def _tune(self) -> dict[str, int]:

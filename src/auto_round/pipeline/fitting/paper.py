@@ -13,7 +13,6 @@ from auto_round.pipeline.fitting.accelerators import (
     BANDWIDTH_REACHED,
     DISK,
     NETWORK,
-    NODE,
     PRODUCTS_REACHED,
     Machines,
 )
@@ -39,9 +38,8 @@ class Paper:
     Attributes:
         machines: which.
         plan: memory of the main accelerator, or of each rank.
-        ranks: processes, one an accelerator, that divide the rows of a step; 1 where the matrices of a block
-            are spread over accelerators instead.
-        spread: accelerators over which they are spread.
+        ranks: processes that divide the rows of a step.
+        spread: accelerators over which each of them spreads the matrices of a block.
         blocks: how many the model has.
         read: bytes read from disk.
         written: bytes of the output.
@@ -73,9 +71,10 @@ class Paper:
     def text(self) -> str:
         """The plan for people."""
         name, each = f"{self.machines.count} x {self.machines.name}", self.machines.each
-        how = f"{self.ranks} ranks, one an accelerator (torchrun)" if self.ranks > 1 else "one process"
+        how = f"{self.ranks} ranks (torchrun)" if self.ranks > 1 else "one process"
         if self.spread > 1:
             how += f", matrices of a block spread over {self.spread} accelerators"
+            how += " each" if self.ranks > 1 else ""
         largest = max(self.plan.device_bytes, self.largest_other)
         verdict = "" if self.fits else ": TOO LITTLE (experts that one tensor holds stay on one accelerator)"
         per_block = self.seconds / max(1, self.blocks)
@@ -95,9 +94,11 @@ class Paper:
 
 
 def on_paper(work: Workload, machines: Machines, spread: Spread, seconds: Seconds) -> Paper:
-    """Plan a run: by ranks where a block fits one accelerator, else spread over those of one machine.
+    """Plan a run: the way that fits and cuts blocks into fewest pieces.
 
-    The closing check, which loads the whole output on one device, is left out.
+    Ranks divide the rows of a step, and each spreads the matrices of a block over 1, 2, 4 or 8 accelerators
+    of one machine. Where nothing fits, it is spread as far as possible, and that is said. The closing check,
+    which loads the whole output on one device, is left out.
 
     Args:
         work: the run.
@@ -108,35 +109,53 @@ def on_paper(work: Workload, machines: Machines, spread: Spread, seconds: Second
     half = torch.float16 if work.source.dtype is torch.float16 else torch.bfloat16
     alone = replace(work, device=torch.device("cuda"), dtype=half, elsewhere={}, reloads=False)
     room = Room(0, 0, int(machines.each.nbytes))
-    plan, ranks, over = make_plan(alone, room), machines.count, 1
-    if not plan.fits and machines.count > 1:
-        ranks, over = 1, machines.inside
-        alone = replace(alone, elsewhere=spread(over))
-        plan = make_plan(alone, room)
-    each = machines.each
+    over = 1
+    while True:
+        placed = replace(alone, elsewhere=spread(over)) if over > 1 else alone
+        found = _one_way(placed, machines, make_plan(placed, room), over, seconds)
+        over *= 2
+        if found.fits or over > machines.inside:
+            return found
+
+
+def _one_way(alone: Workload, machines: Machines, plan: MemoryPlan, over: int, seconds: Seconds) -> Paper:
+    """The run with a block spread over so many accelerators, by as many ranks as that leaves."""
+    work, each, ranks = alone, machines.each, max(1, machines.count // over)
     rows = max(batch_rows(work.tune, step) for step in range(max(1, work.tune.iters))) if work.rows else 1
     products = PRODUCTS_REACHED * each.products * min(ranks, rows)
     moving = BANDWIDTH_REACHED * each.bandwidth * over
-    exchanged = _exchanged(alone, ranks, over)
-    between = each.link if max(ranks, over) <= NODE else NETWORK
+    rows_moved, gradients = _flowing(alone, ranks, over), _gradients(alone, ranks, over)
+    between = each.link if machines.nodes == 1 else NETWORK
     specs = work.source.tensors.values()
     read = float(sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in specs))
-    took = seconds(alone, plan, products, moving) + exchanged / between
+    took = seconds(alone, plan, products, moving) + rows_moved / each.link + gradients / between
     blocks = len(work.source.blocks)
     return Paper(
-        machines, plan, ranks, over, blocks, read, work.output_bytes, exchanged, max(took, read / DISK)
+        machines,
+        plan,
+        ranks,
+        over,
+        blocks,
+        read,
+        work.output_bytes,
+        rows_moved + gradients,
+        max(took, read / DISK),
     )
 
 
-def _exchanged(work: Workload, ranks: int, over: int) -> float:
-    """Bytes that an accelerator sends: gradients of each step to other ranks, or what flows to matrices."""
+def _gradients(work: Workload, ranks: int, over: int) -> float:
+    """Bytes that an accelerator sends to other ranks: gradients of each step of what it holds."""
     steps = float(work.tune.iters * work.tune.accumulate)
-    if ranks > 1:
-        return 2 * GRADIENT * work.quantized * steps * (ranks - 1) / ranks
+    return 2 * GRADIENT * work.quantized * steps * (ranks - 1) / ranks / over
+
+
+def _flowing(work: Workload, ranks: int, over: int) -> float:
+    """Bytes that an accelerator sends within its rank: what flows to matrices, and back."""
     if over == 1:
         return 0.0
+    steps = float(work.tune.iters * work.tune.accumulate)
     share = active_share(work.source)
     there = (layer for layer in work.source.layers if layer.name in work.elsewhere)
     widths = sum(sum(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in there)
     tokens = 2.0 * work.seqlen * (work.rows + steps * work.tune.batch_size)  # both ways, or both passes
-    return widths * tokens * work.dtype.itemsize / over
+    return widths * tokens * work.dtype.itemsize / over / min(ranks, work.tune.batch_size)

@@ -34,6 +34,7 @@ class Workload:
         continues: streams are saved, so that a killed run can continue.
         formats: quantized layer -> its format.
         elsewhere: layer -> its device, where that is not the one where blocks are tuned.
+        ahead: where the next blocks' targets are computed while others are tuned; None for nowhere.
         output_bytes: all output folders together.
     """
 
@@ -52,6 +53,7 @@ class Workload:
     formats: Mapping[str, Format]
     output_bytes: int
     elsewhere: Mapping[str, torch.device] = field(default_factory=dict)
+    ahead: torch.device | None = None
 
     @property
     def quantized(self) -> int:

@@ -22,16 +22,18 @@ class Devices:
     Attributes:
         main: where what flows is held, and all that is not placed elsewhere.
         others: further ones, in the user's order.
+        free: further ones that "auto" leaves to the run: for targets ahead, or to spread over them.
         rules: name or pattern of layers -> where they are tuned; empty where matrices are spread over all.
     """
 
     main: torch.device
     others: tuple[torch.device, ...] = ()
     rules: tuple[tuple[str, torch.device], ...] = ()
+    free: tuple[torch.device, ...] = ()
 
 
 def choose_devices(wanted: str | Mapping[str, object]) -> Devices:
-    """The devices of a `device_map`; "auto" takes an accelerator when there is one.
+    """The devices of a `device_map`; "auto" takes all accelerators that there are.
 
     The first device of a list is the main one; of a mapping that of the key "", else its first accelerator.
     It is said that 0, the device of other versions when none is named, means the CPU on a machine without an
@@ -40,9 +42,12 @@ def choose_devices(wanted: str | Mapping[str, object]) -> Devices:
     Raises:
         ConfigError: a device that is not there, be it the first or not, or no device's name.
     """
+    free = tuple[torch.device, ...]()
     if isinstance(wanted, str):
         found = [_device(name) for name in (word.strip() for word in wanted.split(","))]
         main, rules = found[0], tuple[tuple[str, torch.device], ...]()
+        if wanted.strip() == "auto" and main.type != "cpu":
+            free = tuple(torch.device(main.type, i) for i in range(1, torch.accelerator.device_count()))
         if wanted.split(",")[0].strip() == "0" and main.type == "cpu":
             logger.warning("device 0: PyTorch sees no accelerator here, so blocks are tuned on the CPU")
     else:
@@ -52,7 +57,7 @@ def choose_devices(wanted: str | Mapping[str, object]) -> Devices:
         main = placed.get("", found[0])
         rules = tuple((key, device) for key, device in placed.items() if key)
     others = tuple(device for device in dict.fromkeys(found) if device != main)
-    return Devices(main, others, rules)
+    return Devices(main, others, rules, free)
 
 
 def choose_device(wanted: str | Mapping[str, object]) -> torch.device:
@@ -60,18 +65,23 @@ def choose_device(wanted: str | Mapping[str, object]) -> torch.device:
     return choose_devices(wanted).main
 
 
-def device_of_rank(wanted: str | Mapping[str, str], local: int) -> str | Mapping[str, str]:
-    """What a process asks `choose_device` for, where several on one machine were asked for the same.
+def device_of_rank(wanted: str | Mapping[str, str], local: int, beside: int = 0) -> str | Mapping[str, str]:
+    """What a process asks `choose_devices` for, where several on one machine were asked for the same.
 
     Args:
-        wanted: what the user asked for; of several accelerators each process takes one.
+        wanted: what the user asked for; of several accelerators each process takes one, or an equal share
+            where there are more of them than processes.
         local: number of the process among those of its machine.
+        beside: how many there are on the machine; 0 where that is not known.
     """
     if _accelerator() is None or not isinstance(wanted, str):
         return wanted
     named = [word.strip() for word in wanted.split(",")]
     if named == ["auto"]:
-        return str(local)
+        named = [str(i) for i in range(max(torch.accelerator.device_count(), local + 1))]
+    share = len(named) // beside if beside else 1
+    if share > 1:
+        return ",".join(named[local * share : (local + 1) * share])
     return named[local % len(named)]
 
 

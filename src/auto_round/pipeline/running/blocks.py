@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ from auto_round.pipeline.running.input_squares import InputSquares
 from auto_round.pipeline.running.last_block import by_predictions
 from auto_round.pipeline.running.placed import put_modules
 from auto_round.pipeline.running.streams import Streams
-from auto_round.pipeline.running.unit import Unit, tune_unit
+from auto_round.pipeline.running.unit import ALL_TO_DO, Turn, Unit, tune_unit
 from auto_round.tuning.objective import Objective
 from auto_round.tuning.sign_round import TunedBlock
 
@@ -89,7 +89,12 @@ class GroupResult:
 
 
 def tune_group(
-    job: Job, indices: Sequence[int], table: ArgumentTable, streams: Streams, how: GroupTuning
+    job: Job,
+    indices: Sequence[int],
+    table: ArgumentTable,
+    streams: Streams,
+    how: GroupTuning,
+    turn: Turn = ALL_TO_DO,
 ) -> GroupResult:
     """Quantize the layers of some neighbouring blocks and move both streams past them.
 
@@ -99,24 +104,18 @@ def tune_group(
         table: arguments of all blocks of their list for all rows.
         streams: hidden states before the first of these blocks; replaced by those after the last.
         how: what is the same for all groups.
+        turn: what is known of these blocks already, and what is done beside.
 
     Raises:
         NumericsError: a weight or the loss is not finite; names the tensor.
     """
+    prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
     with ExitStack() as stack:
-        placed = job.placement is not None and job.placement.elsewhere
-        first_at = CPU if placed else job.device
-        blocks = [stack.enter_context(job.source.block(i, first_at)) for i in indices]
-        prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
         objective = how.objective
         if how.positions and indices[-1] == len(job.source.blocks) - 1:
             last = by_predictions(job.source, job.device, job.dtype, objective, how.positions)
             objective = stack.enter_context(last)
-        group = BlockGroup(blocks, [job.source.blocks[i].flow for i in indices])
-        if job.placement is not None and placed:
-            put_modules(group, job.placement.inside(prefixes), job.device)
-        refuse_not_finite(group, prefixes)
-        unit = make_unit(job, indices, group, table)
+        unit = stack.enter_context(opened_unit(job, indices, table))
         found = tune_unit(
             unit,
             streams,
@@ -124,6 +123,7 @@ def tune_group(
             generator=torch.Generator().manual_seed(how.seed + indices[0]),
             objective=objective,
             from_quantized=how.from_quantized,
+            turn=turn,
         )
     layers = layers_of(job, indices, found.tuned.weights, found.activations)
     others = {outside(name, prefixes): value for name, value in found.tuned.others.items()}
@@ -137,6 +137,25 @@ def tune_group(
     experts = {outside(name, prefixes): counts for name, counts in found.experts.items()}
     errors = by_kind(found.errors)
     return GroupResult(layers, others, found.tuned, seen, found.massive, errors, ranges, states, experts)
+
+
+@contextmanager
+def opened_unit(job: Job, indices: Sequence[int], table: ArgumentTable) -> Iterator[Unit]:
+    """Neighbouring blocks with their weights, read and put on their devices; freed on exit.
+
+    Raises:
+        NumericsError: a weight is not finite; names the tensor.
+    """
+    placed = job.placement if job.placement is not None and job.placement.elsewhere else None
+    prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
+    with ExitStack() as stack:
+        first_at = job.device if placed is None else CPU
+        blocks = [stack.enter_context(job.source.block(i, first_at)) for i in indices]
+        group = BlockGroup(blocks, [job.source.blocks[i].flow for i in indices])
+        if placed is not None:
+            put_modules(group, placed.inside(prefixes), job.device)
+        refuse_not_finite(group, prefixes)
+        yield make_unit(job, indices, group, table)
 
 
 def make_unit(job: Job, indices: Sequence[int], group: BlockGroup, table: ArgumentTable) -> Unit:

@@ -13,22 +13,25 @@ from auto_round.errors import is_out_of_memory
 from auto_round.log import logger
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.memory import release_freed_memory
+from auto_round.pipeline.running.ahead import Ahead
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.blocks import GroupResult, GroupTuning, tune_group
 from auto_round.pipeline.running.streams import Streams, home_of_streams
+from auto_round.pipeline.running.unit import ALL_TO_DO
 
 
 class Fitting:
     """The level at which groups are tuned; it stays low once memory has ended."""
 
-    def __init__(self, job: Job, scratch: Path) -> None:
+    def __init__(self, job: Job, scratch: Path, ahead: Ahead | None = None) -> None:
         """Begin as planned.
 
         Args:
             job: the run.
             scratch: folder for hidden states that go to files.
+            ahead: computes targets ahead, as long as there is memory for them; None for not at all.
         """
-        self._job, self._scratch = job, scratch
+        self._job, self._scratch, self._ahead = job, scratch, ahead
         self._first, *self._left = job.levels
         self._level = self._first
 
@@ -38,9 +41,21 @@ class Fitting:
         return "" if self._level is self._first else self._level.text
 
     def tune(
-        self, indices: Sequence[int], table: ArgumentTable, streams: Streams, how: GroupTuning
+        self,
+        indices: Sequence[int],
+        table: ArgumentTable,
+        streams: Streams,
+        how: GroupTuning,
+        following: Sequence[int] = (),
     ) -> GroupResult:
         """`tune_group`, tried again one level lower as often as memory ends and a level is left.
+
+        Args:
+            indices: blocks of the group.
+            table: see `tune_group`.
+            streams: see `tune_group`.
+            how: see `tune_group`.
+            following: blocks of the next group in its list; none behind the last.
 
         Raises:
             Exception: what `tune_group` raises; the end of memory too, at the last level, once the quantized
@@ -48,12 +63,17 @@ class Fitting:
         """
         while True:
             try:
-                return tune_group(self._at_level(), indices, table, streams, self._how(how))
+                turn = ALL_TO_DO
+                if self._ahead is not None:
+                    turn = self._ahead.turn(following, table, streams)
+                return tune_group(self._at_level(), indices, table, streams, self._how(how), turn)
             except Exception as error:
                 again = self._left and streams.between and self._job.ranks.size == 1
                 if not (again and is_out_of_memory(error)):
                     raise
             # Behind the handler: the error held all that the attempt had in memory.
+            if self._ahead is not None:
+                self._ahead.stop()
             self._step_down(self._job.source.blocks[indices[0]].disk, streams)
 
     def _at_level(self) -> Job:

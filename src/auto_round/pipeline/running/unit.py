@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -126,6 +126,45 @@ class TunedUnit:
     experts: Mapping[str, list[int]]
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was measured as the unquantized blocks ran, over the rows that are tuned on.
+
+    Attributes:
+        moments: parameter -> sums of squares and of products of its inputs.
+        extremes: module -> extremes of its input, where the step of the input follows from them.
+        states: attention module -> what was seen of its states.
+        experts: module -> tokens that reached each of its experts.
+    """
+
+    moments: Mapping[str, InputMoments | ExpertMoments]
+    extremes: Mapping[str, InputExtremes]
+    states: Mapping[str, StateRanges]
+    experts: Mapping[str, list[int]]
+
+
+def _nothing() -> None:
+    """Nothing is begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What comes before the tuning of a unit, and beside it.
+
+    Attributes:
+        seen: what was measured as its unquantized blocks ran, where they have run already: the targets are
+            those that they gave. None: they are run now.
+        then: called once the targets are known.
+    """
+
+    seen: Seen | None = None
+    then: Callable[[], None] = _nothing
+
+
+ALL_TO_DO = Turn()
+"""Nothing is known yet, and nothing is done beside."""
+
+
 def tune_unit(
     unit: Unit,
     streams: Streams,
@@ -134,6 +173,7 @@ def tune_unit(
     generator: torch.Generator,
     objective: Objective = PLAIN,
     from_quantized: bool = True,
+    turn: Turn = ALL_TO_DO,
 ) -> TunedUnit:
     """Quantize some blocks and move both streams past them; the blocks themselves stay as they are.
 
@@ -144,6 +184,7 @@ def tune_unit(
         generator: source of the order of samples (on the host).
         objective: what is differentiated.
         from_quantized: tune on what the quantized blocks before give, rather than the unquantized ones.
+        turn: what is known already, and what is done beside.
 
     Raises:
         NumericsError: a weight, an activation or the loss is not finite.
@@ -151,7 +192,8 @@ def tune_unit(
     """
     group, arguments = unit.group, unit.arguments()
     ranks = objective.ranks
-    seen = _references(unit, streams, arguments, config, ranks)
+    seen = turn.seen or references(unit, streams, config, ranks)
+    turn.then()
     release_freed_memory()
     importance = {n: found for n, m in seen.moments.items() if (found := m.importance()) is not None}
     energies = [torch.stack([token_energy(row) for row in target]) for target in streams.targets]
@@ -190,7 +232,7 @@ def _as_multiplied(unit: Unit, name: str, q: QTensor, dtype: torch.dtype) -> Ten
     own, rounds = unit.originals[name].dtype, unit.rounds_input_of(name)
     if unit.device.type == "cpu" and matrix_experts(unit.group, name) is not None:
         return CodedStack(q, _held(q, own, dtype, rounds))
-    return as_read(q, own, dtype, rounds)
+    return as_read(q, own, dtype, rounds).to(unit.originals[name].device)
 
 
 def _state_steps(unit: Unit, seen: Mapping[str, StateRanges]) -> dict[str, dict[str, HeadSteps]]:
@@ -263,27 +305,9 @@ def _samples(
     return Samples(inside, wanted, arguments, each, arguments.kind)
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What was measured as the unquantized blocks ran, over the rows that are tuned on.
-
-    Attributes:
-        moments: parameter -> sums of squares and of products of its inputs.
-        extremes: module -> extremes of its input, where the step of the input follows from them.
-        states: attention module -> what was seen of its states.
-        experts: module -> tokens that reached each of its experts.
-    """
-
-    moments: Mapping[str, InputMoments | ExpertMoments]
-    extremes: Mapping[str, InputExtremes]
-    states: Mapping[str, StateRanges]
-    experts: Mapping[str, list[int]]
-
-
-def _references(
-    unit: Unit, streams: Streams, arguments: GroupArguments, config: TuneConfig, ranks: Ranks
-) -> _Seen:
+def references(unit: Unit, streams: Streams, config: TuneConfig, ranks: Ranks) -> Seen:
     """Run the unquantized blocks: their outputs become the targets, what flows in them is measured."""
+    arguments = unit.arguments()
     everything = Samples(streams.reference, streams.reference, arguments, kind=arguments.kind)
     masks, tuned = streams.masks, range(streams.tuned)
     mask_of = None if masks is None else lambda: masks[arguments.last]
@@ -313,7 +337,7 @@ def _references(
     moments, tokens = summed.of_all()
     extremes = {**extremes, **experts_extremes}
     join_ranges(ranks, extremes, states)
-    return _Seen(
+    return Seen(
         {name + _WEIGHT if name in unit.observed else name: each for name, each in moments.items()},
         extremes,
         states,

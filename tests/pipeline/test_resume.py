@@ -128,7 +128,7 @@ def crash(model, work, rounds, timeout, **given):
 
 
 def test_killed_and_continued(tiny, tmp_path):
-    figures = crash(tiny("qwen3", **HEADS), tmp_path, 3, 60, **SHORT, rows=token_rows(), verify=False)
+    figures = crash(tiny("qwen3", **HEADS), tmp_path, 3, 300, **SHORT, rows=token_rows(), verify=False)
     assert figures["identical"] == 3
     assert figures["kills"]["inside a shard write"] >= 1
 

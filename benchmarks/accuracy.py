@@ -101,11 +101,8 @@ class Run:
         found = re.fullmatch(r"W(\d)G(-?\d+)(A?)(:RTN)?", self.scheme)
         if not found:
             sys.exit(f"--schemes {self.scheme}: expected W2G64, W3G128A, W4G32:RTN, ...")
-        wanted = dict(self.settings) | {
-            "bits": int(found[1]),
-            "group_size": int(found[2]),
-            "sym": not found[3],
-        }
+        scheme = {"bits": int(found[1]), "group_size": int(found[2]), "sym": not found[3]}
+        wanted = dict(self.settings) | scheme
         return wanted | {"seed": self.seed} | ({"iters": 0} if found[4] else {})
 
     def quantize(self, out: Path) -> dict[str, Any]:
@@ -114,7 +111,10 @@ class Run:
         with log.open("w") as stream:
             begin = time.perf_counter()
             command = [self.python, "-c", SCRIPT, str(self.model), str(out), json.dumps(self.arguments())]
-            process = subprocess.Popen(command, stdout=stream, stderr=stream)
+            # A path to our sources would give the other Python our package.
+            hidden = set() if self.python == sys.executable else {"PYTHONPATH"}
+            around = {name: value for name, value in os.environ.items() if name not in hidden}
+            process = subprocess.Popen(command, stdout=stream, stderr=stream, env=around)
             _, status, usage = os.wait4(process.pid, 0)
             seconds = time.perf_counter() - begin
         if status:

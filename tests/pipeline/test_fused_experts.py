@@ -10,6 +10,7 @@ import torch
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import UnsupportedError
 from auto_round.facts.layer import Layer, Role
+from auto_round.models.folder import FolderSource
 from auto_round.pipeline.deciding.one_parameter import refuse_torn_tensors
 from pipeline.runs import quantize
 from sweep.outcome import save_family
@@ -44,6 +45,8 @@ def test_tuned_and_loaded_again(folder, tmp_path, family):
     with Checkpoint.open(tmp_path / "out") as files:
         assert f"{FAMILIES[family]}.qweight" in files
         assert not [name for name in files.names if name.endswith(("experts.gate_up_proj", "fc1.weight"))]
+    with pytest.raises(UnsupportedError, match="holds experts one by one"):
+        FolderSource.open(tmp_path / "out")
 
 
 def test_kept_experts_stay_one_tensor(folder, tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from auto_round.checkpoint.header import read_object
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.tensors import Tensors
+from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.tensor import TensorSpec
 from auto_round.log import logger
 from auto_round.models.anatomy import dissect
@@ -29,6 +31,10 @@ from auto_round.models.skeleton import (
     untie,
 )
 from auto_round.stored.unpacked import open_plain
+
+_ONE_OF_MANY = re.compile(r"\.experts\.\d+\.")
+_EXPERTS = re.compile(r"\.experts\.[^.\d][^.]*$")
+"""A parameter of the module of all experts."""
 
 
 class FolderSource(AssembledSource):
@@ -150,10 +156,26 @@ def read_parts(
     names = map_names(model, disk, straighten(model))
     tied = _really_tied(model, names, files) | share_position_tables(model)
     missing = missing_tensors(model, names, tied)
+    _refuse_split_experts(names, missing, files.folder)
     excused = absent_by_design(model, missing)
     check_complete(missing - excused, str(files.folder))
     fill_derived(model, excused)
     return Parts(model, computing, disk, names, tied, dissect(model, names, disk, tied))
+
+
+def _refuse_split_experts(names: NameMap, missing: Collection[str], folder: Path) -> None:
+    """Refuse a folder that has experts one by one where its model has one tensor for all.
+
+    Raises:
+        UnsupportedError: it is one that this package wrote of such a model.
+    """
+    found = next((name for name in names.orphans if _ONE_OF_MANY.search(name)), None)
+    if found is not None and any(_EXPERTS.search(name) for name in missing):
+        reason = f"{found} is one of several matrices that its model has in one tensor"
+        raise UnsupportedError(
+            f"{folder} holds experts one by one, as they are written when they are quantized",
+            [Refusal("models", reason, "start from the original folder")],
+        )
 
 
 def _own_dtype(config: Any, disk: Mapping[str, TensorSpec]) -> torch.dtype:

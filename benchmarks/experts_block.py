@@ -26,6 +26,7 @@ from auto_round.checkpoint.disk import atomic_write_json
 from auto_round.checkpoint.writer import ShardWriter
 
 WIDTH, INNER, CHOSEN, HEADS, HEAD_WIDTH, VOCABULARY = 2048, 768, 8, 16, 128, 2048
+FIGURES = ("wall_s", "cpu_s", "peak_mib")
 KINDS: dict[str, dict[str, Any]] = {
     "rtn": {"iters": 0, "disable_opt_rtn": True},
     "search": {"iters": 0, "disable_opt_rtn": False},
@@ -109,7 +110,7 @@ def main() -> None:
             for name, python in packages.items():
                 if name == "peer":
                     os.environ.pop("PYTHONPATH", None)
-                run = Run(name, python, model, "W4G128", 42, tuple(settings.items()))
+                run = Run(name, python, "", model, "W4G128", 42, tuple(settings.items()))
                 with tempfile.TemporaryDirectory(dir=scratch) as out:
                     costs[name] = run.quantize(Path(out) / "out")
                 print(
@@ -117,9 +118,7 @@ def main() -> None:
                     flush=True,
                 )
             if len(costs) > 1:
-                ratios = {
-                    figure: round(costs["ours"][figure] / cost, 3) for figure, cost in costs["peer"].items()
-                }
+                ratios = {f: round(costs["ours"][f] / costs["peer"][f], 3) for f in FIGURES}
                 print(json.dumps({"kind": kind, "ours / peer": ratios}), flush=True)
 
 

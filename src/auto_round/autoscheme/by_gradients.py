@@ -126,7 +126,7 @@ def _at_the_end(setting: Setting, final: States, masks: Tensor | None) -> States
                 with torch.enable_grad():
                     likely = stem.finish(hidden)[0].float().log_softmax(-1)
                 tokens = _draw(likely.detach(), uniform[here[1]].to(likely.device))
-                slope = torch.ones(len(tokens), 1, device=likely.device)
+                slope = torch.ones(len(tokens), 1, dtype=likely.dtype, device=likely.device)
                 if masks is not None:
                     slope *= masks[row, here[1], None].to(slope.device)
                 (found,) = torch.autograd.grad(likely.gather(-1, tokens), hidden, slope)

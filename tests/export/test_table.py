@@ -65,7 +65,7 @@ def test_the_list_of_formats_and_schemes():
     assert set(described["auto_round:auto_awq"]) == set(described["auto_awq"]) == {"W4A16", "BF16"}
     floats = {"MXFP4", "MXFP4_RCEIL", "MXFP6", "MXFP8", "MXFP8_RCEIL", "FPW8A16", "FP8_BLOCK"}
     floats |= {"FP8_STATIC", "NVFP4"}
-    held = floats - {"FP8_BLOCK"}
+    held = floats | {"INT8", "INT8_W8A8"}
     assert set(described["auto_round"]) == integers | held
     assert set(described["auto_round:llm_compressor"]) == held | {"BF16"}
     assert set(described["auto_round:fp8_static"]) == {"FP8_STATIC", "BF16"}

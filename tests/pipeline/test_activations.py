@@ -150,9 +150,9 @@ def test_verification_finds_one_layer_packed_wrongly(tiny, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("family", "changes", "given", "reason"),
     [
-        ("qwen3_moe", EXPERTS, {"format": "llm_compressor"}, "share one parameter"),
+        ("qwen3_moe", EXPERTS, {"format": "llm_compressor", "quant_lm_head": True}, "outside of the blocks"),
         ("llama", {}, {"format": "llm_compressor", "quant_lm_head": True}, "outside of the blocks"),
-        ("llama", {}, {"format": "auto_round"}, "leave activations alone"),
+        ("llama", {}, {"format": "auto_gptq"}, "leave activations alone"),
         ("llama", {}, {"format": "llm_compressor", "act_dynamic": False}, "a step that calibration fixes"),
         ("llama", {}, {"format": "llm_compressor", "act_group_size": 32}, "groups of 32"),
         ("llama", {}, {"format": "llm_compressor", "scale_dtype": "fp16"}, "model's dtype"),

@@ -164,13 +164,6 @@ def test_inputs_outside_of_the_blocks_have_no_statistics(tiny):
     assert '"act_bits": 16' in text
 
 
-def test_experts_that_share_a_parameter_have_no_statistics_of_their_own(tiny):
-    sizes = {"head_dim": 16, "moe_intermediate_size": 32}
-    text = refused(tiny, {"scheme": "FP8_STATIC", **NONE}, "qwen3_moe", **sizes)
-    assert "share one parameter with others" in text
-    assert "act_bits 16" in text
-
-
 def test_dtypes_that_readers_would_change(tiny):
     text = refused(tiny, {"scheme": "MXFP4", "format": "llm_compressor", **NONE}, dtype=torch.float32)
     assert "bfloat16" in text

@@ -205,14 +205,14 @@ def test_mixed_floats(tiny, tmp_path):
         ({"scheme": "FP8_STATIC", "group_size": -1, "format": "auto_round:fp8"}, "auto_round:fp8_static"),
         ({"scheme": "FP8_STATIC", "group_size": 32, "format": "auto_round:fp8_static"}, "each row"),
         ({"scheme": "MXFP4", "format": "auto_round:fp8"}, "not those of mxfp4"),
-        ({"scheme": "MXINT4"}, "mxint4|mx_int|zero point|scale"),
+        ({"scheme": "MXINT4", "act_bits": 16}, "mxint4|mx_int|zero point|scale"),
         (
             {"scheme": "W4A16", "act_bits": 8, "act_data_type": "fp", "act_group_size": -1},
-            "inputs of 8 bits",
+            "leave activations alone",
         ),
-        ({"scheme": "MXFP4", "layer_config": {"down_proj": {"data_type": "int"}}}, "inputs of 8 bits"),
-        ({**INT8_STATIC, "act_sym": False}, "inputs of 8 bits"),
-        ({"scheme": "INT4"}, "inputs of 8 bits"),
+        ({"scheme": "MXFP4", "layer_config": {"down_proj": {"data_type": "int"}}}, "leave activations alone"),
+        ({**INT8_STATIC, "act_sym": False}, "leave activations alone"),
+        ({"scheme": "INT4"}, "leave activations alone"),
     ],
 )
 def test_what_it_cannot_hold_is_refused_before_work(tiny, tmp_path, given, reason):

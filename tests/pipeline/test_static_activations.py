@@ -266,7 +266,7 @@ def test_layers_that_nothing_reached_are_named():
         ({"scheme": "FP8_STATIC", "act_group_size": -1}, "one for the whole tensor"),
         ({"scheme": "INT8_W8A8", "act_dynamic": False}, "one for the whole tensor"),
         ({"scheme": "INT8_W8A8", "act_dynamic": False, "act_group_size": 32}, "one for the whole tensor"),
-        ({**INT8_STATIC, "act_sym": False, "format": "auto_round"}, "inputs of 8 bits"),
+        ({**INT8_STATIC, "act_sym": False, "format": "auto_round"}, "leave activations alone"),
         ({**INT8_STATIC, "dataset": []}, "row"),
         ({"scheme": "NVFP4", "act_group_size": 32}, "groups of 16"),
         ({"scheme": "NVFP4", "act_data_type": "nv_fp4"}, "nv_fp4_with_static_gs"),

@@ -82,7 +82,8 @@ class AutoRoundFormat(LayerByLayer):
         exact = self.for_plan(plan, layers)
 
         def refuse(layer: Layer, fmt: Format) -> Refusal | None:
-            return exact._refusal(layer, fmt) or exact._refuse_inputs(layer, plan.activation_of(layer.name))
+            inputs = plan.activation_of(layer.name)
+            return exact._refuse_inputs(layer, fmt, inputs) or exact._refusal(layer, fmt)
 
         return gather_refusals(plan, layers, refuse)
 
@@ -147,22 +148,28 @@ class AutoRoundFormat(LayerByLayer):
                 "use the format auto_round or auto_round:gptqmodel, or a symmetric scheme",
             )
         if isinstance(layout, ByNumbers):
+            if not isinstance(fmt.grid, FloatGrid) and layer.name not in self.inputs:
+                reason = "holds whole numbers where their inputs are rounded too"
+                return Refusal(self.name, reason, "use the format auto_round")
             return refuse_floats(self.name, layer, fmt, layout)
         return refuse_unloadable(self.name, layer, fmt, layout)
 
-    def _refuse_inputs(self, layer: Layer, inputs: InputFormat | None) -> Refusal | None:
-        """Why a packing of FP8 does not say how a layer's input is rounded; None where it does."""
+    def _refuse_inputs(self, layer: Layer, fmt: Format, inputs: InputFormat | None) -> Refusal | None:
+        """Why a packing does not say how a layer's input is rounded; None where it does."""
+        rounds = isinstance(fmt.grid, FloatGrid) or INT_QUANTIZED.holds(fmt)
+        rounds &= self._packing(layer) in ROUND_INPUTS
+        if inputs is not None and not (rounds and self.holds_activation(inputs)):
+            reason = (
+                "its readers leave activations alone, but those of floating numbers and of 8 bits by 8 bits"
+            )
+            return Refusal(self.name, reason, "use the format llm_compressor or fake")
         calibrated = isinstance(inputs, CalibratedScale)
         if self._packing(layer) == FP8_STATIC and not calibrated:
             reason = "holds layers whose inputs have one scale that calibration fixes"
             return Refusal(self.name, reason, f"use the scheme FP8_STATIC, or the format {FP8_OTHER}")
         if self._packing(layer) == FP8_OTHER and calibrated:
             return Refusal(self.name, "holds no scales of inputs", f"use the format {FP8_STATIC}")
-        rounds = self._packing(layer) in ROUND_INPUTS
-        if inputs is None or (rounds and self.holds_activation(inputs)):
-            return None
-        reason = "its readers round inputs of floating numbers, and inputs of 8 bits of whole ones of 8 bits"
-        return Refusal(self.name, reason, "use the format llm_compressor or fake")
+        return None
 
 
 def refuse_floats(who: str, layer: Layer, fmt: Format, layout: Layout) -> Refusal | None:

@@ -233,7 +233,7 @@ class _Loop:
                 if start:
                     self._restore(streams, before + start)
                 left = groups[start:]
-                followed = zip(left, [*(indices for _, indices in left[1:]), []], strict=True)
+                followed = zip(left, [*(i for _, i in left[1:]), []], strict=False)  # none may be left
                 for number, ((unit, indices), following) in enumerate(followed, start=before + start + 1):
                     result = fitting.tune(indices, table, streams, how, following)
                     refuse_difference(job.ranks, f"codes of {unit}", digest_of(job, result))

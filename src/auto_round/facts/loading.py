@@ -14,7 +14,8 @@ class Loading:
         converted: for each conversion of tensors called `weight`, their names on disk: experts that are
             stacked, convolutions that are put side by side, matrices that are split.
         rebuilt: `quant_method` -> names on disk of the tensors of modules that Transformers replaces by
-            others when it loads a folder of that method.
+            others when it loads a folder of that method; the module, where the folder has its experts one by
+            one.
     """
 
     converted: tuple[tuple[str, ...], ...] = ()

@@ -57,6 +57,12 @@ class Piece(NamedTuple):
     place: Place
 
 
+def of_transformers(module: nn.Module) -> nn.Module:
+    """The module of Transformers that a stand-in for experts replaces; any other module itself."""
+    found: nn.Module = vars(module).get("_fused", (module,))[0]
+    return found
+
+
 def transposed_parts(module: nn.Module) -> ExpertParts | None:
     """Parts of experts outside of the contract that are stored `[n_experts, in, out]`; None for others."""
     return _OWN_WAY.get(type(module).__name__)
@@ -75,7 +81,7 @@ def split(module: nn.Module, parameter: str, tensor: str) -> tuple[Piece, ...] |
         parameter: own parameter, its matrices `[n_experts, out, in]` in rows as below.
         tensor: its name on disk.
     """
-    fused = module.__dict__.get("_fused", (module,))[0]
+    fused = of_transformers(module)
     parts = ExpertParts.of(module) or transposed_parts(fused)
     if parts is None or parameter not in (parts.up, parts.down):
         return f"{type(fused).__name__} does not say how its experts compute"

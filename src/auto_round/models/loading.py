@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from auto_round.facts.loading import Loading
+from auto_round.models.fused import of_transformers
 from auto_round.models.names import NameMap
 
 _WEIGHT = ".weight"
@@ -41,7 +42,7 @@ def _rebuilt(model: Any, names: NameMap) -> dict[str, tuple[str, ...]]:
     table: Mapping[str, Any] = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
     found: dict[str, list[str]] = {}
     for path, module in model.named_modules():
-        entry = table.get(type(module).__name__)
+        entry = table.get(type(of_transformers(module)).__name__)
         if entry is None:
             continue
         inside = [
@@ -51,5 +52,5 @@ def _rebuilt(model: Any, names: NameMap) -> dict[str, tuple[str, ...]]:
             for piece in recipe.pieces
         ]
         for method in entry["quantization_methods"]:
-            found.setdefault(str(getattr(method, "value", method)), []).extend(inside)
+            found.setdefault(str(getattr(method, "value", method)), []).extend(inside or [path])
     return {method: tuple(tensors) for method, tensors in found.items()}

@@ -83,7 +83,7 @@ class AutoRoundFormat(LayerByLayer):
 
         def refuse(layer: Layer, fmt: Format) -> Refusal | None:
             inputs = plan.activation_of(layer.name)
-            return exact._refuse_inputs(layer, fmt, inputs) or exact._refusal(layer, fmt)
+            return exact._refusal(layer, fmt) or exact._refuse_inputs(layer, fmt, inputs)
 
         return gather_refusals(plan, layers, refuse)
 
@@ -158,10 +158,8 @@ class AutoRoundFormat(LayerByLayer):
         """Why a packing does not say how a layer's input is rounded; None where it does."""
         rounds = isinstance(fmt.grid, FloatGrid) or INT_QUANTIZED.holds(fmt)
         rounds &= self._packing(layer) in ROUND_INPUTS
-        if inputs is not None and not (rounds and self.holds_activation(inputs)):
-            reason = (
-                "its readers leave activations alone, but those of floating numbers and of 8 bits by 8 bits"
-            )
+        if inputs is not None and self.holds_activation(inputs) and not rounds:
+            reason = "its readers leave activations alone, but for floating numbers and 8 bits by 8 bits"
             return Refusal(self.name, reason, "use the format llm_compressor or fake")
         calibrated = isinstance(inputs, CalibratedScale)
         if self._packing(layer) == FP8_STATIC and not calibrated:

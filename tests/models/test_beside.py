@@ -223,3 +223,15 @@ def test_blocks_run_without_weights(saved, monkeypatch, family):
     monkeypatch.setattr(rehearsal, "_WANTS_WEIGHTS", ())
     with FolderSource.open(saved(family)) as source:
         source.refuse_untraceable()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_with_weights_that_take_no_memory_are_not_computed(turned):
+    """As experts multiply, whose matrices may be copied first: here 40 GB, and seconds for each product."""
+    weight = torch.zeros(()).expand(100_000, 100_000)
+    x, out = torch.ones(2, 100_000), torch.ones(2, 100_000)
+    with rehearsal.WeightlessProducts():
+        factor = weight.T.contiguous() if turned else weight.T
+        assert torch.mm(x, factor, out=out) is out
+        assert not out.any()
+        assert not (x @ factor).any()

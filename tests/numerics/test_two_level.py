@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.multiples import Multiples
 from auto_round.numerics.presets import GGUF_FORMATS
 from auto_round.numerics.scale import Knobs, Scale
+from auto_round.numerics.scale_power import PowerOfTwo
 from auto_round.numerics.scale_two_level import SharedAffine, SharedSigned
 from auto_round.numerics.search import QUICK, THOROUGH, search_knobs
 from auto_round.testing.failure import ConformanceError
@@ -157,6 +158,7 @@ def errors(fmt, w, knobs, importance=None):
     weighted=st.booleans(),
     seed=st.integers(0, 2**31),
 )
+@example(name="mxfp4", effort=QUICK, weighted=False, seed=141)
 @settings(max_examples=20, deadline=None)
 def test_the_search_lowers_the_error(name, effort, weighted, seed):
     fmt = GGUF_FORMATS[name]
@@ -165,7 +167,10 @@ def test_the_search_lowers_the_error(name, effort, weighted, seed):
     importance = torch.rand(512, generator=generator) + 0.01 if weighted else None
     found = search_knobs(fmt, w, None if importance is None else Importance(importance), effort)
     assert all(bool(((k >= 0) & (k <= 16)).all()) for k in (found.lo, found.hi))
-    assert errors(fmt, w, found, importance) < errors(fmt, w, None, importance)
+    after, before = errors(fmt, w, found, importance), errors(fmt, w, None, importance)
+    # A step that is a power of two has so few neighbours that the plain one may be the best of each group.
+    unchanged = isinstance(fmt.rule, PowerOfTwo) and all(bool((k == 1).all()) for k in (found.lo, found.hi))
+    assert after == before if unchanged else after < before
 
 
 GAIN = {"q2_k": 0.70, "q3_k": 0.85, "q4_k": 0.85, "q5_k": 0.87, "q6_k": 0.9}

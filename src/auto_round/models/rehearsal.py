@@ -25,13 +25,14 @@ from auto_round.models.families import parameter_names
 
 _PRODUCTS = {
     torch.ops.aten.mm.default: 0,
+    torch.ops.aten.mm.out: 0,
     torch.ops.aten.bmm.default: 0,
     torch.ops.aten.addmm.default: 1,
     torch.ops.aten.baddbmm.default: 1,
     torch.ops.aten._grouped_mm.default: 0,
 }
 """Products of matrices -> position of the first matrix."""
-
+_CLONE = torch.ops.aten.clone.default
 
 _WANTS_WEIGHTS = (
     TypeError,
@@ -53,11 +54,16 @@ class WeightlessProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operator's result."""
+        named = kwargs or {}
         first = _PRODUCTS.get(func)
         if first is not None and _is_one_number(args[first + 1]):
             one, other = args[first : first + 2]
+            if "out" in named:
+                return named["out"].zero_()
             return one.new_zeros(*one.shape[:-1], other.shape[-1])
-        return func(*args, **(kwargs or {}))
+        if func is _CLONE and "memory_format" in named and _is_one_number(args[0]):
+            return args[0].detach()  # asked for by `contiguous`, which promises no copy
+        return func(*args, **named)
 
 
 def _is_one_number(tensor: Tensor) -> bool:

@@ -78,14 +78,13 @@ class AutoRoundFormat(LayerByLayer):
         return replace(self, packing=packing, others=others, inputs=planned_inputs(plan, layers))
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
-        """One refusal for each reason, with the layers that it holds for."""
+        """One refusal for each reason, with the layers that it holds for: of inputs, then of weights."""
         exact = self.for_plan(plan, layers)
 
-        def refuse(layer: Layer, fmt: Format) -> Refusal | None:
-            inputs = plan.activation_of(layer.name)
-            return exact._refusal(layer, fmt) or exact._refuse_inputs(layer, fmt, inputs)
+        def refuse_inputs(layer: Layer, fmt: Format) -> Refusal | None:
+            return exact._refuse_inputs(layer, fmt, plan.activation_of(layer.name))
 
-        return gather_refusals(plan, layers, refuse)
+        return gather_refusals(plan, layers, refuse_inputs) + gather_refusals(plan, layers, exact._refusal)
 
     def holds_activation(self, fmt: InputFormat) -> bool:
         """True for floating numbers, and for whole ones of 8 bits without zero points."""

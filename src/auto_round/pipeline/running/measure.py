@@ -37,7 +37,7 @@ def measure_streams(job: Job, streams: Streams, head: QTensor | None) -> Measure
     """Compare both streams after the last block."""
     rows = job.rows.rows if job.rows is not None else ()
     comparison, spread = Comparison(), Histogram()
-    weight = None if head is None else head.format.dequantize(head, job.dtype)
+    weight = None if head is None else head.format.dequantize(head, job.dtype).to(job.device)
     quantized = streams.quantized[0][streams.tuned :]
     reference = streams.reference[0][streams.tuned :]
     with job.source.stem(job.device, job.dtype) as stem:

@@ -17,13 +17,21 @@ import torch
 from torch import Tensor
 
 from auto_round.autoscheme.by_divergence import head_weight
-from auto_round.autoscheme.parts import OpenBlock, Part, Rounded, Setting, find_parts, open_block, taken
+from auto_round.autoscheme.parts import (
+    OpenBlock,
+    Part,
+    Rounded,
+    Setting,
+    StandIn,
+    find_parts,
+    open_block,
+    taken,
+)
 from auto_round.autoscheme.start import begin
 from auto_round.calibration.row import CalibrationRow
 from auto_round.facts.flow import States
 from auto_round.facts.model import TOKENS
 from auto_round.models.source import CPU
-from auto_round.numerics.activation import ActivationFormat
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.streams import home_of_streams, storage
 
@@ -163,24 +171,11 @@ def _of_row(
     }
 
 
-@dataclass(slots=True)
-class _Recorded:
+@dataclass(frozen=True, slots=True)
+class _Recorded(StandIn):
     """An activation format that remembers what it changed: pairs of the change and the rounded inputs."""
 
-    format: ActivationFormat
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return self.format.name
-
-    @property
-    def bits(self) -> int:
-        return self.format.bits
-
-    @property
-    def end_steps(self) -> float:
-        return self.format.end_steps
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         rounded = self.format.fake_quantize(x)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from auto_round.autoscheme.by_divergence import divergences
-from auto_round.autoscheme.parts import OpenBlock, Part, Rounded, Setting, open_block, taken
+from auto_round.autoscheme.parts import OpenBlock, Part, Rounded, Setting, StandIn, open_block, taken
 from auto_round.autoscheme.start import begin
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.evaluate.logits import positions_at_once
@@ -237,7 +237,10 @@ class _Slopes:
         for name, weight in weights.items():
             weight.register_post_accumulate_grad_hook(partial(self._of_weight, name, last))  # type: ignore[no-untyped-call]
         seen: dict[tuple[int, tuple[Trial, ...]], _Input] = {}
-        watched = {module: _Watch(seen, formats) for module, formats in self._formats.items()}
+        watched = {
+            module: _Watch(next(iter(formats.values())), seen, formats)
+            for module, formats in self._formats.items()
+        }
         with torch.enable_grad():
             out = self._opened.run(states, rows, Rounded(weights, watched))
         for one in seen.values():
@@ -274,7 +277,7 @@ class _Input:
 
 
 @dataclass(frozen=True, slots=True)
-class _Watch:
+class _Watch(StandIn):
     """Stands for an activation format: changes nothing, and remembers what it saw.
 
     Modules that are given the same input, such as q, k and v, are one place: what its rounding changes in
@@ -283,22 +286,6 @@ class _Watch:
 
     seen: dict[tuple[int, tuple[Trial, ...]], _Input]
     formats: Mapping[Trial, ActivationFormat]
-
-    @property
-    def _any(self) -> ActivationFormat:
-        return next(iter(self.formats.values()))
-
-    @property
-    def name(self) -> str:
-        return self._any.name
-
-    @property
-    def bits(self) -> int:
-        return self._any.bits
-
-    @property
-    def end_steps(self) -> float:
-        return self._any.end_steps
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         key = id(x), tuple(self.formats)

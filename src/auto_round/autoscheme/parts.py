@@ -112,6 +112,32 @@ CLEAN = Rounded()
 """Nothing is rounded."""
 
 
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """Takes the place of an activation format to watch what is rounded; says of itself what that one says.
+
+    Attributes:
+        format: the format.
+    """
+
+    format: ActivationFormat
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.format.name
+
+    @property
+    def bits(self) -> int:
+        """Its bits."""
+        return self.format.bits
+
+    @property
+    def end_steps(self) -> float:
+        """Its `end_steps`."""
+        return self.format.end_steps
+
+
 @dataclass(slots=True)
 class OpenBlock:
     """One block with its weights, ready to be run with and without roundings.

@@ -10,10 +10,14 @@ import pytest
 
 from auto_round.autoscheme.runs import Given, choose_schemes
 from auto_round.config import build_options
+from auto_round.errors import UnsupportedError
+from auto_round.models.families import FLOWS, LISTS
 from auto_round.pipeline.quantize import run
 from auto_round.pipeline.result import Result
+from auto_round.testing.tiny_models import tiny_model
 from export.gguf.small_models import save_small_model
 from pipeline.runs import SHORT, token_rows
+from pipeline.two_streams import BLOCK, FLOW, TWO_LISTS, TwoListConfig, TwoListForCausalLM, register
 from sweep.multimodal import model_config
 from sweep.outcome import save_config
 
@@ -103,3 +107,28 @@ def test_language_blocks_of_a_model_that_reads_images(tmp_path: Path) -> None:
     result = mixed(model, tmp_path / "out", [[t % 60 for t in row] for row in ROWS], avg_bits=6)
     assert all(name.startswith("language_model.") for name in result.plan.quantized)
     assert result.report["verified"]["auto_round"]["kl"] < 1e-6
+
+
+def test_encoders_get_a_scheme_by_name_or_are_refused_before_work(tmp_path: Path) -> None:
+    model = save_config(model_config("llava"), tmp_path / "model")
+    rows = [[t % 60 for t in row] for row in ROWS]
+    given = {"quant_nontext_module": True, "avg_bits": 7}
+    with pytest.raises(UnsupportedError, match=r"12 layers .* such as those of encoders: vision_tower"):
+        mixed(model, tmp_path / "out", rows, **given)
+    assert not (tmp_path / "cache").exists()
+    result = mixed(model, tmp_path / "out", rows, layer_config={"vision_tower": "W8A16"}, **given)
+    towers = [name for name in result.plan.quantized if name.startswith("vision_tower")]
+    assert len(towers) == 12
+    assert {result.plan.scheme_of(name).bits for name in towers} == {8}
+
+
+def test_several_lists_of_blocks_are_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    monkeypatch.setitem(FLOWS, BLOCK, FLOW)
+    monkeypatch.setitem(LISTS, TwoListForCausalLM.__name__, TWO_LISTS)
+    tiny_model(TwoListConfig()).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedError, match=r"2 lists of blocks[^)]*--scheme and --layer_config"):
+        mixed(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "cache").exists()

@@ -17,6 +17,7 @@ from auto_round.autoscheme.plan_file import written
 from auto_round.autoscheme.request import Option, gguf_base, is_gguf, read_options, with_scheme
 from auto_round.autoscheme.scores import measured_scores
 from auto_round.autoscheme.sensitivity import sensitivity
+from auto_round.autoscheme.start import refuse_unmeasurable
 from auto_round.calibration.rows import CalibrationRows, load_rows
 from auto_round.config.options import Options
 from auto_round.export.table import scale_dtype
@@ -133,6 +134,7 @@ def choose_schemes(
         options.auto.joined,
         fused=options.auto.fused,
     )
+    refuse_unmeasurable(opened.source, candidates)
     menu = Menu(options, listed, candidates)
     decided = _trial(menu, opened, given)
     if (embedding := _embedding(decided)) is not None:

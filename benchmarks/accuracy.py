@@ -13,7 +13,8 @@ and is looked at when all is chosen. A text is a file (`text` or `context` of JS
 Calibration data belong to neither.
 
 **Recipes.** `--ours` names recipes of ours, or makes some up: `NAME={arguments}`, which may name a `recipe`.
-The other package runs `--peer` (its default, or its `best` or `light`), with the same rows.
+The other package runs `--peer` (its default, its `best` or `light`, or `NAME={arguments}`), with the same
+rows.
 
 Writes one JSON line a run: our commit or the other's version, wall and processor seconds, peak memory (MiB),
 and for each text the mean KL(original || quantized) in nats per token, both perplexities and the share of
@@ -42,6 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,11 @@ class Run:
     def named(self) -> dict[str, Any]:
         """What it is, without paths."""
         named = {"package": self.package, "model": self.model.name, "scheme": self.scheme, "seed": self.seed}
-        data = {name: Path(value).name for name, value in self.settings if name == "dataset"}
+        data = {
+            name: ",".join(Path(part).name for part in value.split(","))
+            for name, value in self.settings
+            if name == "dataset"
+        }
         return named | dict(self.settings) | data
 
     @property
@@ -162,10 +168,12 @@ def version_of(python: str) -> str:
     return found.stdout.strip()
 
 
-def recipe(given: str) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of one of ours: `NAME`, or `NAME={...}`."""
+def recipe(given: str, known: Mapping[str, dict[str, Any]] | None = None) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of a recipe: `NAME`, one of ours unless they are `known`, or `NAME={...}`."""
     name, _, arguments = given.partition("=")
-    return name, json.loads(arguments) if arguments else {"recipe": name}
+    if arguments:
+        return name, json.loads(arguments)
+    return name, {"recipe": name} if known is None else known[name]
 
 
 def words(text: str) -> str:
@@ -343,7 +351,8 @@ def runs_of(args: argparse.Namespace, model: Path) -> list[Run]:
     kinds = [(name, *here, shared | more) for name, more in map(recipe, args.ours)]
     if args.peer_python:
         there = (args.peer_python, version_of(args.peer_python))
-        kinds += [(f"{PEER} {name}", *there, shared | PEER_RECIPES[name]) for name in args.peer]
+        peers = (recipe(given, PEER_RECIPES) for given in args.peer)
+        kinds += [(f"{PEER} {name}", *there, shared | more) for name, more in peers]
     return [
         Run(package, python, version, model, scheme, seed, tuple(settings.items()))
         for scheme in args.schemes
@@ -364,7 +373,9 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="calibration data")
     parser.add_argument("--ours", nargs="*", default=[DEFAULT], help="recipes, or NAME={arguments}")
     parser.add_argument("--peer-python", help="Python with the other package; without it only ours runs")
-    parser.add_argument("--peer", nargs="*", choices=list(PEER_RECIPES), default=[DEFAULT])
+    parser.add_argument(
+        "--peer", nargs="*", default=[DEFAULT], help=f"{', '.join(PEER_RECIPES)}, or NAME={{arguments}}"
+    )
     parser.add_argument("--any-commit", action="store_true", help="take runs of ours of other commits too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--iters", type=int, default=200)

@@ -19,6 +19,7 @@ from auto_round.autoscheme.scores import measured_scores
 from auto_round.autoscheme.sensitivity import sensitivity
 from auto_round.autoscheme.start import refuse_unmeasurable
 from auto_round.calibration.rows import CalibrationRows, load_rows
+from auto_round.calibration.sources import OfModel
 from auto_round.config.options import Options
 from auto_round.export.table import scale_dtype
 from auto_round.facts.layer import Role
@@ -26,6 +27,7 @@ from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.pipeline.deciding.decide import Decided, decide
 from auto_round.pipeline.deciding.fetch_rows import Data, refuse_unknown_tokens
 from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer, open_model
+from auto_round.pipeline.deciding.own_text import own_text
 from auto_round.pipeline.deciding.prepare import put_together
 from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.deciding.unaddressed import without_kept
@@ -204,7 +206,7 @@ def _embedding(decided: Decided) -> str | None:
 def _setting(
     request: Request, opened: Opened, decided: Decided, candidates: Candidates, given: Given
 ) -> Setting:
-    rows = _rows(request.options, opened, given)
+    rows = _rows(request, opened, decided, given)
     refuse_unknown_tokens(rows.rows, opened.source)
     opened.source.refuse_untraceable()
     job = replace(
@@ -218,8 +220,9 @@ def _setting(
     )
 
 
-def _rows(options: Options, opened: Opened, given: Given) -> CalibrationRows:
-    auto, source = options.auto, opened.source
+def _rows(request: Request, opened: Opened, decided: Decided, given: Given) -> CalibrationRows:
+    options, source = request.options, opened.source
+    auto = options.auto
     own = auto.score_dataset if given.score_dataset is None else given.score_dataset
     usual = options.calibration.dataset if given.dataset is None else given.dataset
     data = usual if own is None else own
@@ -234,6 +237,9 @@ def _rows(options: Options, opened: Opened, given: Given) -> CalibrationRows:
         seqlen=opened.options.calibration.seqlen,
         seed=options.calibration.seed,
         platform="model_scope" if options.model.platform == "model_scope" else "hf",
+        of_model=OfModel(
+            own_text=own_text(replace(opened, tokenizer=tokenizer), request.device, decided.dtype)
+        ),
     )
 
 

@@ -14,8 +14,8 @@ from auto_round.config import read_environment
 from auto_round.config.auto_scheme import FIRST_ORDER
 from auto_round.errors import NumericsError
 from auto_round.log import ProgressSink, logger
+from auto_round.models.fingerprint import model_fingerprint
 from auto_round.pipeline.machine.clock import Clock
-from auto_round.pipeline.writing.signature import model_fingerprint
 from auto_round.version import __version__
 
 METHODS = MappingProxyType(

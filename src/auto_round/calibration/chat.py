@@ -49,17 +49,23 @@ def render_chat(
     if not has_template:
         raise ConfigError("apply_chat_template: this tokenizer has no chat template; remove that option")
     messages = sample.messages if isinstance(sample, Conversation) else ({"role": "user", "content": sample},)
-    return _fill(tokenizer, _with_system(messages, system_prompt)), True
+    return fill(tokenizer, with_system(messages, system_prompt)), True
 
 
-def _with_system(messages: Sequence[Message], prompt: str | None) -> list[Message]:
+def with_system(messages: Sequence[Message], prompt: str | None) -> list[Message]:
+    """Messages behind another system message; as they are where there is none."""
     if prompt is None:
         return list(messages)
     rest = [message for message in messages if message["role"] != "system"]
     return [{"role": "system", "content": prompt}, *rest]
 
 
-def _fill(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+def fill(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """Text of a conversation, which ends where the assistant speaks if the user spoke last.
+
+    Raises:
+        ConfigError: the tokenizer's template refuses it.
+    """
     from jinja2.exceptions import TemplateError
 
     asks = messages[-1]["role"] == "user"

@@ -28,12 +28,14 @@ class TextOptions:
         use_template: see `chat.render`.
         system_prompt: see `chat.render`.
         images: makes a row of text with images; None where the model reads none.
+        at_once: samples that are read together; an image is much to hold.
     """
 
     seqlen: int | None
     use_template: bool | None = None
     system_prompt: str | None = None
     images: Callable[[Pictured], CalibrationRow] | None = None
+    at_once: int = BATCH
 
 
 def encode(
@@ -42,7 +44,7 @@ def encode(
     """Yield the tokens of each sample, in order; an empty text has none. Samples with images are rows.
 
     Args:
-        samples: read in batches of `BATCH`, as far as they are used.
+        samples: read a few at a time, as far as they are used.
         tokenizer: may be None when every sample is tokens.
         options: how text becomes tokens.
         where: name of the data set for messages.
@@ -51,7 +53,7 @@ def encode(
         ConfigError: text without a tokenizer, or a chat template that is missing or refuses.
     """
     iterator = iter(samples)
-    while batch := list(islice(iterator, 1 if options.images else BATCH)):  # an image is much to hold
+    while batch := list(islice(iterator, options.at_once)):
         if tokenizer is None and any(isinstance(sample, (str, Conversation)) for sample in batch):
             raise ConfigError(f"data set {where} holds text, which needs a tokenizer; give one, or token ids")
         yield from _encode_batch(batch, tokenizer, options)

@@ -7,6 +7,8 @@ from typing import Final, Literal
 
 Platform = Literal["hf", "model_scope"]
 PYTHON_DOCS: Final = "python-docs"
+SELF: Final = "self"
+"""Text that the model writes itself."""
 DEFAULT_DATASET: Final = "NeelNanda/pile-10k"
 
 TEXT_FIELDS: Final = ("text", "content", "code", "prompt", "sentence", "article")
@@ -78,6 +80,12 @@ def llava_file(name: str) -> str | None:
     return LLAVA_FILES.get(own) or LLAVA_FILES.get(own.removeprefix("liuhaotian/"))
 
 
+def built_in(name: str) -> str | None:
+    """Which text that needs no hub and no file a name means, written in any case; None for other names."""
+    own = name.casefold().replace("_", "-")
+    return own if own in (PYTHON_DOCS, SELF) else None
+
+
 def find_dataset(name: str) -> HubDataset | None:
     """Return the row of a name, written in any case; None when it is not registered."""
     for row in HUB_DATASETS:
@@ -87,5 +95,5 @@ def find_dataset(name: str) -> HubDataset | None:
 
 
 def known_names() -> tuple[str, ...]:
-    """Return every registered name, the built-in one first."""
-    return (PYTHON_DOCS, *(name for row in HUB_DATASETS for name in row.names))
+    """Return every registered name, the built-in ones first."""
+    return (PYTHON_DOCS, SELF, *(name for row in HUB_DATASETS for name in row.names))

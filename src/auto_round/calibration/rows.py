@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from auto_round.calibration.chat import Tokenizer
-from auto_round.calibration.encode import TextOptions, encode
+from auto_round.calibration.encode import BATCH, TextOptions, encode
 from auto_round.calibration.grammar import DatasetItem, parse_dataset
 from auto_round.calibration.pictures import ImageReader
 from auto_round.calibration.records import Sample, samples_of
 from auto_round.calibration.registry import Platform
 from auto_round.calibration.row import CalibrationRow, fingerprint, of_one_length
 from auto_round.calibration.shape import Reason, cut_rows, join_rows
-from auto_round.calibration.sources import Source, open_item, own_source
+from auto_round.calibration.sources import NOTHING, OfModel, Source, open_item, own_source
 from auto_round.errors import ConfigError
 from auto_round.log import logger
 
@@ -70,7 +70,7 @@ def load_rows(
     seqlen: int,
     seed: int,
     platform: Platform = "hf",
-    images: ImageReader | None = None,
+    of_model: OfModel = NOTHING,
 ) -> CalibrationRows:
     """Read, tokenize and cut calibration data.
 
@@ -86,8 +86,8 @@ def load_rows(
         seqlen: tokens a row.
         seed: decides which samples are taken and in which order.
         platform: hub asked for names.
-        images: makes rows of text with images; None where the model reads none. Rows with images keep their
-            length, at most `seqlen`; then all are padded to that of the longest.
+        of_model: what the model itself makes rows of: images, and text of its own. Rows with images keep
+            their length, at most `seqlen`; then all are padded to that of the longest.
 
     Raises:
         ConfigError: the specification, a file or a record is wrong, or not one row could be made.
@@ -96,8 +96,8 @@ def load_rows(
         if value < 1:
             raise ConfigError(f"{name} is {value}; expected at least 1")
     streams = [
-        _Stream(source, options, tokenizer, seqlen, random.Random(f"{seed}/{index}"), images)
-        for index, (source, options) in enumerate(_sources(dataset, platform))
+        _Stream(source, options, tokenizer, seqlen, random.Random(f"{seed}/{index}"), of_model.images)
+        for index, (source, options) in enumerate(_sources(dataset, platform, of_model, nsamples))
     ]
     rows = _mix(streams, nsamples, random.Random(seed))
     summary = "; ".join(stream.report() for stream in streams)
@@ -124,13 +124,19 @@ def load_rows(
     return CalibrationRows(equal, fingerprint(equal), dropped, summary, sources)
 
 
-def _sources(dataset: Dataset, platform: Platform) -> Iterator[tuple[Source, DatasetItem]]:
+def _sources(
+    dataset: Dataset, platform: Platform, of_model: OfModel, nsamples: int
+) -> Iterator[tuple[Source, DatasetItem]]:
     if isinstance(dataset, Path):
         item = DatasetItem(str(dataset))
         yield open_item(item, platform), item
     elif isinstance(dataset, str):
-        for item in parse_dataset(dataset):
-            yield open_item(item, platform), item
+        items = parse_dataset(dataset)
+        sharing = sum(item.num is None for item in items)
+        left = max(0, nsamples - sum(item.num or 0 for item in items))
+        for item in items:
+            wanted = -(-left // sharing) if item.num is None else item.num
+            yield open_item(item, platform, of_model.own_text, wanted), item
     elif isinstance(dataset, Iterable):
         records = [dataset] if isinstance(dataset, Mapping) else dataset
         yield own_source(records), DatasetItem("the given data")
@@ -165,6 +171,7 @@ class _Stream:
             use_template=self.item.apply_chat_template,
             system_prompt=self.item.system_prompt,
             images=None if self.images is None else partial(self.images.row, beside=self.source.folder),
+            at_once=1 if self.images is not None or self.source.dear else BATCH,
         )
         tokens = encode(self._samples(), self.tokenizer, options, self.source.name)
         shape = join_rows if concat else cut_rows

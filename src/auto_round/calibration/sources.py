@@ -9,16 +9,20 @@ from pathlib import Path
 from auto_round.calibration.grammar import DatasetItem, parse_dataset
 from auto_round.calibration.hub import Records, read_hub, read_llava
 from auto_round.calibration.local import SUFFIXES, check_path, read_path, without_splits
+from auto_round.calibration.pictures import ImageReader
 from auto_round.calibration.python_docs import PythonDocs
 from auto_round.calibration.registry import (
     LATER_DATASETS,
     PYTHON_DOCS,
+    SELF,
     HubDataset,
     Platform,
+    built_in,
     find_dataset,
     known_names,
     llava_file,
 )
+from auto_round.calibration.self_text import SelfText
 from auto_round.errors import ConfigError, nearest
 
 
@@ -33,6 +37,7 @@ class Source:
         concat: whether its records are joined and cut unless the user says otherwise.
         keep_order: take the records in their own order instead of a random one.
         folder: folder of its file; None where it has none.
+        dear: a record costs much, so that none is read that is not needed.
     """
 
     name: str
@@ -41,25 +46,52 @@ class Source:
     concat: bool = False
     keep_order: bool = False
     folder: Path | None = None
+    dear: bool = False
 
 
-def open_item(item: DatasetItem, platform: Platform = "hf") -> Source:
+@dataclass(frozen=True, slots=True)
+class OfModel:
+    """What only the model at hand makes rows of.
+
+    Attributes:
+        images: makes rows of text with images; None where the model reads none.
+        own_text: writes text; None where there is no model.
+    """
+
+    images: ImageReader | None = None
+    own_text: SelfText | None = None
+
+
+NOTHING = OfModel()
+"""There is no model."""
+
+
+def open_item(
+    item: DatasetItem, platform: Platform = "hf", own_text: SelfText | None = None, wanted: int = 0
+) -> Source:
     """Return the source that one item of a data set specification names.
 
-    Looked up in this order: the built-in text, registered names, paths on this machine, `owner/name` of the
+    Looked up in this order: the built-in texts, registered names, paths on this machine, `owner/name` of the
     hub.
 
     Args:
         item: the parsed item.
         platform: hub to ask.
+        own_text: writes the model's own text.
+        wanted: rows that will be asked for, as far as that is known.
 
     Raises:
         ConfigError: there is no such data set, or it cannot be read.
     """
     name = item.name
-    if name.casefold().replace("_", "-") == PYTHON_DOCS:
-        without_splits(PYTHON_DOCS, item.splits)
+    if (own := built_in(name)) is not None:
+        without_splits(own, item.splits)
+    if own == PYTHON_DOCS:
         return Source(PYTHON_DOCS, PythonDocs(), concat=True)
+    if own == SELF:
+        if own_text is None:
+            raise ConfigError(f'data set "{SELF}" is text that a model writes, and there is no model here')
+        return Source(SELF, own_text.records(item, wanted), keep_order=True, dear=True)
     row = find_dataset(name)
     if row is not None:
         return Source(name, read_hub(row, item.splits, platform), row.fields)
@@ -83,8 +115,7 @@ def check_named(dataset: str) -> None:
         ConfigError: it cannot be read, or names a file that is not there or no data set.
     """
     for item in parse_dataset(dataset):
-        registered = item.name.casefold().replace("_", "-") == PYTHON_DOCS or find_dataset(item.name)
-        if registered:
+        if built_in(item.name) or find_dataset(item.name):
             continue
         path = Path(item.name).expanduser()
         if _is_path(item.name, path):

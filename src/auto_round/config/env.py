@@ -30,7 +30,11 @@ VARIABLES: Final = (
     Variable(
         "AR_WORK_SPACE", "", "folder for the scratch files of `AutoRound.quantize()`; empty: the system's"
     ),
-    Variable("AR_CACHE", "~/.cache/auto_round", "folder where AutoScheme keeps the scores that it measured"),
+    Variable(
+        "AR_CACHE",
+        "~/.cache/auto_round",
+        "folder of scores that AutoScheme measured, and of text that models wrote (`--dataset self`)",
+    ),
     Variable("AR_OMP_NUM_THREADS", "", "CPU threads of the commands; empty: PyTorch's own choice"),
 )
 

@@ -172,7 +172,8 @@ class CalibrationOptions:
         "NeelNanda/pile-10k",
         Spec(
             'data sets, comma separated, each "name:key=value:..." (split, num, concat, apply_chat_template, '
-            'system_prompt); "python-docs" needs no network; .json, .jsonl, .txt and .parquet files work too'
+            'system_prompt); "python-docs" and "self" need no network; .json, .jsonl, .txt and .parquet '
+            "files work too"
         ),
     )
     extra_data_dir: str | None = option(

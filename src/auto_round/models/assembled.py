@@ -223,6 +223,17 @@ class AssembledSource(ABC):
         with freed_on_exit(real):
             yield real
 
+    @contextmanager
+    def loaded(self, device: torch.device = CPU, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+        """The model with its weights, freed on exit; see `ModelSource`."""
+        left_out = self._outside_stem(None, towers=False)[len(self.blocks) :]
+        tensors = self._gather(self._in_stem(left_out), device, dtype)
+        gone = {id(self._parts.model.get_submodule(path)): LeftOut() for path in left_out}
+        real = real_copy(self._parts.model, tensors, device, gone)
+        del tensors
+        with freed_on_exit(real):
+            yield real
+
     def block_dtypes(self, index: int, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
         """See `ModelSource`."""
         inside = f"{self.blocks[index].module}."

@@ -222,6 +222,17 @@ class ModelSource(Protocol):
         """
         ...
 
+    def loaded(
+        self, device: torch.device = CPU, dtype: torch.dtype | None = None
+    ) -> AbstractContextManager[nn.Module]:
+        """The model with all of its weights, encoders of images and sound left out; freed on exit.
+
+        Args:
+            device: where the weights go.
+            dtype: dtype of the weights; None for the model's own.
+        """
+        ...
+
     def block_dtypes(self, index: int, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
         """Dtype of each tensor of block `index` when the model computes in `dtype`, by name in the block.
 

@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from auto_round.calibration.registry import Platform
 from auto_round.calibration.row import CalibrationRow, fingerprint
 from auto_round.calibration.rows import CalibrationRows, load_rows
 from auto_round.calibration.scripts import letters_of
+from auto_round.calibration.self_text import SelfText
+from auto_round.calibration.sources import OfModel
 from auto_round.config.groups import CalibrationOptions
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
@@ -25,6 +29,7 @@ from auto_round.pipeline.deciding.image_rows import (
 )
 from auto_round.pipeline.deciding.one_parameter import refuse_mixed_parameters
 from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer
+from auto_round.pipeline.deciding.own_text import own_text
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
@@ -51,12 +56,15 @@ class Data:
     fresh: tuple[CalibrationRow, ...] = ()
 
 
-def fetch_rows(opened: Opened, decided: Decided, *, dataset: Any = None, dry: bool = False) -> Data:
+def fetch_rows(
+    opened: Opened, decided: Decided, device: torch.device, *, dataset: Any = None, dry: bool = False
+) -> Data:
     """The rows that the run needs, none where it needs none.
 
     Args:
         opened: model and tokenizer.
         decided: settings of the tuning loop.
+        device: where a model runs that writes rows itself.
         dataset: calibration data as Python objects instead of `options.calibration.dataset`.
         dry: fetch nothing, only refuse a model that cannot be run on rows.
 
@@ -72,7 +80,8 @@ def fetch_rows(opened: Opened, decided: Decided, *, dataset: Any = None, dry: bo
         return Data()
     if tokenizer is None and decided.tune.needs_rows and dataset is None and source.folder is not None:
         tokenizer = load_tokenizer(options, source, required=True)
-    data = _rows(options, decided.tune, replace(opened, tokenizer=tokenizer), dataset)
+    opened = replace(opened, tokenizer=tokenizer)
+    data = _rows(options, decided.tune, opened, own_text(opened, device, decided.dtype), dataset)
     if data.rows is not None:
         refuse_unknown_tokens([*data.rows.rows, *data.fresh], source)
         refuse_other_inputs(data.rows.rows, source, ready=dataset is not None)
@@ -94,7 +103,7 @@ def held_out_rows(nsamples: int) -> int:
     return min(HELD_OUT, max(2, nsamples // 8))
 
 
-def _rows(options: Options, tune: TuneConfig, opened: Opened, dataset: Any) -> Data:
+def _rows(options: Options, tune: TuneConfig, opened: Opened, writer: SelfText, dataset: Any) -> Data:
     """Rows to tune on and, behind them, rows to hold out."""
     wanted = options.calibration
     data = wanted.dataset if dataset is None else dataset
@@ -106,7 +115,7 @@ def _rows(options: Options, tune: TuneConfig, opened: Opened, dataset: Any) -> D
         seqlen=wanted.seqlen,
         seed=wanted.seed,
         platform=platform,
-        images=opened.images,
+        of_model=OfModel(opened.images, writer),
     )
     if not tune.needs_rows:
         if dataset is None and wanted.dataset == CalibrationOptions().dataset:

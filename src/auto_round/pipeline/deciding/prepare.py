@@ -51,7 +51,7 @@ def prepare(
     request = make_request(options, dataset=dataset, output=output)
     opened = open_model(request, model=model, tokenizer=tokenizer, processor=processor, dry=not rows)
     decided = decide(request, opened)
-    data = fetch_rows(opened, decided, dataset=dataset, dry=not rows)
+    data = fetch_rows(opened, decided, request.device, dataset=dataset, dry=not rows)
     job = replace(put_together(request, opened, decided, data), processor=processor)
     settled = Settled(
         options=job.options,

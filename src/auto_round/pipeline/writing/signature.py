@@ -14,7 +14,7 @@ from torch import Tensor
 from auto_round.calibration.row import fingerprint
 from auto_round.config.groups import CalibrationOptions
 from auto_round.config.tuning import TuneOptions
-from auto_round.models.source import ModelSource
+from auto_round.models.fingerprint import model_fingerprint
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.description import machine, versions
 from auto_round.pipeline.running.streams import SAVED_AS
@@ -110,20 +110,6 @@ def _plan(job: Job) -> dict[str, Any]:
         "rules": {rule.key: None if rule.scheme is None else rule.scheme.label for rule in plan.rules},
         "digest": hashlib.sha256(plan.to_json().encode()).hexdigest()[:16],
     }
-
-
-def model_fingerprint(source: ModelSource) -> str:
-    """SHA-256 over names, shapes, the configuration and samples of each weight."""
-    digest = hashlib.sha256()
-    for name, spec in source.tensors.items():
-        digest.update(f"{name} {spec.dtype} {tuple(spec.shape)}\n".encode())
-    if source.folder is None or source.files is None:
-        for layer in source.layers:
-            digest.update(source.read(layer).reshape(-1)[:64].double().numpy().tobytes())
-        return digest.hexdigest()
-    digest.update(source.files.fingerprint().encode())
-    digest.update((source.folder / "config.json").read_bytes())
-    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:

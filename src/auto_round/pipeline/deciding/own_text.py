@@ -1,0 +1,90 @@
+"""Whether a model fits into memory as a whole, so that it can write its own calibration text."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+
+from auto_round.calibration.self_text import AT_ONCE, SelfText
+from auto_round.config import read_environment
+from auto_round.errors import Refusal, UnsupportedError
+from auto_round.models.source import ModelSource
+from auto_round.pipeline.deciding.open_model import Opened
+from auto_round.pipeline.fitting.choose import DEVICE_SHARE
+from auto_round.pipeline.machine.memory import available_bytes, device_total_bytes
+from auto_round.units import size
+
+LOGITS = 4
+"""Numbers in float32 for each token of the vocabulary that drawing the next one of a row holds."""
+HOST_SHARE = 0.9
+"""Share of the free memory of a host that may be taken."""
+
+
+def own_text(opened: Opened, device: torch.device, dtype: torch.dtype) -> SelfText:
+    """Who writes the model's own text, where a data set asks for it.
+
+    Args:
+        opened: model and tokenizer.
+        device: where it runs.
+        dtype: dtype in which it runs.
+    """
+    wanted, source = opened.options.calibration, opened.source
+    return SelfText(
+        source=source,
+        tokenizer=opened.tokenizer,
+        device=device,
+        dtype=dtype,
+        folder=read_environment().cache.expanduser() / "self",
+        seqlen=wanted.seqlen,
+        seed=wanted.seed,
+        rows_at_once=partial(rows_at_once, source, device, dtype, wanted.seqlen),
+    )
+
+
+def rows_at_once(source: ModelSource, device: torch.device, dtype: torch.dtype, seqlen: int) -> int:
+    """How many rows the whole model can write at once.
+
+    Raises:
+        UnsupportedError: not even one beside its weights.
+    """
+    weights = dtype.itemsize * sum(math.prod(spec.shape) for spec in source.tensors.values())
+    row = seqlen * dtype.itemsize * kept_by_token(source.facts.text) + 4 * LOGITS * source.facts.vocabulary
+    on_host = device.type == "cpu"
+    free = HOST_SHARE * available_bytes() if on_host else DEVICE_SHARE * device_total_bytes(device)
+    if not free:  # nobody tells
+        return AT_ONCE
+    rows = int((free - weights) // max(1, row))
+    if rows < 1:
+        raise UnsupportedError(
+            "the model cannot write its own calibration text here",
+            [
+                Refusal(
+                    "self",
+                    f"it needs {size(weights)} for all weights in {str(dtype).removeprefix('torch.')} and "
+                    f"{size(row)} for each row, and {device} has {size(free)}: one block at a time would be "
+                    "read again for every token",
+                    "write the text on a machine that holds the model (the same --dataset self there says "
+                    "where the file is) and give the file, or take other text: --dataset FILE.jsonl",
+                )
+            ],
+        )
+    return min(AT_ONCE, rows)
+
+
+def kept_by_token(text: Any) -> int:
+    """Numbers that attention keeps of a token in all blocks; more than needed where the model keeps less.
+
+    Args:
+        text: configuration of the part of the model that reads text.
+    """
+
+    def number(*names: str) -> int:
+        values = (getattr(text, name, None) for name in names)
+        return next((value for value in values if isinstance(value, int) and value > 0), 0)
+
+    heads = number("num_key_value_heads", "num_attention_heads", "n_head")
+    width = number("head_dim") * heads or number("hidden_size", "n_embd")
+    return 2 * number("num_hidden_layers", "n_layer") * width

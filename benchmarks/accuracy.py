@@ -27,7 +27,8 @@ share of attention that the first token gets, original's and quantized.
 What is in the file already is left out, so an interrupted table continues; with `--keep` folders stay, and
 the second half needs no second run. Runs of the other package stay valid as long as its version does; those
 of ours are found again by their commit, unless `--any-commit` is given. Ends with tables in Markdown: all
-figures, and for each recipe the geometric mean over texts of its KL over the other package's, with the times.
+figures, and for each recipe the geometric mean over texts of its KL over the other package's, with the times;
+`--draw FILE.svg` draws KL against processor time, one panel a number of bits.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -49,6 +49,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy_tables import DEFAULT, PEER, against_peer, draw, table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,7 +66,7 @@ SINK_ROWS = 4
 """Rows whose attention is looked at: it is held for all blocks and heads at once."""
 
 
-PEER, DEFAULT, PYTHON_DOCS = "peer", "default", "python-docs"
+PYTHON_DOCS = "python-docs"
 PEER_RECIPES: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "light": {"iters": 50, "lr": 5e-3},
@@ -259,54 +260,6 @@ def sinks(before: Inner, after: Inner) -> dict[str, float]:
     }
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """The results in Markdown, one row a run."""
-    texts = sorted({text for line in lines for text in line["kl"]})
-    head = ["model", "scheme", "seed", "package", "version"]
-    head += [f"{kind} {t}" for kind in ("KL", "same top") for t in texts]
-    head += ["wall s", "cpu s", "peak MiB", "sink error", "other error", "attention to sink"]
-    rows = [head, ["---"] * len(head)]
-    for line in lines:
-        run = line["run"]
-        rows.append(
-            [
-                *(str(run[name]) for name in ("model", "scheme", "seed", "package")),
-                line["version"],
-                *(str(line[kind].get(text, "")) for kind in ("kl", "same_top") for text in texts),
-                *(str(line[n]) for n in ("wall_s", "cpu_s", "peak_mib", "sink_error", "other_error")),
-                f"{line['sink_attention_original']} -> {line['sink_attention']}",
-            ]
-        )
-    return _markdown(rows)
-
-
-def against_peer(lines: list[dict[str, Any]]) -> str:
-    """Each run of ours over the other package's default with the same rows."""
-    rows = [["model", "scheme", "seed", "recipe", "against", "KL", "processor time", "memory"], ["---"] * 8]
-    for line in lines:
-        for pair in [other for other in lines if _paired(line, other)]:
-            shared = [text for text in line["kl"] if text in pair["kl"]]
-            if not shared:
-                continue
-            kl = math.exp(sum(math.log(line["kl"][t] / pair["kl"][t]) for t in shared) / len(shared))
-            costs = [f"{line[name] / pair[name]:.2f}" for name in ("cpu_s", "peak_mib")]
-            who = [str(line["run"][name]) for name in ("model", "scheme", "seed", "package")]
-            against = f"{pair['version']}, {pair['run']['iters']} steps"
-            rows.append([*who, against, f"**{kl:.3f}** ({', '.join(shared)})", *costs])
-    return _markdown(rows)
-
-
-def _paired(line: dict[str, Any], other: dict[str, Any]) -> bool:
-    ours, peer = line["run"], other["run"]
-    same = ("model", "scheme", "seed", "dataset", "nsamples", "seqlen")
-    right = peer["package"] == f"{PEER} {DEFAULT}" and not ours["package"].startswith(PEER)
-    return right and all(ours[n] == peer[n] for n in same) and line["measured"] == other["measured"]
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 class Results:
     """The file of results, one JSON line a run and half."""
 
@@ -386,6 +339,7 @@ def main() -> None:
     parser.add_argument("--measure-seqlen", type=int, default=512)
     parser.add_argument("--keep", type=Path, help="folder in which quantized folders stay")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.jsonl")
+    parser.add_argument("--draw", type=Path, help="write a picture of the lines in --out for these settings")
     args = parser.parse_args()
     measured = [args.tokens, args.measure_seqlen]
     texts = args.dev_texts if args.half == "dev" else args.report_texts
@@ -405,6 +359,9 @@ def main() -> None:
                 results.add({"run": run.named, "measured": measured, **cost, **figures})
     lines = results.merged()
     print(table(lines), against_peer(lines), sep="\n\n")
+    if args.draw:
+        shared = {"dataset": Path(args.dataset).name, "nsamples": args.nsamples, "seqlen": args.seqlen}
+        draw(args.draw, lines, [shared | {"model": model.name} for model in args.models], measured)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,19 @@ def block(emit: Emit, scale: Scale) -> None:
             quantized(emit, scale, "block of 8B", config, enable_torch_compile=compiled)
 
 
+def ahead(emit: Emit, scale: Scale) -> None:
+    """What targets computed ahead save of a default run: beside the tuning, and on a second device."""
+    import torch
+
+    config = {**QWEN3_600M, **(SHRUNK if scale.small else {}), "num_hidden_layers": 2 if scale.small else 4}
+    ways: list[dict[str, Any]] = [{"targets_ahead": "off"}, {"targets_ahead": "on"}]
+    if torch.cuda.device_count() > 1:
+        ways.append({"device_map": "auto"})
+    for given in ways:
+        with going_on(emit, **given):
+            quantized(emit, scale, "4 blocks of Qwen3-0.6B", config, **given)
+
+
 def quantized(emit: Emit, scale: Scale, name: str, config: dict[str, Any], **given: Any) -> None:
     """Quantize a random model and tell what it took, beside what the dry run says it would take."""
     import torch

@@ -95,7 +95,7 @@ def test_everything_is_rehearsed_on_a_cpu(tmp_path):
         "test_gpu_runs.py",
     }
     runs = [row["model"] for row in rows if row["what"] == "run"]
-    assert runs == ["Qwen3-0.6B", "block of 8B"]
+    assert runs == ["Qwen3-0.6B", "block of 8B", *["4 blocks of Qwen3-0.6B"] * 2]
     timed = {(row["kernel"], row["tokens"]) for row in rows if row["what"] == "linear" and "us" in row}
     assert timed == {(kernel, tokens) for kernel in ("triton", "torch") for tokens in (1, 3)}
     assert rows[-1]["failed"] == []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from auto_round.facts.layer import Layer
 from auto_round.facts.tensor import TensorSpec
 
 
@@ -75,3 +77,21 @@ class Tensors(Protocol):
     def close(self) -> None:
         """Close all files; reading afterwards is an error."""
         ...
+
+
+def read_matrix(
+    layer: Layer, read: Callable[[str], Tensor], read_entry: Callable[[str, int], Tensor]
+) -> Tensor:
+    """Weight of a layer, `[out, in]`.
+
+    Args:
+        layer: the layer.
+        read: as in `Tensors`.
+        read_entry: as in `Tensors`.
+    """
+    if not layer.fused or layer.expert is None:
+        weight = read(layer.tensor)
+        return weight.t().contiguous() if layer.transposed else weight
+    weight = read_entry(layer.tensor, layer.expert)
+    weight = weight.t() if layer.transposed else weight
+    return (weight if layer.rows is None else weight[slice(*layer.rows)]).contiguous()

@@ -23,6 +23,7 @@ from auto_round.report.record import EVALUATION_SUFFIX, PAGE
 
 if TYPE_CHECKING:
     from auto_round.evaluate.task_names import Tasks
+    from auto_round.pipeline.deciding.job import Job
     from auto_round.ranks.ranks import Ranks
 
 
@@ -65,7 +66,6 @@ def quantize(given: Mapping[str, Any], recipe: str, evaluation: Mapping[str, Any
         return
     from auto_round.pipeline.together import joined
 
-    quiet_transformers()
     with ended_by_launcher(here), joined(options) as (ranks, own):
         folders = _run_all(own, ranks)
     if here is not None and here.rank:
@@ -77,15 +77,20 @@ def quantize(given: Mapping[str, Any], recipe: str, evaluation: Mapping[str, Any
 
 def _run_all(options: Options, ranks: Ranks) -> list[Path]:
     """Do all runs of a request and say what came of them; the folders that were written."""
-    from auto_round.pipeline.deciding.prepare import prepare
+    from auto_round.pipeline.helping import follow, prepared
     from auto_round.pipeline.machine.clock import Clock
-    from auto_round.pipeline.quantize import run_job
-    from auto_round.pipeline.together import chosen, shared
+    from auto_round.pipeline.plain import Rounding
+    from auto_round.pipeline.together import chosen
 
     clock = Clock()
-    jobs = [shared(prepare(part), ranks) for part in chosen(options, ranks, _runs)]
+    jobs = [prepared(part, ranks, _prepare) for part in chosen(options, ranks, _runs)]
     folders: list[Path] = []
     for job in jobs:
+        if isinstance(job, Rounding):
+            follow(job, ranks)
+            continue
+        from auto_round.pipeline.quantize import run_job
+
         try:
             with nullcontext(ignore_progress) if ranks.rank else drawn_progress() as progress:
                 result = run_job(job, progress, clock)
@@ -100,6 +105,14 @@ def _run_all(options: Options, ranks: Ranks) -> list[Path]:
         folders += result.folders
         clock = Clock()
     return folders
+
+
+def _prepare(options: Options) -> Job:
+    """Prepare a run; a process that only rounds what another sends imports none of this."""
+    from auto_round.pipeline.deciding.prepare import prepare
+
+    quiet_transformers()
+    return prepare(options)
 
 
 def _evaluate(tasks: Tasks, folder: Path, model: ModelOptions) -> None:

@@ -17,7 +17,7 @@ from auto_round.models.replayed import ReplayedSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.memory import release_freed_memory
-from auto_round.pipeline.plain import bursts, nbytes, round_layers
+from auto_round.pipeline.plain import Rounding, bursts, nbytes, round_layers
 from auto_round.pipeline.quantize import groups_of, saved_streams
 from auto_round.pipeline.running.blocks import GroupResult, GroupTuning
 from auto_round.pipeline.running.lower import Fitting
@@ -129,7 +129,7 @@ class ComponentRun:
         left = {name: nbytes(layer) for name, (layer, _) in layers.items() if name not in self._finished()}
         done = len(layers) - len(left)
         for burst in bursts(left):
-            written = round_layers(self.job, [layers[name] for name in burst], self.outputs.put)
+            written = round_layers(Rounding.of(self.job), [layers[name] for name in burst], self.outputs.put)
             self.outputs.sync()
             self.journal.append(*({"unit": name, "tensors": written[name]} for name in burst))
             done += len(burst)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from auto_round.checkpoint.tensors import read_matrix
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
 from auto_round.facts.attention import Attention
 from auto_round.facts.flow import BlockCall, States
@@ -194,12 +195,7 @@ class AssembledSource(ABC):
 
     def read(self, layer: Layer) -> Tensor:
         """Weight of a layer, `[out, in]`."""
-        if not layer.fused or layer.expert is None:
-            weight = self.read_tensor(layer.tensor)
-            return weight.t().contiguous() if layer.transposed else weight
-        weight = self.read_entry(layer.tensor, layer.expert)
-        weight = weight.t() if layer.transposed else weight
-        return (weight if layer.rows is None else weight[slice(*layer.rows)]).contiguous()
+        return read_matrix(layer, self.read_tensor, self.read_entry)
 
     def disk_name(self, parameter: str) -> str:
         """Name on disk of a parameter that is stored alone; see `ModelSource`."""

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.numerics.scale import Stats
 from auto_round.numerics.search import BY_SQUARES
+from auto_round.numerics.search_groups import Effort
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.recast import as_wanted
+from auto_round.pipeline.machine.memory import keep_freed_memory
 from auto_round.pipeline.machine.workers import workers
 from auto_round.pipeline.running.rounding import round_matrix
 from auto_round.pipeline.running.shared_numbers import bind_tied, tied_layers
 from auto_round.pipeline.writing.outputs import Outputs, Written
-from auto_round.ranks.ranks import divide
+from auto_round.ranks.ranks import Ranks, divide
 from auto_round.tuning.weights import measured
 
 BURST_BYTES = 1 << 30
@@ -29,6 +35,12 @@ BURST_BYTES = 1 << 30
 T = TypeVar("T")
 Encoded = Mapping[str, Mapping[str, Tensor]]
 """Format -> tensors of a layer as they are stored."""
+
+Shares = list[list[tuple[Layer, Format]]]
+"""Layers with their formats, rank by rank."""
+
+NOTHING_LEFT: Shares = []
+"""What the first rank sends at the end."""
 
 
 def nbytes(layer: Layer) -> int:
@@ -50,50 +62,102 @@ def bursts(sizes: Mapping[str, int], ranks: int = 1) -> Iterator[list[str]]:
         yield burst
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What plain rounding takes beside layers and formats; another process can be told all of it but `read`.
+
+    Attributes:
+        read: weight of a layer, `[out, in]`, in its dtype on disk.
+        exporters: output format name -> exporter.
+        device_of: where a layer is rounded.
+        device: the main device.
+        dtype: dtype from which weights are rounded; None for that on disk.
+        importance: tensor -> mean square of its inputs `[in]`; empty for none.
+        effort: of the search of ranges; None for none.
+    """
+
+    read: Callable[[Layer], Tensor]
+    exporters: Mapping[str, Exporter]
+    device_of: Callable[[Layer], torch.device]
+    device: torch.device
+    dtype: torch.dtype | None
+    importance: Mapping[str, Tensor]
+    effort: Effort | None
+
+    @classmethod
+    def of(cls, job: Job) -> Rounding:
+        """What a job says of it."""
+        return cls(
+            read=job.source.read,
+            exporters=job.exporters,
+            device_of=job.device_of,
+            device=job.device,
+            dtype=job.kept_dtype,
+            importance=job.importance,
+            effort=job.effort,
+        )
+
+    def weight(self, layer: Layer) -> Tensor:
+        """The weight of a layer as it is rounded."""
+        return as_wanted(self.read(layer), self.dtype)
+
+
 def round_together(job: Job, layers: Sequence[tuple[Layer, Format]], outputs: Outputs) -> dict[str, Written]:
-    """Read, round, pack and write layers, each on one of the ranks; the first writes what all of them packed.
+    """Read, round, pack and write layers: the part of the first rank, which writes what all of them packed.
 
     Args:
         job: the run.
         layers: layers with their formats.
-        outputs: where the first one writes.
+        outputs: where it writes.
 
     Returns:
-        Layer name -> what was written; for other ranks nothing was.
+        Layer name -> what was written.
 
     Raises:
         NumericsError: a weight is not finite; names the tensor.
     """
-    ranks = job.ranks
+    ranks, rounding = job.ranks, Rounding.of(job)
     if ranks.size == 1:
-        return round_layers(job, layers, outputs.put)
-    own = _share(layers, ranks.rank, ranks.size)
-    if ranks.rank:
-        packed = round_layers(job, own, lambda layer, q: _encoded(job, layer, q))
-        for _ in ranks.to_first(_listed(packed)):
-            pass
-        return {layer.name: {} for layer, _ in layers}
-    written = round_layers(job, own, outputs.put)
+        return round_layers(rounding, layers, outputs.put)
+    shares = ranks.first(_shares(layers, ranks.size))
+    written = round_layers(rounding, shares[0], outputs.put)
     for tensors in ranks.to_first(_listed({})):
         for name, encoded in _by_layer(tensors).items():
             written[name] = outputs.put_encoded(encoded)
     return written
 
 
-def _share(layers: Sequence[tuple[Layer, Format]], rank: int, size: int) -> list[tuple[Layer, Format]]:
-    """The layers of one rank: those that share a number stay together."""
+def help_rounding(rounding: Rounding, ranks: Ranks) -> None:
+    """What the other ranks do of it: they round and pack what the first one sends, until it sends no more.
+
+    Raises:
+        NumericsError: a weight is not finite; names the tensor.
+    """
+    if rounding.device.type == "cpu":
+        keep_freed_memory(of_any_size=True)
+    while shares := ranks.first(NOTHING_LEFT):
+        packed = round_layers(rounding, shares[ranks.rank], partial(_encoded, rounding.exporters))
+        for _ in ranks.to_first(_listed(packed)):
+            pass
+
+
+def _shares(layers: Sequence[tuple[Layer, Format]], size: int) -> Shares:
+    """The layers of each rank: those that share a number stay together."""
     tied = tied_layers({layer.name: fmt for layer, fmt in layers})
     leader = {name: names[0] for names in tied for name in names}
     costs: dict[str, int] = {}
     for layer, _ in layers:
         first = leader.get(layer.name, layer.name)
         costs[first] = costs.get(first, 0) + nbytes(layer)
-    own = set(divide(costs, size)[rank])
-    return [item for item in layers if leader.get(item[0].name, item[0].name) in own]
+    owner = {name: rank for rank, names in enumerate(divide(costs, size)) for name in names}
+    shares: Shares = [[] for _ in range(size)]
+    for layer, fmt in layers:
+        shares[owner[leader.get(layer.name, layer.name)]].append((layer, fmt))
+    return shares
 
 
-def _encoded(job: Job, layer: Layer, q: QuantizedLayer) -> Encoded:
-    return {name: exporter.encode(layer, q) for name, exporter in job.exporters.items()}
+def _encoded(exporters: Mapping[str, Exporter], layer: Layer, q: QuantizedLayer) -> Encoded:
+    return {name: exporter.encode(layer, q) for name, exporter in exporters.items()}
 
 
 def _listed(packed: Mapping[str, Encoded]) -> dict[tuple[str, str, str], Tensor]:
@@ -115,40 +179,40 @@ def _by_layer(tensors: Mapping[tuple[str, str, str], Tensor]) -> dict[str, dict[
 
 
 def round_layers(
-    job: Job, layers: Sequence[tuple[Layer, Format]], put: Callable[[Layer, QuantizedLayer], T]
+    rounding: Rounding, layers: Sequence[tuple[Layer, Format]], put: Callable[[Layer, QuantizedLayer], T]
 ) -> dict[str, T]:
     """Read, round, pack and write layers; layer name -> what `put` gave.
 
     Reading and writing overlap with arithmetic: as many matrices are in memory as there are workers.
 
     Args:
-        job: the run.
+        rounding: how.
         layers: layers with their formats.
         put: packs and writes one layer.
 
     Raises:
         NumericsError: a weight is not finite; names the tensor.
     """
-    formats = _bound(job, layers)
+    formats = _bound(rounding, layers)
 
     def work(item: tuple[Layer, Format]) -> tuple[str, T]:
         layer, fmt = item
-        weight = as_wanted(job.source.read(layer), job.kept_dtype)
-        squares = job.importance.get(layer.alone)
+        weight = rounding.weight(layer)
+        squares = rounding.importance.get(layer.alone)
         importance, effort = None, None
-        if squares is not None and job.effort is not None:
+        if squares is not None and rounding.effort is not None:
             importance, effort = Importance(squares), BY_SQUARES
         bound = formats.get(layer.name, fmt)
-        q = round_matrix(layer.alone, weight, bound, job.device_of(layer), importance, effort)
+        q = round_matrix(layer.alone, weight, bound, rounding.device_of(layer), importance, effort)
         return layer.name, put(layer, QuantizedLayer(q))
 
     # The largest first, so that no worker begins a large one when the others have finished.
     largest_first = sorted(layers, key=lambda item: nbytes(item[0]), reverse=True)
-    with workers(job.device) as pool:
+    with workers(rounding.device) as pool:
         return dict(pool.map(work, largest_first))
 
 
-def _bound(job: Job, layers: Sequence[tuple[Layer, Format]]) -> dict[str, Format]:
+def _bound(rounding: Rounding, layers: Sequence[tuple[Layer, Format]]) -> dict[str, Format]:
     """Formats of the layers that share a number with others, bound to the ranges of all of them.
 
     These are read twice. Layers that share a number lie in one block, and so in one burst.
@@ -161,10 +225,10 @@ def _bound(job: Job, layers: Sequence[tuple[Layer, Format]]) -> dict[str, Format
 
     def extremes(item: tuple[Layer, Format]) -> tuple[str, Stats]:
         layer, fmt = item
-        stats = measured(layer.alone, fmt, as_wanted(job.source.read(layer), job.kept_dtype).to(job.device))
+        stats = measured(layer.alone, fmt, rounding.weight(layer).to(rounding.device))
         whole = Stats(stats.lo.amin((-2, -1), keepdim=True), stats.hi.amax((-2, -1), keepdim=True))
         return layer.name, whole
 
-    with workers(job.device) as pool:
+    with workers(rounding.device) as pool:
         ranges = dict(pool.map(extremes, (item for item in layers if item[0].name in shared)))
     return bind_tied(formats, tied, ranges)

@@ -29,7 +29,7 @@ from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.determinism import deterministic_kernels
 from auto_round.pipeline.machine.memory import keep_freed_memory, release_freed_memory
-from auto_round.pipeline.plain import bursts, nbytes, round_together
+from auto_round.pipeline.plain import NOTHING_LEFT, Rounding, bursts, help_rounding, nbytes, round_together
 from auto_round.pipeline.result import Result
 from auto_round.pipeline.running.ahead import Ahead
 from auto_round.pipeline.running.attention_states import read_steps
@@ -114,7 +114,9 @@ def run_job(job: Job, progress: ProgressSink, clock: Clock) -> Result:
 def _follow(job: Job, clock: Clock) -> Result:
     """What a rank does that is not the first: its part of the work, then wait until all of it is written."""
     begun: Begun | None = job.ranks.first(None)
-    if begun is not None:
+    if begun is not None and job.rows is None:
+        help_rounding(Rounding.of(job), job.ranks)
+    elif begun is not None:
         job = job if begun.rows is None else replace(job, rows=begun.rows, tuned=begun.tuned)
         seen = begun.scratch if begun.scratch.is_dir() else None  # another machine may have other disks
         with TemporaryDirectory(prefix=f"rank-{job.ranks.rank}-", dir=seen) as scratch:
@@ -317,6 +319,7 @@ class _Loop:
                 for unit in burst:
                     done += 1
                     self.progress(self.clock.event("tune", done, len(units), unit))
+            self.job.ranks.first(NOTHING_LEFT)
             if kept is not None:
                 kept.result()
         release_freed_memory()

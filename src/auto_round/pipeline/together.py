@@ -64,7 +64,7 @@ def joined(options: Options) -> Iterator[tuple[Ranks, Options]]:
     wanted = device_of_rank(options.model.device_map, here.local, here.beside)
     own = replace(options, model=replace(options.model, device_map=wanted))
     with join(options.model.dist_backend, choose_device(wanted)) as ranks:
-        _refuse_differences(ranks, "options", _settings(options))
+        refuse_differences(ranks, "options", _settings(options))
         yield ranks, own
 
 
@@ -85,7 +85,7 @@ def shared(job: Job, ranks: Ranks) -> Job:
     """
     if ranks.size == 1:
         return job
-    _refuse_differences(ranks, "settings, data or machine", signature(job))
+    refuse_differences(ranks, "settings, data or machine", signature(job))
     if job.rows is None:
         return replace(job, ranks=ranks)
     if job.tuned and ranks.size > job.tuned:
@@ -113,8 +113,13 @@ def _settings(options: Options) -> dict[str, Any]:
     return {name: _ADDRESS.sub("", repr(value)) for name, value in values.items() if not callable(value)}
 
 
-def _refuse_differences(ranks: Ranks, what: str, own: Mapping[str, Any]) -> None:
+def refuse_differences(ranks: Ranks, what: str, own: Mapping[str, Any]) -> None:
     """Compare what all processes have; each of them says the same.
+
+    Args:
+        ranks: all of them.
+        what: what it is, for the error.
+        own: what this one has, as JSON values.
 
     Raises:
         ConfigError: one has something else than the first; names it and what differs.

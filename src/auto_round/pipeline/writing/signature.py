@@ -26,12 +26,7 @@ def signature(job: Job) -> dict[str, Any]:
     """Settings, data, model and arithmetic of a run, as JSON values."""
     calibration, output = job.options.calibration, job.options.output
     own: dict[str, Any] = {
-        "auto_round": __version__,
-        "torch": torch.__version__,
-        **versions(),
-        "machine": machine(job.device),
-        "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
-        "device": job.device.type,
+        **arithmetic(job.device),
         "placed": None if job.placement is None else job.placement.kinds,
         "model_dtype": str(job.source.dtype),
         "compute_dtype": str(job.dtype),
@@ -50,6 +45,18 @@ def signature(job: Job) -> dict[str, Any]:
     }
     others = _others(job.options.tune, calibration)
     return own | {name: value for name, value in others.items() if name not in own["tune"]}
+
+
+def arithmetic(device: torch.device) -> dict[str, Any]:
+    """What this process computes with, as JSON values: the part that a machine has in a signature."""
+    return {
+        "auto_round": __version__,
+        "torch": torch.__version__,
+        **versions(),
+        "machine": machine(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "device": device.type,
+    }
 
 
 def _fresh(job: Job) -> dict[str, Any]:

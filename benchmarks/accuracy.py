@@ -50,6 +50,7 @@ from typing import Any
 
 import torch
 from accuracy_tables import DEFAULT, PEER, against_peer, draw, table
+from other_python import environment_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -118,9 +119,7 @@ class Run:
         with log.open("w") as stream:
             begin = time.perf_counter()
             command = [self.python, "-c", SCRIPT, str(self.model), str(out), json.dumps(self.arguments())]
-            # A path to our sources would give the other Python our package.
-            hidden = set() if self.python == sys.executable else {"PYTHONPATH"}
-            around = {name: value for name, value in os.environ.items() if name not in hidden}
+            around = environment_of(self.python)
             process = subprocess.Popen(command, stdout=stream, stderr=stream, env=around)
             _, status, usage = os.wait4(process.pid, 0)
             seconds = time.perf_counter() - begin

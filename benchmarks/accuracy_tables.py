@@ -28,7 +28,7 @@ def table(lines: list[dict[str, Any]]) -> str:
                 f"{line['sink_attention_original']} -> {line['sink_attention']}",
             ]
         )
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def against_peer(lines: list[dict[str, Any]]) -> str:
@@ -44,7 +44,7 @@ def against_peer(lines: list[dict[str, Any]]) -> str:
             who = [str(line["run"][name]) for name in ("model", "scheme", "seed", "package")]
             against = f"{pair['version']}, {pair['run']['iters']} steps"
             rows.append([*who, against, f"**{kl:.3f}** ({', '.join(shared)})", *costs])
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _paired(line: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -54,7 +54,8 @@ def _paired(line: dict[str, Any], other: dict[str, Any]) -> bool:
     return right and all(ours[n] == peer[n] for n in same) and line["measured"] == other["measured"]
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the second row is the line below the head."""
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy_tables import markdown
 from autoscheme_plans import Bench, Data, Mix, Plan, divergence
+from other_python import environment_of
 from transformers import AutoModelForCausalLM
 
 from auto_round.autoscheme.plan_file import written
@@ -246,11 +247,8 @@ def of_data(data: Data) -> dict[str, Any]:
 
 def child(python: str, script: str, *arguments: str, **environment: str) -> str:
     """Run a script; returns what it printed."""
-    # A path to our sources would give the other Python our package.
-    hidden = set() if python == sys.executable else {"PYTHONPATH"}
-    around = {name: value for name, value in os.environ.items() if name not in hidden}
     command = [python, "-c", script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=around | environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment_of(python) | environment)
     if done.returncode:
         sys.exit(f"{python} failed:\n{done.stderr[-3000:]}")
     return done.stdout
@@ -273,7 +271,7 @@ def summary(lines: Iterable[Mapping[str, Any]]) -> str:
     head = ["model", "mix", "seed", "text", "budget", "tuning steps", *kinds]
     table = [head, ["---"] * len(head)]
     table += [[*where, *("".join(found.get(kind, [])) for kind in kinds)] for where, found in rows.items()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in table)
+    return markdown(table)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -108,8 +107,6 @@ def main() -> None:
             settings = {"iters": given.iters} | KINDS[kind] | ({} if kind == "rtn" else texts)
             costs = {}
             for name, python in packages.items():
-                if name == "peer":
-                    os.environ.pop("PYTHONPATH", None)
                 run = Run(name, python, "", model, "W4G128", 42, tuple(settings.items()))
                 with tempfile.TemporaryDirectory(dir=scratch) as out:
                     costs[name] = run.quantize(Path(out) / "out")

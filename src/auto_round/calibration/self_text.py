@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count as numbers
@@ -115,15 +115,16 @@ class SelfText:
             rows = write_rows(model, script, draws, len(self.tokenizer), lambda step: told.step(size, step))
             told.rows_done += size
             texts = self.tokenizer.batch_decode(rows.tolist(), skip_special_tokens=False)
+            written = rows.tolist()
             lines = [
                 json.dumps({"text": text, TOKENS: row}, ensure_ascii=False)
-                for text, row in zip(texts, rows.tolist(), strict=True)
+                for text, row in zip(texts, written, strict=True)
             ]
             with path.open("r+b" if path.exists() else "wb") as file:
                 file.truncate(_complete(path))
                 file.seek(0, 2)
                 file.write("".join(f"{line}\n" for line in lines).encode())
-        return list(_read(path))[done:]
+        return [_record(row) for row in written]
 
     def _script(self, item: DatasetItem) -> Script:
         if self.tokenizer is None:
@@ -192,14 +193,18 @@ def _refused(reason: str) -> UnsupportedError:
 
 
 def _read(path: Path) -> Iterator[Record]:
-    """Rows of a file, of which every token counts; what a killed run left unfinished is left out."""
+    """Rows of a file; what a killed run left unfinished is left out."""
     if not path.exists():
         return
     with path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):
-                ids = json.loads(line)[TOKENS]
-                yield {TOKENS: ids, MASK: [1] * len(ids)}
+                yield _record(json.loads(line)[TOKENS])
+
+
+def _record(ids: Sequence[int]) -> Record:
+    """A row of which every token counts."""
+    return {TOKENS: ids, MASK: [1] * len(ids)}
 
 
 def _complete(path: Path) -> int:

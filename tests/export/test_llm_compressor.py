@@ -86,7 +86,7 @@ def test_the_numbers_of_experts_come_first():
         (Loading((("a.weight",), ("conv.weight",))), {}, ["packed ones only: conv (use the format"]),
         (Loading((("a.weight",), ("b.weight",))), {"b": scheme_of(8, 32)}, ["by one scheme (give them one"]),
         (Loading((("a.weight",),)), {"b": scheme_of(8, 32)}, []),
-        (Loading((), {"compressed-tensors": ("x.y",), "gptq": ("z",)}), {}, ["other names: x.y (use the"]),
+        (Loading((), {"compressed-tensors": ("x.y",), "gptq": ("z",)}), {}, ["x.y (quantize them too, or"]),
         (Loading((), {"bitsandbytes": ("x.y",)}), {}, []),
     ],
 )

@@ -150,7 +150,7 @@ def test_every_matrix_is_found(saved, family):
     ("family", "first"),
     [
         ("gpt_oss", "model.layers.0.mlp.experts.0.gate_proj"),
-        ("granitemoe", "model.layers.0.block_sparse_moe.experts.0.w1"),
+        ("granitemoe", "model.layers.0.block_sparse_moe.experts.0.gate_proj"),
     ],
 )
 def test_experts_in_one_tensor_are_read_one_by_one(saved, family, first):

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from auto_round.errors import CheckpointError, UnsupportedError
+from auto_round.export.formats import llm_compressor
 from auto_round.export.formats.llm_compressor import LLMCompressorFormat
 from auto_round.pipeline.converting.convert import convert_folder
 from pipeline.runs import kl_of, quantize
@@ -57,23 +58,32 @@ def saved(tmp_path_factory):
     return folder
 
 
+KEPT = {"ignore_layers": "experts"}
+
+
 @pytest.mark.parametrize(
-    ("family", "reason"),
+    ("family", "reason", "given"),
     [
-        ("olmo_hybrid", "converts these.*q_conv1d.*use the format auto_round"),  # put side by side
-        ("hrm_text", "converts these.*gate_up_proj.*use the format auto_round"),  # split in two
-        ("llama4_text", "other modules in their place.*experts.*use the format auto_round"),
+        ("olmo_hybrid", "converts these.*q_conv1d.*use the format auto_round", {}),  # put side by side
+        ("hrm_text", "converts these.*gate_up_proj.*use the format auto_round", {}),  # split in two
+        ("llama4_text", "other modules in their place.*experts.*use the format auto_round", KEPT),
     ],
 )
-def test_what_transformers_does_not_load_is_refused_before_work(saved, tmp_path, family, reason):
+def test_what_transformers_does_not_load_is_refused_before_work(saved, tmp_path, family, reason, given):
     with pytest.raises(UnsupportedError, match=reason):
-        quantize(saved(family), tmp_path / "out", format="llm_compressor", **PLAIN)
+        quantize(saved(family), tmp_path / "out", format="llm_compressor", **PLAIN, **given)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", ["olmo_hybrid", "llama4_text"])
-def test_conversions_are_refused_alike(saved, tmp_path, family):
-    quantize(saved(family), tmp_path / "packed", verify=False, **PLAIN)
+def test_experts_for_which_transformers_has_linear_layers_are_loaded(saved, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    result = quantize(saved("llama4_text"), tmp_path / "out", format="llm_compressor", iters=1)
+    assert kl_of(result)["llm_compressor"] < 1e-6
+
+
+@pytest.mark.parametrize(("family", "given"), [("olmo_hybrid", {}), ("llama4_text", KEPT)])
+def test_conversions_are_refused_alike(saved, tmp_path, family, given):
+    quantize(saved(family), tmp_path / "packed", verify=False, **PLAIN, **given)
     with pytest.raises(UnsupportedError, match="Transformers"):
         convert_folder(tmp_path / "packed", "llm_compressor", tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir()] == ["packed"]
@@ -83,8 +93,9 @@ def test_weights_that_are_not_found_are_noticed(saved, tmp_path, monkeypatch):
     """Transformers only warns, and leaves random numbers."""
     pytest.importorskip("compressed_tensors")
     monkeypatch.setattr(LLMCompressorFormat, "unloadable", lambda *args: [])
+    monkeypatch.setattr(llm_compressor, "unread_experts", lambda *args: "")
     with pytest.raises(CheckpointError, match="weights of the model are not found in it"):
-        quantize(saved("llama4_text"), tmp_path / "out", format="llm_compressor", **PLAIN)
+        quantize(saved("granitemoe"), tmp_path / "out", format="llm_compressor", **PLAIN)
 
 
 @pytest.mark.parametrize(("family", "kept"), [("gpt_neox", "lm_head"), ("phimoe", r"re:.*\.layers\.\d+\.")])

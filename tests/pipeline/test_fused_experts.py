@@ -11,17 +11,19 @@ from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import UnsupportedError
 from auto_round.facts.layer import Layer, Role
 from auto_round.models.folder import FolderSource
+from auto_round.pipeline.converting.convert import convert_folder
 from auto_round.pipeline.deciding.one_parameter import refuse_torn_tensors
 from pipeline.runs import quantize
 from sweep.outcome import save_family
 
 FAMILIES = {
     "gpt_oss": "model.layers.0.mlp.experts.1.up_proj",
-    "granitemoe": "model.layers.0.block_sparse_moe.experts.1.w3",
+    "granitemoe": "model.layers.0.block_sparse_moe.experts.1.up_proj",
     "llama4_text": "model.layers.1.feed_forward.experts.1.up_proj",
     "aria_text": "model.layers.0.mlp.experts.1.up_proj",
 }
 """Family -> the name of one of its matrices, as engines have it."""
+PLAIN = {"iters": 0, "disable_opt_rtn": True}
 _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(FAMILIES)[1:]]
 
 
@@ -56,11 +58,43 @@ def test_kept_experts_stay_one_tensor(folder, tmp_path):
         assert "model.layers.0.mlp.experts.gate_up_proj" in files
 
 
-def test_other_formats_keep_them_and_say_so(folder, tmp_path, caplog):
-    plain = {"iters": 0, "disable_opt_rtn": True}
-    result = quantize(folder("gpt_oss"), tmp_path / "out", format="auto_gptq", dataset=None, **plain)
+@pytest.mark.parametrize("form", ["auto_gptq", pytest.param("auto_awq", marks=pytest.mark.slow)])
+def test_folders_of_other_tools_hold_them_one_by_one(folder, tmp_path, form):
+    result = quantize(folder("granitemoe"), tmp_path / "out", format=form, **PLAIN, nsamples=2)
+    assert FAMILIES["granitemoe"] in result.plan.quantized
+    assert result.report["verified"][form]["kl"] < 1e-6
+    with Checkpoint.open(tmp_path / "out") as files:
+        assert f"{FAMILIES['granitemoe']}.qweight" in files
+
+
+def test_compressed_tensors_are_for_vllm_and_say_so(folder, tmp_path, caplog):
+    result = quantize(folder("granitemoe"), tmp_path / "out", format="llm_compressor", **PLAIN, dataset=None)
+    assert "one tensor of all experts here, unlike vLLM" in caplog.text
+    assert "skipped" in result.report["verified"]["llm_compressor"]
+    with Checkpoint.open(tmp_path / "out") as files:
+        assert f"{FAMILIES['granitemoe']}.weight_packed" in files
+
+
+@pytest.mark.parametrize("form", ["auto_gptq", "auto_awq", "llm_compressor"])
+def test_what_no_engine_reads_is_refused_before_work(folder, tmp_path, form):
+    with pytest.raises(UnsupportedError, match=r"formats that can: auto_round(.|\n)*none in this format"):
+        quantize(folder("gpt_oss"), tmp_path / "out", format=form, **PLAIN)
+    assert not list(tmp_path.iterdir())
+
+
+def test_conversions_follow_the_same_rules(folder, tmp_path):
+    for family in ("granitemoe", "gpt_oss"):
+        quantize(folder(family), tmp_path / family, verify=False, dataset=None, **PLAIN)
+    made = convert_folder(tmp_path / "granitemoe", "llm_compressor", tmp_path / "out")
+    assert "unlike vLLM" in made.verified["skipped"]
+    with pytest.raises(UnsupportedError, match="none in this format"):
+        convert_folder(tmp_path / "gpt_oss", "auto_gptq", tmp_path / "other")
+
+
+def test_what_no_engine_reads_is_written_where_it_is_kept(folder, tmp_path):
+    kept = {"ignore_layers": "experts", "dataset": None, **PLAIN}
+    result = quantize(folder("gpt_oss"), tmp_path / "out", format="auto_gptq", **kept)
     assert FAMILIES["gpt_oss"] not in result.plan.quantized
-    assert "its experts are one tensor" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,10 @@ def unloadable(who: str, plan: Plan, layers: Sequence[Layer], loading: Loading) 
         loading: how Transformers loads the model.
     """
     rebuilt = loading.rebuilt.get(METHOD, ())
-    if rebuilt:
+    single = [plan.scheme_of(layer.name) for layer in layers if layer.rebuilt]
+    if rebuilt and not (single and all(single)):
         reason = "Transformers puts other modules in their place, whose tensors have other names"
-        return [Refusal(who, f"{reason}: {_layers(rebuilt)}", _ELSE)]
+        return [Refusal(who, f"{reason}: {_layers(rebuilt)}", f"quantize them too, or {_ELSE}")]
     schemes = {layer.tensor: plan.scheme_of(layer.name) for layer in layers}
     found = []
     dropped = [t for tensors in loading.converted for t in tensors if schemes.get(t) is None]
@@ -58,6 +59,9 @@ def unloadable(who: str, plan: Plan, layers: Sequence[Layer], loading: Loading) 
 
 def unread_experts(plan: Plan, layers: Sequence[Layer]) -> str:
     """What Transformers makes of experts that others read, for people; empty where it reads them too."""
+    written = [layer for layer in layers if layer.fused and plan.scheme_of(layer.name) is not None]
+    if not all(layer.rebuilt for layer in written):
+        return f"Transformers looks for one tensor of all experts here, unlike vLLM; {_ELSE} for it"
     for layer in layers:
         scheme, fmt = plan.scheme_of(layer.name), plan.format_of(layer.name)
         if layer.expert is not None and scheme is not None and fmt is not None:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ LOADABLE_BITS = (2, 3, 4, 8)
 @dataclass(frozen=True, slots=True)
 class LayerByLayer(Exporter):
     """A format that stores each layer as a layout says."""
+
+    splits_experts: ClassVar[bool] = True
 
     @abstractmethod
     def _stored(self, layer: Layer, fmt: Format) -> LayerLayout: ...
@@ -133,7 +135,8 @@ def refuse_foreign(who: str, layer: Layer, fmt: Format, layout: Layout) -> Refus
     Arguments as in `refuse_unloadable`.
     """
     return (
-        refuse_unloadable(who, layer, fmt, layout)
+        refuse_whole(who, layer)
+        or refuse_unloadable(who, layer, fmt, layout)
         or _refuse_scale_dtype(who, layer, fmt)
         or _refuse_outside(who, layer)
     )
@@ -161,6 +164,17 @@ def _refuse_outside(who: str, layer: Layer) -> Refusal | None:
         who,
         "GPTQModel and Transformers look for quantized layers in the blocks only",
         "keep layers outside of them, or use the format auto_round",
+    )
+
+
+def refuse_whole(who: str, layer: Layer) -> Refusal | None:
+    """Why no engine would find packed experts of one tensor; None where some read them one by one."""
+    if not layer.whole:
+        return None
+    return Refusal(
+        who,
+        "engines read these experts as one tensor, and none in this format",
+        "use the format auto_round, fake or a GGUF one, or keep them (--ignore_layers experts)",
     )
 
 

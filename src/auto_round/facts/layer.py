@@ -44,6 +44,8 @@ class Layer:
             rows where they are not neighbours; None for all rows.
         transposed: it lies on disk as `[in, out]`, as GPT-2's matrices do.
         fused: its tensor on disk holds the whole parameter: `expert` and `rows` say where it lies there too.
+        whole: engines read that tensor as a whole, not matrix by matrix.
+        rebuilt: Transformers makes linear layers of the matrices of that tensor, for compressed-tensors.
         asked: other code of the model asks for its weight, which not every loader of packed weights can give.
     """
 
@@ -58,6 +60,8 @@ class Layer:
     rows: tuple[int, ...] | None = None
     transposed: bool = False
     fused: bool = False
+    whole: bool = False
+    rebuilt: bool = False
     asked: bool = False
 
     @property

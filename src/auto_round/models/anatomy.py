@@ -15,7 +15,8 @@ from auto_round.facts.tensor import TensorSpec
 from auto_round.models.facts import expert_counts
 from auto_round.models.families import flow_of
 from auto_round.models.further import further_layers
-from auto_round.models.fused import heights, lies_turned, split
+from auto_round.models.fused import heights, lies_turned, split, taken_whole
+from auto_round.models.loading import COMPRESSED_TENSORS, rebuilding_methods
 from auto_round.models.names import NameMap, Recipe
 from auto_round.models.places import Locator
 from auto_round.models.readers import ASKED, read_elsewhere
@@ -153,6 +154,8 @@ class _Dissection:
                 rows=each.place.rows,
                 transposed=turned is not recipe.transposed,
                 fused=True,
+                whole=taken_whole(module),
+                rebuilt=COMPRESSED_TENSORS in rebuilding_methods(module),
             )
 
     def _matrices(self, parameter: str, index: int | None, role: Role) -> Iterator[Layer]:

@@ -19,20 +19,17 @@ from auto_round.models.experts import ExpertParts
 
 _WEIGHT = ".weight"
 _CONTAINER = "experts"
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_NAMED = {
-    "GraniteMoeExperts": ("w1", "w3", "w2"),
-    "GraniteMoeSharedExperts": ("w1", "w3", "w2"),
-    "GraniteMoeHybridExperts": ("w1", "w3", "w2"),
-}
-"""Class of experts -> what engines call gate, up and down, where it is not the usual.
-
-Source: vLLM `model_executor/models/granitemoe.py`.
-"""
+_GATE, _UP, _DOWN = "gate_proj", "up_proj", "down_proj"
 _OWN_WAY = {"Llama4TextExperts": ExpertParts("gate_up_proj", "down_proj", 0)}
 """Classes outside of the contract of `models.experts` whose experts are `[n_experts, in, out]` all the same.
 
 Source: Transformers 5.24 `models/llama4/modeling_llama4.py`.
+"""
+_TAKEN_WHOLE = ("GptOssExperts", "OpenAIPrivacyFilterExperts")
+"""Classes whose experts no engine reads one by one: vLLM's loader for gpt-oss knows whole tensors, in 16 bits
+and MXFP4. For others its loader takes `<experts>.<number>.gate_proj` and so on beside the tensor of all.
+
+Source: vLLM 0.32 `models/gpt_oss.py`, `layers/fused_moe/routed_experts.py`.
 """
 
 
@@ -73,6 +70,11 @@ def stored_turned(module: nn.Module) -> bool:
     return bool(vars(module).get("is_transposed")) or transposed_parts(module) is not None
 
 
+def taken_whole(module: nn.Module) -> bool:
+    """Whether engines read the experts of a module as one tensor only."""
+    return type(of_transformers(module)).__name__ in _TAKEN_WHOLE
+
+
 def split(module: nn.Module, parameter: str, tensor: str) -> tuple[Piece, ...] | str:
     """The matrices of a parameter of experts that is one tensor on disk, or why they are not known.
 
@@ -85,15 +87,14 @@ def split(module: nn.Module, parameter: str, tensor: str) -> tuple[Piece, ...] |
     parts = ExpertParts.of(module) or transposed_parts(fused)
     if parts is None or parameter not in (parts.up, parts.down):
         return f"{type(fused).__name__} does not say how its experts compute"
-    gate, up, down = _NAMED.get(type(fused).__name__, _PROJECTIONS)
     count, *matrix = fused.get_parameter(parameter).shape
     height = matrix[1] if stored_turned(fused) else matrix[0]
-    rows: dict[str, tuple[int, ...] | None] = {down if parameter == parts.down else up: None}
+    rows: dict[str, tuple[int, ...] | None] = {_DOWN if parameter == parts.down else _UP: None}
     if parameter == parts.up and parts.up == "gate_up_proj":
         if vars(fused).get("is_concatenated", True):
-            rows = {gate: (0, height // 2), up: (height // 2, height)}
+            rows = {_GATE: (0, height // 2), _UP: (height // 2, height)}
         else:
-            rows = {gate: (0, height, 2), up: (1, height, 2)}
+            rows = {_GATE: (0, height, 2), _UP: (1, height, 2)}
     around = tensor.removesuffix(_WEIGHT).rpartition(".")[0]
     container = around if around.rpartition(".")[2] == _CONTAINER else f"{around}.{_CONTAINER}"
     return tuple(

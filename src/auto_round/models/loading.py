@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from auto_round.facts.loading import Loading
 from auto_round.models.fused import of_transformers
 from auto_round.models.names import NameMap
 
+if TYPE_CHECKING:
+    from torch import nn
+
 _WEIGHT = ".weight"
+
+COMPRESSED_TENSORS = "compressed-tensors"
+"""The method, as configurations have it."""
 
 
 def loading_of(model: Any, names: NameMap) -> Loading:
@@ -35,15 +41,24 @@ def _patterns(converter: Any) -> list[str]:
     return list(getattr(converter, "_original_source_patterns", converter.source_patterns))
 
 
-def _rebuilt(model: Any, names: NameMap) -> dict[str, tuple[str, ...]]:
-    """See `Loading.rebuilt`. Source: `HfQuantizer._convert_model_for_quantization` of Transformers 5."""
+def rebuilding_methods(module: nn.Module) -> tuple[str, ...]:
+    """Methods of quantization for which Transformers builds linear layers in place of a module of experts.
+
+    Source: `HfQuantizer._convert_model_for_quantization` of Transformers 5.
+    """
     from transformers.quantizers import base
 
     table: Mapping[str, Any] = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    entry = table.get(type(of_transformers(module)).__name__, {"quantization_methods": ()})
+    return tuple(str(getattr(method, "value", method)) for method in entry["quantization_methods"])
+
+
+def _rebuilt(model: Any, names: NameMap) -> dict[str, tuple[str, ...]]:
+    """See `Loading.rebuilt`."""
     found: dict[str, list[str]] = {}
     for path, module in model.named_modules():
-        entry = table.get(type(of_transformers(module)).__name__)
-        if entry is None:
+        methods = rebuilding_methods(module)
+        if not methods:
             continue
         inside = [
             piece.name
@@ -51,6 +66,6 @@ def _rebuilt(model: Any, names: NameMap) -> dict[str, tuple[str, ...]]:
             if target.startswith(f"{path}.")
             for piece in recipe.pieces
         ]
-        for method in entry["quantization_methods"]:
-            found.setdefault(str(getattr(method, "value", method)), []).extend(inside or [path])
+        for method in methods:
+            found.setdefault(method, []).extend(inside or [path])
     return {method: tuple(tensors) for method, tensors in found.items()}

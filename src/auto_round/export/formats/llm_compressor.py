@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +21,13 @@ from auto_round.export.compressed_config import (
 from auto_round.export.compressed_loading import unloadable, unread_experts
 from auto_round.export.exporter import Exporter, TuningFacts
 from auto_round.export.manifest import Manifest
-from auto_round.export.packed import gather_refusals, planned_inputs, prefixed, refuse_transposed
-from auto_round.export.verification import Finished
+from auto_round.export.packed import (
+    gather_refusals,
+    planned_inputs,
+    prefixed,
+    refuse_transposed,
+    refuse_whole,
+)
 from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
@@ -61,6 +65,7 @@ class LLMCompressorFormat(Exporter):
 
     holds_scales: ClassVar[bool] = True
     scales_in_model_dtype: ClassVar[bool] = True
+    splits_experts: ClassVar[bool] = True
 
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> LLMCompressorFormat:
         """This format with the order of bytes of each layer decided."""
@@ -111,9 +116,10 @@ class LLMCompressorFormat(Exporter):
         unread = unread_experts(plan, layers)
         return [*([f"{self.name}: {unread}"] if unread else []), *loader_notes(plan, layers)]
 
-    def verify(self, folder: Path, run: Finished) -> dict[str, Any]:
-        """See `Exporter.verify`; a folder that Transformers misreads is not loaded."""
-        return {"skipped": self.unread} if self.unread else Exporter.verify(self, folder, run)
+    @property
+    def unchecked(self) -> str:
+        """See `Exporter.unchecked`."""
+        return self.unread
 
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """`<layer>.weight_packed` or `<layer>.weight`, `<layer>.weight_scale` and what belongs to them.
@@ -172,7 +178,7 @@ class LLMCompressorFormat(Exporter):
         refusal = self._layout(layer).accepts(fmt, layer.shape)
         if refusal is not None:
             return replace(refusal, who=self.name)
-        if refusal := refuse_transposed(self.name, layer):
+        if refusal := refuse_whole(self.name, layer) or refuse_transposed(self.name, layer):
             return refusal
         if _has_zeros(fmt) and (mixed or layer.expert is not None):
             # Transformers 5.23 reads zero points of one scheme only and none of experts

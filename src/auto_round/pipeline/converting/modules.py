@@ -10,8 +10,10 @@ import torch
 from auto_round.errors import AutoRoundError
 from auto_round.facts.layer import Layer
 from auto_round.facts.loading import Loading
+from auto_round.inference.disk_names import DiskNames
 from auto_round.log import logger
-from auto_round.models.loading import loading_of
+from auto_round.models.fused import taken_whole
+from auto_round.models.loading import COMPRESSED_TENSORS, loading_of, rebuilding_methods
 from auto_round.models.names import Recipe, map_names
 from auto_round.models.places import Locator
 from auto_round.models.skeleton import build_skeleton, straighten
@@ -31,7 +33,13 @@ def with_modules(stored: Stored) -> tuple[Stored, Loading | None]:
         return stored, None
     locator = Locator(model, stored.tensors)
     recipes = {piece.name: recipe for recipe in names.recipes for piece in recipe.pieces}
-    layers = tuple(_placed(layer, recipes.get(layer.tensor), locator) for layer in stored.layers)
+    single = {p.name: recipe for recipe in DiskNames.of(model).split.values() for p in recipe.pieces}
+    layers = tuple(
+        _single(layer, single[layer.tensor], locator, model)
+        if layer.tensor in single
+        else _placed(layer, recipes.get(layer.tensor), locator)
+        for layer in stored.layers
+    )
     return replace(stored, layers=layers, parameters=names.parameters), loading_of(model, names)
 
 
@@ -50,3 +58,10 @@ def _placed(layer: Layer, recipe: Recipe | None, locator: Locator) -> Layer:
         return layer
     place = places[layer.tensor]
     return replace(layer, parameter=recipe.targets[0], expert=place.expert, rows=place.rows)
+
+
+def _single(layer: Layer, recipe: Recipe, locator: Locator, model: Any) -> Layer:
+    """A matrix of experts that plain folders have in one tensor."""
+    module = model.get_submodule(recipe.targets[0].rpartition(".")[0])
+    rebuilt = COMPRESSED_TENSORS in rebuilding_methods(module)
+    return replace(_placed(layer, recipe, locator), fused=True, whole=taken_whole(module), rebuilt=rebuilt)

@@ -29,8 +29,21 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "FP8": {"scheme": "FP8_STATIC", "group_size": 0},
     "FP8_DYNAMIC": {"scheme": "FP8_STATIC", "act_dynamic": True, "act_group_size": -1},
     "FP8_BLOCK": {"scheme": "FP8_BLOCK"},
+    "FP8_STATIC": {"scheme": "FP8_STATIC"},
 }
 """Its scheme -> ours."""
+
+_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+UNNAMED = {
+    "FP8_STATIC": {
+        "rows": {
+            "targets": ["Linear"],
+            "weights": {**_FP8, "strategy": "channel"},
+            "input_activations": {**_FP8, "strategy": "tensor", "observer": "static_minmax"},
+        }
+    }
+}
+"""Settings of what it has no name for, observed as what it has names for."""
 
 UNPACKED = ("NVFP4", "MXFP4", "MXFP8")
 """Readers unpack these to bfloat16: `llm_compressor` refuses them for a float32 model, so it gets the
@@ -40,7 +53,10 @@ ROWS = token_rows(14, 64)
 TUNED = 4
 """Rows that calibrate; those behind them measure the result."""
 
-OF_BFLOAT16 = {"FP8": 0.06, "FP8_DYNAMIC": 0.06, "FP8_BLOCK": 0.06, "NVFP4": 0.04, "MXFP4": 0.0, "MXFP8": 0.0}
+OF_BFLOAT16 = {
+    **dict.fromkeys(("FP8", "FP8_STATIC", "FP8_DYNAMIC", "FP8_BLOCK"), 0.06),
+    **{"NVFP4": 0.04, "MXFP4": 0.0, "MXFP8": 0.0},
+}
 """Share of a bfloat16 model's codes that may differ. FP8 weights that are divided
 in bfloat16 are rounded twice: 3 % get another code. FP8 scales of NVFP4 that are divided there are the
 neighbouring number in 2.5 % of the groups. Powers of two are exact."""
@@ -61,7 +77,12 @@ def both(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
     models = {"float32": demo, "bfloat16": DEMO}
     asked = {(dtype, scheme): scratch / f"{dtype}-{scheme}" for dtype in models for scheme in SCHEMES}
     jobs = [
-        {"model": str(models[dtype]), "folder": str(folder), "scheme": scheme, "rows": ROWS[:TUNED]}
+        {
+            "model": str(models[dtype]),
+            "folder": str(folder),
+            "scheme": UNNAMED.get(scheme, scheme),
+            "rows": ROWS[:TUNED],
+        }
         for (dtype, scheme), folder in asked.items()
     ]
     LLM_COMPRESSOR.run("quantize_with_llm_compressor.py", {"jobs": jobs}, scratch / "made")
@@ -114,7 +135,7 @@ def test_codes_of_a_bfloat16_model_are_nearly_the_same(both: Both, scheme: str) 
         torch.testing.assert_close(got[name].float(), want[name].float(), rtol=2.0**-3, atol=0)
 
 
-@pytest.mark.parametrize("scheme", ["NVFP4", "FP8"])
+@pytest.mark.parametrize("scheme", ["NVFP4", "FP8", "FP8_STATIC"])
 def test_numbers_of_inputs(both: Both, scheme: str) -> None:
     """The first layer's are the same; in llm-compressor later layers see quantized ones before them."""
     got, want = (stored(each["float32", scheme], inputs=True) for each in (both.ours, both.theirs))

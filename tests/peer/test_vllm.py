@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,14 +159,20 @@ def answers(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     assert "error" not in floor, floor["error"]
     read = dict(zip(FOLDERS, found, strict=False))
     forced_read = dict(zip(WITH_HUMMING, found[len(FOLDERS) :], strict=True))
-    return Answers(made, read, forced_read, _difference(floor, logits_of(made["w4"].fake)))
+    return Answers(made, read, forced_read, mean_difference(floor["logprobs"], logits_of(made["w4"].fake)[0]))
 
 
-def _difference(answer: dict[str, Any], logits: Tensor) -> float:
-    """Mean difference of the text's log-probabilities, nats per token."""
-    following = torch.tensor(IDS[1:])[:, None]
-    ours = logits[0, :-1].double().log_softmax(-1).gather(1, following)[:, 0]
-    return float((torch.tensor(answer["logprobs"]).double() - ours).abs().mean())
+def mean_difference(logprobs: Sequence[float], logits: Tensor, ids: Sequence[int] = IDS) -> float:
+    """Mean difference of the text's log-probabilities, nats per token; logits `[tokens, vocabulary]`."""
+    return float((torch.tensor(logprobs).double() - torch.tensor(logprobs_of(logits, ids))).abs().mean())
+
+
+def logprobs_of(logits: Tensor, ids: Sequence[int]) -> list[float]:
+    """Log-probability of each token of a text but the first."""
+    found: list[float] = (
+        logits[:-1].double().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    )
+    return found
 
 
 def _verdict(folder: Path) -> Verdict:
@@ -179,14 +186,14 @@ def test_it_does_what_inspect_says(answers: Answers, plan: str, form: str) -> No
     assert verdict.loads == ("error" not in answer), (verdict.text, answer.get("error", "")[-800:])
     if verdict.loads:
         want = logits_with_rounded_inputs(made) if plan.startswith("int8") else logits_of(made.fake)
-        assert _difference(answer, want) < FLOORS * answers.floor
+        assert mean_difference(answer["logprobs"], want[0]) < FLOORS * answers.floor
 
 
 @pytest.mark.parametrize(("plan", "form"), WITH_HUMMING)
 def test_the_flag_helps_where_inspect_says_so(answers: Answers, plan: str, form: str) -> None:
     made, answer = answers.made[plan], answers.forced[plan, form]
     assert "error" not in answer, answer["error"][-2000:]
-    right = _difference(answer, logits_of(made.fake)) < FLOORS * answers.floor
+    right = mean_difference(answer["logprobs"], logits_of(made.fake)[0]) < FLOORS * answers.floor
     assert right == WITH_HUMMING[plan, form]
     assert right == any("--quantization humming" in note for note in _verdict(made.folders[form]).notes)
 

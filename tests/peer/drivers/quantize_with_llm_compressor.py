@@ -1,4 +1,4 @@
-"""Round models plainly with llm-compressor: a job is a model, a scheme, rows of tokens."""
+"""Round models plainly with llm-compressor: a job is a model, a scheme or groups of settings, rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def quantize(job: dict[str, Any]) -> None:
         rows = Dataset.from_list(
             [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job["rows"]]
         )
-        recipe = QuantizationModifier(targets="Linear", scheme=job["scheme"], ignore=["lm_head"])
+        named = isinstance(job["scheme"], str)
+        what = {"targets": "Linear", "scheme": job["scheme"]} if named else {"config_groups": job["scheme"]}
+        recipe = QuantizationModifier(ignore=["lm_head"], **what)
         oneshot(
             model=model,
             recipe=recipe,

@@ -76,7 +76,7 @@ run.post_init()
 bits = {n: (s if isinstance(s, dict) else vars(s))["bits"] for n, s in run.layer_config.items()}
 print("PLAN " + json.dumps({"bits": bits, "cpu_s": round(time.process_time() - begin, 1)}))
 """
-CLI = "from auto_round.cli import main; raise SystemExit(main())"
+CLI = "from auto_round.cli.main import main; raise SystemExit(main())"
 TUNE_SCRIPT = """
 import json, sys
 from auto_round import AutoRound

@@ -15,12 +15,24 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 from auto_round.config.env import cache_folder
 from auto_round.errors import Refusal
 from auto_round.log import logger
 
 OPTIONS = ("-std=gnu11", "-O3", "-fno-strict-aliasing", "-shared", "-fPIC", "-fopenmp")
 """What every source is compiled with."""
+
+INSTRUCTIONS = {
+    "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+"""PyTorch's name of what this CPU can do -> options of the compiler. Named one by one: a home folder may be
+shared with machines that can do less."""
+
+ROUNDING = ("-fno-math-errno", "-fno-trapping-math")
+"""Without these, C compilers may call a function to round where one instruction would do."""
 
 COMPILERS = ("gcc", "cc")
 """Names of compilers, best first."""
@@ -47,6 +59,26 @@ def library(file: Path, options: tuple[str, ...]) -> ctypes.CDLL | Refusal:
         return Refusal(file.name, f"{compiler} cannot compile it: {first.strip()}", "install gcc 11 or newer")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Refusal(file.name, f"cannot be compiled or loaded: {error}")
+
+
+@functools.cache
+def numeric_library(file: Path, options: tuple[str, ...], otherwise: str) -> ctypes.CDLL | None:
+    """The library of one source file that rounds numbers, with this CPU's instructions.
+
+    Args:
+        file: the source, a file of this package.
+        options: further options of the compiler.
+        otherwise: what happens without it, for the log.
+
+    Returns:
+        None where it cannot be made, which is logged once.
+    """
+    instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
+    made = library(file, (*ROUNDING, *options, *instructions))
+    if isinstance(made, Refusal):
+        logger.info("%s: %s", otherwise, made)
+        return None
+    return made
 
 
 def _load(command: tuple[str, ...], source: Path) -> ctypes.CDLL:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from auto_round import compiled
 from auto_round.errors import Refusal
 from auto_round.numerics import compiled_band
 from auto_round.numerics.band import Band, by_place
@@ -140,15 +141,15 @@ def test_a_search_without_the_program_finds_the_same(monkeypatch, fmt, effort):
 
 
 def test_without_a_compiler_the_search_says_so_and_goes_on(monkeypatch, caplog):
-    monkeypatch.setattr(compiled_band, "library", lambda file, options: Refusal(file.name, "no C compiler"))
-    compiled_band._program.cache_clear()
+    monkeypatch.setattr(compiled, "library", lambda file, options: Refusal(file.name, "no C compiler"))
+    compiled.numeric_library.cache_clear()
     try:
         with caplog.at_level("INFO", logger="auto_round"):
             band = squares_band(IntGrid(4, -8), torch.ones(2, 2, 16), None)
         assert isinstance(band, Band)
         assert "no C compiler" in caplog.text
     finally:
-        compiled_band._program.cache_clear()
+        compiled.numeric_library.cache_clear()
 
 
 def test_other_grids_are_not_given_to_the_program(monkeypatch):
@@ -161,9 +162,9 @@ def test_other_grids_are_not_given_to_the_program(monkeypatch):
 
 def test_every_instruction_set_has_a_library_of_its_own(monkeypatch):
     asked = []
-    monkeypatch.setattr(compiled_band, "library", lambda file, options: asked.append(options))
+    monkeypatch.setattr(compiled, "library", lambda file, options: asked.append(options))
     for name in ("AVX512", "AVX2", "DEFAULT"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=name: name)
-        compiled_band._program.__wrapped__()
+        compiled.numeric_library.__wrapped__(compiled_band.SOURCE, (), "")
     assert len(set(asked)) == 3
     assert not any("native" in option for options in asked for option in options)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from auto_round.compiled import library
-from auto_round.errors import Refusal
-from auto_round.log import logger
+from auto_round.compiled import numeric_library
 from auto_round.numerics.band import Band, Errors, by_place
 from auto_round.numerics.grid import Grid, IntGrid
 from auto_round.numerics.scale import Moments, Scale
@@ -21,16 +18,6 @@ SOURCE = Path(__file__).with_name("band.c")
 
 LANES = 16
 """Groups in a tile of the program."""
-
-INSTRUCTIONS = {
-    "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
-    "AVX2": ("-mavx2", "-mfma"),
-}
-"""PyTorch's name of what this CPU can do -> options of the compiler. Named one by one: a home folder may be
-shared with machines that can do less."""
-
-_ROUNDING = ("-fno-math-errno", "-fno-trapping-math")
-"""Without these, C compilers may call a function to round where one instruction would do."""
 
 
 class _Request(ctypes.Structure):
@@ -113,14 +100,8 @@ def squares_band(grid: Grid, w: Tensor, importance: Tensor | None, along: float 
     return Band(by_place(w), None if importance is None else by_place(importance.expand_as(w)), along)
 
 
-@functools.cache
 def _program() -> ctypes.CDLL | None:
     """The compiled program; None where it cannot be made."""
-    options = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
-    program = library(SOURCE, (*_ROUNDING, *options))
-    if isinstance(program, Refusal):
-        logger.info(
-            "ranges are searched without a compiled program, which takes about twice as long: %s", program
-        )
-        return None
-    return program
+    return numeric_library(
+        SOURCE, (), "ranges are searched without a compiled program, which takes about twice as long"
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from auto_round.errors import NumericsError
 from auto_round.numerics.at_once import weights_at_once
+from auto_round.numerics.compiled_rounding import compiled_rounding
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.group import Group
 from auto_round.numerics.qtensor import QTensor
@@ -106,6 +107,9 @@ class Format:
         with torch.no_grad():
             stats = self.stats(w) if stats is None else stats
             scale = self.rule_for(stats).fit(stats, self.grid, knobs)
+            compiled = compiled_rounding(self.grid, self.group, w, v, scale)
+            if compiled is not None:
+                return QTensor(compiled.codes(), scale, replace(self, bound=None))
             codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
             for rows, scales, grouped in self._bands(w):
                 here = scale[scales]
@@ -154,6 +158,9 @@ class Format:
             float32 `[..., out, in]`.
         """
         scale = self.rule_for(stats).fit(stats, self.grid, knobs)
+        compiled = compiled_rounding(self.grid, self.group, w, v, scale)
+        if compiled is not None:
+            return compiled.weights()
         grouped = self.group.split(w).to(torch.float32)
         offset = None if v is None else self.group.split(v)
         out = _FakeQuantize.apply(  # type: ignore[no-untyped-call]

@@ -1,0 +1,146 @@
+"""Rounding to whole numbers by a C program on CPUs: the bits of `Format` from one pass over the weights."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.compiled import numeric_library
+from auto_round.numerics.grid import Grid, IntGrid
+from auto_round.numerics.group import Group
+from auto_round.numerics.scale import Scale
+
+SOURCE = Path(__file__).with_name("rounding.c")
+
+OPTIONS = ("-ffp-contract=off",)
+"""A fused product is rounded once where PyTorch rounds twice."""
+
+FEW = 1 << 15
+"""Weights for which waking threads costs more than they save."""
+
+
+class _Request(ctypes.Structure):
+    """`Matrix` of the program."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("w", "v", "step", "zero", "floor")),
+        *((name, ctypes.c_float) for name in ("lo", "hi")),
+        *((name, ctypes.c_int64) for name in ("rows", "length", "width")),
+        *((name, ctypes.c_int) for name in ("half", "threads")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledRounding:
+    """How the weights of one tensor are rounded to whole numbers; what `compiled_rounding` is asked for.
+
+    Attributes:
+        grid: numbers that weights are rounded to.
+        group: weights that share a scale: pieces of a row.
+        w: `[..., out, in]` float32 or bfloat16.
+        v: rounding offsets, shape of `w`, float32; None for none.
+        scale: of each group, `[..., out, n_groups]`.
+    """
+
+    grid: Grid
+    group: Group
+    w: Tensor
+    v: Tensor | None
+    scale: Scale
+
+    def codes(self) -> Tensor:
+        """`uint8` codes, shape of the weight."""
+        codes = torch.empty(self.w.shape, dtype=torch.uint8, device="cpu")
+        self._run("encode", codes)
+        return codes
+
+    def weights(self) -> Tensor:
+        """The rounded weights, float32, with straight-through gradients in offsets and scales."""
+        s = self.scale
+        made: Tensor = _Round.apply(self.w, s.step, s.zero, s.floor, self.v, self)  # type: ignore[no-untyped-call]
+        return made
+
+    def _run(self, function: str, *tensors: Tensor | None) -> None:
+        length = self.w.shape[-1]
+        parts = [self.scale.step, self.scale.zero, self.scale.floor]
+        laid = [None if x is None else x.contiguous() for x in parts]
+        request = _Request(
+            *(None if x is None else x.data_ptr() for x in (self.w, self.v, *laid)),
+            self.grid.lo,
+            self.grid.hi,
+            self.w.numel() // max(1, length),
+            length,
+            self.group.width(length),
+            self.w.dtype is torch.bfloat16,
+            torch.get_num_threads() if self.w.numel() > FEW else 1,
+        )
+        addresses = (ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors)
+        getattr(_program(), f"auto_round_{function}")(ctypes.byref(request), *addresses)
+
+
+class _Round(torch.autograd.Function):
+    """`format._FakeQuantize`, where the formulas stand; nothing is kept but what was given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w: Tensor,
+        step: Tensor,
+        zero: Tensor | None,
+        floor: Tensor | None,
+        v: Tensor | None,
+        asked: CompiledRounding,
+    ) -> Tensor:
+        out = torch.empty(w.shape, dtype=torch.float32, device="cpu")
+        asked._run("round", out)
+        ctx.save_for_backward(w, step, zero, floor, v)
+        ctx.grid, ctx.group = asked.grid, asked.group
+        return out
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+        w, step, zero, floor, v = ctx.saved_tensors
+        _, wants_step, wants_zero, wants_floor, wants_v, _ = ctx.needs_input_grad
+        asked = CompiledRounding(ctx.grid, ctx.group, w, v, Scale(step, zero, floor=floor))
+        to_step, to_zero, to_v = (
+            torch.empty(w.shape, dtype=torch.float32, device="cpu") if wanted else None
+            for wanted in (wants_step, wants_zero or wants_floor, wants_v)
+        )
+        asked._run("differentiate", grad.contiguous(), to_step, to_zero, to_v)
+        d_step = None if to_step is None else ctx.group.split(to_step).sum(-1)
+        outside = None if to_zero is None else ctx.group.split(to_zero).sum(-1)
+        d_zero = outside * step if wants_zero and outside is not None else None
+        return None, d_step, d_zero, outside if wants_floor else None, to_v, None
+
+
+def compiled_rounding(
+    grid: Grid, group: Group, w: Tensor, v: Tensor | None, scale: Scale
+) -> CompiledRounding | None:
+    """Rounding by the C program; None where PyTorch has to do it. Arguments as for `CompiledRounding`."""
+    if torch.compiler.is_compiling() or type(grid) is not IntGrid or group.rows > 1 or group.size == 0:
+        return None
+    offsets = w.new_empty(0, dtype=torch.float32) if v is None else v
+    usable = (
+        all(
+            type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.is_contiguous()
+            for x in (w, offsets)
+        )
+        and w.dtype in (torch.float32, torch.bfloat16)
+        and offsets.dtype is torch.float32
+        and scale.step.shape == group.scale_shape(w.shape)
+    )
+    return CompiledRounding(grid, group, w, v, scale) if usable and _program() is not None else None
+
+
+def _program() -> ctypes.CDLL | None:
+    """The compiled program; None where it cannot be made."""
+    return numeric_library(
+        SOURCE, OPTIONS, "weights are rounded without a compiled program, which makes tuning slower"
+    )

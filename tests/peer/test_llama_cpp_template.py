@@ -18,7 +18,7 @@ from auto_round.config import build_options
 from auto_round.errors import UnsupportedError
 from auto_round.pipeline.quantize import run
 from auto_round.testing.tiny_models import tiny_model
-from export.gguf.small_models import VOCABULARY, byte_level_tokenizer
+from export.gguf.small_models import VOCABULARY, byte_level_tokenizer, sentencepiece_tokenizer
 from peer.peers import DRIVERS, SECONDS, Peer
 
 pytestmark = pytest.mark.peer
@@ -47,6 +47,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"tie_word_embeddings": True, "num_key_value_heads": 2},
     "bloom": {"n_layer": 2, "n_head": 4},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gemma4_text": {
+        "vocab_size": len(sentencepiece_tokenizer()),
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 64,
+        "enable_moe_block": True,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 32,
+        "tie_word_embeddings": True,
+    },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 32,
+    },
     "lfm2": {
         "num_key_value_heads": 2,
         "layer_types": ["conv", "full_attention"],
@@ -68,7 +89,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "topk_group": 1,
     },
 }
-"""Biases and a tied head; queries, keys and values woven together; stacked experts; a convolution; a matrix
+"""Biases and a tied head; queries, keys and values woven together; stacked experts; experts that are one
+tensor in the checkpoint, too, as `[out, in]` and as `[in, out]` with rows in turn; a convolution; a matrix
 that is cut in two, one half transposed."""
 
 
@@ -77,7 +99,8 @@ def _save(family: str, folder: Path) -> Path:
 
     config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
     tiny_model(config).save_pretrained(folder)
-    byte_level_tokenizer().save_pretrained(folder)
+    tokenizer = sentencepiece_tokenizer() if family.startswith("gemma") else byte_level_tokenizer()
+    tokenizer.save_pretrained(folder)
     return folder
 
 

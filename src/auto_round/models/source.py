@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,3 +294,26 @@ class ModelSource(Protocol):
             replaced: parameter -> another value.
         """
         ...
+
+
+def matrix_tensors(source: ModelSource) -> dict[str, TensorSpec]:
+    """Every tensor on disk; for one that holds the matrices of all experts these, by `Layer.alone`."""
+    inside: dict[str, dict[str, TensorSpec]] = {}
+    for layer in source.layers:
+        if layer.fused:
+            inside.setdefault(layer.tensor, {})[layer.alone] = TensorSpec(layer.dtype, layer.shape)
+    found: dict[str, TensorSpec] = {}
+    for name, spec in source.tensors.items():
+        found |= inside.get(name, {name: spec})
+    return found
+
+
+def matrix_reader(source: ModelSource) -> Callable[[str], Tensor]:
+    """Reads what `matrix_tensors` names, and any tensor of the source."""
+    inside = {layer.alone: layer for layer in source.layers if layer.fused}
+
+    def read(name: str) -> Tensor:
+        layer = inside.get(name)
+        return source.read_tensor(name) if layer is None else source.read(layer)
+
+    return read

@@ -12,10 +12,12 @@ from torch import Tensor
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.config import build_options
 from auto_round.errors import CheckpointError
+from auto_round.models.folder import FolderSource
 from auto_round.numerics.presets import GGUF_FORMATS
 from auto_round.pipeline.quantize import run
 from auto_round.pipeline.result import Result
 from export.gguf.small_models import save_small_model
+from sweep.outcome import save_family
 
 gguf = pytest.importorskip("gguf")
 
@@ -56,7 +58,7 @@ def _run(model: Path, out: Path, template: Path, **given: Any) -> Result:
     return run(build_options({**options, "gguf_template": str(template), **given}), dataset=rows)
 
 
-ROWS = torch.randint(3, 250, (8, 24), generator=torch.Generator().manual_seed(1)).tolist()
+ROWS = torch.randint(3, 120, (8, 24), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 @pytest.mark.parametrize(
@@ -100,3 +102,59 @@ def test_what_no_mixture_touches_keeps_its_type(model: Path, tmp_path: Path) -> 
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
     assert types["blk.0.shortconv.conv.weight"] == "F16"
     assert types["model.norm.weight"] == "F32"
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def _with_experts(model: Path, path: Path) -> dict[str, Tensor]:
+    """A file with experts as llama.cpp has them, gate and up apart; returns those tensors."""
+    writer = gguf.GGUFWriter(path, "somebody")
+    writer.add_block_count(2)
+    stacks: dict[str, list[Tensor]] = {}
+    with FolderSource.open(model) as source:
+        for layer in source.layers:
+            if layer.fused:
+                around, _, projection = layer.name.rpartition(".")
+                stacks.setdefault(f"{around.rpartition('.')[0]}.{projection}", []).append(source.read(layer))
+        inside = {layer.tensor for layer in source.layers if layer.fused}
+        weights = {name: source.read_tensor(name) for name in source.tensors if name not in inside}
+    for name, weight in (weights | {name: torch.stack(found) for name, found in stacks.items()}).items():
+        called = f"blk.{name}_exps.weight" if name in stacks else name
+        writer.add_tensor(called, (weight.half() if weight.dim() > 1 else weight.float()).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {name: torch.stack(found) for name, found in stacks.items()}
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", pytest.param("granitemoe", marks=pytest.mark.slow)])
+def test_experts_of_one_tensor_are_layers_of_the_plan(family: str, tmp_path: Path) -> None:
+    """Stored `[in, out]` with rows in turn (gpt-oss) or `[out, in]`, they are found matrix by matrix."""
+    model = save_family(family, tmp_path / "m")
+    stacks = _with_experts(model, tmp_path / "template.gguf")
+    plain = _run(model, tmp_path / "plain", tmp_path / "template.gguf", iters=0, disable_opt_rtn=True)
+    experts = [name for name in plain.plan.entries if ".experts." in name]
+    assert experts
+    assert {plain.plan.entries[name].label for name in experts} == {"Q8_0"}
+    (file,) = (tmp_path / "plain").glob("*.gguf")
+    there = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    fmt = GGUF_FORMATS["q8_0"]
+    for name, weight in stacks.items():
+        found = there[f"blk.{name}_exps.weight"]
+        stored = torch.tensor(gguf.quants.dequantize(found.data, found.tensor_type))
+        rows = weight.float().flatten(0, 1)
+        torch.testing.assert_close(stored.reshape(rows.shape), fmt.dequantize(fmt.quantize(rows)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [{"iters": 1}, {"iters": 0, "ignore_layers": "experts"}], ids=str)
+def test_such_experts_are_tuned_or_kept(given: dict[str, Any], tmp_path: Path) -> None:
+    model = save_family("gpt_oss", tmp_path / "m")
+    _with_experts(model, tmp_path / "template.gguf")
+    result = _run(model, tmp_path / "out", tmp_path / "template.gguf", nsamples=4, seqlen=24, **given)
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    types = {t.tensor_type.name for t in gguf.GGUFReader(file).tensors if "_exps" in t.name}
+    assert types == ({"F32"} if "ignore_layers" in given else {"Q8_0"})
+    assert result.report["verified"]["gguf:q8_0"]["tensors"] > 0

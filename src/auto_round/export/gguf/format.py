@@ -131,22 +131,22 @@ class GgufFormat(Exporter):
             Refusal(self.name, f"{layer.name} is planned as {fmt.name}, its tensor is {part.type.name}")
             for layer in layers
             if (fmt := plan.format_of(layer.name)) is not None
-            for part in self._file.parts_of(layer.tensor).values()
+            for part in self._file.parts_of(layer.alone).values()
             if fmt != GGUF_FORMATS.get(part.type.name) and part.tensor.change is not Change.SCALE
         ]
 
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """Part name -> bytes of its rows."""
-        return {name: part.spec for name, part in self._file.parts_of(layer.tensor).items()}
+        return {name: part.spec for name, part in self._file.parts_of(layer.alone).items()}
 
     def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The parts of `spec`; none for a head that the file stores as the embedding, under another name."""
-        return self._file.encode(layer.name, layer.tensor, q.weight)
+        return self._file.encode(layer.name, layer.alone, q.weight)
 
     def manifest(self, plan: Plan, layers: Sequence[Layer], tensors: Mapping[str, TensorSpec]) -> Manifest:
         """Parts of the file; nothing is copied byte for byte."""
         encoded = {
-            layer.name: tuple(self._file.parts_of(layer.tensor))
+            layer.name: tuple(self._file.parts_of(layer.alone))
             for layer in layers
             if plan.scheme_of(layer.name) is not None
         }

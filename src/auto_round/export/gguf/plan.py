@@ -70,17 +70,14 @@ def plan_gguf(
     _agree(places, types)
     entries = {}
     for layer in source.layers:
-        if layer.fused:
-            entries[layer.name] = PlanEntry(None, "rounded with the file's tensor of all experts", fixed=True)
-            continue
         if layer.tensor not in source.text_tensors:
             entries[layer.name] = PlanEntry(None, "not in the file: it holds the language model", fixed=True)
             continue
-        kinds = [types[tensor.name] for tensor, _ in places.get(layer.tensor, ())]
+        kinds = [types[tensor.name] for tensor, _ in places.get(layer.alone, ())]
         kind = TYPES[
             kinds[0] if kinds else types["token_embd.weight"]
         ]  # a head that the file stores as the embedding
-        apart = layer.tensor in model.apart
+        apart = layer.alone in model.apart
         entries[layer.name] = _entry(base.entries[layer.name], kind, wanted.preset, apart=apart)
     notes = (*_warnings(base, model, types, wanted), *_left_out(source))
     return replace(base, entries=entries, untie_head=False, warnings=notes), types
@@ -91,7 +88,7 @@ def _split_rules(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Rules for matrices that are no layers (the embedding) as tensor -> type, and the other rules."""
     tied = _tied_head(source)
-    layers = {layer.tensor for layer in source.layers if layer.name != tied and not layer.fused}
+    layers = {layer.alone for layer in source.layers if layer.name != tied}
     matrices = {
         source_name.removesuffix(".weight"): [tensor.name for tensor, _ in found]
         for source_name, found in places.items()
@@ -136,12 +133,10 @@ def _fixed(base: Plan, source: ModelSource, places: _Places) -> dict[str, str]:
     """Tensor -> type, where the user decided; what his choice of blocks leaves out is kept."""
     wishes: dict[str, dict[str | None, str]] = {}
     for layer in source.layers:
-        if layer.fused:
-            continue
         entry = base.entries[layer.name]
         skipped = base.block_prefixes and layer.block is not None and entry.scheme is None
         decided = entry.fixed or (skipped and layer.role is not Role.ROUTER)
-        for tensor, _ in places.get(layer.tensor, ()):
+        for tensor, _ in places.get(layer.alone, ()):
             wish = _type(layer, entry) if decided and _may_choose(tensor, layer, entry) else None
             wishes.setdefault(tensor.name, {}).setdefault(wish, layer.name)
     for name, layers in wishes.items():

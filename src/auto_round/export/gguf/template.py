@@ -25,7 +25,7 @@ from auto_round.export.gguf.tensors import GgufTensor, Listed, Piece
 from auto_round.export.gguf.values import Value
 from auto_round.facts.layer import Layer
 from auto_round.facts.tensor import TensorSpec
-from auto_round.models.source import ModelSource
+from auto_round.models.source import ModelSource, matrix_reader, matrix_tensors
 from auto_round.schemes.gguf_mixture import MixtureFacts, Shape, is_quantizable
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -132,11 +132,12 @@ def _match(plain: Mapping[str, Any], source: ModelSource) -> dict[str, tuple[Pie
     for tensor in plain.values():
         wanted.setdefault((int(tensor.shape[0]), tensor.tensor_type.name), {})
     widths = {width for width, _ in wanted}
-    for name, spec in source.tensors.items():
+    stored, read = matrix_tensors(source), matrix_reader(source)
+    for name, spec in stored.items():
         width = spec.shape[-1] if spec.shape else 0
         if width not in widths or not spec.dtype.is_floating_point:
             continue
-        rows = source.read_tensor(name).reshape(-1, width)
+        rows = read(name).reshape(-1, width)
         for (other, dtype), table in wanted.items():
             if other == width:
                 for row, key in enumerate(_hashes(rows.float().to(_DTYPES[dtype]))):
@@ -144,7 +145,7 @@ def _match(plain: Mapping[str, Any], source: ModelSource) -> dict[str, tuple[Pie
     return {
         name: pieces
         for name, tensor in plain.items()
-        if (pieces := _pieces(tensor, wanted[int(tensor.shape[0]), tensor.tensor_type.name], source.tensors))
+        if (pieces := _pieces(tensor, wanted[int(tensor.shape[0]), tensor.tensor_type.name], stored))
     }
 
 
@@ -206,19 +207,17 @@ def _stored_apart(
     sums = {t.name: _sum(_values(plain[t.name])) for t in tensors if not t.pieces and len(t.shape) > 1}
     apart: set[str] = set()
     for layer in source.layers:
-        if layer.fused:
-            continue
-        there = rows.get(layer.tensor, set())
+        there = rows.get(layer.alone, set())
         again = source.tied_head and layer.name == source.head  # it may be the embedding under another name
         if again or len(there) == layer.shape[0]:
             continue
         if _lies_in(source, layer, there, sums, plain):
-            apart.add(layer.tensor)
+            apart.add(layer.alone)
             continue
         shown = _alike(layer, plain)
         raise CheckpointError(
             f"{path} is not a template of this model: the rows of {layer.name} "
-            f"{list(layer.shape)} are {'not all' if layer.tensor in rows else 'not'} in it{shown}. Make it "
+            f"{list(layer.shape)} are {'not all' if layer.alone in rows else 'not'} in it{shown}. Make it "
             "from this very checkpoint with convert_hf_to_gguf.py --outtype f16"
         )
     return frozenset(apart)
@@ -233,7 +232,7 @@ def _lies_in(
     alike = {name: total for name, total in sums.items() if math.prod(map(int, plain[name].shape)) == count}
     if not alike:
         return False
-    values = source.read_tensor(layer.tensor).reshape(layer.shape)[missing].float()
+    values = source.read(layer)[missing].float()
     return any(
         _sum(values.to(_DTYPES[plain[name].tensor_type.name])) == total for name, total in alike.items()
     )

@@ -155,7 +155,7 @@ class Outputs:
         """The rounded embedding, made and written unless an earlier run did."""
         written: Written = {}
         if part in output.writer.missing:
-            stored = make_rest(self._job, output.exporter, part)
+            stored = make_rest(self._job, output.exporter, part, self._job.source.read_tensor)
             written = output.put({part: stored})
         else:
             with output.exporter.reading(output.writer.folder) as read:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from auto_round.checkpoint.writer import ShardWriter
 from auto_round.errors import NumericsError
 from auto_round.export.exporter import Exporter
 from auto_round.export.manifest import Manifest
+from auto_round.models.source import matrix_reader
 from auto_round.numerics.format import Format
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.workers import workers
@@ -26,10 +28,10 @@ def write_rest(job: Job, exporter: Exporter, manifest: Manifest, writer: ShardWr
     Raises:
         NumericsError: a weight is not finite, or too large for its dtype; names the tensor.
     """
-    copied = set(manifest.copied)
+    copied, read = set(manifest.copied), matrix_reader(job.source)
     for name in writer.missing:
         if name not in copied:
-            writer.put(name, make_rest(job, exporter, name))
+            writer.put(name, make_rest(job, exporter, name, read))
         elif manifest.specs[name].dtype != job.source.tensors[name].dtype:
             writer.put(name, cast(name, job.source.read_tensor(name), manifest.specs[name].dtype))
     for name in writer.missing:
@@ -39,13 +41,19 @@ def write_rest(job: Job, exporter: Exporter, manifest: Manifest, writer: ShardWr
             writer.copy(name, job.source.files)
 
 
-def make_rest(job: Job, exporter: Exporter, name: str) -> Tensor:
+def make_rest(job: Job, exporter: Exporter, name: str, read: Callable[[str], Tensor]) -> Tensor:
     """A tensor that is neither a layer nor copied, as it is stored.
+
+    Args:
+        job: the run.
+        exporter: of the output.
+        name: in the manifest.
+        read: reads a tensor of the source, or one matrix of all experts', by name.
 
     Raises:
         NumericsError: a weight is not finite; names the tensor.
     """
-    rest = exporter.rest(name, job.source.read_tensor)
+    rest = exporter.rest(name, read)
     if rest.format is None:
         return rest.values
     bands = torch.split(rest.values, max(1, BAND // rest.values.shape[-1]))

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from auto_round.errors import InternalError
+from auto_round.models.matrix_experts import using
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.presets_float import nv_format
 from auto_round.numerics.search import QUICK
@@ -14,6 +16,7 @@ from auto_round.tuning.config import Optimizer, TuneConfig
 from auto_round.tuning.objective import Objective
 from auto_round.tuning.samples import Samples
 from auto_round.tuning.sign_round import tune_block
+from auto_round.tuning.stacks import LearnedStack
 from auto_round.tuning.weights import Weight, WeightTask
 from models.test_matrix_experts import experts_of, stand_in
 
@@ -55,14 +58,16 @@ def knobs(weight):
 class Block(nn.Module):
     """Fused experts of Transformers behind a router that is a plain table."""
 
-    def __init__(self, dtype=torch.float32):
+    def __init__(self, dtype=torch.float32, calls=1):
         super().__init__()
-        self.experts = stand_in(experts_of("qwen3_moe", dtype))
+        self.experts, self.calls = stand_in(experts_of("qwen3_moe", dtype)), calls
 
     def forward(self, hidden):
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        weights, chosen = flat[:, :3].softmax(-1).topk(2)  # the last expert is never chosen
-        return hidden + self.experts(flat, chosen, weights).reshape(hidden.shape)
+        for _ in range(self.calls):
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            weights, chosen = flat[:, :3].softmax(-1).topk(2)  # the last expert is never chosen
+            hidden = hidden + self.experts(flat, chosen, weights).reshape(hidden.shape)
+        return hidden
 
 
 @pytest.mark.parametrize(
@@ -72,12 +77,15 @@ class Block(nn.Module):
         {"optimizer": Optimizer.ADAM, "keep_best": False},
         {"momentum": 0.5, "rows_at_once": 3, "keep_best": False},
         {"tune_range": False, "keeps_offsets": True, "keep_best": False},
+        {"tune_rounding": False, "lr": 0.05},
+        {"lr": 0.05, "accumulate": 2},
     ],
-    ids=["signs", "adam", "parts", "offsets"],
+    ids=["signs", "adam", "parts", "offsets", "ranges", "batches"],
 )
 @pytest.mark.parametrize("fmt", [FORMATS["int2"], FORMATS["a number for each matrix"]], ids=["int2", "nvfp4"])
-def test_tuned_matrix_by_matrix_is_tuned_whole(settings, fmt):
-    block = Block()
+@pytest.mark.parametrize("calls", [1, 2], ids=["once", "twice"])
+def test_tuned_matrix_by_matrix_is_tuned_whole(settings, fmt, calls):
+    block = Block(calls=calls)
     x = torch.randn(12, 6, 64, generator=torch.Generator().manual_seed(3))
     data = Samples((x,), (block(x).detach(),))
     tasks = {f"experts.{name}": WeightTask(fmt) for name in ("gate_up_proj", "down_proj")}
@@ -99,3 +107,39 @@ def test_tuned_matrix_by_matrix_is_tuned_whole(settings, fmt):
         other = found[1].weights[name]
         assert torch.equal(q.codes, other.codes)
         assert torch.equal(q.scale.step, other.scale.step)
+
+
+def test_a_step_touches_only_what_tokens_reached(monkeypatch):
+    """And keeps no gradient: each matrix is learned as soon as its own is known."""
+    block = Block()
+    weight = Weight.of(block, "experts.down_proj", WeightTask(FORMATS["int2"]), None)
+    for each in (weight.v, *knobs(weight)):
+        each.requires_grad_(True)
+    stack = LearnedStack(weight, torch.zeros((), requires_grad=True))
+    touched = []
+    monkeypatch.setattr(
+        Weight,
+        "fake_matrix",
+        lambda self, i, *a, was=Weight.fake_matrix: touched.append(i) or was(self, i, *a),
+    )
+    stack.begin(0.25)
+    x = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(3))
+    with using(block, {"experts.down_proj": stack.round()}):
+        block(x).square().sum().backward()
+    assert sorted(touched) == [0, 1, 2]
+    assert (weight.v[:3].abs().amax((1, 2)) == 0.25).all()
+    assert not weight.v[3].any()
+    to_v, *to_knobs = stack.gradients()
+    assert to_v is None
+    assert all(side[:3].any() and not side[3].any() for side in to_knobs)
+
+
+def test_a_matrix_learned_too_early_is_an_error():
+    weight = Weight.of(Stack(), "experts", WeightTask(FORMATS["int2"]), None)
+    weight.v.requires_grad_(True)
+    stack = LearnedStack(weight, torch.zeros((), requires_grad=True)).round()
+    stack.begin(0.25)
+    stack.expect()
+    stack.reached(0, torch.ones(16, 64))
+    with pytest.raises(InternalError):
+        stack.reached(0, torch.ones(16, 64))

@@ -47,8 +47,15 @@ class Matrices(Protocol):
         """One of them, `[out, in]`."""
         ...
 
+    def expect(self) -> None:
+        """One more product was made whose gradients will be handed to `reached`."""
+        ...
+
     def reached(self, index: int, gradient: Tensor) -> None:
-        """Take the gradient of one of them, `[out, in]`; the tensor belongs to the taker."""
+        """Take the gradient of one of them, `[out, in]`; the tensor belongs to the taker.
+
+        The product that it is from does not ask for this matrix again.
+        """
         ...
 
 
@@ -62,6 +69,9 @@ class _Own:
 
     def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
         return self.stack[index].to(dtype)
+
+    def expect(self) -> None:
+        """Nobody waits for gradients."""
 
     def reached(self, index: int, gradient: Tensor) -> None:
         """Nobody wants it."""
@@ -237,6 +247,8 @@ class _Product(torch.autograd.Function):
             torch.mm(x[rows], factor.contiguous() if turned else factor, out=out[rows])
         ctx.save_for_backward(x)
         ctx.matrices, ctx.ends = matrices, ends
+        if ctx.needs_input_grad[1]:
+            matrices.expect()
         return out
 
     @staticmethod

@@ -157,7 +157,10 @@ class Format:
         Returns:
             float32 `[..., out, in]`.
         """
-        scale = self.rule_for(stats).fit(stats, self.grid, knobs)
+        return self.rounded(w, self.rule_for(stats).fit(stats, self.grid, knobs), v)
+
+    def rounded(self, w: Tensor, scale: Scale, v: Tensor | None) -> Tensor:
+        """The same with a known scale; arguments as for `fake_quantize`."""
         compiled = compiled_rounding(self.grid, self.group, w, v, scale)
         if compiled is not None:
             return compiled.weights()

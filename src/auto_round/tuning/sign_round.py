@@ -25,7 +25,7 @@ from auto_round.tuning.gradients import GradientSum
 from auto_round.tuning.objective import PLAIN, Objective
 from auto_round.tuning.samples import Counts, Samples
 from auto_round.tuning.stacks import find_stacks
-from auto_round.tuning.steps import Stepper, batch_rows, held_out_looks, make_stepper, step_factor
+from auto_round.tuning.steps import Stepper, batch_rows, held_out_looks, make_stepper, sign_move, step_factor
 from auto_round.tuning.weights import Learned, Weight, WeightTask, fake_weights
 
 
@@ -246,6 +246,9 @@ class _Loop:
         found, first = GradientSum(ranks, by_row=self._config.by_row, half=half), 0
         for _ in range(self._config.accumulate):
             passes, loss = self._passes(self._samples, self._next_batch(step)), 0.0
+            alone = self._config.accumulate == 1 and len(passes) == 1
+            for stack in self._stacks.values():
+                stack.begin(sign_move(self._config, step) if alone else None)
             for place in own_rows(ranks, range(len(passes))):
                 part = self._samples.batch(*passes[place], self._device)
                 share = self._objective.loss(self._block, everything, part)

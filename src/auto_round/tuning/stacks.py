@@ -1,8 +1,8 @@
 """Stacks of matrices under tuning, as of experts: rounded, multiplied and learned one matrix at a time.
 
-Of such a weight a step holds its codes and one gradient, 5 bytes a weight beside the weight and its offsets.
-The rounded weights, what their rounding keeps for the backward pass and the gradients of offsets, 17 bytes a
-weight, exist for the matrix at hand only.
+Beside the weight and its offsets a step holds nothing of the whole stack: rounded weights and all gradients
+exist for the matrix at hand only, and what no token reached is not touched. Only where gradients of several
+passes have to be added, or where an optimizer wants all of them, are they kept until the step is taken.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from auto_round.errors import InternalError
 from auto_round.models.matrix_experts import matrix_experts
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import Knobs
+from auto_round.numerics.scale import Knobs, Scale
 from auto_round.tuning.weights import Learned, Weight
 
 
@@ -44,6 +44,9 @@ class CodedStack:
         one = QTensor(q.codes[index], q.scale[index], q.format)
         return q.format.dequantize(one, self.held or dtype).to(dtype)
 
+    def expect(self) -> None:
+        """Nothing is learned."""
+
     def reached(self, index: int, gradient: Tensor) -> None:
         """Nothing is learned of it."""
 
@@ -59,9 +62,12 @@ class LearnedStack:
 
     weight: Weight
     anchor: Tensor
-    _now: CodedStack | None = None
-    _gradient: Tensor | None = None
-    _reached: set[int] = field(default_factory=set)
+    _scale: Scale | None = None
+    _move: float | None = None
+    _expected: int = 0
+    _found: dict[int, Tensor] = field(default_factory=dict)
+    _learned: set[int] = field(default_factory=set)
+    _knobs: Knobs | None = None
 
     @property
     def height(self) -> int:
@@ -69,57 +75,84 @@ class LearnedStack:
         return int(self.weight.original.shape[-2])
 
     def round(self) -> LearnedStack:
-        """Round all matrices with the offsets and ranges as they are now."""
-        self._now = None  # its memory is free for what comes
-        self._now = CodedStack(self.weight.quantize())
+        """Let all matrices be rounded in the ranges as they are now."""
+        weight = self.weight
+        with torch.no_grad():
+            self._scale = weight.format.rule_for(weight.stats).fit(
+                weight.stats, weight.format.grid, weight.knobs
+            )
         return self
 
     def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
-        """One matrix as it was rounded last, `[out, in]`."""
-        if self._now is None:
+        """One matrix, rounded, `[out, in]`."""
+        if self._scale is None:
             raise InternalError("a stack is multiplied before it is rounded")
-        return self._now.matrix(index, self.weight.dtype).to(dtype)
+        weight = self.weight
+        with torch.no_grad():
+            made = weight.format.rounded(weight.original[index], self._scale[index], weight.v[index])
+            return made.to(weight.dtype).to(dtype)
+
+    def begin(self, move: float | None) -> None:
+        """Begin a step.
+
+        Args:
+            move: how far signs move offsets, if the next pass is the only one of this step: each matrix is
+                then learned as soon as its gradient is known. None where gradients are added first.
+        """
+        self._move, self._expected = move, 0
+
+    def expect(self) -> None:
+        """Count a product whose gradients will come."""
+        self._expected += 1
 
     def reached(self, index: int, gradient: Tensor) -> None:
-        """Add a pass' gradient of one rounded matrix, in the order in which passes come."""
-        if self._gradient is None:
-            self._gradient = torch.empty_like(self.weight.original, dtype=torch.float32)
-        if index in self._reached:
-            self._gradient[index].add_(gradient)
+        """Learn one matrix, or add to its gradient, in the order in which passes come."""
+        if index in self._learned:
+            raise InternalError("a matrix of a stack was learned before all its gradients were known")
+        if self._move is not None and self._expected == 1:
+            self._learned.add(index)
+            to_v = self._differentiated(index, gradient)
+            if to_v is not None:
+                with torch.no_grad():
+                    self.weight.v[index].add_(to_v.sign_(), alpha=-self._move)
+        elif index in self._found:
+            self._found[index] = self._found[index].to(torch.float32).add_(gradient)
         else:
-            self._gradient[index].copy_(gradient)
-            self._reached.add(index)
+            self._found[index] = gradient
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of offsets and of both range multipliers, from those of the rounded matrices.
 
-        Each matrix is rounded once more, and its gradient makes way for that of its offsets. None where no
-        matrix was reached.
+        None where there is nothing more to learn.
         """
-        found, self._gradient = self._gradient, None
-        reached, self._reached = self._reached, set()
-        if found is None:
-            return None, None, None
+        found, self._found = self._found, {}
+        to_v = torch.zeros_like(self.weight.v) if found else None
+        for index in list(found):
+            gradient = self._differentiated(index, found.pop(index))
+            if to_v is not None and gradient is not None:
+                to_v[index] = gradient
+        knobs, self._knobs = self._knobs, None
+        self._learned.clear()
+        return (to_v, None, None) if knobs is None else (to_v, knobs.lo, knobs.hi)
+
+    def _differentiated(self, index: int, gradient: Tensor) -> Tensor | None:
+        """Gradient of one matrix' offsets, None where these stay; keeps those of its ranges."""
         weight = self.weight
-        knobs = Knobs(*(torch.zeros_like(side) for side in (weight.knobs.lo, weight.knobs.hi)))
-        for i in range(len(found)):
-            if i not in reached:
-                found[i].zero_()
-                continue
-            learned = [
-                x[i].detach().requires_grad_(x.requires_grad)
-                for x in (weight.v, weight.knobs.lo, weight.knobs.hi)
-            ]
-            with torch.enable_grad():
-                v, lo, hi = learned
-                rounded = weight.fake_matrix(i, Learned(Knobs(lo, hi), v))
-            wanted = [x for x in learned if x.requires_grad]
-            inner = iter(torch.autograd.grad(rounded, wanted, found[i].to(rounded.dtype), allow_unused=True))
-            for x, to in zip(learned, (found[i], knobs.lo[i], knobs.hi[i]), strict=True):
-                gradient = next(inner) if x.requires_grad else None
-                if gradient is not None:
-                    to.copy_(gradient)
-        return found, knobs.lo, knobs.hi
+        tensors = (weight.v, weight.knobs.lo, weight.knobs.hi)
+        if not any(x.requires_grad for x in tensors):
+            return None
+        v, lo, hi = (x[index].detach().requires_grad_(x.requires_grad) for x in tensors)
+        with torch.enable_grad():
+            rounded = weight.fake_matrix(index, Learned(Knobs(lo, hi), v))
+        wanted = [x for x in (v, lo, hi) if x.requires_grad]
+        inner = iter(torch.autograd.grad(rounded, wanted, gradient.to(rounded.dtype), allow_unused=True))
+        to_v, to_lo, to_hi = (next(inner) if x.requires_grad else None for x in (v, lo, hi))
+        if self._knobs is None:
+            self._knobs = Knobs(*(torch.zeros_like(side) for side in tensors[1:]))
+        for side, found in ((self._knobs.lo, to_lo), (self._knobs.hi, to_hi)):
+            if found is not None:
+                side[index] = found
+        return to_v
 
 
 def find_stacks(block: nn.Module, weights: Mapping[str, Weight]) -> dict[str, LearnedStack]:

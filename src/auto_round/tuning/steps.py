@@ -148,6 +148,13 @@ def make_stepper(
     return Adam(groups) if config.optimizer is Optimizer.ADAM else SignDescent(groups, config.momentum)
 
 
+def sign_move(config: TuneConfig, step: int) -> float | None:
+    """How far a step moves each offset, by the sign of its gradient alone; None where more is needed."""
+    if config.optimizer is Optimizer.ADAM or config.momentum:
+        return None
+    return _offset_rate(config) * step_factor(config, step)
+
+
 def _offset_rate(config: TuneConfig) -> float:
     if config.lr is not None:
         return config.lr

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from auto_round.numerics.at_once import weights_at_once
+from auto_round.numerics.compiled_descent import TOGETHER, compiled_descent
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.importance import TILE, AnyImportance, Importance
@@ -22,8 +23,6 @@ from auto_round.numerics.scale import Knobs, Scale
 
 BAND = 1 << 19
 """Weights at a time on a CPU: what is changed with each weight then stays in a core's cache."""
-TOGETHER = 16
-"""Channels after which a change is passed on to all others of the tile, in one product."""
 
 
 def cancelling_offsets(
@@ -108,17 +107,28 @@ class _Band:
         each = (step, self._u, self._error, self._slope, diagonal)
         self._channels = list(zip(*(x.unbind(1) for x in each), strict=True))  # views, made once
         self._zeros = None if self._zero is None else self._zero.unbind(1)
+        self._compiled = compiled_descent(
+            self._grid, products, step, self._u, self._zero, self._error, self._slope
+        )
+        self._changed = torch.empty_like(self._error[:, :TOGETHER], memory_format=torch.contiguous_format)
 
     def sweep(self) -> None:
         """Every weight once."""
         for start in range(0, min(TILE, self._shape[1]), TOGETHER):
             here = slice(start, start + TOGETHER)
-            before = self._error[:, here].clone()
-            for j in range(start, start + TOGETHER):
-                self._improve(j, here)
-            changed = self._error[:, here].sub(before)
+            if self._compiled is not None:
+                self._compiled.improve(start, self._changed)
+            else:
+                self._improve_all(here)
             for others in (slice(0, start), slice(here.stop, TILE)):
-                self._slope[:, others].add_(self._products[:, others, here] @ changed)
+                self._slope[:, others].add_(self._products[:, others, here] @ self._changed)
+
+    def _improve_all(self, here: slice) -> None:
+        """The best numbers of the channels `here`; what errors grow by goes to `self._changed`."""
+        before = self._error[:, here].clone()
+        for j in range(here.start, here.stop):
+            self._improve(j, here)
+        torch.sub(self._error[:, here], before, out=self._changed)
 
     def _improve(self, j: int, here: slice) -> None:
         """The best number of channel `j`; slopes of the channels `here` follow."""

@@ -1,0 +1,86 @@
+"""Steps of `descent` by a C program on CPUs: the same bits from one pass over memory."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from auto_round.compiled import numeric_library
+from auto_round.numerics.compiled_rounding import FEW, OPTIONS
+from auto_round.numerics.grid import Grid, IntGrid
+
+SOURCE = Path(__file__).with_name("descent.c")
+
+TOGETHER = 16
+"""Channels after which a change is passed on to all others of the tile, in one product."""
+
+
+class _Request(ctypes.Structure):
+    """`Band` of the program."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("products", "step", "u", "zero", "error", "slope")),
+        *((name, ctypes.c_float) for name in ("lo", "hi")),
+        *((name, ctypes.c_int64) for name in ("tiles", "rows")),
+        ("threads", ctypes.c_int),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledDescent:
+    """The weights of a band as `descent` keeps them, all `[n_tiles, TILE, rows]` float32 and contiguous.
+
+    Attributes:
+        program: the compiled library.
+        request: where they lie.
+        tensors: they themselves, so that they stay where they are.
+    """
+
+    program: ctypes.CDLL
+    request: _Request
+    tensors: tuple[Tensor | None, ...]
+
+    def improve(self, start: int, changed: Tensor) -> None:
+        """Give channels `start ... start + TOGETHER - 1` their best numbers.
+
+        Args:
+            start: a multiple of `TOGETHER`.
+            changed: where it is put what their errors grow by, `[n_tiles, TOGETHER, rows]` float32.
+        """
+        self.program.auto_round_improve(
+            ctypes.byref(self.request), ctypes.c_int64(start), ctypes.c_void_p(changed.data_ptr())
+        )
+
+
+def compiled_descent(
+    grid: Grid, products: Tensor, step: Tensor, u: Tensor, zero: Tensor | None, error: Tensor, slope: Tensor
+) -> CompiledDescent | None:
+    """Steps by the C program, which change `error` and `slope`; None where PyTorch has to make them."""
+    tensors = (products, step, u, zero, error, slope)
+    known = [x for x in tensors if x is not None]
+    if type(grid) is not IntGrid or not all(x.device.type == "cpu" and x.is_contiguous() for x in known):
+        return None
+    program = _program()
+    if program is None:
+        return None
+    tiles, _, rows = u.shape
+    request = _Request(
+        *(None if x is None else x.data_ptr() for x in tensors),
+        grid.lo,
+        grid.hi,
+        tiles,
+        rows,
+        torch.get_num_threads() if u.numel() > FEW else 1,
+    )
+    return CompiledDescent(program, request, tensors)
+
+
+def _program() -> ctypes.CDLL | None:
+    """The compiled program; None where it cannot be made."""
+    return numeric_library(
+        SOURCE, OPTIONS, "codes are searched without a compiled program, which takes longer"
+    )

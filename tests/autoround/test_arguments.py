@@ -180,3 +180,48 @@ def test_arguments_that_change_nothing_say_so(caplog, monkeypatch):
     caplog.clear()
     AutoRound("some/model", model_free=False)
     assert "no effect" not in caplog.text
+
+
+class Words:
+    """Stands for a tokenizer."""
+
+    def __call__(self, text):
+        return {"input_ids": []}
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "said"),
+    [
+        (None, None, "model is of type NoneType: expected a folder"),
+        (5, None, "model is of type int"),
+        (nn.Linear, Words(), "model is the class Linear"),
+        (Words(), nn.Linear(2, 2), "changed places"),
+        ("m", 5, "tokenizer is of type int: expected a folder"),
+        ("m", Words, "tokenizer is the class Words"),
+        ("m", nn.Linear(2, 2), "tokenizer is of type Linear"),
+    ],
+    ids=str,
+)
+def test_a_model_and_a_tokenizer_that_are_something_else(model, tokenizer, said):
+    with pytest.raises(ConfigError, match=said):
+        AutoRound(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"), [("", "\"output_dir\" cannot be ''"), (" ", "not empty"), (5, "output_dir.*text")]
+)
+def test_an_output_without_a_name(where, said, tmp_path, monkeypatch):
+    """An empty name was the working directory, which the output took the place of."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        AutoRound("m").quantize_and_save(where)
+    assert not list(tmp_path.iterdir())
+
+
+def test_formats_may_be_a_list():
+    assert AutoRound("m", format=["auto_round", "auto_gptq"]).options.output.formats == (
+        "auto_round",
+        "auto_gptq",
+    )
+    with pytest.raises(ConfigError, match='"format" cannot be 5'):
+        AutoRound("m", format=5)

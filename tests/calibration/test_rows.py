@@ -214,6 +214,10 @@ def test_chat_refusals(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", ["w1"])
     with pytest.raises(ConfigError, match="no chat template"):
         load_rows(f"{path}:apply_chat_template", make_tokenizer(template=None), nsamples=1, seqlen=1, seed=0)
+    with pytest.raises(
+        ConfigError, match=r"system_prompt: this tokenizer has no chat template; .*--tokenizer"
+    ):
+        load_rows(f"{path}:system_prompt=x", make_tokenizer(template=None), nsamples=1, seqlen=1, seed=0)
     strict = make_tokenizer(template="{{ raise_exception('no system role') }}")
     with pytest.raises(ConfigError, match="refuses a conversation system > user: no system role"):
         load_rows(f"{path}:system_prompt=x", strict, nsamples=1, seqlen=1, seed=0)
@@ -236,7 +240,7 @@ def test_a_tokenizer_that_merges_long_runs_still_fills_the_row(tmp_path: Path) -
         (["some text"], "needs a tokenizer"),
         ([{"a": "x", "b": "y"}], "the given data, record 0 has the fields"),
         ([], "0 rows from 0 samples"),
-        (3, "dataset is a int"),
+        (3, "dataset is of type int"),
     ],
 )
 def test_bad_data_sets_are_config_errors(dataset: object, words_: str) -> None:

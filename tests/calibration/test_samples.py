@@ -57,11 +57,13 @@ def test_registered_fields_are_joined() -> None:
 @pytest.mark.parametrize(
     ("record", "fields", "words"),
     [
-        (3, (), "it is a int"),
-        (None, (), "it is a NoneType"),
+        (3, (), "it is of type int"),
+        (None, (), "it is of type NoneType"),
+        ({"text": 3}, (), 'field "text" of it is of type int'),
+        ({"colour": 3}, (), 'field "colour" of it is of type int'),
         ({"a": "x", "b": "y"}, (), r"has the fields \['a', 'b'\]; expected one of"),
         ({"a": "x"}, ("text",), r"no field \['text'\]; it has \['a'\]"),
-        ({"text": 3, "b": 1}, ("text",), 'field "text" of it is a int'),
+        ({"text": 3, "b": 1}, ("text",), 'field "text" of it is of type int'),
         (torch.tensor([0.5]), (), "float32"),
         (torch.zeros(1, 2, 3, dtype=torch.int64), (), r"\(1, 2, 3\)"),
         ({"input_ids": [[1, 2], [3]]}, (), "not a rectangle"),

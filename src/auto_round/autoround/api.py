@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from auto_round.autoround.attributes import Attributes, Done, layer_schemes
 from auto_round.autoround.auto_scheme import AutoScheme
@@ -17,6 +17,7 @@ from auto_round.autoround.parameters import (
     make_documentation,
     make_signature,
     read_arguments,
+    refuse_other_things,
 )
 from auto_round.autoround.pipelines import is_live_pipeline, load_pipeline, quantize_pipeline
 from auto_round.autoround.usual_format import usual_or_rounded
@@ -74,6 +75,7 @@ class AutoRound(Attributes):
         )
         if self._dataset is not None:
             given["dataset"] = f"{type(self._dataset).__name__} {FROM_PYTHON}"
+        refuse_other_things(model, tokenizer)
         self._model, self._tokenizer = _live(model), _live(tokenizer)
         self._processor = live_processor(given)
         alone = self._model is not None and tokenizer is None and self._dataset is None
@@ -286,7 +288,7 @@ class AutoRound(Attributes):
         output = self.options.output
         return replace(
             output,
-            output_dir=output.output_dir if output_dir is None else str(output_dir),
+            output_dir=output.output_dir if output_dir is None else cast(str, output_dir),  # checked there
             format=output.format if formats is None else formats,
             overwrite=output.overwrite if overwrite is None else overwrite,
         )

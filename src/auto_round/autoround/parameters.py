@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from auto_round.autoround.auto_scheme import AutoScheme
+from auto_round.autoround.pipelines import is_live_pipeline
 from auto_round.config import (
     GROUPS,
     EvaluationOptions,
@@ -97,6 +98,40 @@ def read_arguments(given: Mapping[str, Any], recipe: str) -> Options:
     for note in granted_notes(name for name, value in given.items() if value):
         logger.warning(note)
     return build_options(now, recipe, read_environment())
+
+
+def refuse_other_things(model: Any, tokenizer: Any) -> None:
+    """See that the first two arguments are what they are called.
+
+    Raises:
+        ConfigError: one of them is something else, or each has the other's place.
+    """
+    if _is_name(model) and (tokenizer is None or _is_name(tokenizer)):
+        return
+    if not _is_name(model) and not _is_model(model) and _is_model(tokenizer):
+        raise ConfigError("model and tokenizer have changed places: AutoRound(model, tokenizer, ...)")
+    if not (_is_name(model) or _is_model(model) or is_live_pipeline(model)):
+        raise ConfigError(
+            f"model is {_kind(model)}: expected a folder, a hub name, or a model or pipeline in memory"
+        )
+    other = isinstance(tokenizer, type) or _is_model(tokenizer) or not callable(tokenizer)
+    if other and tokenizer is not None and not _is_name(tokenizer):
+        raise ConfigError(
+            f"tokenizer is {_kind(tokenizer)}: expected a folder, a hub name, or a tokenizer in memory"
+        )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, (str, Path))
+
+
+def _is_model(value: Any) -> bool:
+    """Whether an object is a model; nothing is imported to find out."""
+    return not isinstance(value, type) and hasattr(value, "named_parameters")
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
 
 
 def live_processor(given: dict[str, Any]) -> Any:

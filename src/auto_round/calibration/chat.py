@@ -8,6 +8,12 @@ from typing import Any, Protocol
 from auto_round.calibration.records import Conversation, Message
 from auto_round.errors import ConfigError
 
+NO_TEMPLATE = (
+    "apply_chat_template or system_prompt: this tokenizer has no chat template; remove these words behind "
+    "the data set's name, or name a tokenizer that has one (--tokenizer)"
+)
+"""What is said where a template is asked for and there is none."""
+
 
 class Tokenizer(Protocol):
     """What calibration asks of a Transformers tokenizer."""
@@ -47,7 +53,7 @@ def render_chat(
             return sample, False
         return "\n".join(message["content"] for message in sample.messages), False
     if not has_template:
-        raise ConfigError("apply_chat_template: this tokenizer has no chat template; remove that option")
+        raise ConfigError(NO_TEMPLATE)
     messages = sample.messages if isinstance(sample, Conversation) else ({"role": "user", "content": sample},)
     return fill(tokenizer, with_system(messages, system_prompt)), True
 

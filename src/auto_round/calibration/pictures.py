@@ -135,7 +135,7 @@ def open_image(image: object, folder: Path | None, where: str) -> Any:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     if not isinstance(image, (str, Path)):
-        raise ConfigError(f"{where}: an image is a {type(image).__name__}; expected a path")
+        raise ConfigError(f"{where}: an image is of type {type(image).__name__}; expected a path")
     path = Path(image).expanduser()
     path = path if path.is_absolute() or folder is None else folder / path
     if not path.is_file():

@@ -81,7 +81,7 @@ def samples_of(record: object, fields: Sequence[str], where: str) -> Iterator[Sa
         yield from _of_list(record, fields, where)
     else:
         raise ConfigError(
-            f"{where} is a {type(record).__name__}; expected text, token ids, or a mapping that holds "
+            f"{where} is of type {type(record).__name__}; expected text, token ids, or a mapping that holds "
             "text or input_ids"
         )
 
@@ -114,7 +114,8 @@ def _of_mapping(record: Mapping[str, object], fields: Sequence[str], where: str)
         text = "\n".join(_text(record[name], f'field "{name}" of {where}') for name in chosen)
         yield _with_images(text, images, where)
     elif len(record) == 1:
-        yield from samples_of(next(iter(record.values())) or "", (), where)
+        ((name, value),) = record.items()
+        yield from samples_of("" if value is None else value, (), f'field "{name}" of {where}')
     else:
         raise ConfigError(
             f"{where} has the fields {sorted(record)}; expected one of "
@@ -155,7 +156,7 @@ def _text(value: object, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ConfigError(f"{where} is a {type(value).__name__}, expected text")
+        raise ConfigError(f"{where} is of type {type(value).__name__}, expected text")
     return value
 
 

@@ -142,8 +142,8 @@ def _sources(
         yield own_source(records), DatasetItem("the given data")
     else:
         raise ConfigError(
-            f"dataset is a {type(dataset).__name__}; expected a name, a path, a list of texts or token ids, "
-            "or a DataLoader"
+            f"dataset is of type {type(dataset).__name__}; expected a name, a path, a list of texts or "
+            "token ids, or a DataLoader"
         )
 
 

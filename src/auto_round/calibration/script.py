@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from auto_round.calibration.chat import fill, with_system
+from auto_round.calibration.chat import NO_TEMPLATE, fill, with_system
 from auto_round.calibration.grammar import DatasetItem
 from auto_round.errors import ConfigError
 
@@ -47,7 +47,7 @@ def script_of(tokenizer: Any, config: Any, item: DatasetItem) -> Script:
     """
     wants = item.apply_chat_template
     if wants and not tokenizer.chat_template:
-        raise ConfigError("apply_chat_template: this tokenizer has no chat template; remove that option")
+        raise ConfigError(NO_TEMPLATE)
     stops = {*_ids(getattr(config, "eos_token_id", None)), *_ids(tokenizer.eos_token_id)}
     special = frozenset(tokenizer.all_special_ids)
     if tokenizer.chat_template and wants is not False:

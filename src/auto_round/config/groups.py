@@ -216,7 +216,13 @@ class OutputOptions:
 
     output_dir: str = option("tmp_autoround", Spec("folder the quantized model goes under"))
     format: str = option(
-        "auto_round", Spec("comma list of file formats", flags=("format", "formats"), aliases=("formats",))
+        "auto_round",
+        Spec(
+            "comma list of file formats",
+            flags=("format", "formats"),
+            aliases=("formats",),
+            convert=values.comma_list,
+        ),
     )
     gguf_template: str | None = option(
         None,

@@ -101,6 +101,8 @@ class Setting:
             raise self.refuse(value, f"expected {self.expected()}") from None
         if self.spec.choices:
             return self._choose(value)
+        if self.kind == "str" and not value.strip() and self.default != value:
+            raise self.refuse(value, f"expected {self.expected()} that is not empty")
         low, high = self.spec.low, self.spec.high
         if (low is not None and value < low) or (high is not None and value > high):
             raise self.refuse(value, f"expected {self.expected()}")

@@ -25,6 +25,13 @@ def names(value: Any) -> tuple[str, ...]:
     return tuple(name for part in value for name in names(part))
 
 
+def comma_list(value: Any) -> Any:
+    """Turn `["a", "b"]` into `"a,b"`; what is no list of names stays as it is."""
+    if isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value):
+        return ",".join(value)
+    return value
+
+
 def numbers(value: Any) -> tuple[float, ...]:
     """Turn `"2.5,3"`, `3`, or a list of numbers into numbers above zero."""
     parts = names(value) if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]

@@ -120,7 +120,9 @@ def parse_formats(text: str) -> list[Exporter]:
         )
     for name in names:
         if name not in EXPORTERS:
-            raise ConfigError(f'unknown format "{name}"; {nearest(name, (*EXPORTERS, *LATER))}')
+            raise ConfigError(
+                f'unknown format "{name}"; {nearest(name, EXPORTERS)} ("auto-round list format")'
+            )
     return [EXPORTERS[name] for name in dict.fromkeys(names)]
 
 

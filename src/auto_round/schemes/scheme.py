@@ -353,7 +353,9 @@ def parse_scheme(
     if isinstance(value, str):
         name = value.strip().upper()
         if name not in PRESET_SCHEMES:
-            raise ConfigError(f'unknown scheme "{value}"; {nearest(value, PRESET_SCHEMES)}')
+            raise ConfigError(
+                f'unknown scheme "{value}"; {nearest(value, PRESET_SCHEMES)} ("auto-round list scheme")'
+            )
         if name.startswith("GGUF:"):
             return PRESET_SCHEMES[name]
         scheme = replace(PRESET_SCHEMES[name], scale_dtype=start.scale_dtype)

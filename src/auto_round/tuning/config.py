@@ -93,7 +93,7 @@ class TuneConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < 10:
                 option = {"range_lr": "minmax_lr (range_lr)"}.get(name, name)
-                raise ConfigError(f"{option} must lie between 0 and 10, got {value}")
+                raise ConfigError(f"{option} must be above 0 and below 10, got {value}")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if self.iters and not (self.tune_rounding or self.tune_range or self.tune_norm_bias):

@@ -137,7 +137,7 @@ def _say_what_decides(options: Options, wanted: FileType) -> None:
     if meant.act_quantized or not meant.quantized or not meant.data_type.startswith("int"):
         raise ConfigError(
             f"{', '.join(idle)}: no type of a GGUF file holds {meant.label}, {name} stores most matrices as "
-            f"{kind.name.upper()}; leave out {'it' if len(idle) == 1 else 'them'}, or choose another format"
+            f"{kind.name.upper()}; leave {'it' if len(idle) == 1 else 'them'} out, or choose another format"
         )
     logger.warning(
         '%s: no effect (%s), since %s stores most matrices as %s, with %d bits; layer_config={"v_proj": '

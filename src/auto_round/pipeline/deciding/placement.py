@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from auto_round.errors import ConfigError, Refusal, UnsupportedError, nearest
+from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.facts.layer import Layer
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.machine.device import Devices
-from auto_round.schemes.rules import find_layers
+from auto_round.schemes.rules import find_layers, nearest_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def _by_rules(devices: Devices, source: ModelSource) -> dict[str, torch.device]:
     for key, device in devices.rules:
         inside = find_layers(key, names, "device_map")
         if not inside and not find_layers(key, beside, "device_map"):
-            raise ConfigError(f'device_map "{key}" matches no layer; {nearest(key, list(names)[:4000])}')
+            raise ConfigError(f'device_map "{key}" matches no layer; {nearest_layers(key, names)}')
         found.append((inside, device))
     placed: dict[str, torch.device] = {}
     for inside, device in sorted(found, key=lambda rule: -len(rule[0])):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from auto_round.autoscheme.groups import group_layers
+from auto_round.autoscheme.groups import group_layers, nothing_fused
 from auto_round.errors import ConfigError
 from auto_round.facts.layer import Layer, Role
 
@@ -39,7 +39,7 @@ def test_engines_fuse_q_k_v_and_gate_up() -> None:
 
 
 def test_each_layer_by_itself_where_nobody_fuses() -> None:
-    found = group_layers(LAYERS, NAMES, [["gate_proj", "up_proj"]], fused=False)
+    found = group_layers(LAYERS, NAMES, [["gate_proj", "up_proj"]], fused=nothing_fused)
     assert sum(len(names) == 1 for names in found) == 2 * 5
     assert {"1.mlp.gate_proj", "1.mlp.up_proj"} in short(found)
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from auto_round.autoscheme.outside import begin_rounded, weight_outside
 from auto_round.autoscheme.parts import Part, Setting, open_block
 from auto_round.autoscheme.start import begin
 from auto_round.evaluate.logits import positions_at_once
 from auto_round.facts.flow import States
 from auto_round.pipeline.running.block_arguments import ArgumentTable
-from auto_round.pipeline.running.rounding import round_matrix
 
 STREAM_BYTES = 2 << 30
 """Memory for the streams of one pass."""
@@ -57,6 +57,9 @@ def _pass(
     reference = tuple(state.clone() for state in start)
     moving: dict[Trial, States] = {}
     trials = [(part, o) for part in parts for o in setting.options if not setting.keeps(part, o)]
+    for part, option in trials:
+        if part.layers[0] == setting.embedding:
+            moving[part, option] = begin_rounded(setting, part, option, start)
     for block in setting.job.source.blocks:
         mine = [trial for trial in trials if trial[0].block == block.index]
         with open_block(setting, block.index, table, [part for part, _ in mine]) as opened:
@@ -68,20 +71,20 @@ def _pass(
                 moving[part, option] = tuple(torch.empty_like(state) for state in reference)
                 opened.pass_on(reference, moving[part, option], opened.rounded(part, option))
             opened.pass_on(reference, reference)
-    heads = [part for part in parts if part.block is None]
+    heads = [part for part in parts if setting.at_the_head(part)]
     return divergences(setting, reference, {trial: states[0] for trial, states in moving.items()}, heads)
 
 
 def divergences(
     setting: Setting, reference: States, moved: Mapping[Trial, Tensor], heads: Sequence[Part]
 ) -> dict[Trial, float]:
-    """Mean KL of each stream from the reference, and of rounded heads on the reference.
+    """Mean KL of each stream from the reference, and of rounded heads on their stream or the reference.
 
     Args:
         setting: what is measured, and on what.
         reference: what flows out of the last block of the original.
         moved: the first of the same, where a part is rounded.
-        heads: parts that are the output head.
+        heads: parts that the output head multiplies with.
 
     Returns:
         A score for each stream, and for each head and option that rounds it.
@@ -89,7 +92,7 @@ def divergences(
     job = setting.job
     rows = () if job.rows is None else job.rows.rows
     rounding = [(part, o) for part in heads for o in setting.options if not setting.keeps(part, o)]
-    weights = {trial: head_weight(setting, *trial) for trial in rounding}
+    weights = {trial: weight_outside(setting, *trial) for trial in rounding}
     sums, counted = dict.fromkeys([*moved, *weights], 0.0), 0
     step = positions_at_once(job.source.facts.vocabulary)
     with job.source.stem(job.device, job.dtype) as stem, torch.no_grad():
@@ -99,10 +102,10 @@ def divergences(
                 hidden = reference[0][here].to(job.device)
                 mask = None if row.mask is None else row.mask[here[1]].to(job.device)
                 before = stem.finish(hidden)[0].float().log_softmax(-1)
-                for trial, states in moved.items():
-                    sums[trial] += _divergence(before, stem.finish(states[here].to(job.device))[0], mask)
-                for trial, weight in weights.items():
-                    sums[trial] += _divergence(before, stem.finish(hidden, weight)[0], mask)
+                for trial in sums:
+                    other = moved[trial][here].to(job.device) if trial in moved else hidden
+                    logits = stem.finish(other, weights.get(trial))[0]
+                    sums[trial] += _divergence(before, logits, mask)
                 counted += hidden.shape[1] if mask is None else int(mask.sum())
     return {trial: total / max(1, counted) for trial, total in sums.items()}
 
@@ -112,22 +115,3 @@ def _divergence(before: Tensor, logits: Tensor, mask: Tensor | None) -> float:
     after = logits.float().log_softmax(-1)
     found = (before.exp() * (before - after)).sum(-1)
     return float((found if mask is None else found[mask]).double().sum())
-
-
-def head_weight(setting: Setting, part: Part, option: int) -> Tensor:
-    """The output head rounded by an option, in the dtype that it computes in.
-
-    Args:
-        setting: what is measured.
-        part: the head.
-        option: number of the option.
-    """
-    job = setting.job
-    layer = setting.candidates.layers[part.layers[0]]
-    scheme = setting.candidates.plans[option].scheme_of(layer.name)
-    fmt = None if scheme is None else scheme.weight_format()
-    weight = job.source.read(layer)
-    if scheme is None or fmt is None:
-        return weight.to(job.device, job.dtype)
-    q = round_matrix(layer.tensor, weight, fmt, job.device, effort=setting.effort(scheme.bits))
-    return q.format.dequantize(q, job.dtype)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from auto_round.autoscheme.by_divergence import head_weight
+from auto_round.autoscheme.outside import weight_outside
 from auto_round.autoscheme.parts import (
     OpenBlock,
     Part,
@@ -55,7 +55,7 @@ def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[
         NumericsError: a weight is not finite.
     """
     table, start, masks = begin(setting, scratch)
-    every = find_parts(setting.candidates, setting.job.source.layers)
+    every = find_parts(setting.candidates)
     found = {part: [0.0] * len(setting.options) for part in parts}
     for option in setting.options:
         rounded = [part for part in every if not setting.keeps(part, option)]
@@ -127,7 +127,7 @@ class _Pass:
         found: Sums = {}
         with job.source.stem(job.device, job.dtype) as stem:
             own = [job.source.read(self.setting.candidates.layers[p.layers[0]]).to(job.device) for p in heads]
-            rounded = [head_weight(self.setting, part, self.option).requires_grad_() for part in heads]
+            rounded = [weight_outside(self.setting, part, self.option).requires_grad_() for part in heads]
             for r, (row, count) in enumerate(zip(rows, counts, strict=True)):
                 hidden = final[0][r : r + 1].to(job.device).requires_grad_()
                 with torch.enable_grad():

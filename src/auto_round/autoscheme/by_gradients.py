@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from auto_round.autoscheme.by_divergence import divergences
+from auto_round.autoscheme.outside import begin_rounded
 from auto_round.autoscheme.parts import OpenBlock, Part, Rounded, Setting, StandIn, open_block, taken
 from auto_round.autoscheme.start import begin
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
@@ -43,6 +44,9 @@ CHANGE = torch.bfloat16
 CHANGES_BYTES = 2 << 30
 """Memory for what the options change in a block; one with more is run back several times."""
 
+BEFORE_BLOCKS = -1
+"""Place of the embedding."""
+
 SAVED = "gradients.safetensors"
 """File of the gradient behind the block that is next."""
 
@@ -56,7 +60,7 @@ def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[
         scratch: folder for what does not fit into memory, and for gradients from which a killed run goes on.
 
     Yields:
-        Each part with its scores: the head's, then block by block from the last to the first.
+        Each part with its scores: the head's, block by block from the last to the first, the embedding's.
 
     Raises:
         NumericsError: a weight is not finite.
@@ -64,11 +68,15 @@ def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[
     job = setting.job
     table, start, masks = begin(setting, scratch)
     boundaries = _forward(setting, table, start, scratch)
-    heads = [part for part in parts if part.block is None]
+    heads = [part for part in parts if setting.at_the_head(part)]
     scores = divergences(setting, boundaries[-1], {}, heads) if heads else {}
+    embedding = next((part for part in parts if part.layers[0] == setting.embedding), None)
     for part in heads:
-        yield part, [scores.get((part, option), 0.0) for option in setting.options]
+        if part != embedding:
+            yield part, [scores.get((part, option), 0.0) for option in setting.options]
     wanted = [part.block for part in parts if part.block is not None]
+    if embedding is not None:
+        wanted.append(BEFORE_BLOCKS)
     if not wanted:
         return
     saved = _load(scratch / SAVED, len(start))
@@ -76,7 +84,7 @@ def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[
         saved = len(job.source.blocks), _at_the_end(setting, boundaries[-1], masks)
     behind, gradient = saved
     tokens = start[0].shape[0] * start[0].shape[1] if masks is None else int(masks.sum())
-    for index in range(behind - 1, min(wanted) - 1, -1):
+    for index in range(behind - 1, max(0, min(wanted)) - 1, -1):
         del boundaries[index + 1 :]
         mine = [part for part in parts if part.block == index]
         with open_block(setting, index, table, mine) as opened:
@@ -84,6 +92,20 @@ def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[
         for part in mine:
             yield part, [sums.get((part, o), 0.0) / (2 * tokens) for o in setting.options]
         _save(scratch / SAVED, index, gradient)
+    if embedding is not None:
+        squares = _of_embedding(setting, embedding, start, gradient)
+        at_head = [scores.get((embedding, option), 0.0) for option in setting.options]
+        yield embedding, [s / (2 * tokens) + h for s, h in zip(squares, at_head, strict=True)]
+
+
+def _of_embedding(setting: Setting, part: Part, start: States, gradient: States) -> list[float]:
+    """Sum of (slope x change)^2 over tokens for each option, of what flows into the first block."""
+    sums = []
+    for option in setting.options:
+        kept = setting.keeps(part, option)
+        moved = start if kept else begin_rounded(setting, part, option, start)
+        sums.append(sum(_squares(g, m - s) for g, m, s in zip(gradient, moved, start, strict=True)))
+    return sums
 
 
 def _forward(setting: Setting, table: ArgumentTable, start: States, scratch: Path) -> list[States]:

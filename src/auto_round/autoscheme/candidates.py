@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from auto_round.autoscheme.groups import group_layers
+from auto_round.autoscheme.groups import Fusing, group_layers
 from auto_round.errors import ConfigError
 from auto_round.facts.layer import Layer
+from auto_round.schemes.entry import PlanEntry
+from auto_round.schemes.gguf_mixture import fitting
+from auto_round.schemes.gguf_types import TYPES, type_of_scheme
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
+from auto_round.schemes.siblings import fused_groups
 
 BitsOf = Callable[[Layer, QuantizationScheme | None], float]
 """Bits that a layer takes under a scheme; None keeps it as it is."""
@@ -26,8 +30,9 @@ class Candidates:
             where rows need smaller groups.
         groups: layers that are decided together, in the order of execution.
         fixed: layers that the user's rules quantize, with their schemes: they count, and nothing is chosen.
-        layers: every layer of the model by name.
-        fused: layers that engines fuse are measured, and chosen for, together.
+        layers: every layer of the model by name, and the embedding where its scheme is chosen.
+        fused: what readers fuse is measured, and chosen for, together.
+        embedding: name of the embedding where its scheme is chosen; the last group.
     """
 
     labels: tuple[str, ...]
@@ -35,7 +40,8 @@ class Candidates:
     groups: tuple[tuple[str, ...], ...]
     fixed: Mapping[str, QuantizationScheme]
     layers: Mapping[str, Layer]
-    fused: bool = True
+    fused: Fusing = fused_groups
+    embedding: str | None = None
 
     @property
     def weights(self) -> int:
@@ -47,6 +53,29 @@ class Candidates:
     def chosen(self) -> tuple[str, ...]:
         """Layers whose scheme is chosen."""
         return tuple(name for names in self.groups for name in names)
+
+    @property
+    def in_turn(self) -> tuple[int, ...]:
+        """Picks of a plan that has all options."""
+        return tuple(i % len(self.plans) for i in range(len(self.groups)))
+
+    def with_embedding(self, layer: Layer, schemes: Sequence[QuantizationScheme | None]) -> Candidates:
+        """The same, and the embedding's scheme is chosen too.
+
+        Args:
+            layer: the embedding.
+            schemes: of each option.
+        """
+        name = layer.name
+        entries = [PlanEntry(scheme, "option of AutoScheme") for scheme in schemes]
+        pairs = zip(self.plans, entries, strict=True)
+        return replace(
+            self,
+            plans=tuple(replace(plan, entries={**plan.entries, name: entry}) for plan, entry in pairs),
+            groups=(*self.groups, (name,)),
+            layers={**self.layers, name: layer},
+            embedding=name,
+        )
 
     def costs(self, bits_of: BitsOf) -> tuple[tuple[float, ...], ...]:
         """Bits of each group under each option."""
@@ -65,7 +94,7 @@ def make_candidates(
     plans: Mapping[str, Plan],
     shared: Sequence[Sequence[str]] = (),
     *,
-    fused: bool = True,
+    fused: Fusing = fused_groups,
 ) -> Candidates:
     """Find the layers that are left to choose for.
 
@@ -73,7 +102,7 @@ def make_candidates(
         layers: every layer, in the order of execution.
         plans: label of an option -> the plan that gives every layer this option.
         shared: the user's sets of layers that get one scheme.
-        fused: layers that engines fuse get one, too.
+        fused: what readers fuse gets one, too.
 
     Raises:
         ConfigError: a set names no layer, or there is nothing to choose.
@@ -97,6 +126,12 @@ def make_candidates(
         layers={layer.name: layer for layer in layers},
         fused=fused,
     )
+
+
+def in_gguf(layer: Layer, scheme: QuantizationScheme | None) -> QuantizationScheme | None:
+    """What a GGUF file gives a layer: types whose blocks do not divide its rows have a substitute."""
+    kind = None if scheme is None else type_of_scheme(scheme)
+    return scheme if kind is None else TYPES[fitting(kind.name, layer.shape[-1])].scheme
 
 
 def stored_bits(layer: Layer, scheme: QuantizationScheme | None) -> float:

@@ -168,7 +168,7 @@ def _limits(
         exporter = next(iter(decided.exporters.values()))
         return (
             partial(file_bits, exporter),
-            rest_bits(exporter, decided.plan, opened.source, candidates.chosen),
+            rest_bits(exporter, decided.plan, opened.source, candidates),
             target.size * 8.0,
         )
     bits_of = code_bits if target.codes_only else stored_bits

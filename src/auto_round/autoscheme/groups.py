@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from auto_round.errors import ConfigError
 from auto_round.facts.layer import Layer
 from auto_round.schemes.rules import find_layers, nearest_layers
 from auto_round.schemes.siblings import fused_groups
+
+Fusing = Callable[[Iterable[str]], Mapping[str, list[str]]]
+"""Names of layers -> those of each matrix that readers of a format make of several."""
+
+
+def nothing_fused(names: Iterable[str]) -> dict[str, list[str]]:
+    """What a reader fuses that leaves every layer alone."""
+    return {}
 
 
 def group_layers(
@@ -15,11 +23,12 @@ def group_layers(
     chosen: Iterable[str],
     shared: Sequence[Sequence[str]] = (),
     *,
-    fused: bool = True,
+    fused: Fusing = fused_groups,
 ) -> list[tuple[str, ...]]:
     """Put layers that must get one scheme together.
 
-    Engines fuse q/k/v, gate/up and the experts of a block; matrices of one parameter cannot differ either.
+    Most engines fuse q/k/v, gate/up and the experts of a block; matrices of one parameter cannot differ
+    either.
     The user's sets widen this: exact names join each other wherever they are, patterns join what they find
     inside each block.
 
@@ -27,7 +36,7 @@ def group_layers(
         layers: every layer of the model, in the order of execution.
         chosen: names of those whose scheme is to be chosen.
         shared: the user's sets of names and patterns.
-        fused: what engines fuse joins; else only matrices of one parameter do, and the user's sets.
+        fused: what readers fuse.
 
     Returns:
         Names of each group, in the order of execution.
@@ -36,8 +45,7 @@ def group_layers(
         ConfigError: a name or pattern that matches no layer; names the nearest.
     """
     wanted = dict.fromkeys(chosen)
-    by_engines = fused_groups(wanted).values() if fused else ()
-    sets = [*by_engines, *_parameters(layers, wanted), *_user_sets(layers, shared)]
+    sets = [*fused(wanted).values(), *_parameters(layers, wanted), *_user_sets(layers, shared)]
     parent = {name: name for name in wanted}
 
     def root(name: str) -> str:

@@ -16,7 +16,6 @@ from auto_round.calibration.observe import observe_extremes, observe_inputs
 from auto_round.calibration.observe_experts import observe_expert_extremes, observe_experts
 from auto_round.facts.flow import States
 from auto_round.facts.inputs import expert_of, owner_of
-from auto_round.facts.layer import Layer
 from auto_round.models.matrix_experts import computes_in
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
@@ -45,7 +44,7 @@ class Part:
 
     Attributes:
         layers: their names.
-        block: index of the block; None for the output head.
+        block: index of the block; None for the output head and the embedding.
     """
 
     layers: tuple[str, ...]
@@ -77,17 +76,27 @@ class Setting:
         """Numbers of the options."""
         return range(len(self.candidates.labels))
 
+    @property
+    def embedding(self) -> str | None:
+        """Name of the embedding, where its scheme is chosen."""
+        return self.candidates.embedding
+
+    def at_the_head(self, part: Part) -> bool:
+        """Whether the output head multiplies with what a part rounds: it is the head, or tied to it."""
+        embeds = part.layers[0] == self.embedding
+        return part.block is None and (not embeds or self.job.source.tied_head)
+
     def keeps(self, part: Part, option: int) -> bool:
         """Whether an option keeps all layers of a part as they are, so that nothing is lost."""
         plan = self.candidates.plans[option]
         return all(plan.scheme_of(name) is None for name in part.layers)
 
 
-def find_parts(candidates: Candidates, layers: Sequence[Layer]) -> tuple[Part, ...]:
+def find_parts(candidates: Candidates) -> tuple[Part, ...]:
     """The parts to measure: the least that may be chosen for; wider groups of the user's are sums of them."""
-    block_of = {layer.name: layer.block for layer in layers}
+    block_of = {layer.name: layer.block for layer in candidates.layers.values()}
     found: list[Part] = []
-    for names in group_layers(layers, candidates.chosen, fused=candidates.fused):
+    for names in group_layers(tuple(candidates.layers.values()), candidates.chosen, fused=candidates.fused):
         inside: dict[int | None, list[str]] = {}
         for name in names:
             inside.setdefault(block_of[name], []).append(name)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from auto_round.autoscheme.candidates import Candidates, make_candidates
+from auto_round.autoscheme.candidates import Candidates, in_gguf, make_candidates
 from auto_round.autoscheme.decision import Decision, decide_on, refuse_unreachable, targets_of
+from auto_round.autoscheme.groups import Fusing, nothing_fused
 from auto_round.autoscheme.parts import Setting
 from auto_round.autoscheme.plan_file import written
 from auto_round.autoscheme.request import Option, gguf_base, is_gguf, read_options, with_scheme
@@ -22,7 +23,8 @@ from auto_round.calibration.rows import CalibrationRows, load_rows
 from auto_round.calibration.sources import OfModel
 from auto_round.config.options import Options
 from auto_round.export.table import scale_dtype
-from auto_round.facts.layer import Role
+from auto_round.facts.inputs import WEIGHT
+from auto_round.facts.layer import Layer, Role
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.pipeline.deciding.decide import Decided, decide
 from auto_round.pipeline.deciding.fetch_rows import Data, refuse_unknown_tokens
@@ -37,7 +39,9 @@ from auto_round.report.record import SENSITIVITY
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.request import plan_request
+from auto_round.schemes.rules import find_layers
 from auto_round.schemes.scheme import parse_scheme
+from auto_round.schemes.siblings import expert_peers, fused_groups
 
 ROWS, ROWS_OF_EXPERTS = 16, 64
 """Rows that sensitivities are measured on when the user says nothing; experts see a part of them each."""
@@ -71,7 +75,8 @@ class Menu:
         options: what the user asked for.
         listed: the schemes to choose from.
         candidates: what each of them means for each layer.
-        embedding: name of the embedding, where a format rounds it; it gets the largest of the options.
+        embedding: name of the embedding that gets the largest of the options; None where the user or the
+            choice decides, or nothing rounds it.
     """
 
     options: Options
@@ -134,14 +139,18 @@ def choose_schemes(
         opened.source.layers,
         {option.label: _plan(options, request, opened, option) for option in listed},
         options.auto.joined,
-        fused=options.auto.fused,
+        fused=_fused(options, request),
     )
     refuse_unmeasurable(opened.source, candidates)
     menu = Menu(options, listed, candidates)
     decided = _trial(menu, opened, given)
-    if (embedding := _embedding(decided)) is not None:
-        menu = replace(menu, embedding=embedding)
+    if (embedding := _embedding(decided, opened)) is not None:
+        if options.auto.chooses_embedding:
+            menu = replace(menu, candidates=_with_embedding(menu, embedding, opened))
+        else:
+            menu = replace(menu, embedding=embedding)
         decided = _trial(menu, opened, given)
+    candidates = menu.candidates
     targets = targets_of(options.auto)
     for target in targets:
         refuse_unreachable(target, candidates, decided, opened)
@@ -150,7 +159,7 @@ def choose_schemes(
     chosen = [decide_on(target, candidates, scores, decided, opened) for target in targets]
     for decision in chosen:
         logger.info("AutoScheme %s", decision.summary)
-    measured = sensitivity(scores, candidates.labels, options.auto.score_method, opened.source)
+    measured = sensitivity(scores, candidates, options.auto.score_method, opened.source.blocks)
     return tuple(_run(menu, decision, measured, several=len(chosen) > 1) for decision in chosen)
 
 
@@ -177,8 +186,11 @@ def _plan(options: Options, request: Request, opened: Opened, option: Option) ->
     wanted = replace(request.options.scheme, scheme=option.scheme)
     kind = parse_scheme(option.scheme, wanted.overrides()).data_type
     asked = plan_request(wanted, scale_dtype(request.formats, source.dtype, kind))
-    if any(exporter.planner is not None for exporter in request.formats):
-        asked = replace(asked, quant_lm_head=not source.tied_head)  # such files round the head in any case
+    own_plan = _gguf(request)
+    if own_plan:
+        beside = _rules_beside(opened)  # which such files round, and the head in any case
+        rules = {key: rule for key, rule in (asked.layer_config or {}).items() if key not in beside}
+        asked = replace(asked, quant_lm_head=not source.tied_head, layer_config=rules)
     plan = make_plan(
         source.layers,
         asked,
@@ -186,21 +198,59 @@ def _plan(options: Options, request: Request, opened: Opened, option: Option) ->
         tied_head=source.tied_head,
         other_names=sorted({name.rpartition(".")[0] for name in source.tensors}),
     )
-    return without_kept(plan, source.layers, request.formats)
+    plan = without_kept(plan, source.layers, request.formats)
+    if not own_plan:
+        return plan
+    fitted = {layer.name: in_gguf(layer, plan.scheme_of(layer.name)) for layer in source.layers}
+    entries = {name: replace(entry, scheme=fitted[name]) for name, entry in plan.entries.items()}
+    return replace(plan, entries=entries)
 
 
 def _trial(menu: Menu, opened: Opened, given: Given) -> Decided:
     """A run that mixes all options; refused where no plan of the wanted formats can."""
-    count = len(menu.listed)
-    picks = [i % count for i in range(len(menu.candidates.groups))]
-    trial = make_request(menu.run(picks), dataset=given.dataset)
+    trial = make_request(menu.run(menu.candidates.in_turn), dataset=given.dataset)
     return decide(trial, replace(opened, options=trial.options), quiet=True)
 
 
-def _embedding(decided: Decided) -> str | None:
-    """Name of the token embedding where a format rounds it."""
+def _gguf(request: Request) -> bool:
+    """Whether the output is a GGUF file, which has rules of its own for plans."""
+    return any(exporter.planner is not None for exporter in request.formats)
+
+
+def _fused(options: Options, request: Request) -> Fusing:
+    """What readers of the wanted formats fuse: of a GGUF file the experts alone, which are one tensor."""
+    if _gguf(request):
+        return expert_peers
+    return fused_groups if options.auto.fused else nothing_fused
+
+
+def _embedding(decided: Decided, opened: Opened) -> str | None:
+    """Name of the token embedding where a format rounds it, and no rule of the user's names it."""
     found = [place for exporter in decided.exporters.values() if (place := exporter.embedding) is not None]
-    return found[0][1].removesuffix(".weight") if found else None
+    if not found:
+        return None
+    name = found[0][1].removesuffix(WEIGHT)
+    return None if any(name in names for names in _rules_beside(opened).values()) else name
+
+
+def _rules_beside(opened: Opened) -> dict[str, list[str]]:
+    """The user's rules that name tensors beside the layers, such as the embedding, and no layer."""
+    layers = dict.fromkeys(layer.name for layer in opened.source.layers)
+    beside = dict.fromkeys(name.removesuffix(WEIGHT) for name in opened.source.tensors)
+    known = {**beside, **layers}
+    found = {key: find_layers(key, known, "layer_config") for key in opened.options.scheme.layer_config or {}}
+    return {key: names for key, names in found.items() if names and not any(n in layers for n in names)}
+
+
+def _with_embedding(menu: Menu, name: str, opened: Opened) -> Candidates:
+    """Candidates with the embedding among them."""
+    tensor = opened.source.tensors[f"{name}{WEIGHT}"]
+    place, shape = f"{name}{WEIGHT}", (tensor.shape[0], tensor.shape[1])
+    layer = Layer(name, place, place, shape, tensor.dtype, None, Role.OUTSIDE)
+    schemes = [parse_scheme(option.scheme) for option in menu.listed]
+    return menu.candidates.with_embedding(
+        layer, [in_gguf(layer, s if s.quantized else None) for s in schemes]
+    )
 
 
 def _setting(

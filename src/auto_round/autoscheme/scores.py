@@ -43,7 +43,7 @@ def measured_scores(setting: Setting, method: str, progress: ProgressSink, clock
         NumericsError: a weight or a score is not finite; names the layers.
     """
     plans = setting.candidates.plans
-    parts = find_parts(setting.candidates, setting.job.source.layers)
+    parts = find_parts(setting.candidates)
     root = read_environment().cache.expanduser() / "scores"
     with open_scores(root, _signature(setting, method)) as kept:
         found = {part: scores for part in parts if (scores := kept.find(part, plans)) is not None}

@@ -5,27 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from auto_round.autoscheme.candidates import Candidates
 from auto_round.autoscheme.scores import Scores
 from auto_round.facts.layer import Block, Layer
-from auto_round.models.source import ModelSource
 from auto_round.pipeline.writing.planned import kind_of
 
 
-def sensitivity(scores: Scores, labels: Sequence[str], method: str, source: ModelSource) -> dict[str, Any]:
+def sensitivity(
+    scores: Scores, candidates: Candidates, method: str, blocks: Sequence[Block]
+) -> dict[str, Any]:
     """JSON values: `measure` in words, and `layers` with `kind`, `block` and `scores` by option.
 
     Args:
         scores: of all parts.
-        labels: of the options.
+        candidates: what can be chosen.
         method: how they were measured.
-        source: the model.
+        blocks: of the model.
     """
-    layers = {layer.name: layer for layer in source.layers}
+    layers, labels = candidates.layers, candidates.labels
     return {
         "measure": f"Estimated divergence when only these layers are rounded, nats per token ({method})",
         "layers": [
             {
-                "kind": _kind([layers[name] for name in part.layers], source.blocks),
+                "kind": _kind([layers[name] for name in part.layers], blocks),
                 "block": part.block,
                 "scores": dict(zip(labels, losses, strict=True)),
             }

@@ -125,6 +125,11 @@ class AutoSchemeOptions:
         return tuple(names for names in self.shared_layers if names != NOT_FUSED)
 
     @property
+    def chooses_embedding(self) -> bool:
+        """Whether an embedding that is rounded gets a scheme by choice: where its size counts."""
+        return not self.avg_bits and self.score_method != FIRST_ORDER
+
+    @property
     def asked(self) -> bool:
         """Whether schemes are to be chosen."""
         return bool(self.avg_bits or self.target_size or self.target_kl)

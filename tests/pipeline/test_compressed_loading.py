@@ -111,3 +111,11 @@ def test_a_converted_folder_says_what_a_direct_one_says(tiny, tmp_path, family, 
     ]
     assert any(name.startswith(kept) for name in said[0]["ignore"])
     assert said[0] == said[1]
+
+
+def test_both_reasons_are_given_where_another_format_does_not_help_tuning(saved, tmp_path):
+    with pytest.raises(
+        UnsupportedError, match=r"(?s)use the format auto_round.*use plain rounding"
+    ) as refused:
+        quantize(saved("hrm_text"), tmp_path / "out", format="llm_compressor", iters=1)
+    assert [refusal.who for refusal in refused.value.refusals] == ["llm_compressor", "models"]

@@ -114,8 +114,8 @@ def sweep(
 
 def advised(outcome: Outcome) -> tuple[str, str] | None:
     """Format and method that a refusal advises; None when it advises none of ours."""
-    if "--recipe rtn" in outcome.refused:
-        return outcome.format, "plain"
-    if found := _OTHER_FORMAT.search(outcome.refused):
-        return found[1], outcome.method
-    return None
+    plain = "--recipe rtn" in outcome.refused
+    other = _OTHER_FORMAT.search(outcome.refused)
+    if not plain and other is None:
+        return None
+    return other[1] if other else outcome.format, "plain" if plain else outcome.method

@@ -258,7 +258,7 @@ def _setting(
 ) -> Setting:
     rows = _rows(request, opened, decided, given)
     refuse_unknown_tokens(rows.rows, opened.source)
-    opened.source.refuse_untraceable()
+    opened.source.refuse_untraceable(dtype=torch.float32)
     job = replace(
         put_together(request, opened, decided, Data(rows, len(rows.rows))),
         dtype=torch.float32,  # 8 bits lose less than bfloat16's own rounding does

@@ -80,7 +80,7 @@ def _plain(source: ModelSource) -> dict[str, Any]:
 def _tuning(source: ModelSource) -> str:
     """Whether blocks can be tuned one by one with text, found by a run without weights."""
     try:
-        skipped = source.refuse_untraceable()
+        skipped = source.refuse_untraceable().skipped
     except UnsupportedError as error:
         return "refused: " + "; ".join(refusal.reason for refusal in error.refusals)
     if not skipped:

@@ -263,7 +263,8 @@ def _job(request: Request, source: ReplayedSource) -> Job:
     try:
         decided = _decide(request, opened)
         if decided.tune.needs_rows:
-            source.refuse_untraceable()
+            traceable = source.refuse_untraceable(dtype=decided.dtype, device=request.device)
+            decided = replace(decided, dtype=traceable.dtype)
     except BaseException:
         source.close()
         raise

@@ -15,6 +15,7 @@ import torch
 from auto_round.errors import AutoRoundError, CheckpointError, is_out_of_memory
 from auto_round.models.auto_classes import load_model
 from auto_round.models.roles import text_model
+from auto_round.models.skeleton import weight_dtypes
 
 _SHOWN = 4
 
@@ -96,9 +97,10 @@ def load_whole(folder: Path, how: Loading, what: str = "it", advice: str = "") -
 
 def unpacked_to(model: Any, dtype: torch.dtype) -> None:
     """Have a model compute in a dtype that it was not loaded in; it has been run once, so it is unpacked."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+    dtypes = weight_dtypes(model, dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes[name])
 
 
 @contextmanager

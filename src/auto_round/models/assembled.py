@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.checkpoint.tensors import read_matrix
-from auto_round.errors import CheckpointError, Refusal, UnsupportedError
+from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.attention import Attention
 from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.layer import Block, Layer
@@ -30,15 +30,15 @@ from auto_round.models.families import parameter_names
 from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.matrix_experts import matrix_experts
-from auto_round.models.names import NameMap, Recipe
+from auto_round.models.names import NameMap, Recipe, recipe_for
 from auto_round.models.recorder import Recorder, make_stubs
-from auto_round.models.rehearsal import RehearsedBlock, refuse_left_state
+from auto_round.models.rehearsal import Rehearsed, RehearsedBlock, refuse_left_state, widened
 from auto_round.models.role_table import role_table
 from auto_round.models.roles import find_head, find_towers
 from auto_round.models.skeleton import weight_dtypes
-from auto_round.models.source import CPU, Stem
+from auto_round.models.source import CPU, Stem, Traceable
 from auto_round.models.text_part import text_tensors
-from auto_round.models.trace import LeftOut, StemParts, StubStem, trial_traces
+from auto_round.models.trace import TRIAL_TOKENS, LeftOut, StemParts, StubStem, trial_traces
 from auto_round.models.tried import TRIED
 
 
@@ -69,7 +69,7 @@ class AssembledSource(ABC):
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._dtypes: dict[torch.dtype, Mapping[str, torch.dtype]] = {}
-        self._skipped_by_text: frozenset[int] | None = None
+        self._traceable_by_text: dict[tuple[torch.dtype, str], Traceable] = {}
 
     @abstractmethod
     def read_tensor(self, name: str) -> Tensor:
@@ -214,7 +214,7 @@ class AssembledSource(ABC):
         names = [f"{path}.{name}" for name in module.state_dict()]
         tensors = self._gather(names, device, dtype)
         inside = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
-        real = real_copy(module, inside, device, {})
+        real = real_copy(module, inside, device, {}, self.block_dtypes(index, dtype or self.dtype))
         del tensors, inside
         with freed_on_exit(real):
             yield real
@@ -225,7 +225,7 @@ class AssembledSource(ABC):
         left_out = self._outside_stem(None, towers=False)[len(self.blocks) :]
         tensors = self._gather(self._in_stem(left_out), device, dtype)
         gone = {id(self._parts.model.get_submodule(path)): LeftOut() for path in left_out}
-        real = real_copy(self._parts.model, tensors, device, gone)
+        real = real_copy(self._parts.model, tensors, device, gone, self._dtypes_for(dtype or self.dtype))
         del tensors
         with freed_on_exit(real):
             yield real
@@ -252,55 +252,62 @@ class AssembledSource(ABC):
         left_out = self._outside_stem(spare, towers=towers)
         tensors = self._gather(self._in_stem(left_out), device, dtype)
         tensors |= {n: v.to(device).clone() for n, v in (replaced or {}).items() if n in tensors}
-        real, recorders = self._stubbed(left_out, tensors, device)
+        real, recorders = self._stubbed(left_out, tensors, device, dtype or self.dtype)
         output = real.get_submodule(head_path) if head_path and head else None
         with freed_on_exit(real):
             yield StubStem(real, self._stem_parts(real), recorders, output)
 
-    def refuse_untraceable(self, inputs: Mapping[str, Tensor] | None = None) -> frozenset[int]:
+    def refuse_untraceable(
+        self,
+        inputs: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device = CPU,
+    ) -> Traceable:
         """See `ModelSource`; what holds for text alone is found out once."""
+        wanted = dtype or self.dtype
         if inputs is not None:
-            return self._rehearse(inputs)
-        if self._skipped_by_text is None:
-            self._skipped_by_text = self._rehearse(None)
-        return self._skipped_by_text
+            return widened(partial(self._rehearse, inputs), wanted, device)
+        asked = (wanted, device.type)
+        if asked not in self._traceable_by_text:
+            self._traceable_by_text[asked] = widened(partial(self._rehearse, None), wanted, device)
+        return self._traceable_by_text[asked]
 
-    def _rehearse(self, inputs: Mapping[str, Tensor] | None) -> frozenset[int]:
-        """Run stem and blocks with zeros for weights, which take no memory; indices of blocks not run."""
+    def _rehearse(self, inputs: Mapping[str, Tensor] | None, dtype: torch.dtype) -> Rehearsed:
+        """Run stem and blocks with zeros for weights, which take no memory."""
         model = self._parts.model
         spare = None if self.tied_head else find_head(model)
         left_out = self._outside_stem(spare, towers=inputs is not None)
-        dtypes, meta = self._dtypes_for(self._parts.dtype), model.state_dict()
+        dtypes, meta = self._dtypes_for(dtype), model.state_dict()
         absent = [name for name in self._in_stem(left_out) if meta[name].is_meta]
         zeros = {n: torch.zeros((), dtype=dtypes[n], device=CPU).expand(meta[n].shape) for n in absent}
-        real, recorders = self._stubbed(left_out, zeros, CPU)
+        real, recorders = self._stubbed(left_out, zeros, CPU, dtype)
         with freed_on_exit(real):
             stem = StubStem(real, self._stem_parts(real), recorders, None)
-            traces = trial_traces(stem, inputs, len(self.block_lists))
+            traces = trial_traces(stem, inputs, len(self.block_lists), self.facts.context or TRIAL_TOKENS)
         calls = [call for trace in traces for call in trace.calls]
         flowing = [trace.states for trace in traces for _ in trace.calls]
-        refuse_left_state(model, self._weightless(calls, flowing), calls)
-        return frozenset(block.index for block, call in zip(self.blocks, calls, strict=True) if call is None)
+        failed = refuse_left_state(model, self._weightless(calls, flowing, dtype), calls)
+        skipped = (b.index for b, call in zip(self.blocks, calls, strict=True) if call is None)
+        return Rehearsed(frozenset(skipped), failed)
 
     def _stem_parts(self, model: Any) -> StemParts:
         return StemParts.of(model, [block.module for block in self.blocks])
 
     def _weightless(
-        self, calls: Sequence[BlockCall | None], flowing: Sequence[States]
+        self, calls: Sequence[BlockCall | None], flowing: Sequence[States], dtype: torch.dtype
     ) -> Iterator[RehearsedBlock]:
         """Blocks with zeros for weights, which take no memory, and what each is called with."""
-        dtypes = self._dtypes_for(self._parts.dtype)
         for block, call, states in zip(self.blocks, calls, flowing, strict=True):
             if call is not None:
                 module = self._parts.model.get_submodule(block.module)
+                dtypes = self.block_dtypes(block.index, dtype)
                 zeros = {
-                    name: torch.zeros((), dtype=dtypes[f"{block.module}.{name}"], device=CPU).expand(
-                        meta.shape
-                    )
+                    name: torch.zeros((), dtype=dtypes[name], device=CPU).expand(meta.shape)
                     for name, meta in module.state_dict().items()
                     if meta.is_meta
                 }
-                yield RehearsedBlock(block.index, module, real_copy(module, zeros, CPU, {}), states, call)
+                real = real_copy(module, zeros, CPU, {}, dtypes)
+                yield RehearsedBlock(block.index, module, real, states, call)
 
     def _outside_stem(self, spare: str | None, *, towers: bool) -> list[str]:
         """Module paths that a stem does without: blocks, encoders unless `towers`, and `spare`."""
@@ -318,7 +325,11 @@ class AssembledSource(ABC):
         return [name for name in self._parts.model.state_dict() if not name.startswith(outside)]
 
     def _stubbed(
-        self, left_out: Sequence[str], tensors: Mapping[str, Tensor], device: torch.device
+        self,
+        left_out: Sequence[str],
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> tuple[nn.Module, list[Recorder]]:
         """A copy of the model with stubs for blocks and nothing in place of what else is left out.
 
@@ -331,7 +342,7 @@ class AssembledSource(ABC):
             replaced |= make_stubs([model.get_submodule(block.module) for block in blocks], recorder.receive)
         for path in left_out[len(self.blocks) :]:
             replaced[id(model.get_submodule(path))] = LeftOut()
-        return real_copy(model, tensors, device, replaced), recorders
+        return real_copy(model, tensors, device, replaced, self._dtypes_for(dtype)), recorders
 
     def _gather(
         self, names: Iterable[str], device: torch.device, dtype: torch.dtype | None
@@ -359,32 +370,3 @@ class AssembledSource(ABC):
         if dtype not in self._dtypes:
             self._dtypes[dtype] = weight_dtypes(self._parts.model, dtype)
         return self._dtypes[dtype]
-
-
-def recipe_for(name: str, names: NameMap, tied: Mapping[str, str]) -> Recipe | None:
-    """The recipe of a module tensor, or of one that it is tied with."""
-    if name in names.by_target:
-        return names.by_target[name]
-    shared = tied.get(name, name)
-    family = [shared, *(target for target, source in tied.items() if source == shared)]
-    return next((names.by_target[n] for n in family if n in names.by_target), None)
-
-
-def missing_tensors(model: Any, names: NameMap, tied: Mapping[str, str]) -> set[str]:
-    """Module tensors that neither the disk nor a tied tensor provides."""
-    return {name for name in model.state_dict() if recipe_for(name, names, tied) is None}
-
-
-def check_complete(missing: Iterable[str], where: str) -> None:
-    """Refuse a checkpoint that lacks weights.
-
-    Raises:
-        CheckpointError: names them.
-    """
-    absent = sorted(missing)
-    if absent:
-        more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
-        raise CheckpointError(
-            f"{where}: {len(absent)} weights of the model are missing: {', '.join(absent[:8])}{more}; "
-            "expected all of them: a shard is missing or config.json belongs to another model"
-        )

@@ -19,13 +19,14 @@ from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
-from auto_round.models.assembled import Parts, check_complete
+from auto_round.models.assembled import Parts
 from auto_round.models.families import LISTS, flow_of
 from auto_round.models.materialize import META
-from auto_round.models.names import DiskTensor, NameMap, Recipe
+from auto_round.models.names import DiskTensor, NameMap, Recipe, check_complete
 from auto_round.models.readers import ASKED, read_elsewhere
 from auto_round.models.replayed import ReplayedSource
 from auto_round.models.roles import find_block_lists, is_linear
+from auto_round.models.source import CPU, Traceable
 
 MODULATION = re.compile(r"(?:^|\.)(?:norm\w*\.linear(?:_\d)?|\w*_mod\.\d+|adaLN_modulation\.\d+)$")
 """Layers of a block that turn the embedded timestep into scales and shifts. They see one vector a picture
@@ -94,10 +95,15 @@ class ComponentSource(ReplayedSource):
         """Any tensor of `tensors`."""
         return self._files.read(name)
 
-    def refuse_untraceable(self, inputs: Mapping[str, Tensor] | None = None) -> frozenset[int]:
+    def refuse_untraceable(
+        self,
+        inputs: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device = CPU,
+    ) -> Traceable:
         """Nothing to refuse: the blocks of the classes that are known run one after another."""
-        del inputs
-        return frozenset()
+        del inputs, device
+        return Traceable(frozenset(), dtype or self.dtype)
 
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
         return {recipe.targets[0]: self._files.read_as(recipe.pieces[0].name, dtype)}

@@ -15,7 +15,11 @@ META = torch.device("meta")
 
 
 def real_copy(
-    module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device, replaced: Mapping[int, object]
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    replaced: Mapping[int, object],
+    dtypes: Mapping[str, torch.dtype],
 ) -> nn.Module:
     """A copy of a module of the skeleton with real weights; tied tensors stay tied.
 
@@ -25,6 +29,7 @@ def real_copy(
             Whatever else the module holds must have a value of its own, which is copied.
         device: where those other values go.
         replaced: `id` of an object inside the module -> what stands in its place in the copy.
+        dtypes: name inside the module -> dtype of the copy of a value of the module's own.
 
     Raises:
         InternalError: a tensor has no value.
@@ -39,20 +44,26 @@ def real_copy(
             memo[id(config)] = config
     for name, parameter in module.named_parameters():
         if id(parameter) not in memo:
-            value = _real(name, parameter, tensors, device)
+            value = _real(name, parameter, tensors, device, dtypes)
             memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
     for name, buffer in module.named_buffers():
         if id(buffer) not in memo:
-            memo[id(buffer)] = _real(name, buffer, tensors, device)
+            memo[id(buffer)] = _real(name, buffer, tensors, device, dtypes)
     return copy.deepcopy(module, memo).eval()
 
 
-def _real(name: str, meta: Tensor, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+def _real(
+    name: str,
+    meta: Tensor,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype],
+) -> Tensor:
     if name in tensors:
         return tensors[name]
     if meta.device == META:
         raise InternalError(f'no value for "{name}"')
-    return meta.detach().clone().to(device)
+    return meta.detach().to(device, dtypes.get(name, meta.dtype), copy=True)
 
 
 @contextmanager

@@ -192,3 +192,32 @@ def _gaps(names: list[str], count: int) -> list[str]:
     if max(map(len, numbers.values())) == 1 < count:  # the number is the block's: nothing is counted
         return []
     return [f"{a}{n}{b}" for (a, b), have in numbers.items() for n in range(count) if n not in have]
+
+
+def recipe_for(name: str, names: NameMap, tied: Mapping[str, str]) -> Recipe | None:
+    """The recipe of a module tensor, or of one that it is tied with."""
+    if name in names.by_target:
+        return names.by_target[name]
+    shared = tied.get(name, name)
+    family = [shared, *(target for target, source in tied.items() if source == shared)]
+    return next((names.by_target[n] for n in family if n in names.by_target), None)
+
+
+def missing_tensors(model: Any, names: NameMap, tied: Mapping[str, str]) -> set[str]:
+    """Module tensors that neither the disk nor a tied tensor provides."""
+    return {name for name in model.state_dict() if recipe_for(name, names, tied) is None}
+
+
+def check_complete(missing: Iterable[str], where: str) -> None:
+    """Refuse a checkpoint that lacks weights.
+
+    Raises:
+        CheckpointError: names them.
+    """
+    absent = sorted(missing)
+    if absent:
+        more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
+        raise CheckpointError(
+            f"{where}: {len(absent)} weights of the model are missing: {', '.join(absent[:8])}{more}; "
+            "expected all of them: a shard is missing or config.json belongs to another model"
+        )

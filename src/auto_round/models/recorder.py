@@ -59,6 +59,8 @@ class Recorder:
         except LookupError as error:
             raise untraceable(str(error)) from error
         for i, state in enumerate(states):
+            if not isinstance(state, Tensor):
+                raise TypeError(f"block {index} is given a {type(state).__name__} in place of hidden states")
             if self._seen and state is self._seen[-1].handed[i] and state._version != self._versions[i]:
                 raise untraceable(f"the model changes the hidden states in place before block {index}")
         handed = dict(zip(flow.taken, states if self.marks is None else self.marks(states), strict=True))

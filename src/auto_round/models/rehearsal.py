@@ -9,7 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    Sequence,
+)
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from auto_round.errors import UnsupportedError
 from auto_round.facts.flow import BlockCall, States
+from auto_round.log import logger
 from auto_round.models.beside import Marks, arguments, untraceable, walk
 from auto_round.models.classes import asks_of_parts, classes_of
 from auto_round.models.facts import shares_no_caches
 from auto_round.models.families import parameter_names
+from auto_round.models.source import Traceable
 
 _PRODUCTS = {
     torch.ops.aten.mm.default: 0,
@@ -58,6 +70,8 @@ class WeightlessProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         first = _PRODUCTS.get(func)
         if first is not None and _is_one_number(args[first + 1]):
             one, other = args[first : first + 2]
+            if one.dtype != other.dtype:
+                return func(*args, **named)  # refuses them
             if "out" in named:
                 return named["out"].zero_()
             return one.new_zeros(*one.shape[:-1], other.shape[-1])
@@ -68,6 +82,19 @@ class WeightlessProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _is_one_number(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and tensor.untyped_storage().nbytes() == tensor.element_size()
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsed:
+    """What a rehearsal found.
+
+    Attributes:
+        skipped: indices of blocks that were not run; some are for images only.
+        failed: index of each block that does not run without weights -> what it raised.
+    """
+
+    skipped: frozenset[int]
+    failed: Mapping[int, Exception]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +148,48 @@ class _Holder:
                 _put_back(self.holder, self.held, key)
 
 
-def refuse_left_state(model: Any, parts: Iterable[RehearsedBlock], calls: Sequence[BlockCall | None]) -> None:
+def widened(
+    rehearse: Callable[[torch.dtype], Rehearsed], dtype: torch.dtype, device: torch.device
+) -> Traceable:
+    """How a model runs block by block: in a dtype, or in float32 where only that lets it run.
+
+    Code that computes some steps in float32 may hand them to a product whose other side has 16 bits.
+
+    Args:
+        rehearse: runs model and blocks without weights, in a dtype.
+        dtype: the dtype that is wanted.
+        device: where blocks will run. What this processor cannot do with 16 bits says nothing of others.
+
+    Raises:
+        UnsupportedError: it cannot be run block by block.
+    """
+    try:
+        found = rehearse(dtype)
+    except UnsupportedError as refused:
+        if dtype == torch.float32:
+            raise
+        wide, why = rehearse(torch.float32), refused.refusals[0].reason
+    else:
+        ignored = () if device.type == "cpu" else NotImplementedError
+        failed = {i: error for i, error in found.failed.items() if not isinstance(error, ignored)}
+        if not failed or dtype == torch.float32:
+            return Traceable(found.skipped, dtype)
+        try:
+            wide = rehearse(torch.float32)
+        except UnsupportedError:
+            return Traceable(found.skipped, dtype)
+        mended = [i for i in failed if i not in wide.failed]
+        if not mended:
+            return Traceable(found.skipped, dtype)
+        why = f"block {mended[0]}: {str(failed[mended[0]]).strip()[:200]}"
+    narrow = str(dtype).removeprefix("torch.")
+    logger.info("blocks run in float32: the model's own code fails in %s (%s)", narrow, why)
+    return Traceable(wide.skipped, torch.float32)
+
+
+def refuse_left_state(
+    model: Any, parts: Iterable[RehearsedBlock], calls: Sequence[BlockCall | None]
+) -> dict[int, Exception]:
     """Run blocks without weights and refuse what they leave behind for others.
 
     A block that does not run without weights is passed over.
@@ -131,6 +199,9 @@ def refuse_left_state(model: Any, parts: Iterable[RehearsedBlock], calls: Sequen
         parts: the blocks that run, in order; made one by one.
         calls: of all blocks; what several of them are given is shared.
 
+    Returns:
+        Index of each block that was passed over -> what it raised.
+
     Raises:
         UnsupportedError: a block leaves state behind.
     """
@@ -138,6 +209,7 @@ def refuse_left_state(model: Any, parts: Iterable[RehearsedBlock], calls: Sequen
     counts = Counter() if shares_no_caches(model.config) else Counter(key for keys in given for key in keys)
     in_calls = frozenset(key for key, n in counts.items() if n > 1)
     asked: dict[frozenset[Any], frozenset[str]] = {}
+    failed: dict[int, Exception] = {}
     owners = _owners(model)
     for part in parts:
         own = frozenset(kind for module in part.skeleton.modules() for kind in classes_of(module))
@@ -150,11 +222,14 @@ def refuse_left_state(model: Any, parts: Iterable[RehearsedBlock], calls: Sequen
         ]
         try:
             left = _left_behind(part, holders)
+        except _WANTS_WEIGHTS as error:
+            failed[part.index], left = error.with_traceback(None), None
         finally:
             for holder in holders:
                 holder.restore()
         if left is not None:
             raise untraceable(f"block {part.index} leaves state for others in {left}")
+    return failed
 
 
 def _left_behind(part: RehearsedBlock, holders: Sequence[_Holder]) -> str | None:
@@ -162,11 +237,8 @@ def _left_behind(part: RehearsedBlock, holders: Sequence[_Holder]) -> str | None
     found: list[list[dict[Any, Any]]] = []
     for seed in range(2):
         args, kwargs = part.call.given(Marks(seed)(part.states))
-        try:
-            with torch.enable_grad(), WeightlessProducts():  # type: ignore[no-untyped-call]
-                part.real(*args, **kwargs)
-        except _WANTS_WEIGHTS:
-            return None
+        with torch.enable_grad(), WeightlessProducts():  # type: ignore[no-untyped-call]
+            part.real(*args, **kwargs)
         found.append([holder.new() for holder in holders])
     for holder, first, second in zip(holders, *found, strict=True):
         for key, value in second.items():

@@ -46,7 +46,7 @@ class ReplayedSource(AssembledSource):
             dtype: dtype in which it computes.
         """
         left_out = self._left_out
-        real, recorders = self._stubbed(left_out, self._outside(device, dtype), device)
+        real, recorders = self._stubbed(left_out, self._outside(device, dtype), device, dtype)
         with freed_on_exit(real):
             self._settle(real, recorders)
             yield Replay(real, recorders, device, dtype)
@@ -61,7 +61,7 @@ class ReplayedSource(AssembledSource):
         blocks = [model.get_submodule(path) for path in left_out[: len(self.blocks)]]
         stubs: dict[int, object] = {**make_stubs(blocks, partial(self._run, device, dtype))}
         stubs |= {id(model.get_submodule(path)): LeftOut() for path in left_out[len(self.blocks) :]}
-        real = real_copy(model, self._outside(device, dtype), device, stubs)
+        real = real_copy(model, self._outside(device, dtype), device, stubs, self._dtypes_for(dtype))
         with freed_on_exit(real):
             yield real
 
@@ -69,7 +69,9 @@ class ReplayedSource(AssembledSource):
     def whole(self, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
         """The whole part in memory; arguments as for `replay`."""
         model = self._parts.model
-        real = real_copy(model, self._gather(model.state_dict(), device, dtype), device, {})
+        tensors = self._gather(model.state_dict(), device, dtype)
+        real = real_copy(model, tensors, device, {}, self._dtypes_for(dtype))
+        del tensors
         with freed_on_exit(real):
             yield real
 

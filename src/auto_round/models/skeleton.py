@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def absent_by_design(model: Any, missing: Collection[str]) -> set[str]:
 
 
 def weight_dtypes(model: Any, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
-    """Dtype of every tensor when the model computes in `dtype`.
+    """Dtype of every tensor, derived buffers too, when the model computes in `dtype`.
 
     Tensors that the model makes in another dtype than its weights' keep it; a model may ask for float32 for
     some modules when its weights are 16 bits wide.
@@ -216,13 +217,28 @@ def weight_dtypes(model: Any, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
         keep |= set(model._keep_in_fp32_modules or ())
     keeps = [re.compile(k.replace("*", ".*")) for k in keep]
     own: torch.dtype = model.dtype
+    # Which tensors of a float32 model stay so in any case shows one that is built narrower.
+    built = dtypes_when_built(model, dtype) if own == torch.float32 != dtype else {}
+    saved = model.state_dict().keys()
 
     def choose(name: str, tensor: Tensor) -> torch.dtype:
-        if any(k.search(name) for k in keeps):
+        if name in saved and any(k.search(name) for k in keeps):
             return torch.float32
-        return dtype if tensor.dtype == own else tensor.dtype
+        return built.get(name, dtype if tensor.dtype == own else tensor.dtype)
 
-    return {name: choose(name, tensor) for name, tensor in model.state_dict().items()}
+    return {name: choose(name, tensor) for name, tensor in _named_tensors(model)}
+
+
+def dtypes_when_built(model: Any, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
+    """Dtype of every tensor of a model of the same class and configuration that is built in `dtype`."""
+    with META:
+        built = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    return {name: tensor.dtype for name, tensor in _named_tensors(built)}
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:

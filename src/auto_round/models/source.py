@@ -43,6 +43,20 @@ class Trace:
     edits: tuple[Edits, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Traceable:
+    """How a model is run block by block.
+
+    Attributes:
+        skipped: indices of blocks that are not run for some inputs: some are for images only.
+        dtype: dtype in which the blocks run: the wanted one, or float32 where the model's own code fails in
+            that.
+    """
+
+    skipped: frozenset[int]
+    dtype: torch.dtype
+
+
 class Stem(Protocol):
     """A model without its blocks: embeddings, masks, positions before them; norm and head after them."""
 
@@ -261,14 +275,18 @@ class ModelSource(Protocol):
         """Names of what the model can be called with."""
         ...
 
-    def refuse_untraceable(self, inputs: Mapping[str, Tensor] | None = None) -> frozenset[int]:
+    def refuse_untraceable(
+        self,
+        inputs: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device = CPU,
+    ) -> Traceable:
         """Find out, without reading a weight, whether the model can be run block by block.
 
         Args:
             inputs: of one row with images, say; None for a few tokens.
-
-        Returns:
-            Indices of blocks that are not run for them: some are for images only.
+            dtype: dtype in which it should compute; None for the model's own.
+            device: where it will run.
 
         Raises:
             UnsupportedError: it cannot be run block by block, with the reason.

@@ -262,6 +262,11 @@ class StubStem:
                 self._recorders[number].ends = ()
 
 
+TRIAL_TOKENS = 64
+"""As long as the pieces in which Transformers' xLSTM and gated delta rule go through a row (`chunk_size`),
+for which they have code of their own."""
+
+
 class LeftOut(nn.Module):
     """Stands in for the head where nobody looks at logits, and for encoders where there is only text."""
 
@@ -270,18 +275,22 @@ class LeftOut(nn.Module):
         return x[..., :1]
 
 
-def trial_traces(stem: StubStem, inputs: Mapping[str, Tensor] | None, lists: int) -> list[Trace]:
+def trial_traces(
+    stem: StubStem, inputs: Mapping[str, Tensor] | None, lists: int, longest: int
+) -> list[Trace]:
     """Traces of all lists of blocks, each list ending in what flows into it.
 
     Args:
         stem: as a rule one with zeros for weights.
-        inputs: of one row; None for a few tokens.
+        inputs: of one row; None for some tokens.
         lists: how many lists there are.
+        longest: most tokens that the model takes.
 
     Raises:
         UnsupportedError: the model cannot be run block by block, or not at all on these inputs.
     """
-    given = {TOKENS: torch.zeros(1, 4, dtype=torch.int64, device="cpu")} if inputs is None else inputs
+    tokens = torch.zeros(1, min(TRIAL_TOKENS, longest), dtype=torch.int64, device="cpu")
+    given = {TOKENS: tokens} if inputs is None else inputs
     traces: list[Trace] = []
     try:
         for _ in range(lists):

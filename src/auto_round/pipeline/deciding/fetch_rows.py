@@ -20,7 +20,7 @@ from auto_round.config.options import Options
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.facts.layer import Role
 from auto_round.log import logger
-from auto_round.models.source import ModelSource
+from auto_round.models.source import ModelSource, Traceable
 from auto_round.pipeline.deciding.decide import Decided
 from auto_round.pipeline.deciding.image_rows import (
     first_with_images,
@@ -48,12 +48,14 @@ class Data:
         tuned: how many of the rows are tuned on; the rest are held out.
         more: loads so many rows of the same data, these among them; None where it can be read only once.
         fresh: further rows, of the stage after block tuning.
+        dtype: dtype in which blocks run on them, where it is not the one decided on.
     """
 
     rows: CalibrationRows | None = None
     tuned: int = 0
     more: Callable[[int], CalibrationRows] | None = None
     fresh: tuple[CalibrationRow, ...] = ()
+    dtype: torch.dtype | None = None
 
 
 def fetch_rows(
@@ -76,18 +78,24 @@ def fetch_rows(
     options, source, tokenizer = opened.options, opened.source, opened.tokenizer
     if options.tune.distill_steps:
         _refuse_several_lists(source)
-    if decided.importance or not _runs_by_blocks(opened, decided, dataset) or dry:
+    if decided.importance or not _is_run(opened, decided, dataset):
         return Data()
-    if tokenizer is None and decided.tune.needs_rows and dataset is None and source.folder is not None:
+    needed = decided.tune.needs_rows
+    traced = _if_able(partial(_trace, opened, decided, device), needed=needed)
+    if traced is None or dry:
+        return Data(dtype=traced.dtype if traced else None)
+    decided = replace(decided, dtype=traced.dtype)
+    if tokenizer is None and needed and dataset is None and source.folder is not None:
         tokenizer = load_tokenizer(options, source, required=True)
     opened = replace(opened, tokenizer=tokenizer)
     data = _rows(options, decided.tune, opened, own_text(opened, device, decided.dtype), dataset)
     if data.rows is not None:
         refuse_unknown_tokens([*data.rows.rows, *data.fresh], source)
         refuse_other_inputs(data.rows.rows, source, ready=dataset is not None)
-        if not _reach_all_blocks(data.rows.rows, source, decided):
+        traced = _if_able(partial(_reach_all_blocks, data.rows.rows, source, decided, device), needed=needed)
+        if traced is None:
             return Data()
-        data = replace(data, rows=_with_letters(data.rows, tokenizer))
+        data = replace(data, rows=_with_letters(data.rows, tokenizer), dtype=traced.dtype)
     return data
 
 
@@ -186,56 +194,54 @@ def _with_fresh(rows: CalibrationRows, tuned: int, beside: int, later: int) -> D
     return Data(replace(rows, rows=first, fingerprint=fingerprint(first)), tuned, fresh=fresh)
 
 
-def _runs_by_blocks(opened: Opened, decided: Decided, dataset: Any) -> bool:
-    """Whether the model can be run on calibration rows, which plain rounding can do without.
+def _is_run(opened: Opened, decided: Decided, dataset: Any) -> bool:
+    """Whether the model is run on rows: plain rounding runs it only on data that the user names."""
+    usual = opened.options.calibration.dataset == CalibrationOptions().dataset
+    return decided.tune.needs_rows or dataset is not None or not usual
+
+
+def _trace(opened: Opened, decided: Decided, device: torch.device) -> Traceable:
+    """How the model runs block by block on text.
 
     Raises:
-        UnsupportedError: it cannot, and the rows are needed.
+        UnsupportedError: it does not.
     """
-    options, source, needed = opened.options, opened.source, decided.tune.needs_rows
-    if not needed and dataset is None and options.calibration.dataset == CalibrationOptions().dataset:
-        return True  # nothing is run
-
-    def find_out() -> None:
-        refuse_mixed_parameters(decided.plan, source.layers)
-        source.refuse_untraceable()
-
-    return _can(find_out, needed=needed)
+    refuse_mixed_parameters(decided.plan, opened.source.layers)
+    return opened.source.refuse_untraceable(dtype=decided.dtype, device=device)
 
 
-def _can(find_out: Callable[[], object], *, needed: bool) -> bool:
-    """Whether something is not refused.
+def _if_able(find_out: Callable[[], Traceable], *, needed: bool) -> Traceable | None:
+    """How the model runs; None where it does not, and plain rounding can do without.
 
     Raises:
-        UnsupportedError: it is, and it is needed.
+        UnsupportedError: it does not, and that is needed.
     """
     try:
-        find_out()
+        return find_out()
     except UnsupportedError as error:
         if needed:
             raise
         logger.warning("plain rounding without a measurement on the data: %s", error)
-        return False
-    return True
+        return None
 
 
-def _reach_all_blocks(rows: Sequence[CalibrationRow], source: ModelSource, decided: Decided) -> bool:
-    """Whether the model can be run on these rows, which plain rounding can do without.
+def _reach_all_blocks(
+    rows: Sequence[CalibrationRow], source: ModelSource, decided: Decided, device: torch.device
+) -> Traceable:
+    """How the model runs on these rows.
 
     Raises:
-        UnsupportedError: it cannot, or they leave out blocks with layers to quantize.
+        UnsupportedError: it does not, or tuning needs rows for blocks with layers to quantize that these
+            leave out.
     """
     pictured = first_with_images(rows)
     if pictured is None and decided.tune.needs_rows:
         _refuse_towers_without_images(source, decided.plan)
     inputs = None if pictured is None else pictured.inputs
-
-    def find_out() -> None:
-        skipped = source.refuse_untraceable(inputs)
-        if decided.tune.needs_rows:
-            _refuse_unreached(source, decided.plan, skipped)
-
-    return _can(find_out, needed=decided.tune.needs_rows)
+    traced = source.refuse_untraceable(inputs, decided.dtype, device)
+    if decided.tune.needs_rows:
+        _refuse_unreached(source, decided.plan, traced.skipped)
+    return traced
 
 
 def _refuse_towers_without_images(source: ModelSource, plan: Plan) -> None:

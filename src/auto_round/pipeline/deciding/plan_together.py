@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from auto_round.config.options import Options
-from auto_round.errors import AutoRoundError, CannotHoldError, Refusal
+from auto_round.errors import AutoRoundError, CannotHoldError, Refusal, UnsupportedError
 from auto_round.export.exporter import Exporter
 from auto_round.export.planning import Planned
 from auto_round.export.table import EXPORTERS, all_refusals, scale_dtype
@@ -19,6 +19,7 @@ from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.request import plan_request
 from auto_round.schemes.scheme import parse_scheme
+from auto_round.tuning.settings import tune_settings
 
 
 def plan_together(
@@ -82,8 +83,21 @@ def _exporters(
         alone = f"; {', '.join(others)} can: run once for each format that is left" if others else ""
         if not others and (able := _able(options, source, asked)):
             alone = f"; formats that can: {', '.join(able)}"
-        raise CannotHoldError(f"this plan cannot be written as asked{alone}", refused)
+        raise CannotHoldError(
+            f"this plan cannot be written as asked{alone}", [*refused, *_untraceable(source, options)]
+        )
     return {e.name: e.for_plan(plan, source.layers) for e in asked}
+
+
+def _untraceable(source: ModelSource, options: Options) -> tuple[Refusal, ...]:
+    """Why the model cannot be run block by block, where that is needed: another format does not help."""
+    bits = parse_scheme(options.scheme.scheme, options.scheme.overrides()).bits
+    if tune_settings(options.tune, bits).needs_rows:
+        try:
+            source.refuse_untraceable()
+        except UnsupportedError as error:
+            return error.refusals
+    return ()
 
 
 def _able(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> list[str]:

@@ -82,7 +82,7 @@ def put_together(request: Request, opened: Opened, decided: Decided, data: Data)
         more_rows=data.more,
         tune=decided.tune,
         device=request.device,
-        dtype=decided.dtype,
+        dtype=data.dtype or decided.dtype,
         output=request.output,
         importance=decided.importance,
         caches=decided.caches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -84,9 +85,15 @@ class Group:
         """Cuts a matrix `shape` into bands of rows of about so many weights; groups stay whole.
 
         Yields:
-            Rows of the weight and rows of its scales; one band of everything where one group is the whole
-            matrix, or where there are several matrices.
+            Rows of the weight and rows of its scales; of several matrices those in a band, and one band of
+            everything where one group is the whole matrix.
         """
+        if len(shape) > 2:
+            each = max(1, weights // max(1, math.prod(shape[1:])))
+            for start in range(0, shape[0], each):
+                band = slice(start, min(start + each, shape[0]))
+                yield band, band
+            return
         if self.size == 0 or len(shape) != 2:
             yield slice(None), slice(None)
             return

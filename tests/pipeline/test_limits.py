@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,13 @@ def test_many_threads_on_few_cores_are_warned_about(
     device.warn_of_threads(torch.device("cpu"))
     assert "64 threads" in caplog.text
     assert "OMP_NUM_THREADS=2" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells the parent's peak, too")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    size = 1 << 30
+    held = bytearray(size)
+    code = "from auto_round.pipeline.machine.memory import peak_bytes; print(peak_bytes())"
+    peak = int(subprocess.check_output([sys.executable, "-c", code]))
+    assert 0 < peak < len(held)

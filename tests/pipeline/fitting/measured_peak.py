@@ -30,6 +30,11 @@ SHAPES = {
         },
         _SHORT,
     ),
+    "experts of one parameter": (
+        "gpt_oss",
+        {"hidden_size": 512, "intermediate_size": 512, "num_local_experts": 8, "head_dim": 64, **_ATTENTION},
+        _SHORT,
+    ),
     "long rows": (
         "llama",
         {"hidden_size": 256, "intermediate_size": 512, **_ATTENTION},

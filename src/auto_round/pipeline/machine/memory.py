@@ -22,7 +22,9 @@ def peak_bytes() -> int:
     """Peak resident memory of this process, bytes; 0 where the system does not tell (Windows)."""
     if sys.platform == "win32":
         return 0
-    import resource
+    with suppress(OSError, StopIteration), open("/proc/self/status", encoding="ascii") as file:  # noqa: PTH123
+        return int(next(line for line in file if line.startswith("VmHWM:")).split()[1]) * 1024
+    import resource  # on Linux it may tell the peak of the process that started this one
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -12,6 +12,7 @@ from auto_round.errors import UnsupportedError
 from auto_round.facts.layer import Layer, Role
 from auto_round.models.folder import FolderSource
 from auto_round.pipeline.converting.convert import convert_folder
+from auto_round.pipeline.converting.source import open_stored
 from auto_round.pipeline.deciding.one_parameter import refuse_torn_tensors
 from pipeline.runs import quantize
 from sweep.outcome import save_family
@@ -116,3 +117,32 @@ def test_groups_of_several_rows_are_refused_where_rows_stand_in_turn():
     blocks = SimpleNamespace(group=SimpleNamespace(rows=2))
     with pytest.raises(UnsupportedError, match=r"stand in turn in e\.both"):
         refuse_torn_tensors(SimpleNamespace(format_of=lambda name: blocks), layers)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", pytest.param("granitemoe", marks=pytest.mark.slow)])
+def test_dequantized_ones_are_one_tensor_again(folder, tmp_path, family):
+    """Rows in turn and `[in, out]` (gpt-oss) or `[out, in]`: what was rounded lies where it came from."""
+    result = quantize(folder(family), tmp_path / "out", format="fake,auto_round", nsamples=2, **PLAIN)
+    assert result.report["verified"]["fake"]["kl"] < 1e-6
+    kept = {layer.name: layer for layer in FolderSource.open(folder(family)).layers if layer.fused}
+    assert kept.keys() <= set(result.plan.quantized)
+    fake, packed = result.folders
+    with Checkpoint.open(folder(family)) as old, Checkpoint.open(fake) as new:
+        assert list(new.names) == list(old.names)
+        name = next(iter(kept.values())).tensor
+        assert new.info(name).shape == old.info(name).shape
+        assert not torch.equal(new.read(name), old.read(name))
+    with FolderSource.open(fake) as source, Checkpoint.open(packed) as files:
+        stored = open_stored(packed, files)
+        for entry in stored.layers:
+            if entry.name in kept:
+                q = stored.packed[entry.name].read(files).weight
+                torch.testing.assert_close(
+                    source.read(kept[entry.name]), q.format.dequantize(q, torch.float32)
+                )
+
+
+@pytest.mark.slow
+def test_a_tuned_one_is_what_it_was_tuned_to(folder, tmp_path):
+    result = quantize(folder("gpt_oss"), tmp_path / "out", format="fake", iters=1)
+    assert result.report["verified"]["fake"]["kl"] < 1e-6

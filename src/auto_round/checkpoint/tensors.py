@@ -92,6 +92,10 @@ def read_matrix(
     if not layer.fused or layer.expert is None:
         weight = read(layer.tensor)
         return weight.t().contiguous() if layer.transposed else weight
-    weight = read_entry(layer.tensor, layer.expert)
-    weight = weight.t() if layer.transposed else weight
-    return (weight if layer.rows is None else weight[slice(*layer.rows)]).contiguous()
+    return matrix_of(layer, read_entry(layer.tensor, layer.expert)).contiguous()
+
+
+def matrix_of(layer: Layer, entry: Tensor) -> Tensor:
+    """A view of a fused layer's matrix, `[out, in]`, in its expert's entry of the tensor on disk."""
+    weight = entry.t() if layer.transposed else entry
+    return weight if layer.rows is None else weight[slice(*layer.rows)]

@@ -36,9 +36,6 @@ Inputs = Mapping[str, tuple[Tensor, int]]
 """Tensor of the source -> mean square of each input `[in]` float32, and the tokens behind it."""
 
 
-_ONE_TENSOR = "its experts are one tensor, which this format's readers take whole (auto_round packs them)"
-
-
 @dataclass(frozen=True, slots=True)
 class Rest:
     """A tensor of an output that belongs to no quantized layer and is no copy from the source.
@@ -66,7 +63,6 @@ class Exporter(ABC):
         any_plan: it holds every plan, so it may be written in the run of a format that plans for itself.
         scales_in_model_dtype: its readers hold scales in the dtype of the model.
         holds_scales: it has a place for scales of the key/value cache and of attention.
-        splits_experts: its readers load experts one by one where a plain folder has one tensor for all.
         idle: options that do nothing for it -> the reason, as the end of "NAME has no effect: ".
     """
 
@@ -77,7 +73,6 @@ class Exporter(ABC):
     any_plan: ClassVar[bool] = False
     scales_in_model_dtype: ClassVar[bool] = False
     holds_scales: ClassVar[bool] = False
-    splits_experts: ClassVar[bool] = False
     idle: ClassVar[Mapping[str, str]] = {}
 
     # What the user asked for.
@@ -162,7 +157,7 @@ class Exporter(ABC):
 
     def kept(self, layer: Layer) -> str:
         """Why this format's readers need a layer unquantized; empty where they do not."""
-        return _ONE_TENSOR if layer.fused and not self.splits_experts else ""
+        return ""
 
     # What is written.
 

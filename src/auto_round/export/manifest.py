@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +24,7 @@ class Manifest:
         specs: name of each output tensor -> dtype and shape, in the order of the source.
         copied: names of the source's tensors that are copied byte for byte; only biases of quantized layers
             are cast, to the dtype of their spec.
-        encoded: name of each quantized layer -> names of the tensors that stand for it.
+        encoded: name of each quantized layer -> names of the tensors that stand for it, or that it is in.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -36,9 +37,11 @@ class Manifest:
         return sum(_nbytes(spec) for spec in self.specs.values())
 
     def layer_bytes(self) -> dict[str, int]:
-        """Name of each quantized layer -> bytes of its tensors."""
+        """Name of each quantized layer -> bytes of its tensors; layers of one tensor have equal shares."""
+        owners = Counter(name for names in self.encoded.values() for name in names)
         return {
-            layer: sum(_nbytes(self.specs[name]) for name in names) for layer, names in self.encoded.items()
+            layer: sum(_nbytes(self.specs[name]) // owners[name] for name in names)
+            for layer, names in self.encoded.items()
         }
 
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,8 +38,6 @@ LOADABLE_BITS = (2, 3, 4, 8)
 @dataclass(frozen=True, slots=True)
 class LayerByLayer(Exporter):
     """A format that stores each layer as a layout says."""
-
-    splits_experts: ClassVar[bool] = True
 
     @abstractmethod
     def _stored(self, layer: Layer, fmt: Format) -> LayerLayout: ...

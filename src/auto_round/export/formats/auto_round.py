@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from auto_round.errors import InternalError, Refusal
 from auto_round.export.auto_round_config import auto_round_config, scheme_fields
@@ -65,8 +65,6 @@ class AutoRoundFormat(LayerByLayer):
         others: layer -> its packing, where that is another one: floating numbers beside whole ones.
         inputs: layer -> what its input is rounded to, where it is.
     """
-
-    splits_experts: ClassVar[bool] = True
 
     packing: str | None = None
     others: Mapping[str, str] = field(default_factory=dict, hash=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from auto_round.export.exporter import Exporter
+from auto_round.export.manifest import Manifest
 from auto_round.facts.layer import Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.activation_float import InputFormat
@@ -42,16 +43,35 @@ class FakeFormat(Exporter):
             return []
         return [f"{self.name}: the folder holds rounded weights, and leaves activations alone"]
 
+    def manifest(self, plan: Plan, layers: Sequence[Layer], tensors: Mapping[str, TensorSpec]) -> Manifest:
+        """Names and shapes of the source; matrices that are one tensor there are one here."""
+        single = Exporter.manifest(self, plan, layers, tensors)
+        whole = {layer.alone: layer for layer in layers if layer.fused}
+        specs: dict[str, TensorSpec] = {}
+        for name, spec in single.specs.items():
+            if name in whole:
+                tensor = whole[name].tensor
+                specs[tensor] = replace(tensors[tensor], dtype=spec.dtype)
+            else:
+                specs[name] = spec
+        encoded = {
+            layer: tuple(whole[name].tensor if name in whole else name for name in names)
+            for layer, names in single.encoded.items()
+        }
+        return Manifest(specs, single.copied, encoded)
+
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
-        """One tensor with the source's shape and dtype."""
-        return {_tensor(layer): TensorSpec(layer.dtype, layer.stored_shape)}
+        """One tensor with the source's shape and dtype; matrices of one tensor one by one, `[out, in]`."""
+        shape = layer.shape if layer.fused else layer.stored_shape
+        return {_tensor(layer): TensorSpec(layer.dtype, shape)}
 
     def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The dequantized weight, rounded once to the source's dtype."""
         weight = q.weight.format.dequantize(q.weight, layer.dtype)
-        return {_tensor(layer): weight.t().contiguous() if layer.transposed else weight}
+        turned = layer.transposed and not layer.fused
+        return {_tensor(layer): weight.t().contiguous() if turned else weight}
 
 
 def _tensor(layer: Layer) -> str:
     """Name of the stored weight; a head that was tied to the embedding gets a tensor of its own."""
-    return f"{layer.name}.weight" if layer.role is Role.HEAD else layer.tensor
+    return f"{layer.name}.weight" if layer.role is Role.HEAD else layer.alone

@@ -65,7 +65,6 @@ class LLMCompressorFormat(Exporter):
 
     holds_scales: ClassVar[bool] = True
     scales_in_model_dtype: ClassVar[bool] = True
-    splits_experts: ClassVar[bool] = True
 
     def for_plan(self, plan: Plan, layers: Sequence[Layer]) -> LLMCompressorFormat:
         """This format with the order of bytes of each layer decided."""

@@ -24,6 +24,7 @@ from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import manifest_of
 from auto_round.pipeline.writing.rest import cast, make_rest, write_rest
+from auto_round.pipeline.writing.stacks import Stacks
 
 Written = dict[str, int]
 """`<format>/<tensor>` -> CRC-32 of its bytes."""
@@ -40,12 +41,14 @@ class _Output:
     exporter: Exporter
     manifest: Manifest
     writer: ShardWriter
+    stacks: Stacks
 
     def put(self, tensors: Mapping[str, Tensor]) -> Written:
-        """Write tensors of the manifest; what was written."""
-        for name, tensor in tensors.items():
+        """Write tensors of the manifest, or matrices of its stacks; what was written."""
+        ready = self.stacks.complete(tensors)
+        for name, tensor in ready.items():
             self.writer.put(name, tensor)
-        return {f"{_key(self.name)}/{name}": checksum(tensor) for name, tensor in tensors.items()}
+        return {f"{_key(self.name)}/{name}": checksum(tensor) for name, tensor in ready.items()}
 
     def put_plain(self, source: str, value: Tensor) -> Written:
         """Write a tensor of the source that is not quantized, in the dtype that the format has for it."""
@@ -101,7 +104,8 @@ class Outputs:
                 writer = ShardWriter.reopen(
                     folder, specs, max_shard_bytes=size, written=own, shards=shards, names=called
                 )
-            self._outputs.append(_Output(name, exporter, manifest, writer))
+            stacks = Stacks(job.source.layers, manifest)
+            self._outputs.append(_Output(name, exporter, manifest, writer, stacks))
 
     def put(self, layer: Layer, q: QuantizedLayer) -> Written:
         """Write one quantized layer in every format; what was written."""

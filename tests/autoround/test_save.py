@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from auto_round import AutoRound
 from auto_round.cli.main import main_rtn
 from auto_round.errors import CannotHoldError, ConfigError, UnsupportedError
+from auto_round.pipeline.converting.convert import convert_folder
 from auto_round.testing.tiny_models import save_tiny_model
 
 IDS = torch.arange(12).view(1, 12) + 3
@@ -192,3 +193,22 @@ def test_a_mixture_of_both_kinds_of_numbers_is_written_again(folder, rows, tmp_p
     model, _ = rounder.quantize()
     folders = rounder.save_quantized(tmp_path / "again", format="auto_round,fake")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folders[0], dtype="auto")), logits(model))
+
+
+def test_the_model_is_never_replaced_by_what_is_made_of_it(folder, tmp_path):
+    """A folder of ours makes way for a newer output, but not for one that is made from it."""
+    plain = {"iters": 0, "disable_opt_rtn": True, "group_size": 32, "verify": False}
+    both = tmp_path / "both"
+    AutoRound(folder, **plain).quantize_and_save(both, format="auto_round,auto_gptq", load=False)
+    model = both / "auto_round"
+    before = {path: path.read_bytes() for path in both.rglob("*") if path.is_file()}
+    again = AutoRound(model, **plain)
+    for output in (model, both):
+        with pytest.raises(ConfigError, match="is or holds what is read"):
+            again.quantize_and_save(output, overwrite=True)
+        with pytest.raises(ConfigError, match="is or holds what is read"):
+            convert_folder(model, "auto_gptq", output)
+    again.quantize()
+    with pytest.raises(ConfigError, match="is or holds what is read"):
+        again.save_quantized(model)
+    assert {path: path.read_bytes() for path in both.rglob("*") if path.is_file()} == before

@@ -16,6 +16,7 @@ from auto_round.calibration.records import Tokens
 from auto_round.calibration.row import CalibrationRow
 from auto_round.calibration.rows import CalibrationRows, load_rows
 from auto_round.calibration.shape import Reason, cut_rows, join_rows
+from auto_round.calibration.sources import OfModel
 from auto_round.errors import ConfigError
 from calibration.words import CountingTokenizer, make_tokenizer, words
 
@@ -298,3 +299,8 @@ def test_rows_with_images_are_padded_where_something_stands_for_each_token() -> 
         "pixel_values": (1, 3, 4, 4),
     }
     assert longer.beginning(2) is longer  # tokens must fit the images
+
+
+def test_the_remedy_names_the_option_that_was_too_long() -> None:
+    with pytest.raises(ConfigError, match="smaller score_seqlen"):
+        load_rows(["w1"], make_tokenizer(), nsamples=1, seqlen=9, seed=0, of_model=OfModel(prefix="score_"))

@@ -56,6 +56,38 @@ def test_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a").exists()
 
 
+@pytest.mark.parametrize("out", [".", "..", "../inside", ""])
+def test_the_working_directory_is_not_replaced(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be gone for the shell that stands in it."""
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    with pytest.raises(ConfigError, match=r"is or holds the working directory.*choose another"):
+        OutputFolder.open(out, overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["inside"]
+
+
+@pytest.mark.parametrize("out", ["runs/one", "runs", "link"])
+@pytest.mark.parametrize("source", ["runs/one", "runs/one/model.gguf", "link"])
+def test_what_is_read_is_not_replaced(out: str, source: str, tmp_path: Path) -> None:
+    """Also where it is an older output, which others are replaced by."""
+    for folder in ("runs", "runs/one"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / RECORD).write_text('{"asked": "a", "files": {}}')
+    (tmp_path / "runs" / "one" / "model.gguf").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "one")
+    OutputFolder.open(tmp_path / out).abandon()
+    with pytest.raises(ConfigError, match=r"is or holds what is read.*choose another"):
+        OutputFolder.open(tmp_path / out, overwrite=True, source=tmp_path / source)
+    OutputFolder.open(tmp_path / "runs" / "one" / "further", source=tmp_path / source).abandon()
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"too long; choose another"):
+        OutputFolder.open(tmp_path / ("x" * 300))
+
+
 def test_occupied_paths_are_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()

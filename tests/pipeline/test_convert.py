@@ -279,7 +279,7 @@ def test_wrong_requests(tmp_path):
         convert_folder(tmp_path / "a", "auto_gpt", tmp_path / "b")
     with pytest.raises(ConfigError, match="one format at a time"):
         convert_folder(tmp_path / "a", "auto_gptq,auto_awq", tmp_path / "b")
-    with pytest.raises(ConfigError, match="already holds"):
+    with pytest.raises(ConfigError, match="is or holds what is read"):
         convert_folder(tmp_path / "a", "auto_awq", tmp_path / "a")
 
 

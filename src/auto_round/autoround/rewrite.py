@@ -53,7 +53,7 @@ def rewrite(job: Job, folder: Path, report: Mapping[str, Any]) -> list[Path]:
     """
     config = _config(folder)
     asked = request_digest(signature(job))
-    with OutputFolder.open(job.output, overwrite=job.options.output.overwrite) as output:
+    with _open(job) as output:
         output.discard()
         folders = job.folders(output.folder)
         with (
@@ -101,7 +101,7 @@ def copy_files(job: Job, finished: Mapping[str, Path], result: Result) -> list[P
         ConfigError: the output holds something else; disk full, no permission.
     """
     asked = request_digest(signature(job))
-    with OutputFolder.open(job.output, overwrite=job.options.output.overwrite) as output:
+    with _open(job) as output:
         output.discard()
         folders = job.folders(output.folder)
         for name, folder in folders.items():
@@ -113,6 +113,10 @@ def copy_files(job: Job, finished: Mapping[str, Path], result: Result) -> list[P
         carry_record(result.folders[0], output.folder)
         final = output.seal(asked)
     return _finished(job, final)
+
+
+def _open(job: Job) -> OutputFolder:
+    return OutputFolder.open(job.output, overwrite=job.options.output.overwrite, source=job.source.folder)
 
 
 def _finished(job: Job, final: Path) -> list[Path]:

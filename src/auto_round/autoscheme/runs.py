@@ -288,7 +288,8 @@ def _rows(request: Request, opened: Opened, decided: Decided, given: Given) -> C
         seed=options.calibration.seed,
         platform="model_scope" if options.model.platform == "model_scope" else "hf",
         of_model=OfModel(
-            own_text=own_text(replace(opened, tokenizer=tokenizer), request.device, decided.dtype)
+            own_text=own_text(replace(opened, tokenizer=tokenizer), request.device, decided.dtype),
+            prefix="score_",
         ),
     )
 

@@ -104,7 +104,8 @@ def load_rows(
     dropped = sum((stream.dropped for stream in streams), Counter[str]())
     if not rows:
         raise ConfigError(
-            f"no calibration row of {seqlen} tokens could be made: {summary}. {_remedy(dropped)}"
+            f"no calibration row of {seqlen} tokens could be made: {summary}. "
+            f"{_remedy(dropped, of_model.prefix)}"
         )
     if len(rows) < nsamples:
         logger.warning(
@@ -113,7 +114,7 @@ def load_rows(
             nsamples,
             seqlen,
             summary,
-            _remedy(dropped),
+            _remedy(dropped, of_model.prefix),
         )
     sources = tuple(
         SourceRows(stream.source.name, stream.read, stream.given, dict(sorted(stream.dropped.items())))
@@ -242,11 +243,12 @@ def _mix(streams: Sequence[_Stream], nsamples: int, shuffler: random.Random) -> 
     return rows[:nsamples]
 
 
-def _remedy(dropped: Counter[str]) -> str:
+def _remedy(dropped: Counter[str], prefix: str) -> str:
     if dropped[Reason.LONG]:
-        return "Use a larger seqlen, or smaller images: rows with images are not cut."
+        return f"Use a larger {prefix}seqlen, or smaller images: rows with images are not cut."
     if dropped[Reason.SHORT]:
         return (
-            "Use a smaller seqlen, join short samples (:concat after the data set's name), or give more data."
+            f"Use a smaller {prefix}seqlen, join short samples (:concat after the data set's name), or give "
+            "more data."
         )
-    return "Give more data, or ask for fewer rows (nsamples)."
+    return f"Give more data, or ask for fewer rows ({prefix}nsamples)."

@@ -56,10 +56,12 @@ class OfModel:
     Attributes:
         images: makes rows of text with images; None where the model reads none.
         own_text: writes text; None where there is no model.
+        prefix: what the names of the options begin with that say how many rows, and how long.
     """
 
     images: ImageReader | None = None
     own_text: SelfText | None = None
+    prefix: str = ""
 
 
 NOTHING = OfModel()

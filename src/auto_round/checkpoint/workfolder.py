@@ -51,25 +51,29 @@ class OutputFolder:
             self.discard()
 
     @classmethod
-    def open(cls, out: str | Path, *, overwrite: bool = False) -> OutputFolder:
+    def open(cls, out: str | Path, *, overwrite: bool = False, source: Path | None = None) -> OutputFolder:
         """Claim an output path, before any work.
 
         Args:
             out: final path; parents are made; an empty folder there is taken over.
             overwrite: write again what is there already, and replace an older output that has no record.
+            source: what is read meanwhile, which stays; None where nothing is.
 
         An output of this package there is replaced when the new one is complete.
 
         Raises:
-            ConfigError: something else is there, another run is writing it, or no permission.
+            ConfigError: something else is there, it is where this process works, another run is writing it,
+                or no permission.
         """
-        path = Path(out).expanduser().resolve()
-        partial = _partial_of(path)
-        if not partial.exists():
-            refuse_occupied(path, overwrite=overwrite)  # before anything is made
+        with writing(Path(out)):
+            path = Path(out).expanduser().resolve()
+            partial = _partial_of(path)
+            unfinished = partial.exists()
+        if not unfinished:
+            refuse_occupied(path, overwrite=overwrite, source=source)  # before anything is made
         lock = _take_lock(partial)
         try:
-            refuse_occupied(path, overwrite=overwrite)
+            refuse_occupied(path, overwrite=overwrite, source=source)
             return cls(path, lock, overwrite=overwrite)
         except BaseException:
             if not (partial / _OUTPUT).exists():  # what a crash at the end of `seal` left
@@ -169,12 +173,26 @@ class OutputFolder:
         self.close()
 
 
-def refuse_occupied(out: Path, *, overwrite: bool = False) -> None:
+def refuse_occupied(out: Path, *, overwrite: bool = False, source: Path | None = None) -> None:
     """Refuse a path where the output cannot go; also for dry runs.
 
+    Args:
+        out: final path, resolved.
+        overwrite: see `OutputFolder.open`.
+        source: see there.
+
     Raises:
-        ConfigError: a file, a mount point, or a folder that holds something that may not be replaced.
+        ConfigError: a file, a mount point, the working directory, the source, or a folder that holds
+            something that may not be replaced.
     """
+    here, read = Path.cwd(), None if source is None else source.expanduser().resolve()
+    for kept, what in ((read, "what is read"), (here, "the working directory")):
+        if kept is not None and out in (kept, *kept.parents):
+            raise ConfigError(
+                f"the finished output would take the place of {out}, which is or holds {what}"
+                f"{'' if kept == out else f' ({kept})'}: choose another output folder, such as "
+                f"{out / 'quantized'}"
+            )
     if not os.path.lexists(out):
         return
     if not out.is_dir():

@@ -18,6 +18,10 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+LISTS = "; words of a list have commas between them and no spaces: --format auto_round,auto_gptq"
+"""Said where a word has no flag that it belongs to."""
+
+
 def underscored(word: str) -> str:
     """Write `--group-size=64` as `--group_size=64`; values are left alone."""
     if not word.startswith("--") or word == "--":
@@ -35,7 +39,7 @@ def with_model(given: dict[str, Any]) -> dict[str, Any]:
             "no model given: write its folder or hub name, for example: auto-round path/to/model"
         )
     if bare is not None and named is not None and bare != named:
-        raise ConfigError(f'two models given, "{bare}" and "{named}": give one of them')
+        raise ConfigError(f'two models given, "{bare}" and "{named}": give one of them{LISTS}')
     return {**given, "model": named if bare is None else bare}
 
 

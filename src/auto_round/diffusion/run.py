@@ -77,7 +77,7 @@ def run_pipeline(
             return _write_all(job, folder, journals, progress, clock)
 
     with deterministic_kernels(wanted=job.options.tune.enable_deterministic_algorithms):
-        ended = into_folder(job.output, job.options.output, _digest(asked), work)
+        ended = into_folder(job.output, job.options.output, _digest(asked), work, source=job.pipeline.folder)
     return PipelineResult(tuple(job.folders(ended.folder).values()), ended.report, clock.seconds, clock.peak)
 
 

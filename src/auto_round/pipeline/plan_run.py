@@ -126,7 +126,7 @@ def dry_run(
     partial = out.with_name(out.name + ".partial")
     blocked = ""
     try:
-        refuse_occupied(out, overwrite=options.output.overwrite)
+        refuse_occupied(out, overwrite=options.output.overwrite, source=job.source.folder)
     except ConfigError as error:
         blocked = str(error)
     together = _together(job, work, rates)

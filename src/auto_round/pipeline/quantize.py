@@ -135,7 +135,7 @@ def _lead(job: Job, progress: ProgressSink, clock: Clock) -> Result:
         with Journal.open(folder.scratch / "journal.jsonl", asked) as journal:
             return _write_all(job, folder, journal, progress, clock)
 
-    ended = into_folder(job.output, job.options.output, request_digest(asked), work)
+    ended = into_folder(job.output, job.options.output, request_digest(asked), work, source=job.source.folder)
     if ended.earlier:
         job.ranks.first(None)
     job.ranks.first((ended.folder, ended.report))

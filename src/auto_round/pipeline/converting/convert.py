@@ -97,7 +97,7 @@ def convert_folder(
         manifest = exporter.manifest(plan, stored.layers, stored.tensors)
         _refuse_weights(exporter, manifest)
         asked = _asked(checkpoint, stored, exporter)
-        with OutputFolder.open(target, overwrite=overwrite) as place:
+        with OutputFolder.open(target, overwrite=overwrite, source=source) as place:
             if place.holds(asked):
                 place.abandon()
                 logger.warning(

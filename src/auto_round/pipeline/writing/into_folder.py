@@ -31,7 +31,12 @@ class Ended:
 
 
 def into_folder(
-    out: Path, wanted: OutputOptions, asked: str, work: Callable[[OutputFolder], Mapping[str, Any]]
+    out: Path,
+    wanted: OutputOptions,
+    asked: str,
+    work: Callable[[OutputFolder], Mapping[str, Any]],
+    *,
+    source: Path | None,
 ) -> Ended:
     """Do the work of a run in its output folder, unless an earlier run did; draw the page that is asked for.
 
@@ -40,11 +45,12 @@ def into_folder(
         wanted: whether an output there is replaced, a killed run is continued, a page is drawn.
         asked: digest of the request, by which an output that is there is known.
         work: writes everything and returns the report; finds what a killed run left.
+        source: folder of the model, which is never replaced; None for one in memory.
 
     Raises:
         AutoRoundError: see its subclasses; nothing half-valid is left under the output's name.
     """
-    with OutputFolder.open(out, overwrite=wanted.overwrite) as folder:
+    with OutputFolder.open(out, overwrite=wanted.overwrite, source=source) as folder:
         earlier = folder.holds(asked)
         if earlier:
             folder.abandon()

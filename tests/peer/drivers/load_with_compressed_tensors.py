@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from recording import main
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CompressedTensorsConfig,
+)
 
 
 def load(job: dict[str, Any]) -> Any:
@@ -14,7 +19,9 @@ def load(job: dict[str, Any]) -> Any:
     options: dict[str, Any] = {"dtype": getattr(torch, job["dtype"])}
     if job["backend"] == "dequantize":
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(job["folder"], **options).eval()
+    sees = hasattr(AutoConfig.from_pretrained(job["folder"]), "vision_config")
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return kind.from_pretrained(job["folder"], **options).eval()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import vllm.v1.engine.core
 import vllm.v1.worker.cpu_worker  # noqa: F401
 from vllm import LLM, SamplingParams
 from vllm_float_products import multiply_floats
-from vllm_products import replace_products
+from vllm_products import multiply_experts, replace_products
 
 TOKENS = 128
 """Longest text."""
@@ -43,10 +43,13 @@ def answer(job: dict[str, Any], ids: list[int]) -> dict[str, Any]:
         multiply_floats()
     if job["replaced"] is True or not hasattr(torch.ops._C, FOUR_BITS):
         replace_products()
+    if job.get("experts"):
+        multiply_experts()
     engine = LLM(
         model=job["folder"],
         quantization=job.get("quantization"),
         dtype=job.get("dtype", "bfloat16"),
+        moe_backend="emulation" if job.get("experts") else "auto",
         max_model_len=TOKENS,
         max_num_seqs=1,
         max_num_batched_tokens=TOKENS,

@@ -11,15 +11,17 @@ import os
 from typing import Any
 
 import torch
+import vllm.model_executor.layers.fused_moe.oracle.int_wna16 as int_wna16
 import vllm.model_executor.layers.quantization.auto_awq as auto_awq
 import vllm.model_executor.layers.quantization.humming as humming
 import vllm.model_executor.layers.quantization.inc.schemes.inc_wna16_scheme as inc
 import vllm.model_executor.layers.quantization.utils.marlin_utils as marlin
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 from vllm.model_executor.kernels.linear import register_linear_kernel
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
+from vllm.model_executor.layers.fused_moe.experts.int4_emulation_moe import Int4EmulationTritonExperts
 from vllm.platforms import PlatformEnum, current_platform
 from vllm.platforms.interface import DeviceCapability
 
@@ -144,3 +146,27 @@ def replace_products() -> None:
     register_linear_kernel(DenseKernel, PlatformEnum.CPU)
     register_linear_kernel(DenseInt8, PlatformEnum.CPU, "int8")
     os.environ["VLLM_DISABLED_KERNELS"] = "CPUWNA16LinearKernel,CPUInt8ScaledMMLinearKernel"
+
+
+def experts_here(self: Any, **given: Any) -> None:
+    """Gated experts, one after another, with weights that vLLM has unpacked."""
+    x, chosen, shares = given["hidden_states"], given["topk_ids"], given["topk_weights"]
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    for expert, (inner, outer) in enumerate(zip(given["w1"], given["w2"], strict=True)):
+        token, place = (chosen == expert).nonzero(as_tuple=True)
+        gate, up = linear(x[token], inner.to(x.dtype)).chunk(2, -1)
+        y = linear(silu(gate) * up, outer.to(x.dtype))
+        total.index_add_(0, token, y.float() * shares[token, place, None].float())
+    given["output"].copy_(total)
+
+
+def multiply_experts() -> None:
+    """Let vLLM's backend `emulation`, which unpacks experts of 4 bits for a product on GPUs, run here.
+
+    It takes zero points of GPTQ words as they are stored, which is off by one for version 1. Marlin, which
+    GPUs get, reads none of symmetric words; so does this.
+    """
+    unpack = int_wna16._process_weights_emulation_gptq
+    int_wna16._process_weights_emulation_gptq = lambda *parts: unpack(*parts[:4], None, None)
+    Int4EmulationTritonExperts._supports_current_device = staticmethod(lambda: True)
+    Int4EmulationTritonExperts.apply = experts_here

@@ -120,11 +120,24 @@ class _Round(torch.autograd.Function):
         return None, d_step, d_zero, outside if wants_floor else None, to_v, None
 
 
+def is_written_for(grid: Grid, group: Group) -> bool:
+    """Whether the C program rounds to these numbers in these groups."""
+    return type(grid) is IntGrid and group.rows == 1 and group.size != 0
+
+
+def can_round(grid: Grid, group: Group) -> bool:
+    """Whether the C program is here and rounds weights of this kind on a CPU, contiguous ones as models have.
+
+    While such weights are tuned, nothing is kept of their rounding.
+    """
+    return is_written_for(grid, group) and _program() is not None
+
+
 def compiled_rounding(
     grid: Grid, group: Group, w: Tensor, v: Tensor | None, scale: Scale
 ) -> CompiledRounding | None:
     """Rounding by the C program; None where PyTorch has to do it. Arguments as for `CompiledRounding`."""
-    if torch.compiler.is_compiling() or type(grid) is not IntGrid or group.rows > 1 or group.size == 0:
+    if torch.compiler.is_compiling() or not is_written_for(grid, group):
         return None
     offsets = w.new_empty(0, dtype=torch.float32) if v is None else v
     usable = (

@@ -24,6 +24,9 @@ CHUNK = 1 << 21
 """Weights handled at a time on a CPU outside of tuning. An eighth would fit a core's cache better, but two
 threads would wait for each other's turn in Python: 2.0 against 1.7 ns a weight (docs/LOG.md)."""
 
+TUNED_CHUNK = 1 << 18
+"""The same while tuning, where one thread asks for all work."""
+
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -164,7 +167,7 @@ class Format:
         compiled = compiled_rounding(self.grid, self.group, w, v, scale)
         if compiled is not None:
             return compiled.weights()
-        grouped = self.group.split(w).to(torch.float32)
+        grouped = self.group.split(w)
         offset = None if v is None else self.group.split(v)
         out = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
             grouped, scale.step, scale.zero, scale.floor, offset, self.grid
@@ -236,37 +239,60 @@ class _FakeQuantize(torch.autograd.Function):
         v: Tensor | None,
         grid: Grid,
     ) -> Tensor:
-        u = _in_steps(w, step, floor)
-        gap = None if v is None else grid.spacing(u)
-        shifted = u if v is None else _shifted(u, v, gap)
-        n = grid.snap(shifted, _last(zero))
-        if zero is not None:
-            shifted = shifted + zero.unsqueeze(-1)
-        inside = grid.saturated(shifted).logical_not_()
-        if zero is not None:
-            n = n - zero.unsqueeze(-1)
-        out = n * step.unsqueeze(-1)
-        if floor is not None:
-            out.sub_(floor.unsqueeze(-1))
-        ctx.save_for_backward(n.sub_(u.mul_(inside)), inside, step, gap)
+        out, towards_step = (torch.empty_like(w, dtype=torch.float32) for _ in range(2))
+        inside = torch.empty_like(w, dtype=torch.bool)
+        gaps: Tensor | None = None
+        scale = Scale(step, zero, floor=floor)
+        for rows in _bands_of_groups(w):
+            here = scale[rows]
+            u = _in_steps(w[rows].to(torch.float32), here.step, here.floor)
+            gap = None if v is None else grid.spacing(u)
+            shifted = u if v is None else _shifted(u, v[rows], gap)
+            n = grid.snap(shifted, _last(here.zero))
+            if here.zero is not None:
+                shifted = shifted + here.zero.unsqueeze(-1)
+                n = n - here.zero.unsqueeze(-1)
+            within = inside[rows].copy_(grid.saturated(shifted).logical_not_())
+            torch.mul(n, here.step.unsqueeze(-1), out=out[rows])
+            if here.floor is not None:
+                out[rows].sub_(here.floor.unsqueeze(-1))
+            torch.sub(n, u.mul_(within), out=towards_step[rows])
+            if gap is not None:
+                gaps = torch.empty_like(out) if gaps is None else gaps
+                gaps[rows] = gap
+        ctx.save_for_backward(towards_step, inside, step, gaps)
         return out
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor
     ) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
-        towards_step, inside, step, gap = ctx.saved_tensors
+        towards_step, inside, step, gaps = ctx.saved_tensors
         _, wants_step, wants_zero, wants_floor, wants_v, _ = ctx.needs_input_grad
-        kept = grad * inside
-        d_step = d_zero = d_floor = d_v = None
-        if wants_step:
-            d_step = (grad * towards_step).sum(-1)
-        if wants_zero:
-            d_zero = (kept - grad).sum(-1) * step
-        if wants_floor:
-            d_floor = (kept - grad).sum(-1)
-        if wants_v:
-            d_v = kept * step.unsqueeze(-1)
-            if gap is not None:
-                d_v.mul_(gap)
-        return None, d_step, d_zero, d_floor, d_v, None
+        d_step = torch.empty_like(step) if wants_step else None
+        outside = torch.empty_like(step) if wants_zero or wants_floor else None
+        d_v = torch.empty_like(towards_step) if wants_v else None
+        for rows in _bands_of_groups(grad):
+            kept = grad[rows] * inside[rows]
+            if d_step is not None:
+                torch.sum(grad[rows] * towards_step[rows], -1, out=d_step[rows])
+            if outside is not None:
+                torch.sum(kept - grad[rows], -1, out=outside[rows])
+            if d_v is not None:
+                torch.mul(kept, step[rows].unsqueeze(-1), out=d_v[rows])
+                if gaps is not None:
+                    d_v[rows].mul_(gaps[rows])
+        d_zero = outside * step if wants_zero and outside is not None else None
+        return None, d_step, d_zero, outside if wants_floor else None, d_v, None
+
+
+def _bands_of_groups(grouped: Tensor) -> Iterator[slice]:
+    """Rows of groups `[..., rows, n_groups, width]` to round at a time, along the first dimension.
+
+    What rounding forms besides its results then takes little memory, and stays in a core's cache.
+    """
+    each = max(1, grouped[0].numel())
+    size = max(1, weights_at_once(grouped.device, TUNED_CHUNK) // each)
+    if torch.compiler.is_compiling():  # forms nothing besides
+        size = len(grouped)
+    yield from (slice(at, at + size) for at in range(0, len(grouped), size))

@@ -45,6 +45,48 @@ SHAPES = {
         {"hidden_size": 512, "intermediate_size": 768, "vocab_size": 48000, **_ATTENTION},
         _SHORT,
     ),
+    "matrices of 16 MB": (
+        "llama",
+        {"hidden_size": 1024, "intermediate_size": 4096, **_ATTENTION},
+        {**_SHORT, "seqlen": 16},
+    ),
+    "matrices of 50 MB": (
+        "llama",
+        {"hidden_size": 1024, "intermediate_size": 12288, "num_hidden_layers": 1, **_ATTENTION},
+        {**_SHORT, "seqlen": 64},
+    ),
+    "large experts": (
+        "qwen3_moe",
+        {
+            "hidden_size": 1024,
+            "moe_intermediate_size": 2048,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 128,
+            **_ATTENTION,
+        },
+        {**_SHORT, "seqlen": 32},
+    ),
+    "large matrices and long rows": (
+        "qwen3",
+        {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128, **_ATTENTION},
+        {**_SHORT, "seqlen": 1024},
+    ),
+    "asymmetric": (
+        "llama",
+        {"hidden_size": 1024, "intermediate_size": 4096, **_ATTENTION},
+        {**_SHORT, "seqlen": 16, "scheme": "W2A16", "sym": False},
+    ),
+    "floats": (
+        "llama",
+        {"hidden_size": 1024, "intermediate_size": 4096, **_ATTENTION},
+        {**_SHORT, "seqlen": 16, "scheme": "MXFP4", "group_size": 32},
+    ),
+    "optimized rounding": (
+        "llama",
+        {"hidden_size": 1024, "intermediate_size": 4096, **_ATTENTION},
+        {**_SHORT, "seqlen": 16, "iters": 0},
+    ),
     "many rows": (
         "qwen3",
         {"hidden_size": 512, "intermediate_size": 768, "head_dim": 64, **_ATTENTION},
@@ -84,8 +126,8 @@ def measure(shape: str, folder: Path) -> dict[str, float]:
     rows = torch.randint(3, sizes.get("vocab_size", VOCABULARY), shape_of_rows, generator=generator).tolist()
     held = resident_bytes()
     out = folder / "out"
-    named = {"model": str(folder / "model"), "output_dir": str(out), "device_map": "cpu", "group_size": 128}
-    run(build_options({**named, **given}), dataset=rows)
+    named = {"model": str(folder / "model"), "output_dir": str(out), "device_map": "cpu"}
+    run(build_options({**named, "group_size": 128, **given}), dataset=rows)
     planned = json.loads((out / RUN_RECORD).read_bytes())["memory"]
     return {
         "planned": planned["host_bytes"] - held,

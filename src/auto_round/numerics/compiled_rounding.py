@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ SOURCE = Path(__file__).with_name("rounding.c")
 
 OPTIONS = ("-ffp-contract=off",)
 """A fused product is rounded once where PyTorch rounds twice."""
+
+BAND = 1 << 18
+"""Weights that are differentiated at a time: what is formed besides stays in a core's cache, and leaves no
+holes in memory between the gradients."""
 
 FEW = 1 << 15
 """Weights for which waking threads costs more than they save."""
@@ -65,6 +70,12 @@ class CompiledRounding:
         made: Tensor = _Round.apply(self.w, s.step, s.zero, s.floor, self.v, self)  # type: ignore[no-untyped-call]
         return made
 
+    def bands(self) -> Iterator[tuple[slice, CompiledRounding]]:
+        """Some rows and their rounding, one after the other, as many weights as a core's cache holds."""
+        for rows, scales in self.group.bands(self.w.shape, BAND):
+            v = None if self.v is None else self.v[rows]
+            yield rows, CompiledRounding(self.grid, self.group, self.w[rows], v, self.scale[scales])
+
     def _run(self, function: str, *tensors: Tensor | None) -> None:
         length = self.w.shape[-1]
         parts = [self.scale.step, self.scale.zero, self.scale.floor]
@@ -108,16 +119,25 @@ class _Round(torch.autograd.Function):
     ) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
         w, step, zero, floor, v = ctx.saved_tensors
         _, wants_step, wants_zero, wants_floor, wants_v, _ = ctx.needs_input_grad
-        asked = CompiledRounding(ctx.grid, ctx.group, w, v, Scale(step, zero, floor=floor))
-        to_step, to_zero, to_v = (
-            torch.empty(w.shape, dtype=torch.float32, device="cpu") if wanted else None
-            for wanted in (wants_step, wants_zero or wants_floor, wants_v)
+        towards, outside = (
+            torch.empty_like(step, memory_format=torch.contiguous_format) if wanted else None
+            for wanted in (wants_step, wants_zero or wants_floor)
         )
-        asked._run("differentiate", grad.contiguous(), to_step, to_zero, to_v)
-        d_step = None if to_step is None else ctx.group.split(to_step).sum(-1)
-        outside = None if to_zero is None else ctx.group.split(to_zero).sum(-1)
+        to_v = torch.empty(w.shape, dtype=torch.float32, device="cpu") if wants_v else None
+        asked = CompiledRounding(ctx.grid, ctx.group, w, v, Scale(step, zero, floor=floor))
+        for rows, part in asked.bands():
+            # Summed up by PyTorch, so that the bits are its own.
+            to_step, to_zero = (
+                None if x is None else torch.empty(part.w.shape, dtype=torch.float32, device="cpu")
+                for x in (towards, outside)
+            )
+            to_offsets = None if to_v is None else to_v[rows]
+            part._run("differentiate", grad[rows].contiguous(), to_step, to_zero, to_offsets)
+            for found, each in ((towards, to_step), (outside, to_zero)):
+                if found is not None and each is not None:
+                    torch.sum(ctx.group.split(each), -1, out=found[rows])
         d_zero = outside * step if wants_zero and outside is not None else None
-        return None, d_step, d_zero, outside if wants_floor else None, to_v, None
+        return None, towards, d_zero, outside if wants_floor else None, to_v, None
 
 
 def is_written_for(grid: Grid, group: Group) -> bool:

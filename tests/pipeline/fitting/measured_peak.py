@@ -82,6 +82,11 @@ SHAPES = {
         {"hidden_size": 1024, "intermediate_size": 4096, **_ATTENTION},
         {**_SHORT, "seqlen": 16, "scheme": "MXFP4", "group_size": 32},
     ),
+    "compiled": (
+        "llama",
+        {"hidden_size": 1024, "intermediate_size": 4096, **_ATTENTION},
+        {**_SHORT, "seqlen": 16, "enable_torch_compile": True},
+    ),
     "optimized rounding": (
         "llama",
         {"hidden_size": 1024, "intermediate_size": 4096, **_ATTENTION},

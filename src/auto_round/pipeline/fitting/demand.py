@@ -12,23 +12,26 @@ from dataclasses import dataclass, replace
 import torch
 
 from auto_round.facts.layer import Layer, Role
+from auto_round.numerics.compiled_rounding import can_round
 from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.importance import TILE
 from auto_round.pipeline.fitting.level import Level, Place
 from auto_round.pipeline.fitting.logits import MEASURED_LOGITS_BYTES, logits_budget
 from auto_round.pipeline.fitting.plan import STREAMS, Stage
 from auto_round.pipeline.fitting.work import Sizes, Workload, active_share, measure_sizes
+from auto_round.tuning.steps import sign_move
 
 FLOAT = 4
 """Bytes of a number in float32: offsets, gradients, range multipliers."""
 KEPT_BY_ROUNDING = 5
-"""What the backward pass of the rounding keeps of each weight: a number in float32 and a mark."""
+"""What the backward pass of the rounding keeps of each weight, where no compiled program does it: a number in
+float32 and a mark."""
 SPACING = 4
 """The same of floating grids besides: the spacing at each weight."""
 AT_WORK = 16
 """Numbers in float32 that are formed at a time of each weight of the matrix that is rounded."""
-SEARCHED = 33 * FLOAT
-"""Bytes that the search of ranges forms for each weight of a band (measured)."""
+SEARCHED = 32
+"""Bytes that the search of ranges forms for each weight of a band (measured: 29; compiled, 16)."""
 SEARCH_BAND = 1 << 21
 """Most weights of a band (`numerics.search.BAND`)."""
 NORMS = 5
@@ -43,7 +46,7 @@ VERIFIED_ROWS, VERIFIED_POSITIONS = 4, 512
 """Rows, and most positions of each, that a reloaded folder is asked for (`checking.compare_rows`)."""
 PACKED = 1
 """Bytes of a code before it is packed."""
-FRAGMENTS = 0.1
+FRAGMENTS = 0.15
 """Share of the memory given out and returned that the C library cannot give out again, as measured."""
 WORKSPACE = 12 << 20
 """Buffers of libraries, and small things."""
@@ -191,7 +194,10 @@ class _Demand:
         kept = 0 if self.level.rounds_again else sum(map(self._kept, whole))
         parts["rounding"] = (tuned - apart) * itemsize + kept + apart * PACKED
         backward = max(self._backward(layers, tuned - apart), self._through(whole, tuned - apart, largest))
-        backward += apart * FLOAT
+        if (
+            self._passes() > 1 or sign_move(tune, 0) is None
+        ):  # else each matrix is learned as its gradient comes
+            backward += apart * FLOAT
         parts["activations and gradients"] = backward
         searched = tuned * FLOAT + own_ranges + self._searched(quantized) * SEARCHED
         before = sum(parts[name] for name in _OF_LOOP)
@@ -274,14 +280,18 @@ class _Demand:
 
     def _through(self, layers: list[Layer], tuned: int, largest: int) -> int:
         """The same gradients on their way through the rounding."""
-        through = tuned * FLOAT + largest * AT_WORK
+        itemsize = self.work.dtype.itemsize
+        through = tuned * (FLOAT + itemsize) + (largest * FLOAT if itemsize != FLOAT else 0)
         if self.level.rounds_again:
-            through += max(map(self._kept, layers), default=0) - tuned * self.work.dtype.itemsize
+            through += max(map(self._kept, layers), default=0) - tuned * itemsize
         return through
 
     def _kept(self, layer: Layer) -> int:
         """What the backward pass of the rounding of a layer keeps."""
-        floats = isinstance(self.work.formats[layer.name].grid, FloatGrid)
+        fmt = self.work.formats[layer.name]
+        if self.work.device.type == "cpu" and can_round(fmt.grid, fmt.group):
+            return 0
+        floats = isinstance(fmt.grid, FloatGrid)
         return math.prod(layer.shape) * (KEPT_BY_ROUNDING + (SPACING if floats else 0))
 
     def _searched(self, layers: list[Layer]) -> int:

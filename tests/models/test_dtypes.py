@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from auto_round.errors import UnsupportedError
 from auto_round.inference.load_folder import unpacked_to
@@ -127,3 +128,14 @@ def test_weights_that_are_not_float32_need_no_second_model(monkeypatch):
     monkeypatch.setattr("auto_round.models.skeleton.dtypes_when_built", None)
     assert weight_dtypes(model, torch.float32)["lm_head.weight"] == torch.float32
     assert weight_dtypes(model, NARROW)["lm_head.weight"] == NARROW
+
+
+def test_a_class_that_is_not_built_of_a_configuration_alone():
+    class Named(LlamaForCausalLM):
+        def __init__(self, config, name):
+            super().__init__(config)
+            self.name = name
+
+    source = LiveSource(Named(family_config("llama"), "mine").eval())
+    with source.block(0, dtype=NARROW) as block:
+        assert set(dtypes(block).values()) == {NARROW}

@@ -54,6 +54,11 @@ class Outcome:
     kept: int = 0
     verified: dict[str, Any] | None = None
 
+    @property
+    def unloaded(self) -> str:
+        """Why the folder was not loaded; empty when it was, and where there is none."""
+        return str((self.verified or {}).get("skipped", ""))
+
 
 def save_family(family: str, folder: Path) -> Path:
     """Write a tiny random model of a family with a tokenizer of bytes."""
@@ -113,9 +118,10 @@ def sweep(
 
 
 def advised(outcome: Outcome) -> tuple[str, str] | None:
-    """Format and method that a refusal advises; None when it advises none of ours."""
-    plain = "--recipe rtn" in outcome.refused
-    other = _OTHER_FORMAT.search(outcome.refused)
+    """Format and method that a refusal, or a folder for others to load, advises; None for none of ours."""
+    advice = outcome.refused or outcome.unloaded
+    plain = "--recipe rtn" in advice
+    other = _OTHER_FORMAT.search(advice)
     if not plain and other is None:
         return None
     return other[1] if other else outcome.format, "plain" if plain else outcome.method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -230,7 +231,13 @@ def weight_dtypes(model: Any, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
 
 
 def dtypes_when_built(model: Any, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
-    """Dtype of every tensor of a model of the same class and configuration that is built in `dtype`."""
+    """Dtype of every tensor of a model of the same class and configuration that is built in `dtype`.
+
+    Nothing for a class of the user's that is not built of a configuration alone.
+    """
+    more = list(inspect.signature(type(model).__init__).parameters.values())[2:]
+    if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in more):
+        return {}
     with META:
         built = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
     return {name: tensor.dtype for name, tensor in _named_tensors(built)}

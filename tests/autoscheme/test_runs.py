@@ -157,6 +157,23 @@ def test_what_cannot_be_reached_is_refused_with_what_can(small: Any, tmp_path: P
         chosen(small(), tmp_path / "out", avg_bits=None, target_size="1KB")
 
 
+def test_a_divergence_that_none_has_is_refused_in_words(small: Any, tmp_path: Path) -> None:
+    for kl in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=r'"target_kl" cannot be .*: expected '):
+            asked(small(), tmp_path / "out", avg_bits=None, target_kl=kl)
+    with pytest.raises(
+        ConfigError, match=r"target_kl: 1e-09 nats .* predicted for them is \S+ nats per token"
+    ):
+        chosen(small(), tmp_path / "out", avg_bits=None, target_kl=1e-9)
+
+
+def test_a_budget_that_leaves_nothing_to_choose_is_said(
+    small: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen(small(), tmp_path / "out", avg_bits=9)
+    assert "9 bits leave nothing to choose" in caplog.text
+
+
 def test_options_that_share_no_format_are_refused_before_work(small: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="types of GGUF files"):
         chosen(small(), tmp_path / "out", scheme_options="GGUF:Q4_0,W4A16")

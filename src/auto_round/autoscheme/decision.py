@@ -14,6 +14,7 @@ from auto_round.autoscheme.plan_file import written
 from auto_round.autoscheme.sizes import file_bits, rest_bits
 from auto_round.config.auto_scheme import AutoSchemeOptions
 from auto_round.errors import ConfigError
+from auto_round.log import logger
 from auto_round.pipeline.deciding.decide import Decided
 from auto_round.pipeline.deciding.open_model import Opened
 
@@ -124,10 +125,15 @@ def refuse_unreachable(target: Target, candidates: Candidates, decided: Decided,
         return
     bits_of, fixed, budget = _limits(target, candidates, decided, opened)
     least, most = reachable(candidates.costs(bits_of), fixed)
-    if least <= budget:
-        return
     unit = candidates.weights if target.avg_bits is not None else 8e6
     name = "bits per weight" if target.avg_bits is not None else "MB"
+    if most <= budget:
+        logger.warning(
+            "AutoScheme: %s leave nothing to choose: these layers take %.3f %s at most with %s",
+            *(target.text, most / unit, name, ", ".join(candidates.labels)),
+        )
+    if least <= budget:
+        return
     held = f", of which {fixed / unit:.3f} are fixed" if fixed else ""
     raise ConfigError(
         f"{target.text} cannot be reached with {', '.join(candidates.labels)}: these layers take "
@@ -150,6 +156,7 @@ def decide_on(
     bits_of, fixed, budget = _limits(target, candidates, decided, opened)
     costs, losses = candidates.costs(bits_of), _losses(candidates, scores)
     if target.kl is not None:
+        _refuse_too_near(target, candidates, losses)
         choice = least_cost(costs, losses, target.kl)
     else:
         choice = least_loss(costs, losses, budget - fixed)
@@ -158,6 +165,15 @@ def decide_on(
         row[pick] for row, pick in zip(candidates.costs(counted), choice.picks, strict=True)
     )
     return Decision(target, choice, total / candidates.weights, candidates.labels)
+
+
+def _refuse_too_near(target: Target, candidates: Candidates, losses: Sequence[Sequence[float]]) -> None:
+    least = sum(map(min, losses))
+    if target.kl is not None and least > target.kl:
+        raise ConfigError(
+            f"target_kl: {target.text} cannot be reached with {', '.join(candidates.labels)}: the least that "
+            f"is predicted for them is {least:.3g} nats per token; give a larger target, or larger options"
+        )
 
 
 def _limits(

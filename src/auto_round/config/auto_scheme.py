@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,11 @@ class AutoSchemeOptions:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.target_kl is not None and not 0 < self.target_kl < math.inf:
+            raise ConfigError(
+                f'option "target_kl" cannot be {self.target_kl:g}: expected nats per token above zero, '
+                "such as 0.02"
+            )
         targets = [name for name in ("avg_bits", "target_size", "target_kl") if getattr(self, name)]
         if len(targets) > 1:
             raise ConfigError(f"{' and '.join(targets)} are both targets: give one of them")

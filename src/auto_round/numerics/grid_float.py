@@ -13,6 +13,9 @@ from auto_round.errors import InternalError
 
 _EXPONENT = 0x7F800000
 """Bits of the exponent in a float32 (IEEE 754, binary32)."""
+_HALF_EXPONENT, _HALF_MANTISSA = 5, 10
+_HALF_SMALLEST_NORMAL = 2.0**-14
+"""Those of a float16 (IEEE 754, binary16)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +105,15 @@ class FloatGrid:
 
     def decode(self, codes: Tensor) -> Tensor:
         """Numbers of the codes, float32."""
-        # On CPUs five times as fast as indexing the table.
-        numbers = torch.index_select(_numbers(self, codes.device), 0, codes.reshape(-1).to(torch.int32))
-        return numbers.reshape(codes.shape)
+        if self.exponent_bits >= _HALF_EXPONENT:  # their largest codes are no numbers in float16
+            numbers = torch.index_select(_numbers(self, codes.device), 0, codes.reshape(-1).to(torch.int32))
+            return numbers.reshape(codes.shape)
+        # Moved to where a float16 has sign, exponent and mantissa: several times as fast as a table on CPUs.
+        signed = (codes if self.bits == 8 else codes << (8 - self.bits)).view(torch.int8)
+        wide = signed.to(torch.int16).bitwise_left_shift_(3 + self.exponent_bits)
+        copies_of_the_sign = ((1 << _HALF_EXPONENT) - (1 << self.exponent_bits)) << _HALF_MANTISSA
+        half = wide.bitwise_and_(~copies_of_the_sign).view(torch.float16)
+        return half.to(torch.float32).mul_(self.smallest_normal / _HALF_SMALLEST_NORMAL)
 
 
 @cache

@@ -10,9 +10,11 @@ import pytest
 
 from auto_round.errors import CheckpointError
 from auto_round.report import draw, theme
+from auto_round.report.draw import Words
 from auto_round.report.one_run import page_of
 from auto_round.report.page import render
-from auto_round.report.run import Run, run_of
+from auto_round.report.plots_run import sensitivity_picture
+from auto_round.report.run import LayerScore, Run, Sensitivity, run_of
 from report import examples
 from report.checked_html import Table, checked
 
@@ -115,6 +117,12 @@ HELD = examples.report()["held_out"]
 )
 def test_columns_are_those_of_the_records(page, table, name, wanted):
     assert column(page.tables[table], name) == wanted
+
+
+def test_the_head_has_a_row_in_the_picture_of_sensitivities():
+    layers = [LayerScore("q_proj", 0, {"W2": 0.1}), LayerScore("q_proj", 1, {"W2": 0.3})]
+    scores = Sensitivity("measured", (LayerScore("lm_head", None, {"W2": 0.2}), *layers))
+    assert "lm_head" in sensitivity_picture(Words("a", "b", "c"), scores, "W2").svg
 
 
 def test_what_is_shown_is_the_number_rounded(page):

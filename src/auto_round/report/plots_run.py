@@ -77,12 +77,13 @@ def errors_picture(words: Words, units: Sequence[Unit]) -> Picture:
 
 
 def sensitivity_picture(words: Words, found: Sensitivity, option: str) -> Picture:
-    """Kinds of layers x blocks, coloured by what one option is estimated to harm."""
-    values = [
-        (layer.kind, layer.block, layer.scores[option])
-        for layer in found.layers
-        if layer.block is not None and option in layer.scores
-    ]
+    """Kinds of layers x blocks, coloured by what one option is estimated to harm; others take a whole row."""
+    layers = [layer for layer in found.layers if option in layer.scores]
+    blocks = [layer for layer in layers if layer.block is not None]
+    values = [(layer.kind, layer.block or 0, layer.scores[option]) for layer in blocks]
+    places = sorted({at for _, at, _ in values}) or [0]
+    outside = [layer for layer in layers if layer.block is None]
+    values += [(layer.kind, at, layer.scores[option]) for layer in outside for at in places]
     return _heat(words, values, lambda value: f"{value:.2g}")
 
 

@@ -165,6 +165,28 @@ def test_overrides_replace_single_fields_and_none_is_not_given():
     assert scheme.weight_format().rule.dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("word", "fields"),
+    [
+        ("mxfp", {"data_type": "mx_fp"}),
+        ("mxfp_rceil", {"data_type": "mx_fp_rceil"}),
+        ("MXFP8", {"data_type": "mx_fp", "bits": 8}),
+        ("nvfp4", {"data_type": "nv_fp", "bits": 4}),
+    ],
+)
+def test_number_types_as_documents_write_them(word, fields):
+    """Without the underscores that folders have in these words."""
+    found = parse_scheme({"data_type": word, "act_data_type": word})
+    for name, value in fields.items():
+        assert (found[name], found[f"act_{name}"]) == (value, value)
+
+
+def test_spellings_differ_by_more_than_case_and_underscores():
+    for table in (spellings(), vocabulary.SCALE_DTYPES, vocabulary.RECIPES):
+        folded = [name.casefold().replace("_", "") for name in table]
+        assert len(set(folded)) == len(folded)
+
+
 def test_data_type_wins_over_bits_and_sym():
     assert parse_scheme({"data_type": "int_asym", "sym": True}).sym is False
     assert parse_scheme({"data_type": "int3", "bits": 8}).bits == 3

@@ -26,6 +26,7 @@ from auto_round.checkpoint.open_files import OpenFiles
 from auto_round.checkpoint.shards import TRANSFORMERS, WeightFiles
 from auto_round.checkpoint.tensors import Tensors
 from auto_round.errors import CheckpointError, ConfigError, InternalError
+from auto_round.units import size
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """Most bytes of tensors in one shard, as in Transformers."""
@@ -312,8 +313,8 @@ class ShardWriter:
             free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise ConfigError(
-                f"{self.folder}: the output takes {needed / 1e9:.2f} GB, but its disk has "
-                f"{free / 1e9:.2f} GB free: free some space or choose another output folder"
+                f"{self.folder}: the output takes {size(needed)}, but its disk has "
+                f"{size(free)} free: free some space or choose another output folder"
             )
 
 

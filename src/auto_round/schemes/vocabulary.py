@@ -24,13 +24,19 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def spelled(field: str, value: Any, table: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Row of `table` for one of its spellings, case and a leading `torch.` ignored.
+    """Row of `table` for one of its spellings; case, `_` and a leading `torch.` are ignored.
+
+    Documents write `mxfp`, `mxfp_rceil` and `nvfp4` for what folders call `mx_fp` and so on.
 
     Raises:
         ConfigError: no such row; names the nearest ones.
     """
-    known = {name.casefold(): name for name in table}
-    key = str(value).casefold().removeprefix("torch.")
+    known = {_folded(name): name for name in table}
+    key = _folded(str(value))
     if key not in known:
         raise ConfigError(f"unknown {field} {value!r}; {nearest(str(value), table)}")
     return table[known[key]]
+
+
+def _folded(word: str) -> str:
+    return word.casefold().removeprefix("torch.").replace("_", "")

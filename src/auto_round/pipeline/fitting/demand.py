@@ -30,8 +30,8 @@ SPACING = 4
 """The same of floating grids besides: the spacing at each weight."""
 AT_WORK = 16
 """Numbers in float32 that are formed at a time of each weight of the matrix that is rounded."""
-SEARCHED = 32
-"""Bytes that the search of ranges forms for each weight of a band (measured: 29; compiled, 16)."""
+SEARCHED = 48
+"""Bytes that the search of ranges forms for each weight of a band (measured: 29), and its holes."""
 SEARCH_BAND = 1 << 21
 """Most weights of a band (`numerics.search.BAND`)."""
 NORMS = 5
@@ -40,6 +40,8 @@ ATTENTION_BANDS = 4
 """Into so many bands queries are cut on a CPU (`models.attention.BANDS`); as many are formed at a time."""
 EXPERTS_AT_WORK = 9
 """Copies of the largest parameter of fused experts that grouped products form (measured)."""
+EXPERT_AT_WORK = 5
+"""Copies of one expert's matrix, in the compute dtype, where they run matrix by matrix (measured)."""
 WORKERS = 4
 """Matrices at once in plain rounding."""
 VERIFIED_ROWS, VERIFIED_POSITIONS = 4, 512
@@ -274,9 +276,14 @@ class _Demand:
         """Gradients of the loss by rounded weights, while activations are still there."""
         itemsize = self.work.dtype.itemsize
         found, passes = tuned * itemsize, self._passes()
-        fused = (self._together(a) for a in layers if a.role is Role.EXPERT)
-        activations = self._activations(layers) + EXPERTS_AT_WORK * itemsize * max(fused, default=0)
-        return max(activations + found // 4, found) + (tuned * FLOAT if passes > 1 else 0)
+        fused = (
+            self._together(a) * (EXPERT_AT_WORK if self._by_matrix(a) else EXPERTS_AT_WORK)
+            for a in layers
+            if a.role is Role.EXPERT
+        )
+        activations = self._activations(layers) + itemsize * max(fused, default=0)
+        # Those of the last matrices come while attention is differentiated, and passes leave holes.
+        return activations + found + (tuned * FLOAT if passes > 1 else 0)
 
     def _through(self, layers: list[Layer], tuned: int, largest: int) -> int:
         """The same gradients on their way through the rounding."""

@@ -1,11 +1,11 @@
-"""Do models of many times the memory finish? Tuned runs below a limit, on ever larger models.
+"""Do models of many times the memory finish? Runs below a limit, on ever larger models.
 
-    python benchmarks/memory_ladder.py FOLDER [--limit 2] [--times 0.5 1 2 4] [--steps 2] [--searched]
+    python benchmarks/memory_ladder.py FOLDER [--limit 2] [--times 0.5 1 2 4] [--how tuned|optimized|plain]
 
-Writes to FOLDER a random Llama-shaped model with `times` the limit (GiB) of weights and tunes it in a process
-whose address space is limited (`ulimit -v`), one model after the other: each is removed when it is done.
-Prints a JSON line for each: weights and limit (GB), blocks, seconds, planned and measured peak (GB), how it
-ended. Ranges are not searched unless that is asked for: it takes most of the time, and no more memory.
+Writes to FOLDER a random Llama-shaped model with `times` the limit (GiB) of weights and quantizes it in a
+process whose address space is limited (`ulimit -v`), one model after the other: each is removed when it is
+done. Prints a JSON line for each: weights and limit (GB), blocks, seconds, planned and measured peak (GB),
+what the closing check found, how it ended.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ from auto_round.checkpoint.writer import ShardWriter
 
 WIDTH, INNER, HEADS, GROUPS, VOCABULARY = 1024, 4096, 8, 4, 8000
 ROWS, LENGTH = 4, 16
+HOW = {
+    "tuned": {"iters": 2, "nsamples": ROWS, "seqlen": LENGTH, "batch_size": 4},
+    "optimized": {"iters": 0, "nsamples": ROWS, "seqlen": LENGTH},
+    "plain": {"iters": 0, "disable_opt_rtn": True},
+}
+"""Two steps are as good as two hundred: every step takes the same memory."""
 
 
 def make_model(folder: Path, nbytes: float) -> int:
@@ -55,8 +61,8 @@ def make_model(folder: Path, nbytes: float) -> int:
     return blocks
 
 
-def tune(folder: Path, steps: int, *, searched: bool) -> None:
-    """Tune the model; this process is the limited one."""
+def quantize(folder: Path, how: str) -> None:
+    """Quantize the model; this process is the limited one."""
     from auto_round.config import build_options
     from auto_round.pipeline.machine.memory import peak_bytes
     from auto_round.pipeline.quantize import run
@@ -65,18 +71,17 @@ def tune(folder: Path, steps: int, *, searched: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(3, VOCABULARY, (ROWS + 4, LENGTH), generator=generator).tolist()
     given = {"model": str(folder / "model"), "output_dir": str(folder / "out"), "device_map": "cpu"}
-    given |= {"iters": steps, "nsamples": ROWS, "seqlen": LENGTH, "batch_size": 4}
-    given |= {"disable_opt_rtn": not searched}
-    run(build_options(given), dataset=rows)
+    result = run(build_options({**given, **HOW[how]}), dataset=None if how == "plain" else rows)
     planned = json.loads((folder / "out" / RUN_RECORD).read_bytes())["memory"]["host_bytes"]
-    print(json.dumps({"planned_gb": planned / 1e9, "peak_gb": peak_bytes() / 1e9}))
+    check = result.report.get("verified")
+    print(json.dumps({"planned_gb": planned / 1e9, "peak_gb": peak_bytes() / 1e9, "check": check}))
 
 
-def limited(folder: Path, given: list[str], limit: int) -> dict[str, object]:
+def limited(folder: Path, how: str, limit: int) -> dict[str, object]:
     """How a run below the limit ended."""
     began = time.perf_counter()
     ended = subprocess.run(
-        [sys.executable, __file__, str(folder), "--tune", *given],
+        [sys.executable, __file__, str(folder), "--how", how, "--here"],
         capture_output=True,
         text=True,
         check=False,
@@ -93,14 +98,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--limit", type=float, default=2.0, help="GiB of address space")
     parser.add_argument("--times", type=float, nargs="+", default=[0.5, 1, 2, 4])
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--searched", action="store_true")
-    parser.add_argument("--tune", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--how", choices=HOW, default="tuned")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.tune:
-        tune(given.folder, given.steps, searched=given.searched)
+    if given.here:
+        quantize(given.folder, given.how)
         return
-    how = ["--steps", str(given.steps), *(["--searched"] if given.searched else [])]
     limit = int(given.limit * 2**30)
     for times in given.times:
         (given.folder / "model").mkdir(parents=True)
@@ -108,7 +111,7 @@ def main() -> None:
             blocks = make_model(given.folder / "model", times * limit)
             weights = sum(f.stat().st_size for f in (given.folder / "model").iterdir())
             about = {"times": times, "limit_gb": limit / 1e9, "weights_gb": weights / 1e9, "blocks": blocks}
-            print(json.dumps({**about, **limited(given.folder, how, limit)}), flush=True)
+            print(json.dumps({**about, **limited(given.folder, given.how, limit)}), flush=True)
         finally:
             for name in ("model", "out", "out.partial"):
                 shutil.rmtree(given.folder / name, ignore_errors=True)

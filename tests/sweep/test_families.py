@@ -29,18 +29,21 @@ def test_passes_or_is_refused_with_advice_that_works(saved, tmp_path, family, me
     outcome = sweep(saved(family), family, fmt, method, tmp_path / "out")
     if outcome.refused:
         assert not list(tmp_path.iterdir()), "it was refused after work had begun"
-    else:
-        assert outcome.packed
-        assert outcome.verified is not None
-        assert (tmp_path / "out" / "config.json").is_file()
-        if not outcome.unloaded:
-            return
+        outcome = as_advised(saved(family), outcome, tmp_path / "advised")
+    assert list(tmp_path.glob("*/config.json"))
+    if outcome.unloaded:  # written for others to load
+        outcome = as_advised(saved(family), outcome, tmp_path / "loaded")
+    assert outcome.packed
+    assert outcome.verified is not None
+    assert not outcome.unloaded, outcome.unloaded
+
+
+def as_advised(folder, outcome, out):
     other = advised(outcome)
     assert other is not None, outcome.refused or outcome.unloaded
-    again = sweep(saved(family), family, *other, tmp_path / "again")
-    assert not again.refused, again.refused
-    assert again.packed
-    assert not again.unloaded, again.unloaded
+    found = sweep(folder, outcome.family, *other, out)
+    assert not found.refused, found.refused
+    return found
 
 
 @pytest.mark.slow

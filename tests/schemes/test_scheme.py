@@ -176,9 +176,10 @@ def test_overrides_replace_single_fields_and_none_is_not_given():
 )
 def test_number_types_as_documents_write_them(word, fields):
     """Without the underscores that folders have in these words."""
-    found = parse_scheme({"data_type": word, "act_data_type": word})
-    for name, value in fields.items():
-        assert (found[name], found[f"act_{name}"]) == (value, value)
+    said = {"data_type": word, "act_data_type": word}
+    for found in (parse_scheme(said), parse_scheme(QuantizationScheme(**said))):
+        for name, value in fields.items():
+            assert (found[name], found[f"act_{name}"]) == (value, value)
 
 
 def test_spellings_differ_by_more_than_case_and_underscores():

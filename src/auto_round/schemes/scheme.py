@@ -66,11 +66,22 @@ class QuantizationScheme(Mapping[str, Any]):
             raise ConfigError(f"bits must be one of {', '.join(map(str, BITS))}, got {self.bits}")
         if self.group_size < _GROUPLESS:
             raise ConfigError(f"group_size must be -1 (row), 0 (tensor) or positive, got {self.group_size}")
-        spelled("data_type", self.data_type, spellings())
+        for prefix in ("", "act_"):
+            self._settle_type(prefix)
         if spelled("scale_dtype", self.scale_dtype, SCALE_DTYPES)["scale_dtype"] != self.scale_dtype:
             raise ConfigError(f'scale_dtype must be spelled out here, got "{self.scale_dtype}"')
         if self.recipe is not None:
             spelled("recipe", self.recipe, RECIPES)
+
+    def _settle_type(self, prefix: str) -> None:
+        """Take over what another spelling of a number type says: name, and bits or symmetry where it does."""
+        name = f"{prefix}data_type"
+        if self[name] is None:
+            return
+        meant = spelled(name, self[name], spellings())
+        if meant["data_type"] != self[name]:
+            for field, value in meant.items():
+                object.__setattr__(self, prefix + field, value)
 
     def __getitem__(self, key: str) -> Any:
         if key not in FIELD_TYPES:

@@ -167,6 +167,8 @@ def test_every_switch_has_a_no_form_and_every_option_is_in_the_help():
         (["m", "n"], "one model at a time"),
         (["m", "--format", "auto_round", "auto_gptq"], "commas between them"),
         (["--model", "m", "--options", "mxfp4", "mxfp8"], "commas between them"),
+        (["m", "--sym", "true"], "a switch takes no value"),
+        (["--model", "m", "--low_gpu_mem_usage", "False"], "a switch takes no value"),
         (["m", "--model", "n"], "two models"),
         (["--iters", "5"], "no model"),
         (["m", "--iters"], "--iters"),

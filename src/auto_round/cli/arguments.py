@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from auto_round.cli.flags import LISTS, Parser, add_flags, underscored, with_model
+from auto_round.cli.flags import Parser, add_flags, stray, underscored, with_model
 from auto_round.config import GROUPS, RECIPES, EvaluationOptions, all_settings, settings
 from auto_round.config.later import GRANTED, LATER, granted_notes, later_names, not_there_yet
 from auto_round.errors import ConfigError, nearest
@@ -95,7 +95,7 @@ def _unknown(words: Sequence[str]) -> ConfigError:
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not flags:
         return ConfigError(
-            f'unexpected "{words[0]}": one model at a time; quote values that hold spaces{LISTS}'
+            f'unexpected "{words[0]}": one model at a time; quote values that hold spaces; {stray(words[0])}'
         )
     known = ["--help", "--version", "--recipe", "--list", "--eval"]
     options = (*all_settings(), *settings(EvaluationOptions))

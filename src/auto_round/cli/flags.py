@@ -18,8 +18,11 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-LISTS = "; words of a list have commas between them and no spaces: --format auto_round,auto_gptq"
-"""Said where a word has no flag that it belongs to."""
+def stray(word: str) -> str:
+    """What may be meant by a word that has no flag it belongs to."""
+    if word.casefold() in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
+        return "a switch takes no value: write --sym, or --no-sym for the opposite"
+    return "words of a list have commas between them and no spaces: --format auto_round,auto_gptq"
 
 
 def underscored(word: str) -> str:
@@ -39,7 +42,7 @@ def with_model(given: dict[str, Any]) -> dict[str, Any]:
             "no model given: write its folder or hub name, for example: auto-round path/to/model"
         )
     if bare is not None and named is not None and bare != named:
-        raise ConfigError(f'two models given, "{bare}" and "{named}": give one of them{LISTS}')
+        raise ConfigError(f'two models given, "{bare}" and "{named}": give one of them; {stray(bare)}')
     return {**given, "model": named if bare is None else bare}
 
 

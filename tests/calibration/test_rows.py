@@ -237,6 +237,8 @@ def test_a_tokenizer_that_merges_long_runs_still_fills_the_row(tmp_path: Path) -
         ("pile10k", 'did you mean "pile-10k"'),
         ("./none.jsonl", "no such file"),
         ("none/such.parquet", "no such file"),
+        ("NeelNanda/pile-10k;mbpp", "commas divide data sets"),
+        ("NeelNanda/pile-10k mbpp", "commas divide data sets"),
         ("audiocaps", "captions or sound"),
         (["some text"], "needs a tokenizer"),
         ([{"a": "x", "b": "y"}], "the given data, record 0 has the fields"),

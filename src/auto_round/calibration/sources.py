@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,10 +136,11 @@ def _refuse_no_hub_name(name: str) -> None:
         raise ConfigError(
             f'data set "{name}" holds captions or sound, which calibration cannot use yet; use one with text'
         )
-    if name.count("/") != 1 or not all(name.split("/")) or "\\" in name:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
         raise ConfigError(
             f'data set "{name}" is not a registered name ({nearest(name, known_names())}), not a path that '
-            f"exists (files end in {', '.join(SUFFIXES)}) and not an owner/name of the hub"
+            f"exists (files end in {', '.join(SUFFIXES)}) and not an owner/name of the hub; commas "
+            "divide data sets"
         )
 
 

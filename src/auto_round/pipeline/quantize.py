@@ -244,6 +244,7 @@ class _Loop:
                     if number > before + 1:  # what flows out of a list is needed until the end
                         saved_streams(self.scratch, number - 1).unlink(missing_ok=True)
                     self.progress(self.clock.event("tune", number, count, unit, **losses))
+                    release_freed_memory()  # blocks leave holes, which would add up
                 ended.append(streams)
         release_freed_memory()
         return ended[-1]

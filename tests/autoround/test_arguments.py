@@ -200,7 +200,15 @@ class Words:
         ("m", Words, "tokenizer is the class Words"),
         ("m", nn.Linear(2, 2), "tokenizer is of type Linear"),
     ],
-    ids=str,
+    ids=[
+        "nothing",
+        "number",
+        "class",
+        "swapped",
+        "number as tokenizer",
+        "class as tokenizer",
+        "layer as tokenizer",
+    ],
 )
 def test_a_model_and_a_tokenizer_that_are_something_else(model, tokenizer, said):
     with pytest.raises(ConfigError, match=said):

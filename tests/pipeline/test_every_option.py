@@ -16,7 +16,7 @@ from auto_round.export.table import EXPORTERS, settle_formats
 from auto_round.log import logger
 from auto_round.pipeline.deciding.effects import IDLE
 from auto_round.pipeline.deciding.prepare import prepare
-from auto_round.pipeline.several import runs_of
+from auto_round.pipeline.separate_runs import runs_of
 from auto_round.schemes.scheme import QuantizationScheme
 from export.gguf.small_models import byte_level_tokenizer
 from pipeline.runs import quantize, tree, weights
@@ -141,7 +141,7 @@ SHOWN_ELSEWHERE = {
     "overwrite": "tests/checkpoint/test_workfolder.py",
     "resume": "tests/pipeline/test_resume.py",
     "report": "tests/report/test_report_of_a_run.py",
-    "dry_run": "tests/pipeline/test_plan_run.py",
+    "dry_run": "tests/pipeline/test_dry_run.py",
     "data_type": "refused but for whole numbers: tests/schemes/test_rejections.py",
     "super_bits": "refused: tests/schemes/test_rejections.py",
     "super_group_size": "refused: tests/schemes/test_rejections.py",

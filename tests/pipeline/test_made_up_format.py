@@ -28,7 +28,7 @@ from auto_round.log import Progress
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.pipeline.deciding.plan_together import plan_together
-from auto_round.pipeline.several import runs_of
+from auto_round.pipeline.separate_runs import runs_of
 from auto_round.schemes.plan import Plan
 from pipeline.runs import quantize, tree, weights
 

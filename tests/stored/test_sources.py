@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from auto_round.config import build_options
 from auto_round.errors import CheckpointError
 from auto_round.models.folder import FolderSource
-from auto_round.pipeline.plan_run import dry_run
+from auto_round.pipeline.dry_run import dry_run
 from auto_round.stored import packed
 from pipeline.runs import ROWS, SHORT, quantize, weights
 from stored.makers import BLOCK, fp8_blocks, fp8_powers, fp8_rows, fp8_tensor, gptq_reordered, mx_experts

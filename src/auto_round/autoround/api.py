@@ -209,9 +209,9 @@ class AutoRound(Attributes):
             AutoRoundError: the request is wrong, or the work failed.
         """
         from auto_round.pipeline.machine.clock import Clock
+        from auto_round.pipeline.processes import chosen, joined, shared
         from auto_round.pipeline.quantize import run_job
-        from auto_round.pipeline.several import runs_of
-        from auto_round.pipeline.together import chosen, joined, shared
+        from auto_round.pipeline.separate_runs import runs_of
 
         clock = Clock()
         _say_what_stays(inplace)

@@ -60,11 +60,11 @@ def quantize(given: Mapping[str, Any], recipe: str, evaluation: Mapping[str, Any
     if options.output.dry_run:
         if here is not None and here.rank:
             return
-        from auto_round.pipeline.plan_run import dry_run
+        from auto_round.pipeline.dry_run import dry_run
 
         print("\n\n".join(dry_run(part).text for part in _runs(options)))
         return
-    from auto_round.pipeline.together import joined
+    from auto_round.pipeline.processes import joined
 
     with ended_by_launcher(here), joined(options) as (ranks, own):
         folders = _run_all(own, ranks)
@@ -77,10 +77,10 @@ def quantize(given: Mapping[str, Any], recipe: str, evaluation: Mapping[str, Any
 
 def _run_all(options: Options, ranks: Ranks) -> list[Path]:
     """Do all runs of a request and say what came of them; the folders that were written."""
-    from auto_round.pipeline.helping import follow, prepared
     from auto_round.pipeline.machine.clock import Clock
-    from auto_round.pipeline.plain import Rounding
-    from auto_round.pipeline.together import chosen
+    from auto_round.pipeline.plain_processes import follow, prepared
+    from auto_round.pipeline.plain_rounding import Rounding
+    from auto_round.pipeline.processes import chosen
 
     clock = Clock()
     jobs = [prepared(part, ranks, _prepare) for part in chosen(options, ranks, _runs)]
@@ -129,7 +129,7 @@ def _evaluate(tasks: Tasks, folder: Path, model: ModelOptions) -> None:
 
 def _runs(options: Options) -> list[Options]:
     """The runs of a request; where schemes are to be chosen, that is done here, also for a dry run."""
-    from auto_round.pipeline.several import runs_of
+    from auto_round.pipeline.separate_runs import runs_of
 
     if not options.auto.asked:
         return list(runs_of(options))

@@ -17,7 +17,7 @@ from auto_round.models.replayed import ReplayedSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.memory import release_freed_memory
-from auto_round.pipeline.plain import Rounding, bursts, nbytes, round_layers
+from auto_round.pipeline.plain_rounding import Rounding, bursts, nbytes, round_layers
 from auto_round.pipeline.quantize import groups_of, saved_streams
 from auto_round.pipeline.running.blocks import GroupResult, GroupTuning
 from auto_round.pipeline.running.lower import Fitting

@@ -29,7 +29,15 @@ from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.determinism import deterministic_kernels
 from auto_round.pipeline.machine.memory import keep_freed_memory, release_freed_memory
-from auto_round.pipeline.plain import NOTHING_LEFT, Rounding, bursts, help_rounding, nbytes, round_together
+from auto_round.pipeline.plain_rounding import (
+    NOTHING_LEFT,
+    Rounding,
+    bursts,
+    help_rounding,
+    nbytes,
+    round_together,
+)
+from auto_round.pipeline.processes import Begun, joined, shared
 from auto_round.pipeline.result import Result
 from auto_round.pipeline.running.ahead import Ahead
 from auto_round.pipeline.running.attention_states import read_steps
@@ -52,7 +60,6 @@ from auto_round.pipeline.running.measure import Measured, measure_streams
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.towers import quantize_towers
 from auto_round.pipeline.running.trace_rows import trace_rows
-from auto_round.pipeline.together import Begun, joined, shared
 from auto_round.pipeline.writing.cost import COST, cost_of, run_record, write_record
 from auto_round.pipeline.writing.finish import (
     build_report,

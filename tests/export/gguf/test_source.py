@@ -16,7 +16,7 @@ from auto_round.export.gguf.source import open_gguf
 from auto_round.log import ignore_progress
 from auto_round.models.folder import FolderSource
 from auto_round.numerics.presets import int_format
-from auto_round.pipeline.plan_run import dry_run
+from auto_round.pipeline.dry_run import dry_run
 from auto_round.pipeline.quantize import run
 from export.gguf.small_models import save_small_model
 from stored.makers import mxfp4

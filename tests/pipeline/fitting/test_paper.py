@@ -6,8 +6,8 @@ import pytest
 
 from auto_round.config import build_options
 from auto_round.errors import AutoRoundError, ConfigError
+from auto_round.pipeline.dry_run import dry_run
 from auto_round.pipeline.fitting.accelerators import ACCELERATORS, read_machines
-from auto_round.pipeline.plan_run import dry_run
 from pipeline.runs import ROWS, SHORT, quantize
 
 

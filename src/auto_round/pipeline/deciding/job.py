@@ -36,7 +36,7 @@ from auto_round.tuning.config import TuneConfig
 class Job:
     """One quantization run, ready to start.
 
-    What drives a run (`quantize`, `plan_run`) reads `options`; everything below takes the values it needs.
+    What drives a run (`quantize`, `dry_run`) reads `options`; everything below takes the values it needs.
 
     Attributes:
         options: what the user asked for.

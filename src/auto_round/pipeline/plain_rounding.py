@@ -63,43 +63,51 @@ def bursts(sizes: Mapping[str, int], ranks: int = 1) -> Iterator[list[str]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
-    """What plain rounding takes beside layers and formats; another process can be told all of it but `read`.
+class Rules:
+    """How plain rounding rounds and packs, whoever does it: another process can be told all of it.
 
     Attributes:
-        read: weight of a layer, `[out, in]`, in its dtype on disk.
         exporters: output format name -> exporter.
-        device_of: where a layer is rounded.
-        device: the main device.
         dtype: dtype from which weights are rounded; None for that on disk.
         importance: tensor -> mean square of its inputs `[in]`; empty for none.
         effort: of the search of ranges; None for none.
     """
 
-    read: Callable[[Layer], Tensor]
     exporters: Mapping[str, Exporter]
-    device_of: Callable[[Layer], torch.device]
-    device: torch.device
     dtype: torch.dtype | None
     importance: Mapping[str, Tensor]
     effort: Effort | None
 
     @classmethod
+    def of(cls, job: Job) -> Rules:
+        """What a job says of it."""
+        return cls(job.exporters, job.kept_dtype, job.importance, job.effort)
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What plain rounding takes beside layers and formats.
+
+    Attributes:
+        rules: how weights are rounded and packed.
+        read: weight of a layer, `[out, in]`, in its dtype on disk.
+        device_of: where a layer is rounded.
+        device: the main device.
+    """
+
+    rules: Rules
+    read: Callable[[Layer], Tensor]
+    device_of: Callable[[Layer], torch.device]
+    device: torch.device
+
+    @classmethod
     def of(cls, job: Job) -> Rounding:
         """What a job says of it."""
-        return cls(
-            read=job.source.read,
-            exporters=job.exporters,
-            device_of=job.device_of,
-            device=job.device,
-            dtype=job.kept_dtype,
-            importance=job.importance,
-            effort=job.effort,
-        )
+        return cls(Rules.of(job), job.source.read, job.device_of, job.device)
 
     def weight(self, layer: Layer) -> Tensor:
         """The weight of a layer as it is rounded."""
-        return as_wanted(self.read(layer), self.dtype)
+        return as_wanted(self.read(layer), self.rules.dtype)
 
 
 def round_together(job: Job, layers: Sequence[tuple[Layer, Format]], outputs: Outputs) -> dict[str, Written]:
@@ -136,7 +144,7 @@ def help_rounding(rounding: Rounding, ranks: Ranks) -> None:
     if rounding.device.type == "cpu":
         keep_freed_memory(of_any_size=True)
     while shares := ranks.first(NOTHING_LEFT):
-        packed = round_layers(rounding, shares[ranks.rank], partial(_encoded, rounding.exporters))
+        packed = round_layers(rounding, shares[ranks.rank], partial(_encoded, rounding.rules.exporters))
         for _ in ranks.to_first(_listed(packed)):
             pass
 
@@ -198,9 +206,9 @@ def round_layers(
     def work(item: tuple[Layer, Format]) -> tuple[str, T]:
         layer, fmt = item
         weight = rounding.weight(layer)
-        squares = rounding.importance.get(layer.alone)
+        squares = rounding.rules.importance.get(layer.alone)
         importance, effort = None, None
-        if squares is not None and rounding.effort is not None:
+        if squares is not None and rounding.rules.effort is not None:
             importance, effort = Importance(squares), BY_SQUARES
         bound = formats.get(layer.name, fmt)
         q = round_matrix(layer.alone, weight, bound, rounding.device_of(layer), importance, effort)

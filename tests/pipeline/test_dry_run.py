@@ -13,9 +13,9 @@ from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.pipeline.deciding.fit import workload
 from auto_round.pipeline.deciding.plan_table import manifests, plan_size
 from auto_round.pipeline.distilling.cost import StageWork, stage_cost
+from auto_round.pipeline.dry_run import DryRun, dry_run
 from auto_round.pipeline.estimate import Estimate, Rates, estimate
 from auto_round.pipeline.fitting.work import measure_sizes
-from auto_round.pipeline.plan_run import DryRun, dry_run
 from pipeline.runs import ROWS, SHORT, quantize, weights
 
 HEADS = {"head_dim": 16}

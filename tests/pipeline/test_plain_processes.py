@@ -9,9 +9,9 @@ from auto_round.errors import AutoRoundError, ConfigError
 from auto_round.log import ignore_progress
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.prepare import prepare
-from auto_round.pipeline.helping import follow, prepared
 from auto_round.pipeline.machine.clock import Clock
-from auto_round.pipeline.plain import Rounding
+from auto_round.pipeline.plain_processes import follow, prepared
+from auto_round.pipeline.plain_rounding import Rounding
 from auto_round.pipeline.quantize import run_job
 from auto_round.testing.tiny_models import save_tiny_model
 from pipeline.runs import ROWS, SHORT, SIZES, tree

@@ -1,44 +1,31 @@
 """Plain rounding by several processes: only the first prepares the run, and tells the others what they need.
 
 To build a model's skeleton and plan takes several times as long as to round a small model, and needs most of
-Transformers, which takes even longer to import. Who rounds matrices needs the weight files and what
-`Rounding` holds.
+Transformers, which takes even longer to import. Who rounds matrices needs the weight files and the
+first one's `Rules`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from auto_round.checkpoint.header import read_object
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.tensors import read_matrix
 from auto_round.config.options import Options
-from auto_round.export.exporter import Exporter
 from auto_round.models.fingerprint import files_fingerprint, model_fingerprint
 from auto_round.models.hub import resolve_model
-from auto_round.numerics.search_groups import Effort
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.device import choose_device
-from auto_round.pipeline.plain import Rounding, help_rounding
-from auto_round.pipeline.together import refuse_differences, shared
+from auto_round.pipeline.plain_rounding import Rounding, Rules, help_rounding
+from auto_round.pipeline.processes import refuse_differences, shared
 from auto_round.pipeline.writing.signature import arithmetic
 from auto_round.ranks.ranks import Ranks
 from auto_round.stored.unpacked import Unpacked, open_plain
-
-
-class Told(NamedTuple):
-    """What the first process tells of plain rounding; see `Rounding`."""
-
-    exporters: Mapping[str, Exporter]
-    dtype: torch.dtype | None
-    importance: Mapping[str, Tensor]
-    effort: Effort | None
 
 
 def prepared(options: Options, ranks: Ranks, prepare: Callable[[Options], Job]) -> Job | Rounding:
@@ -58,7 +45,7 @@ def prepared(options: Options, ranks: Ranks, prepare: Callable[[Options], Job]) 
     if ranks.size == 1 or not _asks_plain(options):
         return shared(prepare(options), ranks)
     if ranks.rank:
-        told: Told | None = ranks.first(None)
+        told: Rules | None = ranks.first(None)
         return shared(prepare(options), ranks) if told is None else _as_told(told, options, ranks)
     telling = None
     try:
@@ -85,15 +72,15 @@ def _asks_plain(options: Options) -> bool:
     return options.tune.iters == 0 and options.tune.disable_opt_rtn is True
 
 
-def _telling(job: Job) -> Told | None:
+def _telling(job: Job) -> Rules | None:
     """What to tell the others; None where they need the model, or several devices each."""
     several = job.placement is not None and job.placement.elsewhere
     if job.rows is not None or several or not isinstance(job.source.files, (Checkpoint, Unpacked)):
         return None
-    return Told(job.exporters, job.kept_dtype, job.importance, job.effort)
+    return Rules.of(job)
 
 
-def _as_told(told: Told, options: Options, ranks: Ranks) -> Rounding:
+def _as_told(told: Rules, options: Options, ranks: Ranks) -> Rounding:
     """Rounding of the model that the options name, as the first process says.
 
     Raises:
@@ -105,13 +92,10 @@ def _as_told(told: Told, options: Options, ranks: Ranks) -> Rounding:
     files = open_plain(Checkpoint.open(folder), read_object(folder / "config.json"))
     _refuse_others(ranks, device, files_fingerprint(files))
     return Rounding(
+        rules=told,
         read=lambda layer: read_matrix(layer, files.read, files.read_entry),
-        exporters=told.exporters,
         device_of=lambda layer: device,
         device=device,
-        dtype=told.dtype,
-        importance=told.importance,
-        effort=told.effort,
     )
 
 

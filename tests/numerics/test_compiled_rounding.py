@@ -11,7 +11,7 @@ from auto_round.numerics import compiled_rounding, format
 from auto_round.numerics.group import Group
 from auto_round.numerics.presets import GGUF_FORMATS, int_format
 from auto_round.numerics.presets_float import fp8_format
-from auto_round.numerics.scale import Knobs
+from auto_round.numerics.scale import Knobs, Scale
 from auto_round.testing.format_kit import random_case
 
 needs_program = pytest.mark.skipif(compiled_rounding._program() is None, reason="no C compiler")
@@ -136,6 +136,8 @@ def test_what_the_program_does_not_know_is_left_to_pytorch():
     assert not used(fmt, w, torch.zeros(64, 8).T)
     assert not used(int_format(4, 0, sym=True), w)
     assert not used(fp8_format(Group(-1)), w)
+    narrow = Scale(torch.ones(8, 2, dtype=torch.float16), None)
+    assert compiled_rounding.compiled_rounding(fmt.grid, fmt.group, w, None, narrow) is None
 
 
 @needs_program

@@ -166,7 +166,7 @@ def compiled_rounding(
             for x in (w, offsets)
         )
         and w.dtype in (torch.float32, torch.bfloat16)
-        and offsets.dtype is torch.float32
+        and all(x is None or x.dtype is torch.float32 for x in (offsets, scale.step, scale.zero, scale.floor))
         and scale.step.shape == group.scale_shape(w.shape)
     )
     return CompiledRounding(grid, group, w, v, scale) if usable and _program() is not None else None

@@ -11,8 +11,9 @@ import torch
 
 from auto_round.config import build_options
 from auto_round.pipeline import quantize as main_job
+from auto_round.pipeline.deciding import compiling
 from auto_round.pipeline.deciding.prepare import prepare
-from auto_round.pipeline.running import compile as compiling
+from auto_round.pipeline.running import compile as running
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.objective import PLAIN
 from auto_round.tuning.steps import batch_rows, rows_seen
@@ -30,7 +31,7 @@ def test_once_for_each_kind_of_block(tiny, tmp_path, monkeypatch, given, compile
         made.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(compiling, "compiled_objective", partial(compiling.compiled_objective, backend))
+    monkeypatch.setattr(running, "compiled_objective", partial(running.compiled_objective, backend))
     model = tiny("llama", num_hidden_layers=3)
     more = {"nsamples": 8, "batch_size": 8, "iters": 10, "verify": False, "enable_torch_compile": True}
     quantize(model, tmp_path / "out", dataset=token_rows(16), **more, **given)
@@ -51,7 +52,7 @@ def test_once_for_each_kind_of_block(tiny, tmp_path, monkeypatch, given, compile
 )
 def test_passes_of_one_number_of_rows(batch, rows, at_once, passes):
     config = TuneConfig(iters=200, batch_size=batch, rows_at_once=at_once)
-    changed = compiling.in_equal_passes(config, rows)
+    changed = running.in_equal_passes(config, rows)
     assert changed == replace(config, rows_at_once=passes)
     assert all(min(batch_rows(config, step), rows) % passes == 0 for step in range(200))
 
@@ -84,18 +85,18 @@ def steps(wanted=None, kinds=1, paid=0.0, rounds_inputs=False):
 
 
 def test_not_by_itself_where_it_does_not_pay(monkeypatch):
-    monkeypatch.setattr(compiling, "compiled_objective", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr(running, "compiled_objective", lambda: pytest.fail("compiled"))
     monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
-    assert compiling.objective_for(steps(paid=0.9)) is PLAIN
-    assert compiling.objective_for(steps(wanted=False, paid=5)) is PLAIN
+    assert running.objective_for(steps(paid=0.9)) is PLAIN
+    assert running.objective_for(steps(wanted=False, paid=5)) is PLAIN
 
 
 def test_by_itself_where_it_pays_for_all_kinds(monkeypatch):
-    monkeypatch.setattr(compiling, "compiled_objective", lambda: "compiled")
+    monkeypatch.setattr(running, "compiled_objective", lambda: "compiled")
     monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
-    assert compiling.objective_for(steps(paid=1.5)) == "compiled"
-    assert compiling.objective_for(steps(kinds=2, paid=1.5)) is PLAIN
-    assert compiling.objective_for(steps(wanted=True)) == "compiled"
+    assert running.objective_for(steps(paid=1.5)) == "compiled"
+    assert running.objective_for(steps(kinds=2, paid=1.5)) is PLAIN
+    assert running.objective_for(steps(wanted=True)) == "compiled"
 
 
 def test_operations_of_a_small_run(job):
@@ -108,11 +109,11 @@ def test_operations_of_a_small_run(job):
 
 def test_not_where_inputs_are_rounded(monkeypatch, caplog):
     monkeypatch.setattr(main_job.logger, "propagate", True)
-    assert compiling.objective_for(steps(wanted=True, rounds_inputs=True)) is PLAIN
+    assert running.objective_for(steps(wanted=True, rounds_inputs=True)) is PLAIN
     assert "activations are quantized" in caplog.text
 
 
 def test_more_kinds_than_pytorch_keeps(monkeypatch, caplog):
     monkeypatch.setattr(main_job.logger, "propagate", True)
-    assert compiling.objective_for(steps(wanted=True, kinds=compiling.MOST_KINDS + 1)) is PLAIN
+    assert running.objective_for(steps(wanted=True, kinds=compiling.MOST_KINDS + 1)) is PLAIN
     assert f"{compiling.MOST_KINDS + 1} kinds" in caplog.text

@@ -20,8 +20,7 @@ from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.pipeline.all_blocks import AllBlocks, TimedSteps, keep_learned, refuse_several
 from auto_round.pipeline.checking.verify import verify_all
-from auto_round.pipeline.deciding.activations import activation_formats
-from auto_round.pipeline.deciding.image_rows import first_with_images
+from auto_round.pipeline.deciding.compiling import tuning_steps
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
@@ -42,13 +41,7 @@ from auto_round.pipeline.result import Result
 from auto_round.pipeline.running.ahead import Ahead
 from auto_round.pipeline.running.attention_states import read_steps
 from auto_round.pipeline.running.blocks import GroupResult, GroupTuning
-from auto_round.pipeline.running.compile import (
-    TuningSteps,
-    block_kinds,
-    in_equal_passes,
-    objective_for,
-    step_operations,
-)
+from auto_round.pipeline.running.compile import in_equal_passes, objective_for
 from auto_round.pipeline.running.coverage import coverage_sentence
 from auto_round.pipeline.running.expert_rows import cover_experts
 from auto_round.pipeline.running.head import quantize_outside
@@ -72,7 +65,7 @@ from auto_round.pipeline.writing.into_folder import into_folder
 from auto_round.pipeline.writing.outputs import Outputs, Written, check_written
 from auto_round.pipeline.writing.signature import request_digest, signature
 from auto_round.ranks.ranks import refuse_difference
-from auto_round.tuning.objective import PLAIN, Objective
+from auto_round.tuning.objective import PLAIN
 
 
 def run(
@@ -260,29 +253,11 @@ class _Loop:
         """What is the same for all groups of blocks."""
         job, options = self.job, self.job.options
         return GroupTuning(
-            objective=replace(self._objective(), ranks=job.ranks),
+            objective=replace(objective_for(tuning_steps(job)), ranks=job.ranks),
             seed=options.calibration.seed,
             from_quantized=options.tune.enable_quanted_input,
             positions=positions_held(job) if options.tune.enable_alg_ext else 0,
         )
-
-    def _objective(self) -> Objective:
-        """What tuning differentiates; compiled where that is asked for or saves time."""
-        job, source = self.job, self.job.source
-        if job.rows is None or not job.tunes or not job.tune.iters:
-            return PLAIN
-        if first_with_images(job.rows.rows) is not None:
-            return PLAIN  # compiled code is made for one shape, and these rows have many
-        steps = TuningSteps(
-            wanted=job.options.tune.enable_torch_compile,
-            kinds=block_kinds(job.plan, source.layers, source.blocks),
-            rounds_inputs=bool(activation_formats(job.plan, source.layers)),
-            operations=step_operations(source.layers, len(job.rows.rows[0]), job.tune),
-            device=job.device,
-            several=job.placement is not None and bool(job.placement.elsewhere),
-            stacks=any(layer.expert is not None for layer in source.layers),
-        )
-        return objective_for(steps)
 
     def _say_begun(self, units: Sequence[str]) -> None:
         """Tell what the rows are, and how far an earlier run came."""

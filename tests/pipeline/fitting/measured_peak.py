@@ -11,6 +11,7 @@ from pathlib import Path
 
 _ATTENTION = {"num_attention_heads": 8, "num_key_value_heads": 4}
 _SHORT = {"iters": 3, "nsamples": 8, "seqlen": 128, "batch_size": 4}
+_PLAIN = {"iters": 0, "disable_opt_rtn": True, "verify": False}
 SHAPES = {
     "dense": ("llama", {"hidden_size": 768, "intermediate_size": 2048, **_ATTENTION}, _SHORT),
     "no gate": (
@@ -91,6 +92,21 @@ SHAPES = {
         "llama",
         {"hidden_size": 1024, "intermediate_size": 4096, **_ATTENTION},
         {**_SHORT, "seqlen": 16, "iters": 0},
+    ),
+    "plain rounding": (
+        "llama",
+        {"hidden_size": 1024, "intermediate_size": 12288, **_ATTENTION},
+        {**_SHORT, **_PLAIN},
+    ),
+    "plain rounding to floats": (
+        "llama",
+        {"hidden_size": 1024, "intermediate_size": 12288, **_ATTENTION},
+        {**_SHORT, **_PLAIN, "scheme": "MXFP4", "group_size": 32},
+    ),
+    "compiled, long rows": (
+        "llama",
+        {"hidden_size": 256, "intermediate_size": 512, **_ATTENTION},
+        {**_SHORT, "seqlen": 2048, "enable_torch_compile": True},
     ),
     "many rows": (
         "qwen3",

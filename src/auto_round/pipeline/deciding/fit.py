@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from auto_round.log import logger
+from auto_round.pipeline.deciding.compiling import tuning_steps
 from auto_round.pipeline.deciding.fetch_rows import held_out_rows
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.placement import place_layers
@@ -65,7 +66,7 @@ def plan_memory(job: Job) -> MemoryPlan:
 def workload(job: Job) -> Workload:
     """What the cost of a run follows from; rows that are not fetched yet are counted."""
     calibration, output = job.options.calibration, job.options.output
-    held_out = held_out_rows(calibration.nsamples)
+    held_out, steps = held_out_rows(calibration.nsamples), tuning_steps(job)
     rows = 0
     if job.rows is not None:
         rows = len(job.rows.rows)
@@ -88,6 +89,7 @@ def workload(job: Job) -> Workload:
         output_bytes=sum(m.nbytes for m in manifests(job).values()),
         elsewhere=_elsewhere(job),
         ahead=job.ahead,
+        compiled=steps is not None and steps.compiled,
     )
 
 

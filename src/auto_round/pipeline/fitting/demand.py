@@ -19,6 +19,7 @@ from auto_round.pipeline.fitting.level import Level, Place
 from auto_round.pipeline.fitting.logits import MEASURED_LOGITS_BYTES, logits_budget
 from auto_round.pipeline.fitting.plan import STREAMS, Stage
 from auto_round.pipeline.fitting.work import Sizes, Workload, active_share, measure_sizes
+from auto_round.pipeline.machine.workers import worker_count
 from auto_round.tuning.steps import sign_move
 
 FLOAT = 4
@@ -28,6 +29,8 @@ KEPT_BY_ROUNDING = 5
 float32 and a mark."""
 SPACING = 4
 """The same of floating grids besides: the spacing at each weight."""
+ENCODED = 32
+"""Bytes that PyTorch forms for each weight of a band that gets codes of a floating grid (measured)."""
 AT_WORK = 16
 """Numbers in float32 that are formed at a time of each weight of the matrix that is rounded."""
 SEARCHED = 48
@@ -42,12 +45,12 @@ EXPERTS_AT_WORK = 9
 """Copies of the largest parameter of fused experts that grouped products form (measured)."""
 EXPERT_AT_WORK = 5
 """Copies of one expert's matrix, in the compute dtype, where they run matrix by matrix (measured)."""
-WORKERS = 4
-"""Matrices at once in plain rounding."""
 VERIFIED_ROWS, VERIFIED_POSITIONS = 4, 512
 """Rows, and most positions of each, that a reloaded folder is asked for (`checking.compare_rows`)."""
 PACKED = 1
 """Bytes of a code before it is packed."""
+COMPILER = 120 << 20
+"""The compiler of `torch.compile` and its graphs, on the host (measured, with holes: 138 MB)."""
 FRAGMENTS = 0.15
 """Share of the memory given out and returned that the C library cannot give out again, as measured."""
 WORKSPACE = 12 << 20
@@ -158,6 +161,7 @@ class _Demand:
         elif work.ahead is not None:
             others[str(work.ahead)] = others.get(str(work.ahead), 0) + self._ahead()
         on_host = {"weights placed on the host": others.pop("cpu")} if "cpu" in others else {}
+        on_host |= {"compiler": COMPILER} if work.compiled else {}
         stage = self._stage(
             "tune", self._tune() | beside | self._streams_there(), self._streams_here() | on_host
         )
@@ -243,13 +247,24 @@ class _Demand:
         return (self._stage("verify", loaded),)
 
     def _plain(self) -> dict[str, int]:
-        """As many matrices as there are workers: as stored, in float32, and as codes."""
-        counts = sorted((math.prod(a.shape) for a in self.work.source.layers), reverse=True)
-        each = self.work.source.dtype.itemsize + PACKED + 1
-        searched = min(counts[0] if counts else 0, SEARCH_BAND) * (
-            SEARCHED if self.work.tune.search else AT_WORK
-        )
-        return {"weights": each * sum(counts[:WORKERS]), "at work": searched * WORKERS}
+        """As many matrices as there are workers."""
+        work = self.work
+        layers = [layer for layer in work.source.layers if layer.name in work.formats]
+        layers.sort(key=lambda layer: math.prod(layer.shape), reverse=True)
+        at_once = layers[: worker_count(work.device)]
+        # As stored, as codes, as codes in a layout's order, and packed.
+        each = work.source.dtype.itemsize + 3 * PACKED
+        formed = sum(map(self._formed, at_once))
+        return {"weights": each * sum(math.prod(a.shape) for a in at_once), "at work": formed}
+
+    def _formed(self, layer: Layer) -> int:
+        """What plain rounding of a layer forms at a time: a band in float32, and what PyTorch makes of it."""
+        band = min(SEARCH_BAND, math.prod(layer.shape))
+        if self.work.tune.search:
+            return band * SEARCHED
+        if isinstance(self.work.formats[layer.name].grid, FloatGrid):
+            return band * ENCODED
+        return band * FLOAT * (1 if self._by_program(layer) else 2)
 
     # --- parts of them
 
@@ -295,11 +310,16 @@ class _Demand:
 
     def _kept(self, layer: Layer) -> int:
         """What the backward pass of the rounding of a layer keeps."""
-        fmt = self.work.formats[layer.name]
-        if self.work.device.type == "cpu" and can_round(fmt.grid, fmt.group):
+        if self._by_program(layer):
             return 0
+        fmt = self.work.formats[layer.name]
         floats = isinstance(fmt.grid, FloatGrid)
         return math.prod(layer.shape) * (KEPT_BY_ROUNDING + (SPACING if floats else 0))
+
+    def _by_program(self, layer: Layer) -> bool:
+        """Whether a C program rounds a layer, which forms and keeps nothing besides."""
+        fmt = self.work.formats[layer.name]
+        return self.work.device.type == "cpu" and can_round(fmt.grid, fmt.group)
 
     def _searched(self, layers: list[Layer]) -> int:
         """Weights of the largest band that is searched at a time: matrix by matrix."""

@@ -36,6 +36,7 @@ class Workload:
         elsewhere: layer -> its device, where that is not the one where blocks are tuned.
         ahead: where the next blocks' targets are computed while others are tuned; None for nowhere.
         output_bytes: all output folders together.
+        compiled: the tuning step is compiled.
     """
 
     source: ModelSource
@@ -54,6 +55,7 @@ class Workload:
     output_bytes: int
     elsewhere: Mapping[str, torch.device] = field(default_factory=dict)
     ahead: torch.device | None = None
+    compiled: bool = False
 
     @property
     def quantized(self) -> int:

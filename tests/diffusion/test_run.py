@@ -214,7 +214,7 @@ BAD = {
     "predictions of tokens": ({"enable_alg_ext": True}, ConfigError, "enable_alg_ext"),
     "all blocks by predictions": ({"distill_steps": 2}, ConfigError, "distill_steps"),
     "an output head": ({"quant_lm_head": True}, ConfigError, "quant_lm_head"),
-    "an empty prompt": ({"prompt": " "}, ConfigError, "prompt is empty"),
+    "an empty prompt": ({"prompt": " "}, ConfigError, 'option "prompt" cannot be'),
     "pictures of nothing": ({"image_save_dir": "pictures"}, ConfigError, "--prompt"),
     "pictures below a file": (
         {"prompt": "a cat", "image_save_dir": f"{__file__}/pictures"},

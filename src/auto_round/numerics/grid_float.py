@@ -109,6 +109,7 @@ class FloatGrid:
             numbers = torch.index_select(_numbers(self, codes.device), 0, codes.reshape(-1).to(torch.int32))
             return numbers.reshape(codes.shape)
         # Moved to where a float16 has sign, exponent and mantissa: several times as fast as a table on CPUs.
+        codes = codes.to(torch.uint8)  # other integers would be cut into bytes
         signed = (codes if self.bits == 8 else codes << (8 - self.bits)).view(torch.int8)
         wide = signed.to(torch.int16).bitwise_left_shift_(3 + self.exponent_bits)
         copies_of_the_sign = ((1 << _HALF_EXPONENT) - (1 << self.exponent_bits)) << _HALF_MANTISSA

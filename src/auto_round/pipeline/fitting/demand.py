@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from auto_round.facts.layer import Layer, Role
+from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.compiled_rounding import can_round
 from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.importance import TILE
@@ -31,8 +32,6 @@ SPACING = 4
 """The same of floating grids besides: the spacing at each weight."""
 ENCODED = 32
 """Bytes that PyTorch forms for each weight of a band that gets codes of a floating grid (measured)."""
-AT_WORK = 16
-"""Numbers in float32 that are formed at a time of each weight of the matrix that is rounded."""
 SEARCHED = 48
 """Bytes that the search of ranges forms for each weight of a band (measured: 29), and its holes."""
 SEARCH_BAND = 1 << 21
@@ -40,7 +39,8 @@ SEARCH_BAND = 1 << 21
 NORMS = 5
 """Hidden states that the norms and sums of a block keep for the backward pass."""
 ATTENTION_BANDS = 4
-"""Into so many bands queries are cut on a CPU (`models.attention.BANDS`); as many are formed at a time."""
+"""Into so many bands queries are cut on a CPU (`models.attention.BANDS`); as many are formed at a time, but
+one where the step is compiled."""
 EXPERTS_AT_WORK = 9
 """Copies of the largest parameter of fused experts that grouped products form (measured)."""
 EXPERT_AT_WORK = 5
@@ -185,10 +185,13 @@ class _Demand:
         parts["weights"] += apart * own
         parts["statistics"] = self._statistics(quantized)
         if not tune.iters:
-            offsets = FLOAT if tune.search else 0
-            parts["offsets and ranges"] = tuned * offsets + self._ranges(quantized)
-            searched = self._searched(quantized) * SEARCHED if tune.search else largest * AT_WORK
-            parts["search"] = searched + tuned * PACKED
+            parts["ranges"] = self._ranges(quantized)
+            formed = max(map(self._formed, quantized), default=0)
+            rounding = (tuned if tune.search else largest) * FLOAT + formed
+            # What rounding formed leaves holes, of other sizes than what comes then.
+            after = (tuned - apart) * itemsize + formed + max(self._forward(layers), largest * FLOAT)
+            name = "search and rounding" if rounding > after else "rounded weights and activations"
+            parts[name] = max(rounding, after) + tuned * PACKED
             return parts
         copies = 2 if tune.keep_best else 1
         state = 2 * FLOAT if tune.optimizer.value == "adam" else FLOAT if tune.momentum else 0
@@ -258,10 +261,11 @@ class _Demand:
         return {"weights": each * sum(math.prod(a.shape) for a in at_once), "at work": formed}
 
     def _formed(self, layer: Layer) -> int:
-        """What plain rounding of a layer forms at a time: a band in float32, and what PyTorch makes of it."""
-        band = min(SEARCH_BAND, math.prod(layer.shape))
+        """What rounding of a layer without tuning forms: a band in float32, and what PyTorch makes of it."""
+        count = math.prod(layer.shape)
         if self.work.tune.search:
-            return band * SEARCHED
+            return min(SEARCH_BAND, count) * SEARCHED
+        band = min(weights_at_once(self.work.device, SEARCH_BAND), count)
         if isinstance(self.work.formats[layer.name].grid, FloatGrid):
             return band * ENCODED
         return band * FLOAT * (1 if self._by_program(layer) else 2)
@@ -352,9 +356,18 @@ class _Demand:
         scores = 0.0
         if work.device.type == "cpu":
             kept = (ATTENTION_BANDS + 1) / (2 * ATTENTION_BANDS)
-            scores = facts.heads * length * (kept * work.nblocks + 1)
+            formed = 1 / ATTENTION_BANDS if work.compiled else 1
+            scores = facts.heads * length * (kept * work.nblocks + formed)
         each = widths + NORMS * facts.width * work.nblocks + 3 * widest + scores
         return int(rows * length * each * work.dtype.itemsize)
+
+    def _forward(self, layers: list[Layer]) -> int:
+        """What a pass through a group forms where nothing is differentiated: gate, product and activation."""
+        work = self.work
+        rows = min(self.level.rows or work.tune.batch_size, max(1, work.rows))
+        widest = max((max(a.shape) for a in layers), default=0)
+        scores = work.source.facts.heads * work.seqlen // ATTENTION_BANDS if work.device.type == "cpu" else 0
+        return rows * work.seqlen * max(3 * widest, 2 * scores) * work.dtype.itemsize
 
     def _head(self) -> int:
         """The output head, where it is a matrix of its own."""

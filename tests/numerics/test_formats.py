@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from auto_round.errors import ConfigError
@@ -39,6 +39,7 @@ def test_every_row_of_the_table_passes_the_kit(name):
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     seed=st.integers(0, 2**31),
 )
+@example(bits=8, group=1, sym=False, dtype=torch.bfloat16, seed=0)  # the step of one weight is not known
 @settings(max_examples=12, deadline=None)
 def test_any_whole_number_format_passes_the_kit(bits, group, sym, dtype, seed):
     check_format(int_format(bits, group, sym=sym, scale_dtype=dtype), seed=seed)

@@ -39,6 +39,8 @@ def check_steps_are_nearest(fmt: Format, seed: int) -> None:
     known = fmt.quantize(exact).scale
     if not any(_rounds(name, part, known.step) for name, part in known.parts.items()):
         return
+    if "zero" in known.parts and fmt.group.rows * fmt.group.width(exact.shape[1]) == 1:
+        return  # one weight has one end of the two: its step is no power of two
     groups = torch.ones_like(known.step)
     shrunk = torch.full_like(groups, A_LITTLE)
     if groups.numel() > 1:

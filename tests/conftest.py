@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,3 +77,18 @@ def copied_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def _forget_copied_code() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
         del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def saved_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of the sweep's tiny model of a family, made once; nothing may change it."""
+    from sweep.outcome import save_family
+
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = save_family(family, tmp_path_factory.mktemp("model") / family)
+        return made[family]
+
+    return folder

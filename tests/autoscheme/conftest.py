@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from auto_round.autoscheme import scores
+from auto_round.autoscheme.parts import Part
 from auto_round.testing.tiny_models import save_tiny_model
 from pipeline.runs import SIZES
 
@@ -34,3 +36,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[Part, list[float]]]:
+    """What `measured_scores` returned, one entry a call."""
+    found: list[dict[Part, list[float]]] = []
+    plain = scores.measured_scores
+
+    def watch(*args: Any) -> Any:
+        found.append(dict(plain(*args)))
+        return found[-1]
+
+    monkeypatch.setattr("auto_round.autoscheme.runs.measured_scores", watch)
+    return found

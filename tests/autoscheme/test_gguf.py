@@ -39,20 +39,6 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[Part, list[float]]]:
-    """What `measured_scores` returned, one entry a call."""
-    found: list[dict[Part, list[float]]] = []
-    plain = scores.measured_scores
-
-    def watch(*args: Any) -> Any:
-        found.append(dict(plain(*args)))
-        return found[-1]
-
-    monkeypatch.setattr("auto_round.autoscheme.runs.measured_scores", watch)
-    return found
-
-
 def chosen(model: Path, out: Path, **given: Any) -> Options:
     wanted = {
         "iters": 0,

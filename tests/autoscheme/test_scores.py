@@ -25,20 +25,6 @@ CLOSE = 2e-3
 flows stand beside rounding errors of 1e-3 of it."""
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[Part, list[float]]]:
-    """What `measured_scores` returned, one entry a call."""
-    found: list[dict[Part, list[float]]] = []
-    plain = scores.measured_scores
-
-    def watch(*args: Any) -> Any:
-        found.append(dict(plain(*args)))
-        return found[-1]
-
-    monkeypatch.setattr("auto_round.autoscheme.runs.measured_scores", watch)
-    return found
-
-
 def measure(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
     monkeypatch.setenv("AR_CACHE", str(cache))
     wanted = {"scheme_options": "W2A16,W4A16,W8A16", "avg_bits": 4, "score_nsamples": 5, "score_seqlen": 16}

@@ -17,7 +17,6 @@ from auto_round.models.live import LiveSource
 from auto_round.models.rehearsal import Rehearsed, widened
 from auto_round.models.skeleton import build_skeleton, weight_dtypes
 from sweep.configurations import family_config
-from sweep.outcome import save_family
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NARROW = torch.bfloat16
@@ -29,27 +28,15 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = save_family(family, tmp_path_factory.mktemp("model") / family)
-        return made[family]
-
-    return folder
-
-
 def dtypes(module):
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {name: tensor.dtype for name, tensor in tensors}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tensors_have_the_dtypes_of_a_model_that_is_loaded_so(saved, family):
+def test_tensors_have_the_dtypes_of_a_model_that_is_loaded_so(saved_family, family):
     """Blocks and stem, whether the float32 model lies in a folder or in memory."""
-    folder = saved(family)
+    folder = saved_family(family)
     loaded = load_model(folder, trust_remote_code=False, dtype=NARROW)
     expected = dtypes(loaded)
     with FolderSource.open(folder) as source:
@@ -65,17 +52,17 @@ def test_tensors_have_the_dtypes_of_a_model_that_is_loaded_so(saved, family):
             assert {name: expected[name] for name in found} == found
 
 
-def test_a_model_put_into_another_dtype_has_the_buffers_of_one_that_is_loaded_so(saved):
+def test_a_model_put_into_another_dtype_has_the_buffers_of_one_that_is_loaded_so(saved_family):
     """As the check of a folder does that compressed-tensors unpacks in the folder's own dtype."""
-    model = load_model(saved("xglm"), trust_remote_code=False)
+    model = load_model(saved_family("xglm"), trust_remote_code=False)
     unpacked_to(model, NARROW)
     with torch.no_grad():
         logits = model(input_ids=torch.arange(8)[None], use_cache=False).logits
     assert logits.dtype == NARROW
 
 
-def test_blocks_whose_code_mixes_dtypes_run_in_float32(saved, caplog):
-    with FolderSource.open(saved("xlstm")) as source, caplog.at_level(logging.INFO, "auto_round"):
+def test_blocks_whose_code_mixes_dtypes_run_in_float32(saved_family, caplog):
+    with FolderSource.open(saved_family("xlstm")) as source, caplog.at_level(logging.INFO, "auto_round"):
         assert source.refuse_untraceable().dtype == torch.float32
         assert not caplog.messages
         assert source.refuse_untraceable(dtype=NARROW).dtype == torch.float32
@@ -83,9 +70,9 @@ def test_blocks_whose_code_mixes_dtypes_run_in_float32(saved, caplog):
     assert "same dtype" in caplog.text
 
 
-def test_other_blocks_run_as_is_asked(saved):
+def test_other_blocks_run_as_is_asked(saved_family):
     for family in ("openai-gpt", "xglm"):
-        with FolderSource.open(saved(family)) as source:
+        with FolderSource.open(saved_family(family)) as source:
             assert source.refuse_untraceable(dtype=NARROW).dtype == NARROW
 
 

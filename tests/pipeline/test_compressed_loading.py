@@ -11,7 +11,6 @@ from auto_round.export.formats import llm_compressor
 from auto_round.export.formats.llm_compressor import LLMCompressorFormat
 from auto_round.pipeline.converting.convert import convert_folder
 from pipeline.runs import kl_of, quantize
-from sweep.outcome import save_family
 
 PLAIN = {"iters": 0, "disable_opt_rtn": True, "dataset": None}
 EXPERTS = {"head_dim": 16, "moe_intermediate_size": 32}
@@ -46,18 +45,6 @@ def test_experts_of_two_kinds_are_refused(tiny, tmp_path, rule, reason):
     quantize(tiny("qwen3_moe", **EXPERTS), tmp_path / "out", layer_config=rule, **PLAIN)  # as advised
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = save_family(family, tmp_path_factory.mktemp("model") / family)
-        return made[family]
-
-    return folder
-
-
 KEPT = {"ignore_layers": "experts"}
 
 
@@ -69,33 +56,35 @@ KEPT = {"ignore_layers": "experts"}
         ("llama4_text", "other modules in their place.*experts.*use the format auto_round", KEPT),
     ],
 )
-def test_what_transformers_does_not_load_is_refused_before_work(saved, tmp_path, family, reason, given):
+def test_what_transformers_does_not_load_is_refused_before_work(
+    saved_family, tmp_path, family, reason, given
+):
     with pytest.raises(UnsupportedError, match=reason):
-        quantize(saved(family), tmp_path / "out", format="llm_compressor", **PLAIN, **given)
+        quantize(saved_family(family), tmp_path / "out", format="llm_compressor", **PLAIN, **given)
     assert not list(tmp_path.iterdir())
 
 
-def test_experts_for_which_transformers_has_linear_layers_are_loaded(saved, tmp_path):
+def test_experts_for_which_transformers_has_linear_layers_are_loaded(saved_family, tmp_path):
     pytest.importorskip("compressed_tensors")
-    result = quantize(saved("llama4_text"), tmp_path / "out", format="llm_compressor", iters=1)
+    result = quantize(saved_family("llama4_text"), tmp_path / "out", format="llm_compressor", iters=1)
     assert kl_of(result)["llm_compressor"] < 1e-6
 
 
 @pytest.mark.parametrize(("family", "given"), [("olmo_hybrid", {}), ("llama4_text", KEPT)])
-def test_conversions_are_refused_alike(saved, tmp_path, family, given):
-    quantize(saved(family), tmp_path / "packed", verify=False, **PLAIN, **given)
+def test_conversions_are_refused_alike(saved_family, tmp_path, family, given):
+    quantize(saved_family(family), tmp_path / "packed", verify=False, **PLAIN, **given)
     with pytest.raises(UnsupportedError, match="Transformers"):
         convert_folder(tmp_path / "packed", "llm_compressor", tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir()] == ["packed"]
 
 
-def test_weights_that_are_not_found_are_noticed(saved, tmp_path, monkeypatch):
+def test_weights_that_are_not_found_are_noticed(saved_family, tmp_path, monkeypatch):
     """Transformers only warns, and leaves random numbers."""
     pytest.importorskip("compressed_tensors")
     monkeypatch.setattr(LLMCompressorFormat, "unloadable", lambda *args: [])
     monkeypatch.setattr(llm_compressor, "unread_experts", lambda *args: "")
     with pytest.raises(CheckpointError, match="weights of the model are not found in it"):
-        quantize(saved("granitemoe"), tmp_path / "out", format="llm_compressor", **PLAIN)
+        quantize(saved_family("granitemoe"), tmp_path / "out", format="llm_compressor", **PLAIN)
 
 
 @pytest.mark.parametrize(("family", "kept"), [("gpt_neox", "lm_head"), ("phimoe", r"re:.*\.layers\.\d+\.")])
@@ -113,9 +102,9 @@ def test_a_converted_folder_says_what_a_direct_one_says(tiny, tmp_path, family, 
     assert said[0] == said[1]
 
 
-def test_both_reasons_are_given_where_another_format_does_not_help_tuning(saved, tmp_path):
+def test_both_reasons_are_given_where_another_format_does_not_help_tuning(saved_family, tmp_path):
     with pytest.raises(
         UnsupportedError, match=r"(?s)use the format auto_round.*use plain rounding"
     ) as refused:
-        quantize(saved("hrm_text"), tmp_path / "out", format="llm_compressor", iters=1)
+        quantize(saved_family("hrm_text"), tmp_path / "out", format="llm_compressor", iters=1)
     assert [refusal.who for refusal in refused.value.refusals] == ["llm_compressor", "models"]

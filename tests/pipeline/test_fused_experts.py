@@ -15,7 +15,6 @@ from auto_round.pipeline.converting.convert import convert_folder
 from auto_round.pipeline.converting.source import open_stored
 from auto_round.pipeline.deciding.one_parameter import refuse_torn_tensors
 from pipeline.runs import quantize
-from sweep.outcome import save_family
 
 FAMILIES = {
     "gpt_oss": "model.layers.0.mlp.experts.1.up_proj",
@@ -28,21 +27,9 @@ PLAIN = {"iters": 0, "disable_opt_rtn": True}
 _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(FAMILIES)[1:]]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = {}
-
-    def get(family):
-        if family not in made:
-            made[family] = save_family(family, tmp_path_factory.mktemp("model") / family)
-        return made[family]
-
-    return get
-
-
 @pytest.mark.parametrize("family", [next(iter(FAMILIES)), *_SLOW])
-def test_tuned_and_loaded_again(folder, tmp_path, family):
-    result = quantize(folder(family), tmp_path / "out", iters=1)
+def test_tuned_and_loaded_again(saved_family, tmp_path, family):
+    result = quantize(saved_family(family), tmp_path / "out", iters=1)
     assert FAMILIES[family] in result.plan.quantized
     assert result.report["verified"]["auto_round"]["kl"] < 1e-6
     with Checkpoint.open(tmp_path / "out") as files:
@@ -52,24 +39,26 @@ def test_tuned_and_loaded_again(folder, tmp_path, family):
         FolderSource.open(tmp_path / "out")
 
 
-def test_kept_experts_stay_one_tensor(folder, tmp_path):
-    result = quantize(folder("gpt_oss"), tmp_path / "out", iters=1, ignore_layers="experts")
+def test_kept_experts_stay_one_tensor(saved_family, tmp_path):
+    result = quantize(saved_family("gpt_oss"), tmp_path / "out", iters=1, ignore_layers="experts")
     assert result.report["verified"]["auto_round"]["kl"] < 1e-6
     with Checkpoint.open(tmp_path / "out") as files:
         assert "model.layers.0.mlp.experts.gate_up_proj" in files
 
 
 @pytest.mark.parametrize("form", ["auto_gptq", pytest.param("auto_awq", marks=pytest.mark.slow)])
-def test_folders_of_other_tools_hold_them_one_by_one(folder, tmp_path, form):
-    result = quantize(folder("granitemoe"), tmp_path / "out", format=form, **PLAIN, nsamples=2)
+def test_folders_of_other_tools_hold_them_one_by_one(saved_family, tmp_path, form):
+    result = quantize(saved_family("granitemoe"), tmp_path / "out", format=form, **PLAIN, nsamples=2)
     assert FAMILIES["granitemoe"] in result.plan.quantized
     assert result.report["verified"][form]["kl"] < 1e-6
     with Checkpoint.open(tmp_path / "out") as files:
         assert f"{FAMILIES['granitemoe']}.qweight" in files
 
 
-def test_compressed_tensors_are_for_vllm_and_say_so(folder, tmp_path, caplog):
-    result = quantize(folder("granitemoe"), tmp_path / "out", format="llm_compressor", **PLAIN, dataset=None)
+def test_compressed_tensors_are_for_vllm_and_say_so(saved_family, tmp_path, caplog):
+    result = quantize(
+        saved_family("granitemoe"), tmp_path / "out", format="llm_compressor", **PLAIN, dataset=None
+    )
     assert "one tensor of all experts here, unlike vLLM" in caplog.text
     assert "skipped" in result.report["verified"]["llm_compressor"]
     with Checkpoint.open(tmp_path / "out") as files:
@@ -77,34 +66,34 @@ def test_compressed_tensors_are_for_vllm_and_say_so(folder, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("form", ["auto_gptq", "auto_awq", "llm_compressor"])
-def test_what_no_engine_reads_is_refused_before_work(folder, tmp_path, form):
+def test_what_no_engine_reads_is_refused_before_work(saved_family, tmp_path, form):
     with pytest.raises(UnsupportedError, match=r"formats that can: auto_round(.|\n)*none in this format"):
-        quantize(folder("gpt_oss"), tmp_path / "out", format=form, **PLAIN)
+        quantize(saved_family("gpt_oss"), tmp_path / "out", format=form, **PLAIN)
     assert not list(tmp_path.iterdir())
 
 
-def test_conversions_follow_the_same_rules(folder, tmp_path):
+def test_conversions_follow_the_same_rules(saved_family, tmp_path):
     for family in ("granitemoe", "gpt_oss"):
-        quantize(folder(family), tmp_path / family, verify=False, dataset=None, **PLAIN)
+        quantize(saved_family(family), tmp_path / family, verify=False, dataset=None, **PLAIN)
     made = convert_folder(tmp_path / "granitemoe", "llm_compressor", tmp_path / "out")
     assert "unlike vLLM" in made.verified["skipped"]
     with pytest.raises(UnsupportedError, match="none in this format"):
         convert_folder(tmp_path / "gpt_oss", "auto_gptq", tmp_path / "other")
 
 
-def test_what_no_engine_reads_is_written_where_it_is_kept(folder, tmp_path):
+def test_what_no_engine_reads_is_written_where_it_is_kept(saved_family, tmp_path):
     kept = {"ignore_layers": "experts", "dataset": None, **PLAIN}
-    result = quantize(folder("gpt_oss"), tmp_path / "out", format="auto_gptq", **kept)
+    result = quantize(saved_family("gpt_oss"), tmp_path / "out", format="auto_gptq", **kept)
     assert FAMILIES["gpt_oss"] not in result.plan.quantized
 
 
 @pytest.mark.parametrize(
     "given", [{"iters": 1}, {"iters": 0, "disable_opt_rtn": True}], ids=["tuned", "plain"]
 )
-def test_some_of_them_are_refused_before_work(folder, tmp_path, given):
+def test_some_of_them_are_refused_before_work(saved_family, tmp_path, given):
     one = {"model.layers.0.mlp.experts.2.up_proj": {"bits": 16}}
     with pytest.raises(UnsupportedError, match=r"holds 8 matrices, of which the plan keeps .*2\.up_proj"):
-        quantize(folder("gpt_oss"), tmp_path / "out", layer_config=one, **given)
+        quantize(saved_family("gpt_oss"), tmp_path / "out", layer_config=one, **given)
     assert not list(tmp_path.iterdir())
 
 
@@ -120,14 +109,14 @@ def test_groups_of_several_rows_are_refused_where_rows_stand_in_turn():
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", pytest.param("granitemoe", marks=pytest.mark.slow)])
-def test_dequantized_ones_are_one_tensor_again(folder, tmp_path, family):
+def test_dequantized_ones_are_one_tensor_again(saved_family, tmp_path, family):
     """Rows in turn and `[in, out]` (gpt-oss) or `[out, in]`: what was rounded lies where it came from."""
-    result = quantize(folder(family), tmp_path / "out", format="fake,auto_round", nsamples=2, **PLAIN)
+    result = quantize(saved_family(family), tmp_path / "out", format="fake,auto_round", nsamples=2, **PLAIN)
     assert result.report["verified"]["fake"]["kl"] < 1e-6
-    kept = {layer.name: layer for layer in FolderSource.open(folder(family)).layers if layer.fused}
+    kept = {layer.name: layer for layer in FolderSource.open(saved_family(family)).layers if layer.fused}
     assert kept.keys() <= set(result.plan.quantized)
     fake, packed = result.folders
-    with Checkpoint.open(folder(family)) as old, Checkpoint.open(fake) as new:
+    with Checkpoint.open(saved_family(family)) as old, Checkpoint.open(fake) as new:
         assert list(new.names) == list(old.names)
         name = next(iter(kept.values())).tensor
         assert new.info(name).shape == old.info(name).shape
@@ -143,6 +132,6 @@ def test_dequantized_ones_are_one_tensor_again(folder, tmp_path, family):
 
 
 @pytest.mark.slow
-def test_a_tuned_one_is_what_it_was_tuned_to(folder, tmp_path):
-    result = quantize(folder("gpt_oss"), tmp_path / "out", format="fake", iters=1)
+def test_a_tuned_one_is_what_it_was_tuned_to(saved_family, tmp_path):
+    result = quantize(saved_family("gpt_oss"), tmp_path / "out", format="fake", iters=1)
     assert result.report["verified"]["fake"]["kl"] < 1e-6

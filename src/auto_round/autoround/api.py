@@ -13,6 +13,7 @@ from auto_round.autoround.attributes import Attributes, Done, layer_schemes
 from auto_round.autoround.auto_scheme import AutoScheme
 from auto_round.autoround.parameters import (
     collect,
+    is_name,
     live_processor,
     make_documentation,
     make_signature,
@@ -358,4 +359,4 @@ def _say_what_stays(inplace: bool | None) -> None:
 
 def _live(value: Any) -> Any:
     """Return what is not a name."""
-    return None if isinstance(value, (str, Path)) else value
+    return None if is_name(value) else value

@@ -106,22 +106,23 @@ def refuse_other_things(model: Any, tokenizer: Any) -> None:
     Raises:
         ConfigError: one of them is something else, or each has the other's place.
     """
-    if _is_name(model) and (tokenizer is None or _is_name(tokenizer)):
+    if is_name(model) and (tokenizer is None or is_name(tokenizer)):
         return
-    if not _is_name(model) and not _is_model(model) and _is_model(tokenizer):
+    if not is_name(model) and not _is_model(model) and _is_model(tokenizer):
         raise ConfigError("model and tokenizer have changed places: AutoRound(model, tokenizer, ...)")
-    if not (_is_name(model) or _is_model(model) or is_live_pipeline(model)):
+    if not (is_name(model) or _is_model(model) or is_live_pipeline(model)):
         raise ConfigError(
             f"model is {_kind(model)}: expected a folder, a hub name, or a model or pipeline in memory"
         )
     other = isinstance(tokenizer, type) or _is_model(tokenizer) or not callable(tokenizer)
-    if other and tokenizer is not None and not _is_name(tokenizer):
+    if other and tokenizer is not None and not is_name(tokenizer):
         raise ConfigError(
             f"tokenizer is {_kind(tokenizer)}: expected a folder, a hub name, or a tokenizer in memory"
         )
 
 
-def _is_name(value: Any) -> bool:
+def is_name(value: Any) -> bool:
+    """Whether an argument names a folder or something on a hub, and is no object."""
     return isinstance(value, (str, Path))
 
 

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from auto_round.errors import Refusal
 from auto_round.export.compressed_config import compressed_layout, group_of
 from auto_round.facts.layer import Layer
-from auto_round.facts.loading import Loading
+from auto_round.facts.loading import COMPRESSED_TENSORS, Loading
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 
-METHOD = "compressed-tensors"
 _ELSE = "use the format auto_round"
 EXPERTS_READ = ("pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
 EXPERTS_BY_ROW = ("float-quantized",)
@@ -38,7 +37,7 @@ def unloadable(who: str, plan: Plan, layers: Sequence[Layer], loading: Loading) 
         layers: the layers of the plan.
         loading: how Transformers loads the model.
     """
-    rebuilt = loading.rebuilt.get(METHOD, ())
+    rebuilt = loading.rebuilt.get(COMPRESSED_TENSORS, ())
     single = [plan.scheme_of(layer.name) for layer in layers if layer.rebuilt]
     if rebuilt and not (single and all(single)):
         reason = "Transformers puts other modules in their place, whose tensors have other names"

@@ -11,12 +11,13 @@ from torch import nn
 
 from auto_round.errors import Refusal
 from auto_round.facts.layer import Block, Layer, Role
+from auto_round.facts.loading import COMPRESSED_TENSORS
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.facts import expert_counts
 from auto_round.models.families import flow_of
 from auto_round.models.further import further_layers
 from auto_round.models.fused import heights, lies_turned, split, taken_whole
-from auto_round.models.loading import COMPRESSED_TENSORS, rebuilding_methods
+from auto_round.models.loading import rebuilding_methods
 from auto_round.models.names import NameMap, Recipe
 from auto_round.models.places import Locator
 from auto_round.models.readers import ASKED, read_elsewhere

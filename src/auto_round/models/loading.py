@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
 _WEIGHT = ".weight"
 
-COMPRESSED_TENSORS = "compressed-tensors"
-"""The method, as configurations have it."""
-
 
 def loading_of(model: Any, names: NameMap) -> Loading:
     """Ask Transformers' conversions and its table of replaced modules.

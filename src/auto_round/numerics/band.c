@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 16 /* groups in a tile; `LANES` of compiled_band.py */
+/* LANES, groups in a tile, is set by `compiled_band.py`. */
 #define PLACES 128 /* weights of a group whose costs are kept before they are added up */
 #define EACH_TILE(b) _Pragma("omp parallel for num_threads(b->threads) if (b->threads > 1) schedule(static)")
 

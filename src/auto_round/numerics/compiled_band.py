@@ -103,5 +103,7 @@ def squares_band(grid: Grid, w: Tensor, importance: Tensor | None, along: float 
 def _program() -> ctypes.CDLL | None:
     """The compiled program; None where it cannot be made."""
     return numeric_library(
-        SOURCE, (), "ranges are searched without a compiled program, which takes about twice as long"
+        SOURCE,
+        (f"-DLANES={LANES}",),
+        "ranges are searched without a compiled program, which takes about twice as long",
     )

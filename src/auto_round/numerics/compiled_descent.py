@@ -12,6 +12,7 @@ from torch import Tensor
 from auto_round.compiled import numeric_library
 from auto_round.numerics.compiled_rounding import FEW, OPTIONS
 from auto_round.numerics.grid import Grid, IntGrid
+from auto_round.numerics.importance import TILE
 
 SOURCE = Path(__file__).with_name("descent.c")
 
@@ -82,5 +83,7 @@ def compiled_descent(
 def _program() -> ctypes.CDLL | None:
     """The compiled program; None where it cannot be made."""
     return numeric_library(
-        SOURCE, OPTIONS, "codes are searched without a compiled program, which takes longer"
+        SOURCE,
+        (*OPTIONS, f"-DTILE={TILE}", f"-DTOGETHER={TOGETHER}"),
+        "codes are searched without a compiled program, which takes longer",
     )

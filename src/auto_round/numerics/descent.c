@@ -8,9 +8,8 @@
 #include <math.h>
 #include <stdint.h>
 
-#define TILE 128   /* channels whose products are known; `TILE` of importance.py */
-#define TOGETHER 16 /* as in descent.py */
-#define ROWS 64    /* at a time: their slopes stay in the nearest cache */
+/* TILE and TOGETHER are set by `compiled_descent.py`. */
+#define ROWS 64 /* at a time: their slopes stay in the nearest cache */
 
 typedef struct {
     const float *products; /* [tiles, TILE, TILE] */

@@ -16,6 +16,7 @@ from auto_round.evaluate.logits import Comparison
 from auto_round.export.exporter import Exporter
 from auto_round.facts.inputs import expert_of
 from auto_round.facts.layer import Role
+from auto_round.facts.loading import COMPRESSED_TENSORS
 from auto_round.inference.convert_model import change_backend
 from auto_round.log import logger
 from auto_round.models import matrix_experts
@@ -33,9 +34,6 @@ from auto_round.pipeline.running.attention_states import rounded_states
 from auto_round.pipeline.running.input_ranges import NO_RANGES, InputRanges
 from auto_round.pipeline.running.measure import Measured
 from auto_round.tuning.quantized_inputs import quantized_inputs
-
-COMPRESSED = "compressed-tensors"
-"""`quant_method` of folders that Transformers reads with that package."""
 
 LARGEST_KL = 1e-3
 """Divergence that 16-bit arithmetic in another order may cause, nats per token; an error of one code in
@@ -115,7 +113,7 @@ class TunedModel:
         formats = self.ranges.formats(_activations(self.job))
         if method is None:
             return formats
-        if method != COMPRESSED:
+        if method != COMPRESSED_TENSORS:
             return {}
         return {name: fmt for name, fmt in formats.items() if expert_of(name) is not None}
 

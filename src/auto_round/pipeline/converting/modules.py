@@ -9,11 +9,11 @@ import torch
 
 from auto_round.errors import AutoRoundError
 from auto_round.facts.layer import Layer
-from auto_round.facts.loading import Loading
+from auto_round.facts.loading import COMPRESSED_TENSORS, Loading
 from auto_round.inference.disk_names import DiskNames
 from auto_round.log import logger
 from auto_round.models.fused import taken_whole
-from auto_round.models.loading import COMPRESSED_TENSORS, loading_of, rebuilding_methods
+from auto_round.models.loading import loading_of, rebuilding_methods
 from auto_round.models.names import Recipe, map_names
 from auto_round.models.places import Locator
 from auto_round.models.skeleton import build_skeleton, straighten

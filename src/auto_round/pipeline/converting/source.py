@@ -18,6 +18,7 @@ from auto_round.consumers.folder import Folder, read_folder, read_quantization
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.export.exporter import TuningFacts
 from auto_round.facts.layer import Block, Layer, Role
+from auto_round.facts.loading import COMPRESSED_TENSORS
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.awq import AWQ
 from auto_round.models.roles import role_in_block
@@ -29,7 +30,6 @@ from auto_round.stored.matrices import Matrix
 from auto_round.stored.methods import understand
 from auto_round.stored.packed import Packed
 
-COMPRESSED_TENSORS = "compressed-tensors"
 _BLOCK = re.compile(r"(.+?\.(\d+))\.(.+)")
 _MIDDLES = torch.tensor(-0x77777778, dtype=torch.int32, device="cpu")
 """A word of eight zero points of 8: 0x88888888."""

@@ -203,9 +203,8 @@ class _Demand:
         kept = 0 if self.level.rounds_again else sum(map(self._kept, whole))
         parts["rounding"] = (tuned - apart) * itemsize + kept + apart * PACKED
         backward = max(self._backward(layers, tuned - apart), self._through(whole, tuned - apart, largest))
-        if (
-            self._passes() > 1 or sign_move(tune, 0) is None
-        ):  # else each matrix is learned as its gradient comes
+        at_once = self._passes() == 1 and sign_move(tune, 0) is not None
+        if not at_once:  # else each matrix of a stack is learned as its gradient comes
             backward += apart * FLOAT
         parts["activations and gradients"] = backward
         searched = tuned * FLOAT + own_ranges + self._searched(quantized) * SEARCHED

@@ -14,7 +14,7 @@ Source: PyTorch `aten/src/ATen/native/cpu/int4mm_kernel.cpp`, 2.9 to 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from auto_round.kernels.int4_order import Order, Scratch, find_order
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.operators import register_operator
 from auto_round.kernels.reference import PART
+from auto_round.numerics.at_once import bands
 from auto_round.numerics.qtensor import QTensor
 
 GROUPS = (256, 128, 64, 32)
@@ -94,7 +95,7 @@ class CpuIntKernel:
         n_out, n_in = spec.shape
         rows = -(-n_out // order.block) * order.block
         packed = torch.empty(rows, planes.count * n_in // 2, dtype=torch.uint8, device="cpu")
-        for band in _bands(n_out, order.block, PACK_BAND // n_in):
+        for band in bands(n_out, n_in, PACK_BAND, order.block):
             codes = planes.split(q.codes[band], q.scale, band)
             missing = -codes.shape[0] % order.block
             if missing:
@@ -161,12 +162,6 @@ def _order() -> Order:
     return order
 
 
-def _bands(n_out: int, block: int, rows: int) -> Iterator[slice]:
-    """Slices of whole blocks of about `rows` rows."""
-    step = max(block, rows // block * block)
-    return (slice(start, min(start + step, n_out)) for start in range(0, n_out, step))
-
-
 def dense_tokens() -> int:
     """Tokens from which weights are unpacked."""
     return DENSE_TOKENS_BF16 if MULTIPLIES_BF16 else DENSE_TOKENS
@@ -181,7 +176,7 @@ def multiply_dense(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
     scratch = Scratch.of(rows * n_long)
     dtype = torch.bfloat16 if MULTIPLIES_BF16 else torch.float32
     x = x.to(dtype)
-    for band in _bands(packed.shape[0], order.block, rows):
+    for band in bands(packed.shape[0], n_long, DENSE_BAND, order.block):
         w = order.weights(packed[band], scale_zero[:, band], scratch)
         if n_long != n_in:
             w = w[:n_in].add_(w[n_in:])

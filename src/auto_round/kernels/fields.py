@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auto_round.numerics.at_once import weights_at_once
+from auto_round.numerics.at_once import bands, weights_at_once
 from auto_round.numerics.format import Format
 
 WORD_BITS = 32
@@ -112,5 +112,4 @@ class BitFields:
         return codes
 
     def _bands(self, codes: Tensor) -> Iterator[slice]:
-        step = max(1, weights_at_once(codes.device, BAND) // max(1, self.n_in))
-        return (slice(start, start + step) for start in range(0, codes.shape[0], step))
+        return bands(codes.shape[0], self.n_in, weights_at_once(codes.device, BAND))

@@ -22,6 +22,7 @@ from auto_round.errors import Refusal
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts import integers
 from auto_round.layouts.bits import BAND
+from auto_round.numerics.at_once import bands
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 
@@ -107,5 +108,4 @@ def _unpack(words: Tensor) -> Tensor:
 
 def _bands(octets: Tensor) -> Iterator[slice]:
     """Rows `[8, n]` to handle at a time, so that temporaries stay in a core's cache."""
-    step = max(1, BAND // max(1, PER_WORD * octets.shape[2]))
-    return (slice(start, start + step) for start in range(0, len(octets), step))
+    return bands(len(octets), PER_WORD * octets.shape[2], BAND)

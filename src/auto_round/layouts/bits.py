@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import InternalError
-from auto_round.numerics.at_once import weights_at_once
+from auto_round.numerics.at_once import bands, weights_at_once
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 """Widths of codes that can be packed, bits."""
@@ -62,9 +62,7 @@ def pack_bits(codes: Tensor, bits: int, axis: int = -1) -> Tensor:
     last = codes.movedim(axis, -1)
     flat = last.reshape(-1, last.shape[-1])
     packed = torch.empty(flat.shape[0], n_words, dtype=torch.int32, device=codes.device)
-    step = max(1, weights_at_once(codes.device, BAND) // max(1, flat.shape[1]))
-    for start in range(0, flat.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in bands(len(flat), flat.shape[1], weights_at_once(codes.device, BAND)):
         _pack_rows(_aligned(flat[rows]), bits, packed[rows])
     return packed.reshape(*last.shape[:-1], n_words).movedim(-1, axis).contiguous()
 
@@ -89,13 +87,12 @@ def unpack_bits(packed: Tensor, bits: int, axis: int = -1) -> Tensor:
     words(n_codes, bits)
     last = packed.movedim(axis, -1)
     flat = last.reshape(-1, last.shape[-1])
-    step = max(1, weights_at_once(packed.device, BAND) // max(1, n_codes))
-    if 0 < flat.shape[0] <= step and bits != 8:  # of 8 bits it would be the memory of `packed` itself
+    parts = list(bands(flat.shape[0], n_codes, weights_at_once(packed.device, BAND)))
+    if len(parts) == 1 and bits != 8:  # of 8 bits it would be the memory of `packed` itself
         codes = _unpack_rows(_aligned(flat), bits)
     else:
         codes = torch.empty(flat.shape[0], n_codes, dtype=torch.uint8, device=packed.device)
-        for start in range(0, flat.shape[0], step):
-            rows = slice(start, start + step)
+        for rows in parts:
             codes[rows] = _unpack_rows(_aligned(flat[rows]), bits)
     return codes.reshape(*last.shape[:-1], n_codes).movedim(-1, axis).contiguous()
 

@@ -28,6 +28,7 @@ from auto_round.layouts.gguf_fields import (
     SixBitSigned,
 )
 from auto_round.layouts.integers import check_parts
+from auto_round.numerics.at_once import bands
 from auto_round.numerics.format import Format
 from auto_round.numerics.presets import GGUF_FORMATS
 from auto_round.numerics.qtensor import QTensor
@@ -79,7 +80,7 @@ class GGUFBlocks:
         n_out, n_in = q.shape
         blocks = n_in // self.weights
         octets = torch.empty(n_out, blocks, self.block_bytes, dtype=torch.uint8, device=q.codes.device)
-        for band in self._bands(n_out, n_in):
+        for band in bands(n_out, n_in, BAND):
             inside = {name: part for name, part in q.scale.parts.items() if name not in q.format.shared}
             contents = {CODES: q.codes[band], **{name: part[band] for name, part in inside.items()}}
             contents = {name: x.reshape(len(x), blocks, -1) for name, x in contents.items()}
@@ -96,8 +97,8 @@ class GGUFBlocks:
         check_parts(self.name, parts, self.spec(fmt, shape))
         n_out, n_in = shape
         octets = parts["weight"].reshape(n_out, -1, self.block_bytes)
-        bands = [self._contents(octets[band]) for band in self._bands(n_out, n_in)]
-        joined = {name: torch.cat([band[name] for band in bands]) for name in bands[0]}
+        pieces = [self._contents(octets[rows]) for rows in bands(n_out, n_in, BAND)]
+        joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         codes = joined.pop(CODES)
         joined |= {part: parts[name].reshape(1, 1) for part, name in _outside(fmt)}
         return QTensor(codes, fmt.rule.read({name: joined[name] for name in fmt.rule.stored}), fmt)
@@ -112,10 +113,6 @@ class GGUFBlocks:
             for name, value in field.unpack(piece).items():
                 contents[name] = value | contents[name] if name in contents else value
         return {name: value.reshape(len(octets), -1) for name, value in contents.items()}
-
-    def _bands(self, n_out: int, n_in: int) -> list[slice]:
-        rows = max(1, BAND // max(1, n_in))
-        return [slice(start, min(start + rows, n_out)) for start in range(0, n_out, rows)] or [slice(0, 0)]
 
 
 def _outside(fmt: Format) -> list[tuple[str, str]]:

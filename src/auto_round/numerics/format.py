@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import NumericsError
-from auto_round.numerics.at_once import weights_at_once
+from auto_round.numerics.at_once import bands, weights_at_once
 from auto_round.numerics.compiled_rounding import compiled_rounding
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.group import Group
@@ -291,8 +291,6 @@ def _bands_of_groups(grouped: Tensor) -> Iterator[slice]:
 
     What rounding forms besides its results then takes little memory, and stays in a core's cache.
     """
-    each = max(1, grouped[0].numel())
-    size = max(1, weights_at_once(grouped.device, TUNED_CHUNK) // each)
     if torch.compiler.is_compiling():  # forms nothing besides
-        size = len(grouped)
-    yield from (slice(at, at + size) for at in range(0, len(grouped), size))
+        return iter([slice(0, len(grouped))])
+    return bands(len(grouped), math.prod(grouped.shape[1:]), weights_at_once(grouped.device, TUNED_CHUNK))

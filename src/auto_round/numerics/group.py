@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
+from auto_round.numerics.at_once import bands
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +90,12 @@ class Group:
             everything where one group is the whole matrix.
         """
         if len(shape) > 2:
-            each = max(1, weights // max(1, math.prod(shape[1:])))
-            for start in range(0, shape[0], each):
-                band = slice(start, min(start + each, shape[0]))
-                yield band, band
+            yield from ((band, band) for band in bands(shape[0], math.prod(shape[1:]), weights))
             return
         if self.size == 0 or len(shape) != 2:
             yield slice(None), slice(None)
             return
-        each = max(1, weights // max(1, shape[1]) // self.rows) * self.rows
-        for start in range(0, shape[0], each):
-            band = slice(start, min(start + each, shape[0]))
+        for band in bands(shape[0], shape[1], weights, self.rows):
             yield band, self.scale_rows(band)
 
     def scale_rows(self, rows: slice) -> slice:

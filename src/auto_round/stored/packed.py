@@ -16,6 +16,7 @@ from auto_round.layouts.by_numbers import ByNumbers
 from auto_round.layouts.compressed_float import FloatLayout
 from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
+from auto_round.numerics.at_once import bands
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.schemes.scheme import QuantizationScheme
@@ -144,10 +145,8 @@ class Packed:
         """The weight, some rows at a time: codes of a whole matrix would take half of its own memory."""
         n_out, n_in = self.shape
         weight = torch.empty(self.shape, dtype=dtype, device="cpu")
-        each = max(1, BAND // n_in // self.format.group.rows) * self.format.group.rows
         whole = self.layout.spec(self.format, self.shape)
-        for start in range(0, n_out, each):
-            rows = slice(start, min(start + each, n_out))
+        for rows in bands(n_out, n_in, BAND, self.format.group.rows):
             shape = (rows.stop - rows.start, n_in)
             parts = {}
             for suffix, spec in self.layout.spec(self.format, shape).items():

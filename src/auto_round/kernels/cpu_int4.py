@@ -21,16 +21,13 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
-from auto_round.kernels.int4_codes import MIDDLE, CodePlanes, is_whole
+from auto_round.kernels.int4_codes import MIDDLE, CodePlanes, is_whole, packed_group
 from auto_round.kernels.int4_order import Order, Scratch, find_order
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.operators import register_operator
 from auto_round.kernels.reference import PART
 from auto_round.numerics.at_once import bands
 from auto_round.numerics.qtensor import QTensor
-
-GROUPS = (256, 128, 64, 32)
-"""Group widths that the operator takes; wider groups repeat their step."""
 
 DENSE_TOKENS_BF16 = 64
 """Tokens from which unpacking is faster than the operator where the CPU multiplies
@@ -78,7 +75,7 @@ class CpuIntKernel:
         if spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return Refusal(self.name, f"takes bfloat16, float16 or float32 activations, not {spec.dtype}")
         n_in = spec.shape[1]
-        if _group(spec) is None:
+        if packed_group(spec.fmt, spec.shape[1]) is None:
             width = spec.fmt.group.width(n_in)
             return Refusal(self.name, f"needs groups and rows of multiples of 32, not {width} and {n_in}")
         if find_order() is None:
@@ -91,7 +88,7 @@ class CpuIntKernel:
 
     def prepare(self, q: QTensor, spec: LinearSpec) -> Mapping[str, Tensor]:
         """Packed codes, bfloat16 step and fold of each plane's groups, and the scale's parts as stored."""
-        order, planes = _order(), _planes(spec)
+        order, planes = _order(), CodePlanes.of(spec.fmt, spec.shape[1])
         n_out, n_in = spec.shape
         rows = -(-n_out // order.block) * order.block
         packed = torch.empty(rows, planes.count * n_in // 2, dtype=torch.uint8, device="cpu")
@@ -109,7 +106,7 @@ class CpuIntKernel:
     def restore(self, buffers: Mapping[str, Tensor], spec: LinearSpec) -> QTensor:
         """Inverse of `prepare`."""
         n_out, n_in = spec.shape
-        planes = _planes(spec)
+        planes = CodePlanes.of(spec.fmt, spec.shape[1])
         parts = {name.removeprefix(PART): b for name, b in buffers.items() if name.startswith(PART)}
         scale = spec.fmt.rule.read(parts)
         codes = _order().unpack(buffers["packed"], planes.count * n_in)[:n_out]
@@ -139,20 +136,6 @@ class CpuIntKernel:
             y = y[:, :n_out]
         y = y.reshape(*x.shape[:-1], n_out).to(x.dtype)
         return y if bias is None else y + bias
-
-
-def _group(spec: LinearSpec) -> int | None:
-    """Widest group of the operator that tiles the groups of a weight; None when there is none."""
-    n_in = spec.shape[1]
-    width = spec.fmt.group.width(n_in)
-    return next((g for g in GROUPS if width % g == 0 and n_in % g == 0), None)
-
-
-def _planes(spec: LinearSpec) -> CodePlanes:
-    width = _group(spec)
-    if width is None:
-        raise ValueError(f"packed int4 matrices refuse groups of {spec.fmt.name} in rows of {spec.shape[1]}")
-    return CodePlanes(spec.fmt, spec.shape[1], width)
 
 
 def _order() -> Order:

@@ -18,14 +18,11 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
-from auto_round.kernels.int4_codes import CodePlanes, is_whole
+from auto_round.kernels.int4_codes import CodePlanes, is_whole, packed_group
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.reference import PART
 from auto_round.kernels.tiles import TileOrder
 from auto_round.numerics.qtensor import QTensor
-
-GROUPS = (256, 128, 64, 32)
-"""Group widths that the operator takes; wider groups repeat their step."""
 
 TILE_ROWS = 8
 """Outputs of a tile."""
@@ -52,7 +49,7 @@ class CudaInt4Kernel:
         if spec.dtype is not torch.bfloat16:
             return Refusal(self.name, f"takes bfloat16 activations, not {spec.dtype}")
         n_out, n_in = spec.shape
-        if _width(spec) is None or _inner(n_in) is None or n_out % TILE_ROWS:
+        if packed_group(spec.fmt, n_in) is None or _inner(n_in) is None or n_out % TILE_ROWS:
             width = spec.fmt.group.width(n_in)
             return Refusal(
                 self.name,
@@ -71,7 +68,7 @@ class CudaInt4Kernel:
 
     def prepare(self, q: QTensor, spec: LinearSpec) -> Mapping[str, Tensor]:
         """Packed codes, `[n_groups, out, 2]` bfloat16 of step and fold, and the scale's parts as stored."""
-        planes = _planes(spec)
+        planes = CodePlanes.of(spec.fmt, spec.shape[1])
         codes = planes.split(q.codes, q.scale, slice(None))
         return {
             "packed": _pack(codes, _tile_inputs(spec)),
@@ -85,7 +82,7 @@ class CudaInt4Kernel:
         parts = {name.removeprefix(PART): b for name, b in buffers.items() if name.startswith(PART)}
         scale = spec.fmt.rule.read(parts)
         codes = _order(_tile_inputs(spec), packed.device).unpack(packed, spec.shape)
-        return QTensor(_planes(spec).join(codes, scale), scale, spec.fmt)
+        return QTensor(CodePlanes.of(spec.fmt, spec.shape[1]).join(codes, scale), scale, spec.fmt)
 
     def linear(
         self, x: Tensor, buffers: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None
@@ -103,12 +100,6 @@ class CudaInt4Kernel:
         return y if bias is None else y + bias
 
 
-def _width(spec: LinearSpec) -> int | None:
-    n_in = spec.shape[1]
-    width = spec.fmt.group.width(n_in)
-    return next((g for g in GROUPS if width % g == 0 and n_in % g == 0), None)
-
-
 def _inner(n_in: int) -> int | None:
     return next((inner for inner in INNER if n_in % (16 * inner) == 0), None)
 
@@ -118,13 +109,6 @@ def _tile_inputs(spec: LinearSpec) -> int:
     if inner is None:
         raise ValueError(f"torch_int4 refuses rows of {spec.shape[1]}")
     return 16 * inner
-
-
-def _planes(spec: LinearSpec) -> CodePlanes:
-    width = _width(spec)
-    if width is None:
-        raise ValueError(f"torch_int4 refuses groups of {spec.fmt.name} in rows of {spec.shape[1]}")
-    return CodePlanes(spec.fmt, spec.shape[1], width)
 
 
 def _pack(codes: Tensor, tile_inputs: int) -> Tensor:

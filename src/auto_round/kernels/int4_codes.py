@@ -23,6 +23,9 @@ from auto_round.numerics.scale_integer import MinMax
 PLANE_BITS = 4
 """Width of the codes of one plane."""
 
+GROUPS = (256, 128, 64, 32)
+"""Widths of the groups that PyTorch's packed int4 matrices take; wider groups repeat their step."""
+
 MIDDLE = 1 << (PLANE_BITS - 1)
 """Code of a plane that stands for zero."""
 
@@ -30,6 +33,12 @@ MIDDLE = 1 << (PLANE_BITS - 1)
 def is_whole(fmt: Format) -> bool:
     """Whether a format has whole numbers with one step a group, which lies in one row or is the matrix."""
     return isinstance(fmt.grid, IntGrid) and has_steps(fmt) and fmt.group.rows == 1
+
+
+def packed_group(fmt: Format, n_in: int) -> int | None:
+    """Widest of `GROUPS` that tiles the groups and the rows of a weight; None when there is none."""
+    width = fmt.group.width(n_in)
+    return next((g for g in GROUPS if width % g == 0 and n_in % g == 0), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,18 @@ class CodePlanes:
     fmt: Format
     n_in: int
     width: int
+
+    @classmethod
+    def of(cls, fmt: Format, n_in: int) -> CodePlanes:
+        """The planes with the widest groups that packed int4 matrices take.
+
+        Raises:
+            ValueError: they take none that tiles the weight's.
+        """
+        width = packed_group(fmt, n_in)
+        if width is None:
+            raise ValueError(f"packed int4 matrices refuse groups of {fmt.name} in rows of {n_in}")
+        return cls(fmt, n_in, width)
 
     @property
     def count(self) -> int:

@@ -37,10 +37,17 @@ LOADABLE_BITS = (2, 3, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class LayerByLayer(Exporter):
-    """A format that stores each layer as a layout says."""
+    """A format that stores each layer as a layout says, with the number of its input where that has one."""
 
     @abstractmethod
-    def _stored(self, layer: Layer, fmt: Format) -> LayerLayout: ...
+    def _layout(self, layer: Layer) -> Layout: ...
+
+    def _input_of(self, layer: Layer) -> InputFormat | None:
+        """What the input of a layer is rounded to; None where the folder says nothing of it."""
+        return None
+
+    def _stored(self, layer: Layer, fmt: Format) -> LayerLayout:
+        return LayerLayout(self._layout(layer), fmt, layer.shape, self._input_of(layer))
 
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """The tensors of the layout, for example `<layer>.qweight`."""
@@ -49,17 +56,6 @@ class LayerByLayer(Exporter):
     def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The tensors of `spec`."""
         return prefixed(layer, self._stored(layer, q.weight.format).pack(q))
-
-
-@dataclass(frozen=True, slots=True)
-class OneLayout(LayerByLayer):
-    """A format that stores the weights of all layers in one order of bytes."""
-
-    @abstractmethod
-    def _layout(self) -> Layout: ...
-
-    def _stored(self, layer: Layer, fmt: Format) -> LayerLayout:
-        return LayerLayout(self._layout(), fmt, layer.shape)
 
 
 def planned_inputs(plan: Plan, layers: Sequence[Layer]) -> dict[str, InputFormat]:

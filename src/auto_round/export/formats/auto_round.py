@@ -21,7 +21,6 @@ from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.by_numbers import ByNumbers
 from auto_round.layouts.compressed import INT_QUANTIZED, OCTET
 from auto_round.layouts.integers import is_symmetric
-from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
 from auto_round.layouts.table import AWQ_GEMM, FP8, GPTQ_V1, layout_for
 from auto_round.numerics.activation import TokenInt
@@ -132,8 +131,8 @@ class AutoRoundFormat(LayerByLayer):
     def _layout(self, layer: Layer) -> Layout:
         return layout_for(self._packing(layer))
 
-    def _stored(self, layer: Layer, fmt: Format) -> LayerLayout:
-        return LayerLayout(self._layout(layer), fmt, layer.shape, self.inputs.get(layer.name))
+    def _input_of(self, layer: Layer) -> InputFormat | None:
+        return self.inputs.get(layer.name)
 
     def _refusal(self, layer: Layer, fmt: Format) -> Refusal | None:
         layout = self._layout(layer)

@@ -13,7 +13,7 @@ from auto_round.errors import Refusal
 from auto_round.export.awq_config import awq_config, clashes
 from auto_round.export.exporter import TuningFacts
 from auto_round.export.packed import (
-    OneLayout,
+    LayerByLayer,
     gather_refusals,
     quantized_layers,
     refuse_foreign,
@@ -27,7 +27,7 @@ from auto_round.schemes.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
-class AWQFormat(OneLayout):
+class AWQFormat(LayerByLayer):
     """4-bit whole numbers, symmetric or not, in AWQ order: `qweight`, `qzeros`, `scales`.
 
     Attributes:
@@ -51,7 +51,7 @@ class AWQFormat(OneLayout):
         """The `quantization_config`; None when the plan quantizes nothing."""
         return awq_config(plan, layers, blocks)
 
-    def _layout(self) -> Layout:
+    def _layout(self, layer: Layer) -> Layout:
         return AWQ_GEMM
 
     def _refusal(self, layer: Layer, fmt: Format) -> Refusal | None:

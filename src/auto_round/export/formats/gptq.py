@@ -11,7 +11,7 @@ import torch
 from auto_round.errors import Refusal
 from auto_round.export.exporter import TuningFacts
 from auto_round.export.gptq_config import gptq_config
-from auto_round.export.packed import OneLayout, gather_refusals, quantized_layers, refuse_foreign
+from auto_round.export.packed import LayerByLayer, gather_refusals, quantized_layers, refuse_foreign
 from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.integers import is_symmetric
 from auto_round.layouts.layout import Layout
@@ -22,7 +22,7 @@ from auto_round.schemes.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
-class GPTQFormat(OneLayout):
+class GPTQFormat(LayerByLayer):
     """Packed whole numbers as GPTQ tools write them: `qweight`, `qzeros`, `scales`, `g_idx`.
 
     Attributes:
@@ -46,7 +46,7 @@ class GPTQFormat(OneLayout):
         written = quantized_layers(plan, layers)
         notes = []
         asymmetric = [layer.name for layer, fmt in written if not is_symmetric(fmt)]
-        if asymmetric and self._layout() is GPTQ_V1_INDEXED:
+        if asymmetric and CHECKPOINT_LAYOUTS[self.checkpoint_format] is GPTQ_V1_INDEXED:
             notes.append(
                 f"{self.name}: {some(asymmetric)}: asymmetric weights in version 1 of GPTQ. Some kernels "
                 "lose much accuracy with them, most at 2 bits and with small models; GPTQModel and vLLM "
@@ -70,8 +70,8 @@ class GPTQFormat(OneLayout):
         """The `quantization_config`; None when the plan quantizes nothing."""
         return gptq_config(self.checkpoint_format, plan, layers, blocks)
 
-    def _layout(self) -> Layout:
+    def _layout(self, layer: Layer) -> Layout:
         return CHECKPOINT_LAYOUTS[self.checkpoint_format]
 
     def _refusal(self, layer: Layer, fmt: Format) -> Refusal | None:
-        return refuse_foreign(self.name, layer, fmt, self._layout())
+        return refuse_foreign(self.name, layer, fmt, self._layout(layer))

@@ -22,6 +22,7 @@ from auto_round.export.compressed_loading import unloadable, unread_experts
 from auto_round.export.exporter import Exporter, TuningFacts
 from auto_round.export.manifest import Manifest
 from auto_round.export.packed import (
+    LayerByLayer,
     gather_refusals,
     planned_inputs,
     prefixed,
@@ -33,7 +34,6 @@ from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.compressed_table import COMPRESSED
-from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
@@ -46,7 +46,7 @@ _ASKED = "other code asks for its weight, which compressed-tensors lacks (use th
 
 
 @dataclass(frozen=True, slots=True)
-class LLMCompressorFormat(Exporter):
+class LLMCompressorFormat(LayerByLayer):
     """Layers as compressed-tensors stores them, each in the order of bytes that its number type has there.
 
     Attributes:
@@ -165,8 +165,8 @@ class LLMCompressorFormat(Exporter):
         named = {scale_name(attention, part): step for part, step in scales.items()}
         return {name: named[name].to(spec.dtype).reshape(tuple(spec.shape)) for name, spec in specs.items()}
 
-    def _stored(self, layer: Layer, fmt: Format) -> LayerLayout:
-        return LayerLayout(self._layout(layer), fmt, layer.shape, self.inputs.get(layer.name))
+    def _input_of(self, layer: Layer) -> InputFormat | None:
+        return self.inputs.get(layer.name)
 
     def _layout(self, layer: Layer) -> Layout:
         if self.orders is None:

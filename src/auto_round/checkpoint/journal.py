@@ -64,6 +64,11 @@ class Journal:
             os.ftruncate(fd, good)
         return cls(path, fd, lines[1:], resumed=bool(lines))
 
+    @property
+    def finished(self) -> set[str]:
+        """Names of the units of work that are complete."""
+        return {entry["unit"] for entry in self.entries}
+
     def append(self, *entries: Mapping[str, Any]) -> None:
         """Record that units of work are complete and durable, an entry each.
 

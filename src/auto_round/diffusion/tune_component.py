@@ -73,7 +73,7 @@ class ComponentRun:
         job = self.job
         how = GroupTuning(PLAIN, job.options.calibration.seed, job.options.tune.enable_quanted_input)
         lists = [groups_of(blocks, job.options.tune.nblocks) for blocks in job.source.block_lists]
-        count, done = sum(map(len, lists)), self._finished()
+        count, done = sum(map(len, lists)), self.journal.finished
         if skipped := sum(1 for members in lists for unit, _ in members if unit in done):
             self.clock.skip(skipped)
         before, ended = 0, list[Ended]()
@@ -126,7 +126,9 @@ class ComponentRun:
     def _round(self) -> None:
         """Plain rounding without data."""
         layers = self.job.quantized()
-        left = {name: nbytes(layer) for name, (layer, _) in layers.items() if name not in self._finished()}
+        left = {
+            name: nbytes(layer) for name, (layer, _) in layers.items() if name not in self.journal.finished
+        }
         done = len(layers) - len(left)
         for burst in bursts(left):
             written = round_layers(Rounding.of(self.job), [layers[name] for name in burst], self.outputs.put)
@@ -139,9 +141,6 @@ class ComponentRun:
         self.outputs.sync()
         cost = cost_of(unit, self.clock.lap("tune"), self.job.device)
         self.journal.append({"unit": unit, "tensors": tensors, **figures, COST: cost})
-
-    def _finished(self) -> set[str]:
-        return {entry["unit"] for entry in self.journal.entries}
 
 
 def _sized(job: Job, length: int) -> Job:

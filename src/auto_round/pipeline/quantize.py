@@ -231,7 +231,7 @@ class _Loop:
                 self.clock.lap("trace")
                 if not ended:
                     self._say_begun([unit for members in lists for unit, _ in members])
-                start = sum(1 for unit, _ in groups if unit in self._finished())
+                start = sum(1 for unit, _ in groups if unit in self.journal.finished)
                 if start:
                     self._restore(streams, before + start)
                 left = groups[start:]
@@ -264,7 +264,7 @@ class _Loop:
         job = self.job
         if job.rows is not None:
             self.progress(self.clock.event("calibrate", 1, 1, job.rows.summary))
-        start = sum(1 for unit in units if unit in self._finished())
+        start = sum(1 for unit in units if unit in self.journal.finished)
         if start:
             logger.info("continuing after %s of %s", units[start - 1], units[-1])
             self.clock.skip(start)
@@ -285,7 +285,7 @@ class _Loop:
         for layer, _ in layers.values():
             unit = layer.name if layer.block is None else self.job.source.blocks[layer.block].disk
             units.setdefault(unit, []).append(layer.name)
-        left = {unit: names for unit, names in units.items() if unit not in self._finished()}
+        left = {unit: names for unit, names in units.items() if unit not in self.journal.finished}
         sizes = {unit: sum(nbytes(layers[n][0]) for n in names) for unit, names in left.items()}
         done = len(units) - len(left)
         if self.job.device.type == "cpu":
@@ -342,15 +342,12 @@ class _Loop:
 
     def _write(self, layer: Layer, q: QuantizedLayer) -> None:
         """Write a layer outside the blocks, unless an earlier run did."""
-        if layer.name not in self._finished():
+        if layer.name not in self.journal.finished:
             self._done(layer.name, self.outputs.put(layer, q))
 
     def _done(self, unit: str, tensors: Written, figures: Mapping[str, Any] | None = None) -> None:
         self.outputs.sync()
         self.journal.append({"unit": unit, "tensors": tensors, **(figures or {})})
-
-    def _finished(self) -> set[str]:
-        return {entry["unit"] for entry in self.journal.entries}
 
 
 def groups_of(blocks: Sequence[Block], size: int) -> list[tuple[str, list[int]]]:

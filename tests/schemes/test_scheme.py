@@ -76,8 +76,8 @@ def test_tables_agree_with_numerics_and_roles():
     assert set(INT_BITS) <= set(vocabulary.BITS)
     assert {row["scale_dtype"] for row in vocabulary.SCALE_DTYPES.values()} == set(SCALE_DTYPES)
     assert list(FIELD_TYPES) == [f.name for f in dataclasses.fields(QuantizationScheme)]
-    assert {role for recipe in vocabulary.RECIPES.values() for role in recipe} <= {r.value for r in Role}
-    assert {s.recipe for s in PRESET_SCHEMES.values()} - {None} == set(vocabulary.RECIPES)
+    assert {role for roles in vocabulary.MIXED_PRESETS.values() for role in roles} <= {r.value for r in Role}
+    assert {s.recipe for s in PRESET_SCHEMES.values()} - {None} == set(vocabulary.MIXED_PRESETS)
     assert all(scheme_module.spelled("data_type", s.data_type, spellings()) for s in PRESET_SCHEMES.values())
 
 
@@ -183,7 +183,7 @@ def test_number_types_as_documents_write_them(word, fields):
 
 
 def test_spellings_differ_by_more_than_case_and_underscores():
-    for table in (spellings(), vocabulary.SCALE_DTYPES, vocabulary.RECIPES):
+    for table in (spellings(), vocabulary.SCALE_DTYPES, vocabulary.MIXED_PRESETS):
         folded = [name.casefold().replace("_", "") for name in table]
         assert len(set(folded)) == len(folded)
 

@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from auto_round.config import GROUPS, Options, argument_names, settings
 from auto_round.schemes import PRESET_SCHEMES, Plan, QuantizationScheme, parse_scheme
+from auto_round.schemes.vocabulary import KEPT_BITS
 
 if TYPE_CHECKING:
     from torch import nn
 
 SCHEME_FIELDS: Final = frozenset(field.name for field in dataclasses.fields(QuantizationScheme))
 """Names that tell the scheme in force, whatever was given under them."""
-
-FULL_BITS: Final = 16
-"""What scripts read of activations that are left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ class Attributes:
             raise AttributeError(f"'{type(self).__name__}' object has no attribute {name!r}")
         if name in SCHEME_FIELDS:
             value = getattr(self._scheme(), name)
-            return FULL_BITS if name == "act_bits" and value is None else value
+            return KEPT_BITS if name == "act_bits" and value is None else value
         group, option = _readable()[name]
         return getattr(getattr(self.options, group), option)
 

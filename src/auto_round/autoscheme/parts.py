@@ -15,7 +15,7 @@ from auto_round.autoscheme.groups import group_layers
 from auto_round.calibration.observe import observe_extremes, observe_inputs
 from auto_round.calibration.observe_experts import observe_expert_extremes, observe_experts
 from auto_round.facts.flow import States
-from auto_round.facts.inputs import expert_of, owner_of
+from auto_round.facts.inputs import WEIGHT, expert_of, owner_of
 from auto_round.models.matrix_experts import computes_in
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
@@ -34,8 +34,6 @@ from auto_round.pipeline.running.rounding import round_matrix
 from auto_round.pipeline.running.unit import as_read, bound_formats
 from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.settings import PLAIN_FROM_BITS
-
-_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +212,7 @@ class OpenBlock:
         of_modules = [name for name in ranged if expert_of(name) is None]
         of_experts = [name for name in ranged if expert_of(name) is not None]
         with (
-            observe_inputs(self.group, [n.removesuffix(_WEIGHT) for n in linear], mask_of) as moments,
+            observe_inputs(self.group, [n.removesuffix(WEIGHT) for n in linear], mask_of) as moments,
             observe_extremes(self.group, of_modules, mask_of, percentile) as extremes,
             observe_expert_extremes(self.group, of_experts, mask_of, percentile) as experts_extremes,
             observe_experts(self.group, mask_of, lambda: len(self.arguments.last), stacks) as experts,
@@ -222,7 +220,7 @@ class OpenBlock:
         ):
             for rows in self.batches():
                 self.run(taken(states, rows), rows)
-        sums = {n + _WEIGHT: m for n, m in moments.items()} | dict(experts.moments)
+        sums = {n + WEIGHT: m for n, m in moments.items()} | dict(experts.moments)
         self.importance = {n: i for n, m in sums.items() if (i := m.importance()) is not None}
         found = {**extremes, **experts_extremes}
         self.ranges = settle_ranges({name: seen.value() for name, seen in found.items()})
@@ -248,7 +246,7 @@ class OpenBlock:
             weight, importance = self.originals[name], self.importance.get(name)
             q = round_matrix(name, weight, fmt, job.device, importance, efforts[name])
             dtype = computes_in(self.group, name)
-            parameters[name] = as_read(q, weight.dtype, dtype, name.removesuffix(_WEIGHT) in rounds)
+            parameters[name] = as_read(q, weight.dtype, dtype, name.removesuffix(WEIGHT) in rounds)
         return Rounded(parameters, activations)
 
     def _activations(self, parts: Sequence[Part], option: int) -> dict[str, InputFormat]:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from auto_round.config import Options
 from auto_round.schemes import QuantizationScheme, parse_scheme
-
-KEPT_BITS = 16
+from auto_round.schemes.vocabulary import KEPT_BITS
 
 
 def with_named_folder(options: Options) -> Options:

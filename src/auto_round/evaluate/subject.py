@@ -13,9 +13,8 @@ from auto_round.export.gguf.library import gguf
 from auto_round.export.hf_config import read_config
 from auto_round.models.facts import CONTEXT_NAMES
 from auto_round.models.hub import resolve_model
+from auto_round.stored.configuration import TEXT_CONFIGS
 
-NESTED = ("text_config", "llm_config", "language_config")
-"""Configurations of the language model inside others."""
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 _NO_MODEL = re.compile(r"(^|[-_.])(mmproj|imatrix)([-_.]|$)")
 """GGUF files beside a model that are none themselves."""
@@ -47,7 +46,7 @@ class Subject:
             fields = gguf().GGUFReader(self.path).fields
             found = fields.get(f"{fields['general.architecture'].contents()}.context_length")
             return None if found is None else int(found.contents())
-        places = [self.config, *(self.config.get(name) for name in NESTED)]
+        places = [self.config, *(self.config.get(name) for name in TEXT_CONFIGS)]
         lengths = [place.get(name) for place in places if isinstance(place, dict) for name in CONTEXT_NAMES]
         return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 

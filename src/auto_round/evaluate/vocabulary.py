@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from auto_round.errors import ConfigError
-from auto_round.evaluate.subject import NESTED, Subject
+from auto_round.evaluate.subject import Subject
 from auto_round.export.gguf.library import gguf
+from auto_round.stored.configuration import TEXT_CONFIGS
 
 _SAME: Final = 0.99
 """Share of a GGUF file's tokens that must be spelled as in the tokenizer: converters respell a few added
@@ -87,7 +88,7 @@ def vocabulary_of(subject: Subject, *, trust: bool = False) -> Vocabulary:
 
 
 def _width(config: Mapping[str, Any]) -> int | None:
-    places = [config, *(config[name] for name in NESTED if isinstance(config.get(name), dict))]
+    places = [config, *(config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict))]
     return next((int(place["vocab_size"]) for place in places if place.get("vocab_size")), None)
 
 

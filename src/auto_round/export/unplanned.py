@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+from auto_round.facts.inputs import WEIGHT
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan
-
-_WEIGHT = ".weight"
 
 
 def with_unplanned(
@@ -35,7 +34,7 @@ def with_unplanned(
         tensors: everything in the source, by name.
         parameters: tensor of the source -> parameter of the module tree that it becomes, where that is known.
     """
-    planned = {layer.tensor for layer in layers} | {layer.name + _WEIGHT for layer in layers}
+    planned = {layer.tensor for layer in layers} | {layer.name + WEIGHT for layer in layers}
     # A module that holds planned layers cannot be named: readers take its name for theirs.
     parents = {place for layer in plan.entries for place in _places(layer)}
     indices = {block.disk: block.index for block in blocks}
@@ -60,7 +59,7 @@ def _module(tensor: str, spec: TensorSpec) -> str | None:
         or name.endswith(("wte", "wpe"))
     ):
         return None
-    return name if f".{last}" == _WEIGHT or len(spec.shape) > 2 else None
+    return name if f".{last}" == WEIGHT or len(spec.shape) > 2 else None
 
 
 def _places(name: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 WEIGHT = ".weight"
+"""How the name of a layer's weight goes on behind the layer's own, in a model and on disk."""
 
 _EXPERT = re.compile(r"(.*)\[(\d+)\]")
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from auto_round.errors import CheckpointError, ConfigError, Refusal, UnsupportedError
 from auto_round.inference.disk_names import ConfigNames, DiskNames
@@ -22,7 +21,8 @@ from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.select import AUTO, select_kernel
 from auto_round.log import logger
 from auto_round.models.roles import find_block_lists, linear_shape
-from auto_round.stored.formats import FLOAT_BITS, StoredFormats, StoredLayer
+from auto_round.schemes.vocabulary import KEPT_BITS
+from auto_round.stored.formats import StoredFormats, StoredLayer
 
 _READ_MARK = "_is_hf_initialized"
 """What Transformers sets on every tensor that it read from a checkpoint."""
@@ -77,7 +77,7 @@ def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[
             continue
         spec = LinearSpec(how.format, shapes[path], module.weight.dtype, target_device, how.inputs, how.held)
         kernel = select_kernel(spec, backend)
-        _replace(model, path, QuantLinear(spec, how.layout, kernel, module.bias, backend))
+        model.set_submodule(path, QuantLinear(spec, how.layout, kernel, module.bias, backend))
         used[kernel.name] = None
     if not used and not experts and not kept:  # a folder may say of every layer that it stays as it was
         raise ConfigError(
@@ -108,7 +108,7 @@ def post_init(model: Any, used_backends: list[str] | None = None) -> None:
             if isinstance(module, QuantLinear):
                 _adopt(module, backend)
             elif isinstance(module, PackedExperts) and not isinstance(module, GroupedExperts):
-                _replace(model, path, module.dequantize(model))
+                model.set_submodule(path, module.dequantize(model))
                 _record_as_plain(model, module.layers)
         except CheckpointError as error:
             raise CheckpointError(f'layer "{name}": {error}') from error
@@ -208,7 +208,7 @@ def _record_as_plain(model: Any, layers: tuple[str, ...]) -> None:
     """Note that layers are no longer quantized, so that the model can be saved and loaded again."""
     config = model.config.quantization_config
     fields = config if isinstance(config, dict) else vars(config)
-    kept = {"bits": FLOAT_BITS, "data_type": "float"}
+    kept = {"bits": KEPT_BITS, "data_type": "float"}
     fields["extra_config"] = {**(fields.get("extra_config") or {}), **dict.fromkeys(layers, kept)}
 
 
@@ -242,8 +242,3 @@ def _holds(how: StoredLayer, shape: tuple[int, int], name: str) -> bool:
     if refusal is not None:
         logger.debug("%s is read as not quantized: %s", name, refusal)
     return refusal is None
-
-
-def _replace(model: Any, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import UnsupportedError
+from auto_round.facts.inputs import WEIGHT
 from auto_round.inference.qlinear import PackedWeight, named
 from auto_round.models.names import Recipe
-
-WEIGHT = ".weight"
 
 
 class PackedExperts(nn.Module):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import UnsupportedError
-from auto_round.inference.experts import WEIGHT, PackedExperts
+from auto_round.facts.inputs import WEIGHT
+from auto_round.inference.experts import PackedExperts
 from auto_round.inference.qlinear import QuantLinear, named
 from auto_round.models.experts import ExpertParts, read_call, run_experts
 from auto_round.models.fused import Place

@@ -36,10 +36,10 @@ class LoadedQuantizer(AutoRoundQuantizer):  # type: ignore[misc]  # Transformers
         """
         experts = {n: m for n, m in model.named_modules() if isinstance(m, GroupedExperts)}
         for name, module in experts.items():
-            _put(model, name, module.dequantize(model))
+            model.set_submodule(name, module.dequantize(model))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, QuantLinear):
-                _put(model, name, _plain(layer))
+                model.set_submodule(name, _plain(layer))
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
@@ -49,11 +49,6 @@ def answer_for(model: Any) -> None:
     old = getattr(model, "hf_quantizer", None)
     if isinstance(old, AutoRoundQuantizer):
         model.hf_quantizer = LoadedQuantizer(old.quantization_config)
-
-
-def _put(model: Any, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _plain(layer: QuantLinear) -> nn.Linear:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from auto_round.errors import Refusal, UnsupportedError
+from auto_round.facts.inputs import WEIGHT
 from auto_round.inference.disk_names import ConfigNames
-from auto_round.inference.experts import WEIGHT, PackedExperts
+from auto_round.inference.experts import PackedExperts
 from auto_round.inference.grouped_experts import GroupedExperts, can_run
 from auto_round.inference.qlinear import PackedWeight, QuantLinear
 from auto_round.kernels.kernel import LinearSpec

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from auto_round.facts.inputs import WEIGHT
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.tensor import TensorSpec
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_WEIGHT = ".weight"
 
 _Kind = tuple[str, tuple[int, ...]]
 
@@ -36,7 +36,7 @@ def further_layers(
         if like is not None and like.role is not Role.ROUTER:
             shape = (spec.shape[0], spec.shape[1])
             yield Layer(
-                name=name.removesuffix(_WEIGHT),
+                name=name.removesuffix(WEIGHT),
                 tensor=name,
                 parameter=name,
                 shape=shape[::-1] if like.transposed else shape,

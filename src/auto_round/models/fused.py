@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from auto_round.facts.inputs import WEIGHT
 from auto_round.models.experts import ExpertParts
 
-_WEIGHT = ".weight"
 _CONTAINER = "experts"
 _GATE, _UP, _DOWN = "gate_proj", "up_proj", "down_proj"
 _OWN_WAY = {"Llama4TextExperts": ExpertParts("gate_up_proj", "down_proj", 0)}
@@ -95,7 +95,7 @@ def split(module: nn.Module, parameter: str, tensor: str) -> tuple[Piece, ...] |
             rows = {_GATE: (0, height // 2), _UP: (height // 2, height)}
         else:
             rows = {_GATE: (0, height, 2), _UP: (1, height, 2)}
-    around = tensor.removesuffix(_WEIGHT).rpartition(".")[0]
+    around = tensor.removesuffix(WEIGHT).rpartition(".")[0]
     container = around if around.rpartition(".")[2] == _CONTAINER else f"{around}.{_CONTAINER}"
     return tuple(
         Piece(f"{container}.{expert}.{name}", Place(expert, each))

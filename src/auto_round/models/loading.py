@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from auto_round.facts.inputs import WEIGHT
 from auto_round.facts.loading import Loading
 from auto_round.models.fused import of_transformers
 from auto_round.models.names import NameMap
 
 if TYPE_CHECKING:
     from torch import nn
-
-_WEIGHT = ".weight"
 
 
 def loading_of(model: Any, names: NameMap) -> Loading:
@@ -25,7 +24,7 @@ def loading_of(model: Any, names: NameMap) -> Loading:
     converted = tuple(
         tuple(piece.name for piece in recipe.pieces)
         for recipe in names.recipes
-        if recipe.converter is not None and all(p.endswith(_WEIGHT) for p in _patterns(recipe.converter))
+        if recipe.converter is not None and all(p.endswith(WEIGHT) for p in _patterns(recipe.converter))
     )
     return Loading(converted, _rebuilt(model, names))
 

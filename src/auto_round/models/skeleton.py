@@ -16,9 +16,9 @@ from auto_round.errors import ConfigError, MissingError, Refusal, UnsupportedErr
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models import attention, matrix_experts
 from auto_round.models.auto_classes import auto_class, auto_class_name
+from auto_round.models.materialize import META
 from auto_round.models.roles import is_transposed_linear
 
-META = torch.device("meta")
 _HAS_TABLE = "has_relative_attention_bias"
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from auto_round.facts.inputs import WEIGHT
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.fused import Piece, Stacking, heights, lies_turned, split, stored_turned
 from auto_round.models.names import DiskTensor, NameMap, Recipe
 from auto_round.models.roles import fused_experts
 
-_WEIGHT = ".weight"
 _FUSED = 3
 """Axes of a tensor of experts."""
 
@@ -46,9 +46,9 @@ def _recipe(
     shape, turned = tuple(module.get_parameter(parameter.rpartition(".")[2]).shape), stored_turned(module)
     straight = (shape[0], shape[2], shape[1]) if turned else shape
     specs = {
-        piece.name + _WEIGHT: TensorSpec(spec.dtype, (height, straight[2]))
+        piece.name + WEIGHT: TensorSpec(spec.dtype, (height, straight[2]))
         for piece, height in zip(pieces, heights(straight, pieces), strict=True)
     }
-    places = {piece.name + _WEIGHT: piece.place for piece in pieces}
+    places = {piece.name + WEIGHT: piece.place for piece in pieces}
     tensors = tuple(DiskTensor(name, name) for name in specs)
     return Recipe(parameter, (parameter,), tensors, Stacking(parameter, shape, turned, places)), specs

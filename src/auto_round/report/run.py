@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 from auto_round.errors import CheckpointError, ConfigError
 from auto_round.report.fidelity import Fidelity, fidelity_of
 from auto_round.report.record import EVALUATION_SUFFIX, REPORT, RUN_RECORD, SENSITIVITY, RunRecord
+from auto_round.schemes.vocabulary import KEPT_BITS
 
 T = TypeVar("T")
-
-KEPT_BITS = 16
-"""Bits from which on a layer is kept as it was."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from auto_round.errors import ConfigError, Refusal, UnsupportedError, nearest
 from auto_round.schemes.number_types import NUMBER_TYPES, inputs_of, spellings, weights_of
 from auto_round.schemes.type_columns import InputFields
-from auto_round.schemes.vocabulary import BITS, RECIPES, SCALE_DTYPES, spelled
+from auto_round.schemes.vocabulary import BITS, KEPT_BITS, MIXED_PRESETS, SCALE_DTYPES, spelled
 
 if TYPE_CHECKING:
     from auto_round.numerics.activation_float import InputFormat
     from auto_round.numerics.format import Format
 
-_KEPT_BITS = 16
 _GROUPLESS = -1
 
 
@@ -39,7 +38,7 @@ class QuantizationScheme(Mapping[str, Any]):
         super_bits: width of the quantized steps of two-level formats.
         super_group_size: groups in a super-block of two-level formats.
         scale_dtype: dtype in which steps are stored: "float16", "bfloat16" or "float32".
-        recipe: row of `RECIPES` that gives some roles other fields; None for one scheme everywhere.
+        recipe: row of `MIXED_PRESETS` that gives some roles other fields; None for one scheme everywhere.
 
     Raises:
         ConfigError: a field of the wrong type or outside of its range.
@@ -71,7 +70,7 @@ class QuantizationScheme(Mapping[str, Any]):
         if spelled("scale_dtype", self.scale_dtype, SCALE_DTYPES)["scale_dtype"] != self.scale_dtype:
             raise ConfigError(f'scale_dtype must be spelled out here, got "{self.scale_dtype}"')
         if self.recipe is not None:
-            spelled("recipe", self.recipe, RECIPES)
+            spelled("recipe", self.recipe, MIXED_PRESETS)
 
     def _settle_type(self, prefix: str) -> None:
         """Take over what another spelling of a number type says: name, and bits or symmetry where it does."""
@@ -113,12 +112,12 @@ class QuantizationScheme(Mapping[str, Any]):
     @property
     def quantized(self) -> bool:
         """Whether weights are stored in fewer than 16 bits."""
-        return self.bits < _KEPT_BITS
+        return self.bits < KEPT_BITS
 
     @property
     def act_quantized(self) -> bool:
         """Whether activations are quantized too."""
-        return self.act_bits is not None and self.act_bits < _KEPT_BITS
+        return self.act_bits is not None and self.act_bits < KEPT_BITS
 
     @property
     def presets(self) -> tuple[str, ...]:
@@ -156,7 +155,7 @@ class QuantizationScheme(Mapping[str, Any]):
 
     def for_role(self, role: str) -> QuantizationScheme:
         """The scheme that a layer of this role (a value of `facts.layer.Role`) gets."""
-        changes = RECIPES[self.recipe].get(role, {}) if self.recipe else {}
+        changes = MIXED_PRESETS[self.recipe].get(role, {}) if self.recipe else {}
         return replace(self, recipe=None, **changes) if self.recipe else self
 
     @property
@@ -264,10 +263,10 @@ def _merge(base: QuantizationScheme, values: Mapping[str, Any]) -> QuantizationS
     if "act_data_type" in given:
         fields = spelled("act_data_type", given["act_data_type"], spellings())
         given |= {f"act_{name}": value for name, value in fields.items()}
-    if "data_type" not in given and not base.quantized and given.get("bits", _KEPT_BITS) != _KEPT_BITS:
+    if "data_type" not in given and not base.quantized and given.get("bits", KEPT_BITS) != KEPT_BITS:
         given["data_type"] = "int"
-    if given.get("bits") in (_KEPT_BITS, 2 * _KEPT_BITS):  # a layer that is kept is kept with its inputs
-        given.setdefault("act_bits", _KEPT_BITS)
+    if given.get("bits") in (KEPT_BITS, 2 * KEPT_BITS):  # a layer that is kept is kept with its inputs
+        given.setdefault("act_bits", KEPT_BITS)
     return replace(base, **given)
 
 

@@ -1,4 +1,4 @@
-"""Words that fields of a scheme may hold: widths, dtypes, recipes. For number types see `number_types.py`."""
+"""Words that fields of a scheme may hold: widths, dtypes, mixed presets. Number types: `number_types.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 from auto_round.errors import ConfigError, nearest
 
-BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
-"""Widths a scheme may name; 16 and more mean that the layer is kept as it is."""
+KEPT_BITS = 16
+"""Width from which numbers are no codes: a layer of so many bits is kept as it is, inputs are not rounded."""
+BITS = (2, 3, 4, 5, 6, 7, 8, KEPT_BITS, 2 * KEPT_BITS)
+"""Widths a scheme may name."""
 
 SCALE_DTYPES: dict[str, dict[str, Any]] = {
     **{name: {"scale_dtype": "float16"} for name in ("float16", "fp16")},
@@ -17,10 +19,10 @@ SCALE_DTYPES: dict[str, dict[str, Any]] = {
 }
 """Accepted spellings of the step's dtype."""
 
-RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+MIXED_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "W4A16_MIXED": {"linear": {"bits": 8}, "shared expert": {"bits": 8}, "head": {"bits": 8}},
 }
-"""Mixed presets: role of a layer (values of `facts.layer.Role`) -> fields that differ from the scheme."""
+"""Presets of several schemes: role of a layer (`facts.layer.Role`) -> fields that differ from the scheme."""
 
 
 def spelled(field: str, value: Any, table: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.presets import SCALE_DTYPES
 from auto_round.schemes.number_types import NUMBER_TYPES, stored_type
 from auto_round.schemes.scheme import FIELD_TYPES, QuantizationScheme
+from auto_round.schemes.vocabulary import KEPT_BITS
 from auto_round.stored.foreign import (
     dynamic_rule,
     foreign_layout,
@@ -28,9 +29,6 @@ from auto_round.stored.foreign import (
     foreign_top,
     is_listed,
 )
-
-FLOAT_BITS = 16
-"""Width from which a weight counts as not quantized."""
 
 _HEAD = "lm_head"
 _BLOCK = re.compile(r"(.+?)\.\d+\.")
@@ -298,7 +296,7 @@ def _scheme(name: str, fields: Mapping[str, Any]) -> QuantizationScheme | None:
     bits = fields.get("bits", 4)
     if not isinstance(bits, int):
         raise ConfigError(f'bits of layer "{name}" must be a whole number, got {bits!r}')
-    if bits >= FLOAT_BITS:
+    if bits >= KEPT_BITS:
         return None
     word = str(fields.get("data_type", "int"))
     data_type = stored_type(word)
@@ -325,7 +323,7 @@ def _scheme(name: str, fields: Mapping[str, Any]) -> QuantizationScheme | None:
 
 def _inputs(name: str, fields: Mapping[str, Any], word: str) -> dict[str, Any]:
     """Fields of a layer's inputs; none where they are left alone. `word` is the `data_type` of its weight."""
-    if (fields.get("act_bits") or FLOAT_BITS) >= FLOAT_BITS:
+    if (fields.get("act_bits") or KEPT_BITS) >= KEPT_BITS:
         return {}
     data_type = stored_type(str(fields.get("act_data_type", word)))
     if data_type is None or not NUMBER_TYPES[data_type].runs_inputs:

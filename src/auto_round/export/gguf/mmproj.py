@@ -16,13 +16,13 @@ from auto_round.checkpoint.header import read_object
 from auto_round.errors import CheckpointError, ConfigError, Refusal, UnsupportedError
 from auto_round.export.gguf.container import add_tensor, add_value
 from auto_round.export.gguf.library import gguf
+from auto_round.export.gguf.names import SUFFIXES
 from auto_round.export.gguf.projectors import Projector, projector_of
 from auto_round.export.gguf.values import Value
 from auto_round.models.source import ModelSource
 from auto_round.schemes.gguf_types import TYPES
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-_SUFFIXES = (".weight", ".bias")
 _FILE_TYPES = {"f16": 1, "q8_0": 7}
 """`general.file_type`. Source: `LlamaFileType` of the gguf package."""
 _ROW = 32
@@ -148,7 +148,7 @@ def _tensors(source: ModelSource, row: Projector, kind: str) -> tuple[_Tensor, .
             text = re.sub(pattern, replacement, text)
         if any(re.search(pattern, text) for pattern in row.left_out):
             continue
-        name = names.get_name(text, try_suffixes=_SUFFIXES)
+        name = names.get_name(text, try_suffixes=SUFFIXES)
         if name is None:
             nameless.append(disk)
             continue

@@ -18,7 +18,8 @@ from auto_round.facts.tensor import TensorSpec
 _NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.masked_bias")
 """Buffers that old checkpoints hold and that no loader needs."""
 
-_SUFFIXES = (".weight", ".bias")
+SUFFIXES = (".weight", ".bias")
+"""Endings of tensors that the tables of the `gguf` package leave out."""
 _SHOWN = 4
 
 
@@ -79,7 +80,7 @@ def _names(family: Family, config: Any, sources: Mapping[str, str]) -> tuple[lis
         text, number = _stacked(family, called)
         for pattern, replacement in family.renamed:
             text = re.sub(pattern, replacement, text)
-        name = names.get_name(text, try_suffixes=_SUFFIXES)
+        name = names.get_name(text, try_suffixes=SUFFIXES)
         if name is None:
             nameless.append(source)
         else:

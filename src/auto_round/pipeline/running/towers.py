@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from auto_round.calibration.observe import InputMoments, observe_inputs
 from auto_round.errors import UnsupportedError
+from auto_round.facts.inputs import WEIGHT
 from auto_round.facts.layer import Layer, Role
 from auto_round.log import logger
 from auto_round.models.families import flow_of
@@ -32,7 +33,6 @@ from auto_round.pipeline.running.tower_runs import (
 )
 from auto_round.pipeline.running.unit import Unit, tune_unit
 
-_WEIGHT = ".weight"
 Chosen = Mapping[str, tuple[Layer, Format]]
 """Name -> layer of an encoder, and what it is rounded to."""
 Write = Callable[[Layer, QuantizedLayer], None]
@@ -170,7 +170,7 @@ class _Tuning:
             originals={name: weight.to(job.device) for name, weight in weights.items()},
             formats={name: fmt for name, (_, fmt) in layers.items()},
             activations=formats_inside(job.plan, job.source.layers, {"0": f"{self.path}.{index}"}),
-            observed=[name.removesuffix(_WEIGHT) for name in layers] if job.tune.search else [],
+            observed=[name.removesuffix(WEIGHT) for name in layers] if job.tune.search else [],
             table=table,
             blocks=[index],
             device=job.device,
@@ -183,7 +183,7 @@ def _round(job: Job, stem: Stem, chosen: Chosen, write: Write) -> dict[str, Tens
     moments = _moments(job, stem, [layer for layer, _ in chosen.values()]) if job.tune.search else {}
     rounded = {}
     for layer, fmt in chosen.values():
-        seen = moments.get(layer.parameter.removesuffix(_WEIGHT))
+        seen = moments.get(layer.parameter.removesuffix(WEIGHT))
         importance = None if seen is None else seen.importance()
         weight = as_wanted(job.source.read(layer), job.kept_dtype)
         q = round_matrix(layer.tensor, weight, fmt, job.device, importance, job.effort)
@@ -195,7 +195,7 @@ def _round(job: Job, stem: Stem, chosen: Chosen, write: Write) -> dict[str, Tens
 def _moments(job: Job, stem: Stem, layers: Sequence[Layer]) -> Mapping[str, InputMoments]:
     """Module -> second moments of its inputs in the rows that are tuned on."""
     rows = () if job.rows is None else job.rows.rows[: job.tuned]
-    names = [layer.parameter.removesuffix(_WEIGHT) for layer in layers]
+    names = [layer.parameter.removesuffix(WEIGHT) for layer in layers]
     with observe_inputs(stem.model, names) as seen:
         for row in rows:
             if row.beside_text:

@@ -18,7 +18,7 @@ from auto_round.calibration.observe_experts import (
 )
 from auto_round.facts.attention import Attention
 from auto_round.facts.flow import States
-from auto_round.facts.inputs import expert_of, owner_of
+from auto_round.facts.inputs import WEIGHT, expert_of, owner_of
 from auto_round.models.matrix_experts import computes_in, matrix_experts, using
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
@@ -47,8 +47,6 @@ from auto_round.tuning.samples import Samples, run_block
 from auto_round.tuning.sign_round import TunedBlock, tune_block
 from auto_round.tuning.stacks import CodedStack
 from auto_round.tuning.weights import WeightTask, measured
-
-_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,7 @@ class Unit:
 
     def rounds_input_of(self, weight: str) -> bool:
         """Whether what a parameter is multiplied by is rounded too."""
-        return weight.removesuffix(_WEIGHT) in {owner_of(name) for name in self.activations}
+        return weight.removesuffix(WEIGHT) in {owner_of(name) for name in self.activations}
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +289,7 @@ def bound_formats(formats: Mapping[str, Format], originals: Mapping[str, Tensor]
     Raises:
         NumericsError: a weight is not finite; names it.
     """
-    modules = {name.removesuffix(_WEIGHT): name for name in formats}
+    modules = {name.removesuffix(WEIGHT): name for name in formats}
     inside = {module: formats[name] for module, name in modules.items()}
     tied = tied_layers(inside)
     stats = {m: measured(modules[m], inside[m], originals[modules[m]]) for names in tied for m in names}
@@ -338,7 +336,7 @@ def references(unit: Unit, streams: Streams, config: TuneConfig, ranks: Ranks) -
     extremes = {**extremes, **experts_extremes}
     join_ranges(ranks, extremes, states)
     return Seen(
-        {name + _WEIGHT if name in unit.observed else name: each for name, each in moments.items()},
+        {name + WEIGHT if name in unit.observed else name: each for name, each in moments.items()},
         extremes,
         states,
         {name: counts.tolist() for name, counts in tokens.items() if counts.any()},

@@ -19,6 +19,8 @@ ARCHITECTURE = DOCS / "architecture.md"
 
 _QUOTED = re.compile(r"`([^`\n]+)`")
 _LINKED = re.compile(r"\]\((?!https?:)([^)#\s]+)\)")
+_PLACE = re.compile(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)")
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _FILE = re.compile(r"[\w.*/-]+\.(py|c|md|toml|json)")
 _FOLDER = re.compile(r"[\w-]+/")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -99,6 +101,18 @@ def _wrong(text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_is_named_is_there(page: Path) -> None:
     assert not _wrong(page.read_text(encoding="utf-8"))
+
+
+def _places(page: Path) -> set[str]:
+    """What links to headings of a page are called, as GitHub makes them of the headings."""
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in _HEADING.findall(page.read_text("utf-8")))
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS.glob("*.md")], ids=lambda page: page.name)
+def test_links_to_headings_find_them(page: Path) -> None:
+    links = _PLACE.findall(page.read_text(encoding="utf-8"))
+    assert not [link for link in links if link[1] not in _places(page.parent / link[0] if link[0] else page)]
 
 
 def test_a_name_that_is_gone_is_found() -> None:

@@ -21,8 +21,8 @@ from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import AnyImportance
+from auto_round.numerics.rule import Effort
 from auto_round.numerics.search import QUICK
-from auto_round.numerics.search_groups import Effort
 from auto_round.pipeline.deciding.activations import formats_inside, to_calibrate
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.memory import release_freed_memory

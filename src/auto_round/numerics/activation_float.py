@@ -15,7 +15,8 @@ from torch import Tensor
 from auto_round.errors import InternalError
 from auto_round.numerics.activation import ActivationFormat, straight_through
 from auto_round.numerics.format import Format
-from auto_round.numerics.scale import BoundRule, KnownScale, Stats
+from auto_round.numerics.rule import BoundRule, KnownScale
+from auto_round.numerics.scale import Stats
 from auto_round.numerics.scale_float import BoundOverTensor, LargestToTop, OverTensor
 
 

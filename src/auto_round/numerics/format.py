@@ -16,7 +16,8 @@ from auto_round.numerics.compiled_rounding import compiled_rounding
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.group import Group
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import BoundRule, Knobs, Scale, ScaleRule, Stats, stored_bits
+from auto_round.numerics.rule import BoundRule, ScaleRule, stored_bits
+from auto_round.numerics.scale import Knobs, Scale, Stats
 
 ZERO = "zero"
 """Stored part that has the zero points."""

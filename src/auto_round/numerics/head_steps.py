@@ -10,7 +10,8 @@ from torch import Tensor
 from auto_round.numerics.activation import straight_through
 from auto_round.numerics.group import Group
 from auto_round.numerics.presets_float import fp8_format
-from auto_round.numerics.scale import KnownScale, Stats
+from auto_round.numerics.rule import KnownScale
+from auto_round.numerics.scale import Stats
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.group import Group
 from auto_round.numerics.multiples import Multiples
 from auto_round.numerics.presets_float import mx_format, nv_format
-from auto_round.numerics.scale import ScaleRule
+from auto_round.numerics.rule import ScaleRule
 from auto_round.numerics.scale_affine import Affine
 from auto_round.numerics.scale_integer import MinMax, SignedMax
 from auto_round.numerics.scale_two_level import SharedAffine, SharedSigned

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.multiples import Multiples
-from auto_round.numerics.scale import Knobs, Moments, PartSpec, Scale, SelfBound, Stats
+from auto_round.numerics.rule import Effort, SearchTask, SelfBound
+from auto_round.numerics.scale import Knobs, Moments, PartSpec, Scale, Stats
 from auto_round.numerics.scale_affine import Affine, affine_knobs, line, step_and_floor
 from auto_round.numerics.scale_integer import SignedMax, signed_knobs
-from auto_round.numerics.search_groups import Effort, SearchTask
 from auto_round.numerics.search_shared import search_shared
 
 TUNABLE = False

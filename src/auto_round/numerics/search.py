@@ -14,8 +14,8 @@ from torch import Tensor
 from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import AnyImportance
+from auto_round.numerics.rule import Effort, SearchTask
 from auto_round.numerics.scale import Knobs
-from auto_round.numerics.search_groups import Effort, SearchTask
 
 BAND = 1 << 21
 """Weights searched at a time on a CPU: enough to outweigh the calls on small arrays, also of several threads,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,53 +14,12 @@ from torch import Tensor
 from auto_round.numerics.band import CorrelatedBand, Errors
 from auto_round.numerics.compiled_band import squares_band
 from auto_round.numerics.grid import Grid
-from auto_round.numerics.scale import Knobs, Moments, Scale, SelfBound, Stats
+from auto_round.numerics.rule import Effort, SearchTask, SelfBound
+from auto_round.numerics.scale import Knobs, Moments, Scale, Stats
 
 FARTHEST = 0.45
 """Where products of inputs are known, how far around the first search's knobs the second one looks: 0.45
 tries ranges from 55 % to 145 %."""
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How long to search.
-
-    Attributes:
-        points: sizes of the whole range that are tried first.
-        rounds: rounds of local moves and least-squares refits after that.
-        shared_rounds: rounds over numbers that groups share.
-        distances: of the second search, where products of inputs are known: how many distances from the first
-            one's knobs are tried, up to `FARTHEST`. Then follow `distances // 6` rounds of refits and moves.
-        along: extra weight of errors along a group's own weights, where products are not known; the formula
-            stands at `band.Band`.
-        sweeps: how often all codes are moved to where errors cancel (`descent`), where products are known.
-    """
-
-    points: int
-    rounds: int
-    shared_rounds: int
-    distances: int
-    along: float = 0.0
-    sweeps: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SearchTask:
-    """Some rows of a weight whose ranges are searched.
-
-    Attributes:
-        grid: numbers that weights are rounded to.
-        stats: measured ranges, `[rows, n_groups]`.
-        w: the weights, `[rows, n_groups, width]` float32.
-        importance: what a squared error costs at each place of a row, `[1, n_groups, width]`; None for 1.
-        products: mean products of the inputs of a group, see `Importance.pieces`; None where not known.
-    """
-
-    grid: Grid
-    stats: Stats
-    w: Tensor
-    importance: Tensor | None
-    products: Tensor | None
 
 
 class GroupRule(SelfBound, ABC):

@@ -23,8 +23,9 @@ from auto_round.errors import InternalError
 from auto_round.numerics.band import Errors, fold
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.multiples import Multiples, gather, join
+from auto_round.numerics.rule import Effort, SearchTask
 from auto_round.numerics.scale import Knobs, Moments, Scale, Stats
-from auto_round.numerics.search_groups import Effort, GroupRule, SearchTask, search_groups
+from auto_round.numerics.search_groups import GroupRule, search_groups
 
 FIRST_POINTS = 24
 FIRST_ROUNDS = 3

@@ -16,9 +16,9 @@ from auto_round.facts.layer import Layer
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.qtensor import QuantizedLayer
+from auto_round.numerics.rule import Effort
 from auto_round.numerics.scale import Stats
 from auto_round.numerics.search import BY_SQUARES
-from auto_round.numerics.search_groups import Effort
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.recast import as_wanted
 from auto_round.pipeline.machine.memory import keep_freed_memory

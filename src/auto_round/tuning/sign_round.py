@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, NumericsError
 from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.rule import Effort
 from auto_round.numerics.scale import MAX_KNOB, Knobs
 from auto_round.numerics.search import QUICK, THOROUGH
-from auto_round.numerics.search_groups import Effort
 from auto_round.ranks.ranks import Ranks, done_together, own_rows
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.gradients import GradientSum

@@ -14,9 +14,9 @@ from auto_round.numerics.descent import cancelling_offsets
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import AnyImportance
 from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.rule import Effort
 from auto_round.numerics.scale import Knobs, Stats
 from auto_round.numerics.search import search_knobs
-from auto_round.numerics.search_groups import Effort
 
 MATRIX = 2
 """Dimensions of a plain weight; stacks of them, as of experts, have one more."""

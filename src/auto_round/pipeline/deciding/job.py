@@ -19,8 +19,8 @@ from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer
 from auto_round.models.source import ModelSource
 from auto_round.numerics.format import Format
+from auto_round.numerics.rule import Effort
 from auto_round.numerics.search import THOROUGH
-from auto_round.numerics.search_groups import Effort
 from auto_round.pipeline.deciding.method import Method, method_of
 from auto_round.pipeline.deciding.placement import Placement
 from auto_round.pipeline.deciding.recast import named_dtype

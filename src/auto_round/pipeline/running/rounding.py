@@ -9,7 +9,7 @@ from auto_round.errors import NumericsError
 from auto_round.numerics.format import Format
 from auto_round.numerics.importance import AnyImportance
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.search_groups import Effort
+from auto_round.numerics.rule import Effort
 from auto_round.tuning.weights import round_to_nearest
 
 

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from auto_round.cli.folder import folder_name, with_named_folder
+from auto_round.cli.output_folder import folder_name, with_named_folder
 from auto_round.cli.progress import drawn_progress, event_line
 from auto_round.cli.summary import summary
 from auto_round.config import build_options

@@ -14,8 +14,8 @@ from auto_round.consumers.fields import CannotReadError
 from auto_round.consumers.folder import Folder
 from auto_round.consumers.modules import Module, fused_modules, split_modules
 from auto_round.consumers.readers import AutoRoundReader, AWQReader
-from auto_round.stored.foreign import dynamic_rule, is_listed
 from auto_round.stored.formats import StoredFormats
+from auto_round.stored.gptq_awq_config import dynamic_rule, is_listed
 from auto_round.stored.matrices import PLAIN, Matrix
 from auto_round.testing.config_reader import fields_of
 

@@ -9,7 +9,7 @@ pytest.importorskip("diffusers", exc_type=ImportError)
 
 from auto_round.errors import CheckpointError, UnsupportedError
 from auto_round.models.component import ComponentSource
-from auto_round.models.replay import first_tensor
+from auto_round.models.replay_stem import first_tensor
 from auto_round.pipeline.running.block_group import BlockGroup
 
 CPU = torch.device("cpu")

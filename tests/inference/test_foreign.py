@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.layouts.table import AWQ_GEMM, CHECKPOINT_LAYOUTS, GPTQ_V1
-from auto_round.stored.foreign import foreign_method
 from auto_round.stored.formats import StoredFormats
+from auto_round.stored.gptq_awq_config import foreign_method
 from inference.folders import Request, write_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from auto_round.errors import UnsupportedError
 from auto_round.inference.load_folder import unpacked_to
 from auto_round.models.auto_classes import load_model
-from auto_round.models.beside import untraceable
+from auto_round.models.earlier_results import untraceable
 from auto_round.models.folder import FolderSource
 from auto_round.models.live import LiveSource
 from auto_round.models.rehearsal import Rehearsed, widened

@@ -9,7 +9,7 @@ import torch
 
 from auto_round.errors import CheckpointError, UnsupportedError
 from auto_round.models.encoder import EncoderSource
-from auto_round.models.replay import first_tensor
+from auto_round.models.replay_stem import first_tensor
 from auto_round.pipeline.running.block_group import BlockGroup
 from auto_round.testing.small_flux import clip_encoder, t5_encoder
 from diffusion.tiny import qwen2_5_vl, qwen3, umt5

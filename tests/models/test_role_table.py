@@ -16,7 +16,7 @@ from auto_round.facts.layer import Role
 from auto_round.facts.roles import render_roles
 from auto_round.models import role_table
 from auto_round.models.folder import FolderSource
-from auto_round.models.tried import TRIED
+from auto_round.models.tried_families import TRIED
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.testing.tiny_models import save_tiny_model
 from sweep.configurations import FAMILIES as TEXT

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from auto_round.models.facts import model_facts
-from auto_round.models.readers import ASKED, CHANGED, ELSEWHERE, read_elsewhere
+from auto_round.models.config_facts import model_facts
 from auto_round.models.roles import is_linear, linear_shape
+from auto_round.models.weight_readers import ASKED, CHANGED, ELSEWHERE, read_elsewhere
 
 
 class Transposing(nn.Linear):

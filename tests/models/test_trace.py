@@ -7,7 +7,7 @@ import torch
 
 from auto_round.errors import UnsupportedError
 from auto_round.facts.flow import HIDDEN_STATES, BlockCall
-from auto_round.models.beside import check_no_containers
+from auto_round.models.earlier_results import check_no_containers
 from auto_round.models.folder import FolderSource
 from auto_round.models.live import LiveSource
 from auto_round.models.recorder import Recorder

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from auto_round.calibration import self_text
 from auto_round.calibration.grammar import parse_dataset
 from auto_round.calibration.rows import CalibrationRows
-from auto_round.calibration.script import Script, script_of
-from auto_round.calibration.writing import Pen, draws_of
+from auto_round.calibration.self_script import Script, script_of
+from auto_round.calibration.self_writing import Pen, draws_of
 from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.pipeline.deciding import own_text

@@ -51,7 +51,7 @@ class CalibrationRows:
         dropped: reason -> number of samples that gave no row for it.
         summary: a sentence for each data set, for people.
         sources: the same in numbers.
-        letters: script -> letters in it, see `scripts`; empty where nothing tells the text of tokens.
+        letters: script -> letters in it, see `writing_systems`; empty where nothing tells the text of tokens.
     """
 
     rows: tuple[CalibrationRow, ...]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from auto_round.calibration.grammar import DatasetItem
-from auto_round.calibration.script import Script, script_of
-from auto_round.calibration.writing import TEMPERATURE, draws_of, write_rows
+from auto_round.calibration.self_script import Script, script_of
+from auto_round.calibration.self_writing import TEMPERATURE, draws_of, write_rows
 from auto_round.checkpoint.lock import HELD, try_lock
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.facts.model import MASK, TOKENS

@@ -10,9 +10,9 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auto_round.cli.folder import with_named_folder
 from auto_round.cli.launched import ended_by_launcher
 from auto_round.cli.measured import evaluated
+from auto_round.cli.output_folder import with_named_folder
 from auto_round.cli.progress import drawn_progress
 from auto_round.cli.summary import summary
 from auto_round.config import EvaluationOptions, ModelOptions, Options, build_options, read_environment

@@ -15,8 +15,8 @@ from auto_round.consumers.fields import FLOAT_BITS, CannotReadError, Fields, agr
 from auto_round.consumers.folder import Folder
 from auto_round.consumers.modules import Module
 from auto_round.errors import ConfigError
-from auto_round.stored.foreign import dynamic_rule
 from auto_round.stored.formats import PATTERN_CHARACTERS
+from auto_round.stored.gptq_awq_config import dynamic_rule
 from auto_round.stored.matrices import PLAIN
 
 Match = Callable[[str, str], object]

@@ -12,7 +12,7 @@ from auto_round.export.exporter import Exporter
 from auto_round.export.hf_config import read_config, write_configs
 from auto_round.export.unplanned import with_unplanned
 from auto_round.models.hub import PIPELINE_INDEX
-from auto_round.models.replayed import ReplayedSource
+from auto_round.models.replayed_source import ReplayedSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.schemes.float_types import FLOAT_TYPES
 

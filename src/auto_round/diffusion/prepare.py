@@ -20,7 +20,7 @@ from auto_round.models.component import ComponentSource, refuse_unknown
 from auto_round.models.encoder import EncoderSource, refuse_textless
 from auto_round.models.hub import resolve_pipeline
 from auto_round.models.pipeline_folder import DENOISERS, PipelineFolder
-from auto_round.models.replayed import ReplayedSource
+from auto_round.models.replayed_source import ReplayedSource
 from auto_round.pipeline.deciding.decide import Decided, decide
 from auto_round.pipeline.deciding.fetch_rows import held_out_rows
 from auto_round.pipeline.deciding.job import Job

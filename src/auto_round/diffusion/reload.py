@@ -12,7 +12,7 @@ from auto_round.diffusion.rows import Rows
 from auto_round.diffusion.tune_component import Held
 from auto_round.errors import AutoRoundError, CheckpointError, is_out_of_memory
 from auto_round.models.pipeline_folder import quiet_diffusers
-from auto_round.models.replay import first_tensor, placed
+from auto_round.models.replay_stem import first_tensor, placed
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.pipeline.deciding.activations import activation_formats
 from auto_round.pipeline.deciding.job import Job

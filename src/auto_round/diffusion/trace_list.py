@@ -13,8 +13,8 @@ from torch import Tensor
 from auto_round.diffusion.record import joined
 from auto_round.diffusion.rows import Rows
 from auto_round.facts.flow import States
-from auto_round.models.replay import Replay
-from auto_round.models.replayed import ReplayedSource
+from auto_round.models.replay_stem import Replay
+from auto_round.models.replayed_source import ReplayedSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.running.block_arguments import ArgumentTable, Place, batch_axes
 from auto_round.pipeline.running.streams import Streams, home_of_streams, storage

@@ -13,7 +13,7 @@ from auto_round.checkpoint.journal import Journal
 from auto_round.diffusion.rows import Rows
 from auto_round.diffusion.trace_list import Ended, outputs, trace_list
 from auto_round.log import ProgressSink
-from auto_round.models.replayed import ReplayedSource
+from auto_round.models.replayed_source import ReplayedSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.memory import release_freed_memory

@@ -11,7 +11,7 @@ from typing import Any
 from auto_round.errors import ConfigError, MissingError, UnsupportedError
 from auto_round.export.gguf.library import gguf
 from auto_round.export.hf_config import read_config
-from auto_round.models.facts import CONTEXT_NAMES
+from auto_round.models.config_facts import CONTEXT_NAMES
 from auto_round.models.hub import resolve_model
 from auto_round.stored.configuration import TEXT_CONFIGS
 

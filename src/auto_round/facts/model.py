@@ -11,7 +11,7 @@ TOKENS, MASK = "input_ids", "attention_mask"
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a model's configuration says, asked once (`models.facts.model_facts`).
+    """What a model's configuration says, asked once (`models.config_facts.model_facts`).
 
     Attributes:
         auto_class: name of the class of Transformers that builds and loads the model.

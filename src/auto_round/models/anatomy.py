@@ -13,14 +13,13 @@ from auto_round.errors import Refusal
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.loading import COMPRESSED_TENSORS
 from auto_round.facts.tensor import TensorSpec
-from auto_round.models.facts import expert_counts
+from auto_round.models.config_facts import expert_counts
 from auto_round.models.families import flow_of
 from auto_round.models.further import further_layers
 from auto_round.models.fused import heights, lies_turned, split, taken_whole
 from auto_round.models.loading import rebuilding_methods
 from auto_round.models.names import NameMap, Recipe
 from auto_round.models.places import Locator
-from auto_round.models.readers import ASKED, read_elsewhere
 from auto_round.models.roles import (
     bare_matrices,
     find_block_lists,
@@ -30,6 +29,7 @@ from auto_round.models.roles import (
     is_linear,
     role_in_block,
 )
+from auto_round.models.weight_readers import ASKED, read_elsewhere
 
 MATRIX = 2
 """Axes of a matrix on disk; those of experts in one tensor have one more."""

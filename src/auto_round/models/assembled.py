@@ -24,8 +24,8 @@ from auto_round.facts.model import ModelFacts
 from auto_round.facts.roles import RoleRow
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
-from auto_round.models.attentions import find_attentions
-from auto_round.models.facts import model_facts
+from auto_round.models.attention_modules import find_attentions
+from auto_round.models.config_facts import model_facts
 from auto_round.models.families import parameter_names
 from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
@@ -39,7 +39,7 @@ from auto_round.models.skeleton import weight_dtypes
 from auto_round.models.source import CPU, Stem, Traceable
 from auto_round.models.text_part import text_tensors
 from auto_round.models.trace import TRIAL_TOKENS, LeftOut, StemParts, StubStem, trial_traces
-from auto_round.models.tried import TRIED
+from auto_round.models.tried_families import TRIED
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,10 @@ from auto_round.models.assembled import Parts
 from auto_round.models.families import LISTS, flow_of
 from auto_round.models.materialize import META
 from auto_round.models.names import DiskTensor, NameMap, Recipe, check_complete
-from auto_round.models.readers import ASKED, read_elsewhere
-from auto_round.models.replayed import ReplayedSource
+from auto_round.models.replayed_source import ReplayedSource
 from auto_round.models.roles import find_block_lists, is_linear
 from auto_round.models.source import CPU, Traceable
+from auto_round.models.weight_readers import ASKED, read_elsewhere
 
 MODULATION = re.compile(r"(?:^|\.)(?:norm\w*\.linear(?:_\d)?|\w*_mod\.\d+|adaLN_modulation\.\d+)$")
 """Layers of a block that turn the embedded timestep into scales and shifts. They see one vector a picture
@@ -34,7 +34,7 @@ and steer every token of it."""
 
 
 class ComponentSource(ReplayedSource):
-    """A `ModelSource` over the folder of a component. It reads no text: `replay` is its stem."""
+    """A `ModelSource` over the folder of a component. It reads no text: `replay_stem` has its stem."""
 
     def __init__(self, files: Checkpoint, parts: Parts) -> None:
         super().__init__(parts)

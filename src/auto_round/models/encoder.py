@@ -12,7 +12,7 @@ from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.model import TOKENS
 from auto_round.models.folder import FolderSource, read_parts
 from auto_round.models.recorder import Recorder
-from auto_round.models.replayed import ReplayedSource
+from auto_round.models.replayed_source import ReplayedSource
 from auto_round.models.skeleton import build_kind, read_model_config
 from auto_round.models.trace import StubStem
 from auto_round.stored.unpacked import open_plain

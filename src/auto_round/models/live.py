@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
-from auto_round.models import attention
+from auto_round.models import causal_attention
 from auto_round.models.anatomy import dissect
 from auto_round.models.assembled import AssembledSource, Parts
 from auto_round.models.materialize import META
@@ -114,5 +114,5 @@ def _skeleton_of(model: Any) -> Any:
         if name in saved:
             memo[id(buffer)] = torch.empty_like(buffer, device=META)
     skeleton = copy.deepcopy(model, memo).eval()
-    attention.install(skeleton)
+    causal_attention.install(skeleton)
     return skeleton

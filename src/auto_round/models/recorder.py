@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.facts.flow import BlockCall, Flow, States, split_call
-from auto_round.models.beside import Passed, untraceable
+from auto_round.models.earlier_results import Passed, untraceable
 from auto_round.models.families import parameter_names
 from auto_round.models.source import Edits, Trace
 

@@ -29,9 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from auto_round.errors import UnsupportedError
 from auto_round.facts.flow import BlockCall, States
 from auto_round.log import logger
-from auto_round.models.beside import Marks, arguments, untraceable, walk
-from auto_round.models.classes import asks_of_parts, classes_of
-from auto_round.models.facts import shares_no_caches
+from auto_round.models.class_source import asks_of_parts, classes_of
+from auto_round.models.config_facts import shares_no_caches
+from auto_round.models.earlier_results import Marks, arguments, untraceable, walk
 from auto_round.models.families import parameter_names
 from auto_round.models.source import Traceable
 

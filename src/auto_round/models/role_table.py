@@ -12,7 +12,7 @@ from auto_round.facts.layer import Role
 from auto_round.facts.roles import RoleRow
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
-from auto_round.models.facts import expert_counts
+from auto_round.models.config_facts import expert_counts
 from auto_round.models.names import NameMap
 from auto_round.models.roles import find_tower_blocks, find_towers, role_in_block
 from auto_round.schemes.condense import condense

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import ConfigError, MissingError, Refusal, UnsupportedError
 from auto_round.facts.tensor import TensorSpec
-from auto_round.models import attention, matrix_experts
+from auto_round.models import causal_attention, matrix_experts
 from auto_round.models.auto_classes import auto_class, auto_class_name
 from auto_round.models.materialize import META
 from auto_round.models.roles import is_transposed_linear
@@ -89,7 +89,7 @@ def build_kind(kind: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 def _made_ready(model: Any) -> Any:
-    attention.install(model)
+    causal_attention.install(model)
     model.requires_grad_(False)
     return model.eval()
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from auto_round.errors import AutoRoundError, InternalError, UnsupportedError
 from auto_round.facts.flow import States
 from auto_round.facts.model import MASK, TOKENS
-from auto_round.models.beside import (
+from auto_round.models.config_facts import shares_no_caches
+from auto_round.models.earlier_results import (
     Marks,
     check_calls,
     check_end,
@@ -28,7 +29,6 @@ from auto_round.models.beside import (
     gradients_from,
     untraceable,
 )
-from auto_round.models.facts import shares_no_caches
 from auto_round.models.families import parameter_names
 from auto_round.models.recorder import Recorder
 from auto_round.models.roles import find_decoder, find_text_model

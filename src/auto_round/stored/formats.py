@@ -22,7 +22,7 @@ from auto_round.numerics.presets import SCALE_DTYPES
 from auto_round.schemes.number_types import NUMBER_TYPES, stored_type
 from auto_round.schemes.scheme import FIELD_TYPES, QuantizationScheme
 from auto_round.schemes.vocabulary import KEPT_BITS
-from auto_round.stored.foreign import (
+from auto_round.stored.gptq_awq_config import (
     dynamic_rule,
     foreign_layout,
     foreign_method,

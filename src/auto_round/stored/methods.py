@@ -13,7 +13,7 @@ from auto_round.stored.blocks_fp8 import read_fp8
 from auto_round.stored.compressed import read_compressed
 from auto_round.stored.experts_mxfp4 import read_mxfp4
 from auto_round.stored.packed import Packed
-from auto_round.stored.words import read_words
+from auto_round.stored.packed_words import read_words
 
 Reader = Callable[[Mapping[str, Any], Checkpoint], list[Packed]]
 """`quantization_config` and the headers of a folder -> its packed weights.

@@ -32,7 +32,7 @@ from auto_round.export.gguf.tensors import Change, GgufTensor, Piece
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.gguf import GGUF_BLOCKS
 from auto_round.log import logger
-from auto_round.models.facts import text_config
+from auto_round.models.config_facts import text_config
 from auto_round.models.folder import FolderSource
 from auto_round.models.skeleton import build_skeleton, read_model_config, saved_specs
 from auto_round.schemes.condense import some

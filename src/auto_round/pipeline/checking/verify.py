@@ -20,7 +20,7 @@ from auto_round.facts.loading import COMPRESSED_TENSORS
 from auto_round.inference.convert_model import change_backend
 from auto_round.log import logger
 from auto_round.models import matrix_experts
-from auto_round.models.attention import install
+from auto_round.models.causal_attention import install
 from auto_round.models.source import ModelSource
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import CalibratedScale, InputFormat

@@ -12,9 +12,9 @@ import torch
 from auto_round.calibration.registry import Platform
 from auto_round.calibration.row import CalibrationRow, fingerprint
 from auto_round.calibration.rows import CalibrationRows, load_rows
-from auto_round.calibration.scripts import letters_of
 from auto_round.calibration.self_text import SelfText
 from auto_round.calibration.sources import OfModel
+from auto_round.calibration.writing_systems import letters_of
 from auto_round.config.groups import CalibrationOptions
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError, Refusal, UnsupportedError

@@ -39,8 +39,8 @@ SEARCH_BAND = 1 << 21
 NORMS = 5
 """Hidden states that the norms and sums of a block keep for the backward pass."""
 ATTENTION_BANDS = 4
-"""Into so many bands queries are cut on a CPU (`models.attention.BANDS`); as many are formed at a time, but
-one where the step is compiled."""
+"""Into so many bands queries are cut on a CPU (`models.causal_attention.BANDS`); as many are formed at a
+time, but one where the step is compiled."""
 EXPERTS_AT_WORK = 9
 """Copies of the largest parameter of fused experts that grouped products form (measured)."""
 EXPERT_AT_WORK = 5

@@ -1,7 +1,7 @@
 """Queries, keys and values of attention modules: observed at calibration, and rounded from then on.
 
-They are seen where the attention function of `models.attention` gets them: behind position embeddings, keys
-and values as a cache would hold them. A hook hands that function one more argument.
+They are seen where the attention function of `models.causal_attention` gets them: behind position
+embeddings, keys and values as a cache would hold them. A hook hands that function one more argument.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import NumericsError, Refusal, UnsupportedError
 from auto_round.facts.attention import KEYS, QUERIES, VALUES, Attention
-from auto_round.models.attention import STATES, States
+from auto_round.models.causal_attention import STATES, States
 from auto_round.numerics.head_steps import HeadSteps
 from auto_round.schemes.attention import AttentionPlan
 

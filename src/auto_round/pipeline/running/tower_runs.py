@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import UnsupportedError
 from auto_round.facts.flow import BlockCall, Flow, States, split_call
-from auto_round.models.beside import untraceable
+from auto_round.models.earlier_results import untraceable
 from auto_round.models.families import parameter_names
 from auto_round.models.source import Edits
 from auto_round.pipeline.running.block_arguments import ArgumentTable

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from auto_round.models.classes import classes_of, tree_of
+from auto_round.models.class_source import classes_of, tree_of
 
 ELSEWHERE = "its weight is multiplied by other code, the layer itself is never called"
 CHANGED = "its weight is changed in place by other code"

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from auto_round.models.classes import compares
+from auto_round.models.class_source import compares
 
 NAME = "auto_round_causal"
 STATES = "auto_round_states"

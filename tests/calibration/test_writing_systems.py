@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from auto_round.calibration.row import CalibrationRow
-from auto_round.calibration.scripts import ROWS, letters_of
+from auto_round.calibration.writing_systems import ROWS, letters_of
 
 
 def rows(*texts: str) -> list[CalibrationRow]:

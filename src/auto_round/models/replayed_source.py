@@ -16,7 +16,7 @@ from auto_round.checkpoint.tensors import Tensors
 from auto_round.models.assembled import AssembledSource
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.recorder import Recorder, make_stubs
-from auto_round.models.replay import Replay
+from auto_round.models.replay_stem import Replay
 from auto_round.models.trace import LeftOut
 
 

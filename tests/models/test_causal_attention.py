@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from auto_round.models.attention import BANDS, NAME, _attend, causal_attention, install
+from auto_round.models.causal_attention import BANDS, NAME, _attend, causal_attention, install
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(4, 1), (4, 2), (6, 6)])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.calibration.script import Script
+from auto_round.calibration.self_script import Script
 
 TEMPERATURE = 1.0
 """The model's own probabilities: text as often as the model says it."""

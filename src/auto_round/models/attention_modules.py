@@ -14,8 +14,8 @@ from torch import nn
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Block
-from auto_round.models.attention import NAME
-from auto_round.models.classes import classes_of, tree_of
+from auto_round.models.causal_attention import NAME
+from auto_round.models.class_source import classes_of, tree_of
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """Where Transformers looks up the function that multiplies queries, keys and values."""

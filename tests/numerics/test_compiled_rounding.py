@@ -78,6 +78,16 @@ def test_all_bits_are_those_of_pytorch(name, dtype, shape, offsets, reach, seed)
 
 
 @needs_program
+@pytest.mark.parametrize("width", [16, 20, 37, 511, 512, 513, 4357, 140_003])
+def test_groups_of_any_width_are_added_up_as_pytorch_does(by_torch, width):
+    fmt = int_format(4, -1, sym=False)
+    case = random_case(fmt, (2, width), width)
+    grad = torch.randn(2, width, generator=torch.Generator().manual_seed(width))
+    check = lambda: everything(fmt, case.w, case.knobs, case.v, grad)  # noqa: E731
+    assert all(torch.equal(a, b) for a, b in zip(check(), by_torch(check), strict=True))
+
+
+@needs_program
 @pytest.mark.parametrize("fmt", [int_format(4, 32, sym=True), int_format(4, 32, sym=False)])
 def test_ties_ends_and_signs_of_zero_are_those_of_pytorch(by_torch, fmt):
     w = torch.cat([torch.arange(-32, 32) / 4, -torch.zeros(32), torch.full((32,), 1e-30)]).reshape(1, -1)
@@ -136,6 +146,7 @@ def test_what_the_program_does_not_know_is_left_to_pytorch():
     assert not used(fmt, w, torch.zeros(64, 8).T)
     assert not used(int_format(4, 0, sym=True), w)
     assert not used(fp8_format(Group(-1)), w)
+    assert not used(int_format(4, 8, sym=True), w)
     narrow = Scale(torch.ones(8, 2, dtype=torch.float16), None)
     assert compiled_rounding.compiled_rounding(fmt.grid, fmt.group, w, None, narrow) is None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,20 @@ SOURCE = Path(__file__).with_name("rounding.c")
 OPTIONS = ("-ffp-contract=off",)
 """A fused product is rounded once where PyTorch rounds twice."""
 
-BAND = 1 << 18
-"""Weights that are differentiated at a time: what is formed besides stays in a core's cache, and leaves no
-holes in memory between the gradients."""
+FEWEST = 16
+"""Weights of a group from which on the program adds as PyTorch does: fewer are no vector of AVX-512."""
 
 FEW = 1 << 15
 """Weights for which waking threads costs more than they save."""
+
+
+class _Slopes(ctypes.Structure):
+    """`Slopes` of the program."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("grad", "to_step", "to_outside", "to_v", "v")),
+        ("move", ctypes.c_float),
+    )
 
 
 class _Request(ctypes.Structure):
@@ -61,7 +68,7 @@ class CompiledRounding:
     def codes(self) -> Tensor:
         """`uint8` codes, shape of the weight."""
         codes = torch.empty(self.w.shape, dtype=torch.uint8, device="cpu")
-        self._run("encode", codes)
+        self._run("encode", *_addresses(codes))
         return codes
 
     def weights(self) -> Tensor:
@@ -70,18 +77,58 @@ class CompiledRounding:
         made: Tensor = _Round.apply(self.w, s.step, s.zero, s.floor, self.v, self)  # type: ignore[no-untyped-call]
         return made
 
-    def bands(self) -> Iterator[tuple[slice, CompiledRounding]]:
-        """Some rows and their rounding, one after the other, as many weights as a core's cache holds."""
-        for rows, scales in self.group.bands(self.w.shape, BAND):
-            v = None if self.v is None else self.v[rows]
-            yield rows, CompiledRounding(self.grid, self.group, self.w[rows], v, self.scale[scales])
+    def descend(self, grad: Tensor, move: float) -> list[tuple[Tensor, Tensor]]:
+        """Move the offsets in place against the signs of their gradient, which never exists as a tensor.
 
-    def _run(self, function: str, *tensors: Tensor | None) -> None:
+        Args:
+            grad: of the rounded weights, float32.
+            move: how far.
+
+        Returns:
+            Those tensors of the scale that gradients are asked for, each with its gradient.
+        """
+        s = self.scale
+        wants_step, wants_zero, wants_floor = (
+            x is not None and x.requires_grad for x in (s.step, s.zero, s.floor)
+        )
+        with torch.no_grad():
+            to_step, outside = self.slopes(
+                grad.contiguous(), steps=wants_step, outside=wants_zero or wants_floor, move=move
+            )
+            to_zero = outside * s.step if wants_zero and outside is not None else None
+        pairs = ((s.step, to_step), (s.zero, to_zero), (s.floor, outside if wants_floor else None))
+        return [(x, found) for x, found in pairs if x is not None and found is not None]
+
+    def slopes(
+        self, grad: Tensor, *, steps: bool, outside: bool, to_v: Tensor | None = None, move: float = 0.0
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients from that of the rounded weights, straight through.
+
+        Args:
+            grad: of the rounded weights, float32, shape of the weight.
+            steps: whether that of the steps is wanted.
+            outside: whether that of floors is wanted, which is that of zero points over the step.
+            to_v: takes the gradient of the offsets.
+            move: how far the offsets are moved, in place, against the sign of their gradient.
+
+        Returns:
+            Those of steps and of floors, `[..., out, n_groups]`.
+        """
+        shape = self.group.scale_shape(self.w.shape)
+        found = [
+            torch.empty(shape, dtype=torch.float32, device="cpu") if wanted else None
+            for wanted in (steps, outside)
+        ]
+        asked = _Slopes(*_addresses(grad, *found, to_v, self.v if move else None), move)
+        self._run("differentiate", ctypes.byref(asked))
+        return found[0], found[1]
+
+    def _run(self, function: str, argument: Any) -> None:
         length = self.w.shape[-1]
         parts = [self.scale.step, self.scale.zero, self.scale.floor]
         laid = [None if x is None else x.contiguous() for x in parts]
         request = _Request(
-            *(None if x is None else x.data_ptr() for x in (self.w, self.v, *laid)),
+            *_addresses(self.w, self.v, *laid),
             self.grid.lo,
             self.grid.hi,
             self.w.numel() // max(1, length),
@@ -90,8 +137,11 @@ class CompiledRounding:
             self.w.dtype is torch.bfloat16,
             torch.get_num_threads() if self.w.numel() > FEW else 1,
         )
-        addresses = (ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors)
-        getattr(_program(), f"auto_round_{function}")(ctypes.byref(request), *addresses)
+        getattr(_program(), f"auto_round_{function}")(ctypes.byref(request), argument)
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[ctypes.c_void_p, ...]:
+    return tuple(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors)
 
 
 class _Round(torch.autograd.Function):
@@ -108,7 +158,7 @@ class _Round(torch.autograd.Function):
         asked: CompiledRounding,
     ) -> Tensor:
         out = torch.empty(w.shape, dtype=torch.float32, device="cpu")
-        asked._run("round", out)
+        asked._run("round", *_addresses(out))
         ctx.save_for_backward(w, step, zero, floor, v)
         ctx.grid, ctx.group = asked.grid, asked.group
         return out
@@ -119,25 +169,13 @@ class _Round(torch.autograd.Function):
     ) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
         w, step, zero, floor, v = ctx.saved_tensors
         _, wants_step, wants_zero, wants_floor, wants_v, _ = ctx.needs_input_grad
-        towards, outside = (
-            torch.empty_like(step, memory_format=torch.contiguous_format) if wanted else None
-            for wanted in (wants_step, wants_zero or wants_floor)
-        )
         to_v = torch.empty(w.shape, dtype=torch.float32, device="cpu") if wants_v else None
         asked = CompiledRounding(ctx.grid, ctx.group, w, v, Scale(step, zero, floor=floor))
-        for rows, part in asked.bands():
-            # Summed up by PyTorch, so that the bits are its own.
-            to_step, to_zero = (
-                None if x is None else torch.empty(part.w.shape, dtype=torch.float32, device="cpu")
-                for x in (towards, outside)
-            )
-            to_offsets = None if to_v is None else to_v[rows]
-            part._run("differentiate", grad[rows].contiguous(), to_step, to_zero, to_offsets)
-            for found, each in ((towards, to_step), (outside, to_zero)):
-                if found is not None and each is not None:
-                    torch.sum(ctx.group.split(each), -1, out=found[rows])
+        to_step, outside = asked.slopes(
+            grad.contiguous(), steps=wants_step, outside=wants_zero or wants_floor, to_v=to_v
+        )
         d_zero = outside * step if wants_zero and outside is not None else None
-        return None, towards, d_zero, outside if wants_floor else None, to_v, None
+        return None, to_step, d_zero, outside if wants_floor else None, to_v, None
 
 
 def is_written_for(grid: Grid, group: Group) -> bool:
@@ -168,6 +206,7 @@ def compiled_rounding(
         and w.dtype in (torch.float32, torch.bfloat16)
         and all(x is None or x.dtype is torch.float32 for x in (offsets, scale.step, scale.zero, scale.floor))
         and scale.step.shape == group.scale_shape(w.shape)
+        and group.width(w.shape[-1]) >= FEWEST
     )
     return CompiledRounding(grid, group, w, v, scale) if usable and _program() is not None else None
 

@@ -10,6 +10,16 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8 /* what PyTorch adds side by side, with and without AVX2 */
+#endif
+#define WIDE (4 * LANES) /* four vectors at a time */
+#define STEP 16          /* of these until they are carried on */
+#define LEVELS 4
+#define PIECE (STEP * WIDE)
+
 #define INLINED static inline __attribute__((always_inline))
 #define EACH_ROW(m) _Pragma("omp parallel for num_threads(m->threads) if (m->threads > 1) schedule(static)")
 
@@ -29,12 +39,28 @@ typedef struct {
     const uint16_t *narrow;
     const float *v;
     float step, add_zero, take_zero, add_floor, take_floor, lo, hi, below, above;
-    int64_t at, count;
+    int64_t number, at, count, width;
 } Group;
+
+/* What comes of the gradient of rounded weights; what is null is not wanted. Sums are those of groups. */
+typedef struct {
+    const float *grad;
+    float *to_step, *to_outside; /* [rows, groups of a row] */
+    float *to_v;                 /* gradient of the offsets, or */
+    float *v, move;              /* offsets, each moved so far against the sign of its gradient */
+} Slopes;
+
+/* A sum in PyTorch's order: columns of WIDE numbers, each carried on after every STEP, STEP * STEP, ... numbers.
+ * Source: ATen/native/cpu/SumKernel.cpp, cascade sum. */
+typedef struct {
+    float level[LEVELS][WIDE];
+    int64_t done;
+} Sum;
 
 static Group group_of(const Matrix *m, int64_t row, int64_t start) {
     const int64_t i = row * ((m->length + m->width - 1) / m->width) + start / m->width;
     Group g;
+    g.number = i, g.width = m->width;
     g.at = row * m->length + start;
     g.count = m->length - start < m->width ? m->length - start : m->width;
     g.wide = (const float *)m->w + (m->half ? 0 : g.at);
@@ -98,25 +124,71 @@ INLINED void round_to(const Group *g, bool half, bool offset, float *out) {
     }
 }
 
-/* From the gradient of the rounded weights: what the groups' sums are of, and offsets or their gradient. */
-INLINED void differentiate(
-    const Group *g, bool half, bool offset, const float *grad, float *to_step, float *to_zero, float *to_v
-) {
-    for (int64_t i = 0; i < g->count; i++) {
-        const float u = in_steps(g, half, i), to = moved(g, offset, u, i), x = grad[g->at + i];
-        const float place = to + g->add_zero;
-        const float inside = (place < g->below) | (place > g->above) ? 0.0f : 1.0f;
-        const float kept = x * inside;
-        if (to_v) to_v[g->at + i] = kept * g->step;
-        if (to_zero) to_zero[g->at + i] = kept - x;
-        if (to_step) to_step[g->at + i] = x * (snapped(g, to) - g->take_zero - u * inside);
+INLINED void add(float *to, const float *x, int64_t count) {
+    for (int64_t i = 0; i < count; i++) to[i] += x[i];
+}
+
+/* The next PIECE numbers of a sum; fewer are the last ones. */
+INLINED void add_piece(Sum *sum, const float *x, int64_t count) {
+    for (int64_t at = 0; at + WIDE <= count; at += WIDE) add(sum->level[0], x + at, WIDE);
+    if (count < PIECE) return;
+    sum->done += STEP;
+    int64_t full = STEP;
+    for (int level = 1; level < LEVELS; level++, full *= STEP) {
+        add(sum->level[level], sum->level[level - 1], WIDE);
+        memset(sum->level[level - 1], 0, sizeof sum->level[0]);
+        if (sum->done % (full * STEP)) break;
     }
+}
+
+/* The sum, once what does not fill WIDE is added. */
+INLINED float sum_with(Sum *sum, const float *x, int64_t count) {
+    float *const total = sum->level[0], rest = 0;
+    for (int level = 1; level < LEVELS; level++) add(total, sum->level[level], WIDE);
+    int64_t at = 0;
+    for (; at + LANES <= count; at += LANES) add(total, x + at, LANES);
+    for (int column = 1; column < 4; column++) add(total, total + column * LANES, LANES);
+    for (; at < count; at++) rest += x[at];
+    for (int lane = 0; lane < LANES; lane++) rest += total[lane];
+    return rest;
+}
+
+/* A signed step. */
+INLINED void move(float *restrict v, const float *restrict slopes, int64_t count, float by) {
+    for (int64_t j = 0; j < count; j++) {
+        v[j] -= by * ((slopes[j] > 0 ? 1.0f : 0.0f) - (slopes[j] < 0 ? 1.0f : 0.0f));
+    }
+}
+
+/* Straight-through gradients of one group, piece by piece; a short group is filled up with zeros. */
+INLINED void differentiate(const Group *g, bool half, bool offset, const Slopes *s) {
+    float by_step[PIECE], by_outside[PIECE], by_offset[PIECE];
+    Sum of_steps = {0}, of_outside = {0};
+    for (int64_t start = 0; start < g->width; start += PIECE) {
+        const int64_t left = g->width - start, size = left < PIECE ? left : PIECE;
+        const int64_t held = g->count - start, there = held < 0 ? 0 : held < size ? held : size;
+        for (int64_t j = 0; j < there; j++) {
+            const float u = in_steps(g, half, start + j), to = moved(g, offset, u, start + j);
+            const float x = s->grad[g->at + start + j], place = to + g->add_zero;
+            const float inside = (place < g->below) | (place > g->above) ? 0.0f : 1.0f;
+            const float kept = x * inside;
+            by_step[j] = x * (snapped(g, to) - g->take_zero - u * inside);
+            by_outside[j] = kept - x;
+            by_offset[j] = kept * g->step;
+        }
+        for (int64_t j = there; j < size; j++) by_step[j] = by_outside[j] = 0;
+        if (s->to_v) memcpy(s->to_v + g->at + start, by_offset, (size_t)there * sizeof(float));
+        if (s->v) move(s->v + g->at + start, by_offset, there, s->move);
+        if (s->to_step) add_piece(&of_steps, by_step, size);
+        if (s->to_outside) add_piece(&of_outside, by_outside, size);
+    }
+    const int64_t rest = g->width % WIDE, from = g->width % PIECE - rest;
+    if (s->to_step) s->to_step[g->number] = sum_with(&of_steps, by_step + from, rest);
+    if (s->to_outside) s->to_outside[g->number] = sum_with(&of_outside, by_outside + from, rest);
 }
 
 void auto_round_encode(const Matrix *m, uint8_t *codes) { EACH_GROUP(m, encode, codes) }
 
 void auto_round_round(const Matrix *m, float *out) { EACH_GROUP(m, round_to, out) }
 
-void auto_round_differentiate(const Matrix *m, const float *grad, float *to_step, float *to_zero, float *to_v) {
-    EACH_GROUP(m, differentiate, grad, to_step, to_zero, to_v)
-}
+void auto_round_differentiate(const Matrix *m, const Slopes *slopes) { EACH_GROUP(m, differentiate, slopes) }

@@ -248,7 +248,7 @@ class _Loop:
             passes, loss = self._passes(self._samples, self._next_batch(step)), 0.0
             alone = self._config.accumulate == 1 and len(passes) == 1
             for stack in self._stacks.values():
-                stack.begin(sign_move(self._config, step) if alone else None)
+                stack.begin(sign_move(self._config, step), alone=alone)
             for place in own_rows(ranks, range(len(passes))):
                 part = self._samples.batch(*passes[place], self._device)
                 share = self._objective.loss(self._block, everything, part)

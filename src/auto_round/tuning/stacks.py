@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import InternalError
 from auto_round.models.matrix_experts import matrix_experts
+from auto_round.numerics.compiled_rounding import compiled_rounding
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import Knobs, Scale
 from auto_round.tuning.weights import Learned, Weight
@@ -64,6 +65,7 @@ class LearnedStack:
     anchor: Tensor
     _scale: Scale | None = None
     _move: float | None = None
+    _alone: bool = False
     _expected: int = 0
     _found: dict[int, Tensor] = field(default_factory=dict)
     _learned: set[int] = field(default_factory=set)
@@ -92,14 +94,15 @@ class LearnedStack:
             made = weight.format.rounded(weight.original[index], self._scale[index], weight.v[index])
             return made.to(weight.dtype).to(dtype)
 
-    def begin(self, move: float | None) -> None:
-        """Begin a step.
+    def begin(self, move: float | None, *, alone: bool) -> None:
+        """Begin a pass of a step.
 
         Args:
-            move: how far signs move offsets, if the next pass is the only one of this step: each matrix is
-                then learned as soon as its gradient is known. None where gradients are added first.
+            move: how far signs move offsets; None where an optimizer wants gradients.
+            alone: the pass is the only one of this step, so that each matrix can be learned as soon as its
+                gradient is known. Else gradients are added first.
         """
-        self._move, self._expected = move, 0
+        self._move, self._alone, self._expected = move, alone, 0
 
     def expect(self) -> None:
         """Count a product whose gradients will come."""
@@ -109,12 +112,9 @@ class LearnedStack:
         """Learn one matrix, or add to its gradient, in the order in which passes come."""
         if index in self._learned:
             raise InternalError("a matrix of a stack was learned before all its gradients were known")
-        if self._move is not None and self._expected == 1:
+        if self._move is not None and self._alone and self._expected == 1:
             self._learned.add(index)
-            to_v = self._differentiated(index, gradient)
-            if to_v is not None:
-                with torch.no_grad():
-                    self.weight.v[index].add_(to_v.sign_(), alpha=-self._move)
+            self._learn(index, gradient, self._move)
         elif index in self._found:
             self._found[index] = self._found[index].to(torch.float32).add_(gradient)
         else:
@@ -126,33 +126,68 @@ class LearnedStack:
         None where there is nothing more to learn.
         """
         found, self._found = self._found, {}
-        to_v = torch.zeros_like(self.weight.v) if found else None
+        to_v = torch.zeros_like(self.weight.v) if found and self._move is None else None
         for index in list(found):
-            gradient = self._differentiated(index, found.pop(index))
-            if to_v is not None and gradient is not None:
-                to_v[index] = gradient
+            gradient = found.pop(index)
+            if self._move is not None:
+                self._learn(index, gradient, self._move)
+            elif to_v is not None and (own := self._differentiated(index, gradient)) is not None:
+                to_v[index] = own
         knobs, self._knobs = self._knobs, None
         self._learned.clear()
         return (to_v, None, None) if knobs is None else (to_v, knobs.lo, knobs.hi)
 
-    def _differentiated(self, index: int, gradient: Tensor) -> Tensor | None:
-        """Gradient of one matrix' offsets, None where these stay; keeps those of its ranges."""
+    def _learn(self, index: int, gradient: Tensor, move: float) -> None:
+        """Move one matrix' offsets by the signs of their gradient; keeps that of its ranges.
+
+        A program does it in one pass over the weights. It is the same as with the gradient of the offsets.
+        """
+        weight = self.weight
+        v, lo, hi = self._parts(index)
+        fmt, stats = weight.format.matrix(index), weight.stats[index]
+        with torch.enable_grad():
+            scale = fmt.rule_for(stats).fit(stats, fmt.grid, Knobs(lo, hi))
+        rounding = compiled_rounding(fmt.grid, fmt.group, weight.original[index], v.detach(), scale)
+        if rounding is None or not v.requires_grad:
+            to_v = self._differentiated(index, gradient)
+            if to_v is not None:
+                v.detach().add_(to_v.sign_(), alpha=-move)
+            return
+        found = rounding.descend(gradient.to(weight.dtype).to(torch.float32), move)
+        if found:
+            asked = [x for x in (lo, hi) if x.requires_grad]
+            outputs, gradients = zip(*found, strict=True)
+            inner = iter(torch.autograd.grad(outputs, asked, gradients, allow_unused=True))
+            self._keep(index, *(next(inner) if x.requires_grad else None for x in (lo, hi)))
+
+    def _parts(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Offsets and both range multipliers of one matrix, in the memory of the stack."""
         weight = self.weight
         tensors = (weight.v, weight.knobs.lo, weight.knobs.hi)
-        if not any(x.requires_grad for x in tensors):
-            return None
         v, lo, hi = (x[index].detach().requires_grad_(x.requires_grad) for x in tensors)
-        with torch.enable_grad():
-            rounded = weight.fake_matrix(index, Learned(Knobs(lo, hi), v))
+        return v, lo, hi
+
+    def _differentiated(self, index: int, gradient: Tensor) -> Tensor | None:
+        """Gradient of one matrix' offsets, None where these stay; keeps those of its ranges."""
+        v, lo, hi = self._parts(index)
         wanted = [x for x in (v, lo, hi) if x.requires_grad]
+        if not wanted:
+            return None
+        with torch.enable_grad():
+            rounded = self.weight.fake_matrix(index, Learned(Knobs(lo, hi), v))
         inner = iter(torch.autograd.grad(rounded, wanted, gradient.to(rounded.dtype), allow_unused=True))
-        to_v, to_lo, to_hi = (next(inner) if x.requires_grad else None for x in (v, lo, hi))
+        to_v, *ranges = (next(inner) if x.requires_grad else None for x in (v, lo, hi))
+        self._keep(index, *ranges)
+        return to_v
+
+    def _keep(self, index: int, to_lo: Tensor | None, to_hi: Tensor | None) -> None:
+        """Keep the gradients of one matrix' ranges until the step is taken."""
         if self._knobs is None:
-            self._knobs = Knobs(*(torch.zeros_like(side) for side in tensors[1:]))
+            own = self.weight.knobs
+            self._knobs = Knobs(torch.zeros_like(own.lo), torch.zeros_like(own.hi))
         for side, found in ((self._knobs.lo, to_lo), (self._knobs.hi, to_hi)):
             if found is not None:
                 side[index] = found
-        return to_v
 
 
 def find_stacks(block: nn.Module, weights: Mapping[str, Weight]) -> dict[str, LearnedStack]:

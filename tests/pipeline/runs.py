@@ -10,7 +10,7 @@ from torch import Tensor
 
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.config import build_options
-from auto_round.log import ProgressSink, ignore_progress
+from auto_round.log import Progress, ProgressSink, ignore_progress
 from auto_round.pipeline.quantize import run
 from auto_round.pipeline.result import Result
 from auto_round.report.record import RUN_RECORD
@@ -49,6 +49,20 @@ def quantize(
     """Run the main job with few short rows and steps; `given` as for `build_options`."""
     options = build_options({**SHORT, "model": str(model), "output_dir": str(out), **given})
     return run(options, progress, model=live, dataset=dataset)
+
+
+class Stop(Exception):  # noqa: N818  stands for a signal
+    """The run is interrupted here."""
+
+
+def stop_after(done: int, stage: str = "tune") -> ProgressSink:
+    """Interrupts a run when so many steps of a stage are done."""
+
+    def progress(event: Progress) -> None:
+        if event.stage == stage and event.done == done:
+            raise Stop
+
+    return progress
 
 
 def tree(folder: Path) -> dict[str, bytes]:

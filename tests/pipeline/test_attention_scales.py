@@ -12,7 +12,7 @@ from auto_round.config import build_options
 from auto_round.errors import AutoRoundError, ConfigError, UnsupportedError
 from auto_round.numerics.head_steps import HeadSteps
 from auto_round.pipeline.running.attention_states import StateRanges
-from pipeline.runs import ROWS, kl_of, quantize, tree, weights
+from pipeline.runs import ROWS, Stop, kl_of, quantize, stop_after, tree, weights
 
 PLAIN = {"iters": 0, "disable_opt_rtn": True, "format": "llm_compressor", "verify": False}
 EXPERTS = {"moe_intermediate_size": 32}
@@ -101,17 +101,10 @@ def test_what_reloads_is_what_was_tuned_with_rounded_caches(tiny, tmp_path, give
 
 
 def test_a_continued_run_gives_the_same_bytes(tiny, tmp_path):
-    class Stop(Exception):  # noqa: N818  stands for a signal
-        pass
-
-    def progress(event):
-        if event.stage == "tune" and event.done == 1:
-            raise Stop
-
     given = {**PLAIN, "static_kv_dtype": "fp8"}
     quantize(tiny("llama"), tmp_path / "whole", **given)
     with pytest.raises(Stop):
-        quantize(tiny("llama"), tmp_path / "out", progress=progress, **given)
+        quantize(tiny("llama"), tmp_path / "out", progress=stop_after(1), **given)
     quantize(tiny("llama"), tmp_path / "out", **given)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 

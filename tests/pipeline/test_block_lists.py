@@ -13,7 +13,7 @@ from auto_round.models.folder import FolderSource
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.running.trace_rows import trace_rows
 from auto_round.testing.tiny_models import tiny_model
-from pipeline.runs import ROWS, SHORT, kl_of, quantize, tree
+from pipeline.runs import ROWS, SHORT, Stop, kl_of, quantize, stop_after, tree
 from pipeline.two_streams import BLOCK, FLOW, TWO_LISTS, TwoListConfig, TwoListForCausalLM, register
 
 
@@ -51,18 +51,6 @@ def test_plain_rounding_reaches_all_lists(folder, tmp_path):
     assert {name.rpartition(".")[0] for name in result.plan.quantized} >= {"model.tail.0", "model.tail.1"}
     model = load_model(result.folders[0], trust_remote_code=False)
     assert type(model.model.tail[0].proj).__name__ == type(model.model.layers[0].up).__name__ != "Linear"
-
-
-class Stop(Exception):  # noqa: N818  stands for a signal
-    """The run is interrupted here."""
-
-
-def stop_after(done):
-    def progress(event):
-        if event.stage == "tune" and event.done == done:
-            raise Stop
-
-    return progress
 
 
 @pytest.fixture

@@ -19,25 +19,13 @@ from auto_round.pipeline.distilling.units import Units
 from auto_round.testing.tiny_models import save_tiny_model
 from auto_round.tuning import distill
 from export.gguf.small_models import save_small_model, sentencepiece_tokenizer
-from pipeline.runs import kl_of, quantize, token_rows, tree, weights
+from pipeline.runs import Stop, kl_of, quantize, stop_after, token_rows, tree, weights
 
 DRIVER = Path(__file__).with_name("distill_driver.py")
 ROWS = token_rows(40)
 SHORT = {"bits": 2, "dataset": ROWS, "distill_steps": 6, "distill_nsamples": 30, "not_use_best_mse": False}
 QWEN = {"head_dim": 16}
 """Heads of which keys and values can be packed too."""
-
-
-class Stop(Exception):  # noqa: N818  stands for a signal
-    """The run is interrupted here."""
-
-
-def stop_at(stage_name, done):
-    def progress(event):
-        if (event.stage, event.done) == (stage_name, done):
-            raise Stop
-
-    return progress
 
 
 def test_held_out_rows_get_closer_and_the_report_says_how_far(tiny, tmp_path, caplog, monkeypatch):
@@ -96,7 +84,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny, tmp_path, monkeypatch, fil
     if files:
         monkeypatch.setattr(stage, "SPILL_BYTES", 0)
     with pytest.raises(Stop):
-        quantize(model, tmp_path / "out", progress=stop_at(place, done), **given)
+        quantize(model, tmp_path / "out", progress=stop_after(done, place), **given)
     seen = []
     quantize(model, tmp_path / "out", progress=seen.append, **given)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")

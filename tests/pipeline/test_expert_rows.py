@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from auto_round.cli.summary import summary
 from auto_round.pipeline.running.coverage import coverage, coverage_sentence
-from pipeline.runs import SIZES, quantize, token_rows, tree
+from pipeline.runs import SIZES, Stop, quantize, stop_after, token_rows, tree
 
 GIVEN = {"num_experts": 8, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "head_dim": 16}
 BASE, HELD, LENGTH = 2, 2, 16
@@ -100,16 +100,9 @@ def test_no_row_is_added_where_all_have_enough(model, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_with_the_same_rows(model, tmp_path):
-    class Stop(Exception):  # noqa: N818
-        pass
-
-    def stop(event):
-        if event.stage == "tune" and event.done == 1:
-            raise Stop
-
     run(model, tmp_path / "whole", expert_rows=6)
     with pytest.raises(Stop):
-        run(model, tmp_path / "out", expert_rows=6, progress=stop)
+        run(model, tmp_path / "out", expert_rows=6, progress=stop_after(1))
     run(model, tmp_path / "out", expert_rows=6)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 

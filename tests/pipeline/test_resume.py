@@ -16,22 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from auto_round.errors import CheckpointError, ConfigError
 from auto_round.testing.tiny_models import tiny_config, tiny_model
-from pipeline.runs import SHORT, SIZES, quantize, token_rows, tree
+from pipeline.runs import SHORT, SIZES, Stop, quantize, stop_after, token_rows, tree
 
 HEADS = {"head_dim": 16}
 DRIVER = Path(__file__).with_name("crash_driver.py")
-
-
-class Stop(Exception):  # noqa: N818  stands for a signal
-    """The run is interrupted here."""
-
-
-def stop_after(blocks):
-    def progress(event):
-        if event.stage == "tune" and event.done == blocks:
-            raise Stop
-
-    return progress
 
 
 @pytest.fixture

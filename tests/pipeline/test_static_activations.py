@@ -12,7 +12,7 @@ from auto_round.calibration.observe import Extremes, InputExtremes
 from auto_round.errors import AutoRoundError, UnsupportedError
 from auto_round.pipeline.running.input_ranges import InputRanges, settle_ranges
 from auto_round.schemes.siblings import joined_matrices
-from pipeline.runs import ROWS, kl_of, quantize, tree, weights
+from pipeline.runs import ROWS, Stop, kl_of, quantize, stop_after, tree, weights
 
 LIBRARY = "compressed_tensors"
 SCALES = {"FP8_STATIC": "input_scale", "NVFP4": "input_global_scale"}
@@ -159,18 +159,10 @@ def test_siblings_share_their_numbers(tiny, tmp_path, given, inputs, way):
 )
 def test_a_continued_run_gives_the_same_bytes(tiny, tmp_path, scheme, given):
     """What calibration fixed in the blocks before is needed to verify a folder of dense weights."""
-
-    class Stop(Exception):  # noqa: N818  stands for a signal
-        pass
-
-    def progress(event):
-        if event.stage == "tune" and event.done == 1:
-            raise Stop
-
     common = {"format": "llm_compressor,fake", **given}
     run(tiny("llama"), tmp_path / "whole", scheme, **common)
     with pytest.raises(Stop):
-        run(tiny("llama"), tmp_path / "out", scheme, progress=progress, **common)
+        run(tiny("llama"), tmp_path / "out", scheme, progress=stop_after(1), **common)
     run(tiny("llama"), tmp_path / "out", scheme, **common)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 

@@ -19,7 +19,7 @@ from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.quantize import run_job
 from auto_round.pipeline.running.trace_rows import trace_rows
 from auto_round.testing.tiny_models import tiny_model
-from pipeline.runs import ROWS, SHORT, tree
+from pipeline.runs import ROWS, SHORT, Stop, stop_after, tree
 from pipeline.two_streams import BLOCK, FLOW, TwoStreamBlock, TwoStreamConfig, register
 
 CPU = torch.device("cpu")
@@ -93,16 +93,8 @@ def test_tuned_verified_and_continued(folder, tmp_path, given):
     blocks = [entry for entry in whole.report["blocks"] if "loss" in entry]
     assert blocks
     assert all(entry["loss"] > 0 for entry in blocks)
-
-    class Stop(Exception):  # noqa: N818  stands for a signal
-        pass
-
-    def stop(event):
-        if event.stage == "tune" and event.done == 1:
-            raise Stop
-
     with pytest.raises(Stop):
-        run(job_for(folder, tmp_path / "out", **given), stop)
+        run(job_for(folder, tmp_path / "out", **given), stop_after(1))
     run(job_for(folder, tmp_path / "out", **given))
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 

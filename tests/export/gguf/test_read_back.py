@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,17 +11,9 @@ from auto_round.errors import CheckpointError
 from auto_round.log import ignore_progress
 from auto_round.pipeline.quantize import run
 from export.gguf.small_models import save_small_model, sentencepiece_tokenizer
+from pipeline.runs import Stop, stop_after
 
 gguf = pytest.importorskip("gguf")
-
-
-class Stop(Exception):  # noqa: N818  stands for a signal
-    """The run is interrupted here."""
-
-
-def _stop(event: Any) -> None:
-    if event.stage == "tune":
-        raise Stop
 
 
 def test_weights_spoilt_between_the_runs_are_found(tmp_path: Path) -> None:
@@ -36,7 +27,7 @@ def test_weights_spoilt_between_the_runs_are_found(tmp_path: Path) -> None:
     given = {"model": str(model), "format": "gguf:q8_0", "iters": 0, "disable_opt_rtn": True}
     options = build_options({**given, "output_dir": str(tmp_path / "out"), "device_map": "cpu"})
     with pytest.raises(Stop):
-        run(options, _stop)
+        run(options, stop_after(1))
     (path,) = (tmp_path / "out.partial" / "output").glob("*.gguf")
     at = next(t.data_offset for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.ffn_up.weight")
     data = bytearray(path.read_bytes())

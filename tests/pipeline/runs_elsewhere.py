@@ -39,7 +39,6 @@ def test_the_device_keeps_apart_from_the_host():
 @pytest.mark.parametrize(
     ("family", "given"),
     [
-        pytest.param("qwen3", SHORTEST | {"dataset": PADDED}, id="padded"),
         pytest.param("qwen3", {"dataset": PADDED}, marks=slow),
         pytest.param("llama", {"low_gpu_mem_usage": True}, marks=slow),
         pytest.param("llama", {"enable_alg_ext": True, "dataset": PADDED}, marks=slow),
@@ -73,7 +72,7 @@ def test_runs(tiny, tmp_path, family, given):
 @pytest.mark.parametrize(
     ("family", "placed", "given"),
     [
-        ("llama", {"mlp": "cpu"}, SHORTEST),
+        pytest.param("qwen3", {"mlp": "cpu"}, SHORTEST | {"dataset": PADDED}, id="padded"),
         pytest.param("llama", {r"layers\.1": "cpu", "lm_head": "cpu"}, {"quant_lm_head": True}, marks=slow),
         pytest.param("llama", {"q_proj": "cpu"}, {"iters": 0}, marks=slow),
         pytest.param("llama", {"q_proj": "cpu"}, {"iters": 0, "disable_opt_rtn": True}, marks=slow),

@@ -212,3 +212,21 @@ def test_the_model_is_never_replaced_by_what_is_made_of_it(folder, tmp_path):
     with pytest.raises(ConfigError, match="is or holds what is read"):
         again.save_quantized(model)
     assert {path: path.read_bytes() for path in both.rglob("*") if path.is_file()} == before
+
+
+def test_the_model_is_read_when_somebody_looks_at_it(folder, tmp_path, monkeypatch):
+    read = []
+    own = AutoRound._read
+    monkeypatch.setattr(AutoRound, "_read", lambda self, path: read.append(path) or own(self, path))
+    rounder = AutoRound(folder, iters=0, disable_opt_rtn=True, group_size=32)
+    first = rounder.quantize_and_save(tmp_path / "first")
+    assert isinstance(first, tuple)
+    assert first[1] == first[-1] == [tmp_path / "first"]
+    second = rounder.quantize_and_save(tmp_path / "second", load=False)
+    assert read == []
+    assert tuple(second) == (None, [tmp_path / "second"])
+    model, folders = first
+    assert (read, folders) == ([tmp_path / "first"],) * 2
+    assert first[0] is first[-2] is first[:1][0] is model
+    with pytest.raises(IndexError):
+        first[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +21,7 @@ from auto_round.autoround.parameters import (
     refuse_other_things,
 )
 from auto_round.autoround.pipelines import is_live_pipeline, load_pipeline, quantize_pipeline
+from auto_round.autoround.saved import Saved
 from auto_round.autoround.usual_format import usual_or_rounded
 from auto_round.config import Options, OutputOptions, read_environment
 from auto_round.config.values import FROM_PYTHON
@@ -199,7 +200,7 @@ class AutoRound(Attributes):
                 sub-folder each.
             format: comma list of formats; the constructor's (`auto_round`) when not given.
             inplace: True is answered by a warning: the model in memory always stays as it is.
-            load: read the quantized model back to return it; never done with GGUF files.
+            load: return the quantized model, which is read back when it is looked at; GGUF files are not.
             overwrite: do the work again when it is done already; the constructor's when not given.
 
         Returns:
@@ -219,7 +220,7 @@ class AutoRound(Attributes):
         asked = replace(self.options, output=self._output(output_dir, format, overwrite))
         if self._is_pipeline:
             made = quantize_pipeline(asked, self._model, self._dataset, self._progress)
-            return (load_pipeline(made.folders[-1]) if load else None), list(made.folders)
+            return Saved(partial(load_pipeline, made.folders[-1]) if load else None, list(made.folders))
         with joined(asked) as (ranks, options):
             runs = [part for wanted in chosen(options, ranks, self._choices) for part in runs_of(wanted)]
             jobs = [shared(self._prepare(part, rows=True), ranks) for part in runs]
@@ -230,9 +231,9 @@ class AutoRound(Attributes):
         folders = [folder for result in results for folder in result.folders]
         exporters = [exporter for job in jobs for exporter in job.exporters.values()]
         models = [folder for folder, e in zip(folders, exporters, strict=True) if e.file is None]
-        self._done = Done(results[-1].plan, models[-1] if models else None)
+        self._done = done = Done(results[-1].plan, models[-1] if models else None)
         self._seen = None
-        return self.model if load else None, folders
+        return Saved(partial(self._result_of, done) if load else None, folders)
 
     def quantize_block(
         self,

@@ -85,6 +85,12 @@ class Attributes:
             return None if self._done.folder is None else self._remember(self._read(self._done.folder))
         return self._model if self._model is not None else self._remember(self._original())
 
+    def _result_of(self, done: Done) -> Any:
+        """The quantized model of a run, the last one or an earlier one."""
+        if done is self._done:
+            return self.model
+        return None if done.folder is None else self._read(done.folder)
+
     @property
     def tokenizer(self) -> Any:
         """The tokenizer as it was given, else that of the model's folder; None of a model in memory."""

@@ -15,6 +15,7 @@ from auto_round.errors import CheckpointError, ConfigError, Refusal, Unsupported
 from auto_round.inference.disk_names import ConfigNames, DiskNames
 from auto_round.inference.experts import PackedExperts
 from auto_round.inference.grouped_experts import GroupedExperts
+from auto_round.inference.mapped import MappedFiles
 from auto_round.inference.pack_experts import Kernels, expert_names, pack_experts
 from auto_round.inference.qlinear import ORDER, PackedWeight, QuantLinear, named
 from auto_round.kernels.kernel import LinearSpec
@@ -88,7 +89,7 @@ def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[
 
 
 def post_init(model: Any, used_backends: list[str] | None = None) -> None:
-    """Hand the loaded weights to the kernels; each layer's stored tensors are freed at once.
+    """Hand the loaded weights to the kernels; the memory of each layer's stored tensors is freed at once.
 
     Raises:
         CheckpointError: stored tensors that are missing or contradict the configuration, with their names.
@@ -100,13 +101,14 @@ def post_init(model: Any, used_backends: list[str] | None = None) -> None:
     _drop_unread_orders(model, reordered=bool(config.get("desc_act")))
     _check_complete(model)
     _check_devices(model)
+    files = MappedFiles.now()
     modules = list(model.named_modules())
     on_disk = {id(w): n for _, m in modules if isinstance(m, PackedExperts) for n, w in m.on_disk().items()}
     for path, module in modules:
         name = on_disk.get(id(module), path)
         try:
             if isinstance(module, QuantLinear):
-                _adopt(module, backend)
+                _adopt(module, backend, files)
             elif isinstance(module, PackedExperts) and not isinstance(module, GroupedExperts):
                 model.set_submodule(path, module.dequantize(model))
                 _record_as_plain(model, module.layers)
@@ -195,13 +197,18 @@ def _answer_for(model: Any) -> None:
     answer_for(model)
 
 
-def _adopt(module: QuantLinear, backend: str) -> None:
-    device = next(iter(module.parts().values())).device.type
+def _adopt(module: QuantLinear, backend: str, files: MappedFiles) -> None:
+    stored = list(module.parts().values())
+    device = stored[0].device.type
     spec, kernel = module.spec, module.kernel
     if device not in ("meta", spec.device):
         spec = replace(spec, device=device)
         kernel = select_kernel(spec, backend)
     module.adopt(kernel, spec)
+    kept = {part.data_ptr() for part in module.buffers()}
+    for part in stored:
+        if part.data_ptr() not in kept:
+            files.give_back(part)
 
 
 def _record_as_plain(model: Any, layers: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from auto_round.config import all_settings, build_options
 from auto_round.errors import ConfigError
 from auto_round.export.table import EXPORTERS, settle_formats
 from auto_round.log import logger
-from auto_round.pipeline.deciding.effects import IDLE
+from auto_round.pipeline.deciding.idle_options import IDLE
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.separate_runs import runs_of
 from auto_round.schemes.scheme import QuantizationScheme

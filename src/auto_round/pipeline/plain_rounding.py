@@ -20,7 +20,7 @@ from auto_round.numerics.rule import Effort
 from auto_round.numerics.scale import Stats
 from auto_round.numerics.search import BY_SQUARES
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.recast import as_wanted
+from auto_round.pipeline.deciding.kept_dtype import as_wanted
 from auto_round.pipeline.machine.memory import keep_freed_memory
 from auto_round.pipeline.machine.workers import workers
 from auto_round.pipeline.running.rounding import round_matrix

@@ -12,13 +12,14 @@ from auto_round.export.exporter import Exporter
 from auto_round.log import logger
 from auto_round.pipeline.deciding.activations import activation_formats, refuse_unreachable, to_calibrate
 from auto_round.pipeline.deciding.caches import plan_caches, with_scales
+from auto_round.pipeline.deciding.kept_dtype import named_dtype
 from auto_round.pipeline.deciding.open_model import Opened
 from auto_round.pipeline.deciding.plan_together import plan_together
-from auto_round.pipeline.deciding.recast import named_dtype
 from auto_round.pipeline.deciding.request import Request
 from auto_round.pipeline.machine.device import compute_dtype
 from auto_round.schemes.attention import AttentionPlan
 from auto_round.schemes.plan import Plan
+from auto_round.schemes.vocabulary import KEPT_BITS
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.settings import tune_settings
 
@@ -66,7 +67,7 @@ def decide(request: Request, opened: Opened, *, quiet: bool = False) -> Decided:
         logger.warning(note)
     refuse_unreachable(plan, opened.source)
     schemes = [plan.scheme_of(name) for name in plan.quantized]
-    tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=16))
+    tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=KEPT_BITS))
     caches = plan_caches(options.cache, opened.source)
     exporters = with_scales(planned.exporters, caches)
     ranges = bool(to_calibrate(activation_formats(plan, opened.source.layers))) or caches is not None

@@ -1,4 +1,4 @@
-"""Last step of a job: the calibration rows."""
+"""Fourth step of a job: the calibration rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Last step of a job: how it fits into the memory that is there."""
+"""How a decided job fits into the memory that is there."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from auto_round.models.source import ModelSource
 from auto_round.numerics.format import Format
 from auto_round.numerics.rule import Effort
 from auto_round.numerics.search import THOROUGH
+from auto_round.pipeline.deciding.kept_dtype import named_dtype
 from auto_round.pipeline.deciding.method import Method, method_of
 from auto_round.pipeline.deciding.placement import Placement
-from auto_round.pipeline.deciding.recast import named_dtype
 from auto_round.pipeline.fitting.level import Level, levels_of, starts_at
 from auto_round.pipeline.fitting.plan import MemoryPlan
 from auto_round.ranks.ranks import ALONE, Ranks

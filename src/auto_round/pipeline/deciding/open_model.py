@@ -19,7 +19,7 @@ from auto_round.models.live import LiveSource
 from auto_round.models.on_paper import is_on_paper, open_on_paper
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.image_rows import image_reader
-from auto_round.pipeline.deciding.recast import named_dtype
+from auto_round.pipeline.deciding.kept_dtype import named_dtype
 from auto_round.pipeline.deciding.request import Request
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from auto_round.export.exporter import Exporter
 from auto_round.export.manifest import Manifest
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.recast import kept_tensors
+from auto_round.pipeline.deciding.kept_dtype import kept_tensors
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.plan_text import render_plan
 from auto_round.schemes.size import PlanSize

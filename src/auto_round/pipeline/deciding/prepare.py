@@ -12,9 +12,9 @@ from auto_round.config.options import Options
 from auto_round.facts.layer import Role
 from auto_round.log import logger
 from auto_round.pipeline.deciding.decide import Decided, decide
-from auto_round.pipeline.deciding.effects import Settled, idle_options
 from auto_round.pipeline.deciding.fetch_rows import Data, fetch_rows
 from auto_round.pipeline.deciding.fit import fitted
+from auto_round.pipeline.deciding.idle_options import Settled, idle_options
 from auto_round.pipeline.deciding.image_rows import first_with_images
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.open_model import Opened, open_model

@@ -8,7 +8,7 @@ from auto_round.calibration.observe import InputMoments
 from auto_round.facts.layer import Layer, Role
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.recast import as_wanted
+from auto_round.pipeline.deciding.kept_dtype import as_wanted
 from auto_round.pipeline.running.input_squares import InputSquares
 from auto_round.pipeline.running.rounding import round_matrix
 from auto_round.pipeline.running.streams import Streams

@@ -19,7 +19,7 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QuantizedLayer
 from auto_round.pipeline.deciding.activations import formats_inside
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.recast import as_wanted
+from auto_round.pipeline.deciding.kept_dtype import as_wanted
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup
 from auto_round.pipeline.running.rounding import round_matrix

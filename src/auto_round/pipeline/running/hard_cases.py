@@ -32,21 +32,8 @@ def relative_error(rounded: Tensor, original: Tensor, squares: Tensor | None) ->
     Returns:
         `sum(squares * (rounded - original)**2) / sum(squares * original**2)`; 0 for a matrix of zeros.
     """
-    width = original.shape[-1]
-    if squares is None:
-        squares = torch.ones(width, dtype=torch.float32, device=original.device)
-    weights = squares.to(original.device).reshape(-1, width)
-    parts = [
-        _squared(after, before, each)
-        for after, before, each in zip(
-            rounded.reshape(len(weights), -1, width),
-            original.reshape(len(weights), -1, width),
-            weights,
-            strict=True,
-        )
-    ]
-    error, energy = (sum(each) for each in zip(*parts, strict=True))
-    return error / energy if energy > 0 else 0.0
+    matrices = (x.reshape(-1, *x.shape[-2:]) for x in (rounded, original))
+    return stack_error(zip(*matrices, strict=True), squares)
 
 
 def stack_error(pairs: Iterable[tuple[Tensor, Tensor]], squares: Tensor | None) -> float:

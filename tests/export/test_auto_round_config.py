@@ -13,7 +13,8 @@ from auto_round.errors import InternalError
 from auto_round.export.auto_round_config import auto_round_config
 from auto_round.export.table import EXPORTERS
 from auto_round.facts.layer import Block
-from auto_round.schemes.make import PlanRequest, make_plan
+from auto_round.schemes.make import make_plan
+from auto_round.schemes.plan import PlanRequest
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.testing.config_reader import fields_of
 from auto_round.testing.exporter_kit import check_exporter, expert_case, small_case

@@ -11,8 +11,8 @@ from auto_round.errors import ConfigError, InternalError, UnsupportedError
 from auto_round.facts.layer import Role
 from auto_round.numerics.presets import int_format
 from auto_round.schemes.condense import condense, some
-from auto_round.schemes.make import KEPT_ROLES, PlanRequest, make_plan
-from auto_round.schemes.plan import Plan
+from auto_round.schemes.make import KEPT_ROLES, make_plan
+from auto_round.schemes.plan import Plan, PlanRequest
 from auto_round.schemes.scheme import QuantizationScheme
 
 W4, W8 = QuantizationScheme(4), QuantizationScheme(8)
@@ -28,9 +28,9 @@ def plan(layers, blocks):
     return make
 
 
-def test_roles_of_the_default_rules_exist():
+def test_which_roles_are_kept_by_default():
     kept = {Role.ROUTER, Role.OUTSIDE, Role.HEAD, Role.TOWER, Role.MODULATION, Role.FURTHER}
-    assert set(KEPT_ROLES) == {role.value for role in kept}
+    assert set(KEPT_ROLES) == kept
 
 
 def test_defaults_by_role(plan, layers):

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from auto_round.errors import AutoRoundError, ConfigError, UnsupportedError
-from auto_round.schemes.make import PlanRequest, make_plan
+from auto_round.schemes.make import make_plan
 from auto_round.schemes.number_types import spellings
-from auto_round.schemes.plan import Plan
+from auto_round.schemes.plan import Plan, PlanRequest
 from auto_round.schemes.scheme import FIELD_TYPES, PRESET_SCHEMES, QuantizationScheme, parse_scheme
 
 WORDS = "model layers self_attn q_proj k_proj mlp gate experts lm_head 0 1 11 - _ é"

@@ -23,7 +23,7 @@ from typing import Any
 
 from auto_round.errors import InternalError
 from auto_round.export.exporter import TuningFacts
-from auto_round.export.packed import scheme_of, top_scheme
+from auto_round.export.packed import top_scheme
 from auto_round.export.reader_names import EXPERTS, merged_names
 from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.awq import AWQ
@@ -157,7 +157,7 @@ def _with_zero_points(scheme: QuantizationScheme) -> dict[str, Any]:
 
 def _prefixes(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> list[str]:
     """Common beginnings of the blocks that hold quantized layers, for example `model.layers`."""
-    quantized = {layer.block for layer in layers if scheme_of(plan, layer) is not None}
+    quantized = {layer.block for layer in layers if plan.scheme_of(layer.name) is not None}
     disks = [block.disk for block in blocks if block.index in quantized]
     return list(dict.fromkeys(re.sub(r"\.\d+$", "", disk) for disk in disks))
 
@@ -178,7 +178,7 @@ def _override(
     plan: Plan, layer: Layer, base: Mapping[str, Any], prefixes: Sequence[str], fields_of: FieldsOf
 ) -> Override:
     """Entry of one layer; empty when the fields at the top say it all."""
-    scheme = scheme_of(plan, layer)
+    scheme = plan.scheme_of(layer.name)
     inside = any(layer.name.startswith(f"{p}.") for p in prefixes)
     unrounded = KEPT_INPUTS if "act_bits" in base else {}
     if scheme is None:

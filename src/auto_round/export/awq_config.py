@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from auto_round.export.gptq_config import PROVENANCE, dynamic_rules
-from auto_round.export.packed import scheme_of, top_scheme
+from auto_round.export.packed import top_scheme
 from auto_round.export.reader_names import merged_names, module_names
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.schemes.plan import Plan
@@ -50,7 +50,7 @@ def awq_config(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> 
     if skipped:
         config["modules_to_not_convert"] = skipped
     asked = [layer for layer in layers if layer.role is not Role.HEAD]  # readers skip the head anyway
-    dynamic = dynamic_rules({layer: () if scheme_of(plan, layer) else None for layer in asked})
+    dynamic = dynamic_rules({layer: () if plan.scheme_of(layer.name) else None for layer in asked})
     if dynamic:
         config["dynamic"] = dynamic
     return {**config, **PROVENANCE}
@@ -58,7 +58,7 @@ def awq_config(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> 
 
 def not_converted(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) -> list[str]:
     """`modules_to_not_convert`: kept layers, by short names that no quantized layer's name contains."""
-    says = {layer.name: scheme_of(plan, layer) is None for layer in layers}
+    says = {layer.name: plan.scheme_of(layer.name) is None for layer in layers}
     merged = merged_names(says)
     written = [name for layer in layers if not says[layer.name] for name in module_names(layer)]
     written += [name for name, part in merged.items() if not says[part]]
@@ -76,7 +76,7 @@ def not_converted(plan: Plan, layers: Sequence[Layer], blocks: Sequence[Block]) 
 
 def clashes(plan: Plan, layers: Sequence[Layer]) -> list[tuple[str, str]]:
     """Pairs of a kept and a quantized layer whose name contains the kept one's: vLLM would skip both."""
-    written = [layer.name for layer in layers if scheme_of(plan, layer)]
+    written = [layer.name for layer in layers if plan.scheme_of(layer.name)]
     text = "\n".join(written)
     found = [entry for entry in not_converted(plan, layers, ()) if entry in text]
     return [(entry, name) for entry in found for name in written if entry in name]

@@ -78,7 +78,7 @@ def compressed_config(
     members: dict[tuple[object, ...], list[Layer]] = {}
     described: dict[tuple[object, ...], dict[str, Any]] = {}
     for layer in sorted(layers, key=lambda layer: not is_joined(layer)):
-        scheme = plan.entries[layer.name].scheme
+        scheme = plan.scheme_of(layer.name)
         if scheme is not None:
             key = group_of(scheme)
             members.setdefault(key, []).append(layer)
@@ -202,12 +202,10 @@ def _targets(members: Sequence[Layer], *, alone: bool) -> list[str]:
 
 def _ignored(plan: Plan, layers: Sequence[Layer]) -> list[str]:
     """Kept layers; several names that differ only in numbers become one expression, where that is safe."""
-    quantized = [
-        n for layer in layers if plan.entries[layer.name].scheme is not None for n in module_names(layer)
-    ]
+    quantized = [n for layer in layers if plan.scheme_of(layer.name) is not None for n in module_names(layer)]
     alike: dict[str, list[str]] = {}
     for layer in layers:
-        if plan.entries[layer.name].scheme is None:
+        if plan.scheme_of(layer.name) is None:
             for name in module_names(layer):
                 alike.setdefault(_pattern(name), []).append(name)
     found: list[str] = []
@@ -234,7 +232,7 @@ def loader_notes(plan: Plan, layers: Sequence[Layer]) -> list[str]:
     Source: `WNA16_SUPPORTED_TYPES_MAP` in `compressed_tensors_wNa16.py` of vLLM 0.32 and of SGLang 0.5.23,
     `_get_scheme_from_parts` of both.
     """
-    schemes = {s for layer in layers if (s := plan.entries[layer.name].scheme) is not None}
+    schemes = {s for layer in layers if (s := plan.scheme_of(layer.name)) is not None}
     return sorted({note for scheme in schemes if (note := _note(scheme))})
 
 

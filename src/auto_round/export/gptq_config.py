@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from auto_round.export.packed import scheme_of, top_scheme
+from auto_round.export.packed import top_scheme
 from auto_round.export.reader_names import merged_names, module_names
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.schemes.condense import NameSet, condense
@@ -55,7 +55,7 @@ def gptq_config(
         "desc_act": False,
         "true_sequential": False,
         "damp_percent": 0.01,
-        "lm_head": any(layer.role is Role.HEAD and scheme_of(plan, layer) for layer in layers),
+        "lm_head": any(layer.role is Role.HEAD and plan.scheme_of(layer.name) for layer in layers),
     }
     prefixes = {re.sub(r"\.\d+$", "", block.module) for block in blocks}
     if len(prefixes) == 1:
@@ -94,7 +94,7 @@ def _fields(scheme: QuantizationScheme) -> dict[str, Any]:
 
 
 def _says(plan: Plan, layer: Layer, top: Mapping[str, Any]) -> Says:
-    scheme = scheme_of(plan, layer)
+    scheme = plan.scheme_of(layer.name)
     if scheme is None:
         return () if layer.role is Role.HEAD else None
     return tuple((key, value) for key, value in _fields(scheme).items() if top[key] != value)
@@ -107,10 +107,10 @@ def _listed(plan: Plan, layers: Sequence[Layer]) -> list[str]:
     and vLLM finds the packed tensors by itself.
     """
     inside = [layer for layer in layers if layer.block is not None]
-    written = [layer for layer in inside if scheme_of(plan, layer) is not None]
+    written = [layer for layer in inside if plan.scheme_of(layer.name) is not None]
     if len(written) == len(inside) or any(layer.role is Role.EXPERT for layer in written):
         return []
-    written += [layer for layer in layers if layer.role is Role.HEAD and scheme_of(plan, layer)]
+    written += [layer for layer in layers if layer.role is Role.HEAD and plan.scheme_of(layer.name)]
     return [name for layer in written for name in module_names(layer)]
 
 

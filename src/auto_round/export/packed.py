@@ -195,11 +195,6 @@ def top_scheme(
         layers: the layers of the plan.
         fields: what the configuration would say of a scheme.
     """
-    used = Counter(s for layer in layers if layer.block is not None and (s := scheme_of(plan, layer)))
-    used = used or Counter(s for layer in layers if (s := scheme_of(plan, layer)))
+    used = Counter(s for layer in layers if layer.block is not None and (s := plan.scheme_of(layer.name)))
+    used = used or Counter(s for layer in layers if (s := plan.scheme_of(layer.name)))
     return next((s for s in used if fields(s) == fields(plan.scheme)), used.most_common(1)[0][0])
-
-
-def scheme_of(plan: Plan, layer: Layer) -> QuantizationScheme | None:
-    """Scheme of a layer; None when it is kept."""
-    return plan.entries[layer.name].scheme

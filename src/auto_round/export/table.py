@@ -195,11 +195,11 @@ def _writes(exporter: Exporter, scheme: QuantizationScheme) -> bool:
     layers = [
         Layer(f"model.layers.0.{role.name}", "", "", (1024, 1024), torch.bfloat16, 0, role)
         for role in Role
-        if role.value not in KEPT_ROLES
+        if role not in KEPT_ROLES
     ]
     own = scale_dtype([exporter], torch.bfloat16, scheme.data_type)
     scheme = replace(scheme, scale_dtype=own or scheme.scale_dtype)
-    schemes = {layer.name: scheme.for_role(layer.role.value) for layer in layers}
+    schemes = {layer.name: scheme.for_role(layer.role) for layer in layers}
     plan = Plan(scheme, {name: PlanEntry(s if s.quantized else None, "") for name, s in schemes.items()})
     try:
         for scheme in schemes.values():

@@ -57,7 +57,7 @@ def role_table(
     alike: dict[_Key, list[str]] = {}
     told: set[str] = set()
     for layer in anatomy.layers:
-        role, note = _WORDS.get(layer.role, layer.role.value), KEPT_ROLES.get(layer.role.value, "")
+        role, note = _WORDS.get(layer.role, layer.role.value), KEPT_ROLES.get(layer.role, "")
         if layer.role is not Role.HEAD or layer.name == layer.tensor.removesuffix(".weight"):
             told.add(layer.tensor)  # a tied head lies there as the embedding
         alike.setdefault((role, layer.stored_shape, note), []).append(layer.name)
@@ -102,7 +102,7 @@ class _Others:
             return KEPT, "convolution"
         inside = next((p for p in self._blocks if target.startswith(p)), None)
         if inside is not None and self._routes(path.removeprefix(inside), module, leaf):
-            return Role.ROUTER.value, KEPT_ROLES[Role.ROUTER.value]
+            return Role.ROUTER.value, KEPT_ROLES[Role.ROUTER]
         where = "encoder of images or sound" if target.startswith(self._towers) else "no linear layer"
         return KEPT, where
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from auto_round.errors import ConfigError
-from auto_round.facts.layer import Block, Layer
+from auto_round.facts.layer import Block, Layer, Role
 from auto_round.schemes.condense import condense
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.number_types import has_short_groups
@@ -31,20 +31,13 @@ from auto_round.schemes.shapes import (
 )
 from auto_round.schemes.siblings import fused_warnings
 
-__all__ = ["KEPT_ROLES", "PlanRequest", "make_plan"]
-
-ROUTER, HEAD, OUTSIDE, EXPERT, TOWER = "router", "head", "outside the blocks", "expert", "tower"
-MODULATION = "modulation"
-FURTHER = "further layer"
-"""Values of `facts.layer.Role` that the default rules tell apart."""
-
-KEPT_ROLES = {
-    ROUTER: "router",
-    OUTSIDE: "outside the blocks",
-    HEAD: "output head (--quant_lm_head quantizes it)",
-    TOWER: "encoder of images or sound (--quant_nontext_module quantizes it)",
-    MODULATION: "modulation by the timestep (name it in --layer_config to quantize it)",
-    FURTHER: "no module of Transformers runs it (--quant_mtp rounds it without data)",
+KEPT_ROLES: Mapping[Role, str] = {
+    Role.ROUTER: "router",
+    Role.OUTSIDE: "outside the blocks",
+    Role.HEAD: "output head (--quant_lm_head quantizes it)",
+    Role.TOWER: "encoder of images or sound (--quant_nontext_module quantizes it)",
+    Role.MODULATION: "modulation by the timestep (name it in --layer_config to quantize it)",
+    Role.FURTHER: "no module of Transformers runs it (--quant_mtp rounds it without data)",
 }
 """Role -> why its layers are kept unless the user asks for them."""
 
@@ -121,12 +114,10 @@ def _defaults(
     layers: Sequence[Layer], base: QuantizationScheme, request: PlanRequest, chosen: frozenset[int] | None
 ) -> dict[str, _Default]:
     """Layer -> what it gets without rules; `chosen` are the blocks that the user names, None for all."""
-    by_role = {role: _default(role, base, request) for role in {layer.role.value for layer in layers}}
+    by_role = {role: _default(role, base, request) for role in {layer.role for layer in layers}}
     skipped = _Default(PlanEntry(None, "not in to_quant_block_names"), open=False)
     return {
-        layer.name: by_role[layer.role.value]
-        if chosen is None or not _outside(layer, by_role, chosen)
-        else skipped
+        layer.name: by_role[layer.role] if chosen is None or not _outside(layer, by_role, chosen) else skipped
         for layer in layers
     }
 
@@ -137,18 +128,22 @@ def _head(layers: Sequence[Layer], request: PlanRequest) -> str | None:
     Raises:
         ConfigError: there is none, and the user wants it quantized.
     """
-    head = next((layer.name for layer in layers if layer.role.value == HEAD), None)
+    head = next((layer.name for layer in layers if layer.role is Role.HEAD), None)
     if request.quant_lm_head and head is None:
         raise ConfigError("quant_lm_head: this model has no output head; leave the option out")
-    if request.quant_nontext_module and not any(layer.role.value == TOWER for layer in layers):
+    if request.quant_nontext_module and not any(layer.role is Role.TOWER for layer in layers):
         raise ConfigError("quant_nontext_module: this model has no encoder of images or sound; leave it out")
-    if request.quant_mtp and not any(layer.role.value == FURTHER for layer in layers):
+    if request.quant_mtp and not any(layer.role is Role.FURTHER for layer in layers):
         raise ConfigError("quant_mtp: this model has no layers for multi-token prediction; leave it out")
     return head
 
 
-def _default(role: str, base: QuantizationScheme, request: PlanRequest) -> _Default:
-    asked = {HEAD: request.quant_lm_head, TOWER: request.quant_nontext_module, FURTHER: request.quant_mtp}
+def _default(role: Role, base: QuantizationScheme, request: PlanRequest) -> _Default:
+    asked = {
+        Role.HEAD: request.quant_lm_head,
+        Role.TOWER: request.quant_nontext_module,
+        Role.FURTHER: request.quant_mtp,
+    }
     if role in KEPT_ROLES and not asked.get(role, False):
         return _Default(PlanEntry(None, KEPT_ROLES[role]), open=False)
     scheme = base.for_role(role)
@@ -156,13 +151,13 @@ def _default(role: str, base: QuantizationScheme, request: PlanRequest) -> _Defa
     return _Default(PlanEntry(scheme if _changes(scheme) else None, reason), open=True)
 
 
-def _outside(layer: Layer, by_role: Mapping[str, _Default], chosen: frozenset[int]) -> bool:
+def _outside(layer: Layer, by_role: Mapping[Role, _Default], chosen: frozenset[int]) -> bool:
     """Whether the user's choice of blocks leaves out a layer that would be quantized.
 
     It says nothing of what has an option of its own.
     """
-    role = layer.role.value
-    return role not in (HEAD, TOWER, FURTHER) and by_role[role].open and layer.block not in chosen
+    own = layer.role in (Role.HEAD, Role.TOWER, Role.FURTHER)
+    return not own and by_role[layer.role].open and layer.block not in chosen
 
 
 def _changes(scheme: QuantizationScheme) -> bool:
@@ -236,7 +231,7 @@ def _general(
     layers: Sequence[Layer], base: QuantizationScheme, entries: Mapping[str, PlanEntry]
 ) -> list[str]:
     notes = []
-    if base.recipe is not None and all(layer.role.value != EXPERT for layer in layers):
+    if base.recipe is not None and all(layer.role is not Role.EXPERT for layer in layers):
         widths = {entry.label for entry in entries.values() if entry.scheme is not None and not entry.fixed}
         notes.append(
             f"{base.recipe} is meant for routed experts, this model has none: {', '.join(sorted(widths))}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError, nearest
+from auto_round.facts.layer import Role
 from auto_round.schemes.number_types import NUMBER_TYPES, inputs_of, spellings, weights_of
 from auto_round.schemes.type_columns import InputFields
 from auto_round.schemes.vocabulary import BITS, KEPT_BITS, MIXED_PRESETS, SCALE_DTYPES, spelled
@@ -153,8 +154,8 @@ class QuantizationScheme(Mapping[str, Any]):
         """
         return _merge(cls(), values)
 
-    def for_role(self, role: str) -> QuantizationScheme:
-        """The scheme that a layer of this role (a value of `facts.layer.Role`) gets."""
+    def for_role(self, role: Role) -> QuantizationScheme:
+        """The scheme that a layer of this role gets."""
         changes = MIXED_PRESETS[self.recipe].get(role, {}) if self.recipe else {}
         return replace(self, recipe=None, **changes) if self.recipe else self
 
@@ -303,7 +304,7 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
     "INT8": _row(8, -1, **_dynamic(8, -1, "int")),
     "INT8_W8A8": _row(8, -1, **_dynamic(8, -1, "int")),
     "INT4": _row(4, -1, **_dynamic(4, -1, "int")),
-    # Known names of formats that are not computed yet; `weight_format` says so. FP8_BLOCK means 128 x 128.
+    # MXINT4 and NVFP4_E5M3 are known names of formats that are not computed yet; `weight_format` says so.
     "MXFP4": _row(4, 32, "mx_fp", **_dynamic(4, 32, "mx_fp")),
     "MXFP4_RCEIL": _row(4, 32, "mx_fp", **_dynamic(4, 32, "mx_fp_rceil")),
     "MXFP6": _row(6, 32, "mx_fp", **_dynamic(6, 32, "mx_fp")),
@@ -314,6 +315,7 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
     "NVFP4_E5M3": _row(4, 16, "nvfp4_v2", **_dynamic(4, 16, "nvfp4_v2")),
     "FPW8A16": _row(8, 0, "fp"),
     "FP8_STATIC": _row(8, -1, "fp", **_dynamic(8, 0, "fp") | {"act_dynamic": False}),
+    # Blocks of 128 x 128 weights.
     "FP8_BLOCK": _row(8, 128, "fp_block", **_dynamic(8, 128, "fp")),
     "GGUF:Q4_0": _row(4, 32, "int_gguf"),
     "GGUF:Q4_1": _row(4, 32, **_Q4_1),

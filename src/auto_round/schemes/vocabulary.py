@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from auto_round.errors import ConfigError, nearest
+from auto_round.facts.layer import Role
 
 KEPT_BITS = 16
 """Width from which numbers are no codes: a layer of so many bits is kept as it is, inputs are not rounded."""
@@ -19,13 +20,13 @@ SCALE_DTYPES: dict[str, dict[str, Any]] = {
 }
 """Accepted spellings of the step's dtype."""
 
-MIXED_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "W4A16_MIXED": {"linear": {"bits": 8}, "shared expert": {"bits": 8}, "head": {"bits": 8}},
+MIXED_PRESETS: dict[str, dict[Role, dict[str, Any]]] = {
+    "W4A16_MIXED": {Role.LINEAR: {"bits": 8}, Role.SHARED_EXPERT: {"bits": 8}, Role.HEAD: {"bits": 8}},
 }
-"""Presets of several schemes: role of a layer (`facts.layer.Role`) -> fields that differ from the scheme."""
+"""Presets of several schemes: role of a layer -> fields that differ from the scheme."""
 
 
-def spelled(field: str, value: Any, table: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def spelled(field: str, value: Any, table: Mapping[str, dict[Any, Any]]) -> dict[str, Any]:
     """Row of `table` for one of its spellings; case, `_` and a leading `torch.` are ignored.
 
     Documents write `mxfp`, `mxfp_rceil` and `nvfp4` for what folders call `mx_fp` and so on.

@@ -191,6 +191,7 @@ def test_refusals_name_each_kernel(without_program):
         "cpu_avx512",
         "cpu_int4",
         "cpu_int8",
+        "cpu_float",
         "fp8_scaled_mm",
         "triton",
         "torch_int4",

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 
 from auto_round.kernels.cpu_avx512 import CpuAvx512Kernel
+from auto_round.kernels.cpu_float import CpuFloatKernel
 from auto_round.kernels.cpu_int4 import CpuIntKernel
 from auto_round.kernels.cuda_int4 import CudaInt4Kernel
 from auto_round.kernels.kernel import Kernel, LinearSpec
@@ -22,7 +23,7 @@ from auto_round.kernels.triton_linear import TritonKernel
 from auto_round.numerics.activation_float import CalibratedScale
 from auto_round.numerics.group import Group
 from auto_round.numerics.presets import int_format
-from auto_round.numerics.presets_float import fp8_format
+from auto_round.numerics.presets_float import fp8_format, mx_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,16 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
             _sample(8, "cpu"),
             _HALVES,
         ),
+        "cpu_float": Entry(
+            CpuFloatKernel(),
+            5,
+            ("auto_round:cpu_float",),
+            "cpu",
+            "4, 8 (FP4, FP8)",
+            LinearSpec(mx_format("fp4"), (4096, 4096), torch.bfloat16, "cpu"),
+            tried=True,
+            inputs=True,
+        ),
         "fp8_scaled_mm": Entry(
             ScaledMmKernel(),
             4,
@@ -181,8 +192,8 @@ class StandIn:
     reason: str
 
 
-_OURS = ("triton", "torch_int4", "cpu_avx512", "cpu_int4", "cpu_int8", "torch")
-_ON_CPU_OR_XPU = ("cpu_avx512", "cpu_int4", "cpu_int8", "triton", "torch")
+_OURS = ("triton", "torch_int4", "cpu_avx512", "cpu_int4", "cpu_int8", "cpu_float", "torch")
+_ON_CPU_OR_XPU = ("cpu_avx512", "cpu_int4", "cpu_int8", "cpu_float", "triton", "torch")
 
 _IPEX = StandIn(
     _ON_CPU_OR_XPU,

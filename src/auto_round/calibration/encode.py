@@ -25,8 +25,8 @@ class TextOptions:
 
     Attributes:
         seqlen: cut to this many tokens; None: keep all.
-        use_template: see `chat.render`.
-        system_prompt: see `chat.render`.
+        use_template: see `chat.render_chat`.
+        system_prompt: see `chat.render_chat`.
         images: makes a row of text with images; None where the model reads none.
         at_once: samples that are read together; an image is much to hold.
     """

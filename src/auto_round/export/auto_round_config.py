@@ -32,14 +32,15 @@ from auto_round.schemes.number_types import steps_of, stored_word
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.rules import Kind
 from auto_round.schemes.scheme import QuantizationScheme
+from auto_round.schemes.vocabulary import KEPT_BITS
 from auto_round.version import __version__
 
 PACKING = "packing_format"
 
-KEPT: Mapping[str, Any] = {"bits": 16, "data_type": "float"}
+KEPT: Mapping[str, Any] = {"bits": KEPT_BITS, "data_type": "float"}
 """Entry of a layer inside the blocks that keeps its weights."""
 
-KEPT_INPUTS: Mapping[str, Any] = {"act_bits": 16, "act_data_type": "float"}
+KEPT_INPUTS: Mapping[str, Any] = {"act_bits": KEPT_BITS, "act_data_type": "float"}
 """What a layer's entry says of inputs that are left alone, where the top rounds inputs."""
 
 DEFAULT_FACTS: Mapping[str, Any] = {

@@ -209,7 +209,7 @@ def role_in_block(path: str, out_features: int, experts: frozenset[int]) -> Role
     Args:
         path: module path inside the block, for example `mlp.gate`.
         out_features: rows of its weight.
-        experts: what `facts.expert_counts` gives.
+        experts: what `config_facts.expert_counts` gives.
     """
     if _ROUTER.search(path) or (_MAYBE_ROUTER.search(path) and experts and out_features in experts | {1}):
         return Role.ROUTER

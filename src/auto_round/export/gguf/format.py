@@ -77,7 +77,7 @@ class GgufFormat(Exporter):
 
     @classmethod
     def settle(cls, options: Options, beside: Collection[str]) -> Options:
-        """Scheme and layer rules in GGUF's words, see `request.settle`."""
+        """Scheme and layer rules in GGUF's words, see `request.settle_gguf`."""
         return settle_gguf(options, beside)
 
     @property

@@ -137,7 +137,7 @@ def choose_schemes(
     opened = open_model(request, model=given.model, tokenizer=given.tokenizer)
     candidates = make_candidates(
         opened.source.layers,
-        {option.label: _plan(options, request, opened, option) for option in listed},
+        {option.label: _plan(request, opened, option) for option in listed},
         options.auto.joined,
         fused=_fused(options, request),
     )
@@ -180,7 +180,7 @@ def _base(options: Options, listed: Sequence[Option], index: int) -> str | Mappi
     return gguf_base(options, str(scheme)) if is_gguf(listed[index]) else scheme
 
 
-def _plan(options: Options, request: Request, opened: Opened, option: Option) -> Plan:
+def _plan(request: Request, opened: Opened, option: Option) -> Plan:
     """The plan that gives every layer an option."""
     source = opened.source
     wanted = replace(request.options.scheme, scheme=option.scheme)

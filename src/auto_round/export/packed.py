@@ -131,12 +131,12 @@ def refuse_foreign(who: str, layer: Layer, fmt: Format, layout: Layout) -> Refus
     return (
         refuse_whole(who, layer)
         or refuse_unloadable(who, layer, fmt, layout)
-        or _refuse_scale_dtype(who, layer, fmt)
+        or _refuse_scale_dtype(who, fmt)
         or _refuse_outside(who, layer)
     )
 
 
-def _refuse_scale_dtype(who: str, layer: Layer, fmt: Format) -> Refusal | None:
+def _refuse_scale_dtype(who: str, fmt: Format) -> Refusal | None:
     """Why readers of GPTQ and AWQ folders would round a layer's steps again; None when they would not.
 
     They copy the steps into tensors of the model's dtype, which is float16 in these folders.

@@ -79,7 +79,7 @@ def plan_gguf(
         ]  # a head that the file stores as the embedding
         apart = layer.alone in model.apart
         entries[layer.name] = _entry(base.entries[layer.name], kind, wanted.preset, apart=apart)
-    notes = (*_warnings(base, model, types, wanted), *_left_out(source))
+    notes = (*_warnings(base, model, wanted), *_left_out(source))
     return replace(base, entries=entries, untie_head=False, warnings=notes), types
 
 
@@ -198,7 +198,7 @@ def _left_out(source: ModelSource) -> list[str]:
     return [f"the file holds the language model: {outside} tensors of encoders and projectors are not in it"]
 
 
-def _warnings(base: Plan, model: GgufModel, types: Mapping[str, str], wanted: FileType) -> tuple[str, ...]:
+def _warnings(base: Plan, model: GgufModel, wanted: FileType) -> tuple[str, ...]:
     """What the user may want to change: rules without effect, and rows that K-types cannot hold."""
     base_kind = TYPES[wanted.base]
     narrow = [t for t in model.tensors if is_quantizable(_shape(t)) and not base_kind.fits(t.shape[-1])]

@@ -22,7 +22,8 @@ from auto_round.facts.layer import Layer
 from auto_round.models.folder import FolderSource
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.search import THOROUGH
-from auto_round.schemes.make import PlanRequest, make_plan
+from auto_round.schemes.make import make_plan
+from auto_round.schemes.plan import PlanRequest
 from auto_round.schemes.scheme import QuantizationScheme, parse_scheme
 from auto_round.schemes.shapes import awkward_shape
 from auto_round.tuning.quantized_inputs import quantized_inputs

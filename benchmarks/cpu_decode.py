@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from auto_round.export.compressed_config import compressed_layout
 from auto_round.inference.qlinear import QuantLinear
 from auto_round.kernels.kernel import LinearSpec, rounded_input
 from auto_round.kernels.select import select_kernel
-from auto_round.layouts.table import COMPRESSED_FLOATS, GPTQ_PLAIN
+from auto_round.layouts.table import GPTQ_PLAIN
 from auto_round.numerics.activation_float import CalibratedScale
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.qtensor import QuantizedLayer
@@ -85,7 +86,7 @@ def packed_twin(model: LlamaForCausalLM, shape: Shape) -> LlamaForCausalLM:
     fmt, layout, inputs = int_format(shape.bits, shape.group_size, sym=not shape.asym), GPTQ_PLAIN, None
     if shape.scheme:
         scheme = parse_scheme(shape.scheme)
-        fmt, layout, inputs = scheme.weight_format(), COMPRESSED_FLOATS, scheme.activation_format()
+        fmt, layout, inputs = scheme.weight_format(), compressed_layout(scheme), scheme.activation_format()
     number = inputs.fixed(4.0).number if isinstance(inputs, CalibratedScale) else None
     for name, module in list(twin.named_modules()):
         if isinstance(module, torch.nn.Linear) and (shape.head or name != "lm_head"):

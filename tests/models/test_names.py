@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from auto_round.errors import CheckpointError
 from auto_round.facts.tensor import TensorSpec
+from auto_round.models.fused import Place
 from auto_round.models.names import DiskTensor, Recipe, map_names
-from auto_round.models.places import Locator, Place
+from auto_round.models.places import Locator
 from auto_round.models.skeleton import build_skeleton
 from auto_round.testing.tiny_models import tiny_config
 

@@ -17,7 +17,7 @@ from auto_round.numerics.group import Group
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import MAX_KNOB, Knobs, PartSpec, Scale, legal_step
 from auto_round.numerics.search_groups import GroupRule
-from auto_round.schemes.number_types import CompressedWords, NumberType
+from auto_round.schemes.type_columns import CompressedWords, NumberType
 
 NAME = "made_up"
 EIGHT = torch.float8_e4m3fn

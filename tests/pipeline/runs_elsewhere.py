@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stand_in_device as device
-from pipeline.runs import ROWS, quantize, tree
+from pipeline.runs import ROWS, SIZES, quantize, tree
 
 PADDED = [
     {"input_ids": ids[: 16 - i] + [0] * i, "attention_mask": [1] * (16 - i) + [0] * i}
@@ -74,6 +74,8 @@ def test_runs(tiny, tmp_path, family, given):
     [
         pytest.param("qwen3", {"mlp": "cpu"}, SHORTEST | {"dataset": PADDED}, id="padded"),
         pytest.param("llama", {r"layers\.1": "cpu", "lm_head": "cpu"}, {"quant_lm_head": True}, marks=slow),
+        pytest.param("qwen3_moe", {"mlp.experts": "cpu"}, {}, marks=slow),
+        pytest.param("llama", {"k_proj": "cpu"}, {}, marks=slow),
         pytest.param("llama", {"q_proj": "cpu"}, {"iters": 0}, marks=slow),
         pytest.param("llama", {"q_proj": "cpu"}, {"iters": 0, "disable_opt_rtn": True}, marks=slow),
         pytest.param(
@@ -87,6 +89,36 @@ def test_matrices_are_tuned_where_they_are_placed(tiny, tmp_path, family, placed
         quantize(model, tmp_path / "one", device_map="auto", **given)
         quantize(model, tmp_path / "two", device_map={"": device.NAME, **placed}, **given)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+DIVIDED = {r"experts\.[0-3]\.": "cpu", r"experts\.6\.": "cpu"}
+"""With twelve tokens some of the eight experts have none in some batch."""
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        ("qwen3_moe", {"iters": 1, "verify": False, "dataset": PADDED}),
+        pytest.param("qwen3_moe", {"enable_adam": True, "iters": 4}, marks=slow),
+        pytest.param("qwen3_moe", {"enable_norm_bias_tuning": True, "quant_lm_head": True}, marks=slow),
+        pytest.param("qwen3_moe", {"enable_deterministic_algorithms": True, "iters": 2}, marks=slow),
+        pytest.param(
+            "qwen3_moe", {"scheme": "MXFP4", "group_size": None, "act_bits": 16, "format": "fake"}, marks=slow
+        ),
+        pytest.param("gpt_oss", {"dataset": PADDED}, marks=slow),
+        pytest.param("qwen3_moe", {"iters": 0}, marks=slow),
+        pytest.param("qwen3_moe", {"iters": 0, "disable_opt_rtn": True}, marks=slow),
+        pytest.param("deepseek_v3", {"nblocks": 2}, marks=slow),
+    ],
+)
+def test_experts_of_one_parameter_lie_on_two_devices(tiny, tmp_path, family, given):
+    many = {"deepseek_v3": "n_routed_experts", "gpt_oss": "num_local_experts"}.get(family, "num_experts")
+    inner = "intermediate_size" if family == "gpt_oss" else "moe_intermediate_size"
+    model = tiny(family, **SIZES | {many: 8, "num_experts_per_tok": 3, inner: 32})
+    for folder, placed in (("one", {}), ("two", DIVIDED)):
+        with device.OnDevice():
+            quantize(model, tmp_path / folder, device_map={"": device.NAME, **placed}, **given)
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
 @slow

@@ -9,7 +9,7 @@ import torch
 
 from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.pipeline.deciding.placement import module_of, place_layers
+from auto_round.pipeline.deciding.placement import Piece, module_of, place_layers
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.machine.device import Devices
 from auto_round.pipeline.running.placed import put_modules
@@ -70,22 +70,65 @@ def test_a_name_that_finds_nothing_is_refused(source, key):
         placed(source, (key, ONE))
 
 
-def test_experts_of_one_module_stay_together(source):
+def test_experts_of_one_module_are_divided(source):
+    found = place_layers(Devices(CPU, (ONE, TWO), (("experts.0", ONE), (r"experts\.[12]\.", TWO))), source)
+    module = "model.layers.0.mlp.experts"
+    assert found.divided[module] == (Piece((0,), ONE), Piece((1, 2), TWO), Piece((3,), CPU))
+    assert found.devices == (CPU, ONE, TWO)
+    assert found.kinds[:2] == [f"{module} 0-0: cuda", f"{module} 1-2: cuda"]
+    at = {a.expert: (found.of(a), found.piece_of(a)) for a in source.layers if module_of(a) == module}
+    assert at == {0: (ONE, (0, 0)), 1: (TWO, (1, 0)), 2: (TWO, (1, 1)), 3: (CPU, (2, 0))}
+    assert found.inside({"0": "model.layers.0"}) == {
+        "0.mlp.experts.pieces.0": ONE,
+        "0.mlp.experts.pieces.1": TWO,
+        "0.mlp.experts.pieces.2": CPU,
+    }
+
+
+def test_matrices_of_one_expert_stay_together(source):
     with pytest.raises(UnsupportedError, match="share a device"):
-        placed(source, ("experts.0", ONE), ("experts.1", TWO))
+        placed(source, (r"experts\.0\.down_proj", ONE))
+
+
+def test_experts_that_do_not_say_how_they_compute_stay_together(source):
+    with pytest.raises(UnsupportedError, match="share a device"):
+        place_layers(Devices(CPU, (ONE,), (("experts.0", ONE),)), Undividable(source))
+
+
+def test_experts_whose_inputs_are_rounded_stay_together(tiny):
+    given = {
+        **SHORT,
+        "model": str(tiny("qwen3_moe", moe_intermediate_size=32)),
+        "output_dir": "out",
+        "format": "fake",
+    }
+    job = prepare(build_options({**given, "scheme": "INT8", "group_size": None}), dataset=ROWS)
+    with pytest.raises(UnsupportedError, match="flows into its experts is rounded"):
+        place_layers(Devices(CPU, (ONE,), (("experts.0", ONE),)), job.source, job.plan)
+    assert not place_layers(Devices(CPU, (ONE,)), job.source, job.plan).divided
+
+
+class Undividable:
+    """The model with experts of an unknown kind."""
+
+    def __init__(self, source):
+        self.layers, self.tensors = source.layers, source.tensors
+
+    def tells_experts_apart(self, parameter):
+        return False
 
 
 def test_matrices_are_spread_evenly(source):
-    found = place_layers(Devices(CPU, (ONE, TWO)), source).elsewhere
+    found_at = place_layers(Devices(CPU, (ONE, TWO)), source)
     held = {CPU: 0, ONE: 0, TWO: 0}
     for layer in source.layers:
         if layer.block == 0:
-            held[found.get(module_of(layer), CPU)] += math.prod(layer.shape)
-    largest = max(math.prod(a.shape) for a in source.layers if a.expert is None and a.block == 0)
-    experts = sum(math.prod(a.shape) for a in source.layers if a.expert is not None and a.block == 0)
-    rest = sorted(held.values())[:2]
-    assert max(held.values()) == experts
-    assert rest[1] - rest[0] <= largest
+            held[found_at.of(layer)] += math.prod(layer.shape)
+    largest = max(math.prod(a.shape) for a in source.layers if a.block == 0)
+    assert max(held.values()) - min(held.values()) <= 3 * largest
+    pieces = found_at.divided["model.layers.0.mlp.experts"]
+    assert sorted(e for piece in pieces for e in piece.experts) == [0, 1, 2, 3]
+    assert all(piece.experts[-1] - piece.experts[0] == len(piece.experts) - 1 for piece in pieces)
 
 
 def test_one_device_spreads_nothing(source):

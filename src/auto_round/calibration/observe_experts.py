@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from auto_round.calibration.observe import InputExtremes, InputMoments, MaskOf
 from auto_round.errors import NumericsError
 from auto_round.facts.inputs import expert_of
+from auto_round.models.divided_experts import DividedExperts, name_in_piece
 from auto_round.models.experts import (
     ExpertCall,
     ExpertParts,
@@ -36,8 +38,8 @@ class ExpertMoments:
         experts: the sums of each expert.
     """
 
-    def __init__(self, count: int) -> None:
-        self.experts = tuple(InputMoments() for _ in range(count))
+    def __init__(self, experts: Sequence[InputMoments]) -> None:
+        self.experts = tuple(experts)
 
     def matrix(self, index: int) -> InputMoments:
         """The sums of one expert."""
@@ -126,8 +128,12 @@ class _Watch:
         self, module: nn.Module, call: ExpertCall, parts: ExpertParts, groups: list[tuple[int, Tensor]]
     ) -> None:
         """What flows between the two products, which the module keeps to itself: computed once more."""
-        k, up = call.chosen.shape[-1], multiply_by(module, parts.up)
-        inner = [between(module, up(expert, call.hidden[at // k])) for expert, at in groups]
+        k = call.chosen.shape[-1]
+        if isinstance(module, DividedExperts):
+            up, gated = module.multiply_by(parts.up), module.between
+        else:
+            up, gated = multiply_by(module, parts.up), partial(between, module)
+        inner = [gated(up(expert, call.hidden[at // k])) for expert, at in groups]
         energy = torch.zeros(call.chosen.numel(), dtype=torch.float32, device=call.hidden.device)
         counted = torch.zeros_like(energy, dtype=torch.bool)
         for (_, at), x in zip(groups, inner, strict=True):
@@ -238,16 +244,18 @@ def observe_experts(
     tokens: dict[str, Tensor] = {}
     moments: dict[str, ExpertMoments] = {}
     handles = []
-    for name, module in block.named_modules():
+    for name, module in _modules_of_experts(block):
         count = _experts(module)
-        if not count:
-            continue
         prefix = f"{name}." if name else ""
-        inside = {n.removeprefix(prefix): n for n in measured if n.rpartition(".")[0] == name}
-        own = {n: ExpertMoments(count) for n in inside}
+        own: dict[str, ExpertMoments] = {}
+        for parameter, experts in _parameters(module).items():
+            names = [n for n in experts if f"{prefix}{n}" in measured]
+            if names:
+                own[parameter] = ExpertMoments([InputMoments() for _ in range(count)])
+                each = own[parameter].experts
+                moments |= {f"{prefix}{n}": ExpertMoments([each[e] for e in experts[n]]) for n in names}
         tokens[name] = torch.zeros(count, dtype=torch.int64, device="cpu")
-        moments |= {inside[n]: each for n, each in own.items()}
-        watch = _Watch(tokens[name], ExpertParts.of(module), own, rows_of, mask_of)
+        watch = _Watch(tokens[name], _parts(module), own, rows_of, mask_of)
         handles.append(module.register_forward_pre_hook(watch, with_kwargs=True))
     try:
         yield SeenExperts(tokens, moments)
@@ -256,6 +264,31 @@ def observe_experts(
             handle.remove()
 
 
+def _modules_of_experts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold experts, by their names; one that is cut into pieces as a whole."""
+    inside = tuple(f"{n}." for n, module in block.named_modules() if isinstance(module, DividedExperts))
+    for name, module in block.named_modules():
+        if _experts(module) and not name.startswith(inside):
+            yield name, module
+
+
+def _parts(module: nn.Module) -> ExpertParts | None:
+    return module.parts if isinstance(module, DividedExperts) else ExpertParts.of(module)
+
+
+def _parameters(module: nn.Module) -> dict[str, dict[str, Sequence[int]]]:
+    """Parameter of the whole module -> its own name, or those of its pieces -> their experts."""
+    if isinstance(module, DividedExperts):
+        return {
+            own: {name_in_piece(own, i): share for i, share in enumerate(module.shares)}
+            for own in (module.parts.up, module.parts.down)
+        }
+    stacks = [n for n, p in module.named_parameters(recurse=False) if p.dim() == _FUSED]
+    return {own: {own: range(_experts(module))} for own in stacks}
+
+
 def _experts(module: nn.Module) -> int:
     """Number of experts that the module itself holds in one parameter; 0 for none."""
+    if isinstance(module, DividedExperts):
+        return module.parts.count
     return max((len(p) for p in module.parameters(recurse=False) if p.dim() == _FUSED), default=0)

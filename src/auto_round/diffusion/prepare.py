@@ -283,7 +283,7 @@ def _job(request: Request, source: ReplayedSource) -> Job:
         device=request.device,
         dtype=decided.dtype,
         output=request.output,
-        placement=place_layers(request.devices, source),
+        placement=place_layers(request.devices, source, decided.plan),
         files=TRANSFORMERS if isinstance(source, EncoderSource) else DIFFUSERS,
     )
 

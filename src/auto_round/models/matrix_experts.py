@@ -8,9 +8,11 @@ product of Transformers: outputs and gradients are the same bits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +106,9 @@ class MatrixExperts(nn.Module):
                 setattr(self, name, vars(fused)[name])
         for name, parameter in fused.named_parameters(recurse=False):
             turn = self._transposed and name in self.matrices
-            own = nn.Parameter(_turned(parameter), requires_grad=False) if turn else parameter
-            self.register_parameter(name, own)
+            # One of its own: when this module goes to another device, nobody else holds the weights.
+            own = _turned(parameter) if turn else parameter.detach()
+            self.register_parameter(name, nn.Parameter(own, requires_grad=False))
         for name, buffer in fused.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
         for name, child in fused.named_children():
@@ -124,6 +127,11 @@ class MatrixExperts(nn.Module):
             return getattr(self._fused[0], name)
 
     @property
+    def parts(self) -> ExpertParts:
+        """Names of the parameters that hold a matrix for each expert, and how many there are."""
+        return self._parts
+
+    @property
     def matrices(self) -> tuple[str, str]:
         """Names of the parameters that hold a matrix for each expert."""
         return self._parts.up, self._parts.down
@@ -132,6 +140,23 @@ class MatrixExperts(nn.Module):
     def turned(self) -> tuple[str, ...]:
         """Those that the model keeps as `[n_experts, in, out]`."""
         return self.matrices if self._transposed else ()
+
+    def part(self, share: Sequence[int]) -> MatrixExperts:
+        """A module with some of the experts, numbered in this order; weights are copied.
+
+        What follows the second product is left out: it is that of all experts.
+        """
+        memo: dict[int, object] = {id(x): x for x in [vars(self).get("config")] if x is not None}
+        for own in self.parameters(recurse=False):
+            of_share = own.detach()[torch.tensor(share, dtype=torch.int64, device=own.device)]
+            memo[id(own)] = nn.Parameter(of_share, requires_grad=False)
+        found = copy.deepcopy(self, memo)
+        found._parts = replace(self._parts, count=len(share))
+        for said in (found, found._fused[0]):
+            cast("Any", said).num_experts, cast("Any", said).has_post_expert_norm = len(share), False
+        for name, _ in self.named_children():
+            delattr(found, name)
+        return found
 
     def keep(self, dtype: torch.dtype) -> None:
         """Leave the matrices in their dtype: the block computes in another one."""

@@ -61,7 +61,7 @@ def refuse_several(job: Job) -> None:
     Raises:
         ConfigError: it is such a run.
     """
-    if job.fresh and job.placement is not None and job.placement.elsewhere:
+    if job.fresh and job.placement is not None and job.placement.several:
         raise ConfigError(
             "distill_steps runs on one device, and device_map names several: leave it out, or give one device"
         )

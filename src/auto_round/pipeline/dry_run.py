@@ -180,7 +180,7 @@ def _on_paper(job: Job, work: Workload, machines: Machines) -> Paper:
 
     def spread(count: int) -> dict[str, torch.device]:
         devices = [torch.device("cuda", i) for i in range(count)]
-        placement = place_layers(Devices(devices[0], tuple(devices[1:])), job.source)
+        placement = place_layers(Devices(devices[0], tuple(devices[1:])), job.source, job.plan)
         placed = {layer.name: placement.of(layer) for layer in job.source.layers}
         return {name: device for name, device in placed.items() if device != devices[0]}
 

@@ -74,7 +74,7 @@ def _asks_plain(options: Options) -> bool:
 
 def _telling(job: Job) -> Rules | None:
     """What to tell the others; None where they need the model, or several devices each."""
-    several = job.placement is not None and job.placement.elsewhere
+    several = job.placement is not None and job.placement.several
     if job.rows is not None or several or not isinstance(job.source.files, (Checkpoint, Unpacked)):
         return None
     return Rules.of(job)

@@ -89,7 +89,8 @@ def tune_block(
     weights = _starting_points(block, tasks, effort, ranks)
     if not len(samples):
         raise ConfigError("no samples to tune on: give some, or iters=0 to round without tuning")
-    with torch.enable_grad():
+    # In one thread gradients are added in the order of the forward pass, whichever devices they come from.
+    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         return _Loop(block, weights, samples, held_out or samples, config, generator, objective).run()
 
 

@@ -99,7 +99,7 @@ def tuning_steps(job: Job) -> TuningSteps | None:
         rounds_inputs=bool(activation_formats(job.plan, source.layers)),
         operations=step_operations(source.layers, length, job.tune),
         device=job.device,
-        several=job.placement is not None and bool(job.placement.elsewhere),
+        several=job.placement is not None and job.placement.several,
         stacks=any(layer.expert is not None for layer in source.layers),
     )
 

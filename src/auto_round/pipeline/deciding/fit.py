@@ -42,7 +42,7 @@ def _arranged(job: Job) -> Job:
     if job.free:
         alone = plan_memory(job)
         if not alone.fits or alone.level.rounds_again:
-            return replace(job, placement=place_layers(Devices(job.device, job.free), job.source))
+            return replace(job, placement=place_layers(Devices(job.device, job.free), job.source, job.plan))
     wanted = job.memory.targets_ahead
     at = job.free[0] if job.free else job.device if wanted == "on" else None
     if at is None or wanted == "off" or not job.tune.needs_rows:

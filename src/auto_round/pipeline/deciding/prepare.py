@@ -87,6 +87,6 @@ def put_together(request: Request, opened: Opened, decided: Decided, data: Data)
         importance=decided.importance,
         caches=decided.caches,
         fresh=data.fresh,
-        placement=place_layers(request.devices, opened.source),
+        placement=place_layers(request.devices, opened.source, decided.plan),
         free=request.devices.free,
     )

@@ -59,11 +59,14 @@ WORKSPACE = 12 << 20
 
 def stages_of(work: Workload, level: Level) -> tuple[Stage, ...]:
     """What each stage of a run holds at a level."""
-    parameters: dict[str, int] = {}
+    parameters: dict[tuple[str, object], int] = {}
+    experts: dict[tuple[str, int | None], int] = {}
     for layer in work.source.layers:
-        parameters[layer.parameter] = parameters.get(layer.parameter, 0) + math.prod(layer.shape)
-    numbers = {layer.expert for layer in work.source.layers if layer.expert is not None}
-    return _Demand(work, measure_sizes(work), level, parameters, len(numbers)).stages()
+        count = math.prod(layer.shape)
+        there, own = (layer.parameter, work.elsewhere.get(layer.name)), (layer.parameter, layer.expert)
+        parameters[there] = parameters.get(there, 0) + count
+        experts[own] = experts.get(own, 0) + count
+    return _Demand(work, measure_sizes(work), level, parameters, experts).stages()
 
 
 _OF_LOOP = ("offsets and ranges", "optimizer", "rounding", "activations and gradients")
@@ -78,15 +81,16 @@ class _Demand:
         work: the run.
         sizes: of its parts.
         level: how it is run.
-        parameters: parameter -> weights in it: fused experts are rounded as one.
-        experts: how many there are of one parameter.
+        parameters: parameter and device (None: the main one) -> its weights there: the fused experts of a
+            device are rounded as one.
+        experts: parameter and expert -> weights of that.
     """
 
     work: Workload
     sizes: Sizes
     level: Level
-    parameters: Mapping[str, int]
-    experts: int = 0
+    parameters: Mapping[tuple[str, object], int]
+    experts: Mapping[tuple[str, int | None], int]
 
     def stages(self) -> tuple[Stage, ...]:
         if not self.sizes.tokens:
@@ -287,8 +291,9 @@ class _Demand:
 
     def _together(self, layer: Layer) -> int:
         """Weights that are rounded at once with those of a layer: its parameter, or its expert."""
-        whole = self.parameters[layer.parameter]
-        return whole // max(1, self.experts) if self._by_matrix(layer) else whole
+        if self._by_matrix(layer):
+            return self.experts[layer.parameter, layer.expert]
+        return self.parameters[layer.parameter, self.work.elsewhere.get(layer.name)]
 
     def _backward(self, layers: list[Layer], tuned: int) -> int:
         """Gradients of the loss by rounded weights, while activations are still there."""

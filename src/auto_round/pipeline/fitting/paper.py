@@ -76,7 +76,7 @@ class Paper:
             how += f", matrices of a block spread over {self.spread} accelerators"
             how += " each" if self.ranks > 1 else ""
         largest = max(self.plan.device_bytes, self.largest_other)
-        verdict = "" if self.fits else ": TOO LITTLE (experts that one tensor holds stay on one accelerator)"
+        verdict = "" if self.fits else ": TOO LITTLE"
         per_block = self.seconds / max(1, self.blocks)
         lines = (
             f"{name}, on paper: {how}; {self.plan.level.text}",

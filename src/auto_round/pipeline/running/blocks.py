@@ -15,6 +15,7 @@ from auto_round.errors import InternalError, NumericsError
 from auto_round.facts.attention import Attention
 from auto_round.facts.inputs import input_of
 from auto_round.facts.layer import Layer
+from auto_round.models.divided_experts import name_in_piece, whole_names
 from auto_round.models.matrix_experts import matrix_experts
 from auto_round.models.source import CPU
 from auto_round.numerics.activation import ActivationFormat
@@ -32,7 +33,7 @@ from auto_round.pipeline.running.hard_cases import by_kind
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.input_squares import InputSquares
 from auto_round.pipeline.running.last_block import by_predictions
-from auto_round.pipeline.running.placed import put_modules
+from auto_round.pipeline.running.placed import divide_modules, put_modules
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.unit import ALL_TO_DO, Turn, Unit, tune_unit
 from auto_round.tuning.objective import Objective
@@ -146,13 +147,14 @@ def opened_unit(job: Job, indices: Sequence[int], table: ArgumentTable) -> Itera
     Raises:
         NumericsError: a weight is not finite; names the tensor.
     """
-    placed = job.placement if job.placement is not None and job.placement.elsewhere else None
+    placed = job.placement if job.placement is not None and job.placement.several else None
     prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
     with ExitStack() as stack:
         first_at = job.device if placed is None else CPU
         blocks = [stack.enter_context(job.source.block(i, first_at)) for i in indices]
         group = BlockGroup(blocks, [job.source.blocks[i].flow for i in indices])
         if placed is not None:
+            divide_modules(group, placed.shares_inside(prefixes))
             put_modules(group, placed.inside(prefixes), job.device)
         refuse_not_finite(group, prefixes)
         yield make_unit(job, indices, group, table)
@@ -199,8 +201,17 @@ def _formats(job: Job, indices: Sequence[int]) -> dict[str, Format]:
     for layer in job.source.layers:
         fmt = job.plan.format_of(layer.name)
         if layer.block in indices and fmt is not None:
-            found[inside_group(job, indices, layer)] = fmt
+            found[_place_of(job, indices, layer)[0]] = fmt
     return found
+
+
+def _place_of(job: Job, indices: Sequence[int], layer: Layer) -> tuple[str, int | None]:
+    """Name of a layer's parameter inside the group, and its expert there: some are cut into pieces."""
+    name = inside_group(job, indices, layer)
+    piece = None if job.placement is None else job.placement.piece_of(layer)
+    if piece is None:
+        return name, layer.expert
+    return name_in_piece(name, piece[0]), piece[1]
 
 
 def inside_group(job: Job, indices: Sequence[int], layer: Layer) -> str:
@@ -228,12 +239,14 @@ def cast_group(job: Job, group: BlockGroup, indices: Sequence[int]) -> None:
     for position, index in enumerate(indices):
         dtypes = job.source.block_dtypes(index, job.dtype)
         block = group.get_submodule(str(position))
+        whole = whole_names(block)
         for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
             experts = matrix_experts(block, name) if tensor.dim() > MATRIX else None
+            dtype = dtypes.get(whole[name][0] if name in whole else name, tensor.dtype)
             if experts is not None and tensor.device.type == "cpu":
-                experts.keep(dtypes[name])
+                experts.keep(dtype)
             elif tensor.is_floating_point():
-                tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+                tensor.data = tensor.data.to(dtype)
 
 
 def outside(name: str, prefixes: Mapping[str, str]) -> str:
@@ -246,7 +259,7 @@ def _observed(job: Job, indices: Sequence[int], formats: Mapping[str, Format]) -
     """Parameters whose inputs are measured: quantized ones for the search, all for an imatrix file."""
     names = list(formats) if job.tune.search else []
     if job.saves_imatrix:
-        names = [inside_group(job, indices, layer) for layer in job.source.layers if layer.block in indices]
+        names = [_place_of(job, indices, layer)[0] for layer in job.source.layers if layer.block in indices]
     return list(dict.fromkeys(names))
 
 
@@ -259,9 +272,9 @@ def _inputs_of(
     """Name of a matrix in the source -> mean squares of its inputs, for the blocks of the group."""
     found: dict[str, InputSquares] = {}
     for layer in job.source.layers:
-        name = inside_group(job, indices, layer) if layer.block in indices else ""
+        name, expert = _place_of(job, indices, layer) if layer.block in indices else ("", None)
         if name in importance:
-            of_stack = 0 if layer.expert is None else layer.expert
+            of_stack = 0 if expert is None else expert
             seen, sums = importance[name].matrix(of_stack), moments[name].matrix(of_stack)
             if seen is not None:
                 found[layer.alone] = InputSquares(seen.squares.cpu(), sums.count)
@@ -289,10 +302,10 @@ def layers_of(
     found: dict[str, tuple[Layer, QuantizedLayer]] = {}
     for layer in job.source.layers:
         if layer.block in indices and job.plan.format_of(layer.name) is not None:
-            index = () if layer.expert is None else (layer.expert,)
+            name, expert = _place_of(job, indices, layer)
+            index = () if expert is None else (expert,)
             rows = slice(None) if layer.rows is None else slice(*layer.rows)
-            name = inside_group(job, indices, layer)
-            inputs = activations.get(input_of(name, layer.expert))
+            inputs = activations.get(input_of(name, expert))
             scale = inputs.number if isinstance(inputs, FixedScale) else None
             zero = inputs.zero if isinstance(inputs, FixedInt) else None
             found[layer.name] = (layer, QuantizedLayer(weights[name].take(index, rows), scale, zero))

@@ -33,24 +33,32 @@ def relative_error(rounded: Tensor, original: Tensor, squares: Tensor | None) ->
         `sum(squares * (rounded - original)**2) / sum(squares * original**2)`; 0 for a matrix of zeros.
     """
     matrices = (x.reshape(-1, *x.shape[-2:]) for x in (rounded, original))
-    return stack_error(zip(*matrices, strict=True), squares)
+    return share_of_error(matrix_errors(zip(*matrices, strict=True), squares))
 
 
-def stack_error(pairs: Iterable[tuple[Tensor, Tensor]], squares: Tensor | None) -> float:
-    """The same of a stack of matrices that are given one by one, so that they need not exist all at once.
+def matrix_errors(
+    pairs: Iterable[tuple[Tensor, Tensor]], squares: Tensor | None
+) -> list[tuple[float, float]]:
+    """Numerator and denominator of `relative_error` for each matrix of a stack.
 
     Args:
-        pairs: of each matrix `[out, in]`, as it would come back from its codes and before rounding.
+        pairs: of each matrix `[out, in]`, as it would come back from its codes and before rounding. They are
+            asked for one by one, so that they need not exist all at once.
         squares: as for `relative_error`.
     """
-    error = energy = 0.0
+    found = []
     for i, (rounded, original) in enumerate(pairs):
         if squares is None:
             each = torch.ones(original.shape[-1], dtype=torch.float32, device=original.device)
         else:
             each = (squares[i] if squares.dim() > 1 else squares).to(original.device)
-        one, all_of_it = _squared(rounded, original, each)
-        error, energy = error + one, energy + all_of_it
+        found.append(_squared(rounded, original, each))
+    return found
+
+
+def share_of_error(parts: Sequence[tuple[float, float]]) -> float:
+    """`relative_error` of several matrices from what `matrix_errors` found."""
+    error, energy = (sum(each) for each in zip(*parts, strict=True))
     return error / energy if energy > 0 else 0.0
 
 

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as tree
+
+from auto_round.errors import InternalError
+from auto_round.models.divided_experts import DividedExperts
+from auto_round.models.matrix_experts import MatrixExperts
+
+
+def divide_modules(group: nn.Module, shares: Mapping[str, Sequence[Sequence[int]]]) -> None:
+    """Cut modules of fused experts of a group of blocks into pieces.
+
+    Args:
+        group: a copy that belongs to the run; it is changed.
+        shares: module of the group -> the experts of each piece.
+    """
+    for name, each in shares.items():
+        parent, _, own = name.rpartition(".")
+        whole = group.get_submodule(name)
+        if not isinstance(whole, MatrixExperts):
+            raise InternalError(f"{name} cannot be cut into pieces")
+        setattr(group.get_submodule(parent), own, DividedExperts(whole, each))
 
 
 def put_modules(group: nn.Module, devices: Mapping[str, torch.device], main: torch.device) -> None:
@@ -20,14 +39,21 @@ def put_modules(group: nn.Module, devices: Mapping[str, torch.device], main: tor
         main: where everything else goes, and where modules take their inputs from and give their outputs to.
     """
     for name, module in group.named_modules():
-        device = devices.get(name, main)
+        device = _device_of(name, devices, main)
         for own, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, own, nn.Parameter(parameter.detach().to(device), requires_grad=False))
         for own, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, own, buffer.to(device))
-        if device != main:
+        if device != main and name in devices:
             module.register_forward_pre_hook(partial(_fetch, device), with_kwargs=True)
             module.register_forward_hook(partial(_hand_back, main))
+
+
+def _device_of(module: str, devices: Mapping[str, torch.device], main: torch.device) -> torch.device:
+    """Device of a module, or of the one that it is part of."""
+    while module and module not in devices:
+        module = module.rpartition(".")[0]
+    return devices.get(module, main)
 
 
 def _fetch(

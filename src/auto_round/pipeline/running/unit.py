@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,6 +19,7 @@ from auto_round.calibration.observe_experts import (
 from auto_round.facts.attention import Attention
 from auto_round.facts.flow import States
 from auto_round.facts.inputs import WEIGHT, expert_of, owner_of
+from auto_round.models.divided_experts import whole_names
 from auto_round.models.matrix_experts import computes_in, matrix_experts, using
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
@@ -33,7 +34,7 @@ from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.attention_states import StateRanges, observe_states, rounded_states
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
-from auto_round.pipeline.running.hard_cases import relative_error, stack_error
+from auto_round.pipeline.running.hard_cases import matrix_errors, share_of_error
 from auto_round.pipeline.running.input_ranges import InputRanges, settle_ranges
 from auto_round.pipeline.running.seen_together import SummedMoments, join_ranges, pieces
 from auto_round.pipeline.running.shared_numbers import bind_tied, tied_layers
@@ -228,7 +229,7 @@ def tune_unit(
 def _as_multiplied(unit: Unit, name: str, q: QTensor, dtype: torch.dtype) -> Tensor | CodedStack:
     """A rounded weight as the block multiplies by it from now on; stacks of matrices stay codes."""
     own, rounds = unit.originals[name].dtype, unit.rounds_input_of(name)
-    if unit.device.type == "cpu" and matrix_experts(unit.group, name) is not None:
+    if unit.originals[name].device.type == "cpu" and matrix_experts(unit.group, name) is not None:
         return CodedStack(q, _held(q, own, dtype, rounds))
     return as_read(q, own, dtype, rounds).to(unit.originals[name].device)
 
@@ -243,18 +244,19 @@ def _state_steps(unit: Unit, seen: Mapping[str, StateRanges]) -> dict[str, dict[
 def _errors(
     unit: Unit, rounded: Mapping[str, Tensor | CodedStack], importance: Mapping[str, AnyImportance]
 ) -> dict[str, float]:
-    """Share of each layer's output that rounding changed, by the name of its weight."""
-    found = {}
+    """Share of each layer's output that rounding changed, by the name of its weight, pieces together."""
+    whole, found = whole_names(unit.group), dict[str, dict[int, tuple[float, float]]]()
     for name, value in rounded.items():
-        original = unit.originals[name]
+        originals = unit.originals[name].reshape(-1, *unit.originals[name].shape[-2:])
         squares = importance[name].squares if name in importance else None
         if isinstance(value, Tensor):
-            found[name] = relative_error(value, original, squares)
+            matrices: Iterable[Tensor] = value.reshape(originals.shape)
         else:
-            dtype = computes_in(unit.group, name)
-            pairs = ((value.matrix(i, dtype), matrix) for i, matrix in enumerate(original))
-            found[name] = stack_error(pairs, squares)
-    return found
+            matrices = map(partial(value.matrix, dtype=computes_in(unit.group, name)), range(len(originals)))
+        parts = matrix_errors(zip(matrices, originals, strict=True), squares)
+        owner, experts = whole.get(name, (name, range(len(parts))))
+        found.setdefault(owner, {}).update(zip(experts, parts, strict=True))
+    return {name: share_of_error([parts[i] for i in sorted(parts)]) for name, parts in found.items()}
 
 
 def as_read(q: QTensor, own: torch.dtype, dtype: torch.dtype, rounds_inputs: bool) -> Tensor:

@@ -128,6 +128,17 @@ INLINED void add(float *to, const float *x, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[i] += x[i];
 }
 
+INLINED void zero(float *x, int64_t count) {
+    for (int64_t i = 0; i < count; i++) x[i] = 0;
+}
+
+/* A sum of `count` numbers: few of them fill no level but the first. */
+INLINED void begin(Sum *sum, int64_t count) {
+    zero(sum->level[0], WIDE);
+    for (int level = 1; count >= PIECE && level < LEVELS; level++) zero(sum->level[level], WIDE);
+    sum->done = 0;
+}
+
 /* The next PIECE numbers of a sum; fewer are the last ones. */
 INLINED void add_piece(Sum *sum, const float *x, int64_t count) {
     for (int64_t at = 0; at + WIDE <= count; at += WIDE) add(sum->level[0], x + at, WIDE);
@@ -136,7 +147,7 @@ INLINED void add_piece(Sum *sum, const float *x, int64_t count) {
     int64_t full = STEP;
     for (int level = 1; level < LEVELS; level++, full *= STEP) {
         add(sum->level[level], sum->level[level - 1], WIDE);
-        memset(sum->level[level - 1], 0, sizeof sum->level[0]);
+        zero(sum->level[level - 1], WIDE);
         if (sum->done % (full * STEP)) break;
     }
 }
@@ -144,7 +155,7 @@ INLINED void add_piece(Sum *sum, const float *x, int64_t count) {
 /* The sum, once what does not fill WIDE is added. */
 INLINED float sum_with(Sum *sum, const float *x, int64_t count) {
     float *const total = sum->level[0], rest = 0;
-    for (int level = 1; level < LEVELS; level++) add(total, sum->level[level], WIDE);
+    for (int level = 1; sum->done && level < LEVELS; level++) add(total, sum->level[level], WIDE);
     int64_t at = 0;
     for (; at + LANES <= count; at += LANES) add(total, x + at, LANES);
     for (int column = 1; column < 4; column++) add(total, total + column * LANES, LANES);
@@ -163,7 +174,9 @@ INLINED void move(float *restrict v, const float *restrict slopes, int64_t count
 /* Straight-through gradients of one group, piece by piece; a short group is filled up with zeros. */
 INLINED void differentiate(const Group *g, bool half, bool offset, const Slopes *s) {
     float by_step[PIECE], by_outside[PIECE], by_offset[PIECE];
-    Sum of_steps = {0}, of_outside = {0};
+    Sum of_steps, of_outside;
+    if (s->to_step) begin(&of_steps, g->width);
+    if (s->to_outside) begin(&of_outside, g->width);
     for (int64_t start = 0; start < g->width; start += PIECE) {
         const int64_t left = g->width - start, size = left < PIECE ? left : PIECE;
         const int64_t held = g->count - start, there = held < 0 ? 0 : held < size ? held : size;

@@ -19,6 +19,7 @@ from auto_round.export.auto_round_config import PACKING
 from auto_round.export.compressed_cache import scale_name
 from auto_round.export.compressed_config import compressed_layout
 from auto_round.facts.attention import Attention
+from auto_round.facts.compressed import COMPRESSED_TENSORS
 from auto_round.facts.layer import Layer
 from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
@@ -143,7 +144,7 @@ def _order_of(config: Mapping[str, Any], job: Job) -> Callable[[Layer], Layout]:
     GPTQ and AWQ folders have one for all layers, the others may have several.
     """
     method = config["quant_method"]
-    if method == "compressed-tensors":
+    if method == COMPRESSED_TENSORS:
         schemes = {name: s for name in job.plan.quantized if (s := job.plan.scheme_of(name)) is not None}
         return lambda layer: compressed_layout(schemes[layer.name])
     top = layout_of(config)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from auto_round.consumers.fields import FP8, FP8_STRATEGIES, NVFP4, CannotReadError, CompressedFields, Fields
+from auto_round.consumers.fields import FP8_STRATEGIES, CannotReadError, CompressedFields, Fields
 from auto_round.consumers.modules import Module
+from auto_round.facts.compressed import FP8, NVFP4
 from auto_round.stored.matrices import Matrix
 
 _ROUTERS = ("gate", "router")

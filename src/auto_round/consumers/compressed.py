@@ -8,12 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from auto_round.consumers.fields import (
-    FP8,
     FP8_STRATEGIES,
-    MXFP4,
-    MXFP6,
-    MXFP8,
-    NVFP4,
     CannotReadError,
     CompressedFields,
     Fields,
@@ -23,10 +18,9 @@ from auto_round.consumers.fields import (
 )
 from auto_round.consumers.folder import Folder
 from auto_round.consumers.modules import Module
-from auto_round.layouts.compressed import INT_QUANTIZED
+from auto_round.facts.compressed import BYTES, FP8, MXFP4, MXFP6, MXFP8, NAIVE, NVFP4, PATTERN
 
 _CLASSES = ("Linear", "FusedMoE", "RoutedExperts")
-_REGEX = "re:"
 
 Group = Mapping[str, Any]
 
@@ -75,7 +69,7 @@ class CompressedReader:
 
     def _ignored(self, name: str, ignore: Iterable[str]) -> bool:
         ends = self.strict and any(
-            name.endswith(f".{entry}") for entry in ignore if not entry.startswith(_REGEX)
+            name.endswith(f".{entry}") for entry in ignore if not entry.startswith(PATTERN)
         )
         return ends or _named(name, ignore)
 
@@ -108,14 +102,11 @@ def _fields(folder: Folder, group: Group, name: str) -> Fields:
         numbers,
         stated,
         strategy,
-        INT_QUANTIZED.name if form == NAIVE and numbers == "int" else form,
+        BYTES if form == NAIVE and numbers == "int" else form,
         _block(weights) if in_blocks else None,
         _inputs(group.get("input_activations")),
     )
 
-
-NAIVE = "naive-quantized"
-"""`format` of numbers that are stored as they are, whatever their type."""
 
 _GROUPS = {
     ("tensor_group", 4, 16): NVFP4,
@@ -185,6 +176,6 @@ def _targets(group: Group) -> list[str]:
 
 def _named(name: str, entries: Iterable[str]) -> bool:
     return any(
-        re.match(entry.removeprefix(_REGEX), name) if entry.startswith(_REGEX) else entry == name
+        re.match(entry.removeprefix(PATTERN), name) if entry.startswith(PATTERN) else entry == name
         for entry in entries
     )

@@ -21,6 +21,7 @@ from auto_round.consumers.kernels_float import vllm_inc_floats
 from auto_round.consumers.kernels_vllm import vllm_awq, vllm_compressed, vllm_gptq, vllm_inc_gptq
 from auto_round.consumers.modules import Module, fused_modules, split_modules
 from auto_round.consumers.readers import AutoRoundReader, AWQReader, GPTQReader, read_awq_dynamic
+from auto_round.facts.compressed import COMPRESSED_TENSORS
 from auto_round.stored.matrices import AWQ, GPTQ, OTHER, Matrix
 
 VLLM, SGLANG, GPTQMODEL = "vLLM", "SGLang", "GPTQModel"
@@ -107,7 +108,7 @@ ENGINES: tuple[Engine, ...] = (
     ),
     Engine(
         VLLM,
-        "compressed-tensors",
+        COMPRESSED_TENSORS,
         "",
         fused_modules,
         CompressedReader(strict=False),
@@ -167,7 +168,7 @@ ENGINES: tuple[Engine, ...] = (
     ),
     Engine(
         SGLANG,
-        "compressed-tensors",
+        COMPRESSED_TENSORS,
         "",
         fused_modules,
         CompressedReader(strict=True),

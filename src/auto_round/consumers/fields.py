@@ -8,6 +8,7 @@ from typing import Any
 
 from auto_round.consumers.folder import Folder
 from auto_round.consumers.modules import Module
+from auto_round.facts.compressed import FP8, MXFP4, MXFP6, MXFP8, NVFP4
 
 FLOAT_BITS = 16
 """Width from which every engine takes a layer for one that is not quantized."""
@@ -105,14 +106,6 @@ class CompressedFields(Fields):
             words.append("static")
         return " ".join(words)
 
-
-MXFP4, MXFP6, MXFP8, NVFP4 = (
-    "mxfp4-pack-quantized",
-    "mxfp6-pack-quantized",
-    "mxfp8-quantized",
-    "nvfp4-pack-quantized",
-)
-FP8 = "float-quantized"
 
 FP8_STRATEGIES = ("channel", "tensor", "block")
 """What shares a step of FP8 weights that engines read."""

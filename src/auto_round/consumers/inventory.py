@@ -13,6 +13,7 @@ from auto_round.consumers.folder import Folder, read_folder
 from auto_round.consumers.modules import Module
 from auto_round.consumers.verdict import Verdict, judge_folder
 from auto_round.errors import AutoRoundError
+from auto_round.facts.compressed import COMPRESSED_TENSORS
 from auto_round.schemes.condense import some
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.stored.formats import StoredFormats, StoredLayer
@@ -64,7 +65,7 @@ def take_inventory(path: str | Path) -> Inventory:
         CheckpointError: a damaged file.
     """
     folder = read_folder(path)
-    contents = _compressed(folder) if folder.method == "compressed-tensors" else _integers(folder)
+    contents = _compressed(folder) if folder.method == COMPRESSED_TENSORS else _integers(folder)
     schemes: dict[str, tuple[int, int]] = {}
     kept: dict[str, list[str]] = {}
     for matrix in folder.matrices:

@@ -7,11 +7,7 @@ Source: `_get_scheme_from_parts` in `compressed_tensors.py` and `schemes/` of vL
 from __future__ import annotations
 
 from auto_round.consumers.fields import (
-    FP8,
     FP8_STRATEGIES,
-    MXFP4,
-    MXFP8,
-    NVFP4,
     CannotReadError,
     CompressedFields,
     Fields,
@@ -19,8 +15,9 @@ from auto_round.consumers.fields import (
 )
 from auto_round.consumers.kernels import BY_DEVICE, expert_sizes
 from auto_round.consumers.modules import Module
+from auto_round.facts.compressed import BYTES, FP8, MXFP4, MXFP8, NAIVE, NVFP4
 
-_AS_THEY_ARE = ("naive-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized")
+_AS_THEY_ARE = (NAIVE, BYTES, FP8, NVFP4)
 """`format`s of FP8 that lead to its schemes. Source: `is_activation_quantization_format` of both."""
 
 _NV_GROUP = 16

@@ -13,6 +13,7 @@ from auto_round.consumers.folder import Folder
 from auto_round.consumers.modules import Module, split_modules
 from auto_round.errors import AutoRoundError
 from auto_round.export.compressed_loading import EXPERTS_BY_ROW, EXPERTS_READ
+from auto_round.facts.compressed import COMPRESSED_TENSORS
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.awq import AWQ as AWQLayout  # noqa: N811
 from auto_round.layouts.compressed_table import COMPRESSED
@@ -33,7 +34,7 @@ def ask_ourselves(folder: Folder) -> tuple[tuple[str, ...], tuple[str, ...]]:
         Reasons (none when it loads), and notes.
     """
     if folder.method not in _METHODS:
-        reasons = tuple(_mismatches(folder)) if folder.method == "compressed-tensors" else ()
+        reasons = tuple(_mismatches(folder)) if folder.method == COMPRESSED_TENSORS else ()
         return reasons, (f"with the package for {folder.method}",)
     try:
         stored = StoredFormats.of_folder(folder.quantization, [m.name for m in folder.matrices])

@@ -19,6 +19,7 @@ from typing import Any
 from auto_round.errors import InternalError, Refusal
 from auto_round.export.compressed_cache import cache_scheme
 from auto_round.export.reader_names import module_names
+from auto_round.facts.compressed import COMPRESSED_TENSORS, MIXED, PATTERN
 from auto_round.facts.layer import Layer, Role
 from auto_round.layouts.compressed import INT_QUANTIZED, LAYOUT_VERSION
 from auto_round.layouts.compressed_table import COMPRESSED
@@ -30,9 +31,6 @@ from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.schemes.type_columns import CompressedWords, InputFields
 from auto_round.version import __version__
-
-MIXED = "mixed-precision"
-"""`format` of a configuration whose groups have different ones."""
 
 _CLASS = "Linear"
 """Target of every matrix, in Transformers and in vLLM."""
@@ -91,7 +89,7 @@ def compressed_config(
     }
     formats = list(dict.fromkeys(group["format"] for group in groups.values()))
     config: dict[str, Any] = {
-        "quant_method": "compressed-tensors",
+        "quant_method": COMPRESSED_TENSORS,
         "format": formats[0] if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
@@ -211,7 +209,7 @@ def _ignored(plan: Plan, layers: Sequence[Layer]) -> list[str]:
     found: list[str] = []
     for pattern, names in alike.items():
         several = len(names) >= _SEVERAL and not any(re.match(pattern, name) for name in quantized)
-        found += [f"re:{pattern}"] if several else names
+        found += [f"{PATTERN}{pattern}"] if several else names
     return list(dict.fromkeys(found))
 
 

@@ -14,14 +14,15 @@ from collections.abc import Sequence
 
 from auto_round.errors import Refusal
 from auto_round.export.compressed_config import compressed_layout, group_of
+from auto_round.facts.compressed import COMPRESSED_TENSORS, FP8, MXFP4, MXFP6, WORDS
 from auto_round.facts.layer import Layer
-from auto_round.facts.loading import COMPRESSED_TENSORS, Loading
+from auto_round.facts.loading import Loading
 from auto_round.schemes.condense import some
 from auto_round.schemes.plan import Plan
 
 _ELSE = "use the format auto_round"
-EXPERTS_READ = ("pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
-EXPERTS_BY_ROW = ("float-quantized",)
+EXPERTS_READ = (WORDS, MXFP4, MXFP6)
+EXPERTS_BY_ROW = (FP8,)
 """Orders of bytes of experts that Transformers unpacks, and those that it unpacks with one scale for each
 row or matrix. It leaves out what NVFP4 is divided by, and knows no bytes of whole numbers.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from auto_round.checkpoint.disk import atomic_write_bytes
+from auto_round.facts.compressed import COMPRESSED_TENSORS
 from auto_round.models.auto_classes import CAUSAL_LM
 from auto_round.version import __version__
 
@@ -143,7 +144,7 @@ _PEERS = {"gptq": "vLLM, SGLang and GPTQModel", "awq": "vLLM, SGLang, GPTQModel 
 
 def _package(quant_method: str) -> str:
     """Package that Transformers needs to load a folder."""
-    return quant_method if quant_method == "compressed-tensors" else "auto-round"
+    return quant_method if quant_method == COMPRESSED_TENSORS else "auto-round"
 
 
 def _usage(facts: CardFacts) -> list[str]:

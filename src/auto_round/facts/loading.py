@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-COMPRESSED_TENSORS = "compressed-tensors"
-"""The method of quantization whose folders compressed-tensors unpacks, as configurations have it."""
-
 
 @dataclass(frozen=True, slots=True)
 class Loading:

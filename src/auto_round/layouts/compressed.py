@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import CheckpointError, Refusal
+from auto_round.facts.compressed import BYTES, WORDS
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts import integers
 from auto_round.layouts.bits import WIDTHS, WORD, pack_bits, unpack_bits
@@ -48,7 +49,7 @@ class PackQuantized:
         name: name of the layout, the `format` of a configuration.
     """
 
-    name: str = "pack-quantized"
+    name: str = WORDS
 
     def accepts(self, fmt: Format, shape: Sequence[int]) -> Refusal | None:
         """None for whole-number formats of 2 to 8 bits whose groups divide the rows."""
@@ -105,7 +106,7 @@ class IntQuantized:
         name: name of the layout, the `format` of a configuration.
     """
 
-    name: str = "int-quantized"
+    name: str = BYTES
 
     def holds(self, fmt: Format) -> bool:
         """Whether a format has numbers that fill their bytes, and nothing but a step, sizes aside."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal
+from auto_round.facts.compressed import FP8, MXFP4, MXFP6, MXFP8, NVFP4
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts import integers
 from auto_round.layouts.bits import pack_bits, unpack_bits
@@ -143,12 +144,12 @@ _STEP = (("step", "weight_scale", None),)
 FLOATS: dict[str, FloatLayout] = {
     layout.name: layout
     for layout in (
-        FloatLayout("mxfp4-pack-quantized", E2M1, (32,), _EXPONENT),
-        FloatLayout("mxfp6-pack-quantized", E2M3, (32,), _EXPONENT),
-        FloatLayout("mxfp8-quantized", E4M3, (32,), _EXPONENT),
-        FloatLayout("float-quantized", E4M3, (), _STEP),
+        FloatLayout(MXFP4, E2M1, (32,), _EXPONENT),
+        FloatLayout(MXFP6, E2M3, (32,), _EXPONENT),
+        FloatLayout(MXFP8, E4M3, (32,), _EXPONENT),
+        FloatLayout(FP8, E4M3, (), _STEP),
         FloatLayout(
-            "nvfp4-pack-quantized",
+            NVFP4,
             E2M1,
             (16,),
             (

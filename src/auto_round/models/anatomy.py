@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from auto_round.errors import Refusal
+from auto_round.facts.compressed import COMPRESSED_TENSORS
 from auto_round.facts.layer import Block, Layer, Role
-from auto_round.facts.loading import COMPRESSED_TENSORS
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.config_facts import expert_counts
 from auto_round.models.families import flow_of

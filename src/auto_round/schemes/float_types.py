@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from auto_round.errors import Refusal
+from auto_round.facts.compressed import FP8, MXFP4, MXFP6, MXFP8, NVFP4
 from auto_round.schemes.type_columns import CompressedWords, InputFields, NumberType
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _nv_e5m3_inputs(fields: InputFields) -> InputFormat | Refusal:
     return _asymmetric("activations", sym=fields.sym) or MeasuredScales(nv_format(E5M3, measured=True))
 
 
-_MX_LAYOUTS = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}
+_MX_LAYOUTS = {4: MXFP4, 6: MXFP6, 8: MXFP8}
 
 
 def _always(name: str) -> Callable[[QuantizationScheme], str]:
@@ -148,7 +149,7 @@ FLOAT_TYPES: dict[str, NumberType] = {
         runs_inputs=True,
         stored="fp",
         steps=_WIDE,
-        compressed=CompressedWords(type="float", format=_always("float-quantized")),
+        compressed=CompressedWords(type="float", format=_always(FP8)),
     ),
     "fp_block": NumberType(
         called="FP8 in blocks of 128 x 128 (fp_block)",
@@ -159,9 +160,7 @@ FLOAT_TYPES: dict[str, NumberType] = {
         weights=partial(_fp8_weights, blocks=True),
         stored="fp_block",
         steps=_WIDE,
-        compressed=CompressedWords(
-            type="float", format=_always("float-quantized"), strategy="block", block=(128, 128)
-        ),
+        compressed=CompressedWords(type="float", format=_always(FP8), strategy="block", block=(128, 128)),
     ),
     "mx_fp": NumberType(
         called="MXFP4, MXFP6 and MXFP8 (mx_fp)",
@@ -210,7 +209,7 @@ FLOAT_TYPES: dict[str, NumberType] = {
         stored="nv_fp",
         steps=_WIDE,
         compressed=CompressedWords(
-            type="float", format=_always("nvfp4-pack-quantized"), strategy="tensor_group", scale_dtype=_E4M3
+            type="float", format=_always(NVFP4), strategy="tensor_group", scale_dtype=_E4M3
         ),
     ),
     NV_STATIC: NumberType(

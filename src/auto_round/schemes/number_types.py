@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from auto_round.errors import Refusal
+from auto_round.facts.compressed import BYTES, WORDS
 from auto_round.schemes.float_types import FLOAT_TYPES, refuse_fixed_groups
 from auto_round.schemes.type_columns import CompressedWords, InputFields, NumberType
 
@@ -119,7 +120,7 @@ def _whole_bytes(scheme: QuantizationScheme) -> str:
     Source: `_get_scheme_from_parts` in vLLM's and SGLang's `compressed_tensors.py`.
     """
     eight_by_eight = (scheme.bits, scheme.group_size, scheme.act_bits) == (8, -1, 8)
-    return "int-quantized" if eight_by_eight else "pack-quantized"
+    return BYTES if eight_by_eight else WORDS
 
 
 def _blocks(*names: str) -> Callable[[QuantizationScheme], Format | None]:

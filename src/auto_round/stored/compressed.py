@@ -16,6 +16,7 @@ import torch
 
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import CheckpointError, ConfigError, Refusal, UnsupportedError
+from auto_round.facts.compressed import FP8, PATTERN
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.compressed import INTEGERS
 from auto_round.layouts.compressed_float import FLOATS, FP8_DTYPES
@@ -27,7 +28,6 @@ from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.stored.compressed_words import schemes_of
 from auto_round.stored.packed import Packed
 
-_REGEX = "re:"
 _CODES = ("weight_packed", "weight")
 _SHAPE, _ORDER = "weight_shape", "weight_g_idx"
 _STEPS = "weight_scale"
@@ -78,7 +78,7 @@ class _Finder:
     def __init__(self, groups: Sequence[Args]) -> None:
         self._groups = groups
         self._targets = [[str(target) for target in group.get("targets") or ()] for group in groups]
-        texts = {t.removeprefix(_REGEX) for ts in self._targets for t in ts if t.startswith(_REGEX)}
+        texts = {t.removeprefix(PATTERN) for ts in self._targets for t in ts if t.startswith(PATTERN)}
         try:
             self._compiled = {text: re.compile(text) for text in texts}
         except re.error as error:
@@ -96,7 +96,7 @@ class _Finder:
         return target == layer
 
     def _finds(self, target: str, layer: str) -> bool:
-        found = self._compiled.get(target.removeprefix(_REGEX)) if target.startswith(_REGEX) else None
+        found = self._compiled.get(target.removeprefix(PATTERN)) if target.startswith(PATTERN) else None
         return found is not None and found.match(layer) is not None
 
     def _classes(self, target: str, layer: str) -> bool:
@@ -140,7 +140,7 @@ def _candidates(
                     yield scheme, fmt, layout
     block = weights.get("block_structure")
     if weights.get("strategy") == "block" and weights.get("type") == "float" and _is_block(block):
-        yield None, fp8_format(Group(block[1], block[0]), scale_dtype=steps), FLOATS["float-quantized"]
+        yield None, fp8_format(Group(block[1], block[0]), scale_dtype=steps), FLOATS[FP8]
 
 
 def _whole(fmt: Format) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import CheckpointError
+from auto_round.facts.compressed import MXFP4
 from auto_round.layouts.compressed_float import FLOATS
 from auto_round.numerics.presets_float import mx_format
 from auto_round.stored.packed import Packed
@@ -45,7 +46,7 @@ def _packed(name: str, files: Checkpoint) -> Packed:
         name,
         (n_out, groups * _FORMAT.group.size),
         _FORMAT,
-        FLOATS["mxfp4-pack-quantized"],
+        FLOATS[MXFP4],
         {"weight_packed": name + _CODES, "weight_scale": name + _SCALES},
         stack=experts,
         transposed=True,

@@ -8,6 +8,7 @@ from typing import Any
 
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import CheckpointError, Refusal, UnsupportedError
+from auto_round.facts.compressed import COMPRESSED_TENSORS
 from auto_round.schemes.condense import some
 from auto_round.stored.blocks_fp8 import read_fp8
 from auto_round.stored.compressed import read_compressed
@@ -42,7 +43,7 @@ METHODS: dict[str, Method] = {
     "auto-round": _WORDS,
     "gptq": Method(read_words),
     "awq": Method(read_words),
-    "compressed-tensors": Method(
+    COMPRESSED_TENSORS: Method(
         read_compressed,
         (
             "weight_zero_point",  # beside symmetric weights, where older releases wrote zeros

@@ -14,9 +14,9 @@ from torch import Tensor
 from auto_round.errors import CheckpointError, InternalError
 from auto_round.evaluate.logits import Comparison
 from auto_round.export.exporter import Exporter
+from auto_round.facts.compressed import COMPRESSED_TENSORS
 from auto_round.facts.inputs import expert_of
 from auto_round.facts.layer import Role
-from auto_round.facts.loading import COMPRESSED_TENSORS
 from auto_round.inference.convert_model import change_backend
 from auto_round.log import logger
 from auto_round.models import matrix_experts

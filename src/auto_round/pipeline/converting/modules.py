@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from auto_round.errors import AutoRoundError
+from auto_round.facts.compressed import COMPRESSED_TENSORS
 from auto_round.facts.layer import Layer
-from auto_round.facts.loading import COMPRESSED_TENSORS, Loading
+from auto_round.facts.loading import Loading
 from auto_round.inference.disk_names import DiskNames
 from auto_round.log import logger
 from auto_round.models.fused import taken_whole

@@ -17,8 +17,8 @@ from auto_round.config.tuning import TuneOptions
 from auto_round.consumers.folder import Folder, read_folder, read_quantization
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.export.exporter import TuningFacts
+from auto_round.facts.compressed import COMPRESSED_TENSORS
 from auto_round.facts.layer import Block, Layer, Role
-from auto_round.facts.loading import COMPRESSED_TENSORS
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.awq import AWQ
 from auto_round.models.roles import role_in_block

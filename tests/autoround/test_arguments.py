@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import auto_round
-from auto_round import AutoRound, QuantizationScheme
+from auto_round import AutoRound, AutoScheme, QuantizationScheme
 from auto_round.config import all_settings
 from auto_round.errors import ConfigError, UnsupportedError
 
@@ -101,6 +101,31 @@ def test_extra_config_overrules():
     assert AutoRound("m", iters=3, extra_config={"iters": 5}).options.tune.iters == 5
     with pytest.raises(ConfigError, match="mapping"):
         AutoRound("m", extra_config=[1])
+
+
+def test_a_flat_list_of_shared_layers_is_one_set():
+    """It was read letter by letter, and letters match everything."""
+    for shared in (["q_proj", "k_proj"], [["q_proj", "k_proj"]], (("q_proj", "k_proj"),)):
+        scheme = AutoScheme(avg_bits=3, options="W2A16,W4A16", shared_layers=shared)
+        assert AutoRound("m", scheme=scheme).options.auto.shared_layers == (("q_proj", "k_proj"),)
+
+
+@pytest.mark.parametrize("named", [{"avg_bits": 4}, {"target_size": "1GB"}, {"shared_layers": [["q", "k"]]}])
+def test_what_a_choice_goes_by_is_said_once(named):
+    """`AutoScheme` won silently."""
+    scheme = AutoScheme(avg_bits=3, options="W2A16,W4A16")
+    with pytest.raises(ConfigError, match=f"{next(iter(named))} beside an AutoScheme"):
+        AutoRound("m", scheme=scheme, **named)
+
+
+@pytest.mark.parametrize("named", [{"output_dir": "a\0b"}, {"dataset": "a\0b"}])
+def test_text_without_nul(named, tmp_path):
+    with pytest.raises(ConfigError, match="NUL"):
+        AutoRound("m", **named)
+    with pytest.raises(ConfigError, match="NUL"):
+        AutoRound("m\0")
+    with pytest.raises(ConfigError, match="NUL"):
+        AutoRound(str(tmp_path)).quantize_and_save("out\0")
 
 
 def test_recipe():

@@ -10,7 +10,7 @@ import pytest
 
 from auto_round.autoscheme.runs import Given, choose_schemes
 from auto_round.config import Options, build_options
-from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.models.folder import FolderSource
 from auto_round.pipeline.quantize import run
 from auto_round.pipeline.result import Result
@@ -155,6 +155,31 @@ def test_what_cannot_be_reached_is_refused_with_what_can(small: Any, tmp_path: P
         chosen(small(), tmp_path / "out", avg_bits=2)
     with pytest.raises(ConfigError, match=r"cannot be reached .* MB"):
         chosen(small(), tmp_path / "out", avg_bits=None, target_size="1KB")
+
+
+def test_one_option_has_one_size(small: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"these layers take \d\.\d+ bits per weight; give a larger"):
+        chosen(small(), tmp_path / "out", avg_bits=3, scheme_options="W4A16")
+
+
+def test_rules_that_leave_no_layer_say_what_to_leave_out(small: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no layer to choose .* leave out the budget"):
+        chosen(small(), tmp_path / "out", layer_config={"proj": "W8A16"})
+
+
+def test_a_model_that_cannot_be_measured_says_so_beside_the_formats_reasons(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain rounding runs no block, but measuring does: another format alone does not help."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UnsupportedError("no", [Refusal("model", "its blocks do not run one by one", "")])
+
+    monkeypatch.setattr(FolderSource, "refuse_untraceable", refuse)
+    monkeypatch.setattr("auto_round.autoscheme.runs.refuse_unmeasurable", lambda *_: None)
+    with pytest.raises(UnsupportedError, match="auto_awq") as caught:
+        chosen(small(), tmp_path / "out", format="auto_awq")
+    assert "its blocks do not run one by one" in str(caught.value)
 
 
 def test_a_divergence_that_none_has_is_refused_in_words(small: Any, tmp_path: Path) -> None:

@@ -97,6 +97,18 @@ def test_num_alone_caps_and_nsamples_caps_all(tokenizer: PreTrainedTokenizerFast
     )
 
 
+def test_too_few_because_of_num_says_so(
+    tokenizer: PreTrainedTokenizerFast, books: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_rows(f"{books}:num=5,{books}:num=2", tokenizer, nsamples=20, seqlen=10, seed=3)
+    assert "7 of 20 calibration rows" in caplog.text
+    assert "Ask for more with :num=" in caplog.text
+    assert "more data" not in caplog.text
+    caplog.clear()
+    load_rows(f"{books}:num=5,{books}:num=500", tokenizer, nsamples=800, seqlen=10, seed=3)
+    assert "more data" in caplog.text
+
+
 def test_too_few_is_a_warning_that_says_why(
     tokenizer: PreTrainedTokenizerFast, books: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -113,6 +113,22 @@ def test_summary_holds_what_the_report_holds(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        ({}, "--layer_config '{up: {bits: 4}}'"),
+        ({"bits_per_quantized_weight": 4.25}, "--layer_config '{up: {bits: 8}}'"),
+        ({"auto_scheme": {"reached": "3 bits"}}, "give AutoScheme a larger budget"),
+    ],
+)
+def test_the_remedy_of_a_model_far_off_is_one_of_its_run(tmp_path, more, remedy):
+    far = {"bound": 0.3, "largest_errors": {"up": 0.2, "down": 0.1}}
+    held_out = {"perplexity_before": 1.0, "perplexity_after": 2.0, "kl": 0.5}
+    report = {"bytes_before": 2, "bytes_after": {"a": 1}, "bits_per_quantized_weight": 2.25} | more
+    hard = {"far_from_the_original": far}
+    assert remedy in summary(result((tmp_path,), held_out=held_out, hard_cases=hard, **report))
+
+
+@pytest.mark.parametrize(
     ("model", "given", "wanted"),
     [
         ("Qwen/Qwen3-0.6B", {}, "Qwen3-0.6B-w4g128"),
@@ -120,6 +136,8 @@ def test_summary_holds_what_the_report_holds(tmp_path):
         ("m", {"scheme": "W8A16", "group_size": -1}, "m-w8a16"),
         ("m", {"scheme": {"bits": 4, "group_size": 0, "act_bits": 8, "act_data_type": "fp"}}, "m-w4afp8"),
         ("m", {"format": "gguf:q4_k_m"}, "m-gguf"),
+        ("m", {"scheme": "BF16"}, "m-w16a16"),
+        ("m", {"bits": 16}, "m-w16a16"),
     ],
 )
 def test_folder_names(model, given, wanted, tmp_path):

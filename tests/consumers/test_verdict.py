@@ -368,11 +368,11 @@ def kernels(tmp_path, case, engine):
 def test_kernels(tmp_path):
     small = {**SHAPES, "mlp.down_proj": (HIDDEN_ODD, 512), "self_attn.o_proj": (HIDDEN, 192)}
     case = Case(config={**AUTO_ROUND, "group_size": 64}, stored=(4, 64), shapes=small)
-    assert kernels(tmp_path, case, VLLM) == {"Marlin": 6, "Marlin, padded": 2}  # 128 and 64 fit, too
+    assert kernels(tmp_path, case, VLLM) == {"Marlin": 6, "Marlin with padding": 2}  # 128 and 64 fit, too
     small = {**SHAPES, "mlp.down_proj": (HIDDEN_ODD, 512)}
     assert kernels(tmp_path, Case(config=AUTO_ROUND, shapes=small), VLLM) == {
         "Marlin": 6,
-        "Marlin, padded": 2,
+        "Marlin with padding": 2,
     }
     for bits, size in ((2, 64), (3, 128), (5, 16), (6, 256), (7, 32)):
         narrow = Case(config={**AUTO_ROUND, "bits": bits, "group_size": size}, stored=(bits, size))

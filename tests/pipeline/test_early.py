@@ -74,3 +74,26 @@ def test_folders_that_may_not_be_written(tmp_path, monkeypatch, where):
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
     with pytest.raises(ConfigError, match="no permission"):
         prepare(build_options({"model": "some/model", "output_dir": str(tmp_path / where)}))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"scheme": "BF16"}, {"bits": 16}, {"ignore_layers": "proj"}, {"layer_config": {"proj": "BF16"}}],
+    ids=str,
+)
+def test_a_run_that_quantizes_nothing_needs_no_data(given, tiny, monkeypatch, tmp_path):
+    """It fetched the data set, and tuned blocks in which nothing was rounded."""
+    monkeypatch.undo()
+    monkeypatch.setattr(fetch_rows, "load_rows", lambda *_, **__: pytest.fail("fetched"))
+    job = prepare(build_options({"model": str(tiny("llama")), "output_dir": str(tmp_path / "o"), **given}))
+    assert (job.tune.iters, job.rows, job.plan.quantized) == (0, None, ())
+
+
+def test_a_format_that_holds_no_gguf_types_is_not_passed_over_in_silence(caplog, tiny, monkeypatch):
+    from auto_round.export.table import settle_formats
+
+    options = {"model": "m", "scheme": "GGUF:Q4_K_M"}
+    assert settle_formats(build_options(options))[0].output.formats == ("gguf:q4_k_m",)
+    assert not caplog.text
+    settle_formats(build_options({**options, "format": "auto_round"}))
+    assert "format auto_round holds no GGUF types" in caplog.text

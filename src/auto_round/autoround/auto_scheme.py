@@ -23,7 +23,8 @@ class AutoScheme:
         avg_bits: bits per quantized weight to reach, at most; several give an output each.
         options: schemes to choose from: presets, dicts or `QuantizationScheme`s; a comma list works too.
         shared_layers: sets of layers that get one scheme, beside those that engines fuse: names, or patterns
-            that are matched inside each block. `[["none"]]`: each layer gets a scheme of its own.
+            that are matched inside each block; a flat list is one set. `[["none"]]`: each layer gets a scheme
+            of its own.
         method: how sensitivity is measured: "default" ("fisher"), "kl" or "first_order".
         ignore_scale_zp_bits: count the bits of codes only.
         batch_size: rows at a time while sensitivity is measured; the scores do not depend on it.
@@ -73,9 +74,7 @@ class AutoScheme:
         given: Mapping[str, Any] = {
             **targets,
             "scheme_options": self.options,
-            "shared_layers": None
-            if self.shared_layers is None
-            else [list(names) for names in self.shared_layers],
+            "shared_layers": self.shared_layers,
             "ignore_scale_zp_bits": self.ignore_scale_zp_bits,
             "score_method": _METHODS[method],
             "score_batch_size": self.batch_size,

@@ -21,6 +21,7 @@ from auto_round.config import (
     read_environment,
     settings,
 )
+from auto_round.config.auto_scheme import AutoSchemeOptions
 from auto_round.config.later import GRANTED, granted_notes, later_names, not_there_yet, split_later
 from auto_round.errors import ArgumentError, ConfigError, nearest
 from auto_round.log import logger
@@ -91,13 +92,28 @@ def read_arguments(given: Mapping[str, Any], recipe: str) -> Options:
         UnsupportedError: an argument of later work.
     """
     if isinstance(scheme := given.get("scheme"), AutoScheme):
-        given = {**{name: value for name, value in given.items() if name != "scheme"}, **scheme.arguments()}
+        given = _with_auto_scheme({n: v for n, v in given.items() if n != "scheme"}, scheme.arguments())
     now, later = split_later(given)
     if later:
         raise not_there_yet(later)
     for note in granted_notes(name for name, value in given.items() if value):
         logger.warning(note)
     return build_options(now, recipe, read_environment())
+
+
+def _with_auto_scheme(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with those of an `AutoScheme`, which the user may not give beside it.
+
+    Raises:
+        ArgumentError: an argument is one of AutoScheme's.
+    """
+    group = {setting.name for setting in settings(AutoSchemeOptions)}
+    twice = [name for name, value in given.items() if name in group and value is not None]
+    if twice:
+        raise ArgumentError(
+            f"{', '.join(twice)} beside an AutoScheme, which says what it chooses by: give it to AutoScheme()"
+        )
+    return {**given, **chosen}
 
 
 def refuse_other_things(model: Any, tokenizer: Any) -> None:

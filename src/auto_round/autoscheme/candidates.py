@@ -117,7 +117,10 @@ def make_candidates(
     fixed = {name: e.scheme for name, e in first.items() if e.fixed and e.scheme is not None}
     groups = group_layers(layers, chosen, shared, fused=fused)
     if not groups:
-        raise ConfigError("there is no layer to choose a scheme for: rules and roles decide on all of them")
+        raise ConfigError(
+            "there is no layer to choose a scheme for: rules and roles decide on all of them; leave out the "
+            "budget and the options, or rules of layer_config and ignore_layers"
+        )
     return Candidates(
         labels=tuple(plans),
         plans=tuple(plans.values()),

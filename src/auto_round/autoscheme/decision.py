@@ -135,9 +135,10 @@ def refuse_unreachable(target: Target, candidates: Candidates, decided: Decided,
     if least <= budget:
         return
     held = f", of which {fixed / unit:.3f} are fixed" if fixed else ""
+    span = f"{least / unit:.3f}" + (f" to {most / unit:.3f}" if most > least else "")
     raise ConfigError(
         f"{target.text} cannot be reached with {', '.join(candidates.labels)}: these layers take "
-        f"{least / unit:.3f} to {most / unit:.3f} {name}{held}; give a larger target, or smaller options"
+        f"{span} {name}{held}; give a larger target, or smaller options"
     )
 
 

@@ -105,7 +105,7 @@ def load_rows(
     if not rows:
         raise ConfigError(
             f"no calibration row of {seqlen} tokens could be made: {summary}. "
-            f"{_remedy(dropped, of_model.prefix)}"
+            f"{_remedy(dropped, of_model.prefix, streams)}"
         )
     if len(rows) < nsamples:
         logger.warning(
@@ -114,7 +114,7 @@ def load_rows(
             nsamples,
             seqlen,
             summary,
-            _remedy(dropped, of_model.prefix),
+            _remedy(dropped, of_model.prefix, streams),
         )
     sources = tuple(
         SourceRows(stream.source.name, stream.read, stream.given, dict(sorted(stream.dropped.items())))
@@ -243,7 +243,9 @@ def _mix(streams: Sequence[_Stream], nsamples: int, shuffler: random.Random) -> 
     return rows[:nsamples]
 
 
-def _remedy(dropped: Counter[str], prefix: str) -> str:
+def _remedy(dropped: Counter[str], prefix: str, streams: Sequence[_Stream]) -> str:
+    if all(stream.given == stream.item.num for stream in streams):
+        return f"Ask for more with :num=, leave it out, or ask for fewer rows ({prefix}nsamples)."
     if dropped[Reason.LONG]:
         return f"Use a larger {prefix}seqlen, or smaller images: rows with images are not cut."
     if dropped[Reason.SHORT]:

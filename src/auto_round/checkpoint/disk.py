@@ -90,8 +90,11 @@ def refuse_place(path: Path) -> None:
     """Refuse a path where no folder can be made; nothing is made or changed.
 
     Raises:
-        ConfigError: a file lies in the way, or the folder that is there may not be written.
+        ConfigError: a file lies in the way, the folder that is there may not be written, or the path holds a
+            NUL character, which no system takes.
     """
+    if "\0" in str(path):
+        raise ConfigError(f"cannot write {str(path)!r}: a path holds no NUL character; leave it out")
     whole = path.expanduser().absolute()
     above = next(part for part in whole.parents if os.path.lexists(part))
     for there in (above, whole):

@@ -29,7 +29,7 @@ def with_named_folder(options: Options) -> Options:
 
 
 def folder_name(model: str, scheme: QuantizationScheme, kind: str = "") -> str:
-    """Return `Qwen3-0.6B-w4g128` and the like; `w4a16` where groups have no size.
+    """Return `Qwen3-0.6B-w4g128` and the like; `w4a16` where groups have no size, or weights are kept.
 
     Args:
         model: folder or hub name.
@@ -40,7 +40,7 @@ def folder_name(model: str, scheme: QuantizationScheme, kind: str = "") -> str:
     base = path.resolve().name if path.is_dir() else model.rstrip("/").rpartition("/")[2]
     if kind:
         return f"{base}-{kind}"
-    if scheme.group_size > 0:
+    if scheme.group_size > 0 and scheme.quantized:
         return f"{base}-w{scheme.bits}g{scheme.group_size}"
     floating = "fp" if (scheme.act_data_type or "").startswith("fp") else ""
     return f"{base}-w{scheme.bits}a{floating}{scheme.act_bits or KEPT_BITS}"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 MANY_BITS = 4
 """Runs with fewer bits are advised to give their worst layers 4 bits, others 8."""
 
+LARGER_BUDGET = "give AutoScheme a larger budget, or options of more bits"
+
 
 def summary(result: Result) -> str:
     """Say in a few lines what a run gave; what was not measured is left out."""
@@ -77,7 +79,8 @@ def _quality(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     hard = report.get("hard_cases", {})
     yield from _hard_cases(hard)
     if "far_from_the_original" in hard:
-        yield "far off", _far(hard["far_from_the_original"], report["bits_per_quantized_weight"])
+        remedy = LARGER_BUDGET if "auto_scheme" in report else _more_bits(report["bits_per_quantized_weight"])
+        yield "far off", _far(hard["far_from_the_original"], remedy)
 
 
 def _hard_cases(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -97,12 +100,18 @@ def _hard_cases(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
 
 
-def _far(far: Mapping[str, Any], bits: float) -> str:
+def _more_bits(bits: float) -> str:
+    """Advice to give `LAYER`, which stands for the layers that changed most, more than `bits` per weight."""
+    more = 4 if bits < MANY_BITS else 8
+    return f"give those layers more bits (--layer_config '{{LAYER: {{bits: {more}}}}}'), or all layers"
+
+
+def _far(far: Mapping[str, Any], remedy: str) -> str:
     """Say that the quantized model differs much from the original, and what to do about it.
 
     Args:
         far: `far_from_the_original` of the report's `hard_cases`.
-        bits: bits per quantized weight of the run.
+        remedy: what to do; `LAYER` stands for the layers whose rounding changed most.
     """
     words = f"a KL above {far['bound']} means that the model says other things than the original"
     errors = far["largest_errors"]
@@ -110,7 +119,5 @@ def _far(far: Mapping[str, Any], bits: float) -> str:
         return f"{words}; give it more bits"
     named = ", ".join(f"{kind} {100 * error:.2g} %" for kind, error in errors.items())
     first = next(iter(errors))
-    return (
-        f"{words}. Rounding changed most in {named} (share of their outputs); give those layers more bits "
-        f"(--layer_config '{{{first}: {{bits: {4 if bits < MANY_BITS else 8}}}}}'), or all layers"
-    )
+    advice = remedy.replace("LAYER", first)
+    return f"{words}. Rounding changed most in {named} (share of their outputs); {advice}"

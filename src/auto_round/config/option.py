@@ -103,6 +103,8 @@ class Setting:
             return self._choose(value)
         if self.kind == "str" and not value.strip() and self.default != value:
             raise self.refuse(value, f"expected {self.expected()} that is not empty")
+        if self.kind == "str" and "\0" in value:
+            raise self.refuse(value, f"expected {self.expected()} without a NUL character")
         low, high = self.spec.low, self.spec.high
         if (low is not None and value < low) or (high is not None and value > high):
             raise self.refuse(value, f"expected {self.expected()}")

@@ -25,7 +25,7 @@ MARLIN_ZERO_BITS = (4,)
 WNA16_LEAST_GROUP = 32
 """Smallest group of the WNA16 kernel where groups have to be cut to fit. Source: `moe_wna16.py` of both."""
 
-MARLIN, PADDED, TRITON_AWQ, BY_DEVICE = "Marlin", "Marlin, padded", "AWQ", "by device"
+MARLIN, PADDED, TRITON_AWQ, BY_DEVICE = "Marlin", "Marlin with padding", "AWQ", "by device"
 MARLIN_EXPERTS, WNA16_EXPERTS = "Marlin for experts", "WNA16 for experts"
 HUMMING, TRITON = "Humming", "Triton"
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from auto_round.config.tuning import TuneOptions
 from auto_round.tuning.config import Optimizer, TuneConfig
 
 PLAIN_FROM_BITS = 8
 """From this width on `iters=0` does not search ranges unless asked: nothing measurable would be gained."""
+
+
+def without_tuning(tune: TuneOptions) -> TuneOptions:
+    """The same for a run that has nothing to tune: no steps, no search, so no rows."""
+    return replace(tune, iters=0, disable_opt_rtn=True, enable_alg_ext=False, distill_steps=0)
 
 
 def tune_settings(tune: TuneOptions, bits: int) -> TuneConfig:

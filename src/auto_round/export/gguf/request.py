@@ -20,6 +20,7 @@ from auto_round.schemes.gguf_types import (
     file_type,
 )
 from auto_round.schemes.scheme import QuantizationScheme, parse_scheme
+from auto_round.tuning.settings import without_tuning
 
 _OF_BITS = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
 """Type for rules that name nothing but bits."""
@@ -49,6 +50,8 @@ def settle_gguf(options: Options, beside: Collection[str]) -> Options:
         return options
     others = tuple(name for name in formats if name not in asked and asked)
     wanted = _wanted(asked, str(scheme) if by_scheme else None)
+    if not asked and "format" in options.given:
+        logger.warning("format %s holds no GGUF types: scheme %s makes a GGUF file", formats[0], scheme)
     plain = TYPES[wanted.base].preset is None
     if by_scheme:
         _refuse_fields(options, wanted)
@@ -66,7 +69,7 @@ def settle_gguf(options: Options, beside: Collection[str]) -> Options:
         raise ConfigError("save_imatrix writes what a run measures, and with imatrix it measures nothing")
     tune = options.tune
     if plain:
-        tune = replace(tune, iters=0, disable_opt_rtn=True, enable_alg_ext=False)
+        tune = without_tuning(tune)
     _refuse_absent(options)
     return replace(options, scheme=changed, output=output, tune=tune)
 

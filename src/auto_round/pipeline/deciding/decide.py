@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from auto_round.config.tuning import TuneOptions
 from auto_round.export.exporter import Exporter
 from auto_round.log import logger
 from auto_round.pipeline.deciding.activations import activation_formats, refuse_unreachable, to_calibrate
@@ -21,7 +22,7 @@ from auto_round.schemes.attention import AttentionPlan
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.vocabulary import KEPT_BITS
 from auto_round.tuning.config import TuneConfig
-from auto_round.tuning.settings import tune_settings
+from auto_round.tuning.settings import tune_settings, without_tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Decided:
         plan: scheme of every layer.
         exporters: format name -> exporter with its variant decided.
         importance: tensor in the source -> mean square of its inputs `[in]`, from a file; empty without one.
+        wanted: what the user asked of tuning; plain rounding where nothing is quantized.
         tune: settings of the tuning loop.
         dtype: dtype in which blocks run.
         caches: which scales of the key/value cache and of attention are calibrated; None for none.
@@ -40,6 +42,7 @@ class Decided:
     plan: Plan
     exporters: Mapping[str, Exporter]
     importance: Mapping[str, Tensor]
+    wanted: TuneOptions
     tune: TuneConfig
     dtype: torch.dtype
     caches: AttentionPlan | None
@@ -67,8 +70,11 @@ def decide(request: Request, opened: Opened, *, quiet: bool = False) -> Decided:
         logger.warning(note)
     refuse_unreachable(plan, opened.source)
     schemes = [plan.scheme_of(name) for name in plan.quantized]
-    tune = tune_settings(options.tune, min((s.bits for s in schemes if s is not None), default=KEPT_BITS))
     caches = plan_caches(options.cache, opened.source)
+    wanted = options.tune if schemes or caches is not None else without_tuning(options.tune)
+    if not schemes and caches is None and not quiet:
+        logger.info("nothing is quantized, so no block is tuned and no calibration data is needed")
+    tune = tune_settings(wanted, min((s.bits for s in schemes if s is not None), default=KEPT_BITS))
     exporters = with_scales(planned.exporters, caches)
     ranges = bool(to_calibrate(activation_formats(plan, opened.source.layers))) or caches is not None
     tune = replace(tune, ranges=ranges)
@@ -79,6 +85,7 @@ def decide(request: Request, opened: Opened, *, quiet: bool = False) -> Decided:
         plan=plan,
         exporters=exporters,
         importance=planned.importance,
+        wanted=wanted,
         tune=tune,
         dtype=compute_dtype(own, request.device, amp=options.tune.amp),
         caches=caches,

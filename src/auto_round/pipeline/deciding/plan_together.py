@@ -92,7 +92,7 @@ def _exporters(
 def _untraceable(source: ModelSource, options: Options) -> tuple[Refusal, ...]:
     """Why the model cannot be run block by block, where that is needed: another format does not help."""
     bits = parse_scheme(options.scheme.scheme, options.scheme.overrides()).bits
-    if tune_settings(options.tune, bits).needs_rows:
+    if options.auto.asked or tune_settings(options.tune, bits).needs_rows:
         try:
             source.refuse_untraceable()
         except UnsupportedError as error:

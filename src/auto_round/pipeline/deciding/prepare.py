@@ -51,6 +51,7 @@ def prepare(
     request = make_request(options, dataset=dataset, output=output)
     opened = open_model(request, model=model, tokenizer=tokenizer, processor=processor, dry=not rows)
     decided = decide(request, opened)
+    opened = replace(opened, options=replace(opened.options, tune=decided.wanted))
     data = fetch_rows(opened, decided, request.device, dataset=dataset, dry=not rows)
     job = replace(put_together(request, opened, decided, data), processor=processor)
     settled = Settled(

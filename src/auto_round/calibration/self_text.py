@@ -24,6 +24,7 @@ from auto_round.calibration.self_writing import TEMPERATURE, draws_of, write_row
 from auto_round.checkpoint.lock import HELD, try_lock
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.facts.model import MASK, TOKENS
+from auto_round.facts.tensor import dtype_name
 from auto_round.log import logger
 from auto_round.models.fingerprint import model_fingerprint
 from auto_round.models.roles import text_model
@@ -90,7 +91,7 @@ class SelfText:
             self.seqlen,
             at_once,
             self.device,
-            str(self.dtype).removeprefix("torch."),
+            dtype_name(self.dtype),
             path,
         )
         with self.source.loaded(self.device, self.dtype) as model:

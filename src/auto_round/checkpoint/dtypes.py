@@ -34,7 +34,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 _NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def safetensors_name(dtype: torch.dtype) -> str:
     """Name of a torch dtype in a safetensors header.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from auto_round.checkpoint.disk import read_at, reading
-from auto_round.checkpoint.dtypes import DTYPES, dtype_name
+from auto_round.checkpoint.dtypes import DTYPES, safetensors_name
 from auto_round.errors import CheckpointError, nearest
 
 MAX_JSON_BYTES = 100_000_000
@@ -80,7 +80,7 @@ def build_header(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, int]]:
         position += nbytes_of(specs[name])
         offsets = [begins[name], position]
         entries[name] = {
-            "dtype": dtype_name(dtype),
+            "dtype": safetensors_name(dtype),
             "shape": [int(n) for n in shape],
             "data_offsets": offsets,
         }

@@ -18,6 +18,7 @@ from auto_round.evaluate.subject import Subject
 from auto_round.evaluate.task_names import Tasks
 from auto_round.evaluate.vocabulary import load_tokenizer
 from auto_round.export.table import plans_alone
+from auto_round.facts.tensor import dtype_name
 from auto_round.log import logger
 
 ON_CPU: Final = "8"
@@ -181,7 +182,7 @@ def _vllm(options: EvaluationOptions, subject: Subject, model: ModelOptions) -> 
     dtype = _dtype(options)
     settings: dict[str, Any] = {
         "pretrained": str(subject.path),
-        "dtype": "auto" if dtype is None else str(dtype).removeprefix("torch."),
+        "dtype": "auto" if dtype is None else dtype_name(dtype),
         "tokenizer": model.tokenizer,
         "trust_remote_code": model.trust_remote_code,
         "batch_size": "auto" if not options.eval_bs.isdecimal() else int(options.eval_bs),

@@ -11,6 +11,7 @@ import torch
 
 from auto_round.checkpoint.disk import atomic_write_bytes, atomic_write_json, reading, writing
 from auto_round.errors import CheckpointError
+from auto_round.facts.tensor import dtype_name
 from auto_round.stored.configuration import DTYPE_KEYS, TEXT_CONFIGS, without_quantization
 
 SIDE_FILES = (
@@ -91,7 +92,7 @@ def output_config(
                 config[key] = {**value, _TIED: False}
         config[_TIED] = False
     if dtype is not None and not (dtype is torch.float16 and _needs_range(source)):
-        config = _computing_in(config, str(dtype).removeprefix("torch."))
+        config = _computing_in(config, dtype_name(dtype))
     if quantization_config is not None:
         config["quantization_config"] = dict(quantization_config)
     return config

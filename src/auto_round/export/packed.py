@@ -14,7 +14,7 @@ from torch import Tensor
 from auto_round.errors import Refusal
 from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer, Role
-from auto_round.facts.tensor import TensorSpec
+from auto_round.facts.tensor import TensorSpec, dtype_name
 from auto_round.layouts.integers import step_dtype
 from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
@@ -145,7 +145,7 @@ def _refuse_scale_dtype(who: str, fmt: Format) -> Refusal | None:
         return None
     return Refusal(
         who,
-        f"scales are float16, not {str(step_dtype(fmt)).removeprefix('torch.')}",
+        f"scales are float16, not {dtype_name(step_dtype(fmt))}",
         "use scale_dtype float16",
     )
 

@@ -18,6 +18,7 @@ from auto_round.export.formats.llm_compressor import LLMCompressorFormat
 from auto_round.export.gguf.format import EVERY_TYPE
 from auto_round.facts.layer import Layer, Role
 from auto_round.facts.loading import Loading
+from auto_round.facts.tensor import dtype_name
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.float_types import FLOAT_TYPES
 from auto_round.schemes.make import KEPT_ROLES
@@ -164,7 +165,7 @@ def scale_dtype(exporters: Iterable[Exporter], model: torch.dtype, data_type: st
         model: dtype of the model.
         data_type: number type of the weights.
     """
-    own = str(model).removeprefix("torch.")
+    own = dtype_name(model)
     if own not in SCALE_DTYPES:
         return None
     wanted = any(exporter.scales_in_model_dtype for exporter in exporters)

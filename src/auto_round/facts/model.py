@@ -22,6 +22,8 @@ class ModelFacts:
         context: most tokens in a row that the model has positions for; None where it is silent.
         experts: numbers of experts that are mentioned.
         chosen_experts: experts that a token passes through; 0 where there are none.
+        cached_by_token: numbers that attention keeps of a token in all blocks; more than needed where the
+            model keeps less.
         image_token: token that stands for a piece of an image, which may lie behind the vocabulary; -1 where
             there is none.
     """
@@ -34,4 +36,5 @@ class ModelFacts:
     context: int | None
     experts: frozenset[int]
     chosen_experts: int
+    cached_by_token: int = 0
     image_token: int = -1

@@ -1,4 +1,4 @@
-"""A stored tensor without its numbers."""
+"""A stored tensor without its numbers, and what its dtype is called."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ class TensorSpec:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype as configurations and options write it, for example `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

@@ -12,6 +12,9 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _CHOSEN = ("num_experts_per_tok", "top_k_experts")
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "context_length")
 """What families call the number of experts, those that a token passes through, and the context's length."""
+_BLOCKS = ("num_hidden_layers", "n_layer")
+_HEADS = ("num_attention_heads", "n_head")
+_WIDTH = ("hidden_size", "n_embd")
 _IMAGE_TOKEN = ("image_token_id", "image_token_index")
 _SHARED_CACHES = "num_kv_shared_layers"
 
@@ -25,7 +28,6 @@ def model_facts(config: Any) -> ModelFacts:
     """What a configuration says of its model."""
     text = text_config(config)
     lengths = (_number(text, name) for name in CONTEXT_NAMES)
-    chosen = (_number(text, name) for name in _CHOSEN)
     return ModelFacts(
         auto_class=auto_class_name(config),
         text=text,
@@ -34,7 +36,8 @@ def model_facts(config: Any) -> ModelFacts:
         heads=_number(text, "num_attention_heads"),
         context=next((length for length in lengths if length > 0), None),
         experts=expert_counts(config),
-        chosen_experts=next((n for n in chosen if n), 0),
+        chosen_experts=_first(text, *_CHOSEN),
+        cached_by_token=_cached_by_token(text),
         image_token=max(-1, *(_number(config, name) or -1 for name in _IMAGE_TOKEN)),
     )
 
@@ -48,6 +51,17 @@ def expert_counts(config: Any) -> frozenset[int]:
 def shares_no_caches(config: Any) -> bool:
     """True where no block reads the key-value cache of another, in a family whose last blocks may."""
     return bool(text_config(config).to_dict().get(_SHARED_CACHES) == 0)
+
+
+def _cached_by_token(text: Any) -> int:
+    """Numbers that attention keeps of a token in all blocks: a key and a value for each head that has one."""
+    width = _number(text, "head_dim") * _first(text, "num_key_value_heads", *_HEADS) or _first(text, *_WIDTH)
+    return 2 * _first(text, *_BLOCKS) * width
+
+
+def _first(config: Any, *names: str) -> int:
+    """The first of these numbers that is there; 0 where none is."""
+    return next((number for name in names if (number := _number(config, name)) > 0), 0)
 
 
 def _number(config: Any, name: str) -> int:

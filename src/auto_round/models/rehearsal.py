@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from auto_round.errors import UnsupportedError
 from auto_round.facts.flow import BlockCall, States
+from auto_round.facts.tensor import dtype_name
 from auto_round.log import logger
 from auto_round.models.class_source import asks_of_parts, classes_of
 from auto_round.models.config_facts import shares_no_caches
@@ -182,7 +183,7 @@ def widened(
         if not mended:
             return Traceable(found.skipped, dtype)
         why = f"block {mended[0]}: {str(failed[mended[0]]).strip()[:200]}"
-    narrow = str(dtype).removeprefix("torch.")
+    narrow = dtype_name(dtype)
     logger.info("blocks run in float32: the model's own code fails in %s (%s)", narrow, why)
     return Traceable(wide.skipped, torch.float32)
 

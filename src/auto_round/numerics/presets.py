@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from auto_round.errors import ConfigError
+from auto_round.facts.tensor import dtype_name
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid import IntGrid
 from auto_round.numerics.group import Group
@@ -38,7 +39,7 @@ def int_format(bits: int, group_size: int, *, sym: bool, scale_dtype: torch.dtyp
         raise ConfigError(f"bits must be one of {INT_BITS}, got {bits}")
     name = f"int{bits}_g{group_size}_{'sym' if sym else 'asym'}"
     if scale_dtype is not torch.float16:
-        name += "_" + str(scale_dtype).removeprefix("torch.")
+        name += "_" + dtype_name(scale_dtype)
     if sym:
         return Format(name, IntGrid(bits, -(1 << (bits - 1))), Group(group_size), SignedMax(scale_dtype))
     return Format(name, IntGrid(bits, 0), Group(group_size), MinMax(scale_dtype, bits))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from auto_round.errors import ConfigError, nearest
+from auto_round.facts.tensor import dtype_name
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid import Grid, IntGrid
 from auto_round.numerics.grid_float import E2M1, E2M3, E3M2, E4M3, E5M2, E5M3, FloatGrid
@@ -104,7 +105,7 @@ def fp8_format(group: Group, *, grid: FloatGrid = E4M3, scale_dtype: torch.dtype
     where = {-1: "row", 0: "tensor"}.get(group.size, f"{group.rows}x{group.size}")
     name = f"fp8_{'e4m3' if grid == E4M3 else 'e5m2'}_{where}"
     if scale_dtype is not torch.float32:
-        name += "_" + str(scale_dtype).removeprefix("torch.")
+        name += "_" + dtype_name(scale_dtype)
     return Format(name, grid, group, LargestToTop(scale_dtype))
 
 

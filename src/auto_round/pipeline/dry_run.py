@@ -13,6 +13,7 @@ from torch import nn
 from auto_round.checkpoint.workfolder import refuse_occupied
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
+from auto_round.facts.tensor import dtype_name
 from auto_round.pipeline.deciding.fetch_rows import fresh_rows
 from auto_round.pipeline.deciding.fit import plan_memory, workload
 from auto_round.pipeline.deciding.job import Job
@@ -205,7 +206,7 @@ def _method(job: Job) -> str:
 
 
 def _device(job: Job) -> str:
-    return f"{job.device}, blocks run in {str(job.dtype).removeprefix('torch.')}"
+    return f"{job.device}, blocks run in {dtype_name(job.dtype)}"
 
 
 def _free_bytes(path: Path) -> int:

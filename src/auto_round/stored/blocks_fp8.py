@@ -16,6 +16,7 @@ import torch
 
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import CheckpointError, ConfigError
+from auto_round.facts.tensor import dtype_name
 from auto_round.layouts.compressed_float import FP8_DTYPES, FloatLayout
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid_float import FloatGrid
@@ -96,7 +97,7 @@ def _format(group: Group, codes: torch.dtype, scales: torch.dtype) -> Format:
 
 def _scheme(fmt: Format, scales: torch.dtype) -> QuantizationScheme | None:
     """The preset of 128 x 128 blocks, where that is what is stored."""
-    name = str(scales).removeprefix("torch.")
+    name = dtype_name(scales)
     if name not in SCALE_DTYPES:
         return None
     preset = PRESET_SCHEMES["FP8_BLOCK"]

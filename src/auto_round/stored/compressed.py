@@ -17,7 +17,7 @@ import torch
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import CheckpointError, ConfigError, Refusal, UnsupportedError
 from auto_round.facts.compressed import FP8, PATTERN
-from auto_round.facts.tensor import TensorSpec
+from auto_round.facts.tensor import TensorSpec, dtype_name
 from auto_round.layouts.compressed import INTEGERS
 from auto_round.layouts.compressed_float import FLOATS, FP8_DTYPES
 from auto_round.layouts.layout import Layout
@@ -170,4 +170,4 @@ def _described(weights: Args) -> str:
 
 
 def _shown(spec: TensorSpec) -> str:
-    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
+    return f"{dtype_name(spec.dtype)} {list(spec.shape)}"

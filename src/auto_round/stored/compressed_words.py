@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.facts.tensor import dtype_name
 from auto_round.schemes.number_types import NUMBER_TYPES
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.schemes.vocabulary import SCALE_DTYPES
@@ -26,7 +27,7 @@ def schemes_of(group: Args, steps: torch.dtype) -> Iterator[QuantizationScheme]:
         steps: dtype of the stored scales.
     """
     said = group["weights"]
-    scale = str(steps).removeprefix("torch.")
+    scale = dtype_name(steps)
     scale_dtype = scale if scale in SCALE_DTYPES else "float16"
     for data_type in _types(said):
         if NUMBER_TYPES[data_type].bits.count(said.get("num_bits")):

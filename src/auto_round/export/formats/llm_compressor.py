@@ -32,7 +32,7 @@ from auto_round.export.packed import (
 from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
-from auto_round.facts.tensor import TensorSpec
+from auto_round.facts.tensor import TensorSpec, dtype_name
 from auto_round.layouts.compressed_table import COMPRESSED
 from auto_round.layouts.layout import Layout
 from auto_round.numerics.activation_float import InputFormat
@@ -190,7 +190,7 @@ class LLMCompressorFormat(LayerByLayer):
 
 def _refuse_dtype(who: str, layer: Layer, fmt: Format) -> Refusal | None:
     """Why loaders would use other scales than were tuned, or compute in another dtype than the model's."""
-    own = str(layer.dtype).removeprefix("torch.")
+    own = dtype_name(layer.dtype)
     if not _has_steps(fmt):
         if layer.dtype is torch.bfloat16:
             return None
@@ -202,7 +202,7 @@ def _refuse_dtype(who: str, layer: Layer, fmt: Format) -> Refusal | None:
     stored = fmt.rule.stored["step"].dtype
     if torch.promote_types(stored, layer.dtype) is layer.dtype:
         return None
-    narrow = str(stored).removeprefix("torch.")
+    narrow = dtype_name(stored)
     return Refusal(
         who,
         f"loaders hold scales in the model's dtype, which would round {narrow} again",

@@ -27,6 +27,7 @@ from auto_round.export.table import all_refusals, parse_formats
 from auto_round.export.unplanned import with_unplanned
 from auto_round.facts.layer import Layer
 from auto_round.facts.loading import Loading
+from auto_round.facts.tensor import dtype_name
 from auto_round.log import logger
 from auto_round.numerics.activation_float import CalibratedScale
 from auto_round.numerics.format import Format
@@ -156,7 +157,7 @@ def _fitting(exporter: Exporter, stored: Stored, loading: Loading | None) -> tup
         UnsupportedError: the format cannot hold a layer.
     """
     found: list[Refusal] = []
-    own = {str(layer.dtype).removeprefix("torch.") for layer in stored.layers}
+    own = {dtype_name(layer.dtype) for layer in stored.layers}
     for dtype in (None, "float16", *sorted(own & SCALE_DTYPES.keys())):
         plan = stored.plan if dtype is None else with_steps(stored.plan, dtype)
         fitting = exporter.for_plan(plan, stored.layers)
@@ -245,7 +246,7 @@ def _exact(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
     lost = int((cast.to(torch.float64) != tensor.to(torch.float64)).sum())
     if lost:
-        short = [str(d).removeprefix("torch.") for d in (tensor.dtype, dtype)]
+        short = [dtype_name(d) for d in (tensor.dtype, dtype)]
         raise UnsupportedError(
             f'"{name}" cannot be converted exactly',
             [

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 
 from auto_round.calibration.self_text import AT_ONCE, SelfText
 from auto_round.config import read_environment
 from auto_round.errors import Refusal, UnsupportedError
+from auto_round.facts.tensor import dtype_name
 from auto_round.models.source import ModelSource
 from auto_round.pipeline.deciding.open_model import Opened
 from auto_round.pipeline.fitting.choose import DEVICE_SHARE
@@ -51,7 +51,7 @@ def rows_at_once(source: ModelSource, device: torch.device, dtype: torch.dtype, 
         UnsupportedError: not even one beside its weights.
     """
     weights = dtype.itemsize * sum(math.prod(spec.shape) for spec in source.tensors.values())
-    row = seqlen * dtype.itemsize * kept_by_token(source.facts.text) + 4 * LOGITS * source.facts.vocabulary
+    row = seqlen * dtype.itemsize * source.facts.cached_by_token + 4 * LOGITS * source.facts.vocabulary
     on_host = device.type == "cpu"
     free = HOST_SHARE * available_bytes() if on_host else DEVICE_SHARE * device_total_bytes(device)
     if not free:  # nobody tells
@@ -63,7 +63,7 @@ def rows_at_once(source: ModelSource, device: torch.device, dtype: torch.dtype, 
             [
                 Refusal(
                     "self",
-                    f"it needs {size(weights)} for all weights in {str(dtype).removeprefix('torch.')} and "
+                    f"it needs {size(weights)} for all weights in {dtype_name(dtype)} and "
                     f"{size(row)} for each row, and {device} has {size(free)}: one block at a time would be "
                     "read again for every token",
                     "write the text on a machine that holds the model (the same --dataset self there says "
@@ -72,19 +72,3 @@ def rows_at_once(source: ModelSource, device: torch.device, dtype: torch.dtype, 
             ],
         )
     return min(AT_ONCE, rows)
-
-
-def kept_by_token(text: Any) -> int:
-    """Numbers that attention keeps of a token in all blocks; more than needed where the model keeps less.
-
-    Args:
-        text: configuration of the part of the model that reads text.
-    """
-
-    def number(*names: str) -> int:
-        values = (getattr(text, name, None) for name in names)
-        return next((value for value in values if isinstance(value, int) and value > 0), 0)
-
-    heads = number("num_key_value_heads", "num_attention_heads", "n_head")
-    width = number("head_dim") * heads or number("hidden_size", "n_embd")
-    return 2 * number("num_hidden_layers", "n_layer") * width

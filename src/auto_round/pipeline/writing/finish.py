@@ -20,6 +20,7 @@ from auto_round.export.exporter import Exporter
 from auto_round.export.hf_config import copy_side_files, read_config, write_configs
 from auto_round.export.model_card import CardFacts, Figure, write_model_card
 from auto_round.export.unplanned import with_unplanned
+from auto_round.facts.tensor import dtype_name
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import plan_size
 from auto_round.pipeline.running.coverage import coverage
@@ -49,7 +50,7 @@ def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
         else:
             config = {
                 **source.config.to_diff_dict(),
-                "dtype": str(source.dtype).removeprefix("torch."),
+                "dtype": dtype_name(source.dtype),
             }
             for part in (job.tokenizer, job.processor):
                 if part is not None:

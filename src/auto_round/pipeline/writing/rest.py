@@ -12,6 +12,7 @@ from auto_round.checkpoint.writer import ShardWriter
 from auto_round.errors import NumericsError
 from auto_round.export.exporter import Exporter
 from auto_round.export.manifest import Manifest
+from auto_round.facts.tensor import dtype_name
 from auto_round.models.source import matrix_reader
 from auto_round.numerics.format import Format
 from auto_round.pipeline.deciding.job import Job
@@ -76,7 +77,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     lost = int((stored.isinf() & ~tensor.isinf()).sum()) if dtype != tensor.dtype else 0
     if lost:
         raise NumericsError(
-            f"{name}: {lost} numbers are too large for {str(dtype).removeprefix('torch.')}, in which this "
+            f"{name}: {lost} numbers are too large for {dtype_name(dtype)}, in which this "
             "output format stores them; use the format auto_round"
         )
     return stored

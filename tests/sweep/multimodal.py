@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sweep import configurations
+from sweep.configurations import RECURRENT
+
 Sizes = Mapping[str, Any]
 
 IMAGE = 100
@@ -55,19 +58,7 @@ PARTLY_ROTARY: Sizes = {
     **ROTARY,
     "rope_parameters": {**ROTARY["rope_parameters"], "partial_rotary_factor": 1.0},
 }
-SLIDING: Sizes = {
-    "head_dim": 16,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": 8,
-}
-RECURRENT: Sizes = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_conv_kernel_dim": 4,
-}
+SLIDING: Sizes = {"head_dim": 16, **configurations.SLIDING}
 TOKENS: Sizes = {
     "image_token_id": IMAGE,
     "video_token_id": 101,
@@ -85,12 +76,7 @@ SOUND: Sizes = {
     "n_window": 10,
 }
 LATENT: Sizes = {
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "num_key_value_heads": 4,
+    **{name: size for name, size in configurations.LATENT.items() if name != "head_dim"},
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,

@@ -10,7 +10,8 @@ import torch
 
 from auto_round.diffusion.rows import Rows
 from auto_round.diffusion.tune_component import Held
-from auto_round.errors import AutoRoundError, CheckpointError, is_out_of_memory
+from auto_round.errors import CheckpointError
+from auto_round.inference.load_folder import failures
 from auto_round.models.pipeline_folder import quiet_diffusers
 from auto_round.models.replay_stem import first_tensor, placed
 from auto_round.numerics.activation import ActivationFormat
@@ -68,14 +69,5 @@ def check_reload(
 
 
 def _load(job: Job, kind: Any, folder: Path) -> Any:
-    try:
-        with quiet_diffusers():
-            return kind.from_pretrained(folder, dtype=job.dtype, local_files_only=True).to(job.device).eval()
-    except AutoRoundError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"{folder}: diffusers does not load it ({type(error).__name__}: {str(error).strip()[:300]})"
-        ) from error
+    with failures(folder, library="diffusers"), quiet_diffusers():
+        return kind.from_pretrained(folder, dtype=job.dtype, local_files_only=True).to(job.device).eval()

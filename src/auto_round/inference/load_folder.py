@@ -104,13 +104,14 @@ def unpacked_to(model: Any, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def failures(path: Path, what: str = "it", advice: str = "") -> Iterator[None]:
+def failures(path: Path, what: str = "it", advice: str = "", library: str = "Transformers") -> Iterator[None]:
     """What other people's code raises, as errors that say which model they are about.
 
     Args:
         path: the folder or file.
         what: what was loaded, in words.
         advice: behind the reason.
+        library: what loads it.
 
     Raises:
         CheckpointError: anything but our own errors and the end of memory, which pass as they are.
@@ -123,6 +124,6 @@ def failures(path: Path, what: str = "it", advice: str = "") -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise CheckpointError(
-            f"{path}: Transformers does not load and run {what} ({type(error).__name__}: "
+            f"{path}: {library} does not load and run {what} ({type(error).__name__}: "
             f"{str(error).strip()[:300]}){advice}"
         ) from error

@@ -74,7 +74,8 @@ def test_rates_follow_the_bits_and_the_users_own():
     assert [plain.rise(step) for step in (-1, 0, 149, 299)] == pytest.approx([0.0, 1 / 300, 0.5, 1.0])
     assert max(plain.looks) == 300
     assert len(plain.looks) == 10
-    assert DistillConfig(steps=3).looks == {1, 2, 3}
+    assert DistillConfig(steps=8).looks == {2, 4, 6, 8}
+    assert DistillConfig(steps=3).looks == {2, 3}
 
 
 def test_every_row_is_seen_before_one_is_seen_again():

@@ -40,6 +40,8 @@ FEATURES = 0.1
 """Weight of the hidden states: so many nats for squared errors as large as at the start, mean over blocks."""
 LOOKS = 10
 """How many times the held-out rows are looked at."""
+STEPS_BETWEEN_LOOKS = 2
+"""Fewest steps between two looks: each costs about half of a step. The last step is always looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +91,13 @@ class DistillConfig:
     @property
     def looks(self) -> frozenset[int]:
         """Steps after which the held-out rows are looked at."""
-        every = max(1, self.steps // LOOKS)
-        return frozenset({*range(every, self.steps, every), self.steps})
+        return looks(self.steps)
+
+
+def looks(steps: int) -> frozenset[int]:
+    """Steps of so many after which the held-out rows are looked at."""
+    every = max(STEPS_BETWEEN_LOOKS, steps // LOOKS)
+    return frozenset({*range(every, steps, every), steps})
 
 
 def distill_settings(tune: TuneOptions, seed: int) -> DistillConfig:

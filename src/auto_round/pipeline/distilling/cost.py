@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from auto_round.pipeline.distilling.stage import STATE_BYTES
 from auto_round.pipeline.running.streams import SPILL_BYTES
-from auto_round.tuning.distill import LOOKS, rows_of_step
+from auto_round.tuning.distill import looks, rows_of_step
 
 PASSES = 5
 """Forward passes that a step costs as much as: original, rounded, rounded again, and its gradients (two)."""
@@ -69,7 +69,7 @@ def stage_cost(work: StageWork, operations: float, bandwidth: float) -> StageCos
         bandwidth: bytes per second of an elementwise operation.
     """
     tokens = float(work.steps * rows_of_step(work.seqlen) * work.seqlen)
-    judged = float((1 + min(LOOKS, work.steps)) * work.held_out * work.seqlen)
+    judged = float((1 + len(looks(work.steps))) * work.held_out * work.seqlen)
     products = (PASSES * tokens + judged) * work.block_weights
     products += (HEAD_PASSES * tokens + 2 * judged) * work.head_weights
     moved = float(work.steps * (RESCALED_BYTES if work.codes_stay else MOVED_BYTES)) * work.quantized

@@ -39,6 +39,20 @@ def test_every_number_goes_to_the_nearest_and_ties_to_the_even_code(name, inputs
     assert torch.equal(grid.decode(grid.encode(grid.snap(x))), grid.snap(x))
 
 
+@pytest.mark.parametrize("inputs", [BFLOAT16, HALF], ids=["bfloat16", "float16"])
+def test_every_number_goes_to_the_nearest_of_the_wider_scales(inputs):
+    """E5M3 without its sign; numbers below half the least one become 0, which no group is given."""
+    x = inputs[inputs >= 0]
+    codes = torch.arange(256, dtype=torch.uint8)
+    numbers = E5M3.decode(codes).double()
+    codes, numbers = codes[numbers <= E5M3.hi], numbers[numbers <= E5M3.hi]
+    inside = x.clamp(max=E5M3.hi).double()
+    above = torch.searchsorted(numbers, inside).clamp_(1, len(numbers) - 1)
+    down, up = inside - numbers[above - 1], numbers[above] - inside
+    wanted = torch.where((up < down) | ((up == down) & (codes[above] % 2 == 0)), above, above - 1)
+    assert torch.equal(E5M3.encode(E5M3.snap(x)), codes[wanted])
+
+
 def _ladder(grid):
     """Numbers of a grid, ascending, float64, and a code of each."""
     codes = every_code(grid)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
 from auto_round.models.folder import FolderSource
 from auto_round.stored import packed as packed_module
+from pipeline.runs import quantize, weights
 from stored.makers import fp8_rows, fp8_tiles, fp8_whole, int4_groups, int4_reordered, int8_rows, mxfp4, nvfp4
 from stored.twins import in_blocks, make_twins
 
@@ -55,6 +56,22 @@ def test_tensors_are_those_of_the_plain_twin(plain_models, tmp_path, name):
         assert dict(packed.tensors) == dict(plain.tensors)
         for tensor in plain.tensors:
             assert torch.equal(packed.read_tensor(tensor), plain.read_tensor(tensor)), tensor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fp8 rows", "fp8 tiles", "int8 rows", "int4", "mxfp4", "nvfp4"])
+def test_tuned_to_the_same_bytes_as_the_plain_twin(plain_models, tmp_path, name):
+    config, pack = CASES[name]
+    pair = make_twins(tmp_path, plain_models("llama"), config, pack, in_blocks)
+    found, wanted = (
+        weights(
+            quantize(model, tmp_path / f"from_{model.name}", scheme="W4A16", iters=1, verify=False).folders[0]
+        )
+        for model in (pair.packed, pair.plain)
+    )
+    assert found.keys() == wanted.keys()
+    for tensor, value in wanted.items():
+        assert torch.equal(found[tensor].view(torch.uint8), value.view(torch.uint8)), tensor
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "fp8 tiles"])

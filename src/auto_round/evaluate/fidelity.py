@@ -62,9 +62,8 @@ class Measurement:
 
     def opened(self, subject: Subject) -> Predictor:
         """A model, ready to run."""
-        options = self.options
-        if subject.is_gguf and options.gguf_engine == "llama_cpp":
-            return LlamaCppPredictor(subject.path, options.seqlen, torch.get_num_threads())
+        if self.by_llama_cpp(subject):
+            return LlamaCppPredictor(subject.path, self.options.seqlen, torch.get_num_threads())
         return TransformersPredictor(open_model(subject, self.how))
 
     def in_another_dtype(self, subject: Subject) -> tuple[Predictor, str]:

@@ -1,3 +1,5 @@
+"""The tokenizer of these tests, made once."""
+
 from __future__ import annotations
 
 import pytest

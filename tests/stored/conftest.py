@@ -1,3 +1,7 @@
+"""Tiny models of 16 bits on disk, made once."""
+
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

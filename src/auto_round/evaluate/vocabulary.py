@@ -10,6 +10,7 @@ from typing import Any, Final
 from auto_round.errors import ConfigError
 from auto_round.evaluate.subject import Subject
 from auto_round.export.gguf.library import gguf
+from auto_round.schemes.gguf_types import EMBEDDING
 from auto_round.stored.configuration import TEXT_CONFIGS
 
 _SAME: Final = 0.99
@@ -102,7 +103,7 @@ def _spellings(subject: Subject, trust: bool) -> dict[int, str]:
 
 def _of_gguf(subject: Subject) -> Vocabulary:
     reader = gguf().GGUFReader(subject.path)
-    embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
+    embedding = next((t for t in reader.tensors if t.name == EMBEDDING), None)
     tokens = reader.fields.get("tokenizer.ggml.tokens")
     width = None if embedding is None else int(embedding.shape[-1])
     return Vocabulary(width, {} if tokens is None else dict(enumerate(tokens.contents())), exact=False)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from auto_round.errors import InternalError
-from auto_round.schemes.gguf_types import TYPES, FileType
+from auto_round.schemes.gguf_types import EMBEDDING, TYPES, FileType
 
 
 class Category(Enum):
@@ -203,7 +203,7 @@ def category_of(name: str) -> Category:
     """Category of a tensor name."""
     if name == "output.weight":
         return Category.HEAD
-    if name == "token_embd.weight":
+    if name == EMBEDDING:
         return Category.EMBEDDING
     table = (
         ("attn_qkv.weight", Category.QKV),

@@ -10,6 +10,9 @@ from types import MappingProxyType
 from auto_round.errors import ConfigError, nearest
 from auto_round.schemes.scheme import PRESET_SCHEMES, QuantizationScheme
 
+EMBEDDING = "token_embd.weight"
+"""Name of the token embedding in every architecture. Source: `TENSOR_NAMES` of the `gguf` package."""
+
 
 @dataclass(frozen=True, slots=True)
 class GgufType:

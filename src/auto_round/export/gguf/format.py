@@ -35,13 +35,10 @@ from auto_round.models.source import ModelSource
 from auto_round.numerics.format import Format
 from auto_round.numerics.presets import GGUF_FORMATS
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
-from auto_round.schemes.gguf_types import FILE_TYPES, FORMAT_PREFIX, TYPES, FileType, file_type
+from auto_round.schemes.gguf_types import EMBEDDING, FILE_TYPES, FORMAT_PREFIX, TYPES, FileType, file_type
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.request import plan_request
 from auto_round.tuning.settings import tune_settings
-
-EMBEDDING = "token_embd.weight"
-"""Name of the token embedding in every architecture. Source: `TENSOR_NAMES` of the `gguf` package."""
 
 
 @dataclass(frozen=True, slots=True)

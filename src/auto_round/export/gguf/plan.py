@@ -16,7 +16,7 @@ from auto_round.facts.layer import Layer, Role
 from auto_round.models.source import ModelSource
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.gguf_mixture import Shape, choose_types, fitting, is_quantizable
-from auto_round.schemes.gguf_types import TYPES, FileType, GgufType, type_of_scheme
+from auto_round.schemes.gguf_types import EMBEDDING, TYPES, FileType, GgufType, type_of_scheme
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import Plan, PlanRequest
 from auto_round.schemes.rules import Match, match_rule
@@ -74,9 +74,7 @@ def plan_gguf(
             entries[layer.name] = PlanEntry(None, "not in the file: it holds the language model", fixed=True)
             continue
         kinds = [types[tensor.name] for tensor, _ in places.get(layer.alone, ())]
-        kind = TYPES[
-            kinds[0] if kinds else types["token_embd.weight"]
-        ]  # a head that the file stores as the embedding
+        kind = TYPES[kinds[0] if kinds else types[EMBEDDING]]  # a head may be stored as the embedding
         apart = layer.alone in model.apart
         entries[layer.name] = _entry(base.entries[layer.name], kind, wanted.preset, apart=apart)
     notes = (*_warnings(base, model, wanted), *_left_out(source))

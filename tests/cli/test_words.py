@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import shlex
+from pathlib import Path
 
 import pytest
 
+from auto_round.cli.arguments import parse
 from auto_round.cli.output_folder import folder_name, with_named_folder
 from auto_round.cli.progress import drawn_progress, event_line
 from auto_round.cli.summary import summary
@@ -149,3 +152,14 @@ def test_folder_of_a_local_model(tmp_path, monkeypatch):
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path / "tiny")
     assert folder_name(".", parse_scheme("W4A16")) == "tiny-w4g128"
+
+
+def test_commands_of_the_readme_name_the_folder_that_the_first_one_writes():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("## Use it")[1].split("```bash\n")[1].split("```")[0]
+    lines = [line for line in shown.splitlines() if line.startswith("auto-round")]
+    commands = [parse(shlex.split(line, comments=True)[1:]) for line in lines]
+    made = with_named_folder(build_options(commands[0].given)).output.output_dir
+    assert lines[0].endswith(f"# ./{made}")
+    assert [c.verb for c in commands if c.verb != "quantize"] == ["inspect", "convert", "eval", "report"]
+    assert all(c.verb == "quantize" or c.topics[0] == Path(made).name for c in commands)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from auto_round.consumers.lines import loading, refusing
 from auto_round.pipeline.running.coverage import coverage_sentence
 from auto_round.report.record import DISTILLED
+from auto_round.report.run import far_off, unchanged
 from auto_round.units import duration, gain, size
 
 if TYPE_CHECKING:
@@ -93,11 +94,7 @@ def _hard_cases(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"tokens hold up to {100 * energy:.3g} % of the energy; their errors count as others do",
         )
     if kept := found.get("kept_as_started"):
-        yield (
-            "unchanged",
-            f"{len(kept['units'])} of {kept['of']} blocks were kept as they started: no step made them "
-            "better on rows that are not tuned on (more rows may help: --nsamples)",
-        )
+        yield "unchanged", f"{unchanged(kept)} (more rows may help: --nsamples)"
 
 
 def _more_bits(bits: float) -> str:
@@ -113,11 +110,8 @@ def _far(far: Mapping[str, Any], remedy: str) -> str:
         far: `far_from_the_original` of the report's `hard_cases`.
         remedy: what to do; `LAYER` stands for the layers whose rounding changed most.
     """
-    words = f"a KL above {far['bound']} means that the model says other things than the original"
-    errors = far["largest_errors"]
+    meaning, errors = far_off(far)
     if not errors:
-        return f"{words}; give it more bits"
-    named = ", ".join(f"{kind} {100 * error:.2g} %" for kind, error in errors.items())
-    first = next(iter(errors))
-    advice = remedy.replace("LAYER", first)
-    return f"{words}. Rounding changed most in {named} (share of their outputs); {advice}"
+        return f"{meaning}; give it more bits"
+    advice = remedy.replace("LAYER", next(iter(far["largest_errors"])))
+    return f"{meaning}. Rounding changed most in {errors} (share of their outputs); {advice}"

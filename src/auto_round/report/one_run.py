@@ -11,7 +11,7 @@ from auto_round.report.coverage_sections import coverage, experts
 from auto_round.report.draw import Words
 from auto_round.report.fidelity_section import fidelity_section
 from auto_round.report.record import RunRecord
-from auto_round.report.run import PlanLine, Run, Spread
+from auto_round.report.run import PlanLine, Run, Spread, far_off, unchanged
 from auto_round.report.section import Page, Section, Tile
 from auto_round.report.table import Cell, Table, nbytes, number, seconds, share
 from auto_round.units import duration, size
@@ -53,14 +53,11 @@ def _notices(run: Run) -> Iterator[str]:
         yield "Figures of quality are of the row that was tuned on, so they look better than they are."
     hard = run.hard_cases
     if far := hard.get("far_from_the_original"):
-        errors = ", ".join(f"{kind} {100 * error:.2g} %" for kind, error in far["largest_errors"].items())
-        text = f"A KL above {far['bound']} means that the model says other things than the original."
+        meaning, errors = far_off(far)
+        text = f"{meaning[0].upper()}{meaning[1:]}."
         yield f"{text} Rounding changed most in {errors} (share of their outputs)." if errors else text
     if kept := hard.get("kept_as_started"):
-        yield (
-            f"{len(kept['units'])} of {kept['of']} blocks were kept as they started: no step made them "
-            "better on rows that are not tuned on."
-        )
+        yield f"{unchanged(kept)}."
     for name, checked in run.verified.items():
         if "skipped" in checked:
             yield f"{name} was not reloaded: {checked['skipped']}"

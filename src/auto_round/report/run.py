@@ -210,6 +210,21 @@ class Run:
         return [unit for unit in self.units if unit.loss is not None and unit.initial_loss is not None]
 
 
+def far_off(far: Mapping[str, Any]) -> tuple[str, str]:
+    """What `far_from_the_original` of `hard_cases` means, and the largest errors; empty without any."""
+    meaning = f"a KL above {far['bound']} means that the model says other things than the original"
+    errors = (f"{kind} {100 * error:.2g} %" for kind, error in far["largest_errors"].items())
+    return meaning, ", ".join(errors)
+
+
+def unchanged(kept: Mapping[str, Any]) -> str:
+    """What `kept_as_started` of `hard_cases` means."""
+    return (
+        f"{len(kept['units'])} of {kept['of']} blocks were kept as they started: no step made them better on "
+        "rows that are not tuned on"
+    )
+
+
 def read_run(folder: Path, label: str) -> Run:
     """Read the records of a finished run.
 

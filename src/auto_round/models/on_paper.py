@@ -10,7 +10,7 @@ from torch import Tensor
 
 from auto_round.errors import ConfigError
 from auto_round.facts.tensor import TensorSpec
-from auto_round.models.folder import FolderSource
+from auto_round.models.folder import FolderSource, read_parts
 from auto_round.models.skeleton import build_skeleton, read_model_config, saved_specs
 
 
@@ -77,4 +77,4 @@ def open_on_paper(
     own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     skeleton = build_skeleton(config, dtype or own, trust_remote_code=trust_remote_code)
     tensors = PaperTensors(folder, saved_specs(skeleton))
-    return FolderSource.over(tensors, config, trust_remote_code=trust_remote_code, dtype=dtype)
+    return FolderSource(tensors, read_parts(tensors, config, lambda _: skeleton, dtype or own))

@@ -268,7 +268,7 @@ class _Loop:
         if start:
             logger.info("continuing after %s of %s", units[start - 1], units[-1])
             self.clock.skip(start)
-        if job.device.type == "cpu" and job.tune.iters:
+        if job.device.type == "cpu" and job.rows is not None:
             keep_freed_memory()
 
     def _embedding(self) -> Tensor | None:

@@ -118,10 +118,13 @@ CARRYING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """Configuration of a family of the tables above, with two blocks (`nemotron_h`: four, of four kinds)."""
+    """Configuration of a family with two blocks (`nemotron_h`: four, of four kinds).
+
+    Families that are not in the tables above may want more said than what all have.
+    """
     from transformers import AutoConfig
 
-    own = {**DENSE, **EXPERTS, **KEPT, **CARRYING}[family]
+    own = {**DENSE, **EXPERTS, **KEPT, **CARRYING}.get(family, {})
     return AutoConfig.for_model(family, **{**_BASE, **own, **changes})
 
 

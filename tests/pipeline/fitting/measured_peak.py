@@ -36,6 +36,21 @@ SHAPES = {
         {"hidden_size": 512, "intermediate_size": 512, "num_local_experts": 8, "head_dim": 64, **_ATTENTION},
         _SHORT,
     ),
+    "experts that all see all tokens": (
+        "llama4_text",
+        {
+            "hidden_size": 512,
+            "intermediate_size": 512,
+            "intermediate_size_mlp": 512,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 1,
+            "head_dim": 64,
+            "moe_layers": [0, 1],
+            "attention_chunk_size": 32,
+            **_ATTENTION,
+        },
+        _SHORT,
+    ),
     "long rows": (
         "llama",
         {"hidden_size": 256, "intermediate_size": 512, **_ATTENTION},

@@ -287,7 +287,14 @@ class _Demand:
         """Whether a layer belongs to experts that run, and are tuned, one matrix after the other."""
         work = self.work
         half = work.dtype is torch.float16
-        return layer.expert is not None and work.device.type == "cpu" and not work.tune.by_row and not half
+        known = layer.expert is not None and work.source.tells_experts_apart(layer.parameter)
+        return known and work.device.type == "cpu" and not work.tune.by_row and not half
+
+    def _copies_at_work(self, layer: Layer) -> int:
+        """Copies of an expert, or of all of a parameter, that its products form."""
+        if self._by_matrix(layer):
+            return EXPERT_AT_WORK
+        return EXPERTS_AT_WORK if self.work.source.tells_experts_apart(layer.parameter) else 0
 
     def _together(self, layer: Layer) -> int:
         """Weights that are rounded at once with those of a layer: its parameter, or its expert."""
@@ -299,11 +306,7 @@ class _Demand:
         """Gradients of the loss by rounded weights, while activations are still there."""
         itemsize = self.work.dtype.itemsize
         found, passes = tuned * itemsize, self._passes()
-        fused = (
-            self._together(a) * (EXPERT_AT_WORK if self._by_matrix(a) else EXPERTS_AT_WORK)
-            for a in layers
-            if a.role is Role.EXPERT
-        )
+        fused = (self._together(a) * self._copies_at_work(a) for a in layers if a.role is Role.EXPERT)
         activations = self._activations(layers) + itemsize * max(fused, default=0)
         # Those of the last matrices come while attention is differentiated, and passes leave holes.
         return activations + found + (tuned * FLOAT if passes > 1 else 0)

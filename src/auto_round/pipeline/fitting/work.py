@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from auto_round.config.memory import MemoryOptions
-from auto_round.facts.layer import Layer, Role
+from auto_round.facts.layer import Role
 from auto_round.models.source import ModelSource
 from auto_round.numerics.format import Format
 from auto_round.tuning.config import TuneConfig
@@ -104,12 +104,9 @@ def measure_sizes(work: Workload) -> Sizes:
 
 
 def active_share(source: ModelSource) -> float:
-    """Share of the experts that a token passes through."""
-    chosen = source.facts.chosen_experts
-    experts = _experts(source.layers)
-    return min(1.0, chosen / experts) if chosen and experts else 1.0
-
-
-def _experts(layers: Sequence[Layer]) -> int:
-    found = {layer.expert for layer in layers if layer.role is Role.EXPERT and layer.expert is not None}
-    return len(found)
+    """Share of the experts that a token passes through; all where none is told apart, as in Llama 4."""
+    chosen, experts = source.facts.chosen_experts, [a for a in source.layers if a.role is Role.EXPERT]
+    numbers = {layer.expert for layer in experts} - {None}
+    if not chosen or not numbers or not all(map(source.tells_experts_apart, {a.parameter for a in experts})):
+        return 1.0
+    return min(1.0, chosen / len(numbers))

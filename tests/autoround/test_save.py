@@ -73,6 +73,21 @@ def test_quantize_then_save_in_several_formats(folder, rows, tmp_path):
         rounder.save_quantized(tmp_path / "gguf", format="gguf:q4_0")
 
 
+def test_a_format_that_would_have_made_another_plan_is_refused_in_words(rows, tmp_path):
+    """Folders of GPTQ have one group size; codes of another one ended in an error about a tensor's shape."""
+    sizes = {"hidden_size": 128, "intermediate_size": 288}
+    uneven = save_tiny_model("llama", tmp_path / "uneven", dtype=torch.bfloat16, **sizes)
+    rounder = AutoRound(uneven, iters=0, disable_opt_rtn=True)
+    rounder.quantize()
+    with pytest.raises(CannotHoldError, match=r"(?s)before quantize\(\).*W4 g128 sym instead of W4 g32 sym"):
+        rounder.save_quantized(tmp_path / "gptq", format="auto_gptq")
+    assert not (tmp_path / "gptq").exists()
+    assert rounder.save_quantized(tmp_path / "own", format="auto_round") == [tmp_path / "own"]
+    advised = AutoRound(uneven, iters=0, disable_opt_rtn=True, format="auto_gptq")
+    advised.quantize()
+    assert advised.save_quantized(tmp_path / "gptq") == [tmp_path / "gptq"]
+
+
 def test_a_model_in_memory_gives_the_same_as_its_folder_and_stays_as_it_is(folder, rows, tmp_path):
     events = []
     live = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

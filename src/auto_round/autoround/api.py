@@ -25,7 +25,7 @@ from auto_round.autoround.saved import Saved
 from auto_round.autoround.usual_format import usual_or_rounded
 from auto_round.config import Options, OutputOptions, read_environment
 from auto_round.config.values import FROM_PYTHON
-from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.errors import CannotHoldError, ConfigError, Refusal, UnsupportedError
 from auto_round.log import ProgressSink, ignore_progress, logger
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from auto_round.facts.flow import States
     from auto_round.pipeline.deciding.job import Job
     from auto_round.pipeline.result import Result
+    from auto_round.schemes.plan import Plan
+    from auto_round.schemes.scheme import QuantizationScheme
 
 
 class AutoRound(Attributes):
@@ -153,8 +155,8 @@ class AutoRound(Attributes):
             The folder of each format.
 
         Raises:
-            ConfigError: `quantize()` was not called or made another plan, or the folder holds something else.
-            UnsupportedError: a format cannot hold this plan.
+            ConfigError: `quantize()` was not called, or the folder holds something else.
+            UnsupportedError: a format cannot hold the plan that `quantize()` made.
         """
         from auto_round.autoround.rewrite import copy_files, rewrite
         from auto_round.export.table import settle_formats
@@ -172,6 +174,7 @@ class AutoRound(Attributes):
         settled, asked = settle_formats(replace(chosen, output=output))
         if all(exporter.planner is None for exporter in asked):
             job = self._prepare(replace(chosen, output=output), rows=False)
+            done.refuse_other_schemes(job.plan, output.formats)
         else:
             job = replace(done.job, output=Path(output.output_dir), options=settled)
             job = replace(job, exporters={e.name: job.exporters[e.name] for e in asked})
@@ -351,6 +354,35 @@ class _Finished:
                 f"{made}; call quantize_and_save(format=...), or give AutoRound(...) the scheme (such as "
                 "GGUF:Q4_K_M) or the format before quantize()"
             )
+
+    def refuse_other_schemes(self, plan: Plan, formats: Sequence[str]) -> None:
+        """Refuse formats that would have given some layers other schemes, such as groups of one size for all.
+
+        Raises:
+            CannotHoldError: their codes would have to be made again.
+        """
+        from auto_round.schemes.condense import some
+
+        made = self.result.plan
+        pairs = {name: (_label(made.scheme_of(name)), _label(plan.scheme_of(name))) for name in made.entries}
+        other = {n: f"{was} instead of {wanted}" for n, (was, wanted) in pairs.items() if was != wanted}
+        if not other:
+            return
+        names = ",".join(formats)
+        refusals = [
+            Refusal(names, f"quantize() gave {text}: {some(name for name in other if other[name] == text)}")
+            for text in dict.fromkeys(other.values())
+        ]
+        raise CannotHoldError(
+            f'{names} cannot hold what quantize() made: save it as auto_round, or say AutoRound(..., format="'
+            f'{names}") before quantize(), or call quantize_and_save(format="{names}")',
+            refusals,
+        )
+
+
+def _label(scheme: QuantizationScheme | None) -> str:
+    """Scheme in words, without the dtype of scales, which a format may store in its own."""
+    return "16 bits" if scheme is None else replace(scheme, scale_dtype="float16").label
 
 
 def _say_what_stays(inplace: bool | None) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from auto_round.cli.arguments import build_parser, parse
 from auto_round.cli.evaluate_words import eval_parser, read_words
+from auto_round.cli.main import main
 from auto_round.config import RECIPES, EvaluationOptions, all_settings, build_options
 from auto_round.errors import ConfigError, UnsupportedError
 
@@ -205,9 +206,9 @@ def test_recipe_by_command_or_by_flag(recipe):
         (["--list"], "list", ()),
         (["help"], "help", ()),
         (["help", "quantize"], "help", ()),
-        (["help", "list"], "help", ()),
-        (["list", "--help"], "help", ()),
-        (["list", "format", "-h"], "help", ()),
+        (["help", "list"], "list", ("--help",)),
+        (["list", "--help"], "list", ("--help",)),
+        (["list", "format", "-h"], "list", ("format", "-h")),
         (["help", "inspect"], "inspect", ("--help",)),
         (["help", "convert"], "convert", ("--help",)),
         (["quantize", "-h"], "help", ()),
@@ -248,3 +249,10 @@ def test_reading_the_command_line_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", [["list", "--help"], ["help", "list"], ["list", "format", "-h"]])
+def test_help_of_list_says_what_there_is_to_list(words, capsys):
+    """It was the help of the main command."""
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("usage: auto-round list [format | scheme | dataset | backend]")

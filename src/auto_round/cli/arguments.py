@@ -60,8 +60,6 @@ def parse(argv: Sequence[str], recipe: str = "default") -> Command:
     verb = words[0] if words and words[0] in COMMANDS else ""
     if verb == "help" and len(words) > 1 and words[1] in ("list", *FOLDER_COMMANDS):
         verb, words = words[1], [words[1], "--help"]
-    if verb == "list" and not {"-h", "--help"}.isdisjoint(words):
-        verb = "help"
     if verb in ("", "quantize") and "--eval" in words:
         verb, words = "eval", ["eval", *(word for word in words[bool(verb) :] if word != "--eval")]
     if verb == "list" or verb in FOLDER_COMMANDS:

@@ -11,11 +11,14 @@ from auto_round.errors import ConfigError, UnsupportedError, nearest
 
 
 def listing(topics: Sequence[str]) -> str:
-    """Return the lists of some topics; of all without topics.
+    """Return the lists of some topics; of all without topics; for `--help` what there is to list.
 
     Raises:
         ConfigError: an unknown topic.
     """
+    if not {"-h", "--help"}.isdisjoint(topics):
+        words = " | ".join(TOPICS)
+        return f"usage: auto-round list [{words}] ...\n\nSay what there is; all of it without a word."
     wanted = [_topic(name) for name in topics] or list(TOPICS)
     return "\n\n".join(f"{name}s:\n{TOPICS[name]()}" for name in dict.fromkeys(wanted))
 

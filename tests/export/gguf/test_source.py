@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from auto_round.cli.inspect import inspect
 from auto_round.config import build_options
 from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
 from auto_round.evaluate.gguf_weights import gguf_weights
@@ -121,3 +123,24 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF nonsense")
     with pytest.raises(CheckpointError, match="no GGUF file"):
         open_gguf(tmp_path / "bad.gguf")
+
+
+def test_inspect_says_which_types_a_file_holds(tmp_path: Path) -> None:
+    """It wanted a config.json, which no GGUF output of a run has."""
+    path = write(save_small_model("llama", tmp_path / "model", **WIDE), tmp_path / "out", "gguf:q4_0")
+    text = inspect([str(path.parent)])
+    assert text == inspect([str(path)])
+    assert f"GGUF, architecture llama: {path.name}" in text
+    found = {str(tensor.tensor_type.name): 0 for tensor in gguf.GGUFReader(path).tensors}
+    for tensor in gguf.GGUFReader(path).tensors:
+        found[tensor.tensor_type.name] += int(tensor.n_elements)
+    assert "Q4_0" in found
+    for kind, weights in found.items():
+        assert f" tensors, {weights:,} weights" in next(
+            x for x in text.splitlines() if x.startswith(f"{kind} ")
+        )
+    types = json.loads(inspect(["--json", str(path)]))["types"]
+    assert {kind.upper(): each["weights"] for kind, each in types.items()} == found
+    (tmp_path / "none.gguf").write_bytes(b"GGUX")
+    with pytest.raises(CheckpointError, match="no GGUF file"):
+        inspect([str(tmp_path / "none.gguf")])

@@ -242,7 +242,7 @@ def open_gguf(
     if file is None:
         raise ConfigError(f"no GGUF file in {path}")
     beside = path.is_dir() and (path / "config.json").is_file()
-    stored, metadata = _read_head(file)
+    stored, metadata = read_head(file)
     expanded = None if beside else _expanded(file, metadata)
     folder = path if expanded is None else Path(expanded.name, file.stem)
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
@@ -299,8 +299,12 @@ def _expanded(file: Path, metadata: Mapping[str, Any]) -> tempfile.TemporaryDire
     return expanded
 
 
-def _read_head(file: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """Tensors of a file, and its metadata."""
+def read_head(file: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """Tensors of a file, and its metadata.
+
+    Raises:
+        CheckpointError: it is no GGUF file, or a damaged one.
+    """
     module = gguf()
     try:
         reader = module.GGUFReader(file)

@@ -174,7 +174,6 @@ class AutoRound(Attributes):
         settled, asked = settle_formats(replace(chosen, output=output))
         if all(exporter.planner is None for exporter in asked):
             job = self._prepare(replace(chosen, output=output), rows=False)
-            done.refuse_other_schemes(job.plan, output.formats)
         else:
             job = replace(done.job, output=Path(output.output_dir), options=settled)
             job = replace(job, exporters={e.name: job.exporters[e.name] for e in asked})
@@ -182,6 +181,7 @@ class AutoRound(Attributes):
         finished = dict(zip(done.job.exporters, done.result.folders, strict=True))
         if done.planned_by is not None or all(e.any_plan and e.name in finished for e in asked):
             return copy_files(job, finished, done.result)
+        done.refuse_other_schemes(job.plan, output.formats)
         return rewrite(job, done.result.folders[0], done.result.report)
 
     def quantize_and_save(

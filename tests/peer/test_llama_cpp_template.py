@@ -68,6 +68,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 32,
     },
+    "granitemoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "attention_multiplier": 0.25,
+        "residual_multiplier": 0.5,
+    },
     "lfm2": {
         "num_key_value_heads": 2,
         "layer_types": ["conv", "full_attention"],
@@ -90,8 +96,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 """Biases and a tied head; queries, keys and values woven together; stacked experts; experts that are one
-tensor in the checkpoint, too, as `[out, in]` and as `[in, out]` with rows in turn; a convolution; a matrix
-that is cut in two, one half transposed."""
+tensor in the checkpoint, too, as `[out, in]` (Gemma 4, Granite) and as `[in, out]` with rows in turn; a
+convolution; a matrix that is cut in two, one half transposed."""
 
 
 def _save(family: str, folder: Path) -> Path:

@@ -6,16 +6,24 @@ byte two codes of the same input. Which two outputs share a byte follows from pa
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from auto_round.compiled import numeric_library
 from auto_round.kernels.int4_codes import MIDDLE
 
 BLOCKS = (64, 32, 16)
 """Outputs in a block, by instruction set: AVX-512, AVX2, others."""
+
+SOURCE = Path(__file__).with_name("int4_order.c")
+
+FEW = 1 << 15
+"""Codes for which waking threads costs more than they save."""
 
 _PROBE_IN = 32
 """Inputs of the probe."""
@@ -65,11 +73,18 @@ class Order:
     def pack(self, codes: Tensor) -> Tensor:
         """Packed matrix `[rows, in / 2]` uint8 of codes `[rows, in]` below 16; whole blocks.
 
-        The same bytes as PyTorch's operator makes, without its 32-bit input: 1.7 against 3.5 ns a weight.
+        The same bytes as PyTorch's operator makes, without its 32-bit input.
         """
         rows, n_in = codes.shape
         quarter = self.block // 4
         even_odd = self.outputs.view(2, 2, quarter).transpose(1, 2).reshape(2, -1)
+        if (program := _program()) is not None:
+            packed = torch.empty(rows, n_in // 2, dtype=torch.uint8, device="cpu")
+            tensors = (codes.contiguous(), *even_odd)
+            sizes = map(ctypes.c_int64, (rows, n_in, self.block))
+            threads = torch.get_num_threads() if codes.numel() > FEW else 1
+            program.auto_round_order_int4(*map(_address, tensors), *sizes, _address(packed), threads)
+            return packed
         blocks = codes.view(-1, self.block, n_in)
         pairs = blocks[:, even_odd[1]].bitwise_left_shift_(4).bitwise_or_(blocks[:, even_odd[0]])
         return pairs.transpose(1, 2).contiguous().view(rows, n_in // 2)
@@ -100,6 +115,15 @@ class Order:
     def sort_outputs(self, y: Tensor) -> Tensor:
         """Results `[tokens, rows]` of packed-order columns in the order of outputs."""
         return y.view(y.shape[0], -1, self.block)[..., self.places].flatten(1)
+
+
+def _address(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def _program() -> ctypes.CDLL | None:
+    """The compiled packing; None where it cannot be made."""
+    return numeric_library(SOURCE, (), "4-bit matrices are packed without a compiled program")
 
 
 def _nibbles(packed: Tensor) -> Tensor:

@@ -17,7 +17,12 @@ from auto_round.consumers.kernels import HALF_ONLY, MARLIN
 from auto_round.consumers.kernels_float import remarks_on_floats
 from auto_round.consumers.ours import TRANSFORMERS, ask_ourselves
 from auto_round.schemes.condense import some
-from auto_round.stored.matrices import BLOCKS, OTHER
+from auto_round.stored.matrices import AWQ, BLOCKS, GPTQ, OTHER
+
+_LLAMA_4 = {"llama4", "llama4_text"}
+_TURNED = (".q_proj", ".k_proj")
+"""Matrices whose rows vLLM turns for its rotary embedding under names of compressed-tensors alone.
+Source: vLLM `models/llama4.py` (`permute_qk_weight_for_rotary`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,17 @@ def _other_reasons(folder: Folder, engine: Engine) -> Iterator[str]:
     first = folder.quantization.get("checkpoint_format", folder.quantization.get("format", "gptq")) == "gptq"
     if engine.name == GPTQMODEL and engine.method == "gptq" and asymmetric and first:
         yield "it refuses zero points stored minus one; store them as gptq_v2"
+    text = folder.config.get("text_config") or {}
+    turned = [m.name for m in folder.packed if m.order in (GPTQ, AWQ) and m.name.endswith(_TURNED)]
+    if (
+        engine.name == VLLM
+        and turned
+        and _LLAMA_4 & {folder.config.get("model_type"), text.get("model_type")}
+    ):
+        yield (
+            f"it leaves the rows of {some(turned)} in an order that Llama 4 does not have there, without an "
+            "error; keep q_proj, k_proj and v_proj in 16 bits, or use the format llm_compressor"
+        )
 
 
 def _sentence(text: str, names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ All of it happens in the process of a test.
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import vllm.model_executor.layers.quantization.humming as humming
 import vllm.model_executor.layers.quantization.inc.schemes.inc_wna16_scheme as inc
 import vllm.model_executor.layers.quantization.utils.marlin_utils as marlin
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, silu
 from vllm.model_executor.kernels.linear import register_linear_kernel
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
@@ -148,14 +149,21 @@ def replace_products() -> None:
     os.environ["VLLM_DISABLED_KERNELS"] = "CPUWNA16LinearKernel,CPUInt8ScaledMMLinearKernel"
 
 
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
+"""vLLM's name of an activation -> what it does with a gate."""
+
+
 def experts_here(self: Any, **given: Any) -> None:
     """Gated experts, one after another, with weights that vLLM has unpacked."""
     x, chosen, shares = given["hidden_states"], given["topk_ids"], given["topk_weights"]
+    if given["apply_router_weight_on_input"]:  # vLLM has done that already
+        shares = torch.ones_like(shares)
+    activate = ACTIVATIONS[given["activation"].value]
     total = torch.zeros(x.shape, dtype=torch.float32)
     for expert, (inner, outer) in enumerate(zip(given["w1"], given["w2"], strict=True)):
         token, place = (chosen == expert).nonzero(as_tuple=True)
         gate, up = linear(x[token], inner.to(x.dtype)).chunk(2, -1)
-        y = linear(silu(gate) * up, outer.to(x.dtype))
+        y = linear(activate(gate) * up, outer.to(x.dtype))
         total.index_add_(0, token, y.float() * shares[token, place, None].float())
     given["output"].copy_(total)
 

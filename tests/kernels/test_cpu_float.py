@@ -67,9 +67,14 @@ def test_kit(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
             kernel_kit.check_bound(KERNEL, replace(spec, dtype=dtype))
 
 
+def part_of_steps(fmt: Format) -> str:
+    """Name of the stored part with a number for each group."""
+    return next(name for name in ("exponent", "block", "step") if name in fmt.rule.stored)
+
+
 def every_step(fmt: Format) -> QTensor:
     """A matrix with every code under every byte of a step: a row for each byte."""
-    byte = cpu_float.STEPS[type(fmt.rule)]
+    byte = part_of_steps(fmt)
     codes = torch.arange(256, dtype=torch.uint8) & ((1 << fmt.grid.bits) - 1)
     w = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     parts = dict(fmt.quantize(w).scale.parts)
@@ -138,7 +143,7 @@ class Mutant(CpuFloatKernel):
 
     def linear(self, x, buffers, spec, bias):
         name, changed = CHANGES[self.change]
-        name = "part_" + cpu_float.STEPS[type(spec.fmt.rule)] if name == "step" else name
+        name = "part_" + part_of_steps(spec.fmt) if name == "step" else name
         return super().linear(x, {**buffers, name: changed(buffers[name]).contiguous()}, spec, bias)
 
 
@@ -171,15 +176,19 @@ def test_inputs_are_rounded() -> None:
 
 @pytest.mark.slow
 @needs_program
-def test_it_is_an_operator_that_compilers_know() -> None:
-    for fmt in (nv_format(), fp8_format(Group(-1))):
-        spec = spec_of(fmt, (32, 128))
-        buffers = KERNEL.prepare(kernel_kit.random_case(spec), spec)
-        w = cpu_float._Weight.of(buffers, spec)
-        args = (torch.ones(3, 128), w.codes, w.steps, w.table, w.width, w.rows)
-        torch.library.opcheck(
-            torch.ops.auto_round.packed_float_linear, args, test_utils=("test_schema", "test_faketensor")
-        )
+@pytest.mark.parametrize("fmt", [mx_format("fp4"), nv_format(), fp8_format(Group(-1))], ids=lambda f: f.name)
+def test_compiled_models_see_one_operator(fmt: Format) -> None:
+    spec = spec_of(fmt, (32, 128), torch.bfloat16)
+    buffers = KERNEL.prepare(kernel_kit.random_case(spec), spec)
+
+    def run(x: Tensor) -> Tensor:
+        return KERNEL.linear(x, buffers, spec, None)
+
+    torch._dynamo.reset()
+    traced = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for tokens in (1, 20):
+        x = torch.randn(2, tokens, 128, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+        assert torch.equal(traced(x), run(x))
 
 
 REFUSED = {

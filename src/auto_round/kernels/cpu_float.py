@@ -14,7 +14,6 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -43,10 +42,8 @@ DENSE_TOKENS = 12
 """Tokens from which unpacking once is faster: with one thread and AVX2, 8 tokens take 0.65 (FP8) to 1.0
 (NVFP4) and 16 take 1.3 to 2.0 ns a weight; unpacked, 0.95 and 1.2."""
 
-STEPS: Mapping[type, str] = MappingProxyType(
-    {PowerOfTwo: "exponent", OverTensor: "block", LargestToTop: "step"}
-)
-"""Scale rule -> the stored part with a step, or a byte for one, of each group."""
+RULES = (PowerOfTwo, OverTensor, LargestToTop)
+"""Rules of scales that the kernel knows, see `_steps`."""
 
 _F16C = "-mf16c"
 """Conversion of float16, which every processor with AVX2 has."""
@@ -99,7 +96,7 @@ def _other_numbers(spec: LinearSpec) -> str:
         return f"runs on a CPU, not on {spec.device}"
     if spec.fmt.grid not in (E2M1, E4M3):
         return f"holds FP4 (E2M1) and FP8 (E4M3) numbers, not {spec.fmt.name}"
-    if type(spec.fmt.rule) not in STEPS:
+    if type(spec.fmt.rule) not in RULES:
         return f"does not know how the steps of {spec.fmt.name} are stored"
     if spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"takes bfloat16, float16 or float32 activations, not {spec.dtype}"
@@ -119,13 +116,13 @@ def _other_shape(spec: LinearSpec) -> str:
     )
 
 
-def _table(rule: ScaleRule, buffers: Mapping[str, Tensor]) -> Tensor | None:
-    """Step of each byte, `[256]` float32; None where steps are floats."""
+def _steps(rule: ScaleRule, buffers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Step of each group, float32; or a byte for it, and the step of each byte, `[256]` float32."""
     if isinstance(rule, PowerOfTwo):
-        return _powers(rule)
+        return buffers[PART + "exponent"], _powers(rule)
     if isinstance(rule, OverTensor):
-        return rule.step(_numbers(rule.blocks), buffers[PART + "tensor"].flatten())
-    return None
+        return buffers[PART + "block"], rule.step(_numbers(rule.blocks), buffers[PART + "tensor"].flatten())
+    return buffers[PART + "step"].float(), None
 
 
 @functools.cache
@@ -185,11 +182,9 @@ class _Weight:
     @classmethod
     def of(cls, buffers: Mapping[str, Tensor], spec: LinearSpec) -> _Weight:
         """The weight of a layer's buffers."""
-        group, rule = spec.fmt.group, spec.fmt.rule
+        group = spec.fmt.group
         rows = spec.shape[0] if group.size == 0 else group.rows
-        steps, table = buffers[PART + STEPS[type(rule)]], _table(rule, buffers)
-        steps = steps if table is not None else steps.float()
-        return cls(buffers["codes"], steps, table, group.width(spec.shape[1]), rows)
+        return cls(buffers["codes"], *_steps(spec.fmt.rule, buffers), group.width(spec.shape[1]), rows)
 
     def call(self, function: str, n_in: int, x: Tensor | None, y: Tensor) -> Tensor:
         """Let the program fill `y`, float32."""

@@ -30,6 +30,8 @@ KEPT_BY_ROUNDING = 5
 float32 and a mark."""
 SPACING = 4
 """The same of floating grids besides: the spacing at each weight."""
+HOLES = 16
+"""Bytes of holes that plain rounding leaves for each weight of a band, which make peaks differ by 8 %."""
 ENCODED = 32
 """Bytes that PyTorch forms for each weight of a band that gets codes of a floating grid (measured)."""
 SEARCHED = 48
@@ -193,7 +195,8 @@ class _Demand:
             formed = max(map(self._formed, quantized), default=0)
             rounding = (tuned if tune.search else largest) * FLOAT + formed
             # What rounding formed leaves holes, of other sizes than what comes then.
-            after = (tuned - apart) * itemsize + formed + max(self._forward(layers), largest * FLOAT)
+            holes = formed if tune.search else HOLES * min(SEARCH_BAND, largest)
+            after = (tuned - apart) * itemsize + holes + max(self._forward(layers), largest * FLOAT)
             name = "search and rounding" if rounding > after else "rounded weights and activations"
             parts[name] = max(rounding, after) + tuned * PACKED
             return parts
@@ -242,7 +245,7 @@ class _Demand:
         compared = {}
         if self.sizes.tokens:
             compared = {
-                "logits": 2 * self._verified_logits() + self._logits() // 2,
+                "logits": 2 * self._verified_logits() + self._logits() // 4,
                 STREAMS: self.sizes.stream,
             }
         at_work = max(work.output_bytes, self._largest_outside(), sum(compared.values()))

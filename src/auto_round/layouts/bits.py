@@ -87,13 +87,9 @@ def unpack_bits(packed: Tensor, bits: int, axis: int = -1) -> Tensor:
     words(n_codes, bits)
     last = packed.movedim(axis, -1)
     flat = last.reshape(-1, last.shape[-1])
-    parts = list(bands(flat.shape[0], n_codes, weights_at_once(packed.device, BAND)))
-    if len(parts) == 1 and bits != 8:  # of 8 bits it would be the memory of `packed` itself
-        codes = _unpack_rows(_aligned(flat), bits)
-    else:
-        codes = torch.empty(flat.shape[0], n_codes, dtype=torch.uint8, device=packed.device)
-        for rows in parts:
-            codes[rows] = _unpack_rows(_aligned(flat[rows]), bits)
+    codes = torch.empty(flat.shape[0], n_codes, dtype=torch.uint8, device=packed.device)
+    for rows in bands(flat.shape[0], n_codes, weights_at_once(packed.device, BAND)):
+        _unpack_rows(_aligned(flat[rows]), bits, codes[rows])
     return codes.reshape(*last.shape[:-1], n_codes).movedim(-1, axis).contiguous()
 
 
@@ -134,16 +130,19 @@ def _pack_rows(codes: Tensor, bits: int, packed: Tensor) -> None:
     packed.view(torch.uint8).view(len(x), -1, bits).copy_(octets[..., :bits])
 
 
-def _unpack_rows(packed: Tensor, bits: int) -> Tensor:
-    """`[rows, n * bits / 32]` int32 -> `[rows, n]` uint8."""
+def _unpack_rows(packed: Tensor, bits: int, codes: Tensor) -> None:
+    """`[rows, n * bits / 32]` int32 -> `codes`, contiguous `[rows, n]` uint8, in which lanes are parted."""
+    octets = packed.view(torch.uint8)
     if bits == 8:
-        return packed.view(torch.uint8)
+        codes.copy_(octets)
+        return
     carrier, merges = _merges(bits)
+    x = codes.view(carrier)
     if bits in _CARRIER:
-        x = packed.view(torch.uint8).to(carrier)
+        x.copy_(octets)
     else:
-        octets = packed.view(torch.uint8).reshape(len(packed), -1, bits)
-        x = torch.nn.functional.pad(octets, (0, 8 - bits)).view(carrier).squeeze(-1)
+        wide = torch.nn.functional.pad(octets.reshape(len(packed), -1, bits), (0, 8 - bits))
+        x.copy_(wide.view(carrier).squeeze(-1))
     for shift, low, high in reversed(merges):
-        x = (x & high).bitwise_left_shift_(shift).bitwise_or_(x & low)
-    return x.view(torch.uint8)
+        upper = (x & high).bitwise_left_shift_(shift)
+        x.bitwise_and_(low).bitwise_or_(upper)

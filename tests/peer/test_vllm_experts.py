@@ -60,6 +60,7 @@ ONE_BY_ONE: dict[str, dict[str, Any]] = {
 
 PLANS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "w4": ({"scheme": "W4A16"}, ("auto_round", "auto_gptq", "llm_compressor")),
+    "w4-together": ({"scheme": "W4A16"}, ("auto_round", "llm_compressor")),
     "w4-asym": ({"scheme": "W4A16", "sym": False}, ("auto_awq",)),
     "int8": ({"scheme": "INT8_W8A8", "group_size": -1}, ("llm_compressor",)),
 }
@@ -104,10 +105,10 @@ ONE_TENSOR: dict[str, tuple[dict[str, Any], bool]] = {
 """Families whose plain folders have experts in one tensor -> whether vLLM reads them one by one, too."""
 
 QUANTIZED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(ONE_BY_ONE, tuple(PLANS)),
-    **dict.fromkeys((family for family, (_, single) in ONE_TENSOR.items() if single), ("w4",)),
+    **dict.fromkeys(ONE_BY_ONE, ("w4", "w4-asym", "int8")),
+    **dict.fromkeys((family for family, (_, single) in ONE_TENSOR.items() if single), ("w4-together",)),
 }
-"""Family -> plans of its folders."""
+"""Family -> plans of its folders. Those in bfloat16 have steps that `auto_gptq` does not hold."""
 
 KEPT = {"llama4_text": {"ignore_layers": "q_proj,k_proj,v_proj"}}
 """Family -> what stays in 16 bits. vLLM turns rows of Llama 4's queries and keys, in packed words under names
@@ -200,7 +201,8 @@ def test_what_it_unpacks_predicts_the_same(read: Any, family: str, plan: str, fo
 
 @pytest.mark.parametrize("family", QUANTIZED)
 def test_all_formats_are_the_same_numbers_to_it(read: Any, family: str) -> None:
-    first, *others = (read[family, "w4", form, "emulation"][1]["logprobs"] for form in PLANS["w4"][1])
+    plan = QUANTIZED[family][0]
+    first, *others = (read[family, plan, form, "emulation"][1]["logprobs"] for form in PLANS[plan][1])
     assert all(other == first for other in others)
 
 

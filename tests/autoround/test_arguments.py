@@ -6,6 +6,7 @@ import inspect
 import logging
 
 import pytest
+import torch
 from torch import nn
 
 import auto_round
@@ -126,6 +127,14 @@ def test_text_without_nul(named, tmp_path):
         AutoRound("m\0")
     with pytest.raises(ConfigError, match="NUL"):
         AutoRound(str(tmp_path)).quantize_and_save("out\0")
+
+
+@pytest.mark.parametrize("name", ["scale_dtype", "model_dtype"])
+def test_dtypes_of_pytorch_are_words(name):
+    options = AutoRound("m", **{name: torch.bfloat16}).options
+    assert getattr(options.scheme if name == "scale_dtype" else options.model, name) == "bfloat16"
+    with pytest.raises(ConfigError, match=r"cannot be .*int8.*bf16"):
+        AutoRound("m", **{name: torch.int8})
 
 
 def test_recipe():

@@ -214,6 +214,15 @@ def test_a_task_that_fails_does_not_stop_the_others(harness, model):
     assert "mmlu_law" in found["tasks"]
 
 
+@pytest.mark.parametrize("backend", ["hf", "vllm"])
+def test_data_out_of_reach_are_said_with_a_remedy(harness, model, backend):
+    """It was an unexpected error."""
+    size = 8 if backend == "hf" else "auto"
+    harness.fails = {("piqa", size): ConnectionError("Couldn't reach 'a/b' on the Hub")}
+    with pytest.raises(ConfigError, match=r"data of piqa cannot be fetched .*'a/b'.*HF_DATASETS_OFFLINE"):
+        run(model, tasks="piqa", eval_backend=backend)
+
+
 def test_memory_that_ends_in_a_run_of_all_tasks(harness, model):
     harness.fails = {("piqa", 8): RuntimeError("DefaultCPUAllocator: can't allocate memory")}
     with pytest.raises(AutoRoundError, match="--eval_task_by_task"):

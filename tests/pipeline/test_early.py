@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from torch.optim.lr_scheduler import LinearLR
 
 from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
@@ -36,6 +37,9 @@ def _nothing_is_fetched(monkeypatch):
         ({"lr": 0}, "lr must be above 0 and below 10"),
         ({"minmax_lr": 0}, "minmax_lr"),
         ({"momentum": 1}, "momentum"),
+        ({"lr_scheduler": "cosine"}, "function of .step, iters."),
+        ({"lr_scheduler": LinearLR}, "function of .step, iters.* PyTorch's schedulers"),
+        ({"lr_scheduler": lambda step, iters: float("nan")}, "gives nan at step 0"),
         ({"device_map": "cuda:77"}, "cuda:77"),
         ({"dataset": ""}, 'option "dataset" cannot be'),
         ({"dataset": "pile-10k:foo=1"}, "foo"),
@@ -87,6 +91,16 @@ def test_a_run_that_quantizes_nothing_needs_no_data(given, tiny, monkeypatch, tm
     monkeypatch.setattr(fetch_rows, "load_rows", lambda *_, **__: pytest.fail("fetched"))
     job = prepare(build_options({"model": str(tiny("llama")), "output_dir": str(tmp_path / "o"), **given}))
     assert (job.tune.iters, job.rows, job.plan.quantized) == (0, None, ())
+
+
+def test_a_tokenizer_on_a_hub_out_of_reach_is_refused_at_once(tiny, monkeypatch, tmp_path):
+    """The hub's client asked it again and again, for half a minute."""
+    monkeypatch.undo()
+    monkeypatch.setattr(open_model, "is_reachable", lambda *_: False)
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("retried"))
+    given = {"model": str(tiny("llama")), "tokenizer": "some/tokenizer", "output_dir": str(tmp_path / "o")}
+    with pytest.raises(ConfigError, match=r"(?s)no tokenizer in some/tokenizer .*--tokenizer"):
+        prepare(build_options(given))
 
 
 def test_a_format_that_holds_no_gguf_types_is_not_passed_over_in_silence(caplog, tiny, monkeypatch):

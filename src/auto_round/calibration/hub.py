@@ -159,10 +159,12 @@ def read_llava(file: str) -> Records:
     Raises:
         ConfigError: the hub cannot be reached, and the file is not in its cache.
     """
+    import huggingface_hub.constants as hub
     from huggingface_hub import hf_hub_download
 
+    here = bool(hub.HF_HUB_OFFLINE) or not is_reachable(f"{hub.ENDPOINT}/api/datasets/{LLAVA_REPOSITORY}")
     try:
-        found = hf_hub_download(LLAVA_REPOSITORY, file, repo_type="dataset")
+        found = hf_hub_download(LLAVA_REPOSITORY, file, repo_type="dataset", local_files_only=here)
     except _failures() as error:
         raise ConfigError(
             f"{file} of {LLAVA_REPOSITORY} cannot be fetched ({type(error).__name__}); copy it here once and "

@@ -160,6 +160,8 @@ def _cast_float(value: Any) -> float:
 def _cast_str(value: Any) -> str:
     if isinstance(value, (str, Path)):
         return str(value)
+    if type(value).__name__ == "dtype":  # torch.bfloat16, from Python
+        return str(value).removeprefix("torch.")
     raise TypeError
 
 

@@ -131,19 +131,31 @@ def _sizes(first: str) -> Iterator[str]:
 
 
 def _evaluate(tasks: Tasks, names: Sequence[str], language_model: Any) -> Results:
+    """Results of some tasks.
+
+    Raises:
+        ConfigError: their data lie on a hub that cannot be reached.
+    """
     from lm_eval import simple_evaluate
 
     options = tasks.options
-    found: Results = simple_evaluate(
-        model=language_model,
-        tasks=list(names),
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        gen_kwargs=options.eval_gen_kwargs,
-        apply_chat_template=options.fewshot_as_multiturn,
-        fewshot_as_multiturn=options.fewshot_as_multiturn,
-        task_manager=tasks.manager,
-    )
+    try:
+        found: Results = simple_evaluate(
+            model=language_model,
+            tasks=list(names),
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            gen_kwargs=options.eval_gen_kwargs,
+            apply_chat_template=options.fewshot_as_multiturn,
+            fewshot_as_multiturn=options.fewshot_as_multiturn,
+            task_manager=tasks.manager,
+        )
+    except ConnectionError as error:
+        raise ConfigError(
+            f"data of {', '.join(names)} cannot be fetched ({error}): ask once where there is a network, "
+            "then set HF_HOME to that cache and HF_DATASETS_OFFLINE=1; or leave out what is not there "
+            "(--eval_task_by_task says which)"
+        ) from error
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -98,3 +99,23 @@ class TuneConfig:
             raise ConfigError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if self.iters and not (self.tune_rounding or self.tune_range or self.tune_norm_bias):
             raise ConfigError("nothing is left to tune: tune rounding or ranges, or set iters=0")
+        if self.iters and self.schedule is not None:
+            _try_schedule(self.schedule, self.iters)
+
+
+def _try_schedule(schedule: Callable[[int, int], float], iters: int) -> None:
+    """Refuse what is no function of the step, such as a class of `torch.optim.lr_scheduler`.
+
+    Raises:
+        ConfigError: it cannot be called so, or gives no finite number.
+    """
+    try:
+        factor = float(schedule(0, iters))
+    except Exception as error:
+        raise ConfigError(
+            "lr_scheduler must be a function of (step, iters) that gives the factor of lr, such as "
+            f"lambda step, iters: 1 - step / iters; this one gives {type(error).__name__}: {error}. "
+            "PyTorch's schedulers go with its optimizers, which are not used here"
+        ) from error
+    if not math.isfinite(factor):
+        raise ConfigError(f"lr_scheduler gives {factor} at step 0; expected the factor of lr")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from auto_round.calibration.hub import is_reachable
 from auto_round.calibration.pictures import ImageReader
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
@@ -103,11 +105,15 @@ def load_tokenizer(options: Options, source: ModelSource, *, required: bool) -> 
     Raises:
         ConfigError: it is named or required and cannot be loaded.
     """
+    from huggingface_hub.constants import ENDPOINT
     from transformers import AutoTokenizer
 
     where = options.model.tokenizer or str(source.folder)
+    here = Path(where).expanduser().is_dir() or not is_reachable(f"{ENDPOINT}/api/models/{where}")
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=options.model.trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            where, trust_remote_code=options.model.trust_remote_code, local_files_only=here
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         if not required and options.model.tokenizer is None:
             return None

@@ -137,6 +137,14 @@ def test_dtypes_of_pytorch_are_words(name):
         AutoRound("m", **{name: torch.int8})
 
 
+@pytest.mark.parametrize("inside", ["", "/deeper"])
+def test_a_work_space_that_cannot_be_made(inside, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AR_WORK_SPACE", f"{tmp_path}/file{inside}")
+    with pytest.raises(ConfigError, match=r"AR_WORK_SPACE is .*file.*name another one"):
+        AutoRound(str(tmp_path)).quantize()
+
+
 def test_recipe():
     assert AutoRound("m", recipe="light").options.tune.iters == 50
     assert AutoRound("m", recipe="light", iters=9).options.tune.iters == 9

@@ -22,8 +22,9 @@ from auto_round.autoround.parameters import (
 )
 from auto_round.autoround.pipelines import is_live_pipeline, load_pipeline, quantize_pipeline
 from auto_round.autoround.saved import Saved
+from auto_round.autoround.scratch import scratch_folder
 from auto_round.autoround.usual_format import usual_or_rounded
-from auto_round.config import Options, OutputOptions, read_environment
+from auto_round.config import Options, OutputOptions
 from auto_round.config.values import FROM_PYTHON
 from auto_round.errors import CannotHoldError, ConfigError, Refusal, UnsupportedError
 from auto_round.log import ProgressSink, ignore_progress, logger
@@ -116,10 +117,7 @@ class AutoRound(Attributes):
                 f"quantize() makes one model, and {len(more) + 1} targets are given: give one, or call "
                 "quantize_and_save(), which writes an output for each"
             )
-        space = read_environment().work_space
-        if space is not None:
-            space.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix="auto_round-", dir=space)
+        scratch = scratch_folder()
 
         def wanted(options: Options) -> Job:
             output = self._output(Path(scratch.name) / "model", options.output.formats[0])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auto_round.config import Options, read_environment
+from auto_round.autoround.scratch import scratch_folder
+from auto_round.config import Options
 from auto_round.log import ProgressSink
 
 if TYPE_CHECKING:
@@ -34,10 +34,7 @@ def quantize_pipeline(
     from auto_round.diffusion.run import run_pipeline
     from auto_round.models.pipeline_folder import quiet_diffusers
 
-    space = read_environment().work_space
-    if space is not None:
-        space.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="auto_round-", dir=space) as scratch:
+    with scratch_folder() as scratch:
         folder = None
         if pipeline is not None:
             folder = Path(scratch) / type(pipeline).__name__

@@ -55,6 +55,8 @@ COMPILER = 120 << 20
 """The compiler of `torch.compile` and its graphs, on the host (measured, with holes: 138 MB)."""
 FRAGMENTS = 0.15
 """Share of the memory given out and returned that the C library cannot give out again, as measured."""
+FRAGMENTS_OF_STEPS = 0.17
+"""The same while offsets are tuned: the largest of many blocks counts."""
 WORKSPACE = 12 << 20
 """Buffers of libraries, and small things."""
 
@@ -110,9 +112,10 @@ class _Demand:
             host, device = at_work | (aside or {}), dict[str, int]()
         else:
             host, device = dict(aside or {}), at_work
+        fragments = FRAGMENTS_OF_STEPS if name == "tune" and self.work.tune.iters else FRAGMENTS
         for parts in (host, device):
             if parts is host or parts:
-                parts["workspace"] = WORKSPACE + int(FRAGMENTS * sum(parts.values()))
+                parts["workspace"] = WORKSPACE + int(fragments * sum(parts.values()))
         return Stage(name, host, device)
 
     # --- where hidden states lie

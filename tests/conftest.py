@@ -39,6 +39,13 @@ WHOLE_RUNS = (
 SHORT_SEARCH = replace(THOROUGH, points=12, rounds=2, distances=6, sweeps=1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names that hold an address: it differs between processes, and pytest-xdist stops at that."""
+    for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: give this case an id without an address")
+
+
 @pytest.fixture(autouse=True)
 def _bfloat16_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs compute in bfloat16 on every processor, so that tests see the same numbers everywhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 from torch.optim.lr_scheduler import LinearLR
@@ -52,7 +53,7 @@ def _nothing_is_fetched(monkeypatch):
         ({"format": "gguf:q4_0", "gguf_template": "no-such.gguf"}, "gguf_template no-such.gguf: no such"),
         ({"dataset": "audiocaps"}, "captions or sound"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),
 )
 @pytest.mark.parametrize("rows", [True, False], ids=["run", "dry run"])
 def test_requests(given, said, rows):

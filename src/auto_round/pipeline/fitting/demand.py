@@ -47,6 +47,9 @@ EXPERTS_AT_WORK = 9
 """Copies of the largest parameter of fused experts that grouped products form (measured)."""
 EXPERT_AT_WORK = 5
 """Copies of one expert's matrix, in the compute dtype, where they run matrix by matrix (measured)."""
+EXPERT_BY_PROGRAM = 8
+"""Bytes for each weight of one expert's matrix where a program moves offsets as it finds their gradient: the
+rounded matrix and its gradient, which the program reads in float32."""
 VERIFIED_ROWS, VERIFIED_POSITIONS = 4, 512
 """Rows, and most positions of each, that a reloaded folder is asked for (`checking.compare_rows`)."""
 PACKED = 1
@@ -296,11 +299,16 @@ class _Demand:
         known = layer.expert is not None and work.source.tells_experts_apart(layer.parameter)
         return known and work.device.type == "cpu" and not work.tune.by_row and not half
 
-    def _copies_at_work(self, layer: Layer) -> int:
-        """Copies of an expert, or of all of a parameter, that its products form."""
-        if self._by_matrix(layer):
-            return EXPERT_AT_WORK
-        return EXPERTS_AT_WORK if self.work.source.tells_experts_apart(layer.parameter) else 0
+    def _at_work(self, layer: Layer) -> int:
+        """What the products of an expert, or of all experts of a parameter, form and keep for gradients."""
+        work, count = self.work, self._together(layer)
+        if not self._by_matrix(layer):
+            copies = EXPERTS_AT_WORK if work.source.tells_experts_apart(layer.parameter) else 0
+        elif layer.name in work.formats and sign_move(work.tune, 0) and self._by_program(layer):
+            return count * EXPERT_BY_PROGRAM
+        else:
+            copies = EXPERT_AT_WORK
+        return count * copies * work.dtype.itemsize
 
     def _together(self, layer: Layer) -> int:
         """Weights that are rounded at once with those of a layer: its parameter, or its expert."""
@@ -312,8 +320,8 @@ class _Demand:
         """Gradients of the loss by rounded weights, while activations are still there."""
         itemsize = self.work.dtype.itemsize
         found, passes = tuned * itemsize, self._passes()
-        fused = (self._together(a) * self._copies_at_work(a) for a in layers if a.role is Role.EXPERT)
-        activations = self._activations(layers) + itemsize * max(fused, default=0)
+        fused = (self._at_work(layer) for layer in layers if layer.role is Role.EXPERT)
+        activations = self._activations(layers) + max(fused, default=0)
         # Those of the last matrices come while attention is differentiated, and passes leave holes.
         return activations + found + (tuned * FLOAT if passes > 1 else 0)
 

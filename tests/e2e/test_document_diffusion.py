@@ -42,7 +42,7 @@ def commands(tmp_path_factory):
     home = tmp_path_factory.mktemp("diffusion") / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
     install = [home / "bin" / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
-    subprocess.run([*install, f"{ROOT}[diffusion]"], check=True)
+    subprocess.run([*install, f"{ROOT}[diffusion,report]"], check=True)
     return home / "bin"
 
 

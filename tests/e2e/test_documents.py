@@ -67,6 +67,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     one = {"head_dim": 32, "tie_word_embeddings": True, "num_hidden_layers": 1}
     save_small_model("qwen3", root / "Qwen3-0.6B", **one, **SIZES)
+    untied = {"head_dim": 64, "tie_word_embeddings": False, "num_hidden_layers": 1}
+    whole_blocks = {"hidden_size": 256, "intermediate_size": 512}  # llama.cpp's have 256 weights of a row
+    save_small_model("qwen3", root / "Qwen3-8B", **untied, **{**SIZES, **whole_blocks})
     opt = {"ffn_dim": 256, "word_embed_proj_dim": 128, "num_hidden_layers": 7}
     save_tiny_model("opt", root / "opt-125m", **opt, **SIZES)
     experts = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
@@ -286,8 +289,9 @@ scheme = AutoScheme(avg_bits=3.0, options=("W2A16G64", "W4A16", "W8A16"))
 AutoRound(model=name, scheme=scheme, iters=0, nsamples=1).quantize_and_save(out)
 scheme = AutoScheme(avg_bits=3.0, options=("GGUF:Q2_K_S", "GGUF:Q4_K_S"), ignore_scale_zp_bits=True)
 rules = {"lm_head": "GGUF:Q6_K"}
-AutoRound(model=name, scheme=scheme, layer_config=rules, iters=0).quantize_and_save("second")
-"""
+AutoRound(model=large, scheme=scheme, layer_config=rules, iters=0).quantize_and_save("second")
+""",
+        large=reader.models / "Qwen3-8B",
     )
     assert reader.finished() == ["second", "tmp_autoround"]
     reader.snippet(

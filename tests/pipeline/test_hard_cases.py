@@ -7,7 +7,7 @@ import torch
 
 from auto_round.cli.summary import summary
 from auto_round.pipeline.result import Result
-from auto_round.pipeline.running.hard_cases import FAR_KL, by_kind, hard_cases, relative_error
+from auto_round.pipeline.running.hard_cases import FAR_KL, by_kind, hard_cases, matrix_errors, share_of_error
 from auto_round.testing.tiny_models import tiny_config, tiny_model
 from pipeline.runs import SIZES, quantize
 
@@ -16,6 +16,11 @@ BLOCK = {"loss": 1.0, "initial_loss": 2.0, "best_step": 10}
 
 def entry(unit, **figures):
     return {"unit": unit, **BLOCK, "errors": {"up": 0.1, "down": 0.3}, **figures}
+
+
+def relative_error(rounded, original, squares):
+    matrices = (x.reshape(-1, *x.shape[-2:]) for x in (rounded, original))
+    return share_of_error(matrix_errors(zip(*matrices, strict=True), squares))
 
 
 def test_errors_are_shares_of_the_output():

@@ -24,6 +24,7 @@ from auto_round.kernels.cpu_int4 import DENSE_BAND, MULTIPLIES_BF16
 from auto_round.kernels.kernel import LinearSpec, rounded_input
 from auto_round.kernels.operators import register_operator
 from auto_round.kernels.reference import PART
+from auto_round.numerics.at_once import bands
 from auto_round.numerics.grid_float import E2M1, E4M3, FloatGrid
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.rule import ScaleRule
@@ -223,16 +224,14 @@ def _multiply_dense(x: Tensor, weight: _Weight, n_out: int) -> Tensor:
     """`[tokens, in]` times the weight, dequantized band by band."""
     n_in = x.shape[1]
     dtype = torch.bfloat16 if MULTIPLIES_BF16 and x.dtype is torch.bfloat16 else torch.float32
-    count = max(1, DENSE_BAND // n_in)
-    if weight.rows < n_out:
-        count = -(-count // weight.rows) * weight.rows
+    cuts = list(bands(n_out, n_in, DENSE_BAND, weight.rows if weight.rows < n_out else 1))
     x = x.to(dtype)
     y = torch.empty(len(x), n_out, dtype=dtype, device="cpu")
-    scratch = torch.empty(min(count, n_out), n_in, dtype=torch.float32, device="cpu")
-    for start in range(0, n_out, count):
-        band = scratch[: min(count, n_out - start)]
-        weight.part(start, len(band)).call("numbers", n_in, None, band)
-        y[:, start : start + count] = x @ band.to(dtype).t()
+    scratch = torch.empty(max(cut.stop - cut.start for cut in cuts), n_in, dtype=torch.float32, device="cpu")
+    for cut in cuts:
+        band = scratch[: cut.stop - cut.start]
+        weight.part(cut.start, len(band)).call("numbers", n_in, None, band)
+        y[:, cut] = x @ band.to(dtype).t()
     return y
 
 

@@ -19,7 +19,7 @@ NAME = "auto_round_causal"
 STATES = "auto_round_states"
 """Option of the attention function, see `_attend`."""
 BANDS = 4
-
+"""Into so many bands queries are cut; as many are formed at a time, but one where the step is compiled."""
 
 States: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values, `[batch, heads, tokens, width]`."""

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from auto_round.facts.layer import Layer, Role
+from auto_round.models.causal_attention import BANDS as ATTENTION_BANDS
 from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.compiled_rounding import can_round
 from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.importance import TILE
+from auto_round.numerics.search import BAND as SEARCH_BAND
 from auto_round.pipeline.fitting.level import Level, Place
 from auto_round.pipeline.fitting.logits import MEASURED_LOGITS_BYTES, logits_budget
 from auto_round.pipeline.fitting.plan import STREAMS, Stage
@@ -36,13 +38,8 @@ ENCODED = 32
 """Bytes that PyTorch forms for each weight of a band that gets codes of a floating grid (measured)."""
 SEARCHED = 48
 """Bytes that the search of ranges forms for each weight of a band (measured: 29), and its holes."""
-SEARCH_BAND = 1 << 21
-"""Most weights of a band (`numerics.search.BAND`)."""
 NORMS = 5
 """Hidden states that the norms and sums of a block keep for the backward pass."""
-ATTENTION_BANDS = 4
-"""Into so many bands queries are cut on a CPU (`models.causal_attention.BANDS`); as many are formed at a
-time, but one where the step is compiled."""
 EXPERTS_AT_WORK = 9
 """Copies of the largest parameter of fused experts that grouped products form (measured)."""
 EXPERT_AT_WORK = 5

@@ -72,7 +72,7 @@ class GroupResult:
         inputs: name of a matrix in the source -> mean squares of its inputs; empty unless a file of them is
             asked for.
         massive: tokens with massive activations in the unquantized output.
-        errors: kind of layer -> relative error of its output, see `hard_cases.relative_error`.
+        errors: kind of layer -> relative error of its output, see `hard_cases.share_of_error`.
         ranges: module -> extremes of its input, where the step of the input follows from them.
         states: attention -> part -> its steps as stored, where these are calibrated.
         experts: module of fused experts -> tuned tokens that reached each of them.

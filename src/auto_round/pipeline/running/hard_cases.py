@@ -20,31 +20,16 @@ AT_ONCE = 1 << 22
 """Weights compared at a time."""
 
 
-def relative_error(rounded: Tensor, original: Tensor, squares: Tensor | None) -> float:
-    """Relative squared error of a layer's output, when its input channels are taken as independent.
-
-    Args:
-        rounded: `[..., out, in]`, as it would come back from its codes.
-        original: the same before rounding.
-        squares: mean square of each input channel, `[in]` float32, or of each matrix's `[matrices, in]`; None
-            weighs all alike.
-
-    Returns:
-        `sum(squares * (rounded - original)**2) / sum(squares * original**2)`; 0 for a matrix of zeros.
-    """
-    matrices = (x.reshape(-1, *x.shape[-2:]) for x in (rounded, original))
-    return share_of_error(matrix_errors(zip(*matrices, strict=True), squares))
-
-
 def matrix_errors(
     pairs: Iterable[tuple[Tensor, Tensor]], squares: Tensor | None
 ) -> list[tuple[float, float]]:
-    """Numerator and denominator of `relative_error` for each matrix of a stack.
+    """Numerator and denominator of `share_of_error` for each matrix of a stack.
 
     Args:
         pairs: of each matrix `[out, in]`, as it would come back from its codes and before rounding. They are
             asked for one by one, so that they need not exist all at once.
-        squares: as for `relative_error`.
+        squares: mean square of each input channel, `[in]` float32, or of each matrix's `[matrices, in]`; None
+            weighs all alike.
     """
     found = []
     for i, (rounded, original) in enumerate(pairs):
@@ -57,7 +42,14 @@ def matrix_errors(
 
 
 def share_of_error(parts: Sequence[tuple[float, float]]) -> float:
-    """`relative_error` of several matrices from what `matrix_errors` found."""
+    """Relative squared error of a layer's output, when its input channels are taken as independent.
+
+    Args:
+        parts: of each of its matrices, from `matrix_errors`.
+
+    Returns:
+        `sum(squares * (rounded - original)**2) / sum(squares * original**2)`; 0 for matrices of zeros.
+    """
     error, energy = (sum(each) for each in zip(*parts, strict=True))
     return error / energy if energy > 0 else 0.0
 

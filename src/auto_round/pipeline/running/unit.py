@@ -106,7 +106,7 @@ class TunedUnit:
         importance: parameter -> second moments of its inputs.
         moments: parameter -> the sums that they were computed from, with the number of tokens.
         massive: tokens with massive activations in the unquantized output, in the first tensor of it.
-        errors: parameter -> relative error of its output, see `hard_cases.relative_error`.
+        errors: parameter -> relative error of its output, see `hard_cases.share_of_error`.
         ranges: module -> extremes of its input, where the step of the input follows from them.
         activations: module -> what its input is rounded to, with that step.
         states: attention module -> part -> its steps, where these are calibrated.

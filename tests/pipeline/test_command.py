@@ -36,9 +36,8 @@ def again(command: str):
 
 @pytest.mark.parametrize("name", [name for name in ACTS if name != "lr_scheduler"])
 def test_every_option_comes_back(name):
-    given = {
-        key: value for key, value in ACTS[name].beside.items() if key != "dataset"
-    }  # rows: from Python only
+    # Rows of tokens are given from Python only.
+    given = {key: value for key, value in ACTS[name].beside.items() if key != "dataset"}
     options = build_options({"model": "a folder/it's", **given, name: ACTS[name].value})
     command, beside = command_of(options)
     assert same(again(command), options)

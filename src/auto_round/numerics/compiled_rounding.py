@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ OPTIONS = ("-ffp-contract=off",)
 """A fused product is rounded once where PyTorch rounds twice."""
 
 FEWEST = 16
-"""Weights of a group from which on the program adds as PyTorch does: fewer are no vector of AVX-512."""
+"""Weights of a group from which on the program adds as PyTorch does: fewer are no vector of sixteen."""
 
 FEW = 1 << 15
 """Weights for which waking threads costs more than they save."""
@@ -211,8 +212,22 @@ def compiled_rounding(
     return CompiledRounding(grid, group, w, v, scale) if usable and _program() is not None else None
 
 
+@functools.cache
+def _lanes() -> int:
+    """How many numbers PyTorch adds side by side: 8, or 16 in builds that sum with AVX-512.
+
+    It does not follow from what the CPU can do, so a sum tells: with 8 lanes the ninth number is added to
+    the first, which swallows it; with 16 it is added behind the second, which cancels the first.
+    """
+    probe = torch.zeros(1, FEWEST, dtype=torch.float32, device="cpu")
+    probe[0, 0], probe[0, 1], probe[0, 8] = 2.0**24, -(2.0**24), 1.0
+    return 16 if float(probe.sum(-1)) else 8
+
+
 def _program() -> ctypes.CDLL | None:
     """The compiled program; None where it cannot be made."""
     return numeric_library(
-        SOURCE, OPTIONS, "weights are rounded without a compiled program, which makes tuning slower"
+        SOURCE,
+        (*OPTIONS, f"-DLANES={_lanes()}"),
+        "weights are rounded without a compiled program, which makes tuning slower",
     )

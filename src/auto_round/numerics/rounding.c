@@ -10,11 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8 /* what PyTorch adds side by side, with and without AVX2 */
-#endif
+/* LANES, what PyTorch adds side by side, is set by `compiled_rounding.py`. */
 #define WIDE (4 * LANES) /* four vectors at a time */
 #define STEP 16          /* of these until they are carried on */
 #define LEVELS 4

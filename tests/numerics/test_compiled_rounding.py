@@ -78,6 +78,31 @@ def test_all_bits_are_those_of_pytorch(name, dtype, shape, offsets, reach, seed)
 
 
 @needs_program
+@given(
+    name=st.sampled_from(list(FORMATS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    made=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_weights_and_gradients_of_half_the_width_are_those_that_pytorch_casts(name, dtype, made, seed):
+    fmt = FORMATS[name]
+    case = random_case(fmt, (5, 512), seed, dtype, 1.5)
+    w = case.w * torch.cat([torch.ones(4, 1), torch.full((1, 1), 1e-38)]).to(dtype)  # subnormal ones too
+    stats = fmt.stats(w)
+    scale = fmt.rule_for(stats).fit(stats, fmt.grid, case.knobs)
+    want = fmt.rounded(w, scale, case.v)
+    assert torch.equal(bits(fmt.rounded_in(w, scale, case.v, made).float()), bits(want.to(made).float()))
+    narrow = torch.randn(5, 512, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    found = []
+    for grad in (narrow, narrow.float()):
+        v = case.v.clone()
+        asked = compiled_rounding.compiled_rounding(fmt.grid, fmt.group, w, v, scale)
+        found.append([v, *asked.slopes(grad, steps=True, outside=True, move=0.01)])
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(*found, strict=True))
+
+
+@needs_program
 @pytest.mark.parametrize("width", [16, 20, 37, 511, 512, 513, 4357, 140_003])
 def test_groups_of_any_width_are_added_up_as_pytorch_does(by_torch, width):
     fmt = int_format(4, -1, sym=False)

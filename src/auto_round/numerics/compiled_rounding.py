@@ -34,6 +34,7 @@ class _Slopes(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("grad", "to_step", "to_outside", "to_v", "v")),
         ("move", ctypes.c_float),
+        ("half", ctypes.c_int),
     )
 
 
@@ -78,11 +79,18 @@ class CompiledRounding:
         made: Tensor = _Round.apply(self.w, s.step, s.zero, s.floor, self.v, self)  # type: ignore[no-untyped-call]
         return made
 
+    def weights_in(self, dtype: torch.dtype) -> Tensor:
+        """The rounded weights in another dtype, without gradients; bfloat16 is written at once."""
+        narrow = dtype is torch.bfloat16
+        out = torch.empty(self.w.shape, dtype=dtype if narrow else torch.float32, device="cpu")
+        self._run("round_to_half" if narrow else "round", *_addresses(out))
+        return out.to(dtype)
+
     def descend(self, grad: Tensor, move: float) -> list[tuple[Tensor, Tensor]]:
         """Move the offsets in place against the signs of their gradient, which never exists as a tensor.
 
         Args:
-            grad: of the rounded weights, float32.
+            grad: of the rounded weights, float32 or bfloat16.
             move: how far.
 
         Returns:
@@ -106,7 +114,7 @@ class CompiledRounding:
         """Gradients from that of the rounded weights, straight through.
 
         Args:
-            grad: of the rounded weights, float32, shape of the weight.
+            grad: of the rounded weights, float32 or bfloat16, shape of the weight.
             steps: whether that of the steps is wanted.
             outside: whether that of floors is wanted, which is that of zero points over the step.
             to_v: takes the gradient of the offsets.
@@ -120,7 +128,8 @@ class CompiledRounding:
             torch.empty(shape, dtype=torch.float32, device="cpu") if wanted else None
             for wanted in (steps, outside)
         ]
-        asked = _Slopes(*_addresses(grad, *found, to_v, self.v if move else None), move)
+        places = _addresses(grad, *found, to_v, self.v if move else None)
+        asked = _Slopes(*places, move, grad.dtype is torch.bfloat16)
         self._run("differentiate", ctypes.byref(asked))
         return found[0], found[1]
 

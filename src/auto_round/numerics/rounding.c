@@ -40,10 +40,11 @@ typedef struct {
 
 /* What comes of the gradient of rounded weights; what is null is not wanted. Sums are those of groups. */
 typedef struct {
-    const float *grad;
+    const void *grad;            /* float32, or bfloat16 where `half` */
     float *to_step, *to_outside; /* [rows, groups of a row] */
     float *to_v;                 /* gradient of the offsets, or */
     float *v, move;              /* offsets, each moved so far against the sign of its gradient */
+    int half;
 } Slopes;
 
 /* A sum in PyTorch's order: columns of WIDE numbers, each carried on after every STEP, STEP * STEP, ... numbers.
@@ -77,6 +78,13 @@ INLINED float widened(uint16_t half) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
+}
+
+/* To the nearest, ties to even, as PyTorch does; no NaN is handed over. */
+INLINED uint16_t narrowed(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 /* A weight in steps: `u` as it is, and moved by its offset. */
@@ -113,11 +121,17 @@ INLINED void encode(const Group *g, bool half, bool offset, uint8_t *codes) {
     }
 }
 
+INLINED float rounded(const Group *g, bool half, bool offset, int64_t i) {
+    const float n = snapped(g, moved(g, offset, in_steps(g, half, i), i)) - g->take_zero;
+    return n * g->step - g->take_floor;
+}
+
 INLINED void round_to(const Group *g, bool half, bool offset, float *out) {
-    for (int64_t i = 0; i < g->count; i++) {
-        const float n = snapped(g, moved(g, offset, in_steps(g, half, i), i)) - g->take_zero;
-        out[g->at + i] = n * g->step - g->take_floor;
-    }
+    for (int64_t i = 0; i < g->count; i++) out[g->at + i] = rounded(g, half, offset, i);
+}
+
+INLINED void round_to_half(const Group *g, bool half, bool offset, uint16_t *out) {
+    for (int64_t i = 0; i < g->count; i++) out[g->at + i] = narrowed(rounded(g, half, offset, i));
 }
 
 INLINED void add(float *to, const float *x, int64_t count) {
@@ -168,7 +182,9 @@ INLINED void move(float *restrict v, const float *restrict slopes, int64_t count
 }
 
 /* Straight-through gradients of one group, piece by piece; a short group is filled up with zeros. */
-INLINED void differentiate(const Group *g, bool half, bool offset, const Slopes *s) {
+INLINED void differentiate(const Group *g, bool half, bool offset, const Slopes *s, bool half_grad) {
+    const float *wide = (const float *)s->grad + (half_grad ? 0 : g->at);
+    const uint16_t *narrow = (const uint16_t *)s->grad + (half_grad ? g->at : 0);
     float by_step[PIECE], by_outside[PIECE], by_offset[PIECE];
     Sum of_steps, of_outside;
     if (s->to_step) begin(&of_steps, g->width);
@@ -178,7 +194,8 @@ INLINED void differentiate(const Group *g, bool half, bool offset, const Slopes 
         const int64_t held = g->count - start, there = held < 0 ? 0 : held < size ? held : size;
         for (int64_t j = 0; j < there; j++) {
             const float u = in_steps(g, half, start + j), to = moved(g, offset, u, start + j);
-            const float x = s->grad[g->at + start + j], place = to + g->add_zero;
+            const float x = half_grad ? widened(narrow[start + j]) : wide[start + j];
+            const float place = to + g->add_zero;
             const float inside = (place < g->below) | (place > g->above) ? 0.0f : 1.0f;
             const float kept = x * inside;
             by_step[j] = x * (snapped(g, to) - g->take_zero - u * inside);
@@ -200,4 +217,9 @@ void auto_round_encode(const Matrix *m, uint8_t *codes) { EACH_GROUP(m, encode, 
 
 void auto_round_round(const Matrix *m, float *out) { EACH_GROUP(m, round_to, out) }
 
-void auto_round_differentiate(const Matrix *m, const Slopes *slopes) { EACH_GROUP(m, differentiate, slopes) }
+void auto_round_round_to_half(const Matrix *m, uint16_t *out) { EACH_GROUP(m, round_to_half, out) }
+
+void auto_round_differentiate(const Matrix *m, const Slopes *slopes) {
+    if (slopes->half) EACH_GROUP(m, differentiate, slopes, true)
+    else EACH_GROUP(m, differentiate, slopes, false)
+}

@@ -90,9 +90,8 @@ class LearnedStack:
         if self._scale is None:
             raise InternalError("a stack is multiplied before it is rounded")
         weight = self.weight
-        with torch.no_grad():
-            made = weight.format.rounded(weight.original[index], self._scale[index], weight.v[index])
-            return made.to(weight.dtype).to(dtype)
+        original, scale = weight.original[index], self._scale[index]
+        return weight.format.rounded_in(original, scale, weight.v.detach()[index], weight.dtype).to(dtype)
 
     def begin(self, move: float | None, *, alone: bool) -> None:
         """Begin a pass of a step.
@@ -153,7 +152,9 @@ class LearnedStack:
             if to_v is not None:
                 v.detach().add_(to_v.sign_(), alpha=-move)
             return
-        found = rounding.descend(gradient.to(weight.dtype).to(torch.float32), move)
+        gradient = gradient.to(weight.dtype)
+        narrow = gradient.dtype is torch.bfloat16
+        found = rounding.descend(gradient if narrow else gradient.to(torch.float32), move)
         if found:
             asked = [x for x in (lo, hi) if x.requires_grad]
             outputs, gradients = zip(*found, strict=True)

@@ -49,8 +49,30 @@ class Matrices(Protocol):
         """One of them, `[out, in]`."""
         ...
 
+    def multiply(self, index: int, x: Tensor, out: Tensor) -> bool:
+        """Put `x` times one of them, transposed, into `out`.
+
+        Returns:
+            False where nothing was done: whoever asks multiplies by `matrix`.
+        """
+        ...
+
+    def learn(self, index: int, grad: Tensor, x: Tensor, to_x: Tensor | None) -> bool:
+        """Take the gradient of a product with one of them, in place of `reached`.
+
+        Args:
+            index: of the matrix.
+            grad: of the product, `[tokens, out]`.
+            x: what was multiplied, `[tokens, in]`.
+            to_x: where its gradient goes, contiguous; None where none is wanted.
+
+        Returns:
+            False where nothing was done.
+        """
+        ...
+
     def expect(self) -> None:
-        """One more product was made whose gradients will be handed to `reached`."""
+        """One more product was made whose gradients will be handed to `learn` or `reached`."""
         ...
 
     def reached(self, index: int, gradient: Tensor) -> None:
@@ -71,6 +93,14 @@ class _Own:
 
     def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
         return self.stack[index].to(dtype)
+
+    def multiply(self, index: int, x: Tensor, out: Tensor) -> bool:
+        """Libraries do."""
+        return False
+
+    def learn(self, index: int, grad: Tensor, x: Tensor, to_x: Tensor | None) -> bool:
+        """Nothing is learned."""
+        return False
 
     def expect(self) -> None:
         """Nobody waits for gradients."""
@@ -268,6 +298,8 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         out = x.new_zeros(len(x), matrices.height)
         for expert, rows in _spans(ends):
+            if matrices.multiply(expert, x[rows], out[rows]):
+                continue
             factor = matrices.matrix(expert, x.dtype).T
             torch.mm(x[rows], factor.contiguous() if turned else factor, out=out[rows])
         ctx.save_for_backward(x)
@@ -281,6 +313,9 @@ class _Product(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         for expert, rows in _spans(ctx.ends):
+            part = None if to_x is None else to_x[rows]
+            if ctx.needs_input_grad[1] and ctx.matrices.learn(expert, grad[rows], x[rows], part):
+                continue
             if to_x is not None:
                 torch.mm(grad[rows], ctx.matrices.matrix(expert, x.dtype), out=to_x[rows])
             if ctx.needs_input_grad[1]:

@@ -45,16 +45,9 @@ class CompiledDescent:
     request: _Request
     tensors: tuple[Tensor | None, ...]
 
-    def improve(self, start: int, changed: Tensor) -> None:
-        """Give channels `start ... start + TOGETHER - 1` their best numbers.
-
-        Args:
-            start: a multiple of `TOGETHER`.
-            changed: where it is put what their errors grow by, `[n_tiles, TOGETHER, rows]` float32.
-        """
-        self.program.auto_round_improve(
-            ctypes.byref(self.request), ctypes.c_int64(start), ctypes.c_void_p(changed.data_ptr())
-        )
+    def sweep(self, stop: int) -> None:
+        """Give each of the first `stop` channels of every tile its best number."""
+        self.program.auto_round_sweep(ctypes.byref(self.request), ctypes.c_int64(stop))
 
 
 def compiled_descent(

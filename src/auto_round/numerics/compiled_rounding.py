@@ -27,6 +27,13 @@ FEWEST = 16
 FEW = 1 << 15
 """Weights for which waking threads costs more than they save."""
 
+_ROWS_TOGETHER, _COLUMNS_TOGETHER = 4, 32
+"""What the program's products take at a time: rows and columns of a matrix are multiples of them."""
+
+FEW_TOKENS = 48
+"""Tokens up to which products by the program, row by row, take less time than those of a library, for which
+all of the matrix and its gradient have to be written and read again (docs/LOG.md)."""
+
 
 class _Slopes(ctypes.Structure):
     """`Slopes` of the program."""
@@ -35,6 +42,15 @@ class _Slopes(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("grad", "to_step", "to_outside", "to_v", "v")),
         ("move", ctypes.c_float),
         ("half", ctypes.c_int),
+    )
+
+
+class _Products(ctypes.Structure):
+    """`Products` of the program."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "grad", "to_x")),
+        ("tokens", ctypes.c_int64),
     )
 
 
@@ -104,9 +120,68 @@ class CompiledRounding:
             to_step, outside = self.slopes(
                 grad.contiguous(), steps=wants_step, outside=wants_zero or wants_floor, move=move
             )
-            to_zero = outside * s.step if wants_zero and outside is not None else None
-        pairs = ((s.step, to_step), (s.zero, to_zero), (s.floor, outside if wants_floor else None))
-        return [(x, found) for x, found in pairs if x is not None and found is not None]
+        return self._of_scale(to_step, outside)
+
+    def _of_scale(self, to_step: Tensor | None, outside: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Tensors of the scale that gradients are asked for, each with its gradient."""
+        s = self.scale
+        to_zero = None if outside is None else outside * s.step.detach()
+        pairs = ((s.step, to_step), (s.zero, to_zero), (s.floor, outside))
+        return [
+            (x, found)
+            for x, found in pairs
+            if x is not None and x.requires_grad and found is not None
+        ]
+
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether the program multiplies these tokens `[tokens, in]`: few of them, by a bfloat16 matrix."""
+        rows, length = self.w.shape[-2:]
+        return (
+            x.dtype is torch.bfloat16
+            and len(x) <= FEW_TOKENS
+            and self.w.dim() == 2
+            and rows % _ROWS_TOGETHER == 0
+            and length % _COLUMNS_TOGETHER == 0
+            and self.group.width(length) % _COLUMNS_TOGETHER == 0
+            and _multiplies()
+        )
+
+    def multiply(self, x: Tensor, out: Tensor) -> None:
+        """`x` times the transposed rounded weights, which are bfloat16 and never a tensor.
+
+        Args:
+            x: `[tokens, in]` bfloat16, see `multiplies`.
+            out: where the product goes, `[tokens, out]` bfloat16, contiguous.
+        """
+        x = x.contiguous()
+        self._run("multiply", *_addresses(x), ctypes.c_int64(len(x)), *_addresses(out))
+
+    def learn(
+        self, grad: Tensor, x: Tensor, to_x: Tensor | None, move: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As `descend`, from the gradient of `multiply`'s product: that of the weights never is a tensor.
+
+        Args:
+            grad: of the product, `[tokens, out]` bfloat16.
+            x: what was multiplied, `[tokens, in]` bfloat16.
+            to_x: where its gradient goes, bfloat16 and contiguous; None where none is wanted.
+            move: how far.
+
+        Raises:
+            MemoryError: there is none left for what the program forms.
+        """
+        s, shape = self.scale, self.group.scale_shape(self.w.shape)
+        wanted = (s.step, s.zero if s.floor is None else s.floor)
+        found = [
+            torch.empty(shape, dtype=torch.float32, device="cpu") if t is not None and t.requires_grad else None
+            for t in wanted
+        ]
+        grad, x = grad.contiguous(), x.contiguous()
+        slopes = _Slopes(*_addresses(None, *found, None, self.v), move, True)
+        products = _Products(*_addresses(x, grad, to_x), len(x))
+        if self._run("learn", ctypes.byref(slopes), ctypes.byref(products)):
+            raise MemoryError("no memory for a product with a rounded matrix")
+        return self._of_scale(*found)
 
     def slopes(
         self, grad: Tensor, *, steps: bool, outside: bool, to_v: Tensor | None = None, move: float = 0.0
@@ -133,7 +208,7 @@ class CompiledRounding:
         self._run("differentiate", ctypes.byref(asked))
         return found[0], found[1]
 
-    def _run(self, function: str, argument: Any) -> None:
+    def _run(self, function: str, *arguments: Any) -> Any:
         length = self.w.shape[-1]
         parts = [self.scale.step, self.scale.zero, self.scale.floor]
         laid = [None if x is None else x.contiguous() for x in parts]
@@ -147,7 +222,7 @@ class CompiledRounding:
             self.w.dtype is torch.bfloat16,
             torch.get_num_threads() if self.w.numel() > FEW else 1,
         )
-        getattr(_program(), f"auto_round_{function}")(ctypes.byref(request), argument)
+        return getattr(_program(), f"auto_round_{function}")(ctypes.byref(request), *arguments)
 
 
 def _addresses(*tensors: Tensor | None) -> tuple[ctypes.c_void_p, ...]:
@@ -231,6 +306,13 @@ def _lanes() -> int:
     probe = torch.zeros(1, FEWEST, dtype=torch.float32, device="cpu")
     probe[0, 0], probe[0, 1], probe[0, 8] = 2.0**24, -(2.0**24), 1.0
     return 16 if float(probe.sum(-1)) else 8
+
+
+@functools.cache
+def _multiplies() -> bool:
+    """Whether the program has products for this CPU."""
+    program = _program()
+    return program is not None and bool(program.auto_round_multiplies())
 
 
 def _program() -> ctypes.CDLL | None:

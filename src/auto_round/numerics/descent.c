@@ -7,6 +7,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 /* TILE and TOGETHER are set by `compiled_descent.py`. */
 #define ROWS 64 /* at a time: their slopes stay in the nearest cache */
@@ -43,29 +44,63 @@ static inline void improve(const Band *b, int64_t at, float diagonal, int64_t co
     }
 }
 
-/* Channels start ... start + TOGETHER - 1; `changed` [tiles, TOGETHER, rows] is what errors grew by. */
-void auto_round_improve(const Band *b, int64_t start, float *changed) {
+/* `TOGETHER` channels from `start` on, one after the other; `changed` is what their errors grow by. */
+static void improve_together(const Band *b, int64_t corner, const float *products, int64_t count, float (*changed)[ROWS]) {
+    float change[ROWS];
+    for (int64_t j = 0; j < TOGETHER; j++) {
+        float *restrict error = b->error + corner + j * b->rows;
+        improve(b, corner + j * b->rows, products[j * TILE + j], count, change);
+        for (int64_t i = 0; i < TOGETHER; i++) {
+            float *restrict slope = b->slope + corner + i * b->rows;
+            const float product = products[i * TILE + j];
+            for (int64_t r = 0; r < count; r++) slope[r] = plus_product(slope[r], product, change[r]);
+        }
+        for (int64_t r = 0; r < count; r++) {
+            const float before = error[r];
+            error[r] = before + change[r];
+            changed[j][r] = error[r] - before;
+        }
+        for (int64_t r = count; r < ROWS; r++) changed[j][r] = 0;
+    }
+}
+
+/* Slopes of two other channels follow what `TOGETHER` errors grew by. */
+static inline void follow(
+    float *first, float *second, const float *products, const float (*changed)[ROWS], int64_t count) {
+    float sums[2][ROWS] = {0};
+    for (int64_t part = 0; part < ROWS; part += ROWS / 2) { /* what registers hold */
+        float one[ROWS / 2] = {0}, two[ROWS / 2] = {0};
+        for (int64_t j = 0; j < TOGETHER; j++) {
+            const float p = products[j], q = products[TILE + j];
+            for (int64_t r = 0; r < ROWS / 2; r++) {
+                one[r] = plus_product(one[r], p, changed[j][part + r]);
+                two[r] = plus_product(two[r], q, changed[j][part + r]);
+            }
+        }
+        memcpy(sums[0] + part, one, sizeof one);
+        memcpy(sums[1] + part, two, sizeof two);
+    }
+    for (int64_t r = 0; r < count; r++) first[r] += sums[0][r];
+    for (int64_t r = 0; r < count; r++) second[r] += sums[1][r];
+}
+
+/* Every channel before `stop` once. */
+void auto_round_sweep(const Band *b, int64_t stop) {
     const int64_t rows = b->rows, pieces = (rows + ROWS - 1) / ROWS;
 #pragma omp parallel for num_threads(b->threads) if (b->threads > 1) schedule(static)
     for (int64_t piece = 0; piece < b->tiles * pieces; piece++) {
         const int64_t tile = piece / pieces, first = piece % pieces * ROWS;
         const int64_t count = rows - first < ROWS ? rows - first : ROWS;
-        const int64_t corner = (tile * TILE + start) * rows + first;
-        const float *products = b->products + (tile * TILE + start) * TILE + start;
-        float change[ROWS];
-        for (int64_t j = 0; j < TOGETHER; j++) {
-            float *restrict error = b->error + corner + j * rows;
-            float *restrict out = changed + (tile * TOGETHER + j) * rows + first;
-            improve(b, corner + j * rows, products[j * TILE + j], count, change);
-            for (int64_t i = 0; i < TOGETHER; i++) {
-                float *restrict slope = b->slope + corner + i * rows;
-                const float product = products[i * TILE + j];
-                for (int64_t r = 0; r < count; r++) slope[r] = plus_product(slope[r], product, change[r]);
-            }
-            for (int64_t r = 0; r < count; r++) {
-                const float before = error[r];
-                error[r] = before + change[r];
-                out[r] = error[r] - before;
+        const float *products = b->products + tile * TILE * TILE;
+        float *slope = b->slope + tile * TILE * rows + first;
+        for (int64_t start = 0; start < stop; start += TOGETHER) {
+            float changed[TOGETHER][ROWS];
+            improve_together(b, (tile * TILE + start) * rows + first, products + start * TILE + start, count, changed);
+            for (int64_t i = 0; i < TILE; i += 2) {
+                if (i == start) i += TOGETHER;
+                if (i == TILE) break;
+                float *two = slope + i * rows;
+                follow(two, two + rows, products + i * TILE + start, (const float (*)[ROWS])changed, count);
             }
         }
     }

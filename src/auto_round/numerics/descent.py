@@ -114,12 +114,13 @@ class _Band:
 
     def sweep(self) -> None:
         """Every weight once."""
-        for start in range(0, min(TILE, self._shape[1]), TOGETHER):
+        stop = min(TILE, self._shape[1])
+        if self._compiled is not None:
+            self._compiled.sweep(stop)
+            return
+        for start in range(0, stop, TOGETHER):
             here = slice(start, start + TOGETHER)
-            if self._compiled is not None:
-                self._compiled.improve(start, self._changed)
-            else:
-                self._improve_all(here)
+            self._improve_all(here)
             for others in (slice(0, start), slice(here.stop, TILE)):
                 self._slope[:, others].add_(self._products[:, others, here] @ self._changed)
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from auto_round.numerics.band import CorrelatedBand, Errors
+from auto_round.numerics.band import Errors
 from auto_round.numerics.compiled_band import squares_band
+from auto_round.numerics.compiled_correlated import correlated_band
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.rule import Effort, SearchTask, SelfBound
 from auto_round.numerics.scale import Knobs, Moments, Scale, Stats
@@ -78,7 +79,7 @@ def search_groups(rule: GroupRule, task: SearchTask, effort: Effort) -> tuple[Kn
     knobs = _Search(rule, task, band, Knobs(ones, ones)).search(effort)
     if task.products is None:
         return knobs, band
-    correlated = CorrelatedBand(task.w, task.products)
+    correlated = correlated_band(task.grid, task.w, task.products)
     return _Search(rule, task, correlated, knobs).search_around(effort.distances), correlated
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import InternalError
 from auto_round.models.matrix_experts import matrix_experts
-from auto_round.numerics.compiled_rounding import compiled_rounding
+from auto_round.numerics.compiled_rounding import CompiledRounding, compiled_rounding
 from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import Knobs, Scale
 from auto_round.tuning.weights import Learned, Weight
@@ -44,6 +44,14 @@ class CodedStack:
         q = self.codes
         one = QTensor(q.codes[index], q.scale[index], q.format)
         return q.format.dequantize(one, self.held or dtype).to(dtype)
+
+    def multiply(self, index: int, x: Tensor, out: Tensor) -> bool:
+        """Libraries do."""
+        return False
+
+    def learn(self, index: int, grad: Tensor, x: Tensor, to_x: Tensor | None) -> bool:
+        """Nothing is learned."""
+        return False
 
     def expect(self) -> None:
         """Nothing is learned."""
@@ -93,6 +101,36 @@ class LearnedStack:
         original, scale = weight.original[index], self._scale[index]
         return weight.format.rounded_in(original, scale, weight.v.detach()[index], weight.dtype).to(dtype)
 
+    def multiply(self, index: int, x: Tensor, out: Tensor) -> bool:
+        """Multiply few tokens by one matrix as its rows are rounded; False where that cannot be done."""
+        weight = self.weight
+        if self._scale is None or weight.dtype is not torch.bfloat16:
+            return False
+        rounding = compiled_rounding(
+            weight.format.grid,
+            weight.format.group,
+            weight.original[index],
+            weight.v.detach()[index],
+            self._scale[index],
+        )
+        if rounding is None or not rounding.multiplies(x):
+            return False
+        rounding.multiply(x, out)
+        return True
+
+    def learn(self, index: int, grad: Tensor, x: Tensor, to_x: Tensor | None) -> bool:
+        """Learn one matrix from the gradient of its only product; False where that cannot be done."""
+        v, at_once = self.weight.v, self._alone and self._expected == 1
+        if self._move is None or not at_once or not v.requires_grad or self.weight.dtype is not torch.bfloat16:
+            return False
+        self._refuse_again(index)
+        lo, hi, rounding = self._differentiable(index)
+        if rounding is None or not rounding.multiplies(x):
+            return False
+        self._learned.add(index)
+        self._keep_ranges(index, lo, hi, rounding.learn(grad, x, to_x, self._move))
+        return True
+
     def begin(self, move: float | None, *, alone: bool) -> None:
         """Begin a pass of a step.
 
@@ -109,8 +147,7 @@ class LearnedStack:
 
     def reached(self, index: int, gradient: Tensor) -> None:
         """Learn one matrix, or add to its gradient, in the order in which passes come."""
-        if index in self._learned:
-            raise InternalError("a matrix of a stack was learned before all its gradients were known")
+        self._refuse_again(index)
         if self._move is not None and self._alone and self._expected == 1:
             self._learned.add(index)
             self._learn(index, gradient, self._move)
@@ -136,25 +173,39 @@ class LearnedStack:
         self._learned.clear()
         return (to_v, None, None) if knobs is None else (to_v, knobs.lo, knobs.hi)
 
+    def _refuse_again(self, index: int) -> None:
+        """A matrix that was learned in this step has moved: no more gradients are taken."""
+        if index in self._learned:
+            raise InternalError("a matrix of a stack was learned before all its gradients were known")
+
     def _learn(self, index: int, gradient: Tensor, move: float) -> None:
         """Move one matrix' offsets by the signs of their gradient; keeps that of its ranges.
 
         A program does it in one pass over the weights. It is the same as with the gradient of the offsets.
         """
         weight = self.weight
-        v, lo, hi = self._parts(index)
-        fmt, stats = weight.format.matrix(index), weight.stats[index]
-        with torch.enable_grad():
-            scale = fmt.rule_for(stats).fit(stats, fmt.grid, Knobs(lo, hi))
-        rounding = compiled_rounding(fmt.grid, fmt.group, weight.original[index], v.detach(), scale)
-        if rounding is None or not v.requires_grad:
+        lo, hi, rounding = self._differentiable(index)
+        if rounding is None or not weight.v.requires_grad:
             to_v = self._differentiated(index, gradient)
             if to_v is not None:
-                v.detach().add_(to_v.sign_(), alpha=-move)
+                weight.v.detach()[index].add_(to_v.sign_(), alpha=-move)
             return
         gradient = gradient.to(weight.dtype)
         narrow = gradient.dtype is torch.bfloat16
         found = rounding.descend(gradient if narrow else gradient.to(torch.float32), move)
+        self._keep_ranges(index, lo, hi, found)
+
+    def _differentiable(self, index: int) -> tuple[Tensor, Tensor, CompiledRounding | None]:
+        """Range multipliers of one matrix, and its rounding by the program with a scale that follows them."""
+        weight = self.weight
+        v, lo, hi = self._parts(index)
+        fmt, stats = weight.format.matrix(index), weight.stats[index]
+        with torch.enable_grad():
+            scale = fmt.rule_for(stats).fit(stats, fmt.grid, Knobs(lo, hi))
+        return lo, hi, compiled_rounding(fmt.grid, fmt.group, weight.original[index], v.detach(), scale)
+
+    def _keep_ranges(self, index: int, lo: Tensor, hi: Tensor, found: list[tuple[Tensor, Tensor]]) -> None:
+        """Keep the gradients of one matrix' ranges that follow from those of its scale."""
         if found:
             asked = [x for x in (lo, hi) if x.requires_grad]
             outputs, gradients = zip(*found, strict=True)

@@ -55,6 +55,12 @@ class Given:
     def matrix(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         return self.stack[index].to(dtype)
 
+    def multiply(self, *given: object) -> bool:
+        return False
+
+    def learn(self, *given: object) -> bool:
+        return False
+
     def expect(self) -> None:
         pass
 

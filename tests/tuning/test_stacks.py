@@ -8,6 +8,7 @@ from torch import nn
 
 from auto_round.errors import InternalError
 from auto_round.models.matrix_experts import using
+from auto_round.numerics import compiled_rounding
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.presets_float import nv_format
 from auto_round.numerics.search import QUICK
@@ -107,6 +108,37 @@ def test_tuned_matrix_by_matrix_is_tuned_whole(settings, fmt, calls):
         other = found[1].weights[name]
         assert torch.equal(q.codes, other.codes)
         assert torch.equal(q.scale.step, other.scale.step)
+
+
+@pytest.mark.skipif(not compiled_rounding._multiplies(), reason="no such products on this CPU")
+@pytest.mark.parametrize(
+    "settings", [{"lr": 0.02}, {"tune_range": False, "lr": 0.02}], ids=["both", "offsets"]
+)
+def test_bfloat16_experts_learned_row_by_row_are_those_learned_whole(monkeypatch, settings):
+    """Sums run in another order, so that single offsets may differ: nearly all are the same."""
+    block, multiplied = Block(torch.bfloat16), []
+    x = torch.randn(12, 6, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    data = Samples((x,), (block(x).detach(),))
+    tasks = {f"experts.{name}": WeightTask(FORMATS["int2"]) for name in ("gate_up_proj", "down_proj")}
+    config = TuneConfig(iters=8, batch_size=4, search=False, **settings)
+    learn = compiled_rounding.CompiledRounding.learn
+    monkeypatch.setattr(
+        compiled_rounding.CompiledRounding,
+        "learn",
+        lambda *a: multiplied.append(len(a[2])) or learn(*a),
+    )
+    found, count = [], []
+    for few in (compiled_rounding.FEW_TOKENS, -1):
+        monkeypatch.setattr(compiled_rounding, "FEW_TOKENS", few)
+        generator = torch.Generator().manual_seed(0)
+        objective = Objective(matrix_by_matrix=True)
+        found.append(tune_block(block, tasks, data, data, config, generator=generator, objective=objective))
+        count.append(len(multiplied))
+    assert count[0] == count[1] > 40  # none the second time
+    assert found[0].loss < 0.9 * found[0].initial_loss
+    assert found[0].loss == pytest.approx(found[1].loss, rel=0.02)
+    for name, q in found[0].weights.items():
+        assert (q.codes == found[1].weights[name].codes).float().mean() > 0.98
 
 
 def test_a_step_touches_only_what_tokens_reached():

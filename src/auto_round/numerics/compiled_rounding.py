@@ -127,11 +127,7 @@ class CompiledRounding:
         s = self.scale
         to_zero = None if outside is None else outside * s.step.detach()
         pairs = ((s.step, to_step), (s.zero, to_zero), (s.floor, outside))
-        return [
-            (x, found)
-            for x, found in pairs
-            if x is not None and x.requires_grad and found is not None
-        ]
+        return [(x, found) for x, found in pairs if x is not None and x.requires_grad and found is not None]
 
     def multiplies(self, x: Tensor) -> bool:
         """Whether the program multiplies these tokens `[tokens, in]`: few of them, by a bfloat16 matrix."""
@@ -156,9 +152,7 @@ class CompiledRounding:
         x = x.contiguous()
         self._run("multiply", *_addresses(x), ctypes.c_int64(len(x)), *_addresses(out))
 
-    def learn(
-        self, grad: Tensor, x: Tensor, to_x: Tensor | None, move: float
-    ) -> list[tuple[Tensor, Tensor]]:
+    def learn(self, grad: Tensor, x: Tensor, to_x: Tensor | None, move: float) -> list[tuple[Tensor, Tensor]]:
         """As `descend`, from the gradient of `multiply`'s product: that of the weights never is a tensor.
 
         Args:
@@ -173,7 +167,9 @@ class CompiledRounding:
         s, shape = self.scale, self.group.scale_shape(self.w.shape)
         wanted = (s.step, s.zero if s.floor is None else s.floor)
         found = [
-            torch.empty(shape, dtype=torch.float32, device="cpu") if t is not None and t.requires_grad else None
+            torch.empty(shape, dtype=torch.float32, device="cpu")
+            if t is not None and t.requires_grad
+            else None
             for t in wanted
         ]
         grad, x = grad.contiguous(), x.contiguous()

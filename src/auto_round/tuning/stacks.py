@@ -121,7 +121,12 @@ class LearnedStack:
     def learn(self, index: int, grad: Tensor, x: Tensor, to_x: Tensor | None) -> bool:
         """Learn one matrix from the gradient of its only product; False where that cannot be done."""
         v, at_once = self.weight.v, self._alone and self._expected == 1
-        if self._move is None or not at_once or not v.requires_grad or self.weight.dtype is not torch.bfloat16:
+        if (
+            self._move is None
+            or not at_once
+            or not v.requires_grad
+            or self.weight.dtype is not torch.bfloat16
+        ):
             return False
         self._refuse_again(index)
         lo, hi, rounding = self._differentiable(index)

@@ -67,7 +67,7 @@ def test_cancelled_codes_are_kept_where_steps_find_nothing_better(fmt):
 
 
 @pytest.mark.parametrize(
-    ("config", "steps"), [(TuneConfig(iters=60), 1), (TuneConfig(iters=2, lr=0.5, keep_best=False), 2)]
+    ("config", "steps"), [(TuneConfig(iters=80), 1), (TuneConfig(iters=2, lr=0.5, keep_best=False), 2)]
 )
 def test_better_codes_are_kept_and_the_last_ones_where_that_is_asked_for(config, steps):
     block = Mlp()

@@ -24,6 +24,7 @@ from auto_round.autoround.pipelines import is_live_pipeline, load_pipeline, quan
 from auto_round.autoround.saved import Saved
 from auto_round.autoround.scratch import scratch_folder
 from auto_round.autoround.usual_format import usual_or_rounded
+from auto_round.collector import quiet_collector
 from auto_round.config import Options, OutputOptions
 from auto_round.config.values import FROM_PYTHON
 from auto_round.errors import CannotHoldError, ConfigError, Refusal, UnsupportedError
@@ -92,6 +93,7 @@ class AutoRound(Attributes):
         self._progress = progress or ignore_progress
         self._finished: _Finished | None = None
 
+    @quiet_collector()
     def quantize(self) -> tuple[Any, dict[str, dict[str, Any]]]:
         """Quantize; `save_quantized` can then write the result, more than once.
 
@@ -182,6 +184,7 @@ class AutoRound(Attributes):
         done.refuse_other_schemes(job.plan, output.formats)
         return rewrite(job, done.result.folders[0], done.result.report)
 
+    @quiet_collector()
     def quantize_and_save(
         self,
         output_dir: str | Path | None = None,

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from auto_round.cli import exit_codes
+from auto_round.collector import quiet_collector
 from auto_round.config import read_environment, unknown_variables
 from auto_round.errors import (
     AutoRoundError,
@@ -22,9 +23,6 @@ from auto_round.errors import (
 )
 from auto_round.log import logger
 from auto_round.ranks.place import Place, place
-
-_YOUNG_OBJECTS = 50_000
-"""New objects after which the collector looks for garbage; Python's 700 suits small programs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +61,8 @@ def _run(argv: Sequence[str] | None, recipe: str) -> int:
     try:
         level = read_environment().log_level
         debug = level in {"TRACE", "DEBUG"}
-        with _log_on_stderr(level, place()), _quiet_collector():
+        with _log_on_stderr(level, place()), quiet_collector():
+            atexit.register(_spare_the_last_collection)
             return _dispatch(sys.argv[1:] if argv is None else argv, recipe)
     except KeyboardInterrupt:
         _say("interrupted")
@@ -118,21 +117,6 @@ def _dispatch(argv: Sequence[str], recipe: str) -> int:
             logger.warning(note)
         quantize(command.given, command.recipe, command.evaluation)
     return 0
-
-
-@contextmanager
-def _quiet_collector() -> Iterator[None]:
-    """Let Python's garbage collector search modules less often, while they are imported and at exit.
-
-    PyTorch and Transformers import 2700 modules; searching them took 1.4 s of a run.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(_YOUNG_OBJECTS, *before[1:])
-    atexit.register(_spare_the_last_collection)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def _spare_the_last_collection() -> None:

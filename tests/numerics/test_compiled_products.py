@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from auto_round.numerics import compiled_rounding
 from auto_round.numerics.compiled_rounding import FEW_TOKENS, CompiledRounding
 from auto_round.numerics.presets import GGUF_FORMATS, int_format
-from auto_round.numerics.scale import Scale
 from auto_round.testing.format_kit import random_case
 
 pytestmark = pytest.mark.skipif(not compiled_rounding._multiplies(), reason="no such products on this CPU")
@@ -25,13 +24,11 @@ FORMATS = {
 
 
 def made(name, shape, seed, dtype=torch.bfloat16):
-    """The rounding of a random matrix, with a scale that gradients are asked for."""
+    """The rounding of a random matrix."""
     fmt = FORMATS[name]
     case = random_case(fmt, shape, seed, dtype, 0.7)
     stats = fmt.stats(case.w)
     scale = fmt.rule_for(stats).fit(stats, fmt.grid, case.knobs)
-    asked = [None if x is None else x.clone().requires_grad_() for x in (scale.step, scale.zero, scale.floor)]
-    scale = Scale(asked[0], asked[1], {}, asked[2])
     return CompiledRounding(fmt.grid, fmt.group, case.w, case.v, scale)
 
 
@@ -63,19 +60,23 @@ def test_products_and_what_is_learned_of_them(name, tokens, shape, dtype, seed):
     assert own.multiplies(x)
     own.multiply(x, out)
     assert_product(out, x, weights.T)
-    found = own.learn(grad, x, to_x, 0.01)
+    found = own.learn(grad, x, to_x, steps=True, outside=True, move=0.01)
     assert_product(to_x, grad, weights)
-    want = other.descend((grad.double().T @ x.double()).bfloat16(), 0.01)
+    gradient = (grad.double().T @ x.double()).bfloat16()
+    want = other.slopes(gradient, steps=True, outside=True, move=0.01)
     assert torch.equal(own.v, other.v)
-    assert len(found) == len(want)
-    assert all(torch.equal(a[1], b[1]) for a, b in zip(found, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
 def test_only_what_is_wanted_is_found():
     own = made("zero points", (8, 128), 0)
-    own.scale.step.requires_grad_(False)
-    (found,) = own.learn(whole(2, 8, 1), whole(2, 128, 2), None, 0.01)
-    assert found[0] is own.scale.zero
+    before = own.v.clone()
+    given = whole(2, 8, 1), whole(2, 128, 2), None
+    assert own.learn(*given, steps=False, outside=False, move=0.01) == (None, None)
+    assert not torch.equal(own.v, before)
+    to_step, outside = own.learn(*given, steps=False, outside=True, move=0.01)
+    assert to_step is None
+    assert outside.shape == own.scale.step.shape
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -89,8 +90,8 @@ def test_results_do_not_depend_on_threads(monkeypatch, name):
             torch.set_num_threads(count)
             own, out, to_x = made(name, (64, 352), 5), torch.empty(11, 64).bfloat16(), torch.empty_like(x)
             own.multiply(x, out)
-            found = own.learn(grad, x, to_x, 0.01)
-            results.append([out, to_x, own.v, *(slope for _, slope in found)])
+            found = own.learn(grad, x, to_x, steps=True, outside=True, move=0.01)
+            results.append([out, to_x, own.v, *found])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

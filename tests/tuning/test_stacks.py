@@ -125,7 +125,7 @@ def test_bfloat16_experts_learned_row_by_row_are_those_learned_whole(monkeypatch
     monkeypatch.setattr(
         compiled_rounding.CompiledRounding,
         "learn",
-        lambda *a: multiplied.append(len(a[2])) or learn(*a),
+        lambda *a, **k: multiplied.append(len(a[2])) or learn(*a, **k),
     )
     found, count = [], []
     for few in (compiled_rounding.FEW_TOKENS, -1):

@@ -102,33 +102,6 @@ class CompiledRounding:
         self._run("round_to_half" if narrow else "round", *_addresses(out))
         return out.to(dtype)
 
-    def descend(self, grad: Tensor, move: float) -> list[tuple[Tensor, Tensor]]:
-        """Move the offsets in place against the signs of their gradient, which never exists as a tensor.
-
-        Args:
-            grad: of the rounded weights, float32 or bfloat16.
-            move: how far.
-
-        Returns:
-            Those tensors of the scale that gradients are asked for, each with its gradient.
-        """
-        s = self.scale
-        wants_step, wants_zero, wants_floor = (
-            x is not None and x.requires_grad for x in (s.step, s.zero, s.floor)
-        )
-        with torch.no_grad():
-            to_step, outside = self.slopes(
-                grad.contiguous(), steps=wants_step, outside=wants_zero or wants_floor, move=move
-            )
-        return self._of_scale(to_step, outside)
-
-    def _of_scale(self, to_step: Tensor | None, outside: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Tensors of the scale that gradients are asked for, each with its gradient."""
-        s = self.scale
-        to_zero = None if outside is None else outside * s.step.detach()
-        pairs = ((s.step, to_step), (s.zero, to_zero), (s.floor, outside))
-        return [(x, found) for x, found in pairs if x is not None and x.requires_grad and found is not None]
-
     def multiplies(self, x: Tensor) -> bool:
         """Whether the program multiplies these tokens `[tokens, in]`: few of them, by a bfloat16 matrix."""
         rows, length = self.w.shape[-2:]
@@ -152,32 +125,38 @@ class CompiledRounding:
         x = x.contiguous()
         self._run("multiply", *_addresses(x), ctypes.c_int64(len(x)), *_addresses(out))
 
-    def learn(self, grad: Tensor, x: Tensor, to_x: Tensor | None, move: float) -> list[tuple[Tensor, Tensor]]:
-        """As `descend`, from the gradient of `multiply`'s product: that of the weights never is a tensor.
+    def learn(
+        self, grad: Tensor, x: Tensor, to_x: Tensor | None, *, steps: bool, outside: bool, move: float
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As `slopes`, from the gradient of `multiply`'s product: that of the weights never is a tensor.
 
         Args:
             grad: of the product, `[tokens, out]` bfloat16.
             x: what was multiplied, `[tokens, in]` bfloat16.
             to_x: where its gradient goes, bfloat16 and contiguous; None where none is wanted.
-            move: how far.
+            steps: as for `slopes`.
+            outside: as for `slopes`.
+            move: as for `slopes`.
 
         Raises:
             MemoryError: there is none left for what the program forms.
         """
-        s, shape = self.scale, self.group.scale_shape(self.w.shape)
-        wanted = (s.step, s.zero if s.floor is None else s.floor)
-        found = [
-            torch.empty(shape, dtype=torch.float32, device="cpu")
-            if t is not None and t.requires_grad
-            else None
-            for t in wanted
-        ]
+        found = self._for_groups(steps, outside)
         grad, x = grad.contiguous(), x.contiguous()
         slopes = _Slopes(*_addresses(None, *found, None, self.v), move, True)
         products = _Products(*_addresses(x, grad, to_x), len(x))
         if self._run("learn", ctypes.byref(slopes), ctypes.byref(products)):
             raise MemoryError("no memory for a product with a rounded matrix")
-        return self._of_scale(*found)
+        return found
+
+    def _for_groups(self, steps: bool, outside: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Memory for gradients of steps and of floors, where they are wanted."""
+        shape = self.group.scale_shape(self.w.shape)
+        to_step, to_floor = (
+            torch.empty(shape, dtype=torch.float32, device="cpu") if wanted else None
+            for wanted in (steps, outside)
+        )
+        return to_step, to_floor
 
     def slopes(
         self, grad: Tensor, *, steps: bool, outside: bool, to_v: Tensor | None = None, move: float = 0.0
@@ -194,15 +173,11 @@ class CompiledRounding:
         Returns:
             Those of steps and of floors, `[..., out, n_groups]`.
         """
-        shape = self.group.scale_shape(self.w.shape)
-        found = [
-            torch.empty(shape, dtype=torch.float32, device="cpu") if wanted else None
-            for wanted in (steps, outside)
-        ]
+        found = self._for_groups(steps, outside)
         places = _addresses(grad, *found, to_v, self.v if move else None)
         asked = _Slopes(*places, move, grad.dtype is torch.bfloat16)
         self._run("differentiate", ctypes.byref(asked))
-        return found[0], found[1]
+        return found
 
     def _run(self, function: str, *arguments: Any) -> Any:
         length = self.w.shape[-1]

@@ -17,8 +17,11 @@ from auto_round.errors import InternalError
 from auto_round.models.matrix_experts import matrix_experts
 from auto_round.numerics.compiled_rounding import CompiledRounding, compiled_rounding
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.scale import Knobs, Scale
+from auto_round.numerics.scale import Knobs, Scale, Stats
 from auto_round.tuning.weights import Learned, Weight
+
+GROUPS = 1 << 17
+"""Groups of weights whose ranges are differentiated at a time: half a MiB for each number of a group."""
 
 
 @dataclass(slots=True)
@@ -78,6 +81,7 @@ class LearnedStack:
     _found: dict[int, Tensor] = field(default_factory=dict)
     _learned: set[int] = field(default_factory=set)
     _knobs: Knobs | None = None
+    _slopes: dict[int, tuple[Tensor | None, ...]] = field(default_factory=dict)
 
     @property
     def height(self) -> int:
@@ -95,24 +99,13 @@ class LearnedStack:
 
     def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
         """One matrix, rounded, `[out, in]`."""
-        if self._scale is None:
-            raise InternalError("a stack is multiplied before it is rounded")
         weight = self.weight
-        original, scale = weight.original[index], self._scale[index]
+        original, scale = weight.original[index], self._scales[index]
         return weight.format.rounded_in(original, scale, weight.v.detach()[index], weight.dtype).to(dtype)
 
     def multiply(self, index: int, x: Tensor, out: Tensor) -> bool:
         """Multiply few tokens by one matrix as its rows are rounded; False where that cannot be done."""
-        weight = self.weight
-        if self._scale is None or weight.dtype is not torch.bfloat16:
-            return False
-        rounding = compiled_rounding(
-            weight.format.grid,
-            weight.format.group,
-            weight.original[index],
-            weight.v.detach()[index],
-            self._scale[index],
-        )
+        rounding = self._rounding(index) if self.weight.dtype is torch.bfloat16 else None
         if rounding is None or not rounding.multiplies(x):
             return False
         rounding.multiply(x, out)
@@ -120,20 +113,17 @@ class LearnedStack:
 
     def learn(self, index: int, grad: Tensor, x: Tensor, to_x: Tensor | None) -> bool:
         """Learn one matrix from the gradient of its only product; False where that cannot be done."""
-        v, at_once = self.weight.v, self._alone and self._expected == 1
-        if (
-            self._move is None
-            or not at_once
-            or not v.requires_grad
-            or self.weight.dtype is not torch.bfloat16
-        ):
-            return False
         self._refuse_again(index)
-        lo, hi, rounding = self._differentiable(index)
+        at_once = self._alone and self._expected == 1 and self.weight.v.requires_grad
+        if self._move is None or not at_once or self.weight.dtype is not torch.bfloat16:
+            return False
+        rounding = self._rounding(index)
         if rounding is None or not rounding.multiplies(x):
             return False
         self._learned.add(index)
-        self._keep_ranges(index, lo, hi, rounding.learn(grad, x, to_x, self._move))
+        steps, outside = self._wanted()
+        found = rounding.learn(grad, x, to_x, steps=steps, outside=outside, move=self._move)
+        self._keep_slopes(index, *found)
         return True
 
     def begin(self, move: float | None, *, alone: bool) -> None:
@@ -174,6 +164,7 @@ class LearnedStack:
                 self._learn(index, gradient, self._move)
             elif to_v is not None and (own := self._differentiated(index, gradient)) is not None:
                 to_v[index] = own
+        self._through_scales()
         knobs, self._knobs = self._knobs, None
         self._learned.clear()
         return (to_v, None, None) if knobs is None else (to_v, knobs.lo, knobs.hi)
@@ -188,34 +179,73 @@ class LearnedStack:
 
         A program does it in one pass over the weights. It is the same as with the gradient of the offsets.
         """
-        weight = self.weight
-        lo, hi, rounding = self._differentiable(index)
+        weight, rounding = self.weight, self._rounding(index)
         if rounding is None or not weight.v.requires_grad:
             to_v = self._differentiated(index, gradient)
             if to_v is not None:
                 weight.v.detach()[index].add_(to_v.sign_(), alpha=-move)
             return
         gradient = gradient.to(weight.dtype)
-        narrow = gradient.dtype is torch.bfloat16
-        found = rounding.descend(gradient if narrow else gradient.to(torch.float32), move)
-        self._keep_ranges(index, lo, hi, found)
+        if gradient.dtype is not torch.bfloat16:
+            gradient = gradient.to(torch.float32)
+        steps, outside = self._wanted()
+        found = rounding.slopes(gradient.contiguous(), steps=steps, outside=outside, move=move)
+        self._keep_slopes(index, *found)
 
-    def _differentiable(self, index: int) -> tuple[Tensor, Tensor, CompiledRounding | None]:
-        """Range multipliers of one matrix, and its rounding by the program with a scale that follows them."""
-        weight = self.weight
-        v, lo, hi = self._parts(index)
-        fmt, stats = weight.format.matrix(index), weight.stats[index]
-        with torch.enable_grad():
-            scale = fmt.rule_for(stats).fit(stats, fmt.grid, Knobs(lo, hi))
-        return lo, hi, compiled_rounding(fmt.grid, fmt.group, weight.original[index], v.detach(), scale)
+    def _rounding(self, index: int) -> CompiledRounding | None:
+        """How the program rounds one matrix, in the ranges of this step; None where PyTorch has to do it."""
+        weight, fmt = self.weight, self.weight.format
+        v = weight.v.detach()[index]
+        return compiled_rounding(fmt.grid, fmt.group, weight.original[index], v, self._scales[index])
 
-    def _keep_ranges(self, index: int, lo: Tensor, hi: Tensor, found: list[tuple[Tensor, Tensor]]) -> None:
-        """Keep the gradients of one matrix' ranges that follow from those of its scale."""
-        if found:
-            asked = [x for x in (lo, hi) if x.requires_grad]
-            outputs, gradients = zip(*found, strict=True)
-            inner = iter(torch.autograd.grad(outputs, asked, gradients, allow_unused=True))
-            self._keep(index, *(next(inner) if x.requires_grad else None for x in (lo, hi)))
+    @property
+    def _scales(self) -> Scale:
+        """Scales of all matrices in this step."""
+        if self._scale is None:
+            raise InternalError("a stack is multiplied before it is rounded")
+        return self._scale
+
+    def _wanted(self) -> tuple[bool, bool]:
+        """Whether gradients of steps are wanted, and of what lies outside of the grid."""
+        ranges = self.weight.knobs.lo.requires_grad
+        return ranges, ranges and not (self._scales.zero is None and self._scales.floor is None)
+
+    def _keep_slopes(self, index: int, *found: Tensor | None) -> None:
+        """Keep the gradients of one matrix' scale until the step is taken."""
+        if any(slope is not None for slope in found):
+            self._slopes[index] = found
+
+    def _through_scales(self) -> None:
+        """Gradients of the ranges from those of the scales, of some matrices at a time."""
+        fmt, own, slopes = self.weight.format, self.weight.stats, self._slopes
+        alike = fmt.bound is None or fmt.matrix(0).bound is fmt.bound  # no matrix has numbers of its own
+        each = max(1, GROUPS // max(1, own.lo[0].numel())) if alike else 1
+        indices = sorted(slopes)
+        for start in range(0, len(indices), each):
+            some = indices[start : start + each]
+            at = torch.tensor(some, device=own.lo.device) if alike else some[0]
+            part, stats = fmt if alike else fmt.matrix(some[0]), Stats(own.lo[at], own.hi[at])
+            sides = (self.weight.knobs.lo, self.weight.knobs.hi)
+            lo, hi = (side.detach()[at].requires_grad_(side.requires_grad) for side in sides)
+            with torch.enable_grad():
+                scale = part.rule_for(stats).fit(stats, part.grid, Knobs(lo, hi))
+            to_step, outside = (
+                torch.stack(known).reshape(scale.step.shape)
+                if (known := [x for x in parts if x is not None])
+                else None
+                for parts in zip(*(slopes.pop(i) for i in some), strict=True)
+            )
+            to_zero = None if outside is None else outside * scale.step.detach()
+            pairs = [
+                (x, slope)
+                for x, slope in ((scale.step, to_step), (scale.zero, to_zero), (scale.floor, outside))
+                if x is not None and slope is not None and x.requires_grad
+            ]
+            if pairs:
+                outputs, gradients = zip(*pairs, strict=True)
+                asked = [x for x in (lo, hi) if x.requires_grad]
+                inner = iter(torch.autograd.grad(outputs, asked, gradients, allow_unused=True))
+                self._keep(at, *(next(inner) if x.requires_grad else None for x in (lo, hi)))
 
     def _parts(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Offsets and both range multipliers of one matrix, in the memory of the stack."""
@@ -237,8 +267,8 @@ class LearnedStack:
         self._keep(index, *ranges)
         return to_v
 
-    def _keep(self, index: int, to_lo: Tensor | None, to_hi: Tensor | None) -> None:
-        """Keep the gradients of one matrix' ranges until the step is taken."""
+    def _keep(self, index: int | Tensor, to_lo: Tensor | None, to_hi: Tensor | None) -> None:
+        """Keep the gradients of the ranges of some matrices until the step is taken."""
         if self._knobs is None:
             own = self.weight.knobs
             self._knobs = Knobs(torch.zeros_like(own.lo), torch.zeros_like(own.hi))

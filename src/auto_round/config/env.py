@@ -121,6 +121,19 @@ def show_accelerators(indices: Sequence[str]) -> None:
         os.environ[name] = ",".join(seen[int(index)] if seen and inside else index for index in indices)
 
 
+_KEPT_PRODUCTS: Final = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Variables that tell oneDNN, and PyTorch's own layer above it, for how many products to keep programs."""
+
+
+def keep_products(count: int) -> None:
+    """Let both keep programs for so many products, unless the user has said another number.
+
+    They read it once, at the first product of a process: later calls change nothing.
+    """
+    for name in _KEPT_PRODUCTS:
+        os.environ.setdefault(name, str(count))
+
+
 def process_variables() -> Mapping[str, str]:
     """Return all variables of this process, for what other programs say in theirs."""
     return os.environ

@@ -29,6 +29,7 @@ from auto_round.pipeline.deciding.open_model import Opened
 from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.machine.default_device import plain_device
+from auto_round.pipeline.machine.memory import keep_few_products
 from auto_round.ranks.place import place
 from auto_round.schemes.float_types import FLOAT_TYPES
 from auto_round.schemes.scheme import parse_scheme
@@ -268,6 +269,7 @@ def _job(request: Request, source: ReplayedSource) -> Job:
     except BaseException:
         source.close()
         raise
+    keep_few_products(request.device, decided.dtype)
     for exporter in decided.exporters.values():
         for note in exporter.warnings(decided.plan, source.layers):
             logger.debug(note)

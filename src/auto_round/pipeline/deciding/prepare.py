@@ -21,6 +21,7 @@ from auto_round.pipeline.deciding.open_model import Opened, open_model
 from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.machine.default_device import plain_device
+from auto_round.pipeline.machine.memory import keep_few_products
 
 
 @plain_device()
@@ -51,6 +52,7 @@ def prepare(
     request = make_request(options, dataset=dataset, output=output)
     opened = open_model(request, model=model, tokenizer=tokenizer, processor=processor, dry=not rows)
     decided = decide(request, opened)
+    keep_few_products(request.device, decided.dtype)
     opened = replace(opened, options=replace(opened.options, tune=decided.wanted))
     data = fetch_rows(opened, decided, request.device, dataset=dataset, dry=not rows)
     job = replace(put_together(request, opened, decided, data), processor=processor)

@@ -21,6 +21,7 @@ from auto_round.numerics.search import BAND as SEARCH_BAND
 from auto_round.pipeline.fitting.level import Level, Place
 from auto_round.pipeline.fitting.logits import MEASURED_LOGITS_BYTES, logits_budget
 from auto_round.pipeline.fitting.plan import STREAMS, Stage
+from auto_round.pipeline.fitting.products import kept_products
 from auto_round.pipeline.fitting.work import Sizes, Workload, active_share, measure_sizes
 from auto_round.pipeline.machine.workers import worker_count
 from auto_round.tuning.steps import sign_move
@@ -193,6 +194,8 @@ class _Demand:
         parts = {"weights": (count - apart) * itemsize + ((tuned - apart) * own if own != itemsize else 0)}
         parts["weights"] += apart * own
         parts["statistics"] = self._statistics(quantized)
+        at_once = self.level.rows or tune.batch_size
+        parts["programs of products"] = kept_products(work, layers, at_once)
         if not tune.iters:
             parts["ranges"] = self._ranges(quantized)
             formed = max(map(self._formed, quantized), default=0)

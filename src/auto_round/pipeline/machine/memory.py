@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import torch
 
+from auto_round.config.env import keep_products
 from auto_round.pipeline.machine.limits import allowed_bytes
 
 _M_TRIM_THRESHOLD = -1
@@ -16,6 +17,9 @@ _M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 _LARGEST_THRESHOLD = 32 << 20
+KEPT_PRODUCTS = 128
+"""Products for which programs are kept: those of a dense block in three sizes of a batch. To make one again
+takes a millisecond."""
 
 
 def peak_bytes() -> int:
@@ -75,6 +79,21 @@ def release_freed_memory() -> None:
     if sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_few_products(device: torch.device, dtype: torch.dtype) -> None:
+    """Ask oneDNN, which multiplies bfloat16 on CPUs, to keep programs for a few products only.
+
+    It makes a program of half a megabyte for each shape of a product and by default keeps a thousand. Experts
+    get other numbers of tokens in each step: they filled 560 MB, and holes beside them as much again
+    (docs/LOG.md). It holds for the whole process, from its first such product on, and changes no result.
+
+    Args:
+        device: where blocks run.
+        dtype: in which they run.
+    """
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        keep_products(KEPT_PRODUCTS)
 
 
 def keep_freed_memory(*, of_any_size: bool = False) -> bool:

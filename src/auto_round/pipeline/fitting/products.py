@@ -1,0 +1,44 @@
+"""What a processor keeps of the products of matrices that a run makes in bfloat16."""
+
+from __future__ import annotations
+
+import torch
+
+from auto_round.facts.layer import Layer, Role
+from auto_round.models.causal_attention import BANDS
+from auto_round.pipeline.fitting.work import Workload
+from auto_round.pipeline.machine.memory import KEPT_PRODUCTS
+from auto_round.tuning.steps import batch_rows
+
+PROGRAM = 550_000
+"""Bytes of the program that oneDNN makes for products of one shape (measured, docs/LOG.md)."""
+HOLES = 450_000
+"""Bytes that each leaves unused between tensors of the heap (measured: 0 to 0.6 MB)."""
+OF_ATTENTION = 3 * BANDS
+"""Products of different shapes in attention by bands and its gradients (measured: 11 to 15)."""
+
+
+def kept_products(work: Workload, layers: list[Layer], rows: int) -> int:
+    """Bytes of programs for the products of a group of blocks, with holes; 0 where none are made for each shape.
+
+    Args:
+        work: the run.
+        layers: of the group.
+        rows: most of them that go through it at once.
+    """
+    if work.device.type != "cpu" or work.dtype is not torch.bfloat16 or not work.rows:
+        return 0
+    sizes = {batch_rows(work.tune, step) for step in range(work.tune.iters)}
+    tuned = {size for batch in sizes for size in _passes(batch, rows)}
+    passed = {size for many in (work.rows, work.held_out) for size in _passes(many, rows)} - tuned
+    whole = len({layer.shape for layer in layers if layer.role is not Role.EXPERT})
+    shapes = {layer.shape for layer in layers if layer.role is Role.EXPERT}
+    experts = len({layer.expert for layer in layers if layer.role is Role.EXPERT})
+    each = whole + len(shapes) * experts  # experts get a number of tokens of their own
+    count = len(tuned) * (3 * each + OF_ATTENTION) + len(passed) * each
+    return min(KEPT_PRODUCTS, count) * (PROGRAM + HOLES)
+
+
+def _passes(rows: int, at_once: int) -> set[int]:
+    """Rows that go through a block at once, where `rows` of them do in turn."""
+    return {min(rows, at_once), rows % at_once} - {0}

@@ -13,7 +13,7 @@ import torch
 from auto_round.config import build_options
 from auto_round.pipeline.deciding.fit import workload
 from auto_round.pipeline.deciding.prepare import prepare
-from auto_round.pipeline.fitting.products import HOLES, OF_ATTENTION, PROGRAM, kept_products
+from auto_round.pipeline.fitting.products import OF_ATTENTION, PROGRAM, kept_products
 from auto_round.pipeline.machine.memory import KEPT_PRODUCTS
 from pipeline.runs import ROWS, SHORT
 
@@ -28,7 +28,7 @@ def work_of(folder, **settings):
 
 def kept(work, rows):
     block = [layer for layer in work.source.layers if layer.block == 0]
-    return kept_products(work, block, rows) / (PROGRAM + HOLES)
+    return kept_products(work, block, rows) / PROGRAM
 
 
 def test_programs_are_counted_by_shapes_and_sizes_of_batches(tiny):

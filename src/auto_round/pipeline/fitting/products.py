@@ -12,14 +12,12 @@ from auto_round.tuning.steps import batch_rows
 
 PROGRAM = 550_000
 """Bytes of the program that oneDNN makes for products of one shape (measured, docs/LOG.md)."""
-HOLES = 450_000
-"""Bytes that each leaves unused between tensors of the heap (measured: 0 to 0.6 MB)."""
 OF_ATTENTION = 3 * BANDS
 """Products of different shapes in attention by bands and its gradients (measured: 11 to 15)."""
 
 
 def kept_products(work: Workload, layers: list[Layer], rows: int) -> int:
-    """Bytes of programs for the products of a group of blocks, with holes; 0 where none are made for each shape.
+    """Bytes of programs for the products of a group of blocks; 0 where none are made for each shape.
 
     Args:
         work: the run.
@@ -36,7 +34,7 @@ def kept_products(work: Workload, layers: list[Layer], rows: int) -> int:
     experts = len({layer.expert for layer in layers if layer.role is Role.EXPERT})
     each = whole + len(shapes) * experts  # experts get a number of tokens of their own
     count = len(tuned) * (3 * each + OF_ATTENTION) + len(passed) * each
-    return min(KEPT_PRODUCTS, count) * (PROGRAM + HOLES)
+    return min(KEPT_PRODUCTS, count) * PROGRAM
 
 
 def _passes(rows: int, at_once: int) -> set[int]:

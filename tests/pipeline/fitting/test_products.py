@@ -1,4 +1,4 @@
-"""oneDNN keeps a program for each shape of a product in bfloat16: how many are kept, and what the plan counts."""
+"""Programs that oneDNN keeps for products in bfloat16: how many, and what the plan counts."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ FRAGMENTS = 0.15
 FRAGMENTS_OF_STEPS = 0.17
 """The same while offsets are tuned: the largest of many blocks counts."""
 FRAGMENTS_IN_BFLOAT16 = 0.4
-"""The same in bfloat16 on the host: tensors of two and of four bytes a number come and go in turn, and programs of
-products lie between them (measured: 0.2 to 0.42 of what is held)."""
+"""The same in bfloat16 on the host: tensors of two and of four bytes a number come and go in turn, and
+programs of products lie between them (measured: 0.2 to 0.42 of what is held)."""
 WORKSPACE = 12 << 20
 """Buffers of libraries, and small things."""
 

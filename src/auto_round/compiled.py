@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -82,7 +83,7 @@ def numeric_library(file: Path, options: tuple[str, ...], otherwise: str) -> cty
 
 
 def _load(command: tuple[str, ...], source: Path) -> ctypes.CDLL:
-    key = hashlib.sha256(source.read_bytes() + "\0".join(command[1:-1]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(_text(source) + "\0".join(command[1:-1]).encode()).hexdigest()[:16]
     name = f"{source.stem}-{key}.so"
     try:
         folder = cache_folder()
@@ -94,6 +95,13 @@ def _load(command: tuple[str, ...], source: Path) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory() as folder_of_process:
             _compile(command, Path(folder_of_process), name)
             return ctypes.CDLL(str(Path(folder_of_process) / name))
+
+
+def _text(source: Path) -> bytes:
+    """A source with those of the package that it includes."""
+    own = source.read_bytes()
+    included = re.findall(r'^#include "(.+)"', own.decode(), re.MULTILINE)
+    return b"".join([own, *(_text(source.with_name(name)) for name in included)])
 
 
 def _compile(command: tuple[str, ...], folder: Path, name: str) -> None:

@@ -190,3 +190,12 @@ def test_libraries_are_made_once_and_also_without_a_cache(monkeypatch, tmp_path)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert build(cpu_avx512.SOURCE, options).auto_round_usable()
+
+
+@pytest.mark.skipif("no C compiler" in str(PROGRAM), reason="no C compiler")
+def test_a_change_of_an_included_source_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "outer.c").write_text('#include "inner.c"\n')
+    for number in (1, 2):
+        (tmp_path / "inner.c").write_text(f"int answer(void) {{ return {number}; }}\n")
+        assert compiled.library.__wrapped__(tmp_path / "outer.c", ()).answer() == number

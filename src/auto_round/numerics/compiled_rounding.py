@@ -16,7 +16,8 @@ from auto_round.numerics.grid import Grid, IntGrid
 from auto_round.numerics.group import Group
 from auto_round.numerics.scale import Scale
 
-SOURCE = Path(__file__).with_name("rounding.c")
+SOURCE = Path(__file__).with_name("products.c")
+"""It includes `rounding.c`."""
 
 OPTIONS = ("-ffp-contract=off",)
 """A fused product is rounded once where PyTorch rounds twice."""

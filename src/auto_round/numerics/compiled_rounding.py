@@ -31,7 +31,7 @@ FEW = 1 << 15
 _ROWS_TOGETHER, _COLUMNS_TOGETHER = 4, 32
 """What the program's products take at a time: rows and columns of a matrix are multiples of them."""
 
-FEW_TOKENS = 48
+FEW_TOKENS = 64
 """Tokens up to which products by the program, row by row, take less time than those of a library, for which
 all of the matrix and its gradient have to be written and read again (docs/LOG.md)."""
 

@@ -245,3 +245,29 @@ def test_the_model_is_read_when_somebody_looks_at_it(folder, tmp_path, monkeypat
     assert first[0] is first[-2] is first[:1][0] is model
     with pytest.raises(IndexError):
         first[2]
+
+
+def test_paths_begin_where_the_program_stood_when_it_gave_them(folder, tmp_path, monkeypatch):
+    """A relative model and data, another folder between any two calls; cards keep what was written."""
+    there, elsewhere = tmp_path / "Bob's, there", tmp_path / "elsewhere"
+    (there / "m").mkdir(parents=True)
+    elsewhere.mkdir()
+    (there / "m" / "tiny").symlink_to(folder)
+    ids = list(range(3, 19))
+    (there / "rows.jsonl").write_text("".join(json.dumps({"input_ids": ids}) + "\n" for _ in range(4)))
+    monkeypatch.chdir(there)
+    rounder = quantizer("m/tiny", "rows.jsonl:num=4", seqlen=8, iters=1)
+    assert rounder.dataset == "rows.jsonl:num=4"
+    monkeypatch.chdir(elsewhere)
+    rounder.quantize()
+    monkeypatch.chdir(tmp_path)
+    (path,) = rounder.save_quantized("out", format="auto_gptq")
+    assert path.resolve() == tmp_path / "out"
+    report = json.loads((path / "report.json").read_text())
+    assert report["calibration"]["dataset"] == "rows.jsonl:num=4"
+    assert "base_model" not in (path / "README.md").read_text()  # m/tiny is no name on a hub
+    (again,) = rounder.save_quantized()
+    assert again == there / "tmp_autoround"
+    saved = rounder.quantize_and_save("direct")
+    monkeypatch.chdir(there)
+    assert saved[0] is rounder.model is not None

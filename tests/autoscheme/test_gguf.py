@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, LlamaFileType
 from transformers import AutoModelForCausalLM
 
 from auto_round.autoscheme import by_divergence, by_gradients, scores
@@ -78,6 +78,26 @@ def test_a_size_is_met_and_the_embedding_has_the_chosen_type(
         assert reached == result.report["bytes_after"]["gguf:q4_0"]
         assert 0.97 * size < reached <= size if number else kind == "Q8_0"
         size = int(0.85 * reached)
+
+
+def test_a_mixture_by_choice_is_called_by_what_it_holds(model_of: Any, tmp_path: Path) -> None:
+    """Not by the type that the format names, nor by that of the mixture's first layers."""
+    options = chosen(model_of(UNTIED), tmp_path, target_size="11MB")
+    result = run(options, dataset=ROWS)
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    reader = GGUFReader(file)
+    weights: dict[str, int] = {}
+    for tensor in reader.tensors:
+        weights[tensor.tensor_type.name] = weights.get(tensor.tensor_type.name, 0) + tensor.n_elements
+    most = max(weights, key=weights.__getitem__)
+    assert len(weights) > 2
+    bits = 8 * sum(tensor.n_bytes for tensor in reader.tensors) / sum(weights.values())
+    assert file.name == f"{UNTIED}-{most}-{bits:.2f}bpw.gguf"
+    said = reader.fields["general.file_type"].contents()
+    assert said == LlamaFileType[f"MOSTLY_{most}"]
+    assert file.name in (tmp_path / "out" / "README.md").read_text()
+    reasons = {line["reason"] for line in result.report["plan"] if line["bits"] < 16}
+    assert reasons == {"AutoScheme"}
 
 
 def test_bits_do_not_count_the_embedding_which_gets_the_largest(model_of: Any, tmp_path: Path) -> None:

@@ -99,6 +99,10 @@ def test_q_k_v_share_and_rules_stay(small: Any, tmp_path: Path) -> None:
     assert "model.layers.1.self_attn.o_proj" not in found
     result = run(options, dataset=ROWS)
     assert result.plan.scheme_of("model.layers.1.self_attn.o_proj") is None
+    reasons = {(line["kind"], *line["blocks"][0]): line["reason"] for line in result.report["plan"][:-1]}
+    assert reasons.pop(("mlp.down_proj", 0, 1)) == 'layer_config "down_proj"'
+    assert reasons.pop(("self_attn.o_proj", 1, 1)) == "layer_config"  # one layer, by its whole name
+    assert set(reasons.values()) == {"AutoScheme"}
     assert average(small(), result) <= 5.5
 
 

@@ -152,6 +152,32 @@ def test_layer_rules(text, wanted):
     assert build_options({"layer_config": text}).scheme.layer_config == wanted
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("W2A16, w4a16", ("W2A16", "w4a16")),
+        ("GGUF:Q4_K_S,GGUF:Q6_K", ("GGUF:Q4_K_S", "GGUF:Q6_K")),
+        ("W2A16,{bits:3,group_size:64},W4A16", ("W2A16", {"bits": 3, "group_size": 64}, "W4A16")),
+        ('["W2A16", {"bits": 3, "sym": false}]', ("W2A16", {"bits": 3, "sym": False})),
+    ],
+)
+def test_schemes_to_choose_from_as_typed(text, wanted):
+    assert build_options({"scheme_options": text, "avg_bits": 3}).auto.scheme_options == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("W2A16 {bits:3}", "unexpected '{' at character 7"),
+        ("W2A16,{bits:3", "at the end"),
+        ("W2A16,{bits}", "name: value"),
+    ],
+)
+def test_schemes_to_choose_from_that_cannot_be_read(text, words):
+    with pytest.raises(ConfigError, match=words):
+        build_options({"scheme_options": text, "avg_bits": 3})
+
+
 def test_layer_rules_from_a_file(tmp_path):
     path = tmp_path / "rules.json"
     path.write_text('{"k_proj": "W8A16"}')

@@ -21,6 +21,8 @@ class Harness:
         scanned: arguments of each reading of task files.
         right: task -> which questions are answered right, for the next evaluations.
         fails: (task, questions at once) -> error that it raises.
+        fetched: tasks whose data were asked for.
+        no_data: task -> error where its data are asked for.
         engines: arguments of each vLLM model.
     """
 
@@ -29,6 +31,8 @@ class Harness:
     right: list[dict[str, list[float]]] = field(default_factory=list)
     fails: dict[tuple[str, Any], Exception] = field(default_factory=dict)
     engines: list[dict[str, Any]] = field(default_factory=list)
+    fetched: list[str] = field(default_factory=list)
+    no_data: dict[str, Exception] = field(default_factory=dict)
 
     def evaluate(self, **given: Any) -> dict[str, Any]:
         self.calls.append(given)
@@ -50,6 +54,13 @@ class Harness:
                 for task, found in answers.items()
             },
         }
+
+    def fetch(self, names: list[str], manager: Any) -> dict[str, Any]:
+        self.fetched += names
+        for name in names:
+            if error := self.no_data.get(name):
+                raise error
+        return dict.fromkeys(names)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, *, vllm: bool = True) -> Harness:
@@ -78,7 +89,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, *, vllm: bool = True) -> Harness:
 
     contents = {
         "lm_eval": {"simple_evaluate": harness.evaluate},
-        "lm_eval.tasks": {"TaskManager": Manager},
+        "lm_eval.tasks": {"TaskManager": Manager, "get_task_dict": harness.fetch},
         "lm_eval.models": {},
         "lm_eval.models.huggingface": {"HFLM": Model},
         "lm_eval.models.vllm_causallms": {"VLLM": Engine},

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from auto_round.cli import exit_codes
 from auto_round.cli import main as cli
 from auto_round.config import EvaluationOptions, FidelityOptions, ModelOptions
 from auto_round.config.evaluation import DEFAULT_TASKS
@@ -221,6 +222,27 @@ def test_data_out_of_reach_are_said_with_a_remedy(harness, model, backend):
     harness.fails = {("piqa", size): ConnectionError("Couldn't reach 'a/b' on the Hub")}
     with pytest.raises(ConfigError, match=r"data of piqa cannot be fetched .*'a/b'.*HF_DATASETS_OFFLINE"):
         run(model, tasks="piqa", eval_backend=backend)
+
+
+def test_data_are_fetched_before_a_model_is_touched(harness, tmp_path, model):
+    """They were after the model was loaded, and behind a run after hours of work."""
+    harness.no_data = {"piqa": ConnectionError("Couldn't reach 'a/b' on the Hub")}
+    with pytest.raises(ConfigError, match=r"data of piqa cannot be fetched .*OFFLINE=1; or run the others"):
+        run(model, tasks="arc_easy,piqa")
+    command = [str(model), "--output_dir", str(tmp_path / "out"), "--iters", "0", "--group_size", "32"]
+    assert cli.main([*command, "--disable_opt_rtn", "--tasks", "piqa"]) == exit_codes.REQUEST
+    assert not (tmp_path / "out").exists()
+    assert harness.fetched == ["arc_easy", "piqa", "piqa"]
+    assert not harness.calls
+
+
+def test_task_by_task_the_others_are_run_as_long_as_there_are_some(harness, model, caplog, monkeypatch):
+    monkeypatch.setattr("auto_round.log.logger.propagate", True)
+    harness.no_data = {"piqa": FileNotFoundError("no questions.jsonl")}
+    assert "arc_easy" in run(model, tasks="piqa,arc_easy", eval_task_by_task=True)["tasks"]
+    assert "data of piqa cannot be fetched (FileNotFoundError: no questions.jsonl)" in caplog.text
+    with pytest.raises(ConfigError, match="data of piqa"):
+        run(model, tasks="piqa", eval_task_by_task=True)
 
 
 def test_memory_that_ends_in_a_run_of_all_tasks(harness, model):

@@ -13,11 +13,13 @@ import torch
 
 from auto_round.errors import ConfigError
 from auto_round.log import logger
+from auto_round.pipeline.distilling import shelf as shelf_module
 from auto_round.pipeline.distilling import stage
-from auto_round.pipeline.distilling.shelf import LEARNED, MOMENTS, Shelf, begin
+from auto_round.pipeline.distilling.shelf import CONSTANTS, LEARNED, MOMENTS, Shelf, begin
 from auto_round.pipeline.distilling.units import Units
 from auto_round.testing.tiny_models import save_tiny_model
 from auto_round.tuning import distill
+from auto_round.tuning.student import CODES, OFFSET
 from export.gguf.small_models import save_small_model, sentencepiece_tokenizer
 from pipeline.runs import Stop, kl_of, quantize, stop_after, token_rows, tree, weights
 
@@ -175,7 +177,7 @@ def shelved(shelf, unit):
 def test_a_shelf_goes_back_to_the_last_durable_step_and_keeps_the_best(tmp_path, in_memory):
     folder = tmp_path / "shelf"
     for unit in range(2):
-        begin(folder, unit, {"v": torch.zeros(3)})
+        begin(folder, unit, {"v": torch.zeros(3)}, {})
 
     def put(shelf, step):
         for unit in range(2):
@@ -201,9 +203,21 @@ def test_a_shelf_goes_back_to_the_last_durable_step_and_keeps_the_best(tmp_path,
     assert kept == {f"{unit:04d}-{kind}-000004.safetensors" for unit in (0, 1) for kind in (LEARNED, MOMENTS)}
 
 
-def test_codes_stay_where_only_scales_are_learned(tiny, tmp_path):
+def test_codes_stay_where_only_scales_are_learned(tiny, tmp_path, monkeypatch):
+    """Nor are offsets kept for a continued run, four bytes of each weight: codes do, of one byte."""
+    kept, save = {}, shelf_module.save_tensors
+
+    def saved(path, tensors, **how):
+        kept.update({f"{path.parent.name}/{name}": tensor for name, tensor in tensors.items()})
+        save(path, tensors, **how)
+
+    monkeypatch.setattr(shelf_module, "save_tensors", saved)
     model, given = tiny("qwen3", **QWEN), {**SHORT, "distill_scales_only": True, "verify": False}
     result = quantize(model, tmp_path / "scales", **given)
+    assert not any(name.partition("/")[2].startswith(OFFSET) for name in kept)
+    codes = {name: t for name, t in kept.items() if name.startswith(f"{CONSTANTS}/{CODES}")}
+    assert codes
+    assert {t.dtype for t in codes.values()} == {torch.uint8}
     assert result.report["distillation"]["kept_step"] > 0
     quantize(model, tmp_path / "without", **{**SHORT, "distill_steps": 0, "distill_nsamples": None})
     written, before = weights(tmp_path / "scales"), weights(tmp_path / "without")

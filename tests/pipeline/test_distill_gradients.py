@@ -56,7 +56,7 @@ def begun(job, folder, members):
                 learned[OFFSET + name] = 0.3 * torch.rand(weight.shape, generator=generator) - 0.15
                 for side in (LOW, HIGH):
                     learned[side + name] = 0.8 + 0.2 * torch.rand(groups, generator=generator)
-        begin(folder, number, learned)
+        begin(folder, number, learned, {})
 
 
 def expected(job, model, shelf, members, batch):

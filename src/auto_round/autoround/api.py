@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from auto_round.autoround.attributes import Attributes, Done, layer_schemes
 from auto_round.autoround.auto_scheme import AutoScheme
+from auto_round.autoround.located import located
 from auto_round.autoround.parameters import (
     collect,
     is_name,
@@ -77,7 +78,7 @@ class AutoRound(Attributes):
         given = collect(positional, named)
         self._dataset = _live(given.get("dataset"))
         self._score_dataset = (
-            scheme.dataset if isinstance(scheme := given.get("scheme"), AutoScheme) else None
+            _live(scheme.dataset) if isinstance(scheme := given.get("scheme"), AutoScheme) else None
         )
         if self._dataset is not None:
             given["dataset"] = f"{type(self._dataset).__name__} {FROM_PYTHON}"
@@ -89,7 +90,7 @@ class AutoRound(Attributes):
             raise ConfigError("a model in memory needs its tokenizer: AutoRound(model, tokenizer, ...)")
         name = str(model) if self._model is None else type(model).__name__
         given |= {"model": name, "tokenizer": tokenizer if self._tokenizer is None else None}
-        self.options = read_arguments(given, recipe)
+        self.options = located(read_arguments(given, recipe))
         self._progress = progress or ignore_progress
         self._finished: _Finished | None = None
 
@@ -169,7 +170,11 @@ class AutoRound(Attributes):
         if format is not None:
             done.refuse_other_plans(output.formats)
         chosen = replace(
-            self.options, scheme=done.asked.scheme, auto=done.asked.auto, chosen=done.asked.chosen
+            self.options,
+            scheme=done.asked.scheme,
+            auto=done.asked.auto,
+            chosen=done.asked.chosen,
+            chosen_layers=done.asked.chosen_layers,
         )
         settled, asked = settle_formats(replace(chosen, output=output))
         if all(exporter.planner is None for exporter in asked):
@@ -224,7 +229,8 @@ class AutoRound(Attributes):
         asked = replace(self.options, output=self._output(output_dir, format, overwrite))
         if self._is_pipeline:
             made = quantize_pipeline(asked, self._model, self._dataset, self._progress)
-            return Saved(partial(load_pipeline, made.folders[-1]) if load else None, list(made.folders))
+            read = partial(load_pipeline, made.folders[-1].absolute()) if load else None
+            return Saved(read, list(made.folders))
         with joined(asked) as (ranks, options):
             runs = [part for wanted in chosen(options, ranks, self._choices) for part in runs_of(wanted)]
             jobs = [shared(self._prepare(part, rows=True), ranks) for part in runs]
@@ -235,7 +241,7 @@ class AutoRound(Attributes):
         folders = [folder for result in results for folder in result.folders]
         exporters = [exporter for job in jobs for exporter in job.exporters.values()]
         models = [folder for folder, e in zip(folders, exporters, strict=True) if e.file is None]
-        self._done = done = Done(results[-1].plan, models[-1] if models else None)
+        self._done = done = Done(results[-1].plan, models[-1].absolute() if models else None)
         self._seen = None
         return Saved(partial(self._result_of, done) if load else None, folders)
 

@@ -53,7 +53,7 @@ class Attributes:
             value = getattr(self._scheme(), name)
             return KEPT_BITS if name == "act_bits" and value is None else value
         group, option = _readable()[name]
-        return getattr(getattr(self.options, group), option)
+        return self.options.typed.get(option, getattr(getattr(self.options, group), option))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse to change an argument after the fact: it would have no effect."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from auto_round.errors import ConfigError, nearest
@@ -56,7 +57,7 @@ class AutoScheme:
     target_kl: float | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """The same as options by name; `dataset` is left to who holds objects.
+        """The same as options by name; a `dataset` that is an object is left to who holds it.
 
         Raises:
             ConfigError: no target, no options, or an unknown method.
@@ -80,6 +81,7 @@ class AutoScheme:
             "score_batch_size": self.batch_size,
             "score_nsamples": self.nsamples,
             "score_seqlen": self.seqlen,
+            "score_dataset": self.dataset if isinstance(self.dataset, str | Path) else None,
             "score_device_map": self.device_map,
             "score_low_gpu_mem_usage": self.low_gpu_mem_usage,
         }

@@ -104,7 +104,8 @@ class Menu:
         }
         if self.embedding is not None:
             rules[self.embedding] = self._largest()
-        return with_scheme(self.options, _base(self.options, self.listed, base), rules)
+        run = with_scheme(self.options, _base(self.options, self.listed, base), rules)
+        return replace(run, chosen_layers=frozenset(name for names in candidates.groups for name in names))
 
     def _largest(self) -> str | dict[str, Any]:
         schemes = [parse_scheme(option.scheme) for option in self.listed]

@@ -33,7 +33,8 @@ def evaluate(words: Sequence[str]) -> int:
     quiet_harness()
     from auto_round.evaluate import evaluation
 
-    plan = evaluation.plan_evaluation(request.model, request.evaluation, request.fidelity)
+    with redirect_stdout(sys.stderr):
+        plan = evaluation.plan_evaluation(request.model, request.evaluation, request.fidelity)
     with drawn_progress() as progress, redirect_stdout(sys.stderr):  # the harness prints
         found = evaluation.evaluate(plan, progress)
     if request.output is not None:

@@ -64,6 +64,8 @@ def quantize(given: Mapping[str, Any], recipe: str, evaluation: Mapping[str, Any
 
         print("\n\n".join(dry_run(part).text for part in _runs(options)))
         return
+    if tasks is not None and (here is None or not here.rank):
+        _fetch(tasks)
     from auto_round.pipeline.processes import joined
 
     with ended_by_launcher(here), joined(options) as (ranks, own):
@@ -113,6 +115,15 @@ def _prepare(options: Options) -> Job:
 
     quiet_transformers()
     return prepare(options)
+
+
+def _fetch(tasks: Tasks) -> None:
+    """See before the run that the tasks' data can be had."""
+    from auto_round.evaluate.task_data import fetch_data
+
+    quiet_harness()
+    with redirect_stdout(sys.stderr):
+        fetch_data(tasks)
 
 
 def _evaluate(tasks: Tasks, folder: Path, model: ModelOptions) -> None:

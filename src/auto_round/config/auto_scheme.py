@@ -46,7 +46,8 @@ class AutoSchemeOptions:
     scheme_options: tuple[Any, ...] = option(
         (),
         Spec(
-            "schemes to choose from: comma list of presets (W2A16,W4A16,BF16); from Python also dicts and "
+            "schemes to choose from: comma list of presets (W2A16,W4A16,BF16) and of fields in braces "
+            "({bits:3,group_size:64}, in quotes for the shell); from Python also dicts and "
             "QuantizationSchemes",
             flags=("options",),
             convert=values.schemes,
@@ -81,7 +82,7 @@ class AutoSchemeOptions:
     )
     score_seqlen: int = option(256, Spec("tokens in each of them", low=2))
     score_batch_size: int = option(8, Spec("rows at a time; the scores do not depend on it", low=1))
-    score_dataset: str | None = option(None, Spec("text for it; dataset when not given"))
+    score_dataset: str | None = option(None, Spec("text for it; dataset when not given", paths="data sets"))
     score_device_map: str | Mapping[str, str] | None = option(
         None, Spec("where to measure; device_map when not given", convert=values.device_or_none)
     )

@@ -79,7 +79,7 @@ class DiffusionOptions:
         None, Spec("draw this with the original and with the result, and compare the pictures")
     )
     prompt_file: str | None = option(
-        None, Spec("the same for captions of a .tsv, .jsonl, .json or .txt file")
+        None, Spec("the same for captions of a .tsv, .jsonl, .json or .txt file", paths="read")
     )
     metrics: tuple[str, ...] = option(
         (),
@@ -92,7 +92,7 @@ class DiffusionOptions:
         ),
     )
     image_save_dir: str | None = option(
-        None, Spec("folder for the pictures; <output>/pictures when not given")
+        None, Spec("folder for the pictures; <output>/pictures when not given", paths="written")
     )
 
     def __post_init__(self) -> None:

@@ -25,16 +25,18 @@ class ModelOptions:
         Spec(
             "folder or hub name of the model to make small",
             flags=("model", "model_name", "model_name_or_path"),
+            paths="read",
         ),
     )
     tokenizer: str | None = option(
-        None, Spec("folder or hub name of the tokenizer; the model's own when not given")
+        None, Spec("folder or hub name of the tokenizer; the model's own when not given", paths="read")
     )
     processor: str | None = option(
-        None, Spec("folder or hub name of the processor for images; the model's own when not given")
+        None,
+        Spec("folder or hub name of the processor for images; the model's own when not given", paths="read"),
     )
     image_processor: str | None = option(
-        None, Spec("folder or hub name of another image processor than the processor's own")
+        None, Spec("folder or hub name of another image processor than the processor's own", paths="read")
     )
     platform: str = option("hf", Spec("hub to download from", choices=("hf", "model_scope")))
     model_dtype: str | None = option(
@@ -173,18 +175,27 @@ class CalibrationOptions:
         Spec(
             'data sets, comma separated, each "name:key=value:..." (split, num, concat, apply_chat_template, '
             'system_prompt); "python-docs" and "self" need no network; .json, .jsonl, .txt and .parquet '
-            "files work too"
+            "files work too",
+            paths="data sets",
         ),
     )
     extra_data_dir: str | None = option(
-        None, Spec("folder of the images that calibration data name; beside the data when not given")
+        None,
+        Spec("folder of the images that calibration data name; beside the data when not given", paths="read"),
     )
     template: str | None = option(
-        None, Spec("chat template for rows with images, a .jinja file; the processor's own when not given")
+        None,
+        Spec(
+            "chat template for rows with images, a .jinja file; the processor's own when not given",
+            paths="read",
+        ),
     )
     imatrix: str | None = option(
         None,
-        Spec("importances by llama-imatrix (.gguf, .dat) that steer rounding instead of data; GGUF, iters 0"),
+        Spec(
+            "importances by llama-imatrix (.gguf, .dat) that steer rounding instead of data; GGUF, iters 0",
+            paths="read",
+        ),
     )
     nsamples: int = option(128, Spec("calibration rows", flags=("nsamples", "nsample"), low=1))
     seqlen: int = option(2048, Spec("tokens per row", flags=("seqlen", "seq_len"), low=1))
@@ -214,7 +225,7 @@ class CalibrationOptions:
 class OutputOptions:
     """What is written, where, and what happens around the writing."""
 
-    output_dir: str = option("tmp_autoround", Spec("folder the quantized model goes under"))
+    output_dir: str = option("tmp_autoround", Spec("folder the quantized model goes under", paths="written"))
     format: str = option(
         "auto_round",
         Spec(
@@ -228,7 +239,8 @@ class OutputOptions:
         None,
         Spec(
             "16-bit GGUF file of the same model by llama.cpp's converter: names, metadata and tokenizer are "
-            "taken from it"
+            "taken from it",
+            paths="read",
         ),
     )
     mmproj: str | None = option(
@@ -240,7 +252,10 @@ class OutputOptions:
     )
     save_imatrix: str | None = option(
         None,
-        Spec("GGUF: file for the importances that this run measures, which llama.cpp and --imatrix read"),
+        Spec(
+            "GGUF: file for the importances that this run measures, which llama.cpp and --imatrix read",
+            paths="written",
+        ),
     )
     max_shard_size: int = option(
         "5GB", Spec('largest weight file, for example "5GB" or "512MiB"', convert=values.size_bytes)

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from auto_round.errors import ConfigError, MissingError, nearest
 
 Kind = Literal["flag", "int", "float", "str", "object"]
+Paths = Literal["", "read", "written", "data sets"]
+"""What paths an option's text may hold: none, one that is read, one that is written, those of data sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Spec:
         cli: False for what only Python can give.
         many: the flag takes any number of words.
         again: the flag may be given more than once; `convert` gets a list of what each held.
+        paths: paths that the text may hold.
     """
 
     help: str
@@ -49,6 +52,7 @@ class Spec:
     cli: bool = True
     many: bool = False
     again: bool = False
+    paths: Paths = ""
 
 
 def option(default: Any, spec: Spec) -> Any:

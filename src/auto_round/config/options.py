@@ -52,6 +52,8 @@ class Options:
         given: names of the options that the user set, to whatever value.
         chosen: what AutoScheme chose, as JSON values, to be written beside the output; None where it was not
             asked.
+        chosen_layers: layers whose scheme it chose.
+        typed: option -> what the user wrote for it, where paths in it were made absolute since.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -65,6 +67,13 @@ class Options:
     output: OutputOptions = field(default_factory=OutputOptions)
     given: frozenset[str] = field(default=frozenset(), compare=False)
     chosen: Mapping[str, Any] | None = field(default=None, compare=False)
+    chosen_layers: frozenset[str] = field(default=frozenset(), compare=False)
+    typed: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def said_dataset(self) -> str:
+        """The calibration data as the user named it."""
+        return self.typed.get("dataset", self.calibration.dataset)
 
 
 def all_settings() -> tuple[Setting, ...]:

@@ -56,14 +56,35 @@ def sizes(value: Any) -> tuple[int, ...]:
 
 
 def schemes(value: Any) -> tuple[Any, ...]:
-    """Turn `"W2A16,W4A16"`, one scheme, or a list of schemes into schemes; they are read later."""
+    """Turn text, one scheme, or a list of schemes into schemes, which are read later.
+
+    Text is a comma list of names, and of fields in braces: `W2A16,{bits:3,group_size:64}`; JSON works too.
+    """
     if isinstance(value, str):
-        return names(value)
+        return _listed_schemes(value)
     if isinstance(value, Mapping):
         return (value,)
     if not isinstance(value, Iterable):
         raise TypeError("expected a comma list or a list of schemes")
     return tuple(scheme for part in value for scheme in schemes(part))
+
+
+def _listed_schemes(text: str) -> tuple[Any, ...]:
+    inner = text.strip()
+    if inner.startswith("[") and inner.endswith("]"):
+        inner = inner[1:-1]
+    if not {*inner} & {*"{}\"'"}:
+        return names(inner)
+    tokens, found, at = _tokens(inner), list[Any](), 0
+    while at < len(tokens):
+        if _marks(tokens, at, ","):
+            at += 1
+            continue
+        value, at = _value(tokens, at)
+        found.append(value)
+        if at < len(tokens) and not _marks(tokens, at, ","):
+            raise _unexpected(tokens[at])
+    return tuple(found)
 
 
 def name_groups(value: Any) -> tuple[tuple[str, ...], ...]:
@@ -127,6 +148,19 @@ def layer_rules(value: Any) -> Mapping[str, Any]:
 
 def _relaxed(text: str) -> Any:
     """Read JSON-like text whose words need no quotes."""
+    tokens = _tokens(text)
+    value, rest = _value(tokens, 0)
+    if rest != len(tokens):
+        raise _unexpected(tokens[rest])
+    return value
+
+
+def _unexpected(token: tuple[str, str, int]) -> ValueError:
+    return ValueError(f"unexpected {token[1]!r} at character {token[2] + 1}")
+
+
+def _tokens(text: str) -> list[tuple[str, str, int]]:
+    """Kind, text and place of each mark, quoted text and word."""
     tokens: list[tuple[str, str, int]] = []
     at = 0
     text = text.rstrip()
@@ -137,16 +171,13 @@ def _relaxed(text: str) -> Any:
         kind = match.lastgroup or ""
         tokens.append((kind, match[kind], match.start(kind)))
         at = match.end()
-    value, rest = _value(tokens, 0)
-    if rest != len(tokens):
-        raise ValueError(f"unexpected {tokens[rest][1]!r} at character {tokens[rest][2] + 1}")
-    return value
+    return tokens
 
 
 def _value(tokens: list[tuple[str, str, int]], at: int) -> tuple[Any, int]:
     if at >= len(tokens):
         raise ValueError("the text ends too early")
-    kind, text, where = tokens[at]
+    kind, text, _ = tokens[at]
     if kind == "text":
         return text[1:-1], at + 1
     if kind == "word":
@@ -155,7 +186,7 @@ def _value(tokens: list[tuple[str, str, int]], at: int) -> tuple[Any, int]:
             return f"{text}:{tokens[at + 2][1]}", at + 3
         return _word(text), at + 1
     if text != "{":
-        raise ValueError(f"unexpected {text!r} at character {where + 1}")
+        raise _unexpected(tokens[at])
     return _mapping(tokens, at + 1)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from auto_round.calibration.grammar import parse_dataset
 from auto_round.calibration.local import read_path
 from auto_round.checkpoint.disk import atomic_write_bytes, reading, writing
 from auto_round.config import CalibrationOptions, cache_folder
@@ -73,8 +74,12 @@ def of_file(path: Path) -> list[str]:
 
 
 def named(dataset: str) -> str:
-    """The data set to read: captions of COCO where nobody named one."""
-    return COCO if dataset == CalibrationOptions().dataset else dataset
+    """The data set to read: captions of COCO where nobody named one; quotes around a path go."""
+    if dataset == CalibrationOptions().dataset:
+        return COCO
+    if dataset[:1] not in ("'", '"') or Path(dataset).exists():
+        return dataset
+    return ",".join(item.name for item in parse_dataset(dataset))
 
 
 def _place(dataset: str) -> Path:

@@ -15,6 +15,7 @@ from auto_round.errors import ConfigError
 from auto_round.evaluate.fidelity import Measurement, measure, plan_measurement
 from auto_round.evaluate.harness import check_can_run, run_tasks
 from auto_round.evaluate.subject import Subject, find_source, find_subject
+from auto_round.evaluate.task_data import fetch_data
 from auto_round.evaluate.task_names import Tasks, find_tasks
 from auto_round.evaluate.task_results import flips, plain_results
 from auto_round.log import ProgressSink, ignore_progress
@@ -49,7 +50,8 @@ def plan_evaluation(
     """Find models, text and tasks; without a text and a task the usual tasks are meant.
 
     Raises:
-        ConfigError: something is not there, a package is missing, vocabularies differ, a task is unknown.
+        ConfigError: something is not there, a package is missing, vocabularies differ, a task is unknown or
+            its data cannot be had.
         UnsupportedError: a model that cannot be read as asked.
     """
     if evaluation.tasks is None and fidelity.text is None:
@@ -70,6 +72,8 @@ def plan_evaluation(
         tasks = find_tasks(evaluation)
     if fidelity.text is not None:
         measurement = plan_measurement(model, evaluation, fidelity)
+    if tasks is not None:
+        fetch_data(tasks)
     return Evaluation(model, subject, original, tasks, measurement, beside, fidelity.max_kl)
 
 

@@ -15,6 +15,7 @@ from auto_round.errors import AutoRoundError, ConfigError, UnsupportedError, is_
 from auto_round.evaluate.placement import device_indices, placement
 from auto_round.evaluate.predictors import Opening, open_model
 from auto_round.evaluate.subject import Subject
+from auto_round.evaluate.task_data import no_data
 from auto_round.evaluate.task_names import Tasks
 from auto_round.evaluate.vocabulary import load_tokenizer
 from auto_round.export.table import plans_alone
@@ -151,11 +152,7 @@ def _evaluate(tasks: Tasks, names: Sequence[str], language_model: Any) -> Result
             task_manager=tasks.manager,
         )
     except ConnectionError as error:
-        raise ConfigError(
-            f"data of {', '.join(names)} cannot be fetched ({error}): ask once where there is a network, "
-            "then set HF_HOME to that cache and HF_DATASETS_OFFLINE=1; or leave out what is not there "
-            "(--eval_task_by_task says which)"
-        ) from error
+        raise no_data(dict.fromkeys(names, error), several=len(names) > 1) from error
     return found
 
 

@@ -72,16 +72,17 @@ def refuse_several(job: Job) -> None:
         )
 
 
-def keep_learned(scratch: Path, unit: int, tuned: TunedBlock) -> None:
+def keep_learned(scratch: Path, unit: int, tuned: TunedBlock, *, codes_stay: bool) -> None:
     """Keep what tuning a unit of blocks learned, where all blocks go on from it.
 
     Args:
         scratch: folder of what only a continued run needs.
         unit: its number, from 0.
         tuned: the result.
+        codes_stay: only steps of groups are learned further: codes, a byte each, do instead of offsets.
     """
     if tuned.learned:
-        begin(scratch / FOLDER, unit, student_of(tuned))
+        begin(scratch / FOLDER, unit, *student_of(tuned, codes_stay=codes_stay))
 
 
 @dataclass(frozen=True, slots=True)

@@ -333,7 +333,8 @@ class _Loop:
         if result.inputs and leads:
             save_inputs(self.scratch, f"{number:04d}", result.inputs)
         if leads:
-            keep_learned(self.scratch, number - 1, result.tuned)
+            codes_stay = self.job.options.tune.distill_scales_only
+            keep_learned(self.scratch, number - 1, result.tuned, codes_stay=codes_stay)
         if self.job.options.output.resume and leads:
             streams.save(saved_streams(self.scratch, number))
         cost = cost_of(unit, self.clock.lap("tune"), self.job.device, lowered)

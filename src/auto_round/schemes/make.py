@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from auto_round.errors import ConfigError
 from auto_round.facts.layer import Block, Layer, Role
 from auto_round.schemes.condense import condense
-from auto_round.schemes.entry import PlanEntry
+from auto_round.schemes.entry import CHOSEN, RULE, PlanEntry, by_rule
 from auto_round.schemes.number_types import has_short_groups
 from auto_round.schemes.plan import Plan, PlanRequest
 from auto_round.schemes.regroup import regroup, with_common_group
@@ -77,8 +77,9 @@ def make_plan(
     others = tuple(other_names)
     ignored = match_ignored(request.ignore_layers, names, others)
     matches = match_layer_config(request.layer_config, base, names, others)
-    asked = _apply(defaults, matches, ignored)
-    fitted, regrouped = regroup(layers, asked, request, {_reason(match): match.rule for match in matches})
+    asked = _apply(defaults, matches, ignored, request)
+    rules = {_reason(match, request): match.rule for match in matches}
+    fitted, regrouped = regroup(layers, asked, request, rules)
     entries, notes = _fit_shapes(layers, fitted)
     base = with_common_group(base, asked, entries)
     head = _head(layers, request)
@@ -95,7 +96,7 @@ def make_plan(
             *notes,
             *regrouped,
             *filter(None, (loose_number(match, names) for match in matches)),
-            *_unused(matches, asked),
+            *_unused(rules, asked),
             *_general(layers, base, entries),
             *fused_warnings(entries),
         ),
@@ -165,23 +166,28 @@ def _changes(scheme: QuantizationScheme) -> bool:
 
 
 def _apply(
-    defaults: Mapping[str, _Default], matches: Sequence[Match], ignored: Mapping[str, str]
+    defaults: Mapping[str, _Default],
+    matches: Sequence[Match],
+    ignored: Mapping[str, str],
+    request: PlanRequest,
 ) -> dict[str, PlanEntry]:
-    """Entries after the user's rules: exact names, then `ignore_layers`, then patterns."""
+    """Entries after the rules: exact names, then `ignore_layers`, then patterns."""
     fixed: dict[str, PlanEntry] = {}
     for match in matches:
         reached = {name for name in match.names if defaults[name].open}
         exact = match.rule.kind is Kind.EXACT
         for name in match.names if exact else reached or match.names:
             if exact or name not in ignored:
-                fixed.setdefault(name, PlanEntry(match.rule.scheme, _reason(match), fixed=True))
+                fixed.setdefault(name, PlanEntry(match.rule.scheme, _reason(match, request), fixed=True))
     for name, entry in ignored.items():
         fixed.setdefault(name, PlanEntry(None, f'ignore_layers "{entry}"', fixed=True))
-    return {name: fixed.get(name, default.entry) for name, default in defaults.items()}
+    plain = {name: default.entry for name, default in defaults.items()}
+    chosen = {n: replace(e, reason=by_rule(CHOSEN, n)) for n, e in plain.items() if n in request.chosen}
+    return {**plain, **chosen, **fixed}
 
 
-def _reason(match: Match) -> str:
-    return f'layer_config "{match.rule.key}"'
+def _reason(match: Match, request: PlanRequest) -> str:
+    return by_rule(CHOSEN if match.rule.key in request.chosen else RULE, match.rule.key)
 
 
 def _fit_shapes(
@@ -220,11 +226,11 @@ def _fit_shapes(
     ]
 
 
-def _unused(matches: Sequence[Match], asked: Mapping[str, PlanEntry]) -> list[str]:
-    """Keys of `layer_config` that other rules leave nothing to."""
+def _unused(rules: Iterable[str], asked: Mapping[str, PlanEntry]) -> list[str]:
+    """Rules, by the reason that they give, which others leave nothing to."""
     reasons = {entry.reason for entry in asked.values()}
     why = "exact names, ignore_layers and earlier patterns take all of its layers"
-    return [f"{_reason(match)} has no effect: {why}" for match in matches if _reason(match) not in reasons]
+    return [f"{rule} has no effect: {why}" for rule in rules if rule not in reasons]
 
 
 def _general(

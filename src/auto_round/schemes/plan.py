@@ -37,6 +37,7 @@ class PlanRequest:
         to_quant_block_names: prefixes of the blocks to quantize; None for all.
         one_group_size: where a group size that nobody asked for does not divide all rows, every layer takes
             the one that does, for formats that hold one only.
+        chosen: layers whose scheme AutoScheme chose; rules of `layer_config` with these names are its own.
     """
 
     scheme: str | Mapping[str, Any] | QuantizationScheme = "W4A16"
@@ -48,6 +49,7 @@ class PlanRequest:
     quant_mtp: bool = False
     to_quant_block_names: str | Iterable[Any] | None = None
     one_group_size: bool = False
+    chosen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from auto_round.facts.layer import Layer
 from auto_round.schemes.condense import condense
-from auto_round.schemes.entry import PlanEntry
+from auto_round.schemes.entry import CHOSEN, PlanEntry
 from auto_round.schemes.size import PlanSize
 
 _Row = tuple[str, ...]
@@ -38,21 +38,17 @@ def _rows(entries: Mapping[str, PlanEntry], layers: Sequence[Layer]) -> list[_Ro
         shape = f"{layer.shape[0]}x{layer.shape[1]}"
         fmt = None if entry.scheme is None else entry.scheme.weight_format()
         if fmt is None:
-            key: _Row = ("kept", shape, _reason(layer, entry))
+            key: _Row = ("kept", shape, entry.why(layer.name))
         else:
             bits = f"{fmt.bits_per_weight(layer.shape):.3f} bpw"
-            key = ("quantized", shape, entry.label, bits, _reason(layer, entry) if entry.fixed else "")
+            why = entry.why(layer.name)
+            key = ("quantized", shape, entry.label, bits, why if entry.fixed or why == CHOSEN else "")
         alike.setdefault(key, []).append(layer.name)
     first = {layer.name: i for i, layer in enumerate(layers)}
     rows = [
         (first[n.first], (key[0], str(n), *key[1:])) for key, names in alike.items() for n in condense(names)
     ]
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
-
-
-def _reason(layer: Layer, entry: PlanEntry) -> str:
-    """Where a scheme comes from; a rule for one layer alone does not repeat its name."""
-    return "layer_config" if entry.reason == f'layer_config "{layer.name}"' else entry.reason
 
 
 def _align(rows: Sequence[_Row]) -> list[str]:

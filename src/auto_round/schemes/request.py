@@ -9,12 +9,15 @@ from auto_round.schemes.plan import PlanRequest
 from auto_round.schemes.scheme import QuantizationScheme
 
 
-def plan_request(wanted: SchemeOptions, scale_dtype: str | None = None) -> PlanRequest:
+def plan_request(
+    wanted: SchemeOptions, scale_dtype: str | None = None, chosen: frozenset[str] = frozenset()
+) -> PlanRequest:
     """What the user asked of the plan.
 
     Args:
         wanted: the user's options.
         scale_dtype: dtype of scales where the user names none; None for the scheme's own.
+        chosen: layers whose scheme AutoScheme chose.
     """
     overrides = wanted.overrides()
     if scale_dtype is not None and not _names_scale_dtype(wanted):
@@ -28,6 +31,7 @@ def plan_request(wanted: SchemeOptions, scale_dtype: str | None = None) -> PlanR
         quant_nontext_module=wanted.quant_nontext_module,
         quant_mtp=wanted.quant_mtp,
         to_quant_block_names=wanted.to_quant_block_names or None,
+        chosen=chosen,
     )
 
 

@@ -104,14 +104,6 @@ class Student:
         """Codes and scale of each weight."""
         return {name: weight.quantize() for name, weight in self.weights.items()}
 
-    def constants(self) -> dict[str, Tensor]:
-        """Codes and knobs as they are now, for steps that leave them as they are; see `weight_of`."""
-        found: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            found |= {LOW + name: weight.knobs.lo, HIGH + name: weight.knobs.hi}
-            found[CODES + name] = weight.quantize().codes
-        return found
-
     def kept_norms(self) -> dict[str, Tensor]:
         """The norms in the dtype in which the model keeps them."""
         return {name: value.detach().to(self._own[name]) for name, value in self.norms.items()}
@@ -204,12 +196,25 @@ def weight_of(name: str, source: Source, learned: Mapping[str, Tensor]) -> Weigh
     return Rescaled(fmt, QTensor(codes, scale, fmt), stats, knobs, ratio, source.dtype)
 
 
-def student_of(tuned: TunedBlock) -> dict[str, Tensor]:
-    """What tuning of a block found, by the names of `Student.values`."""
-    found = {NORM + name: value.float() for name, value in tuned.others.items()}
+def student_of(tuned: TunedBlock, *, codes_stay: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What tuning of a block found, by the names of `Student.values` and `weight_of`.
+
+    Args:
+        tuned: the result.
+        codes_stay: codes stay as they are, and range multipliers too.
+
+    Returns:
+        What is learned further, and what stays.
+    """
+    moved = {NORM + name: value.float() for name, value in tuned.others.items()}
+    stays: dict[str, Tensor] = {}
     for name, each in tuned.learned.items():
-        found |= {OFFSET + name: each.v, LOW + name: each.knobs.lo, HIGH + name: each.knobs.hi}
-    return found
+        ranges = {LOW + name: each.knobs.lo, HIGH + name: each.knobs.hi}
+        if codes_stay:
+            stays |= {**ranges, CODES + name: tuned.weights[name].codes}
+        else:
+            moved |= {**ranges, OFFSET + name: each.v}
+    return moved, stays
 
 
 def _pulled_back(

@@ -112,8 +112,9 @@ class GgufFormat(Exporter):
         else:
             model = with_name(from_template(Path(template), source), name)
         steered = tune_settings(options.tune, TYPES[self.kind.base].bits).needs_rows
-        plan, types = plan_gguf(source, model, self.kind, plan_request(options.scheme), imatrix=steered)
-        file = GgufFile(self.kind, f"{name}-{self.kind.name.upper()}.gguf", model, types)
+        wanted = plan_request(options.scheme, chosen=options.chosen_layers)
+        plan, types = plan_gguf(source, model, self.kind, wanted, imatrix=steered)
+        file = GgufFile(types.kind, f"{name}-{types.word}.gguf", model, types.of)
         kind = options.output.mmproj
         beside = None if kind is None else describe_mmproj(source, kind, name)
         exporters: dict[str, Exporter] = {self.name: replace(self, made=file, mmproj=beside)}

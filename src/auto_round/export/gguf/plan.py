@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ from auto_round.facts.layer import Layer, Role
 from auto_round.models.source import ModelSource
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.gguf_mixture import Shape, choose_types, fitting, is_quantizable
-from auto_round.schemes.gguf_types import EMBEDDING, TYPES, FileType, GgufType, type_of_scheme
+from auto_round.schemes.gguf_types import (
+    EMBEDDING,
+    FILE_TYPES,
+    SCHEME_PREFIX,
+    TYPES,
+    FileType,
+    GgufType,
+    type_of_scheme,
+)
 from auto_round.schemes.make import make_plan
 from auto_round.schemes.plan import Plan, PlanRequest
 from auto_round.schemes.rules import Match, match_rule
@@ -25,13 +34,29 @@ from auto_round.schemes.scheme import PRESET_SCHEMES
 _Places = Mapping[str, tuple[tuple[GgufTensor, Piece], ...]]
 """Tensor of the source -> the tensors and pieces that it becomes. Made once, there may be 20,000."""
 
+
+@dataclass(frozen=True, slots=True)
+class Types:
+    """Types of the tensors of a file, and what it is called by them.
+
+    Attributes:
+        of: tensor -> type.
+        kind: file type for the metadata.
+        word: for the file's name.
+    """
+
+    of: dict[str, str]
+    kind: FileType
+    word: str
+
+
 _KEPT_AS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 """Dtype in the source -> type of tensors that the user wants kept."""
 
 
 def plan_gguf(
     source: ModelSource, model: GgufModel, wanted: FileType, asked: PlanRequest, *, imatrix: bool
-) -> tuple[Plan, dict[str, str]]:
+) -> tuple[Plan, Types]:
     """Types of all tensors, and the plan of all layers.
 
     The mixture decides where the user does not. Some of its rules count tensors ("the first eighth"); the
@@ -45,7 +70,7 @@ def plan_gguf(
         imatrix: importances steer the rounding.
 
     Returns:
-        The plan, and tensor name -> type name.
+        The plan, and the types.
 
     Raises:
         ConfigError: a rule that cannot hold in a GGUF file.
@@ -60,14 +85,10 @@ def plan_gguf(
         tied_head=source.tied_head,
         other_names=sorted({name.rpartition(".")[0] for name in source.tensors}),
     )
-    types = choose_types(replace(model.facts, imatrix=imatrix), wanted, model.shapes)
-    types |= model.kept
-    fixed = _fixed(base, source, places) | outside
-    types |= {t.name: fitting(fixed[t.name], t.shape[-1]) for t in model.tensors if t.name in fixed}
+    usual = {**choose_types(replace(model.facts, imatrix=imatrix), wanted, model.shapes), **model.kept}
+    types = _types(model, usual, _fixed(base, source, places) | outside, places)
     if KIND in types.values():
         refuse_unmultiplied(model.arch)
-    types = {t.name: type_with_number(t, types[t.name], types) for t in model.tensors}
-    _agree(places, types)
     entries = {}
     for layer in source.layers:
         if layer.tensor not in source.text_tensors:
@@ -78,7 +99,50 @@ def plan_gguf(
         apart = layer.alone in model.apart
         entries[layer.name] = _entry(base.entries[layer.name], kind, wanted.preset, apart=apart)
     notes = (*_warnings(base, model, wanted), *_left_out(source))
-    return replace(base, entries=entries, untie_head=False, warnings=notes), types
+    plan = replace(base, entries=entries, untie_head=False, warnings=notes)
+    return plan, Types(types, *called(wanted, model, types, mixed=types != _types(model, usual, {}, places)))
+
+
+def _types(
+    model: GgufModel, usual: Mapping[str, str], fixed: Mapping[str, str], places: _Places
+) -> dict[str, str]:
+    """Tensor -> type: that of the mixture, or of a rule, as far as a row's length and llama.cpp allow."""
+    types = {
+        **usual,
+        **{t.name: fitting(fixed[t.name], t.shape[-1]) for t in model.tensors if t.name in fixed},
+    }
+    types = {t.name: type_with_number(t, types[t.name], types) for t in model.tensors}
+    _agree(places, types)
+    return types
+
+
+def called(
+    wanted: FileType, model: GgufModel, types: Mapping[str, str], *, mixed: bool
+) -> tuple[FileType, str]:
+    """What a file is called: by the mixture, or where rules changed it by what it holds.
+
+    Then its type is that of most weights, as llama.cpp guesses it, and the bits of a weight stand behind it:
+    `Q4_K_S-3.92bpw`, as people call files of mixtures of their own.
+
+    Args:
+        wanted: the mixture.
+        model: tensors of the file.
+        types: their types.
+        mixed: rules gave some tensors other types than the mixture.
+
+    Returns:
+        The file type for the metadata, and the word for the file's name.
+    """
+    if not mixed:
+        return wanted, wanted.name.upper()
+    weights: dict[str, int] = {}
+    for tensor in model.tensors:
+        weights[types[tensor.name]] = weights.get(types[tensor.name], 0) + math.prod(tensor.shape)
+    most = TYPES[max(weights, key=weights.__getitem__)]
+    pure = (most.preset or most.name).removeprefix(SCHEME_PREFIX).casefold()
+    kind = wanted if wanted.base == most.name else FILE_TYPES.get(pure, wanted)
+    nbytes = sum(TYPES[types[tensor.name]].nbytes(tensor.shape) for tensor in model.tensors)
+    return kind, f"{kind.name.upper()}-{8 * nbytes / sum(weights.values()):.2f}bpw"
 
 
 def _split_rules(

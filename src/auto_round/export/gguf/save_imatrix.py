@@ -60,7 +60,7 @@ def save_imatrix(options: Options, model: GgufModel, inputs: Inputs, output: Pat
     wanted = options.output.save_imatrix
     if wanted is None:
         return
-    found = Importances.of_sources(model, inputs, (options.calibration.dataset,))
+    found = Importances.of_sources(model, inputs, (options.said_dataset,))
     path, output = Path(wanted).expanduser().resolve(), output.expanduser().resolve()
     place = folder / path.relative_to(output) if path.is_relative_to(output) else path
     with writing(place):

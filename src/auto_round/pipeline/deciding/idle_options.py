@@ -162,7 +162,7 @@ IDLE: Final = (
 
 
 def _is_local(run: Settled) -> bool:
-    return _has_no_rows(run) and run.folder is not None and str(run.folder) == run.options.model.model
+    return _has_no_rows(run) and run.folder == Path(run.options.model.model).expanduser()
 
 
 def idle_options(run: Settled) -> list[str]:

@@ -43,7 +43,7 @@ def method_of(options: Options, tune: TuneConfig, *, with_rows: bool) -> Method:
         + _stage(options.tune),
         facts=_facts(options.tune, options.calibration),
         seed=options.calibration.seed,
-        dataset=options.calibration.dataset,
+        dataset=options.said_dataset,
         model=options.model.model,
     )
 

@@ -41,7 +41,8 @@ def plan_together(
 
 def _plan(options: Options, source: ModelSource, asked: Sequence[Exporter]) -> Plan:
     wanted = parse_scheme(options.scheme.scheme, options.scheme.overrides())
-    request = plan_request(options.scheme, scale_dtype(asked, source.dtype, wanted.data_type))
+    scales = scale_dtype(asked, source.dtype, wanted.data_type)
+    request = plan_request(options.scheme, scales, options.chosen_layers)
     others = {name.rpartition(".")[0] for name in source.tensors}
     make = partial(
         make_plan,

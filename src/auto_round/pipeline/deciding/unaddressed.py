@@ -61,7 +61,7 @@ def refuse_nothing(plan: Plan, source: ModelSource) -> None:
     ]
     kept: dict[str, list[str]] = {}
     for name, entry in plan.entries.items():
-        kept.setdefault(entry.reason, []).append(name)
+        kept.setdefault(entry.why(name), []).append(name)
     refusals += [Refusal("plan", f"{reason}: {some(names)}") for reason, names in kept.items()]
     raise NothingQuantizedError("no matrix of this model can be quantized as asked", refusals)
 

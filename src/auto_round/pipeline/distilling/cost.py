@@ -16,8 +16,8 @@ MOVED_BYTES = 1200
 """Bytes moved for each weight in a step: it is rounded twice, once with gradients, and moved by Adam."""
 RESCALED_BYTES = 200
 """The same where codes stay."""
-CODES_BYTES = 5
-"""Of each weight on disk where codes stay: these, and the offsets that they came from."""
+CODES_BYTES = 2
+"""Of each weight on disk where codes stay: its code, and its part of what is kept of a group (36 bytes)."""
 KEPT_BYTES = 28
 """Of each weight on disk: states of the last durable step and of the one at hand, and the best offsets."""
 

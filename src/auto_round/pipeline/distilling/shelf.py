@@ -46,7 +46,7 @@ class Shelf:
             with reading(folder / _PROGRESS):
                 self.progress = json.loads((folder / _PROGRESS).read_bytes())
         with writing(folder):
-            (folder / CONSTANTS).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         durable = int(self.progress.get("step", 0))
         self._steps = {(u, k): durable for u in range(units) for k in (LEARNED, MOMENTS)}
 
@@ -71,13 +71,9 @@ class Shelf:
             self._path(unit, kind, before).unlink(missing_ok=True)
 
     def constants(self, unit: int) -> dict[str, Tensor]:
-        """What `keep_constants` wrote of a unit; nothing where it did not."""
+        """What no step changes of a unit; nothing where there is none."""
         path = self._constants(unit)
         return load_tensors(path) if path.exists() else {}
-
-    def keep_constants(self, unit: int, tensors: Mapping[str, Tensor]) -> None:
-        """Put what is the same at all steps; once, before the first."""
-        save_tensors(self._constants(unit), tensors)
 
     def make_durable(self, step: int, progress: Mapping[str, Any]) -> None:
         """Go on from here after a kill; drop what is needed no more.
@@ -114,14 +110,27 @@ class Shelf:
         return int(self.progress.get("step", 0)), int(self.progress.get("best", 0))
 
     def _constants(self, unit: int) -> Path:
-        return self.folder / CONSTANTS / f"{unit:04d}.safetensors"
+        return _constants(self.folder, unit)
 
     def _path(self, unit: int, kind: str, step: int) -> Path:
         return self.folder / f"{unit:04d}-{kind}-{step:06d}.safetensors"
 
 
-def begin(folder: Path, unit: int, learned: Mapping[str, Tensor]) -> None:
-    """Put what block tuning learned of a unit where the stage will look for it."""
+def begin(folder: Path, unit: int, learned: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
+    """Put what block tuning learned of a unit where the stage will look for it.
+
+    Args:
+        folder: of the shelf.
+        unit: its number.
+        learned: what the stage goes on with.
+        constants: what is the same at all steps; nothing where all is learned.
+    """
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONSTANTS).mkdir(parents=True, exist_ok=True)
+    if constants:
+        save_tensors(_constants(folder, unit), constants)
     save_tensors(folder / f"{unit:04d}-{LEARNED}-{0:06d}.safetensors", learned)
+
+
+def _constants(folder: Path, unit: int) -> Path:
+    return folder / CONSTANTS / f"{unit:04d}.safetensors"

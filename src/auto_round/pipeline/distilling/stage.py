@@ -215,8 +215,6 @@ class _Loop:
             with self._units.open(number, rows) as here:
                 _, parameters = here.quantized()
                 here.run_rounded(parameters, flow, flow)
-                if errors and self._stage.config.codes_stay:
-                    self._shelf.keep_constants(number, here.student.constants())
                 if errors:
                     here.run_original(original, original)
                     pairs = enumerate(zip(flow, original, strict=True))

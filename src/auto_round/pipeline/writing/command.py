@@ -30,7 +30,7 @@ def command_of(options: Options) -> tuple[str, list[str]]:
     """
     words, beside = ["auto-round"], list[str]()
     for setting in all_settings():
-        value = _value(options, setting)
+        value = options.typed.get(setting.name, _value(options, setting))
         if options.chosen is not None and setting in settings(AutoSchemeOptions):
             continue
         if options.chosen is not None and setting.name == "layer_config":

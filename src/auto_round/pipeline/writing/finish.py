@@ -161,7 +161,7 @@ def hand_over_inputs(job: Job, scratch: Path, folder: Path) -> None:
 def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) -> CardFacts:
     kept: dict[str, int] = {}
     for layer in job.plan.kept:
-        reason = job.plan.entries[layer].reason
+        reason = job.plan.entries[layer].why(layer)
         kept[reason] = kept.get(reason, 0) + 1
     held = report.get("held_out")
     figures = []

@@ -51,7 +51,7 @@ def planned(job: Job, exporter: Exporter) -> list[dict[str, Any]]:
     for layer in job.source.layers:
         entry = job.plan.entries[layer.name]
         bits = layer.dtype.itemsize * 8 if entry.scheme is None else entry.scheme.bits
-        key = (kind_of(layer, job.source.blocks), entry.label, bits, entry.reason, layer.block)
+        key = (kind_of(layer, job.source.blocks), entry.label, bits, entry.why(layer.name), layer.block)
         found = sums.setdefault(key, _Sum())
         found.layers += 1
         found.weights += math.prod(layer.shape)

@@ -106,7 +106,7 @@ def eval_parser() -> Parser:
         "       auto-round eval MODEL --text FILE [options]",
         description="Say how far a model's predictions are from its original's, run it on tasks of "
         "lm-evaluation-harness, or measure its perplexity. Models are folders (quantized or not), hub names "
-        "and GGUF files.",
+        "and GGUF files. With neither a text nor tasks, the usual tasks are run.",
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,

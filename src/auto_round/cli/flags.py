@@ -112,5 +112,5 @@ def _metavar(setting: Setting) -> str:
 
 
 def _help(setting: Setting) -> str:
-    shown = setting.default not in (None, "", ()) and not setting.spec.choices
+    shown = setting.default not in (None, "", ())
     return setting.spec.help.replace("%", "%%") + (f" [{setting.default}]" if shown else "")

@@ -80,11 +80,13 @@ class AutoSchemeOptions:
     score_nsamples: int | None = option(
         None, Spec("rows to measure sensitivity on; 16 when not given, 64 for experts", low=1)
     )
-    score_seqlen: int = option(256, Spec("tokens in each of them", low=2))
-    score_batch_size: int = option(8, Spec("rows at a time; the scores do not depend on it", low=1))
-    score_dataset: str | None = option(None, Spec("text for it; dataset when not given", paths="data sets"))
+    score_seqlen: int = option(256, Spec("tokens in each of these rows", low=2))
+    score_batch_size: int = option(8, Spec("rows measured at a time; the scores do not depend on it", low=1))
+    score_dataset: str | None = option(
+        None, Spec("text to measure sensitivity on; dataset when not given", paths="data sets")
+    )
     score_device_map: str | Mapping[str, str] | None = option(
-        None, Spec("where to measure; device_map when not given", convert=values.device_or_none)
+        None, Spec("where to measure sensitivity; device_map when not given", convert=values.device_or_none)
     )
     score_low_gpu_mem_usage: bool = option(
         True,

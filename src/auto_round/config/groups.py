@@ -89,7 +89,8 @@ class SchemeOptions:
     """How many bits, in which groups, and for which layers."""
 
     scheme: str | Mapping[str, Any] = option(
-        "W4A16", Spec("preset name; from Python also a dict or a QuantizationScheme")
+        "W4A16",
+        Spec("preset name (auto-round list scheme); from Python also a dict or a QuantizationScheme"),
     )
     layer_config: Mapping[str, Any] | None = option(
         None,
@@ -98,7 +99,7 @@ class SchemeOptions:
             convert=values.layer_rules,
         ),
     )
-    bits: int | None = option(None, Spec("bits per weight, over the scheme's", low=1, high=32))
+    bits: int | None = option(None, Spec("bits per weight, instead of the scheme's", low=1, high=32))
     group_size: int | None = option(
         None,
         Spec(
@@ -229,7 +230,7 @@ class OutputOptions:
     format: str = option(
         "auto_round",
         Spec(
-            "comma list of file formats",
+            "comma list of file formats (auto-round list format)",
             flags=("format", "formats"),
             aliases=("formats",),
             convert=values.comma_list,
@@ -268,7 +269,7 @@ class OutputOptions:
         Spec(
             "reload what was written and compare it with the model in memory",
             off=("no_verify",),
-            off_help="do not reload and compare",
+            off_help="do not reload what was written to compare it",
         ),
     )
     resume: bool = option(
@@ -276,7 +277,7 @@ class OutputOptions:
         Spec(
             "continue an interrupted run of the same job on this machine",
             off=("no_resume",),
-            off_help="begin anew",
+            off_help="begin anew where a run of the same job was interrupted",
         ),
     )
     report: bool = option(

@@ -14,7 +14,7 @@ class MemoryOptions:
     memory: str = option(
         "auto",
         Spec(
-            "how to spare memory: auto plans for what is there; low and lowest take less and more time",
+            "how to spare memory: auto plans for what is there; low and lowest take less of it and more time",
             choices=("auto", "low", "lowest"),
         ),
     )

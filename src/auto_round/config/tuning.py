@@ -61,7 +61,7 @@ class TuneOptions:
         Spec(
             "tune the range of each group too",
             off=("disable_minmax_tuning",),
-            off_help="keep the range of each group",
+            off_help="keep the range of each group as it is found before tuning",
         ),
     )
     enable_norm_bias_tuning: bool = option(False, Spec("tune norm weights and biases too"))
@@ -118,8 +118,8 @@ class TuneOptions:
     distill_scales_only: bool = option(
         False,
         Spec(
-            "distill_steps change the steps of groups only, not the codes: less gained, in a fraction of the "
-            "memory"
+            "distill_steps learn the scales of groups only and leave the codes: less gained, in a fraction "
+            "of the memory"
         ),
     )
     distill_lr: float | None = option(

@@ -82,7 +82,7 @@ def test_a_size_is_met_and_the_embedding_has_the_chosen_type(
 
 def test_a_mixture_by_choice_is_called_by_what_it_holds(model_of: Any, tmp_path: Path) -> None:
     """Not by the type that the format names, nor by that of the mixture's first layers."""
-    options = chosen(model_of(UNTIED), tmp_path, target_size="11MB")
+    options = chosen(model_of(UNTIED), tmp_path, avg_bits=5)
     result = run(options, dataset=ROWS)
     (file,) = (tmp_path / "out").glob("*.gguf")
     reader = GGUFReader(file)

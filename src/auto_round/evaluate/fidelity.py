@@ -42,6 +42,7 @@ class Measurement:
         original: what it is compared with; None: only its own perplexity.
         tokenizer: of Transformers.
         how: how models are opened.
+        text: the file, wherever the program stands when it is read.
         options: what the user asked for.
         rows_at_once: rows that go through a model together.
         bos: token before each row; None for none.
@@ -51,6 +52,7 @@ class Measurement:
     original: Subject | None
     tokenizer: Any
     how: Opening
+    text: Path
     options: FidelityOptions
     rows_at_once: int = 1
     bos: int | None = None
@@ -58,7 +60,7 @@ class Measurement:
     def rows(self) -> Tensor:
         """The text, `[rows, length]` int64."""
         options = self.options
-        return token_rows(Path(str(options.text)), self.tokenizer, options.tokens, options.seqlen, self.bos)
+        return token_rows(self.text, self.tokenizer, options.tokens, options.seqlen, self.bos)
 
     def opened(self, subject: Subject) -> Predictor:
         """A model, ready to run."""
@@ -111,7 +113,10 @@ def plan_measurement(
     how = Opening(dtype, where, trust, beside, backend="auto" if where else "torch")
     at_once = int(evaluation.eval_bs) if evaluation.eval_bs.isdecimal() else 1
     bos = _bos(tokenizer) if evaluation.add_bos_token else None
-    return Measurement(subject, original, tokenizer, how, _within_context(options, subjects), at_once, bos)
+    text = Path(options.text).absolute()
+    return Measurement(
+        subject, original, tokenizer, how, text, _within_context(options, subjects), at_once, bos
+    )
 
 
 def _within_context(options: FidelityOptions, subjects: Sequence[Subject]) -> FidelityOptions:

@@ -88,7 +88,7 @@ def find_subject(name: str, *, platform: str = "hf", trust: bool = False) -> Sub
         )
         raise ConfigError(f"folder {path} holds {found}")
     folder = resolve_model(name, platform=platform, trust_remote_code=trust)
-    return Subject(name, folder, read_config(folder))
+    return Subject(name, folder.absolute(), read_config(folder))
 
 
 def find_source(
@@ -128,4 +128,4 @@ def _gguf(name: str, path: Path) -> Subject:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ConfigError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
-    return Subject(name, path)
+    return Subject(name, path.absolute())

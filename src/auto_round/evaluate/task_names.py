@@ -108,4 +108,6 @@ def check_pairs(option: str, text: str | None) -> None:
 def _manager(folder: Path | None, *, defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=None if folder is None else str(folder), include_defaults=defaults)
+    return TaskManager(
+        include_path=None if folder is None else str(folder.absolute()), include_defaults=defaults
+    )

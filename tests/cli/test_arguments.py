@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -256,3 +257,22 @@ def test_help_of_list_says_what_there_is_to_list(words, capsys):
     """It was the help of the main command."""
     assert main(words) == 0
     assert capsys.readouterr().out.startswith("usage: auto-round list [format | scheme | dataset | backend]")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("help evl", 'no command "evl": did you mean "eval"'),
+        ("evaluate some-model", 'no command "evaluate": did you mean "eval"'),
+        ("inspct folder --json", "unknown flag --json"),
+        ("inspct folder", 'no command "inspct": did you mean "inspect"'),
+        ("inspect folder --jsn", r'unknown flag --jsn: did you mean "--json"\?.*inspect --help'),
+        ("inspect folder other", 'unexpected "other"'),
+        ("convert folder --fromat x", 'did you mean "--format"'),
+        ("report folder --out x", 'did you mean "--output"'),
+        ("m --memory tiny", r'"lowest"$'),
+    ],
+)
+def test_misspelt_commands_and_their_flags(words, said, capsys):
+    assert main(words.split()) == 2
+    assert re.search(said, capsys.readouterr().err)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 
 import pytest
 from torch.optim.lr_scheduler import LinearLR
@@ -101,6 +102,17 @@ def test_a_tokenizer_on_a_hub_out_of_reach_is_refused_at_once(tiny, monkeypatch,
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("retried"))
     given = {"model": str(tiny("llama")), "tokenizer": "some/tokenizer", "output_dir": str(tmp_path / "o")}
     with pytest.raises(ConfigError, match=r"(?s)no tokenizer in some/tokenizer .*--tokenizer"):
+        prepare(build_options(given))
+
+
+def test_a_folder_without_tokenizer_files_has_no_tokenizer(tiny, monkeypatch, tmp_path):
+    """Transformers makes one without a word, by which all text was dropped as empty."""
+    monkeypatch.undo()
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(tiny("qwen3"), folder, ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*"))
+    text.write_text("Once upon a time. " * 99)
+    given = {"model": str(folder), "dataset": str(text), "output_dir": str(tmp_path / "o"), "seqlen": 8}
+    with pytest.raises(ConfigError, match=r"(?s)no tokenizer in .*vocabulary is empty.*--tokenizer"):
         prepare(build_options(given))
 
 

@@ -173,6 +173,7 @@ def _for_measuring(options: Options) -> Options:
         model=replace(options.model, device_map=device),
         memory=replace(options.memory, low_gpu_mem_usage=auto.score_low_gpu_mem_usage),
         calibration=replace(options.calibration, seqlen=auto.score_seqlen),
+        given=options.given - {"seqlen"},  # which is of the run's own rows
     )
 
 

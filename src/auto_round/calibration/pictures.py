@@ -14,6 +14,8 @@ from auto_round.calibration.row import CalibrationRow
 from auto_round.errors import ConfigError, MissingError
 from auto_round.facts.model import TOKENS
 
+INSTALL_IMAGES = 'pip install "auto-round[images]"'
+
 MARK = "<image>"
 """Where an image belongs in a text, as the LLaVA data sets write it."""
 
@@ -130,7 +132,7 @@ def open_image(image: object, folder: Path | None, where: str) -> Any:
         from PIL import Image
     except ImportError as error:
         raise ConfigError(
-            f"{where} holds images, which need a package that is missing: pip install pillow"
+            f"{where} holds images, which need a package that is missing: {INSTALL_IMAGES}"
         ) from error
     if isinstance(image, Image.Image):
         return image.convert("RGB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +65,8 @@ def parse(argv: Sequence[str], recipe: str = "default") -> Command:
         verb, words = "eval", ["eval", *(word for word in words[bool(verb) :] if word != "--eval")]
     if verb == "list" or verb in FOLDER_COMMANDS:
         return Command(verb, {}, topics=tuple(words[1:]))
+    if verb == "help" and len(words) > 1 and words[1] not in COMMANDS:
+        raise ConfigError(f'no command "{words[1]}": {nearest(words[1], COMMANDS)}')
     if not words or verb == "help" or "-h" in words or "--help" in words:
         return Command("help", {})
     return _quantize(words[1:] if verb else words, recipe)
@@ -78,7 +81,7 @@ def _quantize(words: list[str], recipe: str) -> Command:
     if topics is not None:
         return Command("list", {}, topics=tuple(topics))
     if unknown:
-        raise _unknown(unknown)
+        raise _unknown(unknown, given.get("bare_model"))
     later = [name for name in later_names() if name in given]
     if later:
         raise not_there_yet(later, prefix="--")
@@ -89,8 +92,11 @@ def _quantize(words: list[str], recipe: str) -> Command:
     return Command("quantize", with_model(given), recipe, notes=notes, evaluation=evaluation)
 
 
-def _unknown(words: Sequence[str]) -> ConfigError:
+def _unknown(words: Sequence[str], bare: str | None) -> ConfigError:
+    """The error for words that are left over behind the first bare one."""
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if not flags and bare is not None and difflib.get_close_matches(bare, COMMANDS):
+        return ConfigError(f'no command "{bare}": {nearest(bare, COMMANDS)}')
     if not flags:
         return ConfigError(
             f'unexpected "{words[0]}": one model at a time; quote values that hold spaces; {stray(words[0])}'

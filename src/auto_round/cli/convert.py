@@ -20,7 +20,7 @@ def convert(words: Sequence[str]) -> str:
     from auto_round.pipeline.converting.convert import convert_folder
 
     parser = _parser()
-    found = parser.parse_args(list(words))
+    found = parser.parse_all(words)
     if found.help or found.folder is None:
         return parser.format_help().rstrip()
     if found.format is None:

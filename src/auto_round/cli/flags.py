@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from auto_round.config import Setting
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,6 +16,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
         raise ConfigError(message)
+
+    def parse_all(self, words: Sequence[str]) -> argparse.Namespace:
+        """Read all words of a command.
+
+        Raises:
+            ConfigError: a word that is none of its flags and values; names the nearest flags.
+        """
+        found, unknown = self.parse_known_args(list(words))
+        if not unknown:
+            return found
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if not flags:
+            raise ConfigError(f'unexpected "{unknown[0]}"; {self.prog} --help says what it takes')
+        hint = nearest(flags[0], self._option_string_actions)
+        raise ConfigError(f"unknown flag {flags[0]}: {hint} ({self.prog} --help lists all)")
 
 
 def stray(word: str) -> str:

@@ -29,7 +29,7 @@ def inspect(words: Sequence[str]) -> str:
         AutoRoundError: wrong words, no model, or a damaged one.
     """
     parser = _parser()
-    found = parser.parse_args(list(words))
+    found = parser.parse_all(words)
     if found.help or found.folder is None:
         return parser.format_help().rstrip()
     folder = Path(found.folder).expanduser()

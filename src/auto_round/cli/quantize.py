@@ -147,8 +147,12 @@ def _runs(options: Options) -> list[Options]:
     from auto_round.autoscheme.runs import choose_schemes
 
     quiet_transformers()
-    with drawn_progress() as progress:
-        chosen = choose_schemes(options, progress)
+    try:
+        with drawn_progress() as progress:
+            chosen = choose_schemes(options, progress)
+    except KeyboardInterrupt:
+        logger.warning("the same command does not measure again what was measured")
+        raise
     return [part for wanted in chosen for part in runs_of(wanted)]
 
 

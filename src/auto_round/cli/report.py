@@ -15,7 +15,7 @@ def report(words: Sequence[str]) -> str:
         AutoRoundError: wrong words, no finished run, a missing package, or no place for the page.
     """
     parser = _parser()
-    found = parser.parse_args(list(words))
+    found = parser.parse_all(words)
     if found.help or not found.run:
         return parser.format_help().rstrip()
     from auto_round.report.make import make_page

@@ -118,9 +118,9 @@ class Setting:
         for choice in self.spec.choices:
             if str(value).casefold() == choice:
                 return choice
-        raise self.refuse(
-            value, f"{nearest(str(value), self.spec.choices)} (all: {', '.join(self.spec.choices)})"
-        )
+        hint = nearest(str(value), self.spec.choices)
+        everything = "" if hint.startswith("known") else f" (all: {', '.join(self.spec.choices)})"
+        raise self.refuse(value, hint + everything)
 
     def expected(self) -> str:
         """Say what the option accepts, in words."""

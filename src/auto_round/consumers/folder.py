@@ -11,7 +11,7 @@ from auto_round.checkpoint.disk import reading
 from auto_round.checkpoint.header import read_object
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import CheckpointError, ConfigError, MissingError
-from auto_round.models.hub import PIPELINE_INDEX
+from auto_round.models.hub import refuse_pipeline
 from auto_round.stored.matrices import Matrix, find_matrices
 
 CONFIG = "config.json"
@@ -115,10 +115,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not folder.is_dir():
             raise MissingError(f"{folder} is not a folder: give the folder of a model")
         if not (folder / CONFIG).is_file():
-            if (folder / PIPELINE_INDEX).is_file():
-                raise MissingError(
-                    f"{folder} is a pipeline of diffusers, not a model: --dry_run shows what it consists of, "
-                    "its report.json what was made of it"
-                )
+            refuse_pipeline(folder)
             raise MissingError(f"no {CONFIG} in {folder}: give the folder of a model")
     return read_object(folder / CONFIG)

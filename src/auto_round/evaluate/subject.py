@@ -12,7 +12,7 @@ from auto_round.errors import ConfigError, MissingError, UnsupportedError
 from auto_round.export.gguf.library import gguf
 from auto_round.export.hf_config import read_config
 from auto_round.models.config_facts import CONTEXT_NAMES
-from auto_round.models.hub import resolve_model
+from auto_round.models.hub import refuse_pipeline, resolve_model
 from auto_round.stored.configuration import TEXT_CONFIGS
 
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
@@ -83,6 +83,7 @@ def find_subject(name: str, *, platform: str = "hf", trust: bool = False) -> Sub
         files = sorted(p for p in path.glob("*.gguf") if not _NO_MODEL.search(p.stem.casefold()))
         if len(files) == 1:
             return _gguf(name, files[0])
+        refuse_pipeline(path)
         found = (
             f"{len(files)} GGUF files: name one of them" if files else "neither config.json nor a GGUF file"
         )

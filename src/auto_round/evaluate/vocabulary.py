@@ -10,6 +10,7 @@ from typing import Any, Final
 from auto_round.errors import ConfigError
 from auto_round.evaluate.subject import Subject
 from auto_round.export.gguf.library import gguf
+from auto_round.models.tokenizers import refuse_empty
 from auto_round.schemes.gguf_types import EMBEDDING
 from auto_round.stored.configuration import TEXT_CONFIGS
 
@@ -47,7 +48,9 @@ def load_tokenizer(subject: Subject, named: str | None, *, trust: bool = False) 
     if named is None and subject.is_gguf:
         where, settings["gguf_file"] = subject.path.parent, subject.path.name
     try:
-        return AutoTokenizer.from_pretrained(where, **settings)
+        found = AutoTokenizer.from_pretrained(where, **settings)
+        refuse_empty(found)
+        return found
     except Exception as error:
         said = str(error).strip().splitlines()
         raise ConfigError(

@@ -100,6 +100,19 @@ def holds_pipeline(name: str, platform: str = "hf") -> bool:
     return any(file.rfilename == PIPELINE_INDEX for file in files)
 
 
+def refuse_pipeline(folder: Path) -> None:
+    """Refuse the folder of a pipeline where a model is wanted.
+
+    Raises:
+        MissingError: it is one.
+    """
+    if (folder / PIPELINE_INDEX).is_file():
+        raise MissingError(
+            f"{folder} is a pipeline of diffusers, not a model: --dry_run shows what it consists of, "
+            "its report.json what was made of it"
+        )
+
+
 def _from_hugging_face(
     name: str, revision: str | None, patterns: list[str], left_out: Sequence[str] = _UNWANTED
 ) -> Path:

@@ -29,6 +29,7 @@ from auto_round.facts.layer import Layer
 from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import dtype_name
 from auto_round.log import logger
+from auto_round.models.hub import refuse_pipeline
 from auto_round.numerics.activation_float import CalibratedScale
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
@@ -92,6 +93,7 @@ def convert_folder(
     exporter = _one_format(format_name)
     source = Path(folder).expanduser()
     target = Path(output) if output is not None else source.resolve().with_name(_new_name(source, exporter))
+    refuse_pipeline(source)
     with Checkpoint.open(source) as checkpoint:
         stored, loading = with_modules(open_stored(source, checkpoint))
         exporter, plan = _fitting(exporter, stored, loading)

@@ -6,10 +6,11 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from auto_round.calibration.pictures import ImageReader
+from auto_round.calibration.pictures import INSTALL_IMAGES, ImageReader
 from auto_round.calibration.row import CalibrationRow
 from auto_round.calibration.rows import CalibrationRows
 from auto_round.calibration.template import template_text
@@ -60,6 +61,8 @@ def _loader(options: Options, source: ModelSource, processor: Any) -> Callable[[
     def load() -> Any:
         from transformers import AutoImageProcessor, AutoProcessor
 
+        if find_spec("PIL") is None:
+            raise ConfigError(f"the data hold images, which need a package that is missing: {INSTALL_IMAGES}")
         trust = options.model.trust_remote_code
         where = options.model.processor or str(source.folder)
         found = processor

@@ -20,6 +20,7 @@ from auto_round.models.hub import resolve_model
 from auto_round.models.live import LiveSource
 from auto_round.models.on_paper import is_on_paper, open_on_paper
 from auto_round.models.source import ModelSource
+from auto_round.models.tokenizers import refuse_empty
 from auto_round.pipeline.deciding.image_rows import image_reader
 from auto_round.pipeline.deciding.kept_dtype import named_dtype
 from auto_round.pipeline.deciding.request import Request
@@ -111,9 +112,11 @@ def load_tokenizer(options: Options, source: ModelSource, *, required: bool) -> 
     where = options.model.tokenizer or str(source.folder)
     here = Path(where).expanduser().is_dir() or not is_reachable(f"{ENDPOINT}/api/models/{where}")
     try:
-        return AutoTokenizer.from_pretrained(
+        found = AutoTokenizer.from_pretrained(
             where, trust_remote_code=options.model.trust_remote_code, local_files_only=here
         )
+        refuse_empty(found)
+        return found
     except (OSError, ValueError, KeyError, ImportError) as error:
         if not required and options.model.tokenizer is None:
             return None

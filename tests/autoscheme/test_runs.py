@@ -103,6 +103,12 @@ def test_q_k_v_share_and_rules_stay(small: Any, tmp_path: Path) -> None:
     assert reasons.pop(("mlp.down_proj", 0, 1)) == 'layer_config "down_proj"'
     assert reasons.pop(("self_attn.o_proj", 1, 1)) == "layer_config"  # one layer, by its whole name
     assert set(reasons.values()) == {"AutoScheme"}
+    labels = {line["scheme"] for line in result.report["plan"] if line["bits"] < 16}
+    assert result.report["scheme"] == f"AutoScheme: {', '.join(sorted(labels))}"
+    title = next(
+        line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line[:2] == "# "
+    )
+    assert title.endswith(result.report["scheme"])
     assert average(small(), result) <= 5.5
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_round.cli.arguments import build_parser, parse
@@ -227,6 +227,7 @@ def test_values_keep_their_dashes():
     assert given == {"model": "some-model", "dataset": "a-b.jsonl:num=3", "output_dir": "x-y"}
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.text(alphabet="-_abim= 4{", max_size=8) | st.sampled_from(["--bits", "--iters", "m", "4"]),

@@ -71,7 +71,7 @@ def build_report(
         OURS: __version__,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "model": _model_name(job),
-        "scheme": job.plan.scheme.label,
+        "scheme": _scheme(job),
         "formats": list(job.exporters),
         "method": job.method.sentence,
         "seed": job.method.seed,
@@ -174,7 +174,7 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
     config = exporter.config(job.plan, job.source.layers, job.source.blocks)
     return CardFacts(
         name=report["model"],
-        scheme=job.plan.scheme.label,
+        scheme=_scheme(job),
         exporter=exporter.name,
         quant_method=None if config is None else config["quant_method"],
         method=job.method.sentence,
@@ -192,6 +192,14 @@ def _card(job: Job, exporter: Exporter, report: Mapping[str, Any], name: str) ->
         library=exporter.library,
         command=exporter.command,
     )
+
+
+def _scheme(job: Job) -> str:
+    """The scheme of the run, or those that AutoScheme chose among."""
+    if job.options.chosen is None:
+        return job.plan.scheme.label
+    labels = dict.fromkeys(job.plan.entries[name].label for name in job.plan.quantized)
+    return f"AutoScheme: {', '.join(sorted(labels))}"
 
 
 def _hub_id(job: Job) -> str | None:

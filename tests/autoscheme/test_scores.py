@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from auto_round.autoscheme import by_divergence, by_gradients, scores
+from auto_round.autoscheme.kept_scores import open_scores
 from auto_round.autoscheme.parts import Part
 from auto_round.autoscheme.runs import Given, choose_schemes
 from auto_round.config import build_options
@@ -176,3 +177,10 @@ def test_first_order_predicts_no_divergence() -> None:
     given = {"score_method": "first_order", "scheme_options": "W2A16,W4A16", "target_kl": 0.1}
     with pytest.raises(ConfigError, match="no divergences"):
         build_options({"model": "m", **given})
+
+
+def test_a_folder_for_scores_that_cannot_be_made_is_said_with_its_variable(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = r"file.scores, and it cannot be written .*AR_CACHE"
+    with pytest.raises(ConfigError, match=said), open_scores(tmp_path / "file" / "scores", {}):
+        pass

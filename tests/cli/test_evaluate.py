@@ -37,6 +37,18 @@ def test_table_json_and_file(words, capsys, tmp_path):
     assert printed["kl"]["mean"]["value"] > 0
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [(".", "is a folder"), ("missing/a.json", "there is no folder"), ("text.txt/a", "no folder")],
+)
+def test_a_file_that_cannot_be_written_is_said_before_work(words, capsys, tmp_path, monkeypatch, place, said):
+    """It was said behind it, and the figures were lost."""
+    monkeypatch.setattr("auto_round.evaluate.evaluation.plan_evaluation", lambda *_: pytest.fail("planned"))
+    (tmp_path / "text.txt").touch()
+    assert cli.main([*words, "--output", str(tmp_path / place)]) == exit_codes.REQUEST
+    assert said in capsys.readouterr().err
+
+
 def test_the_gate_speaks_by_the_exit_code(words, capsys):
     assert cli.main([*words, "--max_kl", "100"]) == 0
     assert "within 100" in capsys.readouterr().out

@@ -236,6 +236,13 @@ def test_data_are_fetched_before_a_model_is_touched(harness, tmp_path, model):
     assert not harness.calls
 
 
+def test_a_library_that_only_says_that_it_failed_is_asked_why(harness, model):
+    harness.no_data = {"piqa": RuntimeError("An error occurred")}
+    harness.no_data["piqa"].__cause__ = ValueError("line 1 is no JSON")
+    with pytest.raises(ConfigError, match=r"RuntimeError: An error occurred; ValueError: line 1 is no JSON"):
+        run(model, tasks="piqa")
+
+
 def test_task_by_task_the_others_are_run_as_long_as_there_are_some(harness, model, caplog, monkeypatch):
     monkeypatch.setattr("auto_round.log.logger.propagate", True)
     harness.no_data = {"piqa": FileNotFoundError("no questions.jsonl")}

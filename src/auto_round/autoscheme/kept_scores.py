@@ -13,6 +13,7 @@ from typing import Any
 
 from auto_round.autoscheme.parts import Part
 from auto_round.checkpoint.journal import Journal
+from auto_round.errors import ConfigError
 from auto_round.schemes.plan import Plan
 
 
@@ -53,11 +54,20 @@ def open_scores(root: Path, signature: Mapping[str, Any]) -> Iterator[KeptScores
     Args:
         root: folder of all scores.
         signature: model, rows and method, as JSON values.
+
+    Raises:
+        ConfigError: the folder cannot be made.
     """
     digest = hashlib.sha256(json.dumps(signature, sort_keys=True).encode()).hexdigest()[:24]
     folder = root / digest
     scratch = folder / "scratch"
-    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"sensitivities are kept in {root}, and it cannot be written ({error.strerror}): name another folder "
+            "for caches with AR_CACHE"
+        ) from error
     with Journal.open(folder / "scores.jsonl", signature) as journal:
         yield KeptScores(journal, scratch)
 

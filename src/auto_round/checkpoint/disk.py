@@ -104,6 +104,21 @@ def refuse_place(path: Path) -> None:
         raise ConfigError(f"no permission to write {path} in {above}: choose another output folder")
 
 
+def refuse_file(path: Path) -> None:
+    """Refuse a path where no file can be written; nothing is made or changed.
+
+    Raises:
+        ConfigError: it is a folder, its folder is not there, or it may not be written.
+    """
+    whole = path.expanduser().absolute()
+    if whole.is_dir():
+        raise ConfigError(f"cannot write {path}: it is a folder; name a file in it")
+    if not whole.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {whole.parent}")
+    if not os.access(whole if whole.exists() else whole.parent, os.W_OK):
+        raise ConfigError(f"no permission to write {path}: choose another place")
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """Writable view of the memory of a contiguous CPU tensor, one item a byte."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

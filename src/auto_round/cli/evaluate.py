@@ -28,6 +28,10 @@ def evaluate(words: Sequence[str]) -> int:
         print(parser.format_help().rstrip())
         return exit_codes.OK
     request = read_words(parser, words)
+    if request.output is not None:
+        from auto_round.checkpoint.disk import refuse_file
+
+        refuse_file(request.output)
     set_threads(read_environment().num_threads)
     quiet_transformers()
     quiet_harness()
@@ -37,9 +41,9 @@ def evaluate(words: Sequence[str]) -> int:
         plan = evaluation.plan_evaluation(request.model, request.evaluation, request.fidelity)
     with drawn_progress() as progress, redirect_stdout(sys.stderr):  # the harness prints
         found = evaluation.evaluate(plan, progress)
+    print(evaluation.as_json(found) if request.json else evaluated(found))
     if request.output is not None:
         evaluation.write_json(found, request.output)
-    print(evaluation.as_json(found) if request.json else evaluated(found))
     if evaluation.failed_tasks(found):
         return exit_codes.FAILED
     return exit_codes.OK if found.get("gate", {"passed": True})["passed"] else exit_codes.TOO_FAR

@@ -53,6 +53,8 @@ def no_data(failed: Mapping[str, Exception], *, several: bool) -> ConfigError:
     )
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
+    """What went wrong, with the cause where the library says no more than that it failed."""
     text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, ConnectionError) else f"{type(error).__name__}: {text}"
+    said = text if isinstance(error, ConnectionError) else f"{type(error).__name__}: {text}"
+    return said if error.__cause__ is None else f"{said}; {_words(error.__cause__)}"

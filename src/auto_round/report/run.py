@@ -220,8 +220,8 @@ def far_off(far: Mapping[str, Any]) -> tuple[str, str]:
 def unchanged(kept: Mapping[str, Any]) -> str:
     """What `kept_as_started` of `hard_cases` means."""
     return (
-        f"{len(kept['units'])} of {kept['of']} blocks were kept as they started: no step made them better on "
-        "rows that are not tuned on"
+        f"{len(kept['units'])} of {kept['of']} blocks were kept as they started, with the codes found before "
+        "the first step: none made them better on rows that are not tuned on"
     )
 
 

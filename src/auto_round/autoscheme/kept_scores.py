@@ -65,8 +65,8 @@ def open_scores(root: Path, signature: Mapping[str, Any]) -> Iterator[KeptScores
         scratch.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"sensitivities are kept in {root}, and it cannot be written ({error.strerror}): name another folder "
-            "for caches with AR_CACHE"
+            f"sensitivities are kept in {root}, and it cannot be written ({error.strerror}): name another "
+            "folder for caches with AR_CACHE"
         ) from error
     with Journal.open(folder / "scores.jsonl", signature) as journal:
         yield KeptScores(journal, scratch)

@@ -271,7 +271,7 @@ def test_help_of_list_says_what_there_is_to_list(words, capsys):
         ("inspect folder other", 'unexpected "other"'),
         ("convert folder --fromat x", 'did you mean "--format"'),
         ("report folder --out x", 'did you mean "--output"'),
-        ("m --memory tiny", r'"lowest"$'),
+        ("m --memory tiny", "expected one of auto, low, lowest$"),
     ],
 )
 def test_misspelt_commands_and_their_flags(words, said, capsys):

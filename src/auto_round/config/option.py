@@ -118,9 +118,9 @@ class Setting:
         for choice in self.spec.choices:
             if str(value).casefold() == choice:
                 return choice
-        hint = nearest(str(value), self.spec.choices)
-        everything = "" if hint.startswith("known") else f" (all: {', '.join(self.spec.choices)})"
-        raise self.refuse(value, hint + everything)
+        hint, everything = nearest(str(value), self.spec.choices), ", ".join(self.spec.choices)
+        near = hint.startswith("did you mean")
+        raise self.refuse(value, f"{hint} (all: {everything})" if near else f"expected one of {everything}")
 
     def expected(self) -> str:
         """Say what the option accepts, in words."""

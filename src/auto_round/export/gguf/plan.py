@@ -86,9 +86,12 @@ def plan_gguf(
         other_names=sorted({name.rpartition(".")[0] for name in source.tensors}),
     )
     usual = {**choose_types(replace(model.facts, imatrix=imatrix), wanted, model.shapes), **model.kept}
-    types = _types(model, usual, _fixed(base, source, places) | outside, places)
-    if KIND in types.values():
+    fixed = _fixed(base, source, places) | outside
+    wished = {t.name: fitting(fixed[t.name], t.shape[-1]) for t in model.tensors if t.name in fixed}
+    wished = {**usual, **wished}
+    if KIND in wished.values():
         refuse_unmultiplied(model.arch)
+    types = _types(model, wished, places)
     entries = {}
     for layer in source.layers:
         if layer.tensor not in source.text_tensors:
@@ -100,18 +103,12 @@ def plan_gguf(
         entries[layer.name] = _entry(base.entries[layer.name], kind, wanted.preset, apart=apart)
     notes = (*_warnings(base, model, wanted), *_left_out(source))
     plan = replace(base, entries=entries, untie_head=False, warnings=notes)
-    return plan, Types(types, *called(wanted, model, types, mixed=types != _types(model, usual, {}, places)))
+    return plan, Types(types, *called(wanted, model, types, mixed=types != _types(model, usual, places)))
 
 
-def _types(
-    model: GgufModel, usual: Mapping[str, str], fixed: Mapping[str, str], places: _Places
-) -> dict[str, str]:
-    """Tensor -> type: that of the mixture, or of a rule, as far as a row's length and llama.cpp allow."""
-    types = {
-        **usual,
-        **{t.name: fitting(fixed[t.name], t.shape[-1]) for t in model.tensors if t.name in fixed},
-    }
-    types = {t.name: type_with_number(t, types[t.name], types) for t in model.tensors}
+def _types(model: GgufModel, wished: Mapping[str, str], places: _Places) -> dict[str, str]:
+    """Tensor -> the type that is wished for it, as far as llama.cpp allows."""
+    types = {t.name: type_with_number(t, wished[t.name], wished) for t in model.tensors}
     _agree(places, types)
     return types
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,9 @@ def test_scheme_alone_is_enough(llama: Path, tmp_path: Path) -> None:
 def test_layer_config_wins(llama: Path, tmp_path: Path) -> None:
     rules = {"v_proj": "GGUF:Q8_0", "layers.0.mlp.up_proj": {"bits": 6}, "embed_tokens": "GGUF:Q5_K"}
     _run(llama, tmp_path / "out", "gguf:q4_k_s", layer_config=rules, ignore_layers="o_proj")
-    types = _types(_file(tmp_path / "out"))
+    path = _file(tmp_path / "out")
+    assert re.fullmatch(r"tiny-llama-Q\w+-\d\.\d\dbpw\.gguf", path.name), "no longer Q4_K_S"
+    types = _types(path)
     assert types["blk.0.attn_v.weight"] == types["blk.1.attn_v.weight"] == "q8_0"
     assert types["blk.0.ffn_up.weight"] == "q6_k"
     assert types["token_embd.weight"] == "q5_k"

@@ -157,12 +157,17 @@ def _runs(options: Options) -> list[Options]:
 
 
 def quiet_transformers() -> None:
-    """Keep Transformers' own bars and advice out of the output; its errors still come through."""
+    """Keep Transformers' own bars and advice out of the output, and a remark of PyTorch's compiler.
+
+    Their errors still come through. The compiler remarks that scales in fp16 meet weights in bfloat16 in one
+    of its kernels, which they do on purpose.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed", category=UserWarning)
 
 
 def quiet_harness() -> None:

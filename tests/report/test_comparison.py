@@ -97,7 +97,7 @@ def test_the_record_may_be_named_itself(folders, capsys):
         (["{0}/.."], "no report.json in it; expected one of"),
         (["nowhere"], "nowhere is not the output of a finished run"),
         (["{0}", "-o", "{1}/report.json"], "no page of auto-round"),
-        (["{0}", "--outptu", "x"], "unrecognized arguments"),
+        (["{0}", "--outptu", "x"], 'unknown flag --outptu: did you mean "--output"'),
     ],
 )
 def test_what_cannot_be_is_refused(folders, words, said, capsys):

@@ -44,7 +44,7 @@ def test_every_option_comes_back(name):
     assert beside == []
 
 
-@pytest.mark.parametrize("recipe", ["default", "best", "light", "rtn", "opt_rtn"])
+@pytest.mark.parametrize("recipe", ["default", "best", "light", "distill", "rtn", "opt_rtn"])
 def test_recipes_are_written_out(recipe):
     options = build_options({"model": "m"}, recipe)
     assert same(again(command_of(options)[0]), options)

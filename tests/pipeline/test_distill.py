@@ -113,11 +113,20 @@ def test_one_unit_is_open_at_a_time(tiny, tmp_path, monkeypatch):
 
 
 def test_too_few_rows_are_refused_before_anything_is_tuned(tiny, tmp_path):
-    with pytest.raises(ConfigError, match=r"expected 4 \+ 2 held out \+ 64 more, and the data give 40"):
+    with pytest.raises(ConfigError, match=r"expected 4 \+ 2 held out \+ 48 more, and the data give 40"):
         quantize(
-            tiny("qwen3", **QWEN), tmp_path / "out", **{**SHORT, "distill_nsamples": None, "distill_steps": 1}
+            tiny("qwen3", **QWEN), tmp_path / "out", **{**SHORT, "distill_nsamples": None, "distill_steps": 3}
         )
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_rows_are_seen_again_where_the_data_have_few(tiny, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    few = {**SHORT, "distill_nsamples": None, "distill_steps": 2}
+    result = quantize(tiny("qwen3", **QWEN), tmp_path / "out", **few)
+    assert any("each of 34 rows 3.8 times; 128 rows would be better" in line for line in caplog.messages)
+    said = result.report["distillation"]
+    assert (said["rows"], said["tokens"]) == (34, 2 * 34 * 16)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5])

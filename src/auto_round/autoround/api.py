@@ -52,7 +52,7 @@ class AutoRound(Attributes):
         model: folder or hub name, or a Transformers model or diffusers pipeline in memory (left as it is).
         tokenizer: folder or hub name, or a tokenizer; a model in memory needs it unless `dataset` is tokens.
         positional: further arguments in the order of the signature.
-        recipe: "default", "best", "light", "rtn" or "opt_rtn": other defaults for some arguments.
+        recipe: "default", "best", "light", "distill", "rtn" or "opt_rtn": other defaults for some arguments.
         progress: called with a `Progress` event whenever a piece of work is done.
         named: the arguments below.
 

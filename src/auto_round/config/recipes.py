@@ -13,6 +13,7 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "default": MappingProxyType({}),
         "best": MappingProxyType({"iters": 1000, "nsamples": 512}),
         "light": MappingProxyType({"iters": 50}),
+        "distill": MappingProxyType({"iters": 100, "distill_steps": 200}),
         "rtn": MappingProxyType({"iters": 0, "disable_opt_rtn": True}),
         "opt_rtn": MappingProxyType({"iters": 0, "disable_opt_rtn": False}),
     }

@@ -125,8 +125,8 @@ class TuneOptions:
     distill_lr: float | None = option(
         None,
         Spec(
-            "how many codes a rounding offset moves in distill_steps for each standard deviation by which "
-            "the sum of its gradients differs from 0; when not given 0.04",
+            "step of the rounding offsets in distill_steps, in codes; steps of ranges and norms grow and "
+            "shrink with it; when not given 0.006, more below 200 steps",
             low=0,
         ),
     )

@@ -1,11 +1,10 @@
 """Settings of tuning all blocks together by what the model predicts, and the steps that are taken.
 
-The gradient of a single offset, from the few tokens of a step, is mostly noise, and a code that noise moves
-makes the model worse. So offsets do not walk: an offset lies where the sum of its gradients so far, over the
-root of the sum of their squares, puts it (dual averaging, with the measure of AdaGrad). That quotient is
-about a normal number where there is nothing but noise, after any number of steps, and grows with the root of
-their number where gradients agree. Ranges and norms, of which each gathers many weights, move by Adam. Steps
-that worked are in docs/LOG.md.
+Everything that is learned moves by Adam. The gradient of a single offset, from the few tokens of a step, is
+mostly noise, and a code that noise moves makes the model worse. Over all steps noise moves an offset by about
+its step size times the root of their number, and what gradients agree on by the size times the number: so
+short runs take larger steps than long ones, and long ones gain far more. Rates that worked are in
+docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -22,16 +21,19 @@ from auto_round.errors import ConfigError
 
 STEP_TOKENS = 1024
 """Tokens of a step, as far as whole rows allow."""
-WARM_UP = 3
-"""Steps over which the step size rises."""
+WARM_UP = 20
+"""Steps over which the step size rises, a tenth of all at most: the first of Adam's steps know no more than
+the sign of one gradient each."""
 BETAS = (0.9, 0.99)
 """Adam's decay of the mean gradient and of the mean square."""
 TINY = 1e-15
 """Added to the root of the mean square, so that nothing is divided by 0. It must stay below any gradient:
 those of single offsets of a large model are small."""
-OFFSET_REACH = 0.04
-"""How far an offset lies from its start for each standard deviation by which the sum of its gradients differs
-from 0, in units of the grid's spacing: those that began `weights.MARGIN` inside cross at 2.5."""
+OFFSET_RATE = 0.006
+"""Step of an offset in runs of `LONG` steps and more, in units of the grid's spacing. Those that began
+`weights.MARGIN` inside of their codes stay there where there is nothing but noise."""
+LONG = 200
+"""Steps below which offsets take larger ones, so that noise moves them as far as in so many."""
 RANGE_RATE = 3e-3
 """Relative step of a group's range at 2 bits; a quarter of it for each further bit."""
 NORM_RATE = 3e-3
@@ -50,14 +52,15 @@ class DistillConfig:
 
     Attributes:
         steps: optimizer steps.
-        lr: how far offsets move, see `OFFSET_REACH`; steps of ranges grow and shrink with it.
+        lr: step of an offset in units of the grid's spacing; steps of ranges and norms grow and shrink with
+            it. None for what suits the number of steps.
         codes_stay: learn the steps of groups only.
         features: weight of the hidden states beside the predictions.
         seed: of the order of rows.
     """
 
     steps: int
-    lr: float = OFFSET_REACH
+    lr: float | None = None
     codes_stay: bool = False
     features: float = FEATURES
     seed: int = 42
@@ -65,28 +68,30 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"distill_steps must be at least 1, got {self.steps}")
-        if not 0 < self.lr < 1:
+        if self.lr is not None and not 0 < self.lr < 1:
             raise ConfigError(f"distill_lr must lie between 0 and 1, got {self.lr}")
+
+    @property
+    def offset_rate(self) -> float:
+        """Step of an offset, in units of the grid's spacing."""
+        return self._usual if self.lr is None else self.lr
 
     def range_rate(self, bits: int) -> float:
         """Relative step of the ranges of a grid of so many bits."""
-        return RANGE_RATE * 4.0 ** (2 - bits) * self.lr / OFFSET_REACH
+        return RANGE_RATE * 4.0 ** (2 - bits) * self.offset_rate / self._usual
 
     def norm_rate(self, bits: int) -> float:
         """Step of norms and biases beside weights of so many bits, relative to their mean magnitude."""
-        return NORM_RATE * 4.0 ** (2 - bits) * self.lr / OFFSET_REACH
+        return NORM_RATE * 4.0 ** (2 - bits) * self.offset_rate / self._usual
+
+    @property
+    def _usual(self) -> float:
+        return OFFSET_RATE * max(1.0, math.sqrt(LONG / self.steps))
 
     def factor(self, step: int) -> float:
-        """Factor of Adam's steps at one of them: a short rise, then half a cosine."""
-        return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-
-    def rise(self, step: int) -> float:
-        """Factor of the reach of offsets behind a step; 0 before the first.
-
-        It grows to the end: codes that one and the same error of the model would move cross one after the
-        other, and ranges and norms take first what they can.
-        """
-        return (step + 1) / self.steps
+        """Factor of the size of one of the steps: a short rise, then half a cosine."""
+        rise = min(1.0, (step + 1) / max(1, min(WARM_UP, self.steps // 10)))
+        return rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
     @property
     def looks(self) -> frozenset[int]:
@@ -104,7 +109,7 @@ def distill_settings(tune: TuneOptions, seed: int) -> DistillConfig:
     """Settings of the stage, from what the user asked for."""
     return DistillConfig(
         steps=tune.distill_steps,
-        lr=OFFSET_REACH if tune.distill_lr is None else tune.distill_lr,
+        lr=tune.distill_lr,
         codes_stay=tune.distill_scales_only,
         seed=seed,
     )
@@ -138,17 +143,15 @@ def row_order(count: int, per_step: int, steps: int, seed: int) -> list[list[int
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """How far a parameter moves.
+    """How far a parameter moves in a step.
 
     Attributes:
         size: of the step.
         relative: to the parameter itself.
-        summed: `size` is a reach, see `OFFSET_REACH`, and the sum of all gradients decides.
     """
 
     size: float
     relative: bool = False
-    summed: bool = False
 
 
 def take_step(
@@ -160,44 +163,28 @@ def take_step(
     step: int,
     config: DistillConfig,
 ) -> None:
-    """Move what is learned; what has no gradient in it stays.
+    """Move what is learned by Adam (arXiv 1412.6980, algorithm 1); what has no gradient in it stays.
 
     Args:
         values: parameters, changed in place.
         gradients: of some of them.
-        moments: `mean.NAME` (or `sum.NAME`) and `square.NAME` of each parameter, made at its first step and
-            changed in place.
+        moments: `mean.NAME` and `square.NAME` of each parameter, made at its first step and changed in place.
         rates: of each parameter.
         step: steps taken before.
         config: how far steps go.
     """
+    first, second = BETAS
     for name, gradient in gradients.items():
         value, rate = values[name], rates[name]
-        kinds = ("sum" if rate.summed else "mean", "square")
-        for kind in kinds:
+        for kind in ("mean", "square"):
             if f"{kind}.{name}" not in moments:
                 moments[f"{kind}.{name}"] = torch.zeros_like(value)
-        first, square = (moments[f"{kind}.{name}"] for kind in kinds)
-        if rate.summed:
-            before, behind = (rate.size * config.rise(k) for k in (step - 1, step))
-            value.addcdiv_(first, square.sqrt().add_(TINY), value=before)
-            first.add_(gradient)
-            square.addcmul_(gradient, gradient)
-            value.addcdiv_(first, square.sqrt().add_(TINY), value=-behind)
+        mean, square = moments[f"mean.{name}"], moments[f"square.{name}"]
+        mean.lerp_(gradient, 1 - first)
+        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        root = (square / (1 - second ** (step + 1))).sqrt_().add_(TINY)
+        size = config.factor(step) * rate.size / (1 - first ** (step + 1))
+        if rate.relative:
+            value.addcmul_(value, mean / root, value=-size)
         else:
-            _adam_step(value, gradient, (first, square), rate, step, config.factor(step))
-
-
-def _adam_step(
-    value: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], rate: Rate, step: int, factor: float
-) -> None:
-    """One step of Adam (arXiv 1412.6980, algorithm 1), all in place."""
-    (first, second), (mean, square) = BETAS, moments
-    mean.lerp_(gradient, 1 - first)
-    square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-    root = (square / (1 - second ** (step + 1))).sqrt_().add_(TINY)
-    size = factor * rate.size / (1 - first ** (step + 1))
-    if rate.relative:
-        value.addcmul_(value, mean / root, value=-size)
-    else:
-        value.addcdiv_(mean, root, value=-size)
+            value.addcdiv_(mean, root, value=-size)

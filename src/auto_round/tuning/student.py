@@ -90,7 +90,7 @@ class Student:
                 found[key] = Rate(config.norm_rate(bits) * float(value.abs().mean()))
                 continue
             if kind + "." == OFFSET:
-                found[key] = Rate(config.lr, summed=True)
+                found[key] = Rate(config.offset_rate)
             else:
                 found[key] = Rate(config.range_rate(self.weights[name].format.grid.bits), relative=True)
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +38,8 @@ from auto_round.tuning.distill import rows_of_step
 
 HELD_OUT = 8
 """Rows beyond those tuned on: they choose the step that is kept, and measure the result."""
+MOST_SEEN = 4
+"""How many times steps of all blocks together see a row, at most, where data have fewer rows than they take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +137,8 @@ def _rows(options: Options, tune: TuneConfig, opened: Opened, writer: SelfText, 
     once = isinstance(dataset, Iterator)
     more = None if once else lambda count: load(nsamples=count + later)
     if later:
-        return replace(_with_fresh(rows, wanted.nsamples, beside, later), more=more)
+        least = later if options.tune.distill_nsamples else math.ceil(later / MOST_SEEN)
+        return replace(_with_fresh(rows, wanted.nsamples, beside, (least, later)), more=more)
     count = len(rows.rows)
     if count == 1:
         logger.warning(
@@ -170,20 +174,37 @@ def _refuse_several_lists(source: ModelSource) -> None:
         )
 
 
-def _with_fresh(rows: CalibrationRows, tuned: int, beside: int, later: int) -> Data:
+def _with_fresh(rows: CalibrationRows, tuned: int, beside: int, later: tuple[int, int]) -> Data:
     """Rows to tune blocks on, to hold out, and for the stage after block tuning.
+
+    Args:
+        rows: all of them, in this order.
+        tuned: rows for blocks.
+        beside: rows held out.
+        later: fewest rows for the stage, and how many it wants.
 
     Raises:
         ConfigError: there are too few for all three.
         UnsupportedError: some have images.
     """
-    found = len(rows.rows)
-    if found < tuned + beside + later:
+    found, (least, wanted) = len(rows.rows), later
+    if found < tuned + beside + least:
         raise ConfigError(
             f"distill_steps takes rows that blocks are not tuned on: expected {tuned} + {beside} held out + "
-            f"{later} more, and the data give {found} ({rows.summary}). Give more data, fewer steps, fewer "
-            "rows for each of the two (--nsamples, --distill_nsamples: the same rows are then seen again), "
-            "or shorter ones (--seqlen)"
+            f"{least} more, and the data give {found} ({rows.summary}). Give more data, cut all rows out of "
+            "long texts (:concat after the data set's name), or take fewer steps, fewer rows for each of the "
+            "two (--nsamples, --distill_nsamples: the same rows are then seen again), or shorter ones "
+            "(--seqlen)"
+        )
+    given = found - tuned - beside
+    if given < wanted:
+        logger.warning(
+            "%s: distill_steps see each of %d rows %.1f times; %d rows would be better (:concat after the "
+            "data set's name cuts all rows out of long texts)",
+            rows.summary,
+            given,
+            wanted / given,
+            wanted,
         )
     if first_with_images(rows.rows) is not None:
         raise UnsupportedError(

@@ -39,7 +39,7 @@ from auto_round.tuning.distill import rows_of_step
 HELD_OUT = 8
 """Rows beyond those tuned on: they choose the step that is kept, and measure the result."""
 MOST_SEEN = 4
-"""How many times steps of all blocks together see a row, at most, where data have fewer rows than they take."""
+"""How often steps of all blocks together see a row, at most, where data have fewer rows than they take."""
 
 
 @dataclass(frozen=True, slots=True)

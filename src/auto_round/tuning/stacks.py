@@ -223,7 +223,7 @@ class LearnedStack:
         indices = sorted(slopes)
         for start in range(0, len(indices), each):
             some = indices[start : start + each]
-            at = torch.tensor(some, device=own.lo.device) if alike else some[0]
+            at = torch.tensor(some, dtype=torch.int64, device=own.lo.device) if alike else some[0]
             part, stats = fmt if alike else fmt.matrix(some[0]), Stats(own.lo[at], own.hi[at])
             sides = (self.weight.knobs.lo, self.weight.knobs.hi)
             lo, hi = (side.detach()[at].requires_grad_(side.requires_grad) for side in sides)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from auto_round.models import matrix_experts
 from auto_round.models.experts import ExpertParts
 from auto_round.models.fused import transposed_parts
-from auto_round.models.matrix_experts import MatrixExperts, using
+from auto_round.models.matrix_experts import MatrixExperts, filled_up, using
 from sweep.configurations import family_config
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "aria_text", "nemotron_h"]
@@ -136,3 +136,23 @@ def test_experts_of_a_model_make_way():
         module = model.get_submodule(f"model.layers.1.{name}")
         assert isinstance(module, MatrixExperts)
         assert module.by_matrix is (transposed_parts(module._fused[0]) is None)
+
+
+def test_products_are_made_of_few_numbers_of_tokens():
+    numbers = {filled_up(n) for n in range(1, 4097)}
+    assert len(numbers) < 60
+    assert all(n <= filled_up(n) <= max(n + 31, n * 9 / 8) for n in range(1, 4097))
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 33, 75, 300])
+def test_tokens_of_zeros_change_no_bit_of_products_and_sums(tokens):
+    """Neither with oneDNN nor with another library."""
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = ((tokens, 96), (160, 96), (tokens, 160))
+    x, w, grad = (torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes)
+    found = torch.empty(tokens, 160, dtype=torch.bfloat16)
+    matrix_experts._multiply(x, w.T, found)
+    assert torch.equal(found, x @ w.T)
+    more = matrix_experts._filled_up
+    assert len(more(x)) == filled_up(tokens) > tokens
+    assert torch.equal(more(grad).T @ more(x), grad.T @ x)

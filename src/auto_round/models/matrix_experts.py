@@ -23,6 +23,8 @@ from auto_round.models.experts import ExpertCall, ExpertParts, between, read_cal
 from auto_round.models.fused import transposed_parts
 from auto_round.numerics.activation import ActivationFormat
 
+FEWEST = 32
+"""Tokens of the smallest product of an expert whose number is filled up."""
 _SAID = ("config", "has_gate", "has_bias", "has_post_expert_norm", "num_experts")
 """What such a module says of itself (`models.experts`)."""
 
@@ -286,6 +288,35 @@ class MatrixExperts(nn.Module):
         return made.add_(bias[experts.clamp_max(len(bias) - 1)])
 
 
+def filled_up(tokens: int) -> int:
+    """Tokens of which an expert's product in bfloat16 is made: an eighth or 31 too many at most.
+
+    oneDNN makes a program for each number of tokens. That takes longer than the product of a small matrix,
+    and half a megabyte that lies wherever there was room between tensors of the step: after 200 steps these
+    had left holes as large as all the rest (docs/LOG.md). Tokens of zeros change no bit of the products of
+    others, nor of sums over tokens.
+    """
+    step = max(FEWEST, 1 << max(0, tokens.bit_length() - 4))
+    return -(-tokens // step) * step
+
+
+def _filled_up(x: Tensor) -> Tensor:
+    """Tokens `[n, width]` and zeros behind them, where programs are made for each number of tokens."""
+    more = filled_up(len(x)) - len(x)
+    if not more or x.dtype is not torch.bfloat16 or x.device.type != "cpu":
+        return x
+    return torch.cat([x, x.new_zeros(more, x.shape[1])])
+
+
+def _multiply(x: Tensor, factor: Tensor, out: Tensor) -> None:
+    """Tokens `[n, in]` times a factor `[in, out]`, into `out`, `[n, out]`."""
+    more = _filled_up(x)
+    if len(more) == len(x):
+        torch.mm(x, factor, out=out)
+    else:
+        out.copy_(torch.mm(more, factor)[: len(x)])
+
+
 class _Product(torch.autograd.Function):
     """Rows of `x`, sorted by expert, times the transposed matrix of each; `ends` of each one's rows.
 
@@ -301,7 +332,7 @@ class _Product(torch.autograd.Function):
             if matrices.multiply(expert, x[rows], out[rows]):
                 continue
             factor = matrices.matrix(expert, x.dtype).T
-            torch.mm(x[rows], factor.contiguous() if turned else factor, out=out[rows])
+            _multiply(x[rows], factor.contiguous() if turned else factor, out[rows])
         ctx.save_for_backward(x)
         ctx.matrices, ctx.ends = matrices, ends
         if ctx.needs_input_grad[1]:
@@ -317,9 +348,9 @@ class _Product(torch.autograd.Function):
             if ctx.needs_input_grad[1] and ctx.matrices.learn(expert, grad[rows], x[rows], part):
                 continue
             if to_x is not None:
-                torch.mm(grad[rows], ctx.matrices.matrix(expert, x.dtype), out=to_x[rows])
+                _multiply(grad[rows], ctx.matrices.matrix(expert, x.dtype), to_x[rows])
             if ctx.needs_input_grad[1]:
-                ctx.matrices.reached(expert, grad[rows].T @ x[rows])
+                ctx.matrices.reached(expert, _filled_up(grad[rows]).T @ _filled_up(x[rows]))
         return to_x, (grad.new_zeros(()) if ctx.needs_input_grad[1] else None), None, None, None
 
 

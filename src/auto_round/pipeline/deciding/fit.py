@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from auto_round.log import logger
+from auto_round.pipeline.deciding.activations import activation_formats
 from auto_round.pipeline.deciding.compiling import tuning_steps
 from auto_round.pipeline.deciding.fetch_rows import held_out_rows
 from auto_round.pipeline.deciding.job import Job
@@ -90,6 +91,7 @@ def workload(job: Job) -> Workload:
         elsewhere=_elsewhere(job),
         ahead=job.ahead,
         compiled=steps is not None and steps.compiled,
+        rounds_inputs=bool(activation_formats(job.plan, job.source.layers)),
     )
 
 

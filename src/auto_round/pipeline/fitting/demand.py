@@ -58,9 +58,15 @@ FRAGMENTS = 0.15
 """Share of the memory given out and returned that the C library cannot give out again, as measured."""
 FRAGMENTS_OF_STEPS = 0.17
 """The same while offsets are tuned: the largest of many blocks counts."""
-FRAGMENTS_IN_BFLOAT16 = 0.4
+FRAGMENTS_IN_BFLOAT16 = 0.27
 """The same in bfloat16 on the host: tensors of two and of four bytes a number come and go in turn, and
-programs of products lie between them (measured: 0.2 to 0.42 of what is held)."""
+programs of products lie between them (measured: 0.02 to 0.23)."""
+FRAGMENTS_OF_STEPS_IN_BFLOAT16 = 0.47
+"""The same while offsets are tuned, of what comes and goes (measured: 0.4 after 100 steps)."""
+MAPPED = 32 << 20
+"""Bytes from which on the C library maps a tensor by itself, so that it leaves no hole."""
+_STAY = (STREAMS, "rounding", "compiler")
+"""Parts that stay while steps come and go."""
 WORKSPACE = 12 << 20
 """Buffers of libraries, and small things."""
 
@@ -116,18 +122,29 @@ class _Demand:
             host, device = at_work | (aside or {}), dict[str, int]()
         else:
             host, device = dict(aside or {}), at_work
-        fragments = self._fragments(name)
         for parts in (host, device):
             if parts is host or parts:
-                parts["workspace"] = WORKSPACE + int(fragments * sum(parts.values()))
+                parts["workspace"] = WORKSPACE + self._fragments(name, parts)
         return Stage(name, host, device)
 
-    def _fragments(self, name: str) -> float:
-        """Share of what a stage holds that the C library cannot give out again."""
-        if name != "tune" or not self.work.tune.iters:
-            return FRAGMENTS
-        narrow = self.work.dtype is torch.bfloat16 and self.work.device.type == "cpu"
-        return FRAGMENTS_IN_BFLOAT16 if narrow else FRAGMENTS_OF_STEPS
+    def _fragments(self, name: str, parts: Mapping[str, int]) -> int:
+        """Bytes beside what a stage holds that the C library cannot give out again."""
+        held, steps = sum(parts.values()), name == "tune" and bool(self.work.tune.iters)
+        share = FRAGMENTS_OF_STEPS if steps else FRAGMENTS
+        if self.work.dtype is not torch.bfloat16 or self.work.device.type != "cpu":
+            return int(share * held)
+        if not steps:
+            return int(FRAGMENTS_IN_BFLOAT16 * held)
+        rounded = self._tuned_parameters()
+        tuned = [count for (parameter, _), count in self.parameters.items() if parameter in rounded]
+        small = sum(count for count in tuned if count * FLOAT < MAPPED) / max(1, sum(tuned))
+        moves = held - sum(parts.get(part, 0) for part in _STAY)
+        return int(max(share * held, FRAGMENTS_OF_STEPS_IN_BFLOAT16 * small * moves))
+
+    def _tuned_parameters(self) -> set[str]:
+        """Parameters of blocks that are rounded."""
+        layers = self.work.source.layers
+        return {a.parameter for a in layers if a.block is not None and a.name in self.work.formats}
 
     # --- where hidden states lie
 
@@ -261,7 +278,7 @@ class _Demand:
         compared = {}
         if self.sizes.tokens:
             compared = {
-                "logits": 2 * self._verified_logits() + self._logits() // 4,
+                "logits": 2 * self._verified_logits() + self._cast_logits() + self._logits() // 4,
                 STREAMS: self.sizes.stream,
             }
         at_work = max(work.output_bytes, self._largest_outside(), sum(compared.values()))
@@ -387,7 +404,8 @@ class _Demand:
         scores = 0.0
         if work.device.type == "cpu":
             kept = (ATTENTION_BANDS + 1) / (2 * ATTENTION_BANDS)
-            formed = 1 / ATTENTION_BANDS if work.compiled else 1
+            narrow = work.dtype is torch.bfloat16  # the compiler's sums are wider (measured)
+            formed = 1 / ATTENTION_BANDS if work.compiled and not narrow else 1
             scores = facts.heads * length * (kept * work.nblocks + formed)
         each = widths + NORMS * facts.width * work.nblocks + 3 * widest + scores
         return int(rows * length * each * work.dtype.itemsize)
@@ -398,7 +416,10 @@ class _Demand:
         rows = min(self.level.rows or work.tune.batch_size, max(1, work.rows))
         widest = max((max(a.shape) for a in layers), default=0)
         scores = work.source.facts.heads * work.seqlen // ATTENTION_BANDS if work.device.type == "cpu" else 0
-        return rows * work.seqlen * max(3 * widest, 2 * scores) * work.dtype.itemsize
+        formed = max(3 * widest, 2 * scores) * work.dtype.itemsize
+        if work.rounds_inputs:  # in float32: scaled, on the grid, and scaled back
+            formed = max(formed, 3 * max((a.shape[1] for a in layers), default=0) * FLOAT)
+        return rows * work.seqlen * formed
 
     def _head(self) -> int:
         """The output head, where it is a matrix of its own."""
@@ -421,6 +442,11 @@ class _Demand:
         work = self.work
         each = work.source.facts.vocabulary * work.dtype.itemsize
         return min(MEASURED_LOGITS_BYTES, VERIFIED_ROWS * min(work.seqlen, VERIFIED_POSITIONS) * each)
+
+    def _cast_logits(self) -> int:
+        """A row of those in float32, as they are compared; none are formed where they are float32."""
+        row = min(self.work.seqlen, VERIFIED_POSITIONS) * self.work.source.facts.vocabulary * FLOAT
+        return row if self.work.dtype.itemsize < FLOAT else 0
 
 
 def _cast(nbytes: int, own: int, wanted: int) -> int:

@@ -6,7 +6,8 @@ import torch
 
 from auto_round.facts.layer import Layer, Role
 from auto_round.models.causal_attention import BANDS
-from auto_round.pipeline.fitting.work import Workload
+from auto_round.models.matrix_experts import filled_up
+from auto_round.pipeline.fitting.work import Workload, active_share
 from auto_round.pipeline.machine.memory import KEPT_PRODUCTS
 from auto_round.tuning.steps import batch_rows
 
@@ -14,6 +15,9 @@ PROGRAM = 550_000
 """Bytes of the program that oneDNN makes for products of one shape (measured, docs/LOG.md)."""
 OF_ATTENTION = 3 * BANDS
 """Products of different shapes in attention by bands and its gradients (measured: 11 to 15)."""
+
+UNEVEN = 2
+"""Tokens of an expert that is asked more often than the mean of them; beyond are few."""
 
 
 def kept_products(work: Workload, layers: list[Layer], rows: int) -> int:
@@ -30,10 +34,14 @@ def kept_products(work: Workload, layers: list[Layer], rows: int) -> int:
     tuned = {size for batch in sizes for size in _passes(batch, rows)}
     passed = {size for many in (work.rows, work.held_out) for size in _passes(many, rows)} - tuned
     whole = len({layer.shape for layer in layers if layer.role is not Role.EXPERT})
-    shapes = {layer.shape for layer in layers if layer.role is Role.EXPERT}
+    shapes = len({layer.shape for layer in layers if layer.role is Role.EXPERT})
     experts = len({layer.expert for layer in layers if layer.role is Role.EXPERT})
-    each = whole + len(shapes) * experts  # experts get a number of tokens of their own
-    count = len(tuned) * (3 * each + OF_ATTENTION) + len(passed) * each
+    count = len(tuned) * (3 * whole + OF_ATTENTION) + len(passed) * whole
+    for sizes, each in ((tuned, 3), (passed, 1)):  # experts get other numbers of tokens in each pass
+        most = int(UNEVEN * active_share(work.source) * max(sizes, default=0) * work.seqlen)
+        numbers = {filled_up(n) for n in range(1, most + 1)}
+        passes = work.tune.iters if each == 3 else 1
+        count += each * shapes * min(len(numbers), experts * len(sizes) * passes)
     return min(KEPT_PRODUCTS, count) * PROGRAM
 
 

@@ -37,6 +37,7 @@ class Workload:
         ahead: where the next blocks' targets are computed while others are tuned; None for nowhere.
         output_bytes: all output folders together.
         compiled: the tuning step is compiled.
+        rounds_inputs: what quantized layers are multiplied by is rounded, too.
     """
 
     source: ModelSource
@@ -56,6 +57,7 @@ class Workload:
     elsewhere: Mapping[str, torch.device] = field(default_factory=dict)
     ahead: torch.device | None = None
     compiled: bool = False
+    rounds_inputs: bool = False
 
     @property
     def quantized(self) -> int:

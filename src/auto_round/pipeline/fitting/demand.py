@@ -404,7 +404,7 @@ class _Demand:
         scores = 0.0
         if work.device.type == "cpu":
             kept = (ATTENTION_BANDS + 1) / (2 * ATTENTION_BANDS)
-            narrow = work.dtype is torch.bfloat16  # the compiler's sums are wider (measured)
+            narrow = work.dtype is torch.bfloat16  # measured: no less where compiled
             formed = 1 / ATTENTION_BANDS if work.compiled and not narrow else 1
             scores = facts.heads * length * (kept * work.nblocks + formed)
         each = widths + NORMS * facts.width * work.nblocks + 3 * widest + scores

@@ -82,6 +82,7 @@ class LearnedStack:
     _learned: set[int] = field(default_factory=set)
     _knobs: Knobs | None = None
     _slopes: dict[int, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    _room: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def height(self) -> int:
@@ -211,9 +212,19 @@ class LearnedStack:
         return ranges, ranges and not (self._scales.zero is None and self._scales.floor is None)
 
     def _keep_slopes(self, index: int, *found: Tensor | None) -> None:
-        """Keep the gradients of one matrix' scale until the step is taken."""
-        if any(slope is not None for slope in found):
-            self._slopes[index] = found
+        """Keep the gradients of one matrix' scale until the step is taken.
+
+        They lie in memory that stays: small tensors of each step would come to lie where large ones had been
+        freed, and leave holes that no other large one fits (50 MB for matrices of 8 MB).
+        """
+        if all(slope is None for slope in found):
+            return
+        for i, slope in enumerate(found):
+            if slope is not None and i not in self._room:
+                self._room[i] = slope.new_empty((len(self.weight.original), *slope.shape))
+        self._slopes[index] = tuple(
+            None if slope is None else self._room[i][index].copy_(slope) for i, slope in enumerate(found)
+        )
 
     def _through_scales(self) -> None:
         """Gradients of the ranges from those of the scales, of some matrices at a time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
+from auto_round.pipeline.disk_need import DiskNeed, disk_need, free_bytes
 from auto_round.pipeline.distilling.cost import StageCost, StageWork, stage_cost
 from auto_round.pipeline.estimate import Estimate, Rates, active_weights, estimate, measure_rates
 from auto_round.pipeline.fitting.accelerators import Machines, read_machines
@@ -29,6 +29,7 @@ from auto_round.pipeline.fitting.work import Workload
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.device import Devices
 from auto_round.pipeline.machine.memory import available_bytes
+from auto_round.units import size
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class DryRun:
         memory: what the run needs where.
         paper: what it would take on other machines; None where none were named.
         rates: measured speed of the device.
-        estimate: memory, disk and time.
+        estimate: memory and time.
+        disk: what the run writes.
         available_bytes: host memory that is free now; 0 where the system does not tell.
         free_bytes: free space on the disk of the output.
         blocked: why the output folder cannot be written; empty when it can.
@@ -55,6 +57,7 @@ class DryRun:
     paper: Paper | None
     rates: Rates
     estimate: Estimate
+    disk: DiskNeed
     available_bytes: int
     free_bytes: int
     blocked: str
@@ -65,29 +68,28 @@ class DryRun:
     def text(self) -> str:
         """All of it for people, a few lines after the table."""
         expected = self.estimate
-        disk = expected.output_bytes + expected.scratch_bytes
         lines = [self.table, ""]
         if self.job.options.chosen is not None:
             lines += [f"chosen:  {self.job.options.chosen['reached']}"]
         lines += [f"method:  {_method(self.job)}", f"device:  {_device(self.job)}"]
-        memory = f"memory:  about {_size(expected.host_bytes)} at the peak"
+        memory = f"memory:  about {size(expected.host_bytes)} at the peak"
         if self.available_bytes:
-            memory += f", {_size(self.available_bytes)} available"
+            memory += f", {size(self.available_bytes)} available"
         if expected.device_bytes:
-            memory += f"; on {self.job.device} about {_size(expected.device_bytes)}"
+            memory += f"; on {self.job.device} about {size(expected.device_bytes)}"
         lines += [memory + ("" if self.memory.fits else ": TOO LITTLE"), f"         {self.memory.level.text}"]
         lines += [self.memory.table]
-        parts = f"{_size(expected.output_bytes)} output, {_size(expected.scratch_bytes)} until it is finished"
+        disk = self.disk
         lines += [
-            f"disk:    {_size(disk)} ({parts}), {_size(self.free_bytes)} free"
-            + _too_little(disk, self.free_bytes)
+            f"disk:    {size(disk.total)} ({disk.parts}), {size(self.free_bytes)} free"
+            + _too_little(disk.total, self.free_bytes)
         ]
         rate = f"{self.rates.operations / 1e9:.3g} billion operations per second, measured now"
         lines += [f"time:    about {_duration(expected.seconds)}, a rough estimate from {rate}"]
         if self.together is not None:
             options, cost = self.job.options, self.together
             lines += [
-                f"of it:   about {_duration(cost.seconds)} and {_size(cost.scratch_bytes)} of the disk for "
+                f"of it:   about {_duration(cost.seconds)} and {size(self.disk.together)} of the disk for "
                 f"{options.tune.distill_steps} steps of all blocks together, on {fresh_rows(options)} rows "
                 "of their own"
             ]
@@ -139,8 +141,9 @@ def dry_run(
         rates=rates,
         estimate=_with(estimate(work, memory, rates), together),
         together=together,
+        disk=disk_need(work, memory, job.options.tune),
         available_bytes=available_bytes(),
-        free_bytes=_free_bytes(out),
+        free_bytes=free_bytes(out),
         blocked=blocked,
         unfinished=partial if partial.is_dir() else None,
     )
@@ -171,7 +174,6 @@ def _with(expected: Estimate, together: StageCost | None) -> Estimate:
     return replace(
         expected,
         host_bytes=expected.host_bytes + together.host_bytes,
-        scratch_bytes=expected.scratch_bytes + together.scratch_bytes,
         seconds=expected.seconds + together.seconds,
     )
 
@@ -209,21 +211,8 @@ def _device(job: Job) -> str:
     return f"{job.device}, blocks run in {dtype_name(job.dtype)}"
 
 
-def _free_bytes(path: Path) -> int:
-    """Free space where a path that may not exist yet would be."""
-    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
-    return shutil.disk_usage(there).free
-
-
 def _too_little(needed: int, there: int) -> str:
     return ": TOO LITTLE" if there and needed > there else ""
-
-
-def _size(count: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Estimates of memory, disk and time, from shapes alone and a short measurement of this machine."""
+"""Estimates of memory and time, from shapes alone and a short measurement of this machine."""
 
 from __future__ import annotations
 
@@ -50,15 +50,11 @@ class Estimate:
     Attributes:
         host_bytes: peak resident memory of the process.
         device_bytes: peak memory on the accelerator; 0 when the CPU tunes.
-        output_bytes: all output folders together.
-        scratch_bytes: what lies beside them until the run ends: saved and spilled activations.
         seconds: wall time.
     """
 
     host_bytes: int
     device_bytes: int
-    output_bytes: int
-    scratch_bytes: int
     seconds: float
 
 
@@ -74,8 +70,6 @@ def estimate(work: Workload, plan: MemoryPlan, rates: Rates) -> Estimate:
     return Estimate(
         host_bytes=plan.host_bytes,
         device_bytes=plan.device_bytes,
-        output_bytes=work.output_bytes,
-        scratch_bytes=(4 * sizes.stream if work.continues else 0) + (3 * sizes.stream if plan.files else 0),
         seconds=_seconds(work, sizes, rates),
     )
 

@@ -24,6 +24,7 @@ from auto_round.pipeline.deciding.compiling import tuning_steps
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
+from auto_round.pipeline.disk_need import refuse_full_disk
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.determinism import deterministic_kernels
@@ -132,6 +133,7 @@ def _lead(job: Job, progress: ProgressSink, clock: Clock) -> Result:
     asked = signature(job)
 
     def work(folder: OutputFolder) -> dict[str, Any]:
+        refuse_full_disk(job, folder)
         with Journal.open(folder.scratch / "journal.jsonl", asked) as journal:
             return _write_all(job, folder, journal, progress, clock)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from auto_round.pipeline.distilling.feed import AHEAD_BYTES
 from auto_round.pipeline.distilling.stage import STATE_BYTES
 from auto_round.pipeline.running.streams import SPILL_BYTES
 from auto_round.tuning.distill import looks, rows_of_step
@@ -18,6 +19,8 @@ RESCALED_BYTES = 200
 """The same where codes stay."""
 CODES_BYTES = 2
 """Of each weight on disk where codes stay: its code, and its part of what is kept of a group (36 bytes)."""
+STREAMS = 3
+"""What is traced of rows: the original's stream, the rounded one's and room for targets."""
 KEPT_BYTES = 28
 """Of each weight on disk: states of the last durable step and of the one at hand, and the best offsets."""
 
@@ -51,12 +54,10 @@ class StageCost:
 
     Attributes:
         seconds: wall time.
-        scratch_bytes: disk, until the run ends.
         host_bytes: memory for offsets and moments; they lie in files where they are larger.
     """
 
     seconds: float
-    scratch_bytes: int
     host_bytes: int
 
 
@@ -76,6 +77,28 @@ def stage_cost(work: StageWork, operations: float, bandwidth: float) -> StageCos
     states = 0 if work.codes_stay else STATE_BYTES * work.quantized
     return StageCost(
         seconds=2 * products / operations + moved / bandwidth,
-        scratch_bytes=(CODES_BYTES if work.codes_stay else KEPT_BYTES) * work.quantized,
         host_bytes=states if states <= SPILL_BYTES else 0,
     )
+
+
+def states_on_disk(quantized: int, *, codes_stay: bool) -> int:
+    """What the states take of the disk until the run ends, bytes.
+
+    Args:
+        quantized: weights that are quantized.
+        codes_stay: steps of groups are learned only.
+    """
+    return (CODES_BYTES if codes_stay else KEPT_BYTES) * quantized
+
+
+def flow_on_disk(units: int, row: int, seqlen: int, held_out: int) -> int:
+    """What flows between blocks in the stage, where it lies in files, bytes.
+
+    Args:
+        units: units of blocks.
+        row: hidden states of a row, bytes.
+        seqlen: tokens of a row.
+        held_out: rows that judge.
+    """
+    step = rows_of_step(seqlen) * row
+    return (2 * units + 1) * step + STREAMS * (held_out * row + max(step, AHEAD_BYTES))

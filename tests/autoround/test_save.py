@@ -271,3 +271,17 @@ def test_paths_begin_where_the_program_stood_when_it_gave_them(folder, tmp_path,
     saved = rounder.quantize_and_save("direct")
     monkeypatch.chdir(there)
     assert saved[0] is rounder.model is not None
+
+
+def test_folders_of_images_begin_there_too(folder, tmp_path, monkeypatch):
+    there = tmp_path / "there"
+    (there / "pictures").mkdir(parents=True)
+    monkeypatch.chdir(there)
+    rounders = [
+        AutoRound(folder, iters=0, disable_opt_rtn=True, group_size=32, extra_data_dir=text)
+        for text in ("pictures", "image=pictures,video=films")
+    ]
+    monkeypatch.chdir(tmp_path)
+    for rounder, text in zip(rounders, ("pictures", "image=pictures,video=films"), strict=True):
+        assert rounder.extra_data_dir == text
+        rounder.quantize()

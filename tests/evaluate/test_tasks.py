@@ -100,6 +100,24 @@ def test_names_patterns_and_files(tmp_path):
     assert unknown == ["nothing_*"]
 
 
+def test_paths_begin_where_the_program_stood_when_it_gave_them(harness, model, tmp_path, monkeypatch):
+    """Task files, the model, its original and a tokenizer, read when the program stands elsewhere."""
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "own.yaml").touch()
+    (there / "m").symlink_to(model)
+    monkeypatch.chdir(there)
+    plan = plan_evaluation(
+        ModelOptions(model="m", tokenizer="m", device_map="cpu"),
+        EvaluationOptions(tasks="own.yaml"),
+        FidelityOptions(original="m"),
+    )
+    monkeypatch.chdir(tmp_path)
+    evaluate(plan)
+    asked = [call["tasks"] for call in harness.calls]
+    assert asked == [[str(there / "own.yaml")]] * 2
+
+
 def test_own_tasks_spare_the_reading_of_all_others(harness, tmp_path):
     options = EvaluationOptions(tasks="mine", include_path=str(tmp_path))
     assert find_tasks(options).names == ("mine",)

@@ -8,6 +8,7 @@ from pathlib import Path
 from auto_round.calibration.grammar import parse_dataset
 from auto_round.config import GROUPS, Options, settings
 from auto_round.config.option import Paths
+from auto_round.config.values import folders_by_kind, whole_path
 from auto_round.errors import ConfigError
 
 
@@ -34,9 +35,19 @@ def located(options: Options) -> Options:
 def _absolute(text: str, paths: Paths) -> str:
     if paths == "data sets":
         return _of_items(text)
-    path = Path(text)
-    whole = text.startswith("~") or path.is_absolute()
-    return text if whole or not (paths == "written" or path.exists()) else str(path.absolute())
+    if paths == "folders":
+        return _of_kinds(text)
+    if paths == "written":
+        return text if text.startswith("~") else str(Path(text).absolute())
+    return whole_path(text)
+
+
+def _of_kinds(text: str) -> str:
+    """A folder, or folders by kind."""
+    kinds = folders_by_kind(text)
+    if "=" not in text:
+        return whole_path(text)
+    return ",".join(f"{kind}={whole_path(folder)}" for kind, folder in kinds.items())
 
 
 def _of_items(text: str) -> str:
@@ -45,5 +56,5 @@ def _of_items(text: str) -> str:
         items = parse_dataset(text)
     except ConfigError:
         return text
-    whole = [replace(item, name=_absolute(item.name, "read")) for item in items]
+    whole = [replace(item, name=whole_path(item.name)) for item in items]
     return text if whole == list(items) else ",".join(map(str, whole))

@@ -182,7 +182,11 @@ class CalibrationOptions:
     )
     extra_data_dir: str | None = option(
         None,
-        Spec("folder of the images that calibration data name; beside the data when not given", paths="read"),
+        Spec(
+            "folder of the images that calibration data name, also as image=FOLDER; beside the data when not "
+            "given",
+            paths="folders",
+        ),
     )
     template: str | None = option(
         None,

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from auto_round.errors import ConfigError, MissingError, nearest
 
 Kind = Literal["flag", "int", "float", "str", "object"]
-Paths = Literal["", "read", "written", "data sets"]
-"""What paths an option's text may hold: none, one that is read, one that is written, those of data sets."""
+Paths = Literal["", "read", "written", "data sets", "folders"]
+"""What paths an option's text may hold: none, one that is read, one that is written, those of data sets, or a
+folder for each kind of data (`values.folders_by_kind`)."""
 
 
 @dataclass(frozen=True, slots=True)

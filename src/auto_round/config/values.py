@@ -111,6 +111,18 @@ def size_bytes(value: Any) -> int:
     return count
 
 
+def folders_by_kind(text: str) -> dict[str, str]:
+    """Turn `"image=FOLDER,video=FOLDER"` into folders by kind; text without `=` is the folder of images."""
+    if "=" not in text:
+        return {"image": text}
+    return {kind.strip(): folder for kind, _, folder in (part.partition("=") for part in text.split(","))}
+
+
+def whole_path(text: str) -> str:
+    """The path as an absolute one where something is there; else the text, which may be a name on a hub."""
+    return str(Path(text).absolute()) if text and not text.startswith("~") and Path(text).exists() else text
+
+
 def device(value: Any) -> Any:
     """Turn `0`, `"cuda:0"`, `"0,1"`, a `torch.device` or a mapping into text, or a mapping of text."""
     if isinstance(value, Mapping):

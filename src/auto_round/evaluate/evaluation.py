@@ -11,6 +11,7 @@ from typing import Any
 from auto_round.checkpoint.disk import writing
 from auto_round.config import EvaluationOptions, FidelityOptions, ModelOptions
 from auto_round.config.evaluation import DEFAULT_TASKS
+from auto_round.config.values import whole_path
 from auto_round.errors import ConfigError
 from auto_round.evaluate.fidelity import Measurement, measure, plan_measurement
 from auto_round.evaluate.harness import check_can_run, run_tasks
@@ -74,6 +75,8 @@ def plan_evaluation(
         measurement = plan_measurement(model, evaluation, fidelity)
     if tasks is not None:
         fetch_data(tasks)
+    if model.tokenizer:
+        model = replace(model, tokenizer=whole_path(model.tokenizer))  # tasks read it later
     return Evaluation(model, subject, original, tasks, measurement, beside, fidelity.max_kl)
 
 

@@ -72,8 +72,10 @@ def match_tasks(wanted: Sequence[str], known: Sequence[str]) -> tuple[tuple[str,
     found: list[str] = []
     unknown: list[str] = []
     for name in wanted:
-        if name in there or (name.endswith(_TASK_FILES) and Path(name).is_file()):
+        if name in there:
             found.append(name)
+        elif name.endswith(_TASK_FILES) and Path(name).is_file():
+            found.append(str(Path(name).absolute()))  # read later, wherever the program stands then
         elif matching := [other for other in known if fnmatch(other, name)]:
             found += matching
         else:

@@ -15,6 +15,7 @@ from auto_round.calibration.row import CalibrationRow
 from auto_round.calibration.rows import CalibrationRows
 from auto_round.calibration.template import template_text
 from auto_round.config.options import Options
+from auto_round.config.values import folders_by_kind
 from auto_round.errors import ConfigError
 from auto_round.facts.model import MASK, TOKENS
 from auto_round.models.source import ModelSource
@@ -47,7 +48,7 @@ def image_folder(text: str) -> Path:
     Raises:
         ConfigError: there is no such folder.
     """
-    kinds = dict(part.partition("=")[::2] for part in text.split(",")) if "=" in text else {"image": text}
+    kinds = folders_by_kind(text)
     folder = Path(kinds.get("image", "")).expanduser()
     if "image" not in kinds or not folder.is_dir():
         raise ConfigError(

@@ -127,6 +127,18 @@ def test_a_gguf_file_is_saved_after_quantize(folder, tmp_path):
             ar.save_quantized(tmp_path / "other", format=other)
 
 
+@pytest.mark.parametrize("packed", ["gguf:q4_0", "auto_gptq"])
+def test_rounded_weights_named_first_leave_the_plan_to_the_other_format(folder, tmp_path, words, packed):
+    ar = AutoRound(folder, format=f"fake,{packed}", bits=4, group_size=16, iters=0, disable_opt_rtn=True)
+    ar.quantize()
+    assert words.text.count("group_size: no effect") == packed.startswith("gguf")
+    fake, other = ar.save_quantized(tmp_path / "out")
+    _, at_once = ar.quantize_and_save(tmp_path / "at once", load=False)
+    for one, two in zip((fake, other), at_once, strict=True):
+        (weights,) = (f for f in one.iterdir() if f.suffix in (".safetensors", ".gguf"))
+        assert weights.read_bytes() == (two / weights.name).read_bytes()
+
+
 def test_one_row_tunes_and_judges(folder, tmp_path, words):
     text = ["low bits, low bits " * 240]
     settings = {"group_size": 32, "iters": 2, "seqlen": 32, "dataset": text}

@@ -234,6 +234,14 @@ def test_what_cannot_be_is_refused_before_any_work(tiny, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("given", [{"format": "gguf:q4_0"}, {"scheme": "GGUF:Q4_0"}], ids=str)
+def test_gguf_types_of_a_pipeline_are_refused_for_what_they_are(tiny, tmp_path, caplog, given):
+    """Steps of pipelines are bfloat16, which we say ourselves: nothing blames a user's `scale_dtype`."""
+    with pytest.raises(UnsupportedError, match="diffusers does not load it") as error:
+        prepare_pipeline(build_options({"model": str(tiny("flux")), "output_dir": str(tmp_path), **given}))
+    assert "scale_dtype" not in caplog.text + str(error.value)
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [("nowhere.tsv", "no such file"), ("mbpp", "captions"), ("empty.tsv", "caption")],

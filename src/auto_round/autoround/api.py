@@ -108,7 +108,7 @@ class AutoRound(Attributes):
         Raises:
             AutoRoundError: the request is wrong, the work failed, or the chosen format cannot hold the plan.
         """
-        from auto_round.export.table import settle_formats
+        from auto_round.export.table import settle_formats, takes_any_plan
         from auto_round.pipeline.machine.clock import Clock
         from auto_round.pipeline.quantize import run_job
 
@@ -123,11 +123,13 @@ class AutoRound(Attributes):
         scratch = scratch_folder()
 
         def wanted(options: Options) -> Job:
-            output = self._output(Path(scratch.name) / "model", options.output.formats[0])
+            formats = options.output.formats
+            decides = next((name for name in formats if not takes_any_plan(name)), formats[0])
+            output = self._output(Path(scratch.name) / "model", decides)
             settled, (exporter, *_) = settle_formats(replace(options, output=output))
             if exporter.library != "transformers":  # rounded weights beside it are for PyTorch
                 output = replace(settled.output, format=f"{exporter.name},fake")
-            return self._prepare(replace(options, output=output), rows=True)
+            return self._prepare(replace(settled, output=output), rows=True)  # what gives way is said once
 
         job = usual_or_rounded(options, wanted)
         result = run_job(job, self._progress, Clock())

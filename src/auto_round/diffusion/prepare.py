@@ -136,11 +136,12 @@ def prepare_pipeline(
     refuse_metrics(options.diffusion.metrics, drawn=bool(prompts))
     if dataset is None:
         check_captions(options.calibration.dataset)
-    request = make_request(_lasting(options), dataset=() if dataset is None else dataset, output=output)
+    request = make_request(options, dataset=() if dataset is None else dataset, output=output)
     refused = [e.name for e in request.formats if e.name.partition(":")[0] not in FORMATS]
     if refused:
         why = [Refusal(name, "diffusers does not load it", f"use {' or '.join(FORMATS)}") for name in refused]
         raise UnsupportedError("a pipeline cannot be written as asked", why)
+    request = replace(request, options=_lasting(request.options))
     jobs: dict[str, Job] = {}
     try:
         for name in _components(options.diffusion, pipeline):

@@ -10,6 +10,7 @@ import torch
 from auto_round.errors import InternalError
 from auto_round.export.table import EXPORTERS
 from auto_round.facts.tensor import TensorSpec
+from auto_round.pipeline.writing.stacks import Stacks
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.testing.exporter_kit import small_case
 
@@ -70,3 +71,33 @@ def test_names_that_collide_are_found():
     taken = case.tensors | {"model.layers.0.mlp.up_proj.scales": TensorSpec(torch.float32, (1,))}
     with pytest.raises(InternalError, match="scales"):
         manifest_of(case, tensors=taken)
+
+
+def test_matrices_of_one_tensor_are_one_there_again():
+    plain = small_case(S(4, 32))
+    name, stack = "model.layers.0.mlp.experts.{}.up_proj", "model.layers.0.mlp.experts.gate_up"
+    like = plain.layers[0]
+    experts = [
+        dataclasses.replace(
+            like, name=name.format(i), tensor=stack, shape=(32, 64), expert=i, rows=(0, 32), fused=True
+        )
+        for i in range(3)
+    ]
+    entries = {**plain.plan.entries, **{e.name: plain.plan.entries[like.name] for e in experts}}
+    layers = [*plain.layers, *experts]
+    tensors = {**plain.tensors, stack: TensorSpec(like.dtype, (3, 32, 64))}
+    plan = dataclasses.replace(plain.plan, entries=entries)
+    manifest = EXPORTERS["fake"].manifest(plan, layers, tensors)
+    assert manifest.specs[stack] == tensors[stack]
+    assert manifest.specs.keys() == tensors.keys()
+    assert {manifest.encoded[e.name] for e in experts} == {(stack,)}
+    assert manifest.stacked == {f"{e.name}.weight": e for e in experts}
+
+    held = Stacks(manifest)
+    rows = {f"{e.name}.weight": torch.full((32, 64), float(e.expert), dtype=like.dtype) for e in experts}
+    last = rows.popitem()
+    assert held.complete(rows) == {}
+    whole = held.complete(dict([last]))[stack]
+    assert [int(whole[i].unique()) for i in range(3)] == [0, 1, 2]
+    other = {"model.norm.weight": torch.ones(4)}
+    assert held.complete(other) == other

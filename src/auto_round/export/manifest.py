@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -25,11 +25,14 @@ class Manifest:
         copied: names of the source's tensors that are copied byte for byte; only biases of quantized layers
             are cast, to the dtype of their spec.
         encoded: name of each quantized layer -> names of the tensors that stand for it, or that it is in.
+        stacked: matrix as `Exporter.encode` names it -> its layer, where the output has it in one tensor with
+            others, as the source does (`layer.tensor`).
     """
 
     specs: Mapping[str, TensorSpec]
     copied: tuple[str, ...]
     encoded: Mapping[str, tuple[str, ...]]
+    stacked: Mapping[str, Layer] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -46,19 +46,16 @@ class FakeFormat(Exporter):
     def manifest(self, plan: Plan, layers: Sequence[Layer], tensors: Mapping[str, TensorSpec]) -> Manifest:
         """Names and shapes of the source; matrices that are one tensor there are one here."""
         single = Exporter.manifest(self, plan, layers, tensors)
-        whole = {layer.alone: layer for layer in layers if layer.fused}
+        stacked = {layer.alone: layer for layer in layers if layer.fused and layer.name in single.encoded}
         specs: dict[str, TensorSpec] = {}
         for name, spec in single.specs.items():
-            if name in whole:
-                tensor = whole[name].tensor
+            if name in stacked:
+                tensor = stacked[name].tensor
                 specs[tensor] = replace(tensors[tensor], dtype=spec.dtype)
             else:
                 specs[name] = spec
-        encoded = {
-            layer: tuple(whole[name].tensor if name in whole else name for name in names)
-            for layer, names in single.encoded.items()
-        }
-        return Manifest(specs, single.copied, encoded)
+        encoded = {**single.encoded, **{layer.name: (layer.tensor,) for layer in stacked.values()}}
+        return Manifest(specs, single.copied, encoded, stacked)
 
     def spec(self, layer: Layer, fmt: Format) -> Mapping[str, TensorSpec]:
         """One tensor with the source's shape and dtype; matrices of one tensor one by one, `[out, in]`."""

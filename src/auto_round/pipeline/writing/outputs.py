@@ -104,8 +104,7 @@ class Outputs:
                 writer = ShardWriter.reopen(
                     folder, specs, max_shard_bytes=size, written=own, shards=shards, names=called
                 )
-            stacks = Stacks(job.source.layers, manifest)
-            self._outputs.append(_Output(name, exporter, manifest, writer, stacks))
+            self._outputs.append(_Output(name, exporter, manifest, writer, Stacks(manifest)))
 
     def put(self, layer: Layer, q: QuantizedLayer) -> Written:
         """Write one quantized layer in every format; what was written."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from auto_round.checkpoint.tensors import matrix_of
 from auto_round.export.manifest import Manifest
-from auto_round.facts.layer import Layer
 
 
 class Stacks:
@@ -20,19 +19,13 @@ class Stacks:
     is killed in between makes all of them again. May be used by several threads.
     """
 
-    def __init__(self, layers: Sequence[Layer], manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest) -> None:
         """Nothing has come yet.
 
         Args:
-            layers: the layers of the plan.
-            manifest: of the output.
+            manifest: of the output; says which matrices it has in one tensor.
         """
-        self._layers = {
-            layer.alone: layer
-            for layer in layers
-            if layer.fused and manifest.encoded.get(layer.name) == (layer.tensor,)
-        }
-        self._specs = manifest.specs
+        self._layers, self._specs = manifest.stacked, manifest.specs
         self._members: dict[str, set[str]] = {}
         for name, layer in self._layers.items():
             self._members.setdefault(layer.tensor, set()).add(name)

@@ -74,19 +74,64 @@ class SeenExperts:
 
 
 @dataclass(frozen=True, slots=True)
+class _Experts:
+    """A module of experts, whole or cut into pieces.
+
+    Attributes:
+        module: the module.
+        count: how many experts it has.
+        parts: how it computes; None where that is not known.
+        shares: parameter of the whole module -> its own name, or those of its pieces -> their experts.
+        products: gives what multiplies by an expert's first matrix, and what lies between the two products;
+            asked where `parts` is known.
+    """
+
+    module: nn.Module
+    count: int
+    parts: ExpertParts | None
+    shares: Mapping[str, Mapping[str, Sequence[int]]]
+    products: Callable[[str], tuple[Callable[[int, Tensor], Tensor], Callable[[Tensor], Tensor]]]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Experts | None:
+        """What a module holds of experts itself; None for any other module."""
+        if isinstance(module, DividedExperts):
+            parts = module.parts
+            pieces = {
+                own: {name_in_piece(own, i): share for i, share in enumerate(module.shares)}
+                for own in (parts.up, parts.down)
+            }
+            return cls(
+                module, parts.count, parts, pieces, lambda up: (module.multiply_by(up), module.between)
+            )
+        stacks = {n: len(p) for n, p in module.named_parameters(recurse=False) if p.dim() == _FUSED}
+        if not stacks:
+            return None
+        count = max(stacks.values())
+        shares = {own: {own: range(count)} for own in stacks}
+        return cls(
+            module,
+            count,
+            ExpertParts.of(module),
+            shares,
+            lambda up: (multiply_by(module, up), partial(between, module)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Watch:
     """Looks at the calls of one module of experts.
 
     Attributes:
         tokens: counts, `[n_experts] int64`.
-        parts: how the module computes; None where that is not known or nothing of it is asked for.
+        experts: the module.
         moments: own parameter -> sums.
         rows_of: asked at each call for the number of rows of the batch that is running.
         mask_of: asked for its mask, `[batch, tokens] bool`.
     """
 
     tokens: Tensor
-    parts: ExpertParts | None
+    experts: _Experts
     moments: Mapping[str, ExpertMoments]
     rows_of: Callable[[], int]
     mask_of: MaskOf | None = None
@@ -101,16 +146,16 @@ class _Watch:
         # An index behind the last expert stands for none.
         self.tokens.add_(torch.bincount(seen, minlength=count)[:count])
         call = read_call(args, kwargs)
-        if self.moments and self.parts is not None and call is not None:
+        if self.moments and self.experts.parts is not None and call is not None:
             with torch.no_grad():
-                self._measure(module, call, self.parts, mask)
+                self._measure(call, self.experts.parts, mask)
 
     def _mask(self, tokens: int, device: torch.device) -> Tensor | None:
         """Tokens that count, `[rows, length]`; None where all do, or where other tokens run."""
         mask = None if self.mask_of is None else self.mask_of()
         return mask.to(device) if mask is not None and mask.numel() == tokens else None
 
-    def _measure(self, module: nn.Module, call: ExpertCall, parts: ExpertParts, mask: Tensor | None) -> None:
+    def _measure(self, call: ExpertCall, parts: ExpertParts, mask: Tensor | None) -> None:
         k, hidden = call.chosen.shape[-1], call.hidden
         every = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         counted = every if mask is None else mask.reshape(-1)
@@ -122,17 +167,12 @@ class _Watch:
                     moments = self.moments[parts.up].experts[expert]
                     moments.add_tokens(hidden[at // k], weights[at // k])
         if parts.down in self.moments:
-            self._measure_inner(module, call, parts, groups)
+            self._measure_inner(call, parts, groups)
 
-    def _measure_inner(
-        self, module: nn.Module, call: ExpertCall, parts: ExpertParts, groups: list[tuple[int, Tensor]]
-    ) -> None:
+    def _measure_inner(self, call: ExpertCall, parts: ExpertParts, groups: list[tuple[int, Tensor]]) -> None:
         """What flows between the two products, which the module keeps to itself: computed once more."""
         k = call.chosen.shape[-1]
-        if isinstance(module, DividedExperts):
-            up, gated = module.multiply_by(parts.up), module.between
-        else:
-            up, gated = multiply_by(module, parts.up), partial(between, module)
+        up, gated = self.experts.products(parts.up)
         inner = [gated(up(expert, call.hidden[at // k])) for expert, at in groups]
         energy = torch.zeros(call.chosen.numel(), dtype=torch.float32, device=call.hidden.device)
         counted = torch.zeros_like(energy, dtype=torch.bool)
@@ -244,19 +284,18 @@ def observe_experts(
     tokens: dict[str, Tensor] = {}
     moments: dict[str, ExpertMoments] = {}
     handles = []
-    for name, module in _modules_of_experts(block):
-        count = _experts(module)
+    for name, experts in _modules_of_experts(block):
         prefix = f"{name}." if name else ""
         own: dict[str, ExpertMoments] = {}
-        for parameter, experts in _parameters(module).items():
-            names = [n for n in experts if f"{prefix}{n}" in measured]
+        for parameter, shares in experts.shares.items():
+            names = [n for n in shares if f"{prefix}{n}" in measured]
             if names:
-                own[parameter] = ExpertMoments([InputMoments() for _ in range(count)])
+                own[parameter] = ExpertMoments([InputMoments() for _ in range(experts.count)])
                 each = own[parameter].experts
-                moments |= {f"{prefix}{n}": ExpertMoments([each[e] for e in experts[n]]) for n in names}
-        tokens[name] = torch.zeros(count, dtype=torch.int64, device="cpu")
-        watch = _Watch(tokens[name], _parts(module), own, rows_of, mask_of)
-        handles.append(module.register_forward_pre_hook(watch, with_kwargs=True))
+                moments |= {f"{prefix}{n}": ExpertMoments([each[e] for e in shares[n]]) for n in names}
+        tokens[name] = torch.zeros(experts.count, dtype=torch.int64, device="cpu")
+        watch = _Watch(tokens[name], experts, own, rows_of, mask_of)
+        handles.append(experts.module.register_forward_pre_hook(watch, with_kwargs=True))
     try:
         yield SeenExperts(tokens, moments)
     finally:
@@ -264,31 +303,9 @@ def observe_experts(
             handle.remove()
 
 
-def _modules_of_experts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _modules_of_experts(block: nn.Module) -> Iterator[tuple[str, _Experts]]:
     """Modules that hold experts, by their names; one that is cut into pieces as a whole."""
     inside = tuple(f"{n}." for n, module in block.named_modules() if isinstance(module, DividedExperts))
     for name, module in block.named_modules():
-        if _experts(module) and not name.startswith(inside):
-            yield name, module
-
-
-def _parts(module: nn.Module) -> ExpertParts | None:
-    return module.parts if isinstance(module, DividedExperts) else ExpertParts.of(module)
-
-
-def _parameters(module: nn.Module) -> dict[str, dict[str, Sequence[int]]]:
-    """Parameter of the whole module -> its own name, or those of its pieces -> their experts."""
-    if isinstance(module, DividedExperts):
-        return {
-            own: {name_in_piece(own, i): share for i, share in enumerate(module.shares)}
-            for own in (module.parts.up, module.parts.down)
-        }
-    stacks = [n for n, p in module.named_parameters(recurse=False) if p.dim() == _FUSED]
-    return {own: {own: range(_experts(module))} for own in stacks}
-
-
-def _experts(module: nn.Module) -> int:
-    """Number of experts that the module itself holds in one parameter; 0 for none."""
-    if isinstance(module, DividedExperts):
-        return module.parts.count
-    return max((len(p) for p in module.parameters(recurse=False) if p.dim() == _FUSED), default=0)
+        if not name.startswith(inside) and (found := _Experts.of(module)) is not None:
+            yield name, found

@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
+from auto_round.calibration.registry import find_dataset, known_names
 from auto_round.cli import main as cli
+from auto_round.diffusion.captions import COCO
 from auto_round.errors import CheckpointError, ConfigError, InternalError, NumericsError, UnsupportedError
+from auto_round.kernels.table import STAND_INS
 
 
 @pytest.fixture
@@ -104,6 +107,22 @@ def test_lists(topic, capsys):
     out = capsys.readouterr().out
     wanted = {"format": "auto_round", "scheme": "W4A16", "dataset": "python-docs"}
     assert wanted[topic] in out
+
+
+def test_every_data_set_scheme_and_kernel_that_has_a_name_is_listed(capsys):
+    listed = {}
+    for topic in ("dataset", "scheme", "backend"):
+        assert cli.main(["list", topic]) == 0
+        listed[topic] = capsys.readouterr().out
+    for name in (*known_names(), COCO):
+        row = find_dataset(name)
+        assert (row.names[0] if row else name) in listed["dataset"]
+    assert COCO not in listed["dataset"].partition("(not there yet)")[2]
+    for word in ("g128: in groups", "sym: no zero points", "bits 8 for linear, shared expert, head"):
+        assert word in listed["scheme"]
+    understood = " ".join(listed["backend"].split())
+    assert all(name in understood for name in STAND_INS)
+    assert len(listed["backend"].splitlines()) < 60
 
 
 def test_unknown_list(capsys):

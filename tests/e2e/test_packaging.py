@@ -10,6 +10,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from auto_round.cli import main
+from auto_round.cli.arguments import build_parser
+from auto_round.config import RECIPES
+
 tomllib = pytest.importorskip("tomllib")
 
 ROOT = Path(__file__).parents[2]
@@ -53,3 +57,24 @@ def test_ci_installs_the_tested_versions():
     installs = [line for line in lines if "pip install" in line and not line.startswith("#")]
     assert installs
     assert all("-c constraints.txt" in line for line in installs)
+
+
+def test_every_recipe_has_the_commands_that_the_help_names():
+    scripts = {name: getattr(main, target.partition(":")[2]) for name, target in PROJECT["scripts"].items()}
+    assert all(target.startswith("auto_round.cli.main:") for target in PROJECT["scripts"].values())
+    named = set(re.findall(r"auto-round-[a-z-]+", build_parser().format_help()))
+    assert named == {"auto-round-" + name.replace("_", "-") for name in RECIPES if name != "default"}
+    for name in named:
+        assert (
+            scripts[name]
+            is scripts[name.replace("-", "_")]
+            is getattr(main, f"main_{name[11:].replace('-', '_')}")
+        )
+
+
+def test_the_command_of_a_recipe_takes_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(main, "_run", lambda argv, recipe: seen.append(recipe) or 0)
+    for recipe in RECIPES:
+        (main.main if recipe == "default" else getattr(main, f"main_{recipe}"))([])
+    assert seen == list(RECIPES)

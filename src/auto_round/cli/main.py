@@ -40,6 +40,11 @@ def main_light(argv: Sequence[str] | None = None) -> int:
     return _run(argv, "light")
 
 
+def main_distill(argv: Sequence[str] | None = None) -> int:
+    """Run `auto-round-distill`."""
+    return _run(argv, "distill")
+
+
 def main_rtn(argv: Sequence[str] | None = None) -> int:
     """Run `auto-round-rtn`."""
     return _run(argv, "rtn")

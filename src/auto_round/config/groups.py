@@ -131,7 +131,8 @@ class SchemeOptions:
     scale_dtype: str | None = option(
         None,
         Spec(
-            "dtype the scales are stored in; when not given fp16, for llm_compressor the model's",
+            "dtype the scales are stored in; when not given fp16, of floating numbers and for "
+            "llm_compressor the model's",
             choices=SCALE_DTYPES,
         ),
     )

@@ -9,6 +9,7 @@ from torch import nn
 from auto_round.errors import InternalError
 from auto_round.models.matrix_experts import using
 from auto_round.numerics import compiled_rounding
+from auto_round.numerics.compiled_rounding import can_round
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.presets_float import nv_format
 from auto_round.numerics.search import QUICK
@@ -19,6 +20,7 @@ from auto_round.tuning.samples import Samples
 from auto_round.tuning.sign_round import tune_block
 from auto_round.tuning.stacks import LearnedStack
 from auto_round.tuning.weights import Weight, WeightTask
+from auto_round.tuning.workspace import Workspace
 from models.test_matrix_experts import experts_of, stand_in
 
 FORMATS = {
@@ -157,6 +159,37 @@ def test_a_step_touches_only_what_tokens_reached():
     to_v, *to_knobs = stack.gradients()
     assert to_v is None
     assert all(side[:3].any() and not side[3].any() for side in to_knobs)
+
+
+@pytest.mark.skipif(not can_round(FORMATS["int2"].grid, FORMATS["int2"].group), reason="no C compiler")
+def test_matrices_are_rounded_and_differentiated_in_memory_that_stays():
+    """One piece for all matrices of all stacks: what is made anew leaves holes in the C library's heap."""
+    block, workspace = Block(), Workspace()
+    stacks = {}
+    for name in ("experts.gate_up_proj", "experts.down_proj"):
+        weight = Weight.of(block, name, WeightTask(FORMATS["int2"]), None)
+        weight.v.requires_grad_(True)
+        stacks[name] = LearnedStack(weight, torch.zeros((), requires_grad=True), workspace)
+        stacks[name].begin(0.25, alone=True)
+        stacks[name].round()
+    places = set()
+    for stack in stacks.values():
+        made = stack.matrix(0, torch.float32)
+        want = stack.weight.fake().detach()[0]
+        assert torch.equal(made, want)
+        places.add(made.data_ptr())
+        stack.expect()
+        room = stack.room(0, torch.float32)
+        assert room is not None
+        assert room.shape == want.shape
+        places.add(room.data_ptr())
+        stack.expect()  # of two products the first gradient has to be kept
+        assert stack.room(0, torch.float32) is None
+        stack.reached(0, torch.ones_like(want))
+        again = stack.room(0, torch.float32)
+        assert again is not None
+        places.add(again.data_ptr())
+    assert len(places) == 1
 
 
 def test_a_matrix_learned_too_early_is_an_error():

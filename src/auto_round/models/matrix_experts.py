@@ -48,7 +48,7 @@ class Matrices(Protocol):
         ...
 
     def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
-        """One of them, `[out, in]`."""
+        """One of them, `[out, in]`, valid until another one is asked for."""
         ...
 
     def multiply(self, index: int, x: Tensor, out: Tensor) -> bool:
@@ -75,6 +75,10 @@ class Matrices(Protocol):
 
     def expect(self) -> None:
         """One more product was made whose gradients will be handed to `learn` or `reached`."""
+        ...
+
+    def room(self, index: int, dtype: torch.dtype) -> Tensor | None:
+        """Where the gradient of one of them may be put for `reached`; None for a tensor of its own."""
         ...
 
     def reached(self, index: int, gradient: Tensor) -> None:
@@ -106,6 +110,10 @@ class _Own:
 
     def expect(self) -> None:
         """Nobody waits for gradients."""
+
+    def room(self, index: int, dtype: torch.dtype) -> Tensor | None:
+        """Nobody waits for gradients."""
+        return None
 
     def reached(self, index: int, gradient: Tensor) -> None:
         """Nobody wants it."""
@@ -350,7 +358,8 @@ class _Product(torch.autograd.Function):
             if to_x is not None:
                 _multiply(grad[rows], ctx.matrices.matrix(expert, x.dtype), to_x[rows])
             if ctx.needs_input_grad[1]:
-                ctx.matrices.reached(expert, _filled_up(grad[rows]).T @ _filled_up(x[rows]))
+                factors = _filled_up(grad[rows]).T, _filled_up(x[rows])
+                ctx.matrices.reached(expert, torch.mm(*factors, out=ctx.matrices.room(expert, x.dtype)))
         return to_x, (grad.new_zeros(()) if ctx.needs_input_grad[1] else None), None, None, None
 
 

@@ -17,8 +17,10 @@ from auto_round.errors import InternalError
 from auto_round.models.matrix_experts import matrix_experts
 from auto_round.numerics.compiled_rounding import CompiledRounding, compiled_rounding
 from auto_round.numerics.qtensor import QTensor
+from auto_round.numerics.rounded_into import rounded_into
 from auto_round.numerics.scale import Knobs, Scale, Stats
 from auto_round.tuning.weights import Learned, Weight
+from auto_round.tuning.workspace import Workspace
 
 GROUPS = 1 << 17
 """Groups of weights whose ranges are differentiated at a time: half a MiB for each number of a group."""
@@ -59,6 +61,10 @@ class CodedStack:
     def expect(self) -> None:
         """Nothing is learned."""
 
+    def room(self, index: int, dtype: torch.dtype) -> Tensor | None:
+        """Nobody waits for gradients."""
+        return None
+
     def reached(self, index: int, gradient: Tensor) -> None:
         """Nothing is learned of it."""
 
@@ -70,10 +76,12 @@ class LearnedStack:
     Attributes:
         weight: its offsets and ranges.
         anchor: gradients are asked for it, so that those of the matrices are found.
+        workspace: where one matrix at a time is rounded and gets its gradient; stacks of a block share it.
     """
 
     weight: Weight
     anchor: Tensor
+    workspace: Workspace = field(default_factory=Workspace)
     _scale: Scale | None = None
     _move: float | None = None
     _alone: bool = False
@@ -99,8 +107,12 @@ class LearnedStack:
         return self
 
     def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
-        """One matrix, rounded, `[out, in]`."""
-        weight = self.weight
+        """One matrix, rounded, `[out, in]`; in the workspace where a program rounds it."""
+        weight, rounding = self.weight, self._rounding(index)
+        if rounding is not None and weight.dtype in (torch.float32, torch.bfloat16):
+            made = self.workspace.tensor(weight.original.shape[1:], weight.dtype)
+            rounded_into(rounding, made)
+            return made.to(dtype)
         original, scale = weight.original[index], self._scales[index]
         return weight.format.rounded_in(original, scale, weight.v.detach()[index], weight.dtype).to(dtype)
 
@@ -115,8 +127,8 @@ class LearnedStack:
     def learn(self, index: int, grad: Tensor, x: Tensor, to_x: Tensor | None) -> bool:
         """Learn one matrix from the gradient of its only product; False where that cannot be done."""
         self._refuse_again(index)
-        at_once = self._alone and self._expected == 1 and self.weight.v.requires_grad
-        if self._move is None or not at_once or self.weight.dtype is not torch.bfloat16:
+        by_rows = self.weight.v.requires_grad and self.weight.dtype is torch.bfloat16
+        if self._move is None or not (by_rows and self._at_once):
             return False
         rounding = self._rounding(index)
         if rounding is None or not rounding.multiplies(x):
@@ -141,10 +153,20 @@ class LearnedStack:
         """Count a product whose gradients will come."""
         self._expected += 1
 
+    @property
+    def _at_once(self) -> bool:
+        """Whether each gradient of this step is used up when it comes."""
+        return self._move is not None and self._alone and self._expected == 1
+
+    def room(self, index: int, dtype: torch.dtype) -> Tensor | None:
+        """The workspace for a gradient that is used up, or added to another one, when it comes."""
+        used_up = self._at_once or index in self._found
+        return self.workspace.tensor(self.weight.original.shape[1:], dtype) if used_up else None
+
     def reached(self, index: int, gradient: Tensor) -> None:
         """Learn one matrix, or add to its gradient, in the order in which passes come."""
         self._refuse_again(index)
-        if self._move is not None and self._alone and self._expected == 1:
+        if self._move is not None and self._at_once:
             self._learned.add(index)
             self._learn(index, gradient, self._move)
         elif index in self._found:
@@ -290,9 +312,12 @@ class LearnedStack:
 
 def find_stacks(block: nn.Module, weights: Mapping[str, Weight]) -> dict[str, LearnedStack]:
     """Weights whose matrices a block multiplies by one at a time, on a processor."""
+    workspace = Workspace()
     return {
         name: LearnedStack(
-            weight, torch.zeros((), dtype=torch.float32, device=weight.v.device, requires_grad=True)
+            weight,
+            torch.zeros((), dtype=torch.float32, device=weight.v.device, requires_grad=True),
+            workspace,
         )
         for name, weight in weights.items()
         if weight.v.device.type == "cpu" and matrix_experts(block, name) is not None

@@ -9,15 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from auto_round.pipeline.machine.device import has_bfloat16_arithmetic
 from pipeline.fitting.measured_peak import SHAPES, make_model
 
 SCRIPT = Path(__file__).with_name("measured_peak.py")
 
 
+DTYPES = ("bfloat16", "float32") if has_bfloat16_arithmetic() else ("float32",)
+"""Dtypes in which blocks run here."""
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_planned_peak_is_that_of_the_run(tmp_path, shape):
+def test_the_planned_peak_is_that_of_the_run(tmp_path, shape, dtype):
     make_model(shape, tmp_path / "model")
-    said = subprocess.check_output([sys.executable, SCRIPT, shape, tmp_path], text=True)
-    found = json.loads(said.splitlines()[-1])
+    command = [sys.executable, SCRIPT, shape, tmp_path, dtype]
+    found = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
     assert found["measured"] <= found["planned"] <= 1.15 * found["measured"], found

@@ -45,9 +45,12 @@ EXPERTS_AT_WORK = 9
 """Copies of the largest parameter of fused experts that grouped products form (measured)."""
 EXPERT_AT_WORK = 5
 """Copies of one expert's matrix, in the compute dtype, where they run matrix by matrix (measured)."""
-EXPERT_BY_PROGRAM = 8
-"""Bytes for each weight of one expert's matrix where a program moves offsets as it finds their gradient: the
-rounded matrix and its gradient, which the program reads in float32."""
+EXPERT_BY_PROGRAM = 1
+"""The same where a program moves offsets as it finds their gradient: the rounded matrix and its gradient take
+the same memory in turn (`tuning.workspace`)."""
+GATE = 6
+"""Numbers that the gate between an expert's two products keeps and forms for each that it gives, beside
+inputs and outputs of the products: as gpt-oss has it; others keep up to 4 fewer."""
 VERIFIED_ROWS, VERIFIED_POSITIONS = 4, 512
 """Rows, and most positions of each, that a reloaded folder is asked for (`checking.compare_rows`)."""
 PACKED = 1
@@ -326,13 +329,19 @@ class _Demand:
         known = layer.expert is not None and work.source.tells_experts_apart(layer.parameter)
         return known and work.device.type == "cpu" and not work.tune.by_row and not half
 
+    def _ends_expert(self, layer: Layer) -> bool:
+        """Whether a layer is the second matrix of an expert that runs matrix by matrix."""
+        return (
+            self._by_matrix(layer) and layer.rows is None and layer.shape[0] == self.work.source.facts.width
+        )
+
     def _at_work(self, layer: Layer) -> int:
         """What the products of an expert, or of all experts of a parameter, form and keep for gradients."""
         work, count = self.work, self._together(layer)
         if not self._by_matrix(layer):
             copies = EXPERTS_AT_WORK if work.source.tells_experts_apart(layer.parameter) else 0
         elif layer.name in work.formats and sign_move(work.tune, 0) and self._by_program(layer):
-            return count * EXPERT_BY_PROGRAM
+            copies = EXPERT_BY_PROGRAM
         else:
             copies = EXPERT_AT_WORK
         return count * copies * work.dtype.itemsize
@@ -400,6 +409,7 @@ class _Demand:
         facts, length, share = work.source.facts, work.seqlen, active_share(work.source)
         rows = min(self.level.rows or work.tune.batch_size, work.tune.batch_size, max(1, work.rows))
         widths = sum(sum(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in layers)
+        widths += share * GATE * sum(a.shape[1] for a in layers if self._ends_expert(a))
         widest = max((max(a.shape) for a in layers), default=0)
         scores = 0.0
         if work.device.type == "cpu":

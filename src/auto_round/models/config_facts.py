@@ -55,8 +55,18 @@ def shares_no_caches(config: Any) -> bool:
 
 def _cached_by_token(text: Any) -> int:
     """Numbers that attention keeps of a token in all blocks: a key and a value for each head that has one."""
-    width = _number(text, "head_dim") * _first(text, "num_key_value_heads", *_HEADS) or _first(text, *_WIDTH)
-    return 2 * _first(text, *_BLOCKS) * width
+    blocks = _layers(text) or [text] * _first(text, *_BLOCKS)
+    return 2 * sum(_kept_by_block(block) for block in blocks)
+
+
+def _kept_by_block(config: Any) -> int:
+    heads = _first(config, "num_key_value_heads", *_HEADS)
+    return _number(config, "head_dim") * heads or _first(config, *_WIDTH)
+
+
+def _layers(config: Any) -> list[Any]:
+    """Configurations of all blocks where these differ (Transformers 5.24, as of Gemma 4); else nothing."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else []
 
 
 def _first(config: Any, *names: str) -> int:
@@ -65,5 +75,7 @@ def _first(config: Any, *names: str) -> int:
 
 
 def _number(config: Any, name: str) -> int:
-    value = getattr(config, name, None)
-    return value if isinstance(value, int) else 0
+    """A number, the largest of all blocks where these differ in it; 0 where there is none."""
+    differs = name in (getattr(config, "per_layer_attributes", None) or ())
+    values = (getattr(each, name, None) for each in (_layers(config) if differs else [config]))
+    return max((value for value in values if isinstance(value, int)), default=0)

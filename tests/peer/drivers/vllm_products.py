@@ -17,6 +17,7 @@ import vllm.model_executor.layers.quantization.auto_awq as auto_awq
 import vllm.model_executor.layers.quantization.humming as humming
 import vllm.model_executor.layers.quantization.inc.schemes.inc_wna16_scheme as inc
 import vllm.model_executor.layers.quantization.utils.marlin_utils as marlin
+from humming.device import DeviceInfo
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 from vllm.model_executor.kernels.linear import register_linear_kernel
@@ -27,6 +28,21 @@ from vllm.platforms import PlatformEnum, current_platform
 from vllm.platforms.interface import DeviceCapability
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+def ask_no_driver() -> None:
+    """Let vLLM look through all modules: humming's device asks a GPU's driver for any attribute."""
+    plain = DeviceInfo.__getattr__
+
+    def attribute(self: DeviceInfo, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return plain(self, name)
+
+    DeviceInfo.__getattr__ = attribute
+
+
+ask_no_driver()
 
 
 class Gpu:

@@ -9,7 +9,7 @@ from auto_round.testing.tiny_models import tiny_config
 
 
 def test_attention_keeps_a_key_and_a_value_for_each_head_of_each_block():
-    config = tiny_config("llama", num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    config = tiny_config("llama", num_hidden_layers=3, num_key_value_heads=2, head_dim=8)
     assert model_facts(config).cached_by_token == 2 * 3 * 2 * 8
 
 

@@ -42,7 +42,7 @@ class _Slopes(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("grad", "to_step", "to_outside", "to_v", "v")),
         ("move", ctypes.c_float),
-        ("half", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("half", "held")),
     )
 
 
@@ -90,18 +90,22 @@ class CompiledRounding:
         self._run("encode", *_addresses(codes))
         return codes
 
-    def weights(self) -> Tensor:
-        """The rounded weights, float32, with straight-through gradients in offsets and scales."""
-        s = self.scale
-        made: Tensor = _Round.apply(self.w, s.step, s.zero, s.floor, self.v, self)  # type: ignore[no-untyped-call]
-        return made
+    def weights(self, dtype: torch.dtype = torch.float32, *, hold: bool = False) -> Tensor:
+        """The rounded weights, with straight-through gradients in offsets and scales, as `Format.rounded`."""
+        s, how = self.scale, _How(self, dtype, hold)
+        made: Tensor = _Round.apply(self.w, s.step, s.zero, s.floor, self.v, how)  # type: ignore[no-untyped-call]
+        return made.to(dtype)
 
     def weights_in(self, dtype: torch.dtype) -> Tensor:
         """The rounded weights in another dtype, without gradients; bfloat16 is written at once."""
+        return self._written(dtype).to(dtype)
+
+    def _written(self, dtype: torch.dtype) -> Tensor:
+        """The rounded weights as the program can write them: bfloat16 where that is asked for, or float32."""
         narrow = dtype is torch.bfloat16
         out = torch.empty(self.w.shape, dtype=dtype if narrow else torch.float32, device="cpu")
         self._run("round_to_half" if narrow else "round", *_addresses(out))
-        return out.to(dtype)
+        return out
 
     def multiplies(self, x: Tensor) -> bool:
         """Whether the program multiplies these tokens `[tokens, in]`: few of them, by a bfloat16 matrix."""
@@ -144,7 +148,7 @@ class CompiledRounding:
         """
         found = self._for_groups(steps, outside)
         grad, x = grad.contiguous(), x.contiguous()
-        slopes = _Slopes(*_addresses(None, *found, None, self.v), move, True)
+        slopes = _Slopes(*_addresses(None, *found, None, self.v), move, True, False)
         products = _Products(*_addresses(x, grad, to_x), len(x))
         if self._run("learn", ctypes.byref(slopes), ctypes.byref(products)):
             raise MemoryError("no memory for a product with a rounded matrix")
@@ -160,7 +164,14 @@ class CompiledRounding:
         return to_step, to_floor
 
     def slopes(
-        self, grad: Tensor, *, steps: bool, outside: bool, to_v: Tensor | None = None, move: float = 0.0
+        self,
+        grad: Tensor,
+        *,
+        steps: bool,
+        outside: bool,
+        to_v: Tensor | None = None,
+        move: float = 0.0,
+        hold: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients from that of the rounded weights, straight through.
 
@@ -170,13 +181,14 @@ class CompiledRounding:
             outside: whether that of floors is wanted, which is that of zero points over the step.
             to_v: takes the gradient of the offsets.
             move: how far the offsets are moved, in place, against the sign of their gradient.
+            hold: see `Format.rounded`.
 
         Returns:
             Those of steps and of floors, `[..., out, n_groups]`.
         """
         found = self._for_groups(steps, outside)
         places = _addresses(grad, *found, to_v, self.v if move else None)
-        asked = _Slopes(*places, move, grad.dtype is torch.bfloat16)
+        asked = _Slopes(*places, move, grad.dtype is torch.bfloat16, hold)
         self._run("differentiate", ctypes.byref(asked))
         return found
 
@@ -201,6 +213,15 @@ def _addresses(*tensors: Tensor | None) -> tuple[ctypes.c_void_p, ...]:
     return tuple(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What `_Round` knows beside tensors; see `Format.rounded`."""
+
+    asked: CompiledRounding
+    dtype: torch.dtype
+    hold: bool
+
+
 class _Round(torch.autograd.Function):
     """`format._FakeQuantize`, where the formulas stand; nothing is kept but what was given."""
 
@@ -212,24 +233,25 @@ class _Round(torch.autograd.Function):
         zero: Tensor | None,
         floor: Tensor | None,
         v: Tensor | None,
-        asked: CompiledRounding,
+        how: _How,
     ) -> Tensor:
-        out = torch.empty(w.shape, dtype=torch.float32, device="cpu")
-        asked._run("round", *_addresses(out))
         ctx.save_for_backward(w, step, zero, floor, v)
-        ctx.grid, ctx.group = asked.grid, asked.group
-        return out
+        ctx.grid, ctx.group, ctx.hold = how.asked.grid, how.asked.group, how.hold
+        return how.asked._written(how.dtype)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor
-    ) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         w, step, zero, floor, v = ctx.saved_tensors
-        _, wants_step, wants_zero, wants_floor, wants_v, _ = ctx.needs_input_grad
+        _, wants_step, wants_zero, wants_floor, wants_v, *_ = ctx.needs_input_grad
+        wants_zero = wants_zero and not ctx.hold
         to_v = torch.empty(w.shape, dtype=torch.float32, device="cpu") if wants_v else None
         asked = CompiledRounding(ctx.grid, ctx.group, w, v, Scale(step, zero, floor=floor))
         to_step, outside = asked.slopes(
-            grad.contiguous(), steps=wants_step, outside=wants_zero or wants_floor, to_v=to_v
+            grad.contiguous(),
+            steps=wants_step,
+            outside=wants_zero or wants_floor,
+            to_v=to_v,
+            hold=ctx.hold,
         )
         d_zero = outside * step if wants_zero and outside is not None else None
         return None, to_step, d_zero, outside if wants_floor else None, to_v, None

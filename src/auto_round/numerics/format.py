@@ -163,23 +163,40 @@ class Format:
         """
         return self.rounded(w, self.rule_for(stats).fit(stats, self.grid, knobs), v)
 
-    def rounded(self, w: Tensor, scale: Scale, v: Tensor | None) -> Tensor:
-        """The same with a known scale; arguments as for `fake_quantize`."""
+    def rounded(
+        self,
+        w: Tensor,
+        scale: Scale,
+        v: Tensor | None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        hold: bool = False,
+    ) -> Tensor:
+        """The same with a known scale.
+
+        Args:
+            w: as for `fake_quantize`.
+            scale: of each group.
+            v: as for `fake_quantize`.
+            dtype: of the result, rounded to it once.
+            hold: the gradient in the scale is that of the same codes and zero points under another scale
+                (`fake_rescale`). Else it is that of a scale that codes follow.
+        """
         compiled = compiled_rounding(self.grid, self.group, w, v, scale)
         if compiled is not None:
-            return compiled.weights()
+            return compiled.weights(dtype, hold=hold)
         grouped = self.group.split(w)
         offset = None if v is None else self.group.split(v)
         out = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-            grouped, scale.step, scale.zero, scale.floor, offset, self.grid
+            grouped, scale.step, scale.zero, scale.floor, offset, _How(self.grid, hold)
         )
-        return self.group.join(out, w.shape)
+        return self.group.join(out, w.shape).to(dtype)
 
     def rounded_in(self, w: Tensor, scale: Scale, v: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The same in another dtype, without gradients."""
         with torch.no_grad():
             compiled = compiled_rounding(self.grid, self.group, w, v, scale)
-            return self.rounded(w, scale, v).to(dtype) if compiled is None else compiled.weights_in(dtype)
+            return self.rounded(w, scale, v, dtype) if compiled is None else compiled.weights_in(dtype)
 
     def rescale(self, q: QTensor, stats: Stats, knobs: Knobs) -> QTensor:
         """The same codes and zero points with the step that follows from other knobs.
@@ -228,12 +245,21 @@ def _in_weights(n: Tensor, scale: Scale) -> Tensor:
     return w if scale.floor is None else w - scale.floor.unsqueeze(-1)
 
 
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What `_FakeQuantize` knows beside tensors; see `Format.rounded`."""
+
+    grid: Grid
+    hold: bool
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Quantize and dequantize in one pass, with the gradient of the straight-through estimate.
 
     With `u = (w + floor) / step`, `gap` the grid's spacing there, `n` the grid number after saturation and
     `inside` marking weights that did not saturate: `d/dv = step * gap * inside`,
-    `d/dstep = (n - zero) - inside * u`, `d/dzero = -step * (1 - inside)`, `d/dfloor = inside - 1`.
+    `d/dstep = (n - zero) - inside * u`, `d/dzero = -step * (1 - inside)`, `d/dfloor = inside - 1`. Where
+    codes are held, `d/dstep = n - zero`, `d/dzero = 0` and `d/dfloor = -1`.
     """
 
     @staticmethod
@@ -244,8 +270,9 @@ class _FakeQuantize(torch.autograd.Function):
         zero: Tensor | None,
         floor: Tensor | None,
         v: Tensor | None,
-        grid: Grid,
+        how: _How,
     ) -> Tensor:
+        grid = how.grid
         out, towards_step = (torch.empty_like(w, dtype=torch.float32) for _ in range(2))
         inside = torch.empty_like(w, dtype=torch.bool)
         gaps: Tensor | None = None
@@ -263,19 +290,19 @@ class _FakeQuantize(torch.autograd.Function):
             torch.mul(n, here.step.unsqueeze(-1), out=out[rows])
             if here.floor is not None:
                 out[rows].sub_(here.floor.unsqueeze(-1))
-            torch.sub(n, u.mul_(within), out=towards_step[rows])
+            torch.sub(n, 0 if how.hold else u.mul_(within), out=towards_step[rows])
             if gap is not None:
                 gaps = torch.empty_like(out) if gaps is None else gaps
                 gaps[rows] = gap
         ctx.save_for_backward(towards_step, inside, step, gaps)
+        ctx.hold = how.hold
         return out
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor
-    ) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         towards_step, inside, step, gaps = ctx.saved_tensors
-        _, wants_step, wants_zero, wants_floor, wants_v, _ = ctx.needs_input_grad
+        _, wants_step, wants_zero, wants_floor, wants_v, *_ = ctx.needs_input_grad
+        wants_zero = wants_zero and not ctx.hold
         d_step = torch.empty_like(step) if wants_step else None
         outside = torch.empty_like(step) if wants_zero or wants_floor else None
         d_v = torch.empty_like(towards_step) if wants_v else None
@@ -284,7 +311,7 @@ class _FakeQuantize(torch.autograd.Function):
             if d_step is not None:
                 torch.sum(grad[rows] * towards_step[rows], -1, out=d_step[rows])
             if outside is not None:
-                torch.sum(kept - grad[rows], -1, out=outside[rows])
+                torch.sum(-grad[rows] if ctx.hold else kept - grad[rows], -1, out=outside[rows])
             if d_v is not None:
                 torch.mul(kept, step[rows].unsqueeze(-1), out=d_v[rows])
                 if gaps is not None:

@@ -46,7 +46,7 @@ typedef struct {
     float *to_step, *to_outside; /* [rows, groups of a row] */
     float *to_v;                 /* gradient of the offsets, or */
     float *v, move;              /* offsets, each moved so far against the sign of its gradient */
-    int half;
+    int half, held;              /* held: steps and floors change, codes do not follow them */
 } Slopes;
 
 /* A sum in PyTorch's order: columns of WIDE numbers, each carried on after every STEP, STEP * STEP, ... numbers.
@@ -199,6 +199,7 @@ INLINED void differentiate(
     const uint16_t *narrow = (const uint16_t *)s->grad + (half_grad ? g->at : 0);
     float *const v = moves ? s->v + g->at : 0;
     const float by = s->move;
+    const bool follow = !s->held;
     float by_step[PIECE], by_outside[PIECE], by_offset[PIECE];
     Sum of_steps, of_outside;
     if (s->to_step) begin(&of_steps, g->width);
@@ -212,8 +213,8 @@ INLINED void differentiate(
             const float to = moves ? u + v[i] : moved(g, offset, u, i), place = to + g->add_zero;
             const float inside = (place < g->below) | (place > g->above) ? 0.0f : 1.0f;
             const float kept = x * inside, slope = kept * g->step;
-            by_step[j] = x * (snapped(g, to) - g->take_zero - u * inside);
-            if (outside) by_outside[j] = kept - x;
+            by_step[j] = x * (snapped(g, to) - g->take_zero - (follow ? u * inside : 0.0f));
+            if (outside) by_outside[j] = (follow ? kept : 0.0f) - x;
             if (moves) v[i] -= by * ((slope > 0 ? 1.0f : 0.0f) - (slope < 0 ? 1.0f : 0.0f)); /* a signed step */
             else by_offset[j] = slope;
         }
@@ -233,16 +234,17 @@ void auto_round_round(const Matrix *m, float *out) { EACH_GROUP(m, round_to, out
 
 void auto_round_round_to_half(const Matrix *m, uint16_t *out) { EACH_GROUP(m, round_to_half, out) }
 
+/* All that is known of a call is known to the compiler: loops with branches in them are not vectorized. */
+#define DIFFERENTIATE(half_grad, moves)                                                              \
+    if (slopes->to_outside) { EACH_GROUP(m, differentiate, slopes, half_grad, moves, true) }         \
+    else { EACH_GROUP(m, differentiate, slopes, half_grad, moves, false) }
+
 void auto_round_differentiate(const Matrix *m, const Slopes *slopes) {
-    const bool outside = slopes->to_outside;
-    if (!slopes->v) {
-        if (slopes->half) { EACH_GROUP(m, differentiate, slopes, true, false, outside) }
-        else { EACH_GROUP(m, differentiate, slopes, false, false, outside) }
-    } else if (outside) {
-        if (slopes->half) { EACH_GROUP(m, differentiate, slopes, true, true, true) }
-        else { EACH_GROUP(m, differentiate, slopes, false, true, true) }
+    if (slopes->v) {
+        if (slopes->half) { DIFFERENTIATE(true, true) }
+        else { DIFFERENTIATE(false, true) }
     } else {
-        if (slopes->half) { EACH_GROUP(m, differentiate, slopes, true, true, false) }
-        else { EACH_GROUP(m, differentiate, slopes, false, true, false) }
+        if (slopes->half) { DIFFERENTIATE(true, false) }
+        else { DIFFERENTIATE(false, false) }
     }
 }

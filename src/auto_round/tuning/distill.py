@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from auto_round.config.tuning import TuneOptions
 from auto_round.errors import ConfigError
@@ -29,6 +30,8 @@ BETAS = (0.9, 0.99)
 TINY = 1e-15
 """Added to the root of the mean square, so that nothing is divided by 0. It must stay below any gradient:
 those of single offsets of a large model are small."""
+FUSED = ("cpu", "cuda")
+"""Devices for which PyTorch has a program of one pass over memory."""
 OFFSET_RATE = 0.006
 """Step of an offset in runs of `LONG` steps and more, in units of the grid's spacing. Those that began
 `weights.MARGIN` inside of their codes stay there where there is nothing but noise."""
@@ -173,18 +176,48 @@ def take_step(
         step: steps taken before.
         config: how far steps go.
     """
-    first, second = BETAS
     for name, gradient in gradients.items():
-        value, rate = values[name], rates[name]
         for kind in ("mean", "square"):
             if f"{kind}.{name}" not in moments:
-                moments[f"{kind}.{name}"] = torch.zeros_like(value)
+                moments[f"{kind}.{name}"] = torch.zeros_like(values[name])
         mean, square = moments[f"mean.{name}"], moments[f"square.{name}"]
-        mean.lerp_(gradient, 1 - first)
-        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        root = (square / (1 - second ** (step + 1))).sqrt_().add_(TINY)
-        size = config.factor(step) * rate.size / (1 - first ** (step + 1))
-        if rate.relative:
-            value.addcmul_(value, mean / root, value=-size)
+        size = config.factor(step) * rates[name].size
+        if rates[name].relative:
+            _relative_step(values[name], gradient, (mean, square), step, size)
         else:
-            value.addcdiv_(mean, root, value=-size)
+            _steps_of_adam(values[name], gradient, (mean, square), step, size)
+
+
+def _steps_of_adam(
+    value: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: int, size: float
+) -> None:
+    """One step, by PyTorch's own program in one pass over memory where it has one for the device."""
+    mean, square = moments
+    adam(
+        [value],
+        [gradient],
+        [mean],
+        [square],
+        [],
+        [torch.tensor(float(step), dtype=torch.float32, device=value.device)],
+        fused=value.device.type in FUSED,
+        foreach=False,
+        amsgrad=False,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        lr=size,
+        weight_decay=0.0,
+        eps=TINY,
+        maximize=False,
+    )
+
+
+def _relative_step(
+    value: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: int, size: float
+) -> None:
+    """The same in units of the parameter itself."""
+    (mean, square), (first, second) = moments, BETAS
+    mean.lerp_(gradient, 1 - first)
+    square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    root = (square / (1 - second ** (step + 1))).sqrt_().add_(TINY)
+    value.addcmul_(value, mean / root, value=-size / (1 - first ** (step + 1)))

@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from auto_round.numerics.at_once import bands, weights_at_once
 from auto_round.tuning.objective import block_outputs
 from auto_round.tuning.samples import Batch
+
+LOGITS = 1 << 18
+"""Logits whose softmax a CPU takes at a time: a MiB of each of four tensors, which stay in its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +109,35 @@ def summed_divergence(
     for start in range(0, len(output), ends.at_once):
         part = slice(start, start + ends.at_once)
         with torch.no_grad():
-            expected = ends.expected(target[part].unsqueeze(0)).float().log_softmax(-1)
+            expected = ends.expected(target[part].unsqueeze(0))[0]
         with torch.set_grad_enabled(gradient):
             hidden = output[part].detach().requires_grad_(gradient)
-            found = ends.found(hidden.unsqueeze(0)).float().log_softmax(-1)
-            divergence = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
+            found = ends.found(hidden.unsqueeze(0))[0]
+        towards = torch.empty_like(found) if gradient else None
+        total += _divergence(found.detach(), expected, towards)
         if found_gradient is not None:
-            (found_gradient[part],) = torch.autograd.grad(divergence, hidden)
-        total += divergence.detach()
+            (found_gradient[part],) = torch.autograd.grad(found, hidden, towards)
     return total, found_gradient
+
+
+def _divergence(found: Tensor, expected: Tensor, towards: Tensor | None) -> Tensor:
+    """Sum over positions of `sum(p * (log p - log q))`, `p` of the expected logits and `q` of those found.
+
+    Its gradient in the logits found is `q - p`. All of it is formed for a few positions at a time, while
+    their numbers are in a core's cache.
+
+    Args:
+        found: logits `[n, vocabulary]`.
+        expected: those of the original model.
+        towards: takes the gradient in `found`; None where none is wanted.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=found.device)
+    positions, vocabulary = found.shape
+    for rows in bands(positions, vocabulary, weights_at_once(found.device, LOGITS)):
+        log_p, log_q = (logits[rows].float().log_softmax(-1) for logits in (expected, found))
+        p = log_p.exp()
+        total += log_p.sub_(log_q).mul_(p).sum()
+        if towards is not None:
+            torch.sub(log_q.exp_(), p, out=log_p)
+            towards[rows] = log_p
+    return total

@@ -110,7 +110,7 @@ class Weight:
         """
         if self.original.dim() > MATRIX and self.original.numel() > AT_ONCE:
             return self._fake_by_matrix(hold)
-        return _fake(self.format, self.original, self.stats, Learned(self.knobs, self.v), hold).to(self.dtype)
+        return self._fake(self.format, self.original, self.stats, Learned(self.knobs, self.v), hold)
 
     def _fake_by_matrix(self, hold: bool) -> Tensor:
         """The same, one matrix of a stack after the other: what rounding needs besides is that of one."""
@@ -123,8 +123,13 @@ class Weight:
 
     def fake_matrix(self, i: int, learned: Learned, *, hold: bool = False) -> Tensor:
         """One matrix of a stack as it would come back from its codes, with these offsets and multipliers."""
-        made = _fake(self.format.matrix(i), self.original[i], self.stats[i], learned, hold)
-        return made.to(self.dtype)
+        return self._fake(self.format.matrix(i), self.original[i], self.stats[i], learned, hold)
+
+    def _fake(self, fmt: Format, w: Tensor, stats: Stats, learned: Learned, hold: bool) -> Tensor:
+        scale = fmt.rule_for(stats).fit(stats, fmt.grid, learned.knobs)
+        if torch.is_grad_enabled():
+            return fmt.rounded(w, scale, learned.v, self.dtype, hold=hold)
+        return fmt.rounded_in(w, scale, learned.v, self.dtype)
 
     def learned(self) -> Learned:
         """The offsets and knobs as they are now, offsets a little inside of what rounds to the same codes.
@@ -215,16 +220,6 @@ def measured(name: str, fmt: Format, w: Tensor) -> Stats:
 def fake_weights(weights: Mapping[str, Weight | Rescaled], *, hold: bool = False) -> dict[str, Tensor]:
     """All weights of a block as they would come back from their codes; see `Weight.fake`."""
     return {name: weight.fake(hold=hold) for name, weight in weights.items()}
-
-
-def _fake(fmt: Format, w: Tensor, stats: Stats, learned: Learned, hold: bool) -> Tensor:
-    """As `Weight.fake`, float32."""
-    knobs, v = learned.knobs, learned.v
-    if not hold or not knobs.lo.requires_grad:
-        return fmt.fake_quantize(w, stats, knobs, v)
-    here = Knobs(knobs.lo.detach(), knobs.hi.detach())
-    held = fmt.fake_rescale(fmt.quantize(w, here, v.detach()), stats, knobs)
-    return fmt.fake_quantize(w, stats, here, v) + (held - held.detach())
 
 
 def round_to_nearest(

@@ -51,10 +51,10 @@ class Shelf:
         self._steps = {(u, k): durable for u in range(units) for k in (LEARNED, MOMENTS)}
 
     def load(self, unit: int, kind: str) -> dict[str, Tensor]:
-        """Tensors of a unit as they are now, on the host; the caller may change them."""
+        """Tensors of a unit as they are now, on the host; who changes them puts them back."""
         held = self._held.get((unit, kind))
         if held is not None:
-            return {name: tensor.clone() for name, tensor in held.items()}
+            return dict(held)
         path = self._path(unit, kind, self._steps[unit, kind])
         return load_tensors(path) if path.exists() else {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +32,8 @@ FOLDER = "distill"
 """Where the states lie, in the scratch folder of a run."""
 STATE_BYTES = 12
 """Of each weight: offset and two moments in float32."""
-STEPS_APART = 5
-"""Steps after which the states are made durable, at the latest."""
+SECONDS_APART = 60.0
+"""Time after which the states are made durable, at the latest: all of them are written then."""
 
 
 class Told(Protocol):
@@ -150,6 +151,7 @@ class _Loop:
         sweep = Sweep(self._units, self._ends, config, told["scales"])
         room = self._room(feed.batch(told["step"] % config.steps))
         self._told.begin(told["step"])
+        durable = time.monotonic()
         for step in range(told["step"], config.steps):
             loss = sweep.step(feed.batch(step), room, step)
             done = step + 1
@@ -158,8 +160,9 @@ class _Loop:
             if not math.isfinite(loss):
                 logger.warning("distillation stopped after step %d: its loss became %s", done, loss)
                 break
-            if done in config.looks or done % STEPS_APART == 0:
+            if done in config.looks or time.monotonic() - durable > SECONDS_APART:
                 shelf.make_durable(done, told)
+                durable = time.monotonic()
             look = (told["kl_before"], told["looks"][-1][1]) if done in config.looks else None
             self._told.step(done, look)
         shelf.take_best()

@@ -95,15 +95,15 @@ class Sweep:
             self.ends,
             gradient=True,
         )
+        count = rows.count * out.shape[1] if rows.masks is None else int(rows.masks.sum())
         whole = torch.zeros_like(out.reshape(-1, width), device=device)
         if gradient is not None:
-            whole[counted] = gradient
-        count = rows.count * out.shape[1] if rows.masks is None else int(rows.masks.sum())
+            whole[counted] = gradient.div_(max(1, count))
         flowing: list[Tensor | None] = [whole.reshape(out.shape), *[None] * (len(room.rounded[-1]) - 1)]
         for unit in reversed(range(len(self.units.members))):
             with self.units.open(unit, rows) as here:
-                wanted = self._with_features(flowing, room, rows, unit)
-                flowing = self._move(here, unit, room.rounded[unit], wanted, count, number)
+                wanted = self._with_features(flowing, room, rows, unit, count)
+                flowing = self._move(here, unit, room.rounded[unit], wanted, number)
         return float(total) / max(1, count)
 
     def forward(self, batch: Batch, room: Boundaries) -> None:
@@ -117,10 +117,10 @@ class Sweep:
             reference = original
 
     def _with_features(
-        self, flowing: Sequence[Tensor | None], room: Boundaries, rows: Rows, unit: int
+        self, flowing: Sequence[Tensor | None], room: Boundaries, rows: Rows, unit: int, count: int
     ) -> list[Tensor | None]:
-        """The gradient of what a unit hands on, with that of its own squared error; summed over positions."""
-        share = self.config.features / len(self.units.members)
+        """The gradient of what a unit hands on, with that of its own squared error; means over positions."""
+        share = self.config.features / len(self.units.members) / max(1, count)
         scale = self.scales[unit]
         if not share or not scale:
             return list(flowing)
@@ -138,7 +138,6 @@ class Sweep:
         unit: int,
         inputs: States,
         gradients: Sequence[Tensor | None],
-        count: int,
         number: int,
     ) -> list[Tensor | None]:
         """Move what is learned of a unit; returns the gradient of what flowed in."""
@@ -157,14 +156,8 @@ class Sweep:
             found, flowed = here.student.gradients(parts)
         values = here.student.values
         moments = {n: t.to(device) for n, t in shelf.load(unit, MOMENTS).items()}
-        take_step(
-            values,
-            {name: gradient.div_(count) for name, gradient in found.items()},
-            moments,
-            here.student.rates(self.config),
-            step=number,
-            config=self.config,
-        )
+        rates = here.student.rates(self.config)
+        take_step(values, found, moments, rates, step=number, config=self.config)
         here.student.clamp()
         shelf.put(unit, LEARNED, values, number + 1)
         shelf.put(unit, MOMENTS, moments, number + 1)

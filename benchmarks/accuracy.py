@@ -4,9 +4,10 @@
         --dataset calibration.jsonl --dev-texts books.jsonl --report-texts wiki.txt python-docs talk.jsonl \
         --ours default best 'halved={"iters": 20, "distill_steps": 20}' --peer-python OTHER/bin/python
 
-A scheme is `W<bits>G<group>`, with an `A` behind it for zero points; `:RTN` behind that rounds without
-tuning. Each run is a process of its own and uses the package `auto_round` of its Python through the same
-few lines. Its folder is then read by us: only the weights differ.
+A scheme is `W<bits>G<group>`, with an `A` behind it for zero points, or a name as `MXFP4`; `:RTN` behind that
+rounds without tuning. Each run is a process of its own and uses the package `auto_round` of its Python
+through the same few lines. Its folder is then read by us: only the weights differ, and in schemes with a name
+the inputs of layers are rounded too.
 
 **Two halves.** Choices are made by what `--half dev` shows. `--half report` measures texts that had no say,
 and is looked at when all is chosen. A text is a file (`text` or `context` of JSON lines) or `python-docs`.
@@ -106,12 +107,19 @@ class Run:
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `AutoRound`."""
-        found = re.fullmatch(r"W(\d)G(-?\d+)(A?)(:RTN)?", self.scheme)
-        if not found:
-            sys.exit(f"--schemes {self.scheme}: expected W2G64, W3G128A, W4G32:RTN, ...")
-        scheme = {"bits": int(found[1]), "group_size": int(found[2]), "sym": not found[3]}
+        name, _, how = self.scheme.partition(":")
+        if how not in ("", "RTN"):
+            sys.exit(f"--schemes {self.scheme}: expected nothing or :RTN behind {name}")
+        scheme: dict[str, Any] = {"scheme": name}
+        if found := re.fullmatch(r"W(\d)G(-?\d+)(A?)", name):
+            scheme = {"bits": int(found[1]), "group_size": int(found[2]), "sym": not found[3]}
         wanted = dict(self.settings) | scheme
-        return wanted | {"seed": self.seed} | ({"iters": 0} if found[4] else {})
+        return wanted | {"seed": self.seed} | ({"iters": 0} if how else {})
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs are rounded, too: then the folder is compared as it runs."""
+        return not self.scheme.startswith("W")
 
     def quantize(self, out: Path) -> dict[str, Any]:
         """Run it in a process of its own; returns what it cost."""
@@ -205,9 +213,11 @@ class Original:
         first = next(iter(self.rows.values()))[:SINK_ROWS]
         self.states = inner(self.model, first)
 
-    def compare(self, folder: Path, texts: set[str]) -> dict[str, Any]:
+    def compare(self, folder: Path, texts: set[str], *, rounds_inputs: bool) -> dict[str, Any]:
         """Figures of a quantized folder."""
-        candidate = loaded(folder).dequantize()  # only the weights differ, not the kernels
+        candidate = loaded(folder)
+        if not rounds_inputs:  # only the weights differ, not the kernels
+            candidate = candidate.dequantize()
         found: dict[str, Any] = {"kl": {}, "perplexity": {}, "perplexity_original": {}, "same_top": {}}
         for text, rows in self.rows.items():
             if text not in texts:
@@ -354,7 +364,8 @@ def main() -> None:
             for run, missing in wanted:
                 with tempfile.TemporaryDirectory() as passing:
                     made, cost = run.folder(args.keep or Path(passing))
-                    figures = original.compare(made, {Path(text).stem for text in missing})
+                    names = {Path(text).stem for text in missing}
+                    figures = original.compare(made, names, rounds_inputs=run.rounds_inputs)
                 results.add({"run": run.named, "measured": measured, **cost, **figures})
     lines = results.merged()
     print(table(lines), against_peer(lines), sep="\n\n")

@@ -134,6 +134,8 @@ def test_the_environment_chooses_the_hub_unless_told_otherwise():
 def test_unknown_recipe():
     with pytest.raises(ConfigError, match='"best"'):
         build_options({}, "bests")
+    with pytest.raises(ConfigError, match='unknown recipe "None"'):
+        build_options({}, None)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,28 @@ def test_schemes_to_choose_from_that_cannot_be_read(text, words):
 def test_layer_rules_from_a_file(tmp_path):
     path = tmp_path / "rules.json"
     path.write_text('{"k_proj": "W8A16"}')
-    assert build_options({"layer_config": str(path)}).scheme.layer_config == {"k_proj": "W8A16"}
+    for place in (str(path), path):
+        assert build_options({"layer_config": place}).scheme.layer_config == {"k_proj": "W8A16"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file; relative paths begin at"),
+        ("folder", "it is a folder; expected a .json file"),
+        (b"\xff\xfe\x00", "it holds no text; expected JSON in UTF-8"),
+        (b'{"made_by": "auto-round", "layer_config": [1]}', "expected a plan of AutoScheme"),
+        (b"[1]", "layer name"),
+    ],
+)
+def test_files_that_hold_no_layer_rules(tmp_path, content, said):
+    path = tmp_path / "plan.json"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        build_options({"layer_config": str(path)})
 
 
 @given(st.text(alphabet="{}:,\"'ab1. -", max_size=30))

@@ -7,12 +7,15 @@ import re
 import shutil
 
 import pytest
+import torch
 from torch.optim.lr_scheduler import LinearLR
 
 from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.models.hub import resolve_model
 from auto_round.pipeline.deciding import fetch_rows, open_model
 from auto_round.pipeline.deciding.prepare import prepare
+from auto_round.pipeline.machine import device
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +56,13 @@ def _nothing_is_fetched(monkeypatch):
         ),
         ({"format": "gguf:q4_0", "gguf_template": "no-such.gguf"}, "gguf_template no-such.gguf: no such"),
         ({"dataset": "audiocaps"}, "captions or sound"),
+        ({"distill_steps": 2, "distill_lr": 5}, "distill_lr.*codes above 0 and below 1.*leave it out"),
+        ({"distill_steps": 2, "distill_lr": float("inf")}, "distill_lr.*codes above 0"),
+        (
+            {"format": "gguf:q4_0", "iters": 0, "imatrix": __file__, "distill_steps": 2},
+            "distill_steps needs data: leave one of them out",
+        ),
+        ({"device_map": "{a:cpu}"}, "unknown device.*from Python a mapping"),
     ],
     ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),
 )
@@ -93,6 +103,21 @@ def test_a_run_that_quantizes_nothing_needs_no_data(given, tiny, monkeypatch, tm
     monkeypatch.setattr(fetch_rows, "load_rows", lambda *_, **__: pytest.fail("fetched"))
     job = prepare(build_options({"model": str(tiny("llama")), "output_dir": str(tmp_path / "o"), **given}))
     assert (job.tune.iters, job.rows, job.plan.quantized) == (0, None, ())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"device_map": {"nowhere": "cpu"}}, 'device_map "nowhere" matches no layer'),
+        ({"device_map": {"up_proj": "cpu", "": "meta:0"}, "distill_steps": 2}, "runs on one device"),
+    ],
+)
+def test_places_that_cannot_be_are_refused_before_rows_are_fetched(tiny, monkeypatch, tmp_path, given, said):
+    """With `--dataset self` the model wrote all rows first."""
+    monkeypatch.setattr(open_model, "resolve_model", resolve_model)
+    monkeypatch.setattr(device, "_device", torch.device)  # as if one more were there
+    with pytest.raises(ConfigError, match=said):
+        prepare(build_options({"model": str(tiny("llama")), "output_dir": str(tmp_path / "o"), **given}))
 
 
 def test_a_tokenizer_on_a_hub_out_of_reach_is_refused_at_once(tiny, monkeypatch, tmp_path):

@@ -152,6 +152,13 @@ def test_templates_that_give_no_script_are_refused(template: str | None, dataset
         script_of(tokenizer, None, item)
 
 
+def test_rows_with_no_room_for_own_words_are_refused(tiny: ModelMaker, tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=r"the token that begins texts, which is most of 1; use a larger seqlen$"
+    ):
+        rows_of(tiny("llama"), tmp_path, seqlen=1)
+
+
 def test_a_model_that_does_not_fit_is_refused_with_the_way_out(
     tiny: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

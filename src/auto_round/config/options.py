@@ -106,7 +106,7 @@ def build_options(
             or a value that the option cannot take.
     """
     if recipe not in RECIPES:
-        raise ConfigError(f'unknown recipe "{recipe}": {nearest(recipe, RECIPES)}')
+        raise ConfigError(f'unknown recipe "{recipe}": {nearest(str(recipe), RECIPES)}')
     hub = {"platform": "model_scope"} if environment is not None and environment.use_modelscope else {}
     said = _settled_names(given)
     flat = {**hub, **RECIPES[recipe], **said}

@@ -148,6 +148,12 @@ class TuneOptions:
                 "enable_alg_ext extends tuning, and iters 0 does not tune: leave one of them out"
             )
 
+        if self.distill_lr is not None and not 0 < self.distill_lr < 1:
+            raise ConfigError(
+                f'option "distill_lr" cannot be {self.distill_lr:g}: expected codes above 0 and below 1, '
+                "such as 0.006; leave it out for what suits the number of steps"
+            )
+
     def learning_rate(self, bits: int) -> float:
         """Return the step size of the rounding offsets, in units of one code.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -141,21 +142,38 @@ def layer_rules(value: Any) -> Mapping[str, Any]:
     """Turn JSON, relaxed text such as `{k_proj:{bits:8}}`, a `.json` path or a mapping into a mapping."""
     if isinstance(value, Mapping):
         return dict(value)
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(".json")):
+        value = _text_of(Path(value))
     if not isinstance(value, str):
-        raise TypeError("expected a mapping of layer name to scheme")
-    if value.endswith(".json"):
-        path = Path(value)
-        if not path.is_file():
-            raise FileNotFoundError("no such file")
-        value = path.read_text(encoding="utf-8")
+        raise TypeError("expected a mapping of layer name to scheme, JSON or a .json file")
     try:
         rules = json.loads(value)
     except json.JSONDecodeError:
         rules = _relaxed(value)
     if not isinstance(rules, dict):
         raise TypeError('expected {"layer name": scheme, ...}')
+    if "made_by" not in rules:
+        return rules
     inside = rules.get("layer_config")  # a plan that AutoScheme wrote says more than rules
-    return inside if isinstance(inside, dict) and "made_by" in rules else rules
+    if not isinstance(inside, dict):
+        raise TypeError(
+            'expected a plan of AutoScheme ("made_by") with "layer_config": {"layer name": scheme, ...}'
+        )
+    return inside
+
+
+def _text_of(path: Path) -> str:
+    """Text of a file of rules."""
+    if path.is_dir():
+        raise ValueError("it is a folder; expected a .json file")
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file; relative paths begin at {Path.cwd()}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("it holds no text; expected JSON in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from None
 
 
 def _relaxed(text: str) -> Any:

@@ -56,15 +56,11 @@ class TimedSteps:
 
 
 def refuse_several(job: Job) -> None:
-    """Refuse to tune all blocks together by several processes or devices: one would work and the others wait.
+    """Refuse to tune all blocks together by several processes: one would work and the others wait.
 
     Raises:
         ConfigError: it is such a run.
     """
-    if job.fresh and job.placement is not None and job.placement.several:
-        raise ConfigError(
-            "distill_steps runs on one device, and device_map names several: leave it out, or give one device"
-        )
     if job.fresh and job.ranks.size > 1:
         raise ConfigError(
             f"distill_steps is the work of one process, and {job.ranks.size} were started: leave it out, or "

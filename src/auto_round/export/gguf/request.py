@@ -65,6 +65,10 @@ def settle_gguf(options: Options, beside: Collection[str]) -> Options:
     output = replace(options.output, format=",".join(names))
     if options.calibration.imatrix is not None and options.tune.iters:
         raise ConfigError("imatrix steers rounding without tuning: give --iters 0 too, or leave it out")
+    if options.calibration.imatrix is not None and options.tune.distill_steps:
+        raise ConfigError(
+            "imatrix takes the place of calibration data, and distill_steps needs data: leave one of them out"
+        )
     if options.calibration.imatrix is not None and options.output.save_imatrix is not None:
         raise ConfigError("save_imatrix writes what a run measures, and with imatrix it measures nothing")
     tune = options.tune

@@ -40,7 +40,7 @@ def _arranged(job: Job) -> Job:
     A block that fits one accelerator stays there: products in pieces wait for each other. The next one then
     computes targets. Else the matrices of each block are spread over all.
     """
-    if job.free:
+    if job.free and not job.options.tune.distill_steps:  # all blocks learn together on one device
         alone = plan_memory(job)
         if not alone.fits or alone.level.rounds_again:
             return replace(job, placement=place_layers(Devices(job.device, job.free), job.source, job.plan))

@@ -121,6 +121,22 @@ def module_of(layer: Layer) -> str:
     return layer.parameter.rpartition(".")[0]
 
 
+def refuse_together(placement: Placement, steps: int) -> None:
+    """Refuse to tune all blocks together where matrices lie on several devices.
+
+    Args:
+        placement: of the run.
+        steps: `distill_steps`.
+
+    Raises:
+        ConfigError: it is such a run.
+    """
+    if steps and placement.several:
+        raise ConfigError(
+            "distill_steps runs on one device, and device_map names several: leave it out, or give one device"
+        )
+
+
 def place_layers(devices: Devices, source: ModelSource, plan: Plan | None = None) -> Placement:
     """Where the layers of a model go: by the user's rules, or spread over all devices.
 

@@ -98,7 +98,10 @@ def _device(name: str) -> torch.device:
     except RuntimeError as error:
         if name.isdecimal():
             raise _not_there(name, "no accelerator") from error
-        raise ConfigError(f'unknown device "{name}": use "auto", "cpu", "cuda:0" or an index') from error
+        raise ConfigError(
+            f'unknown device "{name}": use "auto", "cpu", "cuda:0", an index, several of them ("0,1"), or '
+            "from Python a mapping of layers to devices"
+        ) from error
     if device.type == "cpu":
         return torch.device("cpu")
     if found is None or found.type != device.type:

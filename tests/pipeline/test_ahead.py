@@ -120,3 +120,12 @@ def test_auto_takes_all_accelerators(tiny, monkeypatch, nbytes):
     else:
         assert job.ahead is None
         assert set(map(str, job.placement.devices)) == {f"cuda:{i}" for i in range(4)}
+
+
+def test_all_blocks_together_leave_the_other_accelerators_out(tiny, monkeypatch):
+    """They learn on one device; blocks that do not fit it were spread, and the run refused for it."""
+    accelerators(monkeypatch, 4, 13 << 20)
+    model = tiny("llama", hidden_size=256, intermediate_size=512)
+    given = {"output_dir": "out", "device_map": "auto", "distill_steps": 2, "distill_nsamples": 4}
+    job = prepare(build_options({**SHORT, "model": str(model), **given}), dataset=ROWS)
+    assert not job.placement.several

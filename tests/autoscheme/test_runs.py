@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from auto_round import AutoRound, AutoScheme
+from auto_round.autoscheme import runs
 from auto_round.autoscheme.runs import Given, choose_schemes
 from auto_round.config import Options, build_options
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
@@ -165,6 +167,20 @@ def test_what_cannot_be_reached_is_refused_with_what_can(small: Any, tmp_path: P
         chosen(small(), tmp_path / "out", avg_bits=2)
     with pytest.raises(ConfigError, match=r"cannot be reached .* MB"):
         chosen(small(), tmp_path / "out", avg_bits=None, target_size="1KB")
+
+
+def test_outputs_that_cannot_go_there_are_refused_before_anything_is_measured(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "measured_scores", lambda *_: pytest.fail("measured"))
+    for folder, given in (("one", {}), ("several/4bits", {"avg_bits": "3,4"})):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "thesis.txt").write_text("years of work")
+        with pytest.raises(ConfigError, match=r"already holds 1 files .*thesis.txt.*choose another"):
+            chosen(small(), tmp_path / folder.partition("/")[0], **given)
+    scheme = AutoScheme(avg_bits=(3, 4), options=SCHEMES.split(","))
+    with pytest.raises(ConfigError, match="makes one model, and 2 targets are given"):
+        AutoRound(small(), scheme=scheme, dataset=ROWS).quantize()
 
 
 def test_one_option_has_one_size(small: Any, tmp_path: Path) -> None:

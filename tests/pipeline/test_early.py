@@ -85,6 +85,16 @@ def test_files_in_the_way_of_the_output(tmp_path, where):
         prepare(build_options({"model": "some/model", "output_dir": str(tmp_path / where)}))
 
 
+def test_outputs_that_hold_something_else_are_refused_before_rows_are_fetched(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(open_model, "resolve_model", resolve_model)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    options = build_options({"model": str(tiny("llama")), "output_dir": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"already holds 1 files .*thesis.txt"):
+        prepare(options)
+    with pytest.raises(ConfigError, match=r"which is or holds what is read"):
+        prepare(build_options({"model": str(tiny("llama")), "output_dir": str(tiny("llama"))}))
+
+
 @pytest.mark.parametrize("where", ["out", "far/below/out"])
 def test_folders_that_may_not_be_written(tmp_path, monkeypatch, where):
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))

@@ -114,13 +114,15 @@ class AutoRound(Attributes):
 
         if self._is_pipeline:
             raise UnsupportedError("a pipeline of diffusers is written at once: call quantize_and_save()")
-        options, *more = usual_or_rounded(self.options, self._choices)
-        if more:
+        auto = self.options.auto
+        if (targets := len(auto.avg_bits) + len(auto.target_size)) > 1:
             raise ConfigError(
-                f"quantize() makes one model, and {len(more) + 1} targets are given: give one, or call "
+                f"quantize() makes one model, and {targets} targets are given: give one, or call "
                 "quantize_and_save(), which writes an output for each"
             )
         scratch = scratch_folder()
+        asked = replace(self.options, output=self._output(Path(scratch.name) / "model", None))
+        (options,) = usual_or_rounded(asked, self._choices)
 
         def wanted(options: Options) -> Job:
             formats = options.output.formats

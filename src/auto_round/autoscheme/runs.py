@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from auto_round.autoscheme.candidates import Candidates, in_gguf, make_candidates
-from auto_round.autoscheme.decision import Decision, decide_on, refuse_unreachable, targets_of
+from auto_round.autoscheme.decision import Decision, Target, decide_on, refuse_unreachable, targets_of
 from auto_round.autoscheme.groups import Fusing, nothing_fused
 from auto_round.autoscheme.parts import Setting
 from auto_round.autoscheme.plan_file import written
@@ -28,7 +28,7 @@ from auto_round.facts.layer import Layer, Role
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.pipeline.deciding.decide import Decided, decide
 from auto_round.pipeline.deciding.fetch_rows import Data, refuse_unknown_tokens
-from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer, open_model
+from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer, open_model, refuse_outputs
 from auto_round.pipeline.deciding.own_text import own_text
 from auto_round.pipeline.deciding.prepare import put_together
 from auto_round.pipeline.deciding.request import Request, make_request
@@ -143,6 +143,9 @@ def choose_schemes(
         fused=_fused(options, request),
     )
     refuse_unmeasurable(opened.source, candidates)
+    targets = targets_of(options.auto)
+    if not options.output.dry_run:
+        refuse_outputs(opened, [_folder(options, target, several=len(targets) > 1) for target in targets])
     menu = Menu(options, listed, candidates)
     decided = _trial(menu, opened, given)
     if (embedding := _embedding(decided, opened)) is not None:
@@ -152,7 +155,6 @@ def choose_schemes(
             menu = replace(menu, embedding=embedding)
         decided = _trial(menu, opened, given)
     candidates = menu.candidates
-    targets = targets_of(options.auto)
     for target in targets:
         refuse_unreachable(target, candidates, decided, opened)
     setting = _setting(request, opened, decided, candidates, given)
@@ -296,16 +298,22 @@ def _rows(request: Request, opened: Opened, decided: Decided, given: Given) -> C
     )
 
 
+def _folder(options: Options, target: Target, *, several: bool) -> Path:
+    """Output of one target."""
+    folder = Path(options.output.output_dir)
+    return folder / target.folder if several else folder
+
+
 def _run(menu: Menu, decision: Decision, measured: Mapping[str, Any], *, several: bool) -> Options:
     """The ordinary run of one decision, in a folder of its own where there are several."""
     run = menu.run(decision.choice.picks)
-    folder = Path(menu.options.output.output_dir)
+    folder = _folder(menu.options, decision.target, several=several)
     auto = replace(
         menu.options.auto, avg_bits=(), target_size=(), target_kl=None, scheme_options=(), shared_layers=()
     )
     return replace(
         run,
         auto=auto,
-        output=replace(run.output, output_dir=str(folder / decision.target.folder if several else folder)),
+        output=replace(run.output, output_dir=str(folder)),
         chosen={**decision.document(menu.candidates), SENSITIVITY: measured},
     )

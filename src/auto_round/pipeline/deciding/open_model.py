@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from auto_round.calibration.hub import is_reachable
 from auto_round.calibration.pictures import ImageReader
+from auto_round.checkpoint.workfolder import refuse_occupied
 from auto_round.config.options import Options
 from auto_round.errors import ConfigError
 from auto_round.export.gguf.source import gguf_file, open_gguf
@@ -73,6 +75,21 @@ def open_model(
         tokenizer = load_tokenizer(options, source, required=needed)
     images = image_reader(options, source, processor)
     return Opened(_within_context(options, source), source, tokenizer, images)
+
+
+def refuse_outputs(opened: Opened, folders: Iterable[Path]) -> None:
+    """Refuse outputs that cannot go where they are wanted, before data are fetched or anything is measured.
+
+    Args:
+        opened: the model, which no output replaces.
+        folders: of the outputs.
+
+    Raises:
+        ConfigError: something else lies there.
+    """
+    for folder in folders:
+        where = folder.expanduser().resolve()
+        refuse_occupied(where, overwrite=opened.options.output.overwrite, source=opened.source.folder)
 
 
 def _open_source(options: Options, model: nn.Module | None, *, dry: bool) -> ModelSource:

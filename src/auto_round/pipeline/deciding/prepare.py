@@ -17,7 +17,7 @@ from auto_round.pipeline.deciding.fit import fitted
 from auto_round.pipeline.deciding.idle_options import Settled, idle_options
 from auto_round.pipeline.deciding.image_rows import first_with_images
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.open_model import Opened, open_model
+from auto_round.pipeline.deciding.open_model import Opened, open_model, refuse_outputs
 from auto_round.pipeline.deciding.placement import Placement, place_layers, refuse_together
 from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.machine.default_device import plain_device
@@ -51,6 +51,8 @@ def prepare(
     """
     request = make_request(options, dataset=dataset, output=output)
     opened = open_model(request, model=model, tokenizer=tokenizer, processor=processor, dry=not rows)
+    if rows:  # a dry run tells it beside the rest
+        refuse_outputs(opened, [request.output])
     decided = decide(request, opened)
     keep_few_products(request.device, decided.dtype)
     opened = replace(opened, options=replace(opened.options, tune=decided.wanted))

@@ -55,7 +55,32 @@ def test_no_gradient_no_step():
     rates = {"a": Rate(0.1), "b": Rate(0.1)}
     take_step(values, {"a": torch.zeros(2)}, moments, rates, step=0, config=MANY)
     assert all(value.tolist() == [1.0, 1.0] for value in values.values())
-    assert moments.keys() == {"mean.a", "square.a"}
+    assert moments.keys() == {"mean.a", "square.a", "usual.a"}
+
+
+def test_a_gradient_far_longer_than_those_before_is_shortened():
+    values, moments, rates = {"a": torch.zeros(4)}, {}, {"a": Rate(0.01)}
+    lengths = [0.0, 1.0, 0.0, 1.5, 100.0, 1.0]
+    usual = []
+    for step, length in enumerate(lengths):
+        gradient = torch.tensor([length, 0.0, 0.0, 0.0])
+        take_step(values, {"a": gradient}, moments, rates, step=step, config=MANY)
+        usual.append(float(moments["usual.a"]))
+    # The first that is not 0 is what is usual, nothing changes where there is none, the fifth counts 2.1.
+    assert usual == pytest.approx([0, 1, 1, 1.05, 1.155, 1.1395])
+    assert float(moments["square.a"].max()) < 0.1
+
+
+def test_steps_do_not_depend_on_the_unit_of_the_loss():
+    def after(unit):
+        generator = torch.Generator().manual_seed(0)
+        values, moments = {"a": torch.zeros(5)}, {}
+        for step in range(5):
+            gradient = torch.randn(5, generator=generator) * unit * (50 if step == 3 else 1)
+            take_step(values, {"a": gradient}, moments, {"a": Rate(0.04)}, step=step, config=MANY)
+        return values["a"]
+
+    assert torch.allclose(after(1.0), after(1e-6), rtol=1e-4)
 
 
 def test_rates_follow_the_bits_and_the_users_own():

@@ -27,6 +27,9 @@ WARM_UP = 20
 the sign of one gradient each."""
 BETAS = (0.9, 0.99)
 """Adam's decay of the mean gradient and of the mean square."""
+LONGEST = 2.0
+"""Longest gradient of a parameter, in units of what is usual: the mean of lengths that decays as that of
+gradients does."""
 TINY = 1e-15
 """Added to the root of the mean square, so that nothing is divided by 0. It must stay below any gradient:
 those of single offsets of a large model are small."""
@@ -171,7 +174,8 @@ def take_step(
     Args:
         values: parameters, changed in place.
         gradients: of some of them.
-        moments: `mean.NAME` and `square.NAME` of each parameter, made at its first step and changed in place.
+        moments: `mean.NAME`, `square.NAME` and `usual.NAME`, the usual length, of each parameter's gradient;
+            made at its first step and changed in place.
         rates: of each parameter.
         step: steps taken before.
         config: how far steps go.
@@ -181,11 +185,36 @@ def take_step(
             if f"{kind}.{name}" not in moments:
                 moments[f"{kind}.{name}"] = torch.zeros_like(values[name])
         mean, square = moments[f"mean.{name}"], moments[f"square.{name}"]
+        moments[f"usual.{name}"] = _shorten(gradient, moments.get(f"usual.{name}"))
         size = config.factor(step) * rates[name].size
         if rates[name].relative:
             _relative_step(values[name], gradient, (mean, square), step, size)
         else:
             _steps_of_adam(values[name], gradient, (mean, square), step, size)
+
+
+def _shorten(gradient: Tensor, usual: Tensor | None) -> Tensor:
+    """Shorten a gradient that is far longer than those before, in place.
+
+    A few rows of real models have gradients ten and more times as long as all others, where attention misses
+    its sink. Unshortened one of them decides ten steps, and makes the next hundred small.
+
+    Args:
+        gradient: of one parameter.
+        usual: usual length, a scalar; None at the first step.
+
+    Returns:
+        What is usual now.
+    """
+    length: Tensor = torch.linalg.vector_norm(gradient)
+    if usual is None:
+        return length
+    known = usual > 0  # experts may see no token for a while
+    kept = torch.where(known, torch.minimum(length, LONGEST * usual), length)
+    gradient.mul_(torch.where(length > 0, kept / length, 1.0))
+    return torch.where(
+        known & (length > 0), torch.lerp(usual, kept, 1 - BETAS[0]), torch.maximum(usual, kept)
+    )
 
 
 def _steps_of_adam(

@@ -102,10 +102,18 @@ class CompiledRounding:
 
     def _written(self, dtype: torch.dtype) -> Tensor:
         """The rounded weights as the program can write them: bfloat16 where that is asked for, or float32."""
-        narrow = dtype is torch.bfloat16
-        out = torch.empty(self.w.shape, dtype=dtype if narrow else torch.float32, device="cpu")
-        self._run("round_to_half" if narrow else "round", *_addresses(out))
+        held = dtype if dtype is torch.bfloat16 else torch.float32
+        out = torch.empty(self.w.shape, dtype=held, device="cpu")
+        self.write(out)
         return out
+
+    def write(self, out: Tensor) -> None:
+        """Write the rounded weights, without gradients, into memory that is there.
+
+        Args:
+            out: of the weight's shape, float32 or bfloat16, contiguous, on the host.
+        """
+        self._run("round_to_half" if out.dtype is torch.bfloat16 else "round", *_addresses(out))
 
     def multiplies(self, x: Tensor) -> bool:
         """Whether the program multiplies these tokens `[tokens, in]`: few of them, by a bfloat16 matrix."""

@@ -17,7 +17,6 @@ from auto_round.errors import InternalError
 from auto_round.models.matrix_experts import matrix_experts
 from auto_round.numerics.compiled_rounding import CompiledRounding, compiled_rounding
 from auto_round.numerics.qtensor import QTensor
-from auto_round.numerics.rounded_into import rounded_into
 from auto_round.numerics.scale import Knobs, Scale, Stats
 from auto_round.tuning.weights import Learned, Weight
 from auto_round.tuning.workspace import Workspace
@@ -111,7 +110,7 @@ class LearnedStack:
         weight, rounding = self.weight, self._rounding(index)
         if rounding is not None and weight.dtype in (torch.float32, torch.bfloat16):
             made = self.workspace.tensor(weight.original.shape[1:], weight.dtype)
-            rounded_into(rounding, made)
+            rounding.write(made)
             return made.to(dtype)
         original, scale = weight.original[index], self._scales[index]
         return weight.format.rounded_in(original, scale, weight.v.detach()[index], weight.dtype).to(dtype)

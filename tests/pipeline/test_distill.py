@@ -17,6 +17,7 @@ from auto_round.pipeline.distilling import shelf as shelf_module
 from auto_round.pipeline.distilling import stage
 from auto_round.pipeline.distilling.shelf import CONSTANTS, LEARNED, MOMENTS, Shelf, begin
 from auto_round.pipeline.distilling.units import Units
+from auto_round.pipeline.fitting import states
 from auto_round.testing.tiny_models import save_tiny_model
 from auto_round.tuning import distill
 from auto_round.tuning.student import CODES, OFFSET
@@ -84,7 +85,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny, tmp_path, monkeypatch, fil
     model, given = tiny("qwen3", **QWEN), {**SHORT, "verify": False}
     quantize(model, tmp_path / "whole", **given)
     if files:
-        monkeypatch.setattr(stage, "SPILL_BYTES", 0)
+        monkeypatch.setattr(states, "SPILL_BYTES", 0)
     with pytest.raises(Stop):
         quantize(model, tmp_path / "out", progress=stop_after(done, place), **given)
     seen = []
@@ -94,7 +95,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny, tmp_path, monkeypatch, fil
 
 
 def test_one_unit_is_open_at_a_time(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "SPILL_BYTES", 0)
+    monkeypatch.setattr(states, "SPILL_BYTES", 0)
     opened, most = [], []
     plain = Units.open
 

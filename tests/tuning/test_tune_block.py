@@ -10,6 +10,7 @@ import torch
 from auto_round.errors import ConfigError, NumericsError
 from auto_round.numerics.importance import Importance
 from auto_round.numerics.presets import int_format
+from auto_round.numerics.scale import Knobs
 from auto_round.numerics.search import QUICK, THOROUGH
 from auto_round.tuning.config import Optimizer, TuneConfig
 from auto_round.tuning.objective import Objective, block_objective
@@ -460,3 +461,18 @@ def test_kept_offsets_round_to_the_same_codes_from_a_little_further_inside():
         assert (moved != codes).float().mean() < 0.01
     crossed = weight.format.quantize(weight.original, learned.knobs, weight.v + 0.5 * MARGIN).codes
     assert (crossed != codes).float().mean() > 0.1
+
+
+def test_kept_offsets_of_a_stack_are_those_of_its_matrices():
+    generator = torch.Generator().manual_seed(5)
+    stack = torch.randn(3, 8, 32, generator=generator)
+    offsets = torch.rand(stack.shape, generator=generator) - 0.5
+
+    def kept(w, v):
+        stats = W2.stats(w)
+        ones = Knobs(torch.ones_like(stats.lo), torch.ones_like(stats.hi))
+        return Weight(W2.bind(stats), w, stats, ones, v, torch.float32).learned().v
+
+    whole = kept(stack, offsets)
+    assert not torch.equal(whole, offsets)
+    assert torch.equal(whole, torch.stack([kept(w, v) for w, v in zip(stack, offsets, strict=True)]))

@@ -13,8 +13,8 @@ from auto_round.config.tuning import TuneOptions
 from auto_round.errors import ConfigError
 from auto_round.pipeline.deciding.fit import plan_memory, workload
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.distilling.cost import flow_on_disk, states_on_disk
 from auto_round.pipeline.fitting.plan import MemoryPlan
+from auto_round.pipeline.fitting.states import flowing_bytes, states_on_disk
 from auto_round.pipeline.fitting.work import Workload, measure_sizes
 from auto_round.units import size
 
@@ -77,7 +77,7 @@ def disk_need(work: Workload, plan: MemoryPlan, tune: TuneOptions) -> DiskNeed:
     spilled = SPILLED_STREAMS * stream if plan.files else 0
     if plan.files and tune.distill_steps:
         units, row = math.ceil(len(work.source.blocks) / work.nblocks), stream // max(1, work.rows)
-        spilled += flow_on_disk(units, row, work.seqlen, work.held_out)
+        spilled += flowing_bytes(units, row, work.seqlen, work.held_out, tune.distill_steps)
     states = states_on_disk(work.quantized, codes_stay=tune.distill_scales_only)
     return DiskNeed(
         output=work.output_bytes,

@@ -20,7 +20,7 @@ from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.disk_need import DiskNeed, disk_need, free_bytes
-from auto_round.pipeline.distilling.cost import StageCost, StageWork, stage_cost
+from auto_round.pipeline.distilling.cost import StageWork, stage_seconds
 from auto_round.pipeline.estimate import Estimate, Rates, active_weights, estimate, measure_rates
 from auto_round.pipeline.fitting.accelerators import Machines, read_machines
 from auto_round.pipeline.fitting.paper import Paper, on_paper
@@ -48,7 +48,7 @@ class DryRun:
         free_bytes: free space on the disk of the output.
         blocked: why the output folder cannot be written; empty when it can.
         unfinished: partial folder of an interrupted run there; None when there is none.
-        together: what tuning all blocks together takes of the estimate; None where it is not asked for.
+        together: seconds of the estimate that tuning all blocks together takes; 0 where it is not asked for.
     """
 
     job: Job
@@ -62,7 +62,7 @@ class DryRun:
     free_bytes: int
     blocked: str
     unfinished: Path | None
-    together: StageCost | None = None
+    together: float = 0.0
 
     @property
     def text(self) -> str:
@@ -86,10 +86,10 @@ class DryRun:
         ]
         rate = f"{self.rates.operations / 1e9:.3g} billion operations per second, measured now"
         lines += [f"time:    about {_duration(expected.seconds)}, a rough estimate from {rate}"]
-        if self.together is not None:
-            options, cost = self.job.options, self.together
+        if self.together:
+            options = self.job.options
             lines += [
-                f"of it:   about {_duration(cost.seconds)} and {size(self.disk.together)} of the disk for "
+                f"of it:   about {_duration(self.together)} and {size(self.disk.together)} of the disk for "
                 f"{options.tune.distill_steps} steps of all blocks together, on {fresh_rows(options)} rows "
                 "of their own"
             ]
@@ -132,14 +132,14 @@ def dry_run(
         refuse_occupied(out, overwrite=options.output.overwrite, source=job.source.folder)
     except ConfigError as error:
         blocked = str(error)
-    together = _together(job, work, rates)
+    expected, together = estimate(work, memory, rates), _together(job, work, rates)
     return DryRun(
         job=job,
         table=plan_table(job),
         memory=memory,
         paper=None if machines is None else _on_paper(job, work, machines),
         rates=rates,
-        estimate=_with(estimate(work, memory, rates), together),
+        estimate=replace(expected, seconds=expected.seconds + together),
         together=together,
         disk=disk_need(work, memory, job.options.tune),
         available_bytes=available_bytes(),
@@ -149,11 +149,11 @@ def dry_run(
     )
 
 
-def _together(job: Job, work: Workload, rates: Rates) -> StageCost | None:
-    """What tuning all blocks together takes; None where it is not asked for."""
+def _together(job: Job, work: Workload, rates: Rates) -> float:
+    """Seconds of tuning all blocks together; 0 where it is not asked for."""
     steps = job.options.tune.distill_steps
     if not steps:
-        return None
+        return 0.0
     facts = job.source.facts
     stage = StageWork(
         steps=steps,
@@ -164,18 +164,7 @@ def _together(job: Job, work: Workload, rates: Rates) -> StageCost | None:
         quantized=work.quantized,
         codes_stay=job.options.tune.distill_scales_only,
     )
-    return stage_cost(stage, rates.operations, rates.bandwidth)
-
-
-def _with(expected: Estimate, together: StageCost | None) -> Estimate:
-    """The estimate of the whole run."""
-    if together is None:
-        return expected
-    return replace(
-        expected,
-        host_bytes=expected.host_bytes + together.host_bytes,
-        seconds=expected.seconds + together.seconds,
-    )
+    return stage_seconds(stage, rates.operations, rates.bandwidth)
 
 
 def _on_paper(job: Job, work: Workload, machines: Machines) -> Paper:

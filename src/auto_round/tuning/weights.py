@@ -137,16 +137,16 @@ class Weight:
         Sign descent leaves many weights at the very border between two numbers. The first steps of a later
         stage, small as they are, would throw these to either side.
         """
+        knobs = Knobs(self.knobs.lo.detach(), self.knobs.hi.detach())
         with torch.no_grad():
-            inside, codes = self.v.detach(), self._codes(self.v)
-            for _ in range(MARGIN_STEPS):
-                up, down = (self._codes(inside + way) != codes for way in (MARGIN, -MARGIN))
-                moved = inside + MARGIN / MARGIN_STEPS * (down.to(inside.dtype) - up.to(inside.dtype))
-                inside = torch.where(self._codes(moved) == codes, moved, inside)
-        return Learned(Knobs(self.knobs.lo.detach(), self.knobs.hi.detach()), inside)
-
-    def _codes(self, v: Tensor) -> Tensor:
-        return self.format.quantize(self.original, self.knobs, v).codes
+            inside = self.v.detach().clone()
+            if self.original.dim() == MATRIX:
+                _move_inside(self.format, self.original, self.stats, Learned(knobs, inside))
+            else:
+                for i, v in enumerate(inside):
+                    own = Learned(Knobs(knobs.lo[i], knobs.hi[i]), v)
+                    _move_inside(self.format.matrix(i), self.original[i], self.stats[i], own)
+        return Learned(knobs, inside)
 
     def cancelled(self, sweeps: int) -> Tensor | None:
         """Offsets under which errors cancel in the ranges as they are; see `cancelling_offsets`."""
@@ -220,6 +220,20 @@ def measured(name: str, fmt: Format, w: Tensor) -> Stats:
 def fake_weights(weights: Mapping[str, Weight | Rescaled], *, hold: bool = False) -> dict[str, Tensor]:
     """All weights of a block as they would come back from their codes; see `Weight.fake`."""
     return {name: weight.fake(hold=hold) for name, weight in weights.items()}
+
+
+def _move_inside(fmt: Format, w: Tensor, stats: Stats, learned: Learned) -> None:
+    """Move the offsets of a matrix inside of what rounds to the same codes, in place."""
+    v = learned.v
+
+    def codes(offsets: Tensor) -> Tensor:
+        return fmt.quantize(w, learned.knobs, offsets, stats).codes
+
+    here, moved = codes(v), torch.empty_like(v)
+    for _ in range(MARGIN_STEPS):
+        up, down = (codes(torch.add(v, way, out=moved)) != here for way in (MARGIN, -MARGIN))
+        moved.copy_(down).sub_(up.to(moved.dtype)).mul_(MARGIN / MARGIN_STEPS).add_(v)
+        torch.where(codes(moved) == here, moved, v, out=v)
 
 
 def round_to_nearest(

@@ -123,6 +123,28 @@ SHAPES = {
         {"hidden_size": 256, "intermediate_size": 512, **_ATTENTION},
         {**_SHORT, "seqlen": 2048, "enable_torch_compile": True},
     ),
+    "all blocks together": (
+        "llama",
+        {"hidden_size": 768, "intermediate_size": 2048, **_ATTENTION},
+        {**_SHORT, "distill_steps": 3},
+    ),
+    "all blocks together, experts": (
+        "qwen3_moe",
+        {
+            "hidden_size": 512,
+            "moe_intermediate_size": 256,
+            "num_experts": 16,
+            "num_experts_per_tok": 2,
+            "head_dim": 64,
+            **_ATTENTION,
+        },
+        {**_SHORT, "distill_steps": 3},
+    ),
+    "all blocks together, vocabulary": (
+        "llama",
+        {"hidden_size": 512, "intermediate_size": 768, "vocab_size": 48000, **_ATTENTION},
+        {**_SHORT, "distill_steps": 3},
+    ),
     "many rows": (
         "qwen3",
         {"hidden_size": 512, "intermediate_size": 768, "head_dim": 64, **_ATTENTION},
@@ -164,10 +186,12 @@ def measure(shape: str, folder: Path, *, amp: bool = True) -> dict[str, float]:
     from auto_round.pipeline.machine.memory import peak_bytes, resident_bytes
     from auto_round.pipeline.quantize import run
     from auto_round.report.record import RUN_RECORD
+    from auto_round.tuning.distill import rows_of_step
 
     _, sizes, given = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
-    shape_of_rows = (given["nsamples"] * 9 // 8 + 4, given["seqlen"])
+    steps = given.get("distill_steps", 0) * rows_of_step(given["seqlen"])
+    shape_of_rows = (given["nsamples"] * 9 // 8 + 4 + steps, given["seqlen"])
     rows = torch.randint(3, sizes.get("vocab_size", VOCABULARY), shape_of_rows, generator=generator).tolist()
     held = resident_bytes()
     out = folder / "out"

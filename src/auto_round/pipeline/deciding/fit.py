@@ -18,6 +18,7 @@ from auto_round.pipeline.fitting.plan import MemoryPlan
 from auto_round.pipeline.fitting.work import Workload
 from auto_round.pipeline.machine.device import Devices
 from auto_round.pipeline.machine.memory import available_bytes, device_total_bytes, resident_bytes
+from auto_round.tuning.distill import distill_settings
 
 
 def fitted(job: Job) -> Job:
@@ -66,7 +67,7 @@ def plan_memory(job: Job) -> MemoryPlan:
 
 def workload(job: Job) -> Workload:
     """What the cost of a run follows from; rows that are not fetched yet are counted."""
-    calibration, output = job.options.calibration, job.options.output
+    calibration, output, asked = job.options.calibration, job.options.output, job.options.tune
     held_out, steps = held_out_rows(calibration.nsamples), tuning_steps(job)
     rows = 0
     if job.rows is not None:
@@ -82,8 +83,8 @@ def workload(job: Job) -> Workload:
         rows=rows,
         held_out=held_out,
         seqlen=calibration.seqlen,
-        nblocks=job.options.tune.nblocks,
-        by_predictions=job.options.tune.enable_alg_ext,
+        nblocks=asked.nblocks,
+        by_predictions=asked.enable_alg_ext,
         reloads=output.verify,
         continues=output.resume,
         formats={name: fmt for name, (_, fmt) in job.quantized().items()},
@@ -92,6 +93,7 @@ def workload(job: Job) -> Workload:
         ahead=job.ahead,
         compiled=steps is not None and steps.compiled,
         rounds_inputs=bool(activation_formats(job.plan, job.source.layers)),
+        together=distill_settings(asked, calibration.seed) if asked.distill_steps else None,
     )
 
 

@@ -12,12 +12,10 @@ from auto_round.calibration.row import CalibrationRow
 from auto_round.facts.flow import States
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.distilling.units import Rows
+from auto_round.pipeline.fitting.states import AHEAD_BYTES
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.trace_rows import trace_rows
-
-AHEAD_BYTES = 64 << 20
-"""Most memory for hidden states of rows that are traced ahead."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,16 +22,15 @@ from auto_round.pipeline.distilling.feed import Batch, Feed, trace_some, whole
 from auto_round.pipeline.distilling.shelf import Shelf
 from auto_round.pipeline.distilling.sweep import Boundaries, Sweep, squared_error
 from auto_round.pipeline.distilling.units import Units
+from auto_round.pipeline.fitting.states import states_in_memory
 from auto_round.pipeline.running.blocks import layers_of, outside
 from auto_round.pipeline.running.input_ranges import InputRanges
-from auto_round.pipeline.running.streams import SPILL_BYTES, Streams, home_of_streams
+from auto_round.pipeline.running.streams import Streams, home_of_streams
 from auto_round.tuning.distill import DistillConfig, row_order, rows_of_step
 from auto_round.tuning.predictions import Ends, summed_divergence
 
 FOLDER = "distill"
 """Where the states lie, in the scratch folder of a run."""
-STATE_BYTES = 12
-"""Of each weight: offset and two moments in float32."""
 SECONDS_APART = 60.0
 """Time after which the states are made durable, at the latest: all of them are written then."""
 
@@ -132,9 +131,8 @@ class _Loop:
         self._stage, self._ends, self._streams, self._told = stage, ends, streams, told
         self._folder = stage.scratch / FOLDER
         job, config = stage.job, stage.config
-        states = STATE_BYTES * sum(math.prod(layer.shape) for layer, _ in job.quantized().values())
-        small = config.codes_stay or states <= SPILL_BYTES
-        in_memory = small or not job.memory.low_cpu_mem_usage
+        weights = sum(math.prod(layer.shape) for layer, _ in job.quantized().values())
+        in_memory = states_in_memory(config, weights, job.memory)
         self._shelf = Shelf(self._folder, len(stage.members), in_memory=in_memory)
         self._units = Units(job, stage.members, self._shelf, stage.ranges, stage.states)
         rows = job.rows.rows[job.tuned :] if job.rows is not None else ()
@@ -179,15 +177,19 @@ class _Loop:
     def pack(self, put: Callable[[Packed], None]) -> None:
         """Round the states that are kept, and move the held-out rows of the quantized stream past them."""
         job, flow = self._stage.job, self._held.quantized
-        for number, indices in enumerate(self._stage.members):
-            with self._units.open(number, self._held.rows) as here:
-                codes, parameters = here.quantized()
-                here.run_rounded(parameters, flow, flow)
-                layers = layers_of(job, indices, codes, here.activations)
-                norms = {outside(n, here.prefixes): v for n, v in here.student.kept_norms().items()}
-                put(Packed(layers, norms))
+        for number in range(len(self._stage.members)):
+            put(self._packed(job, number, flow))
         for to, state in zip(self._streams.quantized, flow, strict=True):
             to[self._streams.tuned :] = state.to(to.device)
+
+    def _packed(self, job: Job, number: int, flow: States) -> Packed:
+        """One unit rounded; the held-out rows are moved past it."""
+        with self._units.open(number, self._held.rows) as here:
+            codes, parameters = here.quantized()
+            here.run_rounded(parameters, flow, flow)
+            layers = layers_of(job, self._stage.members[number], codes, here.activations)
+            norms = {outside(n, here.prefixes): v for n, v in here.student.kept_norms().items()}
+            return Packed(layers, norms)
 
     def _begin(self) -> dict[str, Any]:
         """Divergence and squared errors before the first step."""
@@ -215,14 +217,19 @@ class _Loop:
         original = tuple(state.clone() for state in self._held.reference) if errors else ()
         found: list[float] = []
         for number in range(len(self._stage.members)):
-            with self._units.open(number, rows) as here:
-                _, parameters = here.quantized()
-                here.run_rounded(parameters, flow, flow)
-                if errors:
-                    here.run_original(original, original)
-                    pairs = enumerate(zip(flow, original, strict=True))
-                    found.append(sum(squared_error(a, b, rows.mask_of(i)) for i, (a, b) in pairs))
+            self._pass_held(number, flow, original)
+            if errors:
+                pairs = enumerate(zip(flow, original, strict=True))
+                found.append(sum(squared_error(a, b, rows.mask_of(i)) for i, (a, b) in pairs))
         return self._divergence(flow), found
+
+    def _pass_held(self, number: int, flow: States, original: States) -> None:
+        """Move the held-out rows past one unit, rounded; and others, if there are any, past the original."""
+        with self._units.open(number, self._held.rows) as here:
+            _, parameters = here.quantized()
+            here.run_rounded(parameters, flow, flow)
+            if original:
+                here.run_original(original, original)
 
     def _divergence(self, flow: States) -> float:
         """Mean over positions that count of the held-out rows."""

@@ -101,9 +101,8 @@ class Sweep:
             whole[counted] = gradient.div_(max(1, count))
         flowing: list[Tensor | None] = [whole.reshape(out.shape), *[None] * (len(room.rounded[-1]) - 1)]
         for unit in reversed(range(len(self.units.members))):
-            with self.units.open(unit, rows) as here:
-                wanted = self._with_features(flowing, room, rows, unit, count)
-                flowing = self._move(here, unit, room.rounded[unit], wanted, number)
+            wanted = self._with_features(flowing, room, rows, unit, count)
+            flowing = self._backward(unit, rows, room.rounded[unit], wanted, number)
         return float(total) / max(1, count)
 
     def forward(self, batch: Batch, room: Boundaries) -> None:
@@ -111,10 +110,23 @@ class Sweep:
         _copy(room.rounded[0], batch.quantized)
         reference = batch.reference
         for number, (original, out) in enumerate(zip(room.original, room.rounded[1:], strict=True)):
-            with self.units.open(number, batch.rows) as here:
-                here.run_original(reference, original)
-                here.run_rounded(here.student.parameters(), room.rounded[number], out)
+            self._forward(number, batch.rows, (reference, original), (room.rounded[number], out))
             reference = original
+
+    def _forward(
+        self, unit: int, rows: Rows, original: tuple[States, States], rounded: tuple[States, States]
+    ) -> None:
+        """Run a unit from what flows in to what flows out; nothing of it is left when the next is opened."""
+        with self.units.open(unit, rows) as here:
+            here.run_original(*original)
+            here.run_rounded(here.student.parameters(), *rounded)
+
+    def _backward(
+        self, unit: int, rows: Rows, inputs: States, wanted: Sequence[Tensor | None], number: int
+    ) -> list[Tensor | None]:
+        """As `_move`, of a unit that is opened for it."""
+        with self.units.open(unit, rows) as here:
+            return self._move(here, unit, inputs, wanted, number)
 
     def _with_features(
         self, flowing: Sequence[Tensor | None], room: Boundaries, rows: Rows, unit: int, count: int

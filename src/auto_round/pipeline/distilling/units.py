@@ -18,6 +18,7 @@ from auto_round.numerics.head_steps import HeadSteps
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.distilling.shelf import LEARNED, Shelf
+from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.attention_states import rounded_states
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup
@@ -28,6 +29,10 @@ from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.samples import Samples, run_block
 from auto_round.tuning.student import NORM, Source, Student, weight_of
 from auto_round.tuning.weights import Rescaled, Weight, measured
+
+LARGE = 1 << 23
+"""Weights of a unit from which on its memory is given back at once. Smaller ones fit into each other's holes,
+and asking the system for the same pages again would take a tenth of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +164,10 @@ class Units:
                 rows=rows,
                 at_once=job.tune.pass_rows,
             )
+            large = sum(w.numel() for w in unit.originals.values()) >= LARGE
+            del blocks, group, flat, unit
+        if large:
+            release_freed_memory()  # units leave holes, which would add up
 
     def _student(self, unit: Unit, number: int, flat: Mapping[str, Tensor]) -> Student:
         """What is learned of a unit; norms begin as the model has them."""

@@ -6,53 +6,37 @@ The figures of one weight follow from what the code holds; `docs/machines.md` ha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from auto_round.facts.layer import Layer, Role
-from auto_round.models.causal_attention import BANDS as ATTENTION_BANDS
+from auto_round.evaluate.logits import positions_at_once
+from auto_round.facts.layer import Layer
 from auto_round.numerics.at_once import weights_at_once
-from auto_round.numerics.compiled_rounding import can_round
 from auto_round.numerics.grid_float import FloatGrid
-from auto_round.numerics.importance import TILE
 from auto_round.numerics.search import BAND as SEARCH_BAND
 from auto_round.pipeline.fitting.level import Level, Place
-from auto_round.pipeline.fitting.logits import MEASURED_LOGITS_BYTES, logits_budget
+from auto_round.pipeline.fitting.parts import FLOAT, Parts
 from auto_round.pipeline.fitting.plan import STREAMS, Stage
 from auto_round.pipeline.fitting.products import kept_products
-from auto_round.pipeline.fitting.work import Sizes, Workload, active_share, measure_sizes
+from auto_round.pipeline.fitting.states import STATE_BYTES, flowing_bytes, states_in_memory
+from auto_round.pipeline.fitting.work import Workload, measure_sizes
 from auto_round.pipeline.machine.workers import worker_count
+from auto_round.tuning.distill import rows_of_step
 from auto_round.tuning.steps import sign_move
 
-FLOAT = 4
-"""Bytes of a number in float32: offsets, gradients, range multipliers."""
-KEPT_BY_ROUNDING = 5
-"""What the backward pass of the rounding keeps of each weight, where no compiled program does it: a number in
-float32 and a mark."""
-SPACING = 4
-"""The same of floating grids besides: the spacing at each weight."""
 HOLES = 16
 """Bytes of holes that plain rounding leaves for each weight of a band, which make peaks differ by 8 %."""
 ENCODED = 32
 """Bytes that PyTorch forms for each weight of a band that gets codes of a floating grid (measured)."""
 SEARCHED = 48
 """Bytes that the search of ranges forms for each weight of a band (measured: 29), and its holes."""
-NORMS = 5
-"""Hidden states that the norms and sums of a block keep for the backward pass."""
-EXPERTS_AT_WORK = 9
-"""Copies of the largest parameter of fused experts that grouped products form (measured)."""
-EXPERT_AT_WORK = 5
-"""Copies of one expert's matrix, in the compute dtype, where they run matrix by matrix (measured)."""
-EXPERT_BY_PROGRAM = 1
-"""The same where a program moves offsets as it finds their gradient: the rounded matrix and its gradient take
-the same memory in turn (`tuning.workspace`)."""
-GATE = 6
-"""Numbers that the gate between an expert's two products keeps and forms for each that it gives, beside
-inputs and outputs of the products: as gpt-oss has it; others keep up to 4 fewer."""
-VERIFIED_ROWS, VERIFIED_POSITIONS = 4, 512
-"""Rows, and most positions of each, that a reloaded folder is asked for (`checking.compare_rows`)."""
+EXPERTS_TOGETHER = 8
+"""Bytes that products form for each weight of the largest parameter of fused experts in a step of all blocks
+(measured, in both dtypes)."""
+LOGITS_OF_STEP = 5
+"""Logits of a step of all blocks: two models', their gradient, and what is formed of them."""
 PACKED = 1
 """Bytes of a code before it is packed."""
 COMPILER = 120 << 20
@@ -65,12 +49,16 @@ do not fit where smaller ones had been."""
 FRAGMENTS_IN_BFLOAT16 = 0.27
 """The same in bfloat16 on the host: tensors of two and of four bytes a number come and go in turn, and
 programs of products lie between them (measured: 0.02 to 0.23)."""
+FRAGMENTS_TOGETHER = 0.35
+"""The same while all blocks are tuned together (measured: 0.1 to 0.33)."""
 FRAGMENTS_OF_STEPS_IN_BFLOAT16 = 0.47
 """The same while offsets are tuned, of what comes and goes (measured: 0.4 after 100 steps)."""
 MAPPED = 32 << 20
 """Bytes from which on the C library maps a tensor by itself, so that it leaves no hole."""
 _STAY = (STREAMS, "rounding", "compiler")
 """Parts that stay while steps come and go."""
+ALL_BLOCKS = "all blocks"
+"""Name of the stage in which they are tuned together."""
 WORKSPACE = 12 << 20
 """Buffers of libraries, and small things."""
 
@@ -92,23 +80,8 @@ _OF_LOOP = ("offsets and ranges", "optimizer", "rounding", "activations and grad
 
 
 @dataclass(frozen=True, slots=True)
-class _Demand:
-    """A run at one level.
-
-    Attributes:
-        work: the run.
-        sizes: of its parts.
-        level: how it is run.
-        parameters: parameter and device (None: the main one) -> its weights there: the fused experts of a
-            device are rounded as one.
-        experts: parameter and expert -> weights of that.
-    """
-
-    work: Workload
-    sizes: Sizes
-    level: Level
-    parameters: Mapping[tuple[str, object], int]
-    experts: Mapping[tuple[str, int | None], int]
+class _Demand(Parts):
+    """What each stage holds."""
 
     def stages(self) -> tuple[Stage, ...]:
         if not self.sizes.tokens:
@@ -116,6 +89,7 @@ class _Demand:
         return (
             self._stage("trace", {}, self._trace()),
             self._tuning(),
+            *self._all_blocks(),
             self._stage("measure", self._measure() | self._streams_there(), self._streams_here()),
             *self._verify(),
         )
@@ -134,11 +108,11 @@ class _Demand:
     def _fragments(self, name: str, parts: Mapping[str, int]) -> int:
         """Bytes beside what a stage holds that the C library cannot give out again."""
         held, steps = sum(parts.values()), name == "tune" and bool(self.work.tune.iters)
-        share = FRAGMENTS_OF_STEPS if steps else FRAGMENTS
+        share = FRAGMENTS_OF_STEPS if steps or name == ALL_BLOCKS else FRAGMENTS
         if self.work.dtype is not torch.bfloat16 or self.work.device.type != "cpu":
             return int(share * held)
         if not steps:
-            return int(FRAGMENTS_IN_BFLOAT16 * held)
+            return int((FRAGMENTS_TOGETHER if name == ALL_BLOCKS else FRAGMENTS_IN_BFLOAT16) * held)
         rounded = self._tuned_parameters()
         tuned = [count for (parameter, _), count in self.parameters.items() if parameter in rounded]
         small = sum(count for count in tuned if count * FLOAT < MAPPED) / max(1, sum(tuned))
@@ -170,7 +144,7 @@ class _Demand:
         work = self.work
         own, itemsize = work.source.dtype.itemsize, work.dtype.itemsize
         found = 0
-        for layers in self._groups():
+        for layers in self.groups():
             count = sum(math.prod(layer.shape) for layer in layers)
             widest = max(max(layer.shape) for layer in layers)
             rows = min(self.level.rows or work.tune.batch_size, work.tune.batch_size)
@@ -182,7 +156,7 @@ class _Demand:
 
     def _trace(self) -> dict[str, int]:
         own, dtype = self.work.source.dtype, self.work.dtype
-        embeddings = self.sizes.outside - self._head()
+        embeddings = self.sizes.outside - self.head()
         return {
             "embeddings": embeddings + _cast(embeddings, own.itemsize, dtype.itemsize),
             STREAMS: 3 * self.sizes.stream,
@@ -191,7 +165,7 @@ class _Demand:
     def _tuning(self) -> Stage:
         """Blocks while they are tuned, on all their devices."""
         work, others = self.work, dict[str, int]()
-        for layers in self._groups():
+        for layers in self.groups():
             for device in dict.fromkeys(work.elsewhere.values()):
                 there = [a for a in layers if work.elsewhere.get(a.name) == device]
                 held = sum(self._block(there).values())
@@ -209,7 +183,7 @@ class _Demand:
         return replace(stage, others=others)
 
     def _tune(self) -> dict[str, int]:
-        groups = ([a for a in layers if a.name not in self.work.elsewhere] for layers in self._groups())
+        groups = ([a for a in layers if a.name not in self.work.elsewhere] for layers in self.groups())
         return max(map(self._block, groups), key=lambda parts: sum(parts.values()))
 
     def _block(self, layers: list[Layer]) -> dict[str, int]:
@@ -218,57 +192,93 @@ class _Demand:
         count = sum(math.prod(layer.shape) for layer in layers)
         quantized = [layer for layer in layers if layer.name in work.formats]
         tuned = sum(math.prod(layer.shape) for layer in quantized)
-        stacked = [layer for layer in quantized if self._by_matrix(layer)]
+        stacked = [layer for layer in quantized if self.by_matrix(layer)]
         apart = sum(math.prod(layer.shape) for layer in stacked)
-        largest = max(map(self._together, quantized), default=0)
+        largest = max(map(self.together, quantized), default=0)
         own, itemsize = work.source.dtype.itemsize, work.dtype.itemsize
         parts = {"weights": (count - apart) * itemsize + ((tuned - apart) * own if own != itemsize else 0)}
         parts["weights"] += apart * own
-        parts["statistics"] = self._statistics(quantized)
+        parts["statistics"] = self.statistics(quantized)
         at_once = self.level.rows or tune.batch_size
         parts["programs of products"] = kept_products(work, layers, at_once)
         if not tune.iters:
-            parts["ranges"] = self._ranges(quantized)
+            parts["ranges"] = self.ranges(quantized)
             formed = max(map(self._formed, quantized), default=0)
             rounding = (tuned if tune.search else largest) * FLOAT + formed
             # What rounding formed leaves holes, of other sizes than what comes then.
             holes = formed if tune.search else HOLES * min(SEARCH_BAND, largest)
-            after = (tuned - apart) * itemsize + holes + max(self._forward(layers), largest * FLOAT)
+            after = (tuned - apart) * itemsize + holes + max(self.forward(layers), largest * FLOAT)
             name = "search and rounding" if rounding > after else "rounded weights and activations"
             parts[name] = max(rounding, after) + tuned * PACKED
             return parts
         copies = 2 if tune.keep_best else 1
         state = 2 * FLOAT if tune.optimizer.value == "adam" else FLOAT if tune.momentum else 0
-        own_ranges = self._ranges(quantized)
+        own_ranges = self.ranges(quantized)
         parts["offsets and ranges"] = copies * ((tuned - apart) * FLOAT + own_ranges)
         parts["offsets and ranges"] += apart * (FLOAT + (copies - 1) * PACKED)
         parts["optimizer"] = tuned * state
-        whole = [layer for layer in quantized if not self._by_matrix(layer)]
-        kept = 0 if self.level.rounds_again else sum(map(self._kept, whole))
+        whole = [layer for layer in quantized if not self.by_matrix(layer)]
+        kept = 0 if self.level.rounds_again else sum(map(self.kept, whole))
         parts["rounding"] = (tuned - apart) * itemsize + kept + apart * PACKED
-        backward = max(self._backward(layers, tuned - apart), self._through(whole, tuned - apart, largest))
-        at_once = self._passes() == 1 and sign_move(tune, 0) is not None
+        backward = max(self.backward(layers, tuned - apart), self.through(whole, tuned - apart, largest))
+        at_once = self.passes() == 1 and sign_move(tune, 0) is not None
         if not at_once:  # else each matrix of a stack is learned as its gradient comes
             backward += apart * FLOAT
         parts["activations and gradients"] = backward
-        searched = tuned * FLOAT + own_ranges + self._searched(quantized) * SEARCHED
+        searched = tuned * FLOAT + own_ranges + self.searched(quantized) * SEARCHED
         before = sum(parts[name] for name in _OF_LOOP)
         if tune.search and searched > before:  # ranges are searched before anything of the loop is there
             parts |= dict.fromkeys(_OF_LOOP, 0) | {"offsets and ranges": tuned * FLOAT + own_ranges}
             parts["search"] = searched - parts["offsets and ranges"]
         if work.by_predictions and any(layer.block == len(work.source.blocks) - 1 for layer in layers):
-            parts["head and logits"] = self.sizes.outside + logits_budget(
-                work.device, sparing=work.memory.low_gpu_mem_usage
-            )
+            parts["head and logits"] = self.sizes.outside + self.logits_budget()
         return parts
+
+    def _all_blocks(self) -> tuple[Stage, ...]:
+        """All blocks while they are tuned together: one of them, and what flows between them."""
+        work, config = self.work, self.work.together
+        if config is None:
+            return ()
+        rows, facts = rows_of_step(work.seqlen), work.source.facts
+        in_memory = states_in_memory(config, work.quantized, work.memory)
+        row, units = self.sizes.stream // max(1, work.rows), sum(1 for _ in self.groups())
+        aside = {
+            "offsets and moments": STATE_BYTES * work.quantized if in_memory and not config.codes_stay else 0,
+            "between blocks": flowing_bytes(units, row, work.seqlen, work.held_out, config.steps),
+        }
+        largest = max((self._unit(layers, rows, in_memory) for layers in self.groups()), default=0)
+        positions = min(positions_at_once(facts.vocabulary, self.logits_budget()), work.seqlen)
+        logits = LOGITS_OF_STEP * positions * facts.vocabulary * work.dtype.itemsize
+        cast = _cast(self.largest_outside(), work.source.dtype.itemsize, work.dtype.itemsize)
+        parts = {"embeddings and head": self.sizes.outside + cast, "a block or logits": max(largest, logits)}
+        at_once = min(rows, self.level.rows or work.tune.batch_size)
+        # Those of block tuning stay.
+        parts["programs of products"] = 2 * max(kept_products(work, a, at_once) for a in self.groups())
+        return (self._stage(ALL_BLOCKS, parts | self._streams_there(), aside | self._streams_here()),)
+
+    def _unit(self, layers: list[Layer], rows: int, in_memory: bool) -> int:
+        """A group of blocks while it is tuned with all others."""
+        work = self.work
+        own, itemsize = work.source.dtype.itemsize, work.dtype.itemsize
+        quantized = [layer for layer in layers if layer.name in work.formats]
+        count, tuned = (sum(math.prod(a.shape) for a in some) for some in (layers, quantized))
+        weights = count * itemsize + (tuned * own if own != itemsize else 0)
+        states = 0 if in_memory and work.device.type == "cpu" else STATE_BYTES * tuned
+        rounded = tuned * 2 * itemsize + sum(map(self.kept, quantized))
+        at_once = min(rows, self.level.rows or work.tune.batch_size)
+        experts = {a.parameter for a in quantized if a.expert is not None}
+        stacks = (sum(n for (p, _), n in self.parameters.items() if p == parameter) for parameter in experts)
+        products = max(stacks, default=0) * EXPERTS_TOGETHER
+        through = max(self.activations(layers, at_once) + products, tuned * FLOAT)
+        return weights + states + self.ranges(quantized) + rounded + through
 
     def _measure(self) -> dict[str, int]:
         """Norm and head, after the last block."""
         own, dtype = self.work.source.dtype, self.work.dtype
         outside = self.sizes.outside
         return {
-            "embeddings and head": outside + _cast(self._largest_outside(), own.itemsize, dtype.itemsize),
-            "logits": self._logits(),
+            "embeddings and head": outside + _cast(self.largest_outside(), own.itemsize, dtype.itemsize),
+            "logits": self.logits(),
         }
 
     def _verify(self) -> tuple[Stage, ...]:
@@ -282,10 +292,10 @@ class _Demand:
         compared = {}
         if self.sizes.tokens:
             compared = {
-                "logits": 2 * self._verified_logits() + self._cast_logits() + self._logits() // 4,
+                "logits": 2 * self.verified_logits() + self.cast_logits() + self.logits() // 4,
                 STREAMS: self.sizes.stream,
             }
-        at_work = max(work.output_bytes, self._largest_outside(), sum(compared.values()))
+        at_work = max(work.output_bytes, self.largest_outside(), sum(compared.values()))
         loaded = {"model": self.sizes.outside + packed, **compared}
         loaded["at work"] = at_work - sum(
             compared.values()
@@ -311,153 +321,7 @@ class _Demand:
         band = min(weights_at_once(self.work.device, SEARCH_BAND), count)
         if isinstance(self.work.formats[layer.name].grid, FloatGrid):
             return band * ENCODED
-        return band * FLOAT * (1 if self._by_program(layer) else 2)
-
-    # --- parts of them
-
-    def _groups(self) -> Iterator[list[Layer]]:
-        """Layers of each group of blocks that are tuned as one."""
-        blocks: dict[int, list[Layer]] = {}
-        for layer in self.work.source.layers:
-            if layer.block is not None:
-                blocks.setdefault(layer.block // self.work.nblocks, []).append(layer)
-        yield from blocks.values()
-
-    def _by_matrix(self, layer: Layer) -> bool:
-        """Whether a layer belongs to experts that run, and are tuned, one matrix after the other."""
-        work = self.work
-        half = work.dtype is torch.float16
-        known = layer.expert is not None and work.source.tells_experts_apart(layer.parameter)
-        return known and work.device.type == "cpu" and not work.tune.by_row and not half
-
-    def _ends_expert(self, layer: Layer) -> bool:
-        """Whether a layer is the second matrix of an expert that runs matrix by matrix."""
-        return (
-            self._by_matrix(layer) and layer.rows is None and layer.shape[0] == self.work.source.facts.width
-        )
-
-    def _at_work(self, layer: Layer) -> int:
-        """What the products of an expert, or of all experts of a parameter, form and keep for gradients."""
-        work, count = self.work, self._together(layer)
-        if not self._by_matrix(layer):
-            copies = EXPERTS_AT_WORK if work.source.tells_experts_apart(layer.parameter) else 0
-        elif layer.name in work.formats and sign_move(work.tune, 0) and self._by_program(layer):
-            copies = EXPERT_BY_PROGRAM
-        else:
-            copies = EXPERT_AT_WORK
-        return count * copies * work.dtype.itemsize
-
-    def _together(self, layer: Layer) -> int:
-        """Weights that are rounded at once with those of a layer: its parameter, or its expert."""
-        if self._by_matrix(layer):
-            return self.experts[layer.parameter, layer.expert]
-        return self.parameters[layer.parameter, self.work.elsewhere.get(layer.name)]
-
-    def _backward(self, layers: list[Layer], tuned: int) -> int:
-        """Gradients of the loss by rounded weights, while activations are still there."""
-        itemsize = self.work.dtype.itemsize
-        found, passes = tuned * itemsize, self._passes()
-        fused = (self._at_work(layer) for layer in layers if layer.role is Role.EXPERT)
-        activations = self._activations(layers) + max(fused, default=0)
-        # Those of the last matrices come while attention is differentiated, and passes leave holes.
-        return activations + found + (tuned * FLOAT if passes > 1 else 0)
-
-    def _through(self, layers: list[Layer], tuned: int, largest: int) -> int:
-        """The same gradients on their way through the rounding."""
-        itemsize = self.work.dtype.itemsize
-        through = tuned * (FLOAT + itemsize) + (largest * FLOAT if itemsize != FLOAT else 0)
-        if self.level.rounds_again:
-            through += max(map(self._kept, layers), default=0) - tuned * itemsize
-        return through
-
-    def _kept(self, layer: Layer) -> int:
-        """What the backward pass of the rounding of a layer keeps."""
-        if self._by_program(layer):
-            return 0
-        fmt = self.work.formats[layer.name]
-        floats = isinstance(fmt.grid, FloatGrid)
-        return math.prod(layer.shape) * (KEPT_BY_ROUNDING + (SPACING if floats else 0))
-
-    def _by_program(self, layer: Layer) -> bool:
-        """Whether a C program rounds a layer, which forms and keeps nothing besides."""
-        fmt = self.work.formats[layer.name]
-        return self.work.device.type == "cpu" and can_round(fmt.grid, fmt.group)
-
-    def _searched(self, layers: list[Layer]) -> int:
-        """Weights of the largest band that is searched at a time: matrix by matrix."""
-        return min(SEARCH_BAND, max((math.prod(a.shape) for a in layers), default=0))
-
-    def _ranges(self, layers: list[Layer]) -> int:
-        """Multipliers and measured ranges of all groups, both ends."""
-        groups = (math.prod(self.work.formats[a.name].group.scale_shape(a.shape)) for a in layers)
-        return 4 * FLOAT * sum(groups)
-
-    def _statistics(self, layers: list[Layer]) -> int:
-        """Squares and products of the inputs of each matrix and expert, as sums and as means."""
-        if not self.work.tune.search:
-            return 0
-        inputs = {(a.parameter, a.expert): a.shape[1] for a in layers}
-        return 2 * sum(inputs.values()) * (TILE + 2) * FLOAT
-
-    def _passes(self) -> int:
-        tune = self.work.tune
-        rows = min(tune.batch_size, max(1, self.work.rows))
-        return math.ceil(rows / (self.level.rows or rows)) * tune.accumulate
-
-    def _activations(self, layers: list[Layer]) -> int:
-        """What the backward pass through a group keeps and forms, bytes."""
-        work = self.work
-        facts, length, share = work.source.facts, work.seqlen, active_share(work.source)
-        rows = min(self.level.rows or work.tune.batch_size, work.tune.batch_size, max(1, work.rows))
-        widths = sum(sum(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in layers)
-        widths += share * GATE * sum(a.shape[1] for a in layers if self._ends_expert(a))
-        widest = max((max(a.shape) for a in layers), default=0)
-        scores = 0.0
-        if work.device.type == "cpu":
-            kept = (ATTENTION_BANDS + 1) / (2 * ATTENTION_BANDS)
-            narrow = work.dtype is torch.bfloat16  # measured: no less where compiled
-            formed = 1 / ATTENTION_BANDS if work.compiled and not narrow else 1
-            scores = facts.heads * length * (kept * work.nblocks + formed)
-        each = widths + NORMS * facts.width * work.nblocks + 3 * widest + scores
-        return int(rows * length * each * work.dtype.itemsize)
-
-    def _forward(self, layers: list[Layer]) -> int:
-        """What a pass through a group forms where nothing is differentiated: gate, product and activation."""
-        work = self.work
-        rows = min(self.level.rows or work.tune.batch_size, max(1, work.rows))
-        widest = max((max(a.shape) for a in layers), default=0)
-        scores = work.source.facts.heads * work.seqlen // ATTENTION_BANDS if work.device.type == "cpu" else 0
-        formed = max(3 * widest, 2 * scores) * work.dtype.itemsize
-        if work.rounds_inputs:  # in float32: scaled, on the grid, and scaled back
-            formed = max(formed, 3 * max((a.shape[1] for a in layers), default=0) * FLOAT)
-        return rows * work.seqlen * formed
-
-    def _head(self) -> int:
-        """The output head, where it is a matrix of its own."""
-        source = self.work.source
-        heads = (math.prod(a.shape) for a in source.layers if a.role is Role.HEAD)
-        return 0 if source.tied_head else sum(heads) * self.work.dtype.itemsize
-
-    def _largest_outside(self) -> int:
-        """The larger of embedding and head in the compute dtype."""
-        facts = self.work.source.facts
-        return facts.vocabulary * facts.width * self.work.dtype.itemsize
-
-    def _logits(self) -> int:
-        """Logits of two models in float32, and what is formed of them."""
-        facts = self.work.source.facts
-        return min(MEASURED_LOGITS_BYTES, 4 * FLOAT * facts.vocabulary * self.work.seqlen)
-
-    def _verified_logits(self) -> int:
-        """Logits of one model for the rows on which a folder is compared."""
-        work = self.work
-        each = work.source.facts.vocabulary * work.dtype.itemsize
-        return min(MEASURED_LOGITS_BYTES, VERIFIED_ROWS * min(work.seqlen, VERIFIED_POSITIONS) * each)
-
-    def _cast_logits(self) -> int:
-        """A row of those in float32, as they are compared; none are formed where they are float32."""
-        row = min(self.work.seqlen, VERIFIED_POSITIONS) * self.work.source.facts.vocabulary * FLOAT
-        return row if self.work.dtype.itemsize < FLOAT else 0
+        return band * FLOAT * (1 if self.by_program(layer) else 2)
 
 
 def _cast(nbytes: int, own: int, wanted: int) -> int:

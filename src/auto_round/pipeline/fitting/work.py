@@ -13,6 +13,7 @@ from auto_round.facts.layer import Role
 from auto_round.models.source import ModelSource
 from auto_round.numerics.format import Format
 from auto_round.tuning.config import TuneConfig
+from auto_round.tuning.distill import DistillConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class Workload:
         output_bytes: all output folders together.
         compiled: the tuning step is compiled.
         rounds_inputs: what quantized layers are multiplied by is rounded, too.
+        together: settings of tuning all blocks together; None where that is not asked for.
     """
 
     source: ModelSource
@@ -58,6 +60,7 @@ class Workload:
     ahead: torch.device | None = None
     compiled: bool = False
     rounds_inputs: bool = False
+    together: DistillConfig | None = None
 
     @property
     def quantized(self) -> int:

@@ -17,9 +17,6 @@ from auto_round.pipeline.fitting.choose import wants_files
 from auto_round.pipeline.fitting.level import Level, Place
 from auto_round.pipeline.machine.memory import available_bytes
 
-SPILL_BYTES = 2 << 30
-"""What is kept of all weights beside the streams lies in files above this size."""
-
 SAVED_AS = 2
 """Version of the files that streams are saved in; a run with files of another version is not continued."""
 

@@ -39,26 +39,26 @@ LOGITS_OF_STEP = 5
 """Logits of a step of all blocks: two models', their gradient, and what is formed of them."""
 PACKED = 1
 """Bytes of a code before it is packed."""
-COMPILER = 120 << 20
-"""The compiler of `torch.compile` and its graphs, on the host (measured, with holes: 138 MB)."""
-FRAGMENTS = 0.15
-"""Share of the memory given out and returned that the C library cannot give out again, as measured."""
-FRAGMENTS_OF_STEPS = 0.19
-"""The same while offsets are tuned: the largest of many blocks counts, and tensors that grow with the batch
-do not fit where smaller ones had been."""
-FRAGMENTS_IN_BFLOAT16 = 0.27
-"""The same in bfloat16 on the host: tensors of two and of four bytes a number come and go in turn, and
-programs of products lie between them (measured: 0.02 to 0.23)."""
-FRAGMENTS_TOGETHER = 0.35
-"""The same while all blocks are tuned together (measured: 0.1 to 0.33)."""
-FRAGMENTS_OF_STEPS_IN_BFLOAT16 = 0.47
-"""The same while offsets are tuned, of what comes and goes (measured: 0.4 after 100 steps)."""
+COMPILER = 130 << 20
+"""The compiler of `torch.compile` and its graphs, on the host (measured: 138 to 160 MB)."""
+FRAGMENTS = {
+    "tune": (0.19, 0.38),
+    "search": (0.10, 0.30),
+    "round": (0.10, 0.15),
+    "all blocks": (0.19, 0.35),
+    "verify": (0.15, 0.40),
+}
+"""Share of the memory given out and returned that the C library cannot give out again, as measured in float32
+and in bfloat16 on the host: there tensors of two and of four bytes a number come and go in turn, and programs
+of products lie between them. While offsets are tuned ("tune"; without steps it is "search" or "round") the
+largest of many blocks counts, and tensors that grow with the batch do not fit where smaller ones had been; in
+bfloat16 it is the share of what comes and goes."""
+OTHER_FRAGMENTS = (0.15, 0.27)
+"""The same of all other stages."""
 MAPPED = 32 << 20
 """Bytes from which on the C library maps a tensor by itself, so that it leaves no hole."""
 _STAY = (STREAMS, "rounding", "compiler")
 """Parts that stay while steps come and go."""
-ALL_BLOCKS = "all blocks"
-"""Name of the stage in which they are tuned together."""
 WORKSPACE = 12 << 20
 """Buffers of libraries, and small things."""
 
@@ -108,16 +108,18 @@ class _Demand(Parts):
     def _fragments(self, name: str, parts: Mapping[str, int]) -> int:
         """Bytes beside what a stage holds that the C library cannot give out again."""
         held, steps = sum(parts.values()), name == "tune" and bool(self.work.tune.iters)
-        share = FRAGMENTS_OF_STEPS if steps or name == ALL_BLOCKS else FRAGMENTS
+        rounds = "search" if self.work.tune.search else "round"
+        kind = rounds if name == "tune" and not steps else name
+        wide, narrow = FRAGMENTS.get(kind, OTHER_FRAGMENTS)
         if self.work.dtype is not torch.bfloat16 or self.work.device.type != "cpu":
-            return int(share * held)
+            return int(wide * held)
         if not steps:
-            return int((FRAGMENTS_TOGETHER if name == ALL_BLOCKS else FRAGMENTS_IN_BFLOAT16) * held)
+            return int(narrow * held)
         rounded = self._tuned_parameters()
         tuned = [count for (parameter, _), count in self.parameters.items() if parameter in rounded]
         small = sum(count for count in tuned if count * FLOAT < MAPPED) / max(1, sum(tuned))
         moves = held - sum(parts.get(part, 0) for part in _STAY)
-        return int(max(share * held, FRAGMENTS_OF_STEPS_IN_BFLOAT16 * small * moves))
+        return int(max(wide * held, narrow * small * moves))
 
     def _tuned_parameters(self) -> set[str]:
         """Parameters of blocks that are rounded."""
@@ -254,7 +256,7 @@ class _Demand(Parts):
         at_once = min(rows, self.level.rows or work.tune.batch_size)
         # Those of block tuning stay.
         parts["programs of products"] = 2 * max(kept_products(work, a, at_once) for a in self.groups())
-        return (self._stage(ALL_BLOCKS, parts | self._streams_there(), aside | self._streams_here()),)
+        return (self._stage("all blocks", parts | self._streams_there(), aside | self._streams_here()),)
 
     def _unit(self, layers: list[Layer], rows: int, in_memory: bool) -> int:
         """A group of blocks while it is tuned with all others."""

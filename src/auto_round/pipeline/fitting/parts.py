@@ -112,7 +112,9 @@ class Parts:
     def through(self, layers: list[Layer], tuned: int, largest: int) -> int:
         """The same gradients on their way through the rounding."""
         itemsize = self.work.dtype.itemsize
-        through = tuned * (FLOAT + itemsize) + (largest * FLOAT if itemsize != FLOAT else 0)
+        # The program reads bfloat16 as it is; PyTorch makes float32 of it, matrix by matrix.
+        read = self.work.dtype is torch.bfloat16 and all(map(self.by_program, layers))
+        through = tuned * (FLOAT + itemsize) + (largest * FLOAT if itemsize != FLOAT and not read else 0)
         if self.level.rounds_again:
             through += max(map(self.kept, layers), default=0) - tuned * itemsize
         return through

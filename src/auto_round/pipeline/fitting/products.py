@@ -36,12 +36,15 @@ def kept_products(work: Workload, layers: list[Layer], rows: int) -> int:
     whole = len({layer.shape for layer in layers if layer.role is not Role.EXPERT})
     shapes = len({layer.shape for layer in layers if layer.role is Role.EXPERT})
     experts = len({layer.expert for layer in layers if layer.role is Role.EXPERT})
+    alone = all(work.source.tells_experts_apart(a.parameter) for a in layers if a.role is Role.EXPERT)
     count = len(tuned) * (3 * whole + OF_ATTENTION) + len(passed) * whole
-    for sizes, each in ((tuned, 3), (passed, 1)):  # experts get other numbers of tokens in each pass
+    # Experts get other numbers of tokens in each pass, unless all of them get all tokens.
+    for sizes, each in ((tuned, 3), (passed, 1)):
         most = int(UNEVEN * active_share(work.source) * max(sizes, default=0) * work.seqlen)
         numbers = {filled_up(n) for n in range(1, most + 1)}
         passes = work.tune.iters if each == 3 else 1
-        count += each * shapes * min(len(numbers), experts * len(sizes) * passes)
+        many = min(len(numbers), experts * len(sizes) * passes) if alone else len(sizes)
+        count += each * shapes * many
     return min(KEPT_PRODUCTS, count) * PROGRAM
 
 

@@ -63,7 +63,9 @@ def given():
 
 def test_what_flows_into_the_second_list_is_found_behind_the_first(folder, tmp_path, given):
     """A norm stands between the lists: the second begins with what the model makes of the first one's end."""
-    options = build_options({**SHORT, "model": str(folder), "output_dir": str(tmp_path / "out"), "amp": False})
+    options = build_options(
+        {**SHORT, "model": str(folder), "output_dir": str(tmp_path / "out"), "amp": False}
+    )
     job = prepare(options, dataset=given["dataset"])
     _, first = trace_rows(job, tmp_path)
     generator = torch.Generator().manual_seed(0)

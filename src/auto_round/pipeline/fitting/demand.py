@@ -42,9 +42,9 @@ PACKED = 1
 COMPILER = 130 << 20
 """The compiler of `torch.compile` and its graphs, on the host (measured: 138 to 160 MB)."""
 FRAGMENTS = {
-    "tune": (0.19, 0.38),
-    "search": (0.10, 0.30),
-    "round": (0.10, 0.15),
+    "tune": (0.21, 0.38),
+    "search": (0.08, 0.30),
+    "round": (0.10, 0.18),
     "all blocks": (0.19, 0.35),
     "verify": (0.15, 0.40),
 }
@@ -111,15 +111,17 @@ class _Demand(Parts):
         rounds = "search" if self.work.tune.search else "round"
         kind = rounds if name == "tune" and not steps else name
         wide, narrow = FRAGMENTS.get(kind, OTHER_FRAGMENTS)
-        if self.work.dtype is not torch.bfloat16 or self.work.device.type != "cpu":
-            return int(wide * held)
+        on_host = self.work.device.type == "cpu"
         if not steps:
-            return int(narrow * held)
+            return int((narrow if on_host and self.work.dtype is torch.bfloat16 else wide) * held)
         rounded = self._tuned_parameters()
         tuned = [count for (parameter, _), count in self.parameters.items() if parameter in rounded]
-        small = sum(count for count in tuned if count * FLOAT < MAPPED) / max(1, sum(tuned))
+        small = sum(count for count in tuned if count * FLOAT < MAPPED)
+        if self.work.dtype is not torch.bfloat16 or not on_host:
+            mapped = FLOAT * (sum(tuned) - small) // sum(1 for _ in self.groups())  # offsets, of a group
+            return int(wide * max(0, held - mapped))
         moves = held - sum(parts.get(part, 0) for part in _STAY)
-        return int(max(wide * held, narrow * small * moves))
+        return int(max(wide * held, narrow * small / max(1, sum(tuned)) * moves))
 
     def _tuned_parameters(self) -> set[str]:
         """Parameters of blocks that are rounded."""

@@ -20,8 +20,8 @@ DTYPES = ("bfloat16", "float32") if has_bfloat16_arithmetic() else ("float32",)
 
 
 RUNS = 3
-"""Runs of which the largest peak counts: those of the same command differ, by 17 % where ranges are searched in
-bfloat16, and a plan has to hold for all of them."""
+"""Runs of which the largest peak counts: those of the same command differ, by 17 % where ranges are searched
+in bfloat16, and a plan has to hold for all of them."""
 
 
 @pytest.mark.slow

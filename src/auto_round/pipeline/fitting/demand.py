@@ -44,13 +44,13 @@ COMPILER = 130 << 20
 FRAGMENTS = {
     "tune": (0.21, 0.38),
     "search": (0.08, 0.30),
-    "round": (0.10, 0.18),
+    "plain": (0.10, 0.18),
     "all blocks": (0.19, 0.35),
     "verify": (0.15, 0.40),
 }
 """Share of the memory given out and returned that the C library cannot give out again, as measured in float32
 and in bfloat16 on the host: there tensors of two and of four bytes a number come and go in turn, and programs
-of products lie between them. While offsets are tuned ("tune"; without steps it is "search" or "round") the
+of products lie between them. While offsets are tuned ("tune"; without steps it is "search" or "plain") the
 largest of many blocks counts, and tensors that grow with the batch do not fit where smaller ones had been; in
 bfloat16 it is the share of what comes and goes."""
 OTHER_FRAGMENTS = (0.15, 0.27)
@@ -108,7 +108,7 @@ class _Demand(Parts):
     def _fragments(self, name: str, parts: Mapping[str, int]) -> int:
         """Bytes beside what a stage holds that the C library cannot give out again."""
         held, steps = sum(parts.values()), name == "tune" and bool(self.work.tune.iters)
-        rounds = "search" if self.work.tune.search else "round"
+        rounds = "search" if self.work.tune.search else "plain"
         kind = rounds if name == "tune" and not steps else name
         wide, narrow = FRAGMENTS.get(kind, OTHER_FRAGMENTS)
         on_host = self.work.device.type == "cpu"

@@ -55,7 +55,7 @@ def assert_product(got, a, b):
 def test_products_and_what_is_learned_of_them(name, tokens, shape, dtype, seed):
     own, other = (made(name, shape, seed, dtype) for _ in range(2))
     x, grad = whole(tokens, shape[1], seed), whole(tokens, shape[0], seed + 1)
-    weights = own.weights_in(torch.bfloat16)
+    weights = own.weights(torch.bfloat16)
     out, to_x = torch.empty(tokens, shape[0]).bfloat16(), torch.empty_like(x)
     assert own.multiplies(x)
     own.multiply(x, out)

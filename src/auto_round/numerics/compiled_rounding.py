@@ -91,21 +91,13 @@ class CompiledRounding:
         return codes
 
     def weights(self, dtype: torch.dtype = torch.float32, *, hold: bool = False) -> Tensor:
-        """The rounded weights, with straight-through gradients in offsets and scales, as `Format.rounded`."""
-        s, how = self.scale, _How(self, dtype, hold)
+        """The rounded weights, with straight-through gradients in offsets and scales, as `Format.rounded`.
+
+        bfloat16 is written at once.
+        """
+        s, how = self.scale, _How(self, dtype if dtype is torch.bfloat16 else torch.float32, hold)
         made: Tensor = _Round.apply(self.w, s.step, s.zero, s.floor, self.v, how)  # type: ignore[no-untyped-call]
         return made.to(dtype)
-
-    def weights_in(self, dtype: torch.dtype) -> Tensor:
-        """The rounded weights in another dtype, without gradients; bfloat16 is written at once."""
-        return self._written(dtype).to(dtype)
-
-    def _written(self, dtype: torch.dtype) -> Tensor:
-        """The rounded weights as the program can write them: bfloat16 where that is asked for, or float32."""
-        held = dtype if dtype is torch.bfloat16 else torch.float32
-        out = torch.empty(self.w.shape, dtype=held, device="cpu")
-        self.write(out)
-        return out
 
     def write(self, out: Tensor) -> None:
         """Write the rounded weights, without gradients, into memory that is there.
@@ -223,10 +215,10 @@ def _addresses(*tensors: Tensor | None) -> tuple[ctypes.c_void_p, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _How:
-    """What `_Round` knows beside tensors; see `Format.rounded`."""
+    """What `_Round` knows beside tensors; `written` is a dtype that the program writes."""
 
     asked: CompiledRounding
-    dtype: torch.dtype
+    written: torch.dtype
     hold: bool
 
 
@@ -245,7 +237,9 @@ class _Round(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(w, step, zero, floor, v)
         ctx.grid, ctx.group, ctx.hold = how.asked.grid, how.asked.group, how.hold
-        return how.asked._written(how.dtype)
+        out = torch.empty(w.shape, dtype=how.written, device="cpu")
+        how.asked.write(out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

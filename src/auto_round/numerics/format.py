@@ -195,8 +195,7 @@ class Format:
     def rounded_in(self, w: Tensor, scale: Scale, v: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The same in another dtype, without gradients."""
         with torch.no_grad():
-            compiled = compiled_rounding(self.grid, self.group, w, v, scale)
-            return self.rounded(w, scale, v, dtype) if compiled is None else compiled.weights_in(dtype)
+            return self.rounded(w, scale, v, dtype)
 
     def rescale(self, q: QTensor, stats: Stats, knobs: Knobs) -> QTensor:
         """The same codes and zero points with the step that follows from other knobs.

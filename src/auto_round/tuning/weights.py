@@ -127,9 +127,7 @@ class Weight:
 
     def _fake(self, fmt: Format, w: Tensor, stats: Stats, learned: Learned, hold: bool) -> Tensor:
         scale = fmt.rule_for(stats).fit(stats, fmt.grid, learned.knobs)
-        if torch.is_grad_enabled():
-            return fmt.rounded(w, scale, learned.v, self.dtype, hold=hold)
-        return fmt.rounded_in(w, scale, learned.v, self.dtype)
+        return fmt.rounded(w, scale, learned.v, self.dtype, hold=hold)
 
     def learned(self) -> Learned:
         """The offsets and knobs as they are now, offsets a little inside of what rounds to the same codes.

@@ -243,24 +243,23 @@ class _Demand(Parts):
         work, config = self.work, self.work.together
         if config is None:
             return ()
-        rows, facts = rows_of_step(work.seqlen), work.source.facts
+        at_once = min(rows_of_step(work.seqlen), self.level.rows or work.tune.batch_size)
+        facts = work.source.facts
         in_memory = states_in_memory(config, work.quantized, work.memory)
         row, units = self.sizes.stream // max(1, work.rows), sum(1 for _ in self.groups())
         aside = {
             "offsets and moments": STATE_BYTES * work.quantized if in_memory and not config.codes_stay else 0,
             "between blocks": flowing_bytes(units, row, work.seqlen, work.held_out, config.steps),
         }
-        largest = max((self._unit(layers, rows, in_memory) for layers in self.groups()), default=0)
+        largest = max((self._unit(layers, at_once, in_memory) for layers in self.groups()), default=0)
         positions = min(positions_at_once(facts.vocabulary, self.logits_budget()), work.seqlen)
         logits = LOGITS_OF_STEP * positions * facts.vocabulary * work.dtype.itemsize
-        cast = _cast(self.largest_outside(), work.source.dtype.itemsize, work.dtype.itemsize)
-        parts = {"embeddings and head": self.sizes.outside + cast, "a block or logits": max(largest, logits)}
-        at_once = min(rows, self.level.rows or work.tune.batch_size)
+        parts = {"embeddings and head": self._ends(), "a block or logits": max(largest, logits)}
         # Those of block tuning stay.
         parts["programs of products"] = 2 * max(kept_products(work, a, at_once) for a in self.groups())
         return (self._stage("all blocks", parts | self._streams_there(), aside | self._streams_here()),)
 
-    def _unit(self, layers: list[Layer], rows: int, in_memory: bool) -> int:
+    def _unit(self, layers: list[Layer], at_once: int, in_memory: bool) -> int:
         """A group of blocks while it is tuned with all others."""
         work = self.work
         own, itemsize = work.source.dtype.itemsize, work.dtype.itemsize
@@ -269,7 +268,6 @@ class _Demand(Parts):
         weights = count * itemsize + (tuned * own if own != itemsize else 0)
         states = 0 if in_memory and work.device.type == "cpu" else STATE_BYTES * tuned
         rounded = tuned * 2 * itemsize + sum(map(self.kept, quantized))
-        at_once = min(rows, self.level.rows or work.tune.batch_size)
         experts = {a.parameter for a in quantized if a.expert is not None}
         stacks = (sum(n for (p, _), n in self.parameters.items() if p == parameter) for parameter in experts)
         products = max(stacks, default=0) * EXPERTS_TOGETHER
@@ -278,12 +276,12 @@ class _Demand(Parts):
 
     def _measure(self) -> dict[str, int]:
         """Norm and head, after the last block."""
+        return {"embeddings and head": self._ends(), "logits": self.logits()}
+
+    def _ends(self) -> int:
+        """Embedding and head, the larger as it is cast."""
         own, dtype = self.work.source.dtype, self.work.dtype
-        outside = self.sizes.outside
-        return {
-            "embeddings and head": outside + _cast(self.largest_outside(), own.itemsize, dtype.itemsize),
-            "logits": self.logits(),
-        }
+        return self.sizes.outside + _cast(self.largest_outside(), own.itemsize, dtype.itemsize)
 
     def _verify(self) -> tuple[Stage, ...]:
         """What was written, loaded by Transformers."""

@@ -14,6 +14,16 @@ _ATTENTION = {"num_attention_heads": 8, "num_key_value_heads": 4}
 _SHORT = {"iters": 5, "nsamples": 8, "seqlen": 128, "batch_size": 4}
 """The last of five steps takes a whole batch (`tuning.steps.GROWTH`); of three none does."""
 _PLAIN = {"iters": 0, "disable_opt_rtn": True, "verify": False}
+_DENSE = {"hidden_size": 768, "intermediate_size": 2048, **_ATTENTION}
+_EXPERTS = {
+    "hidden_size": 512,
+    "moe_intermediate_size": 256,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "head_dim": 64,
+    **_ATTENTION,
+}
+_VOCABULARY = {"hidden_size": 512, "intermediate_size": 768, "vocab_size": 48000, **_ATTENTION}
 _LARGE_EXPERTS = {
     "hidden_size": 1024,
     "moe_intermediate_size": 2048,
@@ -23,24 +33,13 @@ _LARGE_EXPERTS = {
     **_ATTENTION,
 }
 SHAPES = {
-    "dense": ("llama", {"hidden_size": 768, "intermediate_size": 2048, **_ATTENTION}, _SHORT),
+    "dense": ("llama", _DENSE, _SHORT),
     "no gate": (
         "gpt_neox",
         {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 8},
         _SHORT,
     ),
-    "experts": (
-        "qwen3_moe",
-        {
-            "hidden_size": 512,
-            "moe_intermediate_size": 256,
-            "num_experts": 16,
-            "num_experts_per_tok": 2,
-            "head_dim": 64,
-            **_ATTENTION,
-        },
-        _SHORT,
-    ),
+    "experts": ("qwen3_moe", _EXPERTS, _SHORT),
     "experts of one parameter": (
         "gpt_oss",
         {"hidden_size": 512, "intermediate_size": 512, "num_local_experts": 8, "head_dim": 64, **_ATTENTION},
@@ -66,11 +65,7 @@ SHAPES = {
         {"hidden_size": 256, "intermediate_size": 512, **_ATTENTION},
         {**_SHORT, "seqlen": 2048},
     ),
-    "vocabulary": (
-        "llama",
-        {"hidden_size": 512, "intermediate_size": 768, "vocab_size": 48000, **_ATTENTION},
-        _SHORT,
-    ),
+    "vocabulary": ("llama", _VOCABULARY, _SHORT),
     "matrices of 16 MB": (
         "llama",
         {"hidden_size": 1024, "intermediate_size": 4096, **_ATTENTION},
@@ -123,28 +118,9 @@ SHAPES = {
         {"hidden_size": 256, "intermediate_size": 512, **_ATTENTION},
         {**_SHORT, "seqlen": 2048, "enable_torch_compile": True},
     ),
-    "all blocks together": (
-        "llama",
-        {"hidden_size": 768, "intermediate_size": 2048, **_ATTENTION},
-        {**_SHORT, "distill_steps": 3},
-    ),
-    "all blocks together, experts": (
-        "qwen3_moe",
-        {
-            "hidden_size": 512,
-            "moe_intermediate_size": 256,
-            "num_experts": 16,
-            "num_experts_per_tok": 2,
-            "head_dim": 64,
-            **_ATTENTION,
-        },
-        {**_SHORT, "distill_steps": 3},
-    ),
-    "all blocks together, vocabulary": (
-        "llama",
-        {"hidden_size": 512, "intermediate_size": 768, "vocab_size": 48000, **_ATTENTION},
-        {**_SHORT, "distill_steps": 3},
-    ),
+    "all blocks together": ("llama", _DENSE, {**_SHORT, "distill_steps": 3}),
+    "all blocks together, experts": ("qwen3_moe", _EXPERTS, {**_SHORT, "distill_steps": 3}),
+    "all blocks together, vocabulary": ("llama", _VOCABULARY, {**_SHORT, "distill_steps": 3}),
     "many rows": (
         "qwen3",
         {"hidden_size": 512, "intermediate_size": 768, "head_dim": 64, **_ATTENTION},

@@ -1,4 +1,4 @@
-"""The planned peak is that of the run: not less in any, and at most 15 % more than the largest of a few."""
+"""The planned peak is that of the run: not less, and at most 15 % more."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ DTYPES = ("bfloat16", "float32") if has_bfloat16_arithmetic() else ("float32",)
 """Dtypes in which blocks run here."""
 
 
-RUNS = 3
-"""Runs of which the largest peak counts: those of the same command differ, by 17 % where ranges are searched
-in bfloat16, and a plan has to hold for all of them."""
+RUNS = {"optimized rounding": 3}
+"""Shapes whose peaks differ by 17 % from run to run -> runs of which the largest counts against the 15 %: a
+plan has to hold for all of them."""
 
 
 @pytest.mark.slow
@@ -30,7 +30,7 @@ in bfloat16, and a plan has to hold for all of them."""
 def test_the_planned_peak_is_that_of_the_run(tmp_path, shape, dtype):
     make_model(shape, tmp_path / "model")
     largest = 0.0
-    for run in range(RUNS):
+    for run in range(RUNS.get(shape, 1)):
         (tmp_path / str(run)).mkdir()
         (tmp_path / str(run) / "model").symlink_to(tmp_path / "model")
         command = [sys.executable, SCRIPT, shape, tmp_path / str(run), dtype]

@@ -181,16 +181,19 @@ def take_step(
         config: how far steps go.
     """
     for name, gradient in gradients.items():
+        value, rate = values[name], rates[name]
         for kind in ("mean", "square"):
             if f"{kind}.{name}" not in moments:
-                moments[f"{kind}.{name}"] = torch.zeros_like(values[name])
-        mean, square = moments[f"mean.{name}"], moments[f"square.{name}"]
+                moments[f"{kind}.{name}"] = torch.zeros_like(value)
+        both = moments[f"mean.{name}"], moments[f"square.{name}"]
         moments[f"usual.{name}"] = _shorten(gradient, moments.get(f"usual.{name}"))
-        size = config.factor(step) * rates[name].size
-        if rates[name].relative:
-            _relative_step(values[name], gradient, (mean, square), step, size)
+        size = config.factor(step) * rate.size
+        if rate.relative:  # the step from 0 is the same in units of the parameter
+            moved = torch.zeros_like(value)
+            _step_of_adam(moved, gradient, both, step, size)
+            value.addcmul_(value, moved)
         else:
-            _steps_of_adam(values[name], gradient, (mean, square), step, size)
+            _step_of_adam(value, gradient, both, step, size)
 
 
 def _shorten(gradient: Tensor, usual: Tensor | None) -> Tensor:
@@ -217,7 +220,7 @@ def _shorten(gradient: Tensor, usual: Tensor | None) -> Tensor:
     )
 
 
-def _steps_of_adam(
+def _step_of_adam(
     value: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: int, size: float
 ) -> None:
     """One step, by PyTorch's own program in one pass over memory where it has one for the device."""
@@ -239,14 +242,3 @@ def _steps_of_adam(
         eps=TINY,
         maximize=False,
     )
-
-
-def _relative_step(
-    value: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: int, size: float
-) -> None:
-    """The same in units of the parameter itself."""
-    (mean, square), (first, second) = moments, BETAS
-    mean.lerp_(gradient, 1 - first)
-    square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-    root = (square / (1 - second ** (step + 1))).sqrt_().add_(TINY)
-    value.addcmul_(value, mean / root, value=-size / (1 - first ** (step + 1)))

@@ -30,6 +30,7 @@ from auto_round.pipeline.deciding.decide import Decided, decide
 from auto_round.pipeline.deciding.fetch_rows import Data, refuse_unknown_tokens
 from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer, open_model, refuse_outputs
 from auto_round.pipeline.deciding.own_text import own_text
+from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.prepare import put_together
 from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.deciding.unaddressed import without_kept
@@ -268,6 +269,7 @@ def _setting(
         dtype=torch.float32,  # 8 bits lose less than bfloat16's own rounding does
         importance={},
         caches=None,
+        placement=place_layers(request.devices, opened.source, decided.plan),  # other devices measure
     )
     return Setting(
         job, candidates, search=decided.tune.search, batch_size=request.options.auto.score_batch_size

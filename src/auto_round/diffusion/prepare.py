@@ -26,7 +26,6 @@ from auto_round.pipeline.deciding.fetch_rows import held_out_rows
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.method import Method, method_of
 from auto_round.pipeline.deciding.open_model import Opened
-from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.memory import keep_few_products
@@ -286,7 +285,7 @@ def _job(request: Request, source: ReplayedSource) -> Job:
         device=request.device,
         dtype=decided.dtype,
         output=request.output,
-        placement=place_layers(request.devices, source, decided.plan),
+        placement=decided.placement,
         files=TRANSFORMERS if isinstance(source, EncoderSource) else DIFFUSERS,
     )
 

@@ -15,6 +15,7 @@ from auto_round.pipeline.deciding.activations import activation_formats, refuse_
 from auto_round.pipeline.deciding.caches import plan_caches, with_scales
 from auto_round.pipeline.deciding.kept_dtype import named_dtype
 from auto_round.pipeline.deciding.open_model import Opened
+from auto_round.pipeline.deciding.placement import Placement, place_layers, refuse_together
 from auto_round.pipeline.deciding.plan_together import plan_together
 from auto_round.pipeline.deciding.request import Request
 from auto_round.pipeline.machine.device import compute_dtype
@@ -37,6 +38,7 @@ class Decided:
         tune: settings of the tuning loop.
         dtype: dtype in which blocks run.
         caches: which scales of the key/value cache and of attention are calibrated; None for none.
+        placement: where the layers are worked on.
     """
 
     plan: Plan
@@ -46,6 +48,7 @@ class Decided:
     tune: TuneConfig
     dtype: torch.dtype
     caches: AttentionPlan | None
+    placement: Placement
 
 
 def decide(request: Request, opened: Opened, *, quiet: bool = False) -> Decided:
@@ -59,8 +62,9 @@ def decide(request: Request, opened: Opened, *, quiet: bool = False) -> Decided:
         quiet: a trial, of which the user hears nothing but refusals.
 
     Raises:
-        UnsupportedError: a format cannot hold the plan, or the model cannot be quantized as asked.
-        ConfigError: a rule or an option that cannot be carried out.
+        UnsupportedError: a format cannot hold the plan, the model cannot be quantized as asked, or experts
+            that must stay together would not.
+        ConfigError: a rule, a name in `device_map` or an option that cannot be carried out.
     """
     options = opened.options
     planners = (planner for exporter in request.formats if (planner := exporter.planner) is not None)
@@ -80,6 +84,8 @@ def decide(request: Request, opened: Opened, *, quiet: bool = False) -> Decided:
     tune = replace(tune, ranges=ranges)
     for exporter in exporters.values():
         exporter.check(options, request.output, calibrated=tune.needs_rows)
+    placement = place_layers(request.devices, opened.source, plan)
+    refuse_together(placement, wanted.distill_steps)
     own = named_dtype(options.model.model_dtype) or opened.source.dtype
     return Decided(
         plan=plan,
@@ -89,4 +95,5 @@ def decide(request: Request, opened: Opened, *, quiet: bool = False) -> Decided:
         tune=tune,
         dtype=compute_dtype(own, request.device, amp=options.tune.amp),
         caches=caches,
+        placement=placement,
     )

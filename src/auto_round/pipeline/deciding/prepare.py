@@ -18,7 +18,6 @@ from auto_round.pipeline.deciding.idle_options import Settled, idle_options
 from auto_round.pipeline.deciding.image_rows import first_with_images
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.open_model import Opened, open_model, refuse_outputs
-from auto_round.pipeline.deciding.placement import Placement, place_layers, refuse_together
 from auto_round.pipeline.deciding.request import Request, make_request
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.memory import keep_few_products
@@ -56,7 +55,6 @@ def prepare(
     decided = decide(request, opened)
     keep_few_products(request.device, decided.dtype)
     opened = replace(opened, options=replace(opened.options, tune=decided.wanted))
-    refuse_together(_placement(request, opened, decided), opened.options.tune.distill_steps)
     data = fetch_rows(opened, decided, request.device, dataset=dataset, dry=not rows)
     job = replace(put_together(request, opened, decided, data), processor=processor)
     settled = Settled(
@@ -93,16 +91,6 @@ def put_together(request: Request, opened: Opened, decided: Decided, data: Data)
         importance=decided.importance,
         caches=decided.caches,
         fresh=data.fresh,
-        placement=_placement(request, opened, decided),
+        placement=decided.placement,
         free=request.devices.free,
     )
-
-
-def _placement(request: Request, opened: Opened, decided: Decided) -> Placement:
-    """Where the layers are worked on.
-
-    Raises:
-        ConfigError: names or patterns in `device_map` that find no layer.
-        UnsupportedError: experts that must stay together would not.
-    """
-    return place_layers(request.devices, opened.source, decided.plan)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from auto_round import AutoRound, AutoScheme
 from auto_round.autoscheme import runs
@@ -14,6 +15,7 @@ from auto_round.autoscheme.runs import Given, choose_schemes
 from auto_round.config import Options, build_options
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.models.folder import FolderSource
+from auto_round.pipeline.machine import device
 from auto_round.pipeline.quantize import run
 from auto_round.pipeline.result import Result
 from pipeline.runs import SHORT, token_rows
@@ -181,6 +183,22 @@ def test_outputs_that_cannot_go_there_are_refused_before_anything_is_measured(
     scheme = AutoScheme(avg_bits=(3, 4), options=SCHEMES.split(","))
     with pytest.raises(ConfigError, match="makes one model, and 2 targets are given"):
         AutoRound(small(), scheme=scheme, dataset=ROWS).quantize()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, r"distill_steps takes rows .* expected 2 \+ 2 held out \+ 1 more, and the data give 4"),
+        ({"device_map": {"up_proj": "cpu", "": "meta:0"}}, "distill_steps runs on one device"),
+    ],
+)
+def test_what_all_blocks_cannot_be_tuned_on_is_refused_before_anything_is_measured(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(runs, "measured_scores", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(device, "_device", torch.device)  # as if one more were there
+    with pytest.raises(ConfigError, match=said):
+        chosen(small(), tmp_path / "out", nsamples=2, distill_steps=1, distill_nsamples=1, **given)
 
 
 def test_one_option_has_one_size(small: Any, tmp_path: Path) -> None:

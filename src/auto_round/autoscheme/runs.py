@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,14 @@ from auto_round.facts.inputs import WEIGHT
 from auto_round.facts.layer import Layer, Role
 from auto_round.log import ProgressSink, ignore_progress, logger
 from auto_round.pipeline.deciding.decide import Decided, decide
-from auto_round.pipeline.deciding.fetch_rows import Data, refuse_unknown_tokens
-from auto_round.pipeline.deciding.open_model import Opened, load_tokenizer, open_model, refuse_outputs
+from auto_round.pipeline.deciding.fetch_rows import Data, fetch_rows, refuse_unknown_tokens
+from auto_round.pipeline.deciding.open_model import (
+    Opened,
+    load_tokenizer,
+    open_model,
+    refuse_outputs,
+    within_context,
+)
 from auto_round.pipeline.deciding.own_text import own_text
 from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.prepare import put_together
@@ -158,6 +164,7 @@ def choose_schemes(
     candidates = menu.candidates
     for target in targets:
         refuse_unreachable(target, candidates, decided, opened)
+    _refuse_rows(menu, opened, decided, given)
     setting = _setting(request, opened, decided, candidates, given)
     scores = measured_scores(setting, options.auto.score_method, progress, Clock())
     chosen = [decide_on(target, candidates, scores, decided, opened) for target in targets]
@@ -213,8 +220,26 @@ def _plan(request: Request, opened: Opened, option: Option) -> Plan:
 
 def _trial(menu: Menu, opened: Opened, given: Given) -> Decided:
     """A run that mixes all options; refused where no plan of the wanted formats can."""
-    trial = make_request(menu.run(menu.candidates.in_turn), dataset=given.dataset)
+    trial = _request_of_all(menu, given)
     return decide(trial, replace(opened, options=trial.options), quiet=True)
+
+
+def _request_of_all(menu: Menu, given: Given) -> Request:
+    return make_request(menu.run(menu.candidates.in_turn), dataset=given.dataset)
+
+
+def _refuse_rows(menu: Menu, opened: Opened, decided: Decided, given: Given) -> None:
+    """Fetch the rows of a run that tunes all blocks together, to hear now of what it would be refused for.
+
+    It takes the most rows, and measuring takes hours. Data that can be read only once are left to the run.
+
+    Raises:
+        AutoRoundError: too few rows, or such as the stage cannot take.
+    """
+    if decided.wanted.distill_steps and not isinstance(given.dataset, Iterator):
+        trial = _request_of_all(menu, given)
+        options = replace(within_context(trial.options, opened.source), tune=decided.wanted)
+        fetch_rows(replace(opened, options=options), decided, trial.device, dataset=given.dataset)
 
 
 def _gguf(request: Request) -> bool:

@@ -74,7 +74,7 @@ def open_model(
     if tokenizer is None and (needed or options.model.tokenizer or source.folder is not None):
         tokenizer = load_tokenizer(options, source, required=needed)
     images = image_reader(options, source, processor)
-    return Opened(_within_context(options, source), source, tokenizer, images)
+    return Opened(within_context(options, source), source, tokenizer, images)
 
 
 def refuse_outputs(opened: Opened, folders: Iterable[Path]) -> None:
@@ -140,7 +140,7 @@ def load_tokenizer(options: Options, source: ModelSource, *, required: bool) -> 
         raise ConfigError(f"no tokenizer in {where} ({error}): name one with --tokenizer") from error
 
 
-def _within_context(options: Options, source: ModelSource) -> Options:
+def within_context(options: Options, source: ModelSource) -> Options:
     """The same options with rows no longer than the model's context."""
     context, wanted = source.facts.context, options.calibration.seqlen
     if context is None or wanted <= context:

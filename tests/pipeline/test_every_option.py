@@ -199,6 +199,8 @@ SILENT = {
     "extra_data_dir": (".", {}),
     "template": ("llava", {}),
     "platform": ("model_scope", PLAIN),
+    "iters": (100, {"scheme": "BF16"}),
+    "distill_steps": (2, {"scheme": "BF16"}),
     "distill_nsamples": (4, {}),
     "distill_lr": (0.1, {}),
     "distill_scales_only": (True, {}),
@@ -233,6 +235,15 @@ def test_what_does_nothing_is_said(tiny, caplog, monkeypatch, name):
     notes = prepared(tiny, {**beside, name: value}, caplog)
     assert any(name in note.split(" ha")[0].split(", ") for note in notes), notes
     assert not any(name in note for note in prepared(tiny, beside, caplog))
+
+
+def test_steps_of_a_run_that_rounds_nothing(tiny, caplog, monkeypatch):
+    """It copied the model, and the user had asked for hours of tuning."""
+    monkeypatch.setattr(logger, "propagate", True)
+    asked = {"scheme": "BF16", "iters": 5, "distill_steps": 2, "lr": 0.1}
+    (note,) = prepared(tiny, asked, caplog)
+    assert note == ("iters, distill_steps, lr have no effect: no layer is rounded, so nothing is tuned")
+    assert not prepared(tiny, {"scheme": "BF16", "iters": 0}, caplog)
 
 
 def prepared(tiny, given, caplog):

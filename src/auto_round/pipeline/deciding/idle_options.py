@@ -21,9 +21,10 @@ class Settled:
     """What was decided of a run, as far as options can lose their effect by it.
 
     Attributes:
-        options: what the user asked for.
+        options: what the user asked for, whatever became of it.
         tune: settings of the tuning loop.
         exporters: formats that are written.
+        rounds: some layer, or what attention keeps, is rounded.
         has_rows: some calibration rows are there.
         has_images: some of them have images.
         has_experts: the model sends tokens to some of its experts.
@@ -35,6 +36,7 @@ class Settled:
     options: Options
     tune: TuneConfig
     exporters: Collection[Exporter]
+    rounds: bool
     has_rows: bool
     has_images: bool
     has_experts: bool
@@ -58,7 +60,12 @@ class Idle:
     where: Callable[[Settled], bool]
 
 
-def _rounds(run: Settled) -> bool:
+def _tunes_nothing(run: Settled) -> bool:
+    asked = run.options.tune
+    return not run.rounds and (asked.iters > 0 or asked.distill_steps > 0)
+
+
+def _without_tuning(run: Settled) -> bool:
     return run.tune.iters == 0
 
 
@@ -74,26 +81,32 @@ def _on_cpu(run: Settled) -> bool:
     return run.on_cpu
 
 
+OF_STEPS: Final = (
+    "lr",
+    "minmax_lr",
+    "lr_scheduler",
+    "momentum",
+    "enable_adam",
+    "enable_minmax_tuning",
+    "enable_norm_bias_tuning",
+    "enable_quanted_input",
+    "gradient_accumulate_steps",
+    "nblocks",
+    "not_use_best_mse",
+    "dynamic_max_gap",
+    "enable_torch_compile",
+)
+"""Options of tuning each block."""
+OF_STEPS_TOGETHER: Final = ("distill_nsamples", "distill_lr", "distill_scales_only")
+"""Options of tuning all blocks together."""
+
 IDLE: Final = (
     Idle(
-        (
-            "lr",
-            "minmax_lr",
-            "lr_scheduler",
-            "momentum",
-            "enable_adam",
-            "enable_minmax_tuning",
-            "enable_norm_bias_tuning",
-            "enable_quanted_input",
-            "gradient_accumulate_steps",
-            "nblocks",
-            "not_use_best_mse",
-            "dynamic_max_gap",
-            "enable_torch_compile",
-        ),
-        "iters 0 rounds without tuning",
-        _rounds,
+        ("iters", "distill_steps", *OF_STEPS, *OF_STEPS_TOGETHER),
+        "no layer is rounded, so nothing is tuned",
+        _tunes_nothing,
     ),
+    Idle(OF_STEPS, "iters 0 rounds without tuning", _without_tuning),
     Idle(("momentum",), "Adam has its own", lambda run: run.options.tune.enable_adam),
     Idle(
         ("minmax_lr",),
@@ -103,10 +116,10 @@ IDLE: Final = (
     Idle(
         ("disable_opt_rtn",),
         "it says how iters 0 rounds; tuning always begins with searched ranges",
-        lambda run: not _rounds(run),
+        lambda run: not _without_tuning(run),
     ),
     Idle(
-        ("distill_nsamples", "distill_lr", "distill_scales_only"),
+        OF_STEPS_TOGETHER,
         "blocks are not tuned together (--distill_steps 300)",
         lambda run: not run.options.tune.distill_steps,
     ),

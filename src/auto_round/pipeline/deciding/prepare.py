@@ -58,9 +58,10 @@ def prepare(
     data = fetch_rows(opened, decided, request.device, dataset=dataset, dry=not rows)
     job = replace(put_together(request, opened, decided, data), processor=processor)
     settled = Settled(
-        options=job.options,
+        options=request.options,
         tune=job.tune,
         exporters=job.exporters.values(),
+        rounds=bool(job.plan.quantized) or job.caches is not None,
         has_rows=job.rows is not None,
         has_images=job.rows is not None and first_with_images(job.rows.rows) is not None,
         has_experts=any(layer.role is Role.EXPERT for layer in job.source.layers),

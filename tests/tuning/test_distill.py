@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from auto_round.config.tuning import TuneOptions
 from auto_round.errors import ConfigError
 from auto_round.tuning.distill import BETAS, DistillConfig, Rate, row_order, rows_of_step, take_step
 from auto_round.tuning.weights import MARGIN
@@ -111,7 +112,8 @@ def test_every_row_is_seen_before_one_is_seen_again():
     assert [rows_of_step(length) for length in (256, 1024, 2048, 5000)] == [4, 1, 1, 1]
 
 
-@pytest.mark.parametrize("given", [{"steps": 0}, {"steps": 1, "lr": 0.0}, {"steps": 1, "lr": 1.0}])
+@pytest.mark.parametrize("given", [{"distill_steps": -1}, {"distill_lr": 0.0}, {"distill_lr": 1.0}])
 def test_settings_that_cannot_be(given):
-    with pytest.raises(ConfigError):
-        DistillConfig(**given)
+    (name,) = given
+    with pytest.raises(ConfigError, match=name):
+        TuneOptions(**given)

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from auto_round.config.tuning import TuneOptions
-from auto_round.errors import ConfigError
 
 STEP_TOKENS = 1024
 """Tokens of a step, as far as whole rows allow."""
@@ -54,10 +53,10 @@ STEPS_BETWEEN_LOOKS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillConfig:
-    """Settings of the stage.
+    """Settings of the stage; `TuneOptions` says what they can be.
 
     Attributes:
-        steps: optimizer steps.
+        steps: optimizer steps, at least 1.
         lr: step of an offset in units of the grid's spacing; steps of ranges and norms grow and shrink with
             it. None for what suits the number of steps.
         codes_stay: learn the steps of groups only.
@@ -70,12 +69,6 @@ class DistillConfig:
     codes_stay: bool = False
     features: float = FEATURES
     seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"distill_steps must be at least 1, got {self.steps}")
-        if self.lr is not None and not 0 < self.lr < 1:
-            raise ConfigError(f"distill_lr must lie between 0 and 1, got {self.lr}")
 
     @property
     def offset_rate(self) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from auto_round.config.memory import MemoryOptions
 from auto_round.errors import ConfigError
 from auto_round.log import logger
 from auto_round.pipeline.distilling import shelf as shelf_module
@@ -94,7 +95,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny, tmp_path, monkeypatch, fil
     assert [e.done for e in seen if e.stage == "distill"][:1] == ([] if again is None else [again])
 
 
-def test_one_unit_is_open_at_a_time(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("given", "expected"), [({}, 3), ({"memory": "low"}, 1)], ids=["auto", "low"])
+def test_units_stay_open_as_far_as_memory_allows(tiny, tmp_path, monkeypatch, given, expected):
     monkeypatch.setattr(states, "SPILL_BYTES", 0)
     opened, most = [], []
     plain = Units.open
@@ -109,8 +111,21 @@ def test_one_unit_is_open_at_a_time(tiny, tmp_path, monkeypatch):
             opened.remove(number)
 
     monkeypatch.setattr(Units, "open", counted)
-    quantize(tiny("qwen3", **QWEN, num_hidden_layers=3), tmp_path / "out", **{**SHORT, "distill_steps": 2})
-    assert max(most) == 1
+    model, settings = tiny("qwen3", **QWEN, num_hidden_layers=3), {**SHORT, "distill_steps": 2, **given}
+    quantize(model, tmp_path / "out", **settings)
+    assert max(most) == expected
+    assert not opened
+
+
+def test_the_last_units_stay_up_to_a_size():
+    sizes, cpu, gpu = [4, 3, 2, 1], torch.device("cpu"), torch.device("cuda")
+    unit = states.STAY_BYTES // 6
+    sizes = [size * unit for size in sizes]
+    assert states.staying_units(sizes, MemoryOptions(), cpu) == 3
+    assert states.staying_units(sizes, MemoryOptions(low_gpu_mem_usage=True), gpu) == 0
+    assert states.staying_units(sizes, MemoryOptions(low_gpu_mem_usage=True), cpu) == 3
+    assert states.staying_units(sizes, MemoryOptions(low_cpu_mem_usage=False), cpu) == 4
+    assert states.staying_units(sizes, MemoryOptions(memory="lowest", low_cpu_mem_usage=False), cpu) == 0
 
 
 def test_too_few_rows_are_refused_before_anything_is_tuned(tiny, tmp_path):

@@ -1,6 +1,8 @@
-"""The sweep that holds one unit at a time has the gradients of plain autograd through the whole model."""
+"""The sweep has the gradients of plain autograd through the whole model, whichever units stay in memory."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,7 +107,7 @@ def expected(job, model, shelf, members, batch):
         )
     loss = kl + 0.1 * sum(errors) / len(ends) / BEFORE
     loss.backward()
-    return {key: v.grad for key, v in values.items()}, float(kl)
+    return {key: v.grad for key, v in values.items()}, float(kl.detach())
 
 
 @pytest.mark.parametrize(
@@ -113,10 +115,16 @@ def expected(job, model, shelf, members, batch):
     [("llama", {}), ("qwen3", {"nblocks": 2, "sym": False}), ("qwen2_moe", {})],
     ids=["llama", "two blocks as one", "experts"],
 )
-def test_gradients_are_those_of_the_whole_model(tiny, tmp_path, family, given):
+@pytest.mark.parametrize(
+    ("stay", "at_once"),
+    [(0, 8), (1, 2), (None, 8)],
+    ids=["none stays", "the last stays, two passes", "all stay"],
+)
+def test_gradients_are_those_of_the_whole_model(tiny, tmp_path, family, given, stay, at_once):
     folder = tiny(family, torch.float32, num_hidden_layers=3)
     rows = token_rows()
     job = job_of(folder, rows, **given)
+    job = replace(job, tune=replace(job.tune, rows_at_once=at_once))
     size = given.get("nblocks", 1)
     blocks = [block.index for block in job.source.blocks]
     members = [blocks[i : i + size] for i in range(0, len(blocks), size)]
@@ -128,7 +136,8 @@ def test_gradients_are_those_of_the_whole_model(tiny, tmp_path, family, given):
     wanted, kl = expected(job, model, shelf, members, job.fresh[:3])
     with job.source.stem(CPU, torch.float32) as stem:
         ends = Ends(stem.finish, stem.finish, 7)
-        sweep = Sweep(units, ends, DistillConfig(steps=1), [BEFORE] * len(members))
+        many = len(members) if stay is None else stay
+        sweep = Sweep(units, ends, DistillConfig(steps=1), [BEFORE] * len(members), stay=many)
         room = Boundaries.like(batch, len(members), Home(CPU, files=False), tmp_path)
         with torch.no_grad():
             assert sweep.step(batch, room, 0) == pytest.approx(kl, rel=1e-4)

@@ -212,7 +212,7 @@ def _fused(call: _Call, x: Tensor, bias: Tensor | None) -> Tensor:
         shape, dtype = (split * n_tokens, call.n_out), torch.float32
     y = torch.empty(shape, dtype=dtype, device=x.device)
     in_program = bias is not None and split == 1
-    several_tokens[(*grid, split)](
+    several_tokens[(grid[0], grid[1], split)](
         x=x,
         bias=bias if in_program else x,
         y=y,

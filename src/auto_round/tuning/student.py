@@ -27,18 +27,31 @@ NO_GRID = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Some rows on their way through blocks.
+class Rounded:
+    """Weights rounded once for all rows of a step, and the gradients that these rows give them.
 
     Attributes:
-        inputs: what flows in.
-        args: what the blocks are called with behind it.
-        gradients: of each tensor that flows out; None for none.
+        made: rounded weights and norms, as functions of what is learned.
+        used: the same as the blocks compute with them, by name.
+        total: sums of their gradients, in the same order; None where no row reached.
+    """
+
+    made: tuple[Tensor, ...]
+    used: Mapping[str, Tensor]
+    total: list[Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """Some rows that went through blocks, with all that gradients need on their way back.
+
+    Attributes:
+        inputs: what flowed in.
+        outputs: what flowed out.
     """
 
     inputs: States
-    args: tuple[Any, ...]
-    gradients: tuple[Tensor | None, ...]
+    outputs: States
 
 
 class Student:
@@ -114,43 +127,50 @@ class Student:
             if key.startswith((LOW, HIGH, RATIO)):
                 value.clamp_(0.0, MAX_KNOB)
 
-    def gradients(self, parts: Sequence[Part]) -> tuple[dict[str, Tensor], list[tuple[Tensor | None, ...]]]:
-        """Gradients of what is learned, and of what flows in.
-
-        The weights are rounded once, whatever passes through them. What the parts did not reach has no
-        gradient.
-
-        Args:
-            parts: some rows each.
-
-        Returns:
-            Gradients of `values` by name, summed over the parts, and for each part those of its inputs.
-        """
+    def rounded(self) -> Rounded:
+        """Round the weights so that gradients can follow; `gradients` ends what this begins."""
         for key in self._learned:
             self.values[key].requires_grad_(True)
-        try:
-            with torch.enable_grad():
-                return self._gradients(parts)
-        finally:
-            for key in self._learned:
-                self.values[key].requires_grad_(False)
-
-    def _gradients(self, parts: Sequence[Part]) -> tuple[dict[str, Tensor], list[tuple[Tensor | None, ...]]]:
-        made = fake_weights(self.weights, hold=True) | self._norms()
+        with torch.enable_grad():
+            made = fake_weights(self.weights, hold=True) | self._norms()
         used = {name: value.detach().requires_grad_() for name, value in made.items()}
-        total: list[Tensor | None] = [None] * len(used)
-        flowing: list[tuple[Tensor | None, ...]] = []
-        for part in parts:
-            inputs = [state.detach().requires_grad_() for state in part.inputs]
-            outputs = functional_call(self._block, used, (*inputs, *part.args))
-            found = _pulled_back(
-                states_of(outputs, range(len(part.gradients))), part.gradients, [*used.values(), *inputs]
-            )
-            total = [_sum(a, b) for a, b in zip(total, found, strict=False)]
-            flowing.append(tuple(found[len(used) :]))
+        return Rounded(tuple(made.values()), used, [None] * len(made))
+
+    def run(self, rounded: Rounded, inputs: States, args: tuple[Any, ...]) -> Passed:
+        """Let some rows through.
+
+        Args:
+            rounded: the weights.
+            inputs: what flows in.
+            args: what the blocks are called with behind it.
+        """
+        leaves = tuple(state.detach().requires_grad_() for state in inputs)
+        with torch.enable_grad():
+            outputs = functional_call(self._block, dict(rounded.used), (*leaves, *args))
+        return Passed(leaves, states_of(outputs, range(len(leaves))))
+
+    def pull_back(
+        self, rounded: Rounded, passed: Passed, gradients: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of what flowed in; those of the weights are added to what other rows gave.
+
+        Args:
+            rounded: the weights.
+            passed: some rows.
+            gradients: of each tensor that flowed out; None for none.
+        """
+        reached = [*rounded.used.values(), *passed.inputs]
+        found = _pulled_back(passed.outputs, gradients, reached)
+        rounded.total[:] = [_sum(a, b) for a, b in zip(rounded.total, found, strict=False)]
+        return tuple(found[len(rounded.used) :])
+
+    def gradients(self, rounded: Rounded) -> dict[str, Tensor]:
+        """Gradients of `values` by name, summed over all rows; none of what the rows did not reach."""
         wanted = [self.values[key] for key in self._learned]
-        through = _pulled_back(tuple(made.values()), tuple(total), wanted)
-        return {n: g for n, g in zip(self._learned, through, strict=True) if g is not None}, flowing
+        through = _pulled_back(rounded.made, rounded.total, wanted)
+        for value in wanted:
+            value.requires_grad_(False)
+        return {n: g for n, g in zip(self._learned, through, strict=True) if g is not None}
 
     def _norms(self) -> dict[str, Tensor]:
         """Rounded to what the model keeps, in the dtype in which the blocks run."""

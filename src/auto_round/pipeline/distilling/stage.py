@@ -17,12 +17,14 @@ from auto_round.facts.layer import Layer
 from auto_round.log import logger
 from auto_round.numerics.head_steps import HeadSteps
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
+from auto_round.pipeline.deciding.fit import workload
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.distilling.feed import Batch, Feed, trace_some, whole
 from auto_round.pipeline.distilling.shelf import Shelf
 from auto_round.pipeline.distilling.sweep import Boundaries, Sweep, squared_error
 from auto_round.pipeline.distilling.units import Units
 from auto_round.pipeline.fitting.states import states_in_memory
+from auto_round.pipeline.fitting.together import Together
 from auto_round.pipeline.running.blocks import layers_of, outside
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.streams import Streams, home_of_streams
@@ -146,7 +148,7 @@ class _Loop:
         order = row_order(len(rows), per_step, config.steps, config.seed)
         feed = Feed(stage.job, rows, order, scratch=self._folder / "rows", embedding=stage.embedding)
         told = shelf.progress or self._begin()
-        sweep = Sweep(self._units, self._ends, config, told["scales"])
+        sweep = Sweep(self._units, self._ends, config, told["scales"], stay=told["stay"])
         room = self._room(feed.batch(told["step"] % config.steps))
         self._told.begin(told["step"])
         durable = time.monotonic()
@@ -200,6 +202,9 @@ class _Loop:
             "kl_before": kl,
             "kl_best": kl,
             "scales": scales,
+            "stay": sum(
+                size > 0 for size in Together.of(workload(self._stage.job), self._stage.job.level).stay()
+            ),
             "looks": [[0, kl]],
         }
 

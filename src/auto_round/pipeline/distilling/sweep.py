@@ -1,14 +1,16 @@
-"""One step over the whole model with one unit of blocks in memory: forward, then backward unit by unit.
+"""One step over the whole model, with as few units of blocks in memory as need be: forward, then backward.
 
 The forward sweep runs the original and the rounded blocks from one read of the weights, and keeps what flows
 between units. The backward sweep reads each unit again, runs its rounded blocks on what flowed in, and pulls
-the gradient of what flowed out back through them. All that is learned moves by the gradient at one and the
-same point: a unit moves when its own gradient, and that of what flows into it, are known.
+the gradient of what flowed out back through them. The last units may stay in memory between the two, with all
+that gradients need: they are read and run once, not twice. All that is learned moves by the gradient at one
+and the same point: a unit moves when its own gradient, and that of what flows into it, are known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from auto_round.pipeline.distilling.units import OpenUnit, Rows, Units
 from auto_round.pipeline.running.streams import Home, storage
 from auto_round.tuning.distill import DistillConfig, take_step
 from auto_round.tuning.predictions import Ends, summed_divergence
-from auto_round.tuning.student import Part
+from auto_round.tuning.student import Passed, Rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,27 @@ class Boundaries:
         )
 
 
+_Flowed = tuple[list[int], tuple[Tensor | None, ...]]
+"""Rows of a pass, and the gradient of what flowed in."""
+
+
+@dataclass(slots=True)
+class _Going:
+    """A unit between its two sweeps.
+
+    Attributes:
+        here: the unit, open.
+        rounded: its weights.
+        passes: rows of each pass, and these rows as they went through.
+        memory: frees the unit on closing.
+    """
+
+    here: OpenUnit
+    rounded: Rounded
+    passes: Iterator[tuple[list[int], Passed]]
+    memory: ExitStack
+
+
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """A step over the whole model.
@@ -75,16 +98,22 @@ class Sweep:
         ends: of the rounded and of the original model.
         config: settings.
         scales: what the squared error behind each unit is divided by: that before the first step.
+        stay: how many of the last units stay in memory between their forward and their backward pass.
     """
 
     units: Units
     ends: Ends
     config: DistillConfig
     scales: Sequence[float]
+    stay: int = 0
 
     def step(self, batch: Batch, room: Boundaries, number: int) -> float:
         """Take step `number` (from 0) on some rows; returns their mean divergence before it, nats."""
-        self.forward(batch, room)
+        with ExitStack() as memory:
+            return self._step(batch, room, number, memory)
+
+    def _step(self, batch: Batch, room: Boundaries, number: int, memory: ExitStack) -> float:
+        staying = self.forward(batch, room, memory)
         rows = batch.rows
         counted = slice(None) if rows.masks is None else rows.masks.reshape(-1)
         out, target = room.rounded[-1][0], room.original[-1][0]
@@ -102,16 +131,31 @@ class Sweep:
         flowing: list[Tensor | None] = [whole.reshape(out.shape), *[None] * (len(room.rounded[-1]) - 1)]
         for unit in reversed(range(len(self.units.members))):
             wanted = self._with_features(flowing, room, rows, unit, count)
-            flowing = self._backward(unit, rows, room.rounded[unit], wanted, number)
+            going = staying.pop() if staying else self._enter(unit, rows, room.rounded[unit], memory)
+            flowing = self._move(going, unit, room.rounded[unit], wanted, number)
         return float(total) / max(1, count)
 
-    def forward(self, batch: Batch, room: Boundaries) -> None:
-        """Fill the boundaries."""
+    def forward(self, batch: Batch, room: Boundaries, memory: ExitStack) -> list[_Going]:
+        """Fill the boundaries.
+
+        Args:
+            batch: rows of a step.
+            room: the boundaries.
+            memory: frees what stays in memory, whatever happens.
+
+        Returns:
+            The units that stay in memory.
+        """
         _copy(room.rounded[0], batch.quantized)
-        reference = batch.reference
+        reference, staying = batch.reference, []
         for number, (original, out) in enumerate(zip(room.original, room.rounded[1:], strict=True)):
-            self._forward(number, batch.rows, (reference, original), (room.rounded[number], out))
+            into = room.rounded[number]
+            if number < len(room.original) - self.stay:
+                self._forward(number, batch.rows, (reference, original), (into, out))
+            else:
+                staying.append(self._stay(number, batch.rows, (reference, original), (into, out), memory))
             reference = original
+        return staying
 
     def _forward(
         self, unit: int, rows: Rows, original: tuple[States, States], rounded: tuple[States, States]
@@ -121,12 +165,39 @@ class Sweep:
             here.run_original(*original)
             here.run_rounded(here.student.parameters(), *rounded)
 
-    def _backward(
-        self, unit: int, rows: Rows, inputs: States, wanted: Sequence[Tensor | None], number: int
-    ) -> list[Tensor | None]:
-        """As `_move`, of a unit that is opened for it."""
-        with self.units.open(unit, rows) as here:
-            return self._move(here, unit, inputs, wanted, number)
+    def _stay(
+        self,
+        unit: int,
+        rows: Rows,
+        original: tuple[States, States],
+        rounded: tuple[States, States],
+        memory: ExitStack,
+    ) -> _Going:
+        """The same of a unit that stays in memory with all that gradients need."""
+        going = self._enter(unit, rows, rounded[0], memory)
+        going.here.run_original(*original)
+        passes = list(going.passes)
+        for index, passed in passes:
+            for to, state in zip(rounded[1], passed.outputs, strict=True):
+                to[index] = state.detach().to(to.device)
+        going.passes = iter(passes)
+        return going
+
+    def _enter(self, unit: int, rows: Rows, inputs: States, memory: ExitStack) -> _Going:
+        """Open a unit and round its weights; rows go through when they are asked for."""
+        own = memory.enter_context(ExitStack())
+        here = own.enter_context(self.units.open(unit, rows))
+        rounded = here.student.rounded()
+        return _Going(here, rounded, self._passes(here, rounded, inputs), own)
+
+    def _passes(self, here: OpenUnit, rounded: Rounded, inputs: States) -> Iterator[tuple[list[int], Passed]]:
+        device, samples = here.unit.device, here.samples(inputs)
+        for some in samples.passes(range(here.rows.count), here.at_once):
+            index = list(some)
+            args, _ = samples.arguments(index)
+            with here.rounding():
+                passed = here.student.run(rounded, tuple(x[index].to(device) for x in inputs), args)
+            yield index, passed
 
     def _with_features(
         self, flowing: Sequence[Tensor | None], room: Boundaries, rows: Rows, unit: int, count: int
@@ -145,35 +216,24 @@ class Sweep:
         return found
 
     def _move(
-        self,
-        here: OpenUnit,
-        unit: int,
-        inputs: States,
-        gradients: Sequence[Tensor | None],
-        number: int,
+        self, going: _Going, unit: int, inputs: States, gradients: Sequence[Tensor | None], number: int
     ) -> list[Tensor | None]:
-        """Move what is learned of a unit; returns the gradient of what flowed in."""
-        device, shelf = here.unit.device, self.units.shelf
-        samples = here.samples(inputs)
-        passes = [list(index) for index in samples.passes(range(here.rows.count), here.at_once)]
-        parts = [
-            Part(
-                tuple(x[index].to(device) for x in inputs),
-                samples.arguments(index)[0],
-                tuple(None if g is None else g[index] for g in gradients),
-            )
-            for index in passes
-        ]
-        with here.rounding():
-            found, flowed = here.student.gradients(parts)
-        values = here.student.values
+        """Move what is learned of a unit and free it; returns the gradient of what flowed in."""
+        here, shelf, found = going.here, self.units.shelf, list[_Flowed]()
+        student, device = here.student, here.unit.device
+        for index, passed in going.passes:
+            own = [None if g is None else g[index] for g in gradients]
+            found.append((index, student.pull_back(going.rounded, passed, own)))
+            del passed
+        slopes = student.gradients(going.rounded)
         moments = {n: t.to(device) for n, t in shelf.load(unit, MOMENTS).items()}
-        rates = here.student.rates(self.config)
-        take_step(values, found, moments, rates, step=number, config=self.config)
-        here.student.clamp()
-        shelf.put(unit, LEARNED, values, number + 1)
+        rates = student.rates(self.config)
+        take_step(student.values, slopes, moments, rates, step=number, config=self.config)
+        student.clamp()
+        shelf.put(unit, LEARNED, student.values, number + 1)
         shelf.put(unit, MOMENTS, moments, number + 1)
-        return _joined(inputs, passes, flowed, device)
+        going.memory.close()
+        return _joined(inputs, found, device)
 
 
 def squared_error(output: Tensor, target: Tensor, mask: Tensor | None) -> float:
@@ -196,22 +256,17 @@ def _copy(to: States, states: States) -> None:
         room.copy_(state)
 
 
-def _joined(
-    inputs: States,
-    passes: Sequence[Sequence[int]],
-    flowed: Sequence[Sequence[Tensor | None]],
-    device: torch.device,
-) -> list[Tensor | None]:
-    """Gradients of parts put together again, in the order of the rows."""
+def _joined(inputs: States, flowed: Sequence[_Flowed], device: torch.device) -> list[Tensor | None]:
+    """Gradients of some rows each put together again, in the order of the rows."""
     found: list[Tensor | None] = []
     for position, state in enumerate(inputs):
-        pieces = [part[position] for part in flowed]
-        if all(piece is None for piece in pieces):
+        if all(part[position] is None for _, part in flowed):
             found.append(None)
             continue
         whole = torch.zeros(state.shape, dtype=state.dtype, device=device)
-        for index, piece in zip(passes, pieces, strict=True):
+        for index, part in flowed:
+            piece = part[position]
             if piece is not None:
-                whole[list(index)] = piece
+                whole[index] = piece
         found.append(whole)
     return found

@@ -11,19 +11,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from auto_round.evaluate.logits import positions_at_once
 from auto_round.facts.layer import Layer
 from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.search import BAND as SEARCH_BAND
 from auto_round.pipeline.fitting.level import Level, Place
-from auto_round.pipeline.fitting.parts import FLOAT, Parts
+from auto_round.pipeline.fitting.parts import FLOAT
 from auto_round.pipeline.fitting.plan import STREAMS, Stage
 from auto_round.pipeline.fitting.products import kept_products
-from auto_round.pipeline.fitting.states import STATE_BYTES, flowing_bytes, states_in_memory
-from auto_round.pipeline.fitting.work import Workload, measure_sizes
+from auto_round.pipeline.fitting.together import STAY, Together
+from auto_round.pipeline.fitting.work import Workload
 from auto_round.pipeline.machine.workers import worker_count
-from auto_round.tuning.distill import rows_of_step
 from auto_round.tuning.steps import sign_move
 
 HOLES = 16
@@ -32,11 +30,6 @@ ENCODED = 32
 """Bytes that PyTorch forms for each weight of a band that gets codes of a floating grid (measured)."""
 SEARCHED = 48
 """Bytes that the search of ranges forms for each weight of a band (measured: 29), and its holes."""
-EXPERTS_TOGETHER = 8
-"""Bytes that products form for each weight of the largest parameter of fused experts in a step of all blocks
-(measured, in both dtypes)."""
-LOGITS_OF_STEP = 5
-"""Logits of a step of all blocks: two models', their gradient, and what is formed of them."""
 PACKED = 1
 """Bytes of a code before it is packed."""
 COMPILER = 130 << 20
@@ -46,6 +39,7 @@ FRAGMENTS = {
     "search": (0.08, 0.30),
     "plain": (0.10, 0.18),
     "all blocks": (0.19, 0.35),
+    STAY: (0.10, 0.0),
     "verify": (0.15, 0.40),
 }
 """Share of the memory given out and returned that the C library cannot give out again, as measured in float32
@@ -65,14 +59,7 @@ WORKSPACE = 12 << 20
 
 def stages_of(work: Workload, level: Level) -> tuple[Stage, ...]:
     """What each stage of a run holds at a level."""
-    parameters: dict[tuple[str, object], int] = {}
-    experts: dict[tuple[str, int | None], int] = {}
-    for layer in work.source.layers:
-        count = math.prod(layer.shape)
-        there, own = (layer.parameter, work.elsewhere.get(layer.name)), (layer.parameter, layer.expert)
-        parameters[there] = parameters.get(there, 0) + count
-        experts[own] = experts.get(own, 0) + count
-    return _Demand(work, measure_sizes(work), level, parameters, experts).stages()
+    return _Demand.of(work, level).stages()
 
 
 _OF_LOOP = ("offsets and ranges", "optimizer", "rounding", "activations and gradients")
@@ -80,7 +67,7 @@ _OF_LOOP = ("offsets and ranges", "optimizer", "rounding", "activations and grad
 
 
 @dataclass(frozen=True, slots=True)
-class _Demand(Parts):
+class _Demand(Together):
     """What each stage holds."""
 
     def stages(self) -> tuple[Stage, ...]:
@@ -107,13 +94,16 @@ class _Demand(Parts):
 
     def _fragments(self, name: str, parts: Mapping[str, int]) -> int:
         """Bytes beside what a stage holds that the C library cannot give out again."""
-        held, steps = sum(parts.values()), name == "tune" and bool(self.work.tune.iters)
+        stay = parts.get(STAY, 0)
+        held = sum(parts.values()) - stay
+        steps = name == "tune" and bool(self.work.tune.iters)
         rounds = "search" if self.work.tune.search else "plain"
         kind = rounds if name == "tune" and not steps else name
         wide, narrow = FRAGMENTS.get(kind, OTHER_FRAGMENTS)
         on_host = self.work.device.type == "cpu"
         if not steps:
-            return int((narrow if on_host and self.work.dtype is torch.bfloat16 else wide) * held)
+            narrows = on_host and self.work.dtype is torch.bfloat16
+            return int(held * (wide, narrow)[narrows] + stay * FRAGMENTS[STAY][narrows])
         rounded = self._tuned_parameters()
         tuned = [count for (parameter, _), count in self.parameters.items() if parameter in rounded]
         small = sum(count for count in tuned if count * FLOAT < MAPPED)
@@ -239,40 +229,16 @@ class _Demand(Parts):
         return parts
 
     def _all_blocks(self) -> tuple[Stage, ...]:
-        """All blocks while they are tuned together: one of them, and what flows between them."""
-        work, config = self.work, self.work.together
+        """All blocks while they are tuned together."""
+        config = self.work.together
         if config is None:
             return ()
-        at_once = min(rows_of_step(work.seqlen), self.level.rows or work.tune.batch_size)
-        facts = work.source.facts
-        in_memory = states_in_memory(config, work.quantized, work.memory)
-        row, units = self.sizes.stream // max(1, work.rows), sum(1 for _ in self.groups())
-        aside = {
-            "offsets and moments": STATE_BYTES * work.quantized if in_memory and not config.codes_stay else 0,
-            "between blocks": flowing_bytes(units, row, work.seqlen, work.held_out, config.steps),
-        }
-        largest = max((self._unit(layers, at_once, in_memory) for layers in self.groups()), default=0)
-        positions = min(positions_at_once(facts.vocabulary, self.logits_budget()), work.seqlen)
-        logits = LOGITS_OF_STEP * positions * facts.vocabulary * work.dtype.itemsize
-        parts = {"embeddings and head": self._ends(), "a block or logits": max(largest, logits)}
-        # Those of block tuning stay.
-        parts["programs of products"] = 2 * max(kept_products(work, a, at_once) for a in self.groups())
-        return (self._stage("all blocks", parts | self._streams_there(), aside | self._streams_here()),)
-
-    def _unit(self, layers: list[Layer], at_once: int, in_memory: bool) -> int:
-        """A group of blocks while it is tuned with all others."""
-        work = self.work
-        own, itemsize = work.source.dtype.itemsize, work.dtype.itemsize
-        quantized = [layer for layer in layers if layer.name in work.formats]
-        count, tuned = (sum(math.prod(a.shape) for a in some) for some in (layers, quantized))
-        weights = count * itemsize + (tuned * own if own != itemsize else 0)
-        states = 0 if in_memory and work.device.type == "cpu" else STATE_BYTES * tuned
-        rounded = tuned * 2 * itemsize + sum(map(self.kept, quantized))
-        experts = {a.parameter for a in quantized if a.expert is not None}
-        stacks = (sum(n for (p, _), n in self.parameters.items() if p == parameter) for parameter in experts)
-        products = max(stacks, default=0) * EXPERTS_TOGETHER
-        through = max(self.activations(layers, at_once) + products, tuned * FLOAT)
-        return weights + states + self.ranges(quantized) + rounded + through
+        parts = self.of_step(config)
+        # Rows are traced between two steps, when no block is there: what is cast then fits into their place.
+        ends = max(self._ends() - parts[STAY], self.sizes.outside)
+        parts = {"embeddings and head": ends} | parts
+        aside = self.between(config) | self._streams_here()
+        return (self._stage("all blocks", parts | self._streams_there(), aside),)
 
     def _measure(self) -> dict[str, int]:
         """Norm and head, after the last block."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,8 +20,11 @@ from auto_round.numerics.importance import TILE
 from auto_round.numerics.search import BAND as SEARCH_BAND
 from auto_round.pipeline.fitting.level import Level
 from auto_round.pipeline.fitting.logits import MEASURED_LOGITS_BYTES, logits_budget
-from auto_round.pipeline.fitting.work import Sizes, Workload, active_share
+from auto_round.pipeline.fitting.work import Sizes, Workload, active_share, measure_sizes
 from auto_round.tuning.steps import sign_move
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
 FLOAT = 4
 """Bytes of a number in float32: offsets, gradients, range multipliers."""
@@ -63,6 +67,18 @@ class Parts:
     level: Level
     parameters: Mapping[tuple[str, object], int]
     experts: Mapping[tuple[str, int | None], int]
+
+    @classmethod
+    def of(cls, work: Workload, level: Level) -> Self:
+        """Parts of a run at a level."""
+        parameters: dict[tuple[str, object], int] = {}
+        experts: dict[tuple[str, int | None], int] = {}
+        for layer in work.source.layers:
+            count = math.prod(layer.shape)
+            there, own = (layer.parameter, work.elsewhere.get(layer.name)), (layer.parameter, layer.expert)
+            parameters[there] = parameters.get(there, 0) + count
+            experts[own] = experts.get(own, 0) + count
+        return cls(work, measure_sizes(work), level, parameters, experts)
 
     def groups(self) -> Iterator[list[Layer]]:
         """Layers of each group of blocks that are tuned as one."""
@@ -156,21 +172,28 @@ class Parts:
 
     def activations(self, layers: list[Layer], at_once: int | None = None) -> int:
         """What the backward pass through a group keeps and forms, bytes; rows of a batch or as many."""
-        work = self.work
-        facts, length, share = work.source.facts, work.seqlen, active_share(work.source)
-        rows = at_once or min(
-            self.level.rows or work.tune.batch_size, work.tune.batch_size, max(1, work.rows)
-        )
-        widths = sum(sum(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in layers)
-        widths += share * GATE * sum(a.shape[1] for a in layers if self.ends_expert(a))
+        work, tune = self.work, self.work.tune
+        rows = at_once or min(self.level.rows or tune.batch_size, tune.batch_size, max(1, work.rows))
+        kept = self.kept_activations(layers, rows)
         widest = max((max(a.shape) for a in layers), default=0)
         scores = 0.0
         if work.device.type == "cpu":
-            kept = (ATTENTION_BANDS + 1) / (2 * ATTENTION_BANDS)
             narrow = work.dtype is torch.bfloat16  # measured: no less where compiled
             formed = 1 / ATTENTION_BANDS if work.compiled and not narrow else 1
-            scores = facts.heads * length * (kept * work.nblocks + formed)
-        each = widths + NORMS * facts.width * work.nblocks + 3 * widest + scores
+            scores = work.source.facts.heads * work.seqlen * formed
+        return kept + int(rows * work.seqlen * (3 * widest + scores) * work.dtype.itemsize)
+
+    def kept_activations(self, layers: list[Layer], rows: int) -> int:
+        """What the forward pass of some rows through a group leaves for the backward pass, bytes."""
+        work = self.work
+        facts, length, share = work.source.facts, work.seqlen, active_share(work.source)
+        widths = sum(sum(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in layers)
+        widths += share * GATE * sum(a.shape[1] for a in layers if self.ends_expert(a))
+        scores = 0.0
+        if work.device.type == "cpu":
+            kept = (ATTENTION_BANDS + 1) / (2 * ATTENTION_BANDS)
+            scores = facts.heads * length * kept * work.nblocks
+        each = widths + NORMS * facts.width * work.nblocks + scores
         return int(rows * length * each * work.dtype.itemsize)
 
     def forward(self, layers: list[Layer]) -> int:

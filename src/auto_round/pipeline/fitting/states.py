@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
+import torch
+
 from auto_round.config.memory import MemoryOptions
 from auto_round.tuning.distill import DistillConfig, rows_of_step
 
@@ -15,6 +20,8 @@ KEPT_BYTES = 28
 """Of each weight on disk: states of the last durable step and of the one at hand, and the best offsets."""
 STREAMS = 3
 """What is traced of rows: the original's stream, the rounded one's and room for targets."""
+STAY_BYTES = 2 << 30
+"""Most memory for units that stay between the two sweeps of a step, where memory is to be spared."""
 AHEAD_BYTES = 64 << 20
 """Most memory for hidden states of rows that are traced ahead."""
 
@@ -28,6 +35,25 @@ def states_in_memory(config: DistillConfig, weights: int, memory: MemoryOptions)
         memory: what to save memory at the cost of time.
     """
     return config.codes_stay or STATE_BYTES * weights <= SPILL_BYTES or not memory.low_cpu_mem_usage
+
+
+def staying_units(sizes: Sequence[int], memory: MemoryOptions, device: torch.device) -> int:
+    """How many of the last units stay in memory between the two sweeps of a step.
+
+    It depends on nothing but the model and the options: what stays is run once, by attention that can be
+    differentiated, whose last bits are others.
+
+    Args:
+        sizes: what each unit holds while it stays, bytes.
+        memory: what to save memory at the cost of time.
+        device: where blocks are tuned.
+    """
+    if memory.memory != "auto" or (memory.low_gpu_mem_usage and device.type != "cpu"):
+        return 0
+    if not memory.low_cpu_mem_usage and device.type == "cpu":
+        return len(sizes)
+    together = itertools.accumulate(reversed(sizes))
+    return sum(size <= STAY_BYTES for size in together)
 
 
 def states_on_disk(quantized: int, *, codes_stay: bool) -> int:

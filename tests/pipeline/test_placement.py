@@ -78,7 +78,7 @@ def test_experts_of_one_module_are_divided(source):
     assert found.kinds[:2] == [f"{module} 0-0: cuda", f"{module} 1-2: cuda"]
     at = {a.expert: (found.of(a), found.piece_of(a)) for a in source.layers if module_of(a) == module}
     assert at == {0: (ONE, (0, 0)), 1: (TWO, (1, 0)), 2: (TWO, (1, 1)), 3: (CPU, (2, 0))}
-    assert found.inside({"0": "model.layers.0"}) == {
+    assert found.devices_inside({"0": "model.layers.0"}) == {
         "0.mlp.experts.pieces.0": ONE,
         "0.mlp.experts.pieces.1": TWO,
         "0.mlp.experts.pieces.2": CPU,

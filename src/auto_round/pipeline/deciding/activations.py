@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from auto_round.errors import Refusal, UnsupportedError
+from auto_round.facts.group_names import inside
 from auto_round.facts.inputs import WEIGHT, input_of
 from auto_round.facts.layer import Layer
 from auto_round.models.source import ModelSource
@@ -62,14 +63,8 @@ def to_calibrate(formats: Mapping[str, InputFormat]) -> list[str]:
 def formats_inside(
     plan: Plan, layers: Iterable[Layer], prefixes: Mapping[str, str]
 ) -> dict[str, InputFormat]:
-    """`activation_formats` by names inside a group of blocks: position in the group -> path of the block."""
-    found = activation_formats(plan, layers)
-    return {
-        f"{position}.{name.removeprefix(prefix + '.')}": fmt
-        for name, fmt in found.items()
-        for position, prefix in prefixes.items()
-        if name.startswith(f"{prefix}.")
-    }
+    """`activation_formats` by names inside a group of blocks with these `prefixes`."""
+    return inside(activation_formats(plan, layers), prefixes)
 
 
 def input_name(layer: Layer) -> str | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
+from auto_round.facts.group_names import inside
 from auto_round.facts.layer import Layer
 from auto_round.models.divided_experts import path_of_piece
 from auto_round.models.source import ModelSource
@@ -91,15 +92,11 @@ class Placement:
         return next(((i, number) for i, number in places if number is not None), None)
 
     def shares_inside(self, prefixes: Mapping[str, str]) -> dict[str, list[tuple[int, ...]]]:
-        """Module of a group of blocks -> the experts of its pieces; arguments of `inside`."""
-        return {
-            f"{position}.{module.removeprefix(prefix + '.')}": [piece.experts for piece in pieces]
-            for module, pieces in self.divided.items()
-            for position, prefix in prefixes.items()
-            if module.startswith(f"{prefix}.")
-        }
+        """Module of a group of blocks -> the experts of its pieces; arguments of `devices_inside`."""
+        shares = {module: [piece.experts for piece in pieces] for module, pieces in self.divided.items()}
+        return inside(shares, prefixes)
 
-    def inside(self, prefixes: Mapping[str, str]) -> dict[str, torch.device]:
+    def devices_inside(self, prefixes: Mapping[str, str]) -> dict[str, torch.device]:
         """Module of a group of blocks -> its device, where that is not the main one.
 
         Args:
@@ -108,12 +105,7 @@ class Placement:
         pieces = {
             path_of_piece(m, i): p.device for m, each in self.divided.items() for i, p in enumerate(each)
         }
-        return {
-            f"{position}.{module.removeprefix(prefix + '.')}": device
-            for module, device in {**self.elsewhere, **pieces}.items()
-            for position, prefix in prefixes.items()
-            if module.startswith(f"{prefix}.")
-        }
+        return inside({**self.elsewhere, **pieces}, prefixes)
 
 
 def module_of(layer: Layer) -> str:

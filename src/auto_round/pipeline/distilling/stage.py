@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from auto_round.facts.flow import States
+from auto_round.facts.group_names import outside
 from auto_round.facts.layer import Layer
 from auto_round.log import logger
 from auto_round.numerics.head_steps import HeadSteps
@@ -25,7 +26,7 @@ from auto_round.pipeline.distilling.sweep import Boundaries, Sweep, squared_erro
 from auto_round.pipeline.distilling.units import Units
 from auto_round.pipeline.fitting.states import states_in_memory
 from auto_round.pipeline.fitting.together import Together
-from auto_round.pipeline.running.blocks import layers_of, outside
+from auto_round.pipeline.running.blocks import layers_of
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.streams import Streams, home_of_streams
 from auto_round.tuning.distill import DistillConfig, row_order, rows_of_step

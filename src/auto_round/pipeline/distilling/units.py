@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from auto_round.facts.flow import States
+from auto_round.facts.group_names import outside, prefixes_of
 from auto_round.models.matrix_experts import computes_in
 from auto_round.models.roles import may_route
 from auto_round.numerics.activation import ActivationFormat
@@ -22,7 +23,7 @@ from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.attention_states import rounded_states
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup
-from auto_round.pipeline.running.blocks import make_unit, outside
+from auto_round.pipeline.running.blocks import make_unit
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.unit import Unit, as_read, bound_formats
 from auto_round.tuning.quantized_inputs import quantized_inputs
@@ -151,7 +152,7 @@ class Units:
         job, indices = self.job, self.members[number]
         with ExitStack() as stack:
             blocks = [stack.enter_context(job.source.block(i, job.device)) for i in indices]
-            prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
+            prefixes = prefixes_of(job.source.blocks, indices)
             group = BlockGroup(blocks, [job.source.blocks[i].flow for i in indices])
             flat = {n: p.detach() for n, p in group.named_parameters() if p.dim() == 1}
             unit = make_unit(job, indices, group, rows.table)

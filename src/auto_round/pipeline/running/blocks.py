@@ -13,6 +13,7 @@ from auto_round.calibration.observe import InputMoments
 from auto_round.calibration.observe_experts import ExpertMoments
 from auto_round.errors import InternalError, NumericsError
 from auto_round.facts.attention import Attention
+from auto_round.facts.group_names import inside, outside, prefixes_of
 from auto_round.facts.inputs import input_of
 from auto_round.facts.layer import Layer
 from auto_round.models.divided_experts import name_in_piece, whole_names
@@ -110,7 +111,7 @@ def tune_group(
     Raises:
         NumericsError: a weight or the loss is not finite; names the tensor.
     """
-    prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
+    prefixes = prefixes_of(job.source.blocks, indices)
     with ExitStack() as stack:
         objective = how.objective
         if how.positions and indices[-1] == len(job.source.blocks) - 1:
@@ -148,14 +149,14 @@ def opened_unit(job: Job, indices: Sequence[int], table: ArgumentTable) -> Itera
         NumericsError: a weight is not finite; names the tensor.
     """
     placed = job.placement if job.placement is not None and job.placement.several else None
-    prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
+    prefixes = prefixes_of(job.source.blocks, indices)
     with ExitStack() as stack:
         first_at = job.device if placed is None else CPU
         blocks = [stack.enter_context(job.source.block(i, first_at)) for i in indices]
         group = BlockGroup(blocks, [job.source.blocks[i].flow for i in indices])
         if placed is not None:
             divide_modules(group, placed.shares_inside(prefixes))
-            put_modules(group, placed.inside(prefixes), job.device)
+            put_modules(group, placed.devices_inside(prefixes), job.device)
         refuse_not_finite(group, prefixes)
         yield make_unit(job, indices, group, table)
 
@@ -164,7 +165,7 @@ def make_unit(job: Job, indices: Sequence[int], group: BlockGroup, table: Argume
     """The group as a unit of tuning: formats found, and blocks cast to the dtypes in which they compute."""
     formats = _formats(job, indices)
     first = job.source.block_lists[job.source.blocks[indices[0]].in_list][0].index
-    prefixes = {str(p): job.source.blocks[i].module for p, i in enumerate(indices)}
+    prefixes = prefixes_of(job.source.blocks, indices)
     originals = {name: group.get_parameter(name).detach() for name in formats}
     cast_group(job, group, indices)
     observed = _observed(job, indices, formats)
@@ -187,12 +188,7 @@ def make_unit(job: Job, indices: Sequence[int], group: BlockGroup, table: Argume
 def _attentions(job: Job, prefixes: Mapping[str, str]) -> dict[str, Attention]:
     """Name inside the group -> attention module that gets scales."""
     modules = () if job.caches is None else job.caches.modules
-    return {
-        f"{position}.{each.module.removeprefix(prefix + '.')}": each
-        for each in modules
-        for position, prefix in prefixes.items()
-        if each.module.startswith(f"{prefix}.")
-    }
+    return inside({each.module: each for each in modules}, prefixes)
 
 
 def _formats(job: Job, indices: Sequence[int]) -> dict[str, Format]:
@@ -247,12 +243,6 @@ def cast_group(job: Job, group: BlockGroup, indices: Sequence[int]) -> None:
                 experts.keep(dtype)
             elif tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
-
-
-def outside(name: str, prefixes: Mapping[str, str]) -> str:
-    """Name in the model of a module or parameter of a group; `prefixes` has the path of each block."""
-    position, _, rest = name.partition(".")
-    return f"{prefixes[position]}.{rest}"
 
 
 def _observed(job: Job, indices: Sequence[int], formats: Mapping[str, Format]) -> list[str]:

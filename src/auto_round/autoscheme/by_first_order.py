@@ -33,7 +33,7 @@ from auto_round.facts.flow import States
 from auto_round.facts.model import TOKENS
 from auto_round.models.source import CPU
 from auto_round.pipeline.running.block_arguments import ArgumentTable
-from auto_round.pipeline.running.streams import home_of_streams, storage
+from auto_round.pipeline.running.streams import home_of_streams, room_like
 
 Sums = dict[Part, float]
 
@@ -95,13 +95,10 @@ class _Pass:
         count = len(job.source.blocks) + 1
         nbytes = count * sum(state.numel() * state.element_size() for state in start)
         home = home_of_streams(job.level, job.memory, job.device, nbytes)
-        spill = self.scratch / f"first-{self.option}" if home.files else None
+        spill = self.scratch / f"first-{self.option}"
         boundaries = [start]
         for block in job.source.blocks:
-            out = tuple(
-                storage(state.shape, state.dtype, home.device, spill, f"{block.index}-{i}")
-                for i, state in enumerate(start)
-            )
+            out = room_like(start, str(block.index), home, spill)
             with self._opened(block.index, boundaries[-1]) as (opened, rounded):
                 opened.pass_on(boundaries[-1], out, _together(rounded.values()))
             boundaries.append(out)

@@ -29,7 +29,7 @@ from auto_round.models.source import CPU
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.block_arguments import ArgumentTable
-from auto_round.pipeline.running.streams import home_of_streams, storage
+from auto_round.pipeline.running.streams import home_of_streams, room_like
 
 TOGETHER = 4
 """Rows whose slopes are added before they are squared, whatever runs at a time: fewer products, and signs of
@@ -114,13 +114,10 @@ def _forward(setting: Setting, table: ArgumentTable, start: States, scratch: Pat
     count = len(job.source.blocks) + 1
     nbytes = count * sum(state.numel() * state.element_size() for state in start)
     home = home_of_streams(job.level, job.memory, job.device, nbytes)
-    spill = scratch / "boundaries" if home.files else None
+    spill = scratch / "boundaries"
     boundaries = [start]
     for block in job.source.blocks:
-        out = tuple(
-            storage(state.shape, state.dtype, home.device, spill, f"{block.index}-{i}")
-            for i, state in enumerate(start)
-        )
+        out = room_like(start, str(block.index), home, spill)
         with open_block(setting, block.index, table, []) as opened:
             opened.pass_on(boundaries[-1], out)
         boundaries.append(out)

@@ -22,7 +22,7 @@ from auto_round.numerics.token_weights import token_energy, token_weights
 from auto_round.pipeline.distilling.feed import Batch
 from auto_round.pipeline.distilling.shelf import LEARNED, MOMENTS
 from auto_round.pipeline.distilling.units import OpenUnit, Rows, Units
-from auto_round.pipeline.running.streams import Home, storage
+from auto_round.pipeline.running.streams import Home, room_like
 from auto_round.tuning.distill import DistillConfig, take_step
 from auto_round.tuning.predictions import Ends, summed_divergence
 from auto_round.tuning.student import Passed, Rounded
@@ -51,21 +51,10 @@ class Boundaries:
             spill: folder of files that back them, where `home` says so.
         """
 
-        def room(name: str, number: int) -> States:
-            return tuple(
-                storage(
-                    state.shape,
-                    state.dtype,
-                    home.device,
-                    spill if home.files else None,
-                    f"{name}-{number}-{i}",
-                )
-                for i, state in enumerate(batch.reference)
-            )
+        def room(name: str, count: int) -> list[States]:
+            return [room_like(batch.reference, f"{name}-{n}", home, spill) for n in range(count)]
 
-        return cls(
-            [room("original", n) for n in range(units)], [room("rounded", n) for n in range(units + 1)]
-        )
+        return cls(room("original", units), room("rounded", units + 1))
 
 
 _Flowed = tuple[list[int], tuple[Tensor | None, ...]]

@@ -143,16 +143,15 @@ class Streams:
             home: where.
             spill: folder for files.
         """
-        folder = spill if home.files else None
         self.targets = ()
         moved = []
         for name, states in (("reference", self.reference), ("quantized", self.quantized)):
-            there = _room(states, name, home, folder)
+            there = room_like(states, name, home, spill)
             for to, state in zip(there, states, strict=True):
                 to.copy_(state)
             moved.append(there)
         self.reference, self.quantized = moved
-        self.targets = _room(self.reference, "targets", home, folder)
+        self.targets = room_like(self.reference, "targets", home, spill)
 
     def save(self, path: Path) -> None:
         """Write both streams; complete or not at all."""
@@ -169,10 +168,18 @@ class Streams:
         return {f"{name}.{i}": state for name, states in both.items() for i, state in enumerate(states)}
 
 
-def _room(states: States, name: str, home: Home, spill: Path | None) -> States:
-    """Room for tensors like these."""
+def room_like(states: States, name: str, home: Home, spill: Path) -> States:
+    """Room for tensors like these, to be filled.
+
+    Args:
+        states: of equal shapes and dtypes.
+        name: of files, without the number of a tensor and their ending.
+        home: where they will lie.
+        spill: folder for files, where `home` has some.
+    """
+    folder = spill if home.files else None
     return tuple(
-        storage(state.shape, state.dtype, home.device, spill, f"{name}-{position}")
+        storage(state.shape, state.dtype, home.device, folder, f"{name}-{position}")
         for position, state in enumerate(states)
     )
 

@@ -90,7 +90,7 @@ def divergences(
         A score for each stream, and for each head and option that rounds it.
     """
     job = setting.job
-    rows = () if job.rows is None else job.rows.rows
+    rows = job.all_rows
     rounding = [(part, o) for part in heads for o in setting.options if not setting.keeps(part, o)]
     weights = {trial: weight_outside(setting, *trial) for trial in rounding}
     sums, counted = dict.fromkeys([*moved, *weights], 0.0), 0

@@ -116,7 +116,7 @@ class _Pass:
     def _at_the_end(self, final: States) -> tuple[Sums, States]:
         """Scores of the head, and the slope of the mean loss along what flows out of the last block."""
         job = self.setting.job
-        rows = () if job.rows is None else job.rows.rows
+        rows = job.all_rows
         counts = [_counted(row) for row in rows]
         total = max(1, sum(int(count.sum()) for count in counts))
         heads = [part for part in self.parts if part.block is None]

@@ -40,7 +40,7 @@ def begin_rounded(setting: Setting, part: Part, option: int, start: States) -> S
         start: what flows into it of the original, `[rows, length, width]` each.
     """
     job = setting.job
-    rows = () if job.rows is None else job.rows.rows
+    rows = job.all_rows
     moved = tuple(torch.empty_like(state) for state in start)
     pictured = any(row.beside_text for row in rows)
     weight = weight_outside(setting, part, option)

@@ -54,7 +54,7 @@ class Batch:
 
 def batches(job: Job, measured: Measured) -> list[Batch]:
     """What to compare, with the predictions of the tuned model: rows of both kinds where there are both."""
-    held_out = () if job.rows is None else job.rows.rows[job.tuned :]
+    held_out = job.held_out
     pictured = [i for i, row in enumerate(held_out) if row.beside_text]
     plain = [i for i, row in enumerate(held_out) if not row.beside_text]
     chosen = plain[: ROWS - min(ROWS // 2, len(pictured))]

@@ -121,7 +121,7 @@ class TunedModel:
         """The first tokens of a row that was not tuned on, `[at most most]` int64; None without data."""
         if self.measured is None or self.job.rows is None:
             return None
-        return self.job.rows.rows[self.job.tuned].tokens[:most]
+        return self.job.held_out[0].tokens[:most]
 
     def compare(self, ids: Tensor, logits: Tensor) -> dict[str, float]:
         """Another reader's predictions for `held_out` tokens beside those of the tuned model."""
@@ -229,8 +229,7 @@ def _sample(job: Job, model: Any) -> dict[str, str]:
     """
     if job.tokenizer is None:
         return {"sample": "", "no_sample": "there is no tokenizer"}
-    held_out = () if job.rows is None else job.rows.rows[job.tuned :]
-    texts = [row.tokens for row in held_out if not row.beside_text]
+    texts = [row.tokens for row in job.held_out if not row.beside_text]
     if not texts:
         return {"sample": "", "no_sample": "all rows held out have images"}
     change_backend(model)

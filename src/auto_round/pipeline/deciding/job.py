@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from auto_round.calibration.rows import CalibrationRows
 from auto_round.checkpoint.shards import TRANSFORMERS, WeightFiles
 from auto_round.config.memory import MemoryOptions
 from auto_round.config.options import Options
+from auto_round.errors import InternalError
 from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer
 from auto_round.models.source import ModelSource
@@ -97,11 +98,30 @@ class Job:
         return self.rows is not None and self.tuned > 0
 
     @property
+    def all_rows(self) -> tuple[CalibrationRow, ...]:
+        """Calibration rows, those held out last; none for plain rounding without data."""
+        return () if self.rows is None else self.rows.rows
+
+    @property
+    def held_out(self) -> tuple[CalibrationRow, ...]:
+        """Rows that choose the step that is kept, and measure the result."""
+        return self.all_rows[self.tuned :]
+
+    @property
     def judged_apart(self) -> bool:
         """Rows that measure the result are not tuned on; False where the data has one row only."""
-        return self.rows is None or not any(
-            row in self.rows.rows[: self.tuned] for row in self.rows.rows[self.tuned :]
-        )
+        tuned = self.all_rows[: self.tuned]
+        return not any(row in tuned for row in self.held_out)
+
+    def on_rows(self, rows: Sequence[CalibrationRow]) -> Job:
+        """The same run on these rows only, none of them held out.
+
+        Raises:
+            InternalError: it is a run without data.
+        """
+        if self.rows is None:
+            raise InternalError("a run without data has no rows to replace")
+        return replace(self, rows=replace(self.rows, rows=tuple(rows)), tuned=len(rows))
 
     @property
     def saves_imatrix(self) -> bool:

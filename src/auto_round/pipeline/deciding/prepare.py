@@ -63,7 +63,7 @@ def prepare(
         exporters=job.exporters.values(),
         rounds=bool(job.plan.quantized) or job.caches is not None,
         has_rows=job.rows is not None,
-        has_images=job.rows is not None and first_with_images(job.rows.rows) is not None,
+        has_images=first_with_images(job.all_rows) is not None,
         has_experts=any(layer.role is Role.EXPERT for layer in job.source.layers),
         quantizes_inputs=job.plan.scheme.act_quantized,
         on_cpu=job.device.type == "cpu",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -77,10 +77,7 @@ def trace_some(
     job: Job, rows: Sequence[CalibrationRow], scratch: Path, embedding: Tensor | None
 ) -> tuple[ArgumentTable, Streams]:
     """Trace some rows instead of those of the run."""
-    if job.rows is None:
-        raise ValueError("a run without rows is not distilled")
-    some = replace(job, rows=replace(job.rows, rows=tuple(rows)), tuned=len(rows))
-    return trace_rows(some, scratch, embedding)
+    return trace_rows(job.on_rows(rows), scratch, embedding)
 
 
 def whole(table: ArgumentTable, streams: Streams) -> Batch:

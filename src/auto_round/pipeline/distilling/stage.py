@@ -138,8 +138,7 @@ class _Loop:
         in_memory = states_in_memory(config, weights, job.memory)
         self._shelf = Shelf(self._folder, len(stage.members), in_memory=in_memory)
         self._units = Units(job, stage.members, self._shelf, stage.ranges, stage.states)
-        rows = job.rows.rows[job.tuned :] if job.rows is not None else ()
-        self._held = whole(*trace_some(job, rows, self._folder / "held", stage.embedding))
+        self._held = whole(*trace_some(job, job.held_out, self._folder / "held", stage.embedding))
 
     def run(self) -> dict[str, Any]:
         """Take all steps; what is kept is on the shelf then."""

@@ -62,7 +62,7 @@ def cover_experts(job: Job, scratch: Path) -> Job:
 
 def _choose(job: Job, scratch: Path, wanted: int) -> tuple[int, list[int]]:
     """Rows loaded in the end, and numbers of those taken among the new ones."""
-    rows = () if job.rows is None else job.rows.rows
+    rows = job.all_rows
     lacking = {
         name: (wanted - counts.sum(0)).clamp_min(0)
         for name, counts in _route(job, rows[: job.tuned], scratch).items()
@@ -92,9 +92,9 @@ def _choose(job: Job, scratch: Path, wanted: int) -> tuple[int, list[int]]:
 
 def _fresh(job: Job, count: int) -> list[CalibrationRow]:
     """Rows that the run does not have yet, of so many rows of its data."""
-    if job.rows is None or job.more_rows is None:
+    if job.more_rows is None:
         return []
-    known = {row.identity for row in (*job.rows.rows, *job.fresh)}
+    known = {row.identity for row in (*job.all_rows, *job.fresh)}
     return [row for row in job.more_rows(count).rows if row.identity not in known]
 
 
@@ -103,7 +103,7 @@ def _with_rows(job: Job, added: Sequence[CalibrationRow]) -> Job:
     if job.rows is None:
         return job
     padding = getattr(job.tokenizer, "pad_token_id", None) or 0
-    rows = of_one_length((*job.rows.rows[: job.tuned], *added, *job.rows.rows[job.tuned :]), padding)
+    rows = of_one_length((*job.all_rows[: job.tuned], *added, *job.held_out), padding)
     summary = f"{job.rows.summary}; {len(added)} rows more for the experts"
     together = replace(job.rows, rows=rows, fingerprint=fingerprint(rows), summary=summary)
     return replace(job, rows=together, tuned=job.tuned + len(added))
@@ -111,9 +111,7 @@ def _with_rows(job: Job, added: Sequence[CalibrationRow]) -> Job:
 
 def _route(job: Job, rows: Sequence[CalibrationRow], scratch: Path) -> dict[str, Tensor]:
     """Tokens that each row sends to each expert, by running the unquantized model block by block."""
-    if job.rows is None:
-        return {}
-    probe = replace(job, rows=replace(job.rows, rows=tuple(rows)), tuned=len(rows))
+    probe = job.on_rows(rows)
     found: dict[str, Tensor] = {}
     ended: list[Streams] = []
     for blocks in job.source.block_lists:

@@ -35,7 +35,7 @@ class Measured:
 
 def measure_streams(job: Job, streams: Streams, head: QTensor | None) -> Measured:
     """Compare both streams after the last block."""
-    rows = job.rows.rows if job.rows is not None else ()
+    rows = job.all_rows
     comparison, spread = Comparison(), Histogram()
     weight = None if head is None else head.format.dequantize(head, job.dtype).to(job.device)
     quantized = streams.quantized[0][streams.tuned :]

@@ -98,7 +98,7 @@ def _watched(job: Job, stem: Stem, blocks: Sequence[nn.Module]) -> tuple[list[To
     Raises:
         UnsupportedError: the blocks cannot be run one by one, or no row reaches them.
     """
-    rows = () if job.rows is None else job.rows.rows
+    rows = job.all_rows
     counts = []
     with watch_runs(blocks, [flow_of(block) for block in blocks]) as runs:
         for row in rows:
@@ -194,7 +194,7 @@ def _round(job: Job, stem: Stem, chosen: Chosen, write: Write) -> dict[str, Tens
 
 def _moments(job: Job, stem: Stem, layers: Sequence[Layer]) -> Mapping[str, InputMoments]:
     """Module -> second moments of its inputs in the rows that are tuned on."""
-    rows = () if job.rows is None else job.rows.rows[: job.tuned]
+    rows = job.all_rows[: job.tuned]
     names = [layer.parameter.removesuffix(WEIGHT) for layer in layers]
     with observe_inputs(stem.model, names) as seen:
         for row in rows:

@@ -37,7 +37,7 @@ def trace_rows(
     Returns:
         Arguments of every block of a list for every row, and the streams at its first block.
     """
-    rows = () if job.rows is None else job.rows.rows
+    rows = job.all_rows
     begun: list[States] = []
     rounded: list[States] = []
     pictured = any(row.beside_text for row in rows)

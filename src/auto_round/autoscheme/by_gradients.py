@@ -199,7 +199,7 @@ def _turns(setting: Setting, trials: Sequence[Trial]) -> list[list[Trial]]:
     turns: list[list[Trial]] = [[]]
     room = CHANGES_BYTES
     for part, option in trials:
-        weights = sum(math.prod(setting.candidates.layers[name].shape) for name in part.layers)
+        weights = sum(setting.candidates.layers[name].weights for name in part.layers)
         room -= weights * CHANGE.itemsize
         if room < 0 and turns[-1]:
             turns.append([])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -47,7 +46,7 @@ class Candidates:
     def weights(self) -> int:
         """Weights in the layers whose scheme is chosen or fixed."""
         names = [*self.fixed, *(name for names in self.groups for name in names)]
-        return sum(math.prod(self.layers[name].shape) for name in names)
+        return sum(self.layers[name].weights for name in names)
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -140,14 +139,14 @@ def in_gguf(layer: Layer, scheme: QuantizationScheme | None) -> QuantizationSche
 def stored_bits(layer: Layer, scheme: QuantizationScheme | None) -> float:
     """Bits of codes, scales and zero points; of a layer that is kept, its bits in 16-bit storage on disk."""
     fmt = None if scheme is None else scheme.weight_format()
-    weights = math.prod(layer.shape)
+    weights = layer.weights
     return weights * (layer.dtype.itemsize * 8 if fmt is None else fmt.bits_per_weight(layer.shape))
 
 
 def code_bits(layer: Layer, scheme: QuantizationScheme | None) -> float:
     """Bits of codes alone."""
     fmt = None if scheme is None else scheme.weight_format()
-    return math.prod(layer.shape) * (layer.dtype.itemsize * 8 if fmt is None else fmt.grid.bits)
+    return layer.weights * (layer.dtype.itemsize * 8 if fmt is None else fmt.grid.bits)
 
 
 def reachable(costs: Iterable[Sequence[float]], fixed: float) -> tuple[float, float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from auto_round.autoscheme.candidates import Candidates
 from auto_round.checkpoint.writer import lay_out
 from auto_round.export.exporter import Exporter
@@ -23,12 +21,12 @@ def file_bits(exporter: Exporter, layer: Layer, scheme: QuantizationScheme | Non
     """Bits that a layer takes in the files of a format: also zero points that its readers want stored."""
     fmt = None if scheme is None else scheme.weight_format()
     if scheme is None or fmt is None:
-        return math.prod(layer.shape) * layer.dtype.itemsize * 8
+        return 8 * layer.nbytes
     kind = type_of_scheme(scheme)
     if kind is not None:
         return kind.nbytes(layer.shape) * 8
     parts = exporter.spec(layer, fmt).values()
-    return sum(math.prod(part.shape) * part.dtype.itemsize for part in parts) * 8
+    return sum(part.nbytes for part in parts) * 8
 
 
 def rest_bits(exporter: Exporter, plan: Plan, source: ModelSource, candidates: Candidates) -> float:

@@ -82,9 +82,7 @@ def _component(made: Made) -> dict[str, Any]:
     found: dict[str, Any] = {
         "layers": {"quantized": len(job.plan.quantized), "kept": len(job.plan.kept)},
         "bits_per_quantized_weight": round(size.bits_per_weight, 4),
-        "bytes_before": sum(
-            s.dtype.itemsize * torch.Size(s.shape).numel() for s in job.source.tensors.values()
-        ),
+        "bytes_before": sum(s.nbytes for s in job.source.tensors.values()),
         "bytes_after": dict(made.nbytes),
         "blocks": [{k: v for k, v in e.items() if k not in ("tensors", COST)} for e in made.journal.entries],
         "plan": planned(job, first),

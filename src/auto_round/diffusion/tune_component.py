@@ -17,7 +17,7 @@ from auto_round.models.replayed_source import ReplayedSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.memory import release_freed_memory
-from auto_round.pipeline.plain_rounding import Rounding, bursts, nbytes, round_layers
+from auto_round.pipeline.plain_rounding import Rounding, bursts, round_layers
 from auto_round.pipeline.quantize import groups_of, saved_streams
 from auto_round.pipeline.running.blocks import GroupResult, GroupTuning
 from auto_round.pipeline.running.lower import Fitting
@@ -127,7 +127,7 @@ class ComponentRun:
         """Plain rounding without data."""
         layers = self.job.quantized()
         left = {
-            name: nbytes(layer) for name, (layer, _) in layers.items() if name not in self.journal.finished
+            name: layer.nbytes for name, (layer, _) in layers.items() if name not in self.journal.finished
         }
         done = len(layers) - len(left)
         for burst in bursts(left):

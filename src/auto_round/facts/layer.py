@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -68,6 +69,16 @@ class Layer:
     def alone(self) -> str:
         """Name of the matrix as a tensor of its own."""
         return f"{self.name}.weight" if self.fused else self.tensor
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.weights * self.dtype.itemsize
 
     @property
     def stored_shape(self) -> tuple[int, int]:

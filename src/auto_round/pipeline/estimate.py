@@ -88,7 +88,7 @@ def active_weights(work: Workload) -> float:
     """Weights in all blocks that one token meets."""
     share = active_share(work.source)
     inside = [layer for layer in work.source.layers if layer.block is not None]
-    return sum(math.prod(a.shape) * (share if a.role is Role.EXPERT else 1.0) for a in inside)
+    return sum(a.weights * (share if a.role is Role.EXPERT else 1.0) for a in inside)
 
 
 def measure_rates(work: Workload, seconds: float = 0.4) -> Rates:

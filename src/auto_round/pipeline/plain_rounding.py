@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,11 +40,6 @@ Shares = list[list[tuple[Layer, Format]]]
 
 NOTHING_LEFT: Shares = []
 """What the first rank sends at the end."""
-
-
-def nbytes(layer: Layer) -> int:
-    """Bytes of a layer on disk."""
-    return math.prod(layer.shape) * layer.dtype.itemsize
 
 
 def bursts(sizes: Mapping[str, int], ranks: int = 1) -> Iterator[list[str]]:
@@ -156,7 +150,7 @@ def _shares(layers: Sequence[tuple[Layer, Format]], size: int) -> Shares:
     costs: dict[str, int] = {}
     for layer, _ in layers:
         first = leader.get(layer.name, layer.name)
-        costs[first] = costs.get(first, 0) + nbytes(layer)
+        costs[first] = costs.get(first, 0) + layer.nbytes
     owner = {name: rank for rank, names in enumerate(divide(costs, size)) for name in names}
     shares: Shares = [[] for _ in range(size)]
     for layer, fmt in layers:
@@ -215,7 +209,7 @@ def round_layers(
         return layer.name, put(layer, QuantizedLayer(q))
 
     # The largest first, so that no worker begins a large one when the others have finished.
-    largest_first = sorted(layers, key=lambda item: nbytes(item[0]), reverse=True)
+    largest_first = sorted(layers, key=lambda item: item[0].nbytes, reverse=True)
     with workers(rounding.device) as pool:
         return dict(pool.map(work, largest_first))
 

@@ -34,7 +34,6 @@ from auto_round.pipeline.plain_rounding import (
     Rounding,
     bursts,
     help_rounding,
-    nbytes,
     round_together,
 )
 from auto_round.pipeline.processes import Begun, joined, shared
@@ -288,7 +287,7 @@ class _Loop:
             unit = layer.name if layer.block is None else self.job.source.blocks[layer.block].disk
             units.setdefault(unit, []).append(layer.name)
         left = {unit: names for unit, names in units.items() if unit not in self.journal.finished}
-        sizes = {unit: sum(nbytes(layers[n][0]) for n in names) for unit, names in left.items()}
+        sizes = {unit: sum(layers[n][0].nbytes for n in names) for unit, names in left.items()}
         done = len(units) - len(left)
         if self.job.device.type == "cpu":
             keep_freed_memory(of_any_size=True)

@@ -76,8 +76,8 @@ def measure(
     quantized_bytes = 0.0
     for layer in layers:
         scheme = entries[layer.name].scheme
-        weights = math.prod(layer.shape)
-        source = 0 if layer.name in shared else weights * layer.dtype.itemsize
+        weights = layer.weights
+        source = 0 if layer.name in shared else layer.nbytes
         source_bytes += source
         fmt = None if scheme is None else scheme.weight_format()
         if fmt is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +136,7 @@ class GgufFile:
     def read_part(self, folder: Path, name: str) -> Tensor:
         """Bytes of a part as they lie on disk, uint8."""
         part = self.parts[name]
-        data = bytearray(math.prod(part.spec.shape) * part.spec.dtype.itemsize)
+        data = bytearray(part.spec.nbytes)
         path = folder / self.name
         with reading(path), path.open("rb") as file:
             read_at(file.fileno(), memoryview(data), part.begin)

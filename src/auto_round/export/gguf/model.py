@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +107,7 @@ def _tied(source: ModelSource) -> frozenset[str]:
 
 
 def _general(source: ModelSource, name: str) -> dict[str, Value]:
-    weights = sum(math.prod(source.tensors[name].shape) for name in source.text_tensors)
+    weights = sum(source.tensors[name].count for name in source.text_tensors)
     return {
         "general.type": Value("str", "model"),
         "general.name": Value("str", name),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,5 +121,5 @@ def step_operations(layers: Sequence[Layer], tokens: int, config: TuneConfig) ->
         tokens: tokens of a row.
         config: settings of the loop.
     """
-    weights = sum(math.prod(layer.shape) for layer in layers if layer.block is not None)
+    weights = sum(layer.weights for layer in layers if layer.block is not None)
     return 6.0 * weights * tokens * rows_seen(config)

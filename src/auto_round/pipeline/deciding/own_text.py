@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
@@ -50,7 +49,7 @@ def rows_at_once(source: ModelSource, device: torch.device, dtype: torch.dtype, 
     Raises:
         UnsupportedError: not even one beside its weights.
     """
-    weights = dtype.itemsize * sum(math.prod(spec.shape) for spec in source.tensors.values())
+    weights = dtype.itemsize * sum(spec.count for spec in source.tensors.values())
     row = seqlen * dtype.itemsize * source.facts.cached_by_token + 4 * LOGITS * source.facts.vocabulary
     on_host = device.type == "cpu"
     free = HOST_SHARE * available_bytes() if on_host else DEVICE_SHARE * device_total_bytes(device)

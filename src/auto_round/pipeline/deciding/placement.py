@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -225,7 +224,7 @@ def _spread(devices: Devices, source: ModelSource, whole: Mapping[str, str]) -> 
             module = module_of(layer)
             unit = (module, None if module in whole else layer.expert)
             sizes = blocks.setdefault(layer.block, {})
-            sizes[unit] = sizes.get(unit, 0) + math.prod(layer.shape)
+            sizes[unit] = sizes.get(unit, 0) + layer.weights
     at: Found = {}
     for sizes in blocks.values():
         held = dict.fromkeys((devices.main, *devices.others), 0)

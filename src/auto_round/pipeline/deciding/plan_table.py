@@ -70,5 +70,5 @@ def _outside_of_layers(job: Job) -> tuple[int, int]:
     plan: Plan = job.plan
     layers = {layer.tensor for layer in job.source.layers if layer.name != plan.tied_head}
     others = [spec for name, spec in job.source.tensors.items() if name not in layers]
-    counts = [math.prod(spec.shape) for spec in others]
+    counts = [spec.count for spec in others]
     return sum(counts), sum(n * spec.dtype.itemsize for n, spec in zip(counts, others, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,10 +22,10 @@ def with_unaddressed(plan: Plan, source: ModelSource) -> Plan:
     grouped = _by_reason(source)
     if not grouped or not _asks(plan):
         return plan
-    total = sum(math.prod(spec.shape) for spec in source.tensors.values())
+    total = sum(spec.count for spec in source.tensors.values())
     notes = []
     for reason, names in grouped.items():
-        share = sum(math.prod(source.tensors[n].shape) for n in names if n in source.tensors) / max(1, total)
+        share = sum(source.tensors[n].count for n in names if n in source.tensors) / max(1, total)
         size = f" ({share:.1%} of the model's weights)" if share >= _FEW else ""
         notes.append(f"{len(names)} matrices stay at 16 bits{size}: {reason}: {some(names)}")
     return replace(plan, warnings=(*plan.warnings, *notes))

@@ -134,7 +134,7 @@ class _Loop:
         self._stage, self._ends, self._streams, self._told = stage, ends, streams, told
         self._folder = stage.scratch / FOLDER
         job, config = stage.job, stage.config
-        weights = sum(math.prod(layer.shape) for layer, _ in job.quantized().values())
+        weights = sum(layer.weights for layer, _ in job.quantized().values())
         in_memory = states_in_memory(config, weights, job.memory)
         self._shelf = Shelf(self._folder, len(stage.members), in_memory=in_memory)
         self._units = Units(job, stage.members, self._shelf, stage.ranges, stage.states)

@@ -5,7 +5,6 @@ The figures of one weight follow from what the code holds; `docs/machines.md` ha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -139,7 +138,7 @@ class _Demand(Together):
         own, itemsize = work.source.dtype.itemsize, work.dtype.itemsize
         found = 0
         for layers in self.groups():
-            count = sum(math.prod(layer.shape) for layer in layers)
+            count = sum(layer.weights for layer in layers)
             widest = max(max(layer.shape) for layer in layers)
             rows = min(self.level.rows or work.tune.batch_size, work.tune.batch_size)
             weights = count * (itemsize + (own if own != itemsize else 0))
@@ -183,11 +182,11 @@ class _Demand(Together):
     def _block(self, layers: list[Layer]) -> dict[str, int]:
         """A group of blocks, or its layers on one device, while it is tuned or searched."""
         work, tune = self.work, self.work.tune
-        count = sum(math.prod(layer.shape) for layer in layers)
+        count = sum(layer.weights for layer in layers)
         quantized = [layer for layer in layers if layer.name in work.formats]
-        tuned = sum(math.prod(layer.shape) for layer in quantized)
+        tuned = sum(layer.weights for layer in quantized)
         stacked = [layer for layer in quantized if self.by_matrix(layer)]
-        apart = sum(math.prod(layer.shape) for layer in stacked)
+        apart = sum(layer.weights for layer in stacked)
         largest = max(map(self.together, quantized), default=0)
         own, itemsize = work.source.dtype.itemsize, work.dtype.itemsize
         parts = {"weights": (count - apart) * itemsize + ((tuned - apart) * own if own != itemsize else 0)}
@@ -274,16 +273,16 @@ class _Demand(Together):
         """As many matrices as there are workers."""
         work = self.work
         layers = [layer for layer in work.source.layers if layer.name in work.formats]
-        layers.sort(key=lambda layer: math.prod(layer.shape), reverse=True)
+        layers.sort(key=lambda layer: layer.weights, reverse=True)
         at_once = layers[: worker_count(work.device)]
         # As stored, as codes, as codes in a layout's order, and packed.
         each = work.source.dtype.itemsize + 3 * PACKED
         formed = sum(map(self._formed, at_once))
-        return {"weights": each * sum(math.prod(a.shape) for a in at_once), "at work": formed}
+        return {"weights": each * sum(a.weights for a in at_once), "at work": formed}
 
     def _formed(self, layer: Layer) -> int:
         """What rounding of a layer without tuning forms: a band in float32, and what PyTorch makes of it."""
-        count = math.prod(layer.shape)
+        count = layer.weights
         if self.work.tune.search:
             return min(SEARCH_BAND, count) * SEARCHED
         band = min(weights_at_once(self.work.device, SEARCH_BAND), count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -127,7 +126,7 @@ def _one_way(alone: Workload, machines: Machines, plan: MemoryPlan, over: int, s
     rows_moved, gradients = _flowing(alone, ranks, over), _gradients(alone, ranks, over)
     between = each.link if machines.nodes == 1 else NETWORK
     specs = work.source.tensors.values()
-    read = float(sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in specs))
+    read = float(sum(spec.nbytes for spec in specs))
     took = seconds(alone, plan, products, moving) + rows_moved / each.link + gradients / between
     blocks = len(work.source.blocks)
     return Paper(

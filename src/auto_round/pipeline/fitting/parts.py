@@ -74,7 +74,7 @@ class Parts:
         parameters: dict[tuple[str, object], int] = {}
         experts: dict[tuple[str, int | None], int] = {}
         for layer in work.source.layers:
-            count = math.prod(layer.shape)
+            count = layer.weights
             there, own = (layer.parameter, work.elsewhere.get(layer.name)), (layer.parameter, layer.expert)
             parameters[there] = parameters.get(there, 0) + count
             experts[own] = experts.get(own, 0) + count
@@ -141,7 +141,7 @@ class Parts:
             return 0
         fmt = self.work.formats[layer.name]
         floats = isinstance(fmt.grid, FloatGrid)
-        return math.prod(layer.shape) * (KEPT_BY_ROUNDING + (SPACING if floats else 0))
+        return layer.weights * (KEPT_BY_ROUNDING + (SPACING if floats else 0))
 
     def by_program(self, layer: Layer) -> bool:
         """Whether a C program rounds a layer, which forms and keeps nothing besides."""
@@ -150,7 +150,7 @@ class Parts:
 
     def searched(self, layers: list[Layer]) -> int:
         """Weights of the largest band that is searched at a time: matrix by matrix."""
-        return min(SEARCH_BAND, max((math.prod(a.shape) for a in layers), default=0))
+        return min(SEARCH_BAND, max((a.weights for a in layers), default=0))
 
     def ranges(self, layers: list[Layer]) -> int:
         """Multipliers and measured ranges of all groups, both ends."""
@@ -210,7 +210,7 @@ class Parts:
     def head(self) -> int:
         """The output head, where it is a matrix of its own."""
         source = self.work.source
-        heads = (math.prod(a.shape) for a in source.layers if a.role is Role.HEAD)
+        heads = (a.weights for a in source.layers if a.role is Role.HEAD)
         return 0 if source.tied_head else sum(heads) * self.work.dtype.itemsize
 
     def largest_outside(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from auto_round.evaluate.logits import positions_at_once
@@ -69,7 +68,7 @@ class Together(Parts):
     def _staying_unit(self, layers: list[Layer]) -> int:
         """A group of blocks between its forward and its backward pass."""
         quantized = [layer for layer in layers if layer.name in self.work.formats]
-        tuned = sum(math.prod(layer.shape) for layer in quantized)
+        tuned = sum(layer.weights for layer in quantized)
         rounded = tuned * self.work.dtype.itemsize + sum(map(self.kept, quantized))
         kept = self.kept_activations(layers, rows_of_step(self.work.seqlen))
         return self._weights(layers, tuned) + self.ranges(quantized) + rounded + kept
@@ -78,7 +77,7 @@ class Together(Parts):
         """A group of blocks while gradients are formed."""
         work, itemsize = self.work, self.work.dtype.itemsize
         quantized = [layer for layer in layers if layer.name in work.formats]
-        tuned = sum(math.prod(layer.shape) for layer in quantized)
+        tuned = sum(layer.weights for layer in quantized)
         states = 0 if in_memory and work.device.type == "cpu" else STATE_BYTES * tuned
         rounded = tuned * 2 * itemsize + sum(map(self.kept, quantized))
         experts = {a.parameter for a in quantized if a.expert is not None}
@@ -90,5 +89,5 @@ class Together(Parts):
     def _weights(self, layers: list[Layer], tuned: int) -> int:
         """Weights as blocks run with them, and those to be rounded as the model has them."""
         own, itemsize = self.work.source.dtype.itemsize, self.work.dtype.itemsize
-        count = sum(math.prod(layer.shape) for layer in layers)
+        count = sum(layer.weights for layer in layers)
         return count * itemsize + (tuned * own if own != itemsize else 0)

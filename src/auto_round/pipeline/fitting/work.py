@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -65,7 +64,7 @@ class Workload:
     @property
     def quantized(self) -> int:
         """Weights that are quantized."""
-        return sum(math.prod(layer.shape) for layer in self.source.layers if layer.name in self.formats)
+        return sum(layer.weights for layer in self.source.layers if layer.name in self.formats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +94,9 @@ def measure_sizes(work: Workload) -> Sizes:
     blocks: dict[int, int] = {}
     for layer in source.layers:
         if layer.block is not None:
-            blocks[layer.block] = blocks.get(layer.block, 0) + math.prod(layer.shape)
+            blocks[layer.block] = blocks.get(layer.block, 0) + layer.weights
     largest = max(blocks.values(), default=0) * work.nblocks
-    total = sum(math.prod(spec.shape) for spec in source.tensors.values())
+    total = sum(spec.count for spec in source.tensors.values())
     return Sizes(
         tokens=rows * work.seqlen,
         batch_tokens=min(work.tune.batch_size, max(1, rows)) * work.seqlen,

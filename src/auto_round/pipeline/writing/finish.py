@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -66,7 +65,7 @@ def build_report(
     """What `report.json` says; no times and no dates, so that equal runs give equal files."""
     first = next(iter(job.exporters.values()))
     size = plan_size(job, first)
-    before = sum(s.dtype.itemsize * math.prod(s.shape) for s in job.source.tensors.values())
+    before = sum(s.nbytes for s in job.source.tensors.values())
     report: dict[str, Any] = {
         OURS: __version__,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,7 +53,7 @@ def planned(job: Job, exporter: Exporter) -> list[dict[str, Any]]:
         key = (kind_of(layer, job.source.blocks), entry.label, bits, entry.why(layer.name), layer.block)
         found = sums.setdefault(key, _Sum())
         found.layers += 1
-        found.weights += math.prod(layer.shape)
+        found.weights += layer.weights
         found.nbytes += stored.get(layer.name, _bytes(job, layer))
     lines: dict[tuple[Any, ...], _Line] = {}
     for (kind, scheme, bits, reason, block), found in sums.items():
@@ -95,5 +94,5 @@ def kind_of(layer: Layer, blocks: Sequence[Block]) -> str:
 def _bytes(job: Job, layer: Layer) -> float:
     """Bytes of a layer where the exporter does not say."""
     fmt = job.plan.format_of(layer.name)
-    weights = math.prod(layer.shape)
-    return weights * layer.dtype.itemsize if fmt is None else fmt.bits_per_weight(layer.shape) * weights / 8
+    weights = layer.weights
+    return layer.nbytes if fmt is None else fmt.bits_per_weight(layer.shape) * weights / 8

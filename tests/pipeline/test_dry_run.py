@@ -12,10 +12,11 @@ from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.pipeline.deciding.fit import workload
 from auto_round.pipeline.deciding.plan_table import manifests, plan_size
-from auto_round.pipeline.distilling.cost import StageWork, stage_seconds
+from auto_round.pipeline.distilling.cost import stage_seconds
 from auto_round.pipeline.dry_run import DryRun, dry_run
 from auto_round.pipeline.estimate import Estimate, Rates, estimate
 from auto_round.pipeline.fitting.work import measure_sizes
+from auto_round.tuning.distill import DistillConfig
 from auto_round.units import size
 from pipeline.runs import ROWS, SHORT, quantize, weights
 
@@ -90,8 +91,9 @@ def test_what_tuning_all_blocks_together_takes(tiny, tmp_path):
     assert f"states of distill_steps {size(28 * count)}" in dry.text
     assert dry.memory.host_stage.name == "all blocks"
     assert dry.memory.host_stage.host["offsets and moments"] == 12 * count
-    work = StageWork(steps=10, seqlen=256, held_out=8, block_weights=1e6, head_weights=1000, quantized=1000)
-    cost, longer = (stage_seconds(replace(work, steps=steps), 1e9, 1e9) for steps in (100, 200))
+    assert dry.estimate.seconds > dry.together > 0 == plain.together
+    works = (replace(workload(dry.job), together=DistillConfig(steps=steps)) for steps in (100, 200))
+    cost, longer = (stage_seconds(work, 1e9, 1e9) for work in works)
     assert 1.8 < longer / cost < 2.0
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from auto_round.checkpoint.disk import reading
 from auto_round.checkpoint.workfolder import OutputFolder
-from auto_round.config.tuning import TuneOptions
 from auto_round.errors import ConfigError
 from auto_round.pipeline.deciding.fit import plan_memory, workload
 from auto_round.pipeline.deciding.job import Job
@@ -65,25 +64,23 @@ class DiskNeed:
         return f"{size(self.output)} output, {until}"
 
 
-def disk_need(work: Workload, plan: MemoryPlan, tune: TuneOptions) -> DiskNeed:
+def disk_need(work: Workload, plan: MemoryPlan) -> DiskNeed:
     """What a run will write; nothing is read but shapes.
 
     Args:
         work: the run.
         plan: its memory plan.
-        tune: whether all blocks are tuned together, and what they learn then.
     """
-    stream = measure_sizes(work).stream
+    stream, stage = measure_sizes(work).stream, work.together
     spilled = SPILLED_STREAMS * stream if plan.files else 0
-    if plan.files and tune.distill_steps:
+    if plan.files and stage is not None:
         units, row = math.ceil(len(work.source.blocks) / work.nblocks), stream // max(1, work.rows)
-        spilled += flowing_bytes(units, row, work.seqlen, work.held_out, tune.distill_steps)
-    states = states_on_disk(work.quantized, codes_stay=tune.distill_scales_only)
+        spilled += flowing_bytes(units, row, work.seqlen, work.held_out, stage.steps)
     return DiskNeed(
         output=work.output_bytes,
         saved=SAVED_STREAMS * stream if work.continues else 0,
         spilled=spilled,
-        together=states if tune.distill_steps else 0,
+        together=0 if stage is None else states_on_disk(work.quantized, codes_stay=stage.codes_stay),
     )
 
 
@@ -104,15 +101,15 @@ def refuse_full_disk(job: Job, folder: OutputFolder) -> None:
     Raises:
         ConfigError: there is too little.
     """
-    work, tune = workload(job), job.options.tune
-    need = disk_need(work, job.memory_plan or plan_memory(job), tune)
+    work = workload(job)
+    need = disk_need(work, job.memory_plan or plan_memory(job))
     free = free_bytes(folder.partial)
     more = need.total - _held_bytes(folder.partial)
     if more <= free:
         return
     folder.abandon()
     remedies = ["free some space", "choose an output folder on another disk (for quantize(): AR_WORK_SPACE)"]
-    if need.together and not tune.distill_scales_only:
+    if work.together is not None and not work.together.codes_stay:
         least = states_on_disk(work.quantized, codes_stay=True)
         remedies.append(f"leave distill_steps out or give distill_scales_only ({size(least)})")
     if need.saved or need.spilled:

@@ -20,8 +20,8 @@ from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.disk_need import DiskNeed, disk_need, free_bytes
-from auto_round.pipeline.distilling.cost import StageWork, stage_seconds
-from auto_round.pipeline.estimate import Estimate, Rates, active_weights, estimate, measure_rates
+from auto_round.pipeline.distilling.cost import stage_seconds
+from auto_round.pipeline.estimate import Estimate, Rates, estimate, measure_rates
 from auto_round.pipeline.fitting.accelerators import Machines, read_machines
 from auto_round.pipeline.fitting.paper import Paper, on_paper
 from auto_round.pipeline.fitting.plan import MemoryPlan
@@ -132,39 +132,20 @@ def dry_run(
         refuse_occupied(out, overwrite=options.output.overwrite, source=job.source.folder)
     except ConfigError as error:
         blocked = str(error)
-    expected, together = estimate(work, memory, rates), _together(job, work, rates)
     return DryRun(
         job=job,
         table=plan_table(job),
         memory=memory,
         paper=None if machines is None else _on_paper(job, work, machines),
         rates=rates,
-        estimate=replace(expected, seconds=expected.seconds + together),
-        together=together,
-        disk=disk_need(work, memory, job.options.tune),
+        estimate=estimate(work, memory, rates),
+        together=stage_seconds(work, rates.operations, rates.bandwidth),
+        disk=disk_need(work, memory),
         available_bytes=available_bytes(),
         free_bytes=free_bytes(out),
         blocked=blocked,
         unfinished=partial if partial.is_dir() else None,
     )
-
-
-def _together(job: Job, work: Workload, rates: Rates) -> float:
-    """Seconds of tuning all blocks together; 0 where it is not asked for."""
-    steps = job.options.tune.distill_steps
-    if not steps:
-        return 0.0
-    facts = job.source.facts
-    stage = StageWork(
-        steps=steps,
-        seqlen=work.seqlen,
-        held_out=work.held_out,
-        block_weights=active_weights(work),
-        head_weights=facts.vocabulary * facts.width,
-        quantized=work.quantized,
-        codes_stay=job.options.tune.distill_scales_only,
-    )
-    return stage_seconds(stage, rates.operations, rates.bandwidth)
 
 
 def _on_paper(job: Job, work: Workload, machines: Machines) -> Paper:

@@ -11,8 +11,9 @@ import torch
 
 from auto_round.facts.layer import Role
 from auto_round.numerics.search import THOROUGH
+from auto_round.pipeline.distilling.cost import stage_seconds
 from auto_round.pipeline.fitting.plan import MemoryPlan
-from auto_round.pipeline.fitting.work import Sizes, Workload, active_share, measure_sizes
+from auto_round.pipeline.fitting.work import Sizes, Workload, active_share, active_weights, measure_sizes
 from auto_round.tuning.steps import held_out_looks, rows_seen
 
 ROUNDING_BYTES = 800
@@ -70,7 +71,7 @@ def estimate(work: Workload, plan: MemoryPlan, rates: Rates) -> Estimate:
     return Estimate(
         host_bytes=plan.host_bytes,
         device_bytes=plan.device_bytes,
-        seconds=_seconds(work, sizes, rates),
+        seconds=_seconds(work, sizes, rates) + stage_seconds(work, rates.operations, rates.bandwidth),
     )
 
 
@@ -82,13 +83,6 @@ def operations(work: Workload, sizes: Sizes) -> float:
         seen = rows_seen(work.tune) * work.seqlen
         ends = HEAD_PASSES * float(seen) * facts.vocabulary * facts.width
     return 2 * (active_weights(work) * _passes(work, sizes) + ends)
-
-
-def active_weights(work: Workload) -> float:
-    """Weights in all blocks that one token meets."""
-    share = active_share(work.source)
-    inside = [layer for layer in work.source.layers if layer.block is not None]
-    return sum(a.weights * (share if a.role is Role.EXPERT else 1.0) for a in inside)
 
 
 def measure_rates(work: Workload, seconds: float = 0.4) -> Rates:

@@ -95,13 +95,8 @@ class DistillConfig:
     @property
     def looks(self) -> frozenset[int]:
         """Steps after which the held-out rows are looked at."""
-        return looks(self.steps)
-
-
-def looks(steps: int) -> frozenset[int]:
-    """Steps of so many after which the held-out rows are looked at."""
-    every = max(STEPS_BETWEEN_LOOKS, steps // LOOKS)
-    return frozenset({*range(every, steps, every), steps})
+        every = max(STEPS_BETWEEN_LOOKS, self.steps // LOOKS)
+        return frozenset({*range(every, self.steps, every), self.steps})
 
 
 def distill_settings(tune: TuneOptions, seed: int) -> DistillConfig:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from auto_round.tuning.distill import looks, rows_of_step
+from auto_round.pipeline.fitting.work import Workload, active_weights
+from auto_round.tuning.distill import rows_of_step
 
 PASSES = 5
 """Forward passes that a step costs as much as: original, rounded, rounded again, and its gradients (two)."""
@@ -16,40 +15,20 @@ RESCALED_BYTES = 200
 """The same where codes stay."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageWork:
-    """What the cost follows from.
-
-    Attributes:
-        steps: optimizer steps.
-        seqlen: tokens of a row.
-        held_out: rows that judge.
-        block_weights: weights in all blocks that one token meets.
-        head_weights: weights of the output head.
-        quantized: weights that are quantized.
-        codes_stay: steps of groups are learned only.
-    """
-
-    steps: int
-    seqlen: int
-    held_out: int
-    block_weights: float
-    head_weights: int
-    quantized: int
-    codes_stay: bool = False
-
-
-def stage_seconds(work: StageWork, operations: float, bandwidth: float) -> float:
-    """Estimate how long the stage takes.
+def stage_seconds(work: Workload, operations: float, bandwidth: float) -> float:
+    """Estimate how long the stage of a run takes; 0 where it is not asked for.
 
     Args:
-        work: what the cost follows from.
+        work: the run.
         operations: floating-point operations per second of the device.
         bandwidth: bytes per second of an elementwise operation.
     """
-    tokens = float(work.steps * rows_of_step(work.seqlen) * work.seqlen)
-    judged = float((1 + len(looks(work.steps))) * work.held_out * work.seqlen)
-    products = (PASSES * tokens + judged) * work.block_weights
-    products += (HEAD_PASSES * tokens + 2 * judged) * work.head_weights
-    moved = float(work.steps * (RESCALED_BYTES if work.codes_stay else MOVED_BYTES)) * work.quantized
+    stage, facts = work.together, work.source.facts
+    if stage is None:
+        return 0.0
+    tokens = float(stage.steps * rows_of_step(work.seqlen) * work.seqlen)
+    judged = float((1 + len(stage.looks)) * work.held_out * work.seqlen)
+    products = (PASSES * tokens + judged) * active_weights(work)
+    products += (HEAD_PASSES * tokens + 2 * judged) * facts.vocabulary * facts.width
+    moved = float(stage.steps * (RESCALED_BYTES if stage.codes_stay else MOVED_BYTES)) * work.quantized
     return 2 * products / operations + moved / bandwidth

@@ -114,3 +114,10 @@ def active_share(source: ModelSource) -> float:
     if not chosen or not numbers or not all(map(source.tells_experts_apart, {a.parameter for a in experts})):
         return 1.0
     return min(1.0, chosen / len(numbers))
+
+
+def active_weights(work: Workload) -> float:
+    """Weights in all blocks that one token meets."""
+    share = active_share(work.source)
+    inside = [layer for layer in work.source.layers if layer.block is not None]
+    return sum(a.weights * (share if a.role is Role.EXPERT else 1.0) for a in inside)

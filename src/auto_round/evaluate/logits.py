@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COMPARED_BYTES = 64 << 20
+"""Memory for logits while two models are compared."""
+
 
 @dataclass(slots=True)
 class Comparison:
@@ -79,6 +82,6 @@ def _perplexity(nll: float, positions: int) -> float:
     return math.exp(min(nll / max(1, positions), 700.0))
 
 
-def positions_at_once(vocabulary: int, budget_bytes: int = 64 << 20) -> int:
+def positions_at_once(vocabulary: int, budget_bytes: int = COMPARED_BYTES) -> int:
     """How many positions' logits to hold at a time: float32 log-probabilities of two models and their mix."""
     return max(1, budget_bytes // (vocabulary * torch.float32.itemsize * 4))

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from auto_round.calibration.row import CalibrationRow, joined
-from auto_round.evaluate.logits import Comparison, positions_at_once
+from auto_round.evaluate.logits import COMPARED_BYTES, Comparison, positions_at_once
 from auto_round.models.roles import text_model
 from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.fitting.logits import VERIFIED_POSITIONS, VERIFIED_ROWS
 from auto_round.pipeline.running.measure import Measured, counted
 
-ROWS = 4
-POSITIONS = 512
-LOGITS_BYTES = 64 << 20
-"""Rows compared, and most positions of each: fewer when their logits would not fit into so many bytes."""
 PROMPT_TOKENS = 16
+"""Fewest positions that are compared, and tokens from which a sample goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +55,8 @@ def batches(job: Job, measured: Measured) -> list[Batch]:
     held_out = job.held_out
     pictured = [i for i, row in enumerate(held_out) if row.beside_text]
     plain = [i for i, row in enumerate(held_out) if not row.beside_text]
-    chosen = plain[: ROWS - min(ROWS // 2, len(pictured))]
-    windows = [_window(job, i, held_out[i]) for i in [*chosen, *pictured[: ROWS - len(chosen)]]]
+    chosen = plain[: VERIFIED_ROWS - min(VERIFIED_ROWS // 2, len(pictured))]
+    windows = [_window(job, i, held_out[i]) for i in [*chosen, *pictured[: VERIFIED_ROWS - len(chosen)]]]
     together = [window for window in windows if not window.row.beside_text]
     alone = [[window] for window in windows if window.row.beside_text]
     return [_with_tuned(job, measured, group) for group in ([together] if together else []) + alone]
@@ -66,8 +64,8 @@ def batches(job: Job, measured: Measured) -> list[Batch]:
 
 def _window(job: Job, number: int, row: CalibrationRow) -> Window:
     """As many positions as memory holds logits of: the first of a text, the last of a row with images."""
-    affordable = LOGITS_BYTES // (ROWS * job.source.facts.vocabulary * job.dtype.itemsize)
-    length = min(POSITIONS, len(row), max(PROMPT_TOKENS, affordable))
+    affordable = COMPARED_BYTES // (VERIFIED_ROWS * job.source.facts.vocabulary * job.dtype.itemsize)
+    length = min(VERIFIED_POSITIONS, len(row), max(PROMPT_TOKENS, affordable))
     if not row.beside_text:
         return Window(number, row.beginning(length), 0, length - 1)
     last = len(row) if row.mask is None else int(row.mask.nonzero().max()) + 1

@@ -15,6 +15,7 @@ from auto_round.export.hf_config import read_config
 from auto_round.inference.load_folder import Loading, failures, load_whole
 from auto_round.log import logger
 from auto_round.models.roles import text_model
+from auto_round.pipeline.fitting.choose import RELOADED
 from auto_round.pipeline.machine.memory import available_bytes
 
 CPU = torch.device("cpu")
@@ -43,8 +44,8 @@ class Reader:
             return f"Transformers loads this format with the package {missing} only"
         size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         room = available_bytes()
-        if room and 2 * size > room:
-            need = f"reloading needs about {2 * size >> 20} MiB of memory, {room >> 20} are free"
+        if room and RELOADED * size > room:
+            need = f"reloading needs about {RELOADED * size >> 20} MiB of memory, {room >> 20} are free"
             logger.warning("not verified: %s: %s", folder, need)
             return need
         return ""

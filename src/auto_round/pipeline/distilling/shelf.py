@@ -72,7 +72,7 @@ class Shelf:
 
     def constants(self, unit: int) -> dict[str, Tensor]:
         """What no step changes of a unit; nothing where there is none."""
-        path = self._constants(unit)
+        path = _constants(self.folder, unit)
         return load_tensors(path) if path.exists() else {}
 
     def make_durable(self, step: int, progress: Mapping[str, Any]) -> None:
@@ -108,9 +108,6 @@ class Shelf:
 
     def _kept(self) -> tuple[int, int]:
         return int(self.progress.get("step", 0)), int(self.progress.get("best", 0))
-
-    def _constants(self, unit: int) -> Path:
-        return _constants(self.folder, unit)
 
     def _path(self, unit: int, kind: str, step: int) -> Path:
         return self.folder / f"{unit:04d}-{kind}-{step:06d}.safetensors"

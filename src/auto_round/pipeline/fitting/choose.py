@@ -15,7 +15,7 @@ UNKNOWN_ROOM = 4 << 30
 STREAMS_SHARE = 0.5
 """Hidden states may take this share of the host memory that the rest of the run leaves."""
 RELOADED = 2
-"""A folder is loaded for the closing check where so many times its size is free (`checking.reload`)."""
+"""A folder is loaded for the closing check where so many times its size is free."""
 DEVICE_SHARE = 0.95
 """Share of an accelerator's memory that a plan may fill."""
 

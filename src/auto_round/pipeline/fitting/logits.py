@@ -8,8 +8,9 @@ LOGITS_BYTES = 256 << 20
 """For logits on a CPU, or where memory is to be spared, while the last block is tuned by predictions."""
 ACCELERATOR_LOGITS_BYTES = 2 << 30
 """The same on an accelerator, which needs long matrices to be busy."""
-MEASURED_LOGITS_BYTES = 64 << 20
-"""Memory for logits when two models are compared (`evaluate.logits`), and when a folder is verified."""
+VERIFIED_ROWS, VERIFIED_POSITIONS = 4, 512
+"""Rows, and most positions of each, that a reloaded folder is asked for: fewer where logits of one model
+would not fit into `COMPARED_BYTES`."""
 
 
 def logits_budget(device: torch.device, *, sparing: bool) -> int:

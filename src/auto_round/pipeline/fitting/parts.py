@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from auto_round.evaluate.logits import COMPARED_BYTES
 from auto_round.facts.layer import Layer, Role
 from auto_round.models.causal_attention import BANDS as ATTENTION_BANDS
 from auto_round.numerics.compiled_rounding import can_round
@@ -19,7 +20,7 @@ from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.importance import TILE
 from auto_round.numerics.search import BAND as SEARCH_BAND
 from auto_round.pipeline.fitting.level import Level
-from auto_round.pipeline.fitting.logits import MEASURED_LOGITS_BYTES, logits_budget
+from auto_round.pipeline.fitting.logits import VERIFIED_POSITIONS, VERIFIED_ROWS, logits_budget
 from auto_round.pipeline.fitting.work import Sizes, Workload, active_share, measure_sizes
 from auto_round.tuning.steps import sign_move
 
@@ -45,8 +46,6 @@ the same memory in turn (`tuning.workspace`)."""
 GATE = 6
 """Numbers that the gate between an expert's two products keeps and forms for each that it gives, beside
 inputs and outputs of the products: as gpt-oss has it; others keep up to 4 fewer."""
-VERIFIED_ROWS, VERIFIED_POSITIONS = 4, 512
-"""Rows, and most positions of each, that a reloaded folder is asked for (`checking.compare_rows`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,13 +220,13 @@ class Parts:
     def logits(self) -> int:
         """Logits of two models in float32, and what is formed of them."""
         facts = self.work.source.facts
-        return min(MEASURED_LOGITS_BYTES, 4 * FLOAT * facts.vocabulary * self.work.seqlen)
+        return min(COMPARED_BYTES, 4 * FLOAT * facts.vocabulary * self.work.seqlen)
 
     def verified_logits(self) -> int:
         """Logits of one model for the rows on which a folder is compared."""
         work = self.work
         each = work.source.facts.vocabulary * work.dtype.itemsize
-        return min(MEASURED_LOGITS_BYTES, VERIFIED_ROWS * min(work.seqlen, VERIFIED_POSITIONS) * each)
+        return min(COMPARED_BYTES, VERIFIED_ROWS * min(work.seqlen, VERIFIED_POSITIONS) * each)
 
     def cast_logits(self) -> int:
         """A row of those in float32, as they are compared; none are formed where they are float32."""

@@ -94,5 +94,4 @@ def kind_of(layer: Layer, blocks: Sequence[Block]) -> str:
 def _bytes(job: Job, layer: Layer) -> float:
     """Bytes of a layer where the exporter does not say."""
     fmt = job.plan.format_of(layer.name)
-    weights = layer.weights
-    return layer.nbytes if fmt is None else fmt.bits_per_weight(layer.shape) * weights / 8
+    return layer.nbytes if fmt is None else fmt.bits_per_weight(layer.shape) * layer.weights / 8

@@ -65,6 +65,17 @@ def test_nothing_changes_where_no_step_is_better(tiny, tmp_path, monkeypatch):
     assert all(torch.equal(written[name], before[name]) for name in before)
 
 
+def test_a_loss_that_is_no_number_ends_the_stage_and_not_the_run(tiny, tmp_path, caplog, monkeypatch):
+    """At the first step, when nothing was looked at but what block tuning gave."""
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(stage.Sweep, "step", lambda self, batch, room, number: float("nan"))
+    result = quantize(tiny("qwen3", **QWEN), tmp_path / "out", **{**SHORT, "distill_steps": 4})
+    said = result.report["distillation"]
+    assert (said["kept_step"], len(said["looks"])) == (0, 1)
+    assert said["kl_best"] == said["kl_before"]
+    assert any("stopped after step 1" in line for line in caplog.messages)
+
+
 @pytest.mark.parametrize(
     ("files", "place", "done", "again"),
     [

@@ -155,11 +155,11 @@ class _Loop:
         for step in range(told["step"], config.steps):
             loss = sweep.step(feed.batch(step), room, step)
             done = step + 1
-            if done in config.looks:
-                told = self._judged(told, done)
             if not math.isfinite(loss):
                 logger.warning("distillation stopped after step %d: its loss became %s", done, loss)
                 break
+            if done in config.looks:
+                told = self._judged(told, done)
             if done in config.looks or time.monotonic() - durable > SECONDS_APART:
                 shelf.make_durable(done, told)
                 durable = time.monotonic()
@@ -194,9 +194,9 @@ class _Loop:
             return Packed(layers, norms)
 
     def _begin(self) -> dict[str, Any]:
-        """Divergence and squared errors before the first step."""
+        """Divergence and squared errors before the first step, made durable."""
         kl, scales = self._look(errors=True)
-        return {
+        told = {
             "step": 0,
             "best": 0,
             "kl_before": kl,
@@ -207,6 +207,8 @@ class _Loop:
             ),
             "looks": [[0, kl]],
         }
+        self._shelf.make_durable(0, told)  # what is kept if no step is better, also if the first one fails
+        return told
 
     def _judged(self, told: Mapping[str, Any], done: int) -> dict[str, Any]:
         """What is known after another look at the held-out rows."""

@@ -112,6 +112,16 @@ def test_a_sixteen_bit_scheme_with_a_few_quantized_layers():
     assert {n for n in NAMES if fields_of(config, n, full_match=False)} == set(names)
 
 
+def test_a_head_alone_is_quantized():
+    """Readers that are told no blocks take every layer for a quantized one."""
+    in_blocks = [name for name in NAMES if name != "lm_head"]
+    case = small_case(S(4, 32), head=S(4, 32), changes=dict.fromkeys(in_blocks))
+    config = config_of(case)
+    assert "block_name_to_quantize" not in config
+    assert all(config["extra_config"][name]["bits"] == 16 for name in in_blocks)
+    check_exporter(EXPORTERS["auto_round"], case)
+
+
 def test_blocks_under_two_names():
     case = small_case(S(4, 32))
     blocks = (case.blocks[0], Block(1, "model.tower.blocks.1", "model.tower.blocks.1"))

@@ -2,7 +2,9 @@
 
 How all three find the settings of a layer: its exact name in `extra_config` first, then expressions that find
 it (Transformers and vLLM by `re.search`, SGLang by `re.fullmatch`), then the fields at the top. Layers whose
-names do not begin with `block_name_to_quantize` are left alone, except those that `extra_config` names.
+names do not begin with `block_name_to_quantize` are left alone, except those that `extra_config` names. Where
+no block holds a quantized layer (a head alone) there is nothing to say there, and readers take every layer
+for a quantized one: then each kept layer has an entry.
 
 vLLM reads an exact entry without `bits` as 16 bits, so every entry has `bits`. It asks for the module of all
 experts of a block, not for single experts, so that module gets an entry too.
@@ -183,7 +185,7 @@ def _override(
     inside = any(layer.name.startswith(f"{p}.") for p in prefixes)
     unrounded = KEPT_INPUTS if "act_bits" in base else {}
     if scheme is None:
-        return (*KEPT.items(), *unrounded.items()) if inside else ()
+        return (*KEPT.items(), *unrounded.items()) if inside or not prefixes else ()
     known = base if inside else {}
     fields = fields_of(scheme)
     if scheme.inputs is None:

@@ -109,8 +109,7 @@ def _solve(*, objective: Numbers, limited: Numbers, limit: float, cost: Numbers,
 
 def _milp(objective: Numbers, limited: Numbers, limit: float) -> tuple[NDArray[np.intp], float]:
     """Option of each group, and the relative gap that is left."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import block_diag, csr_array, vstack
+    from highspy import Highs, HighsLp, HighsModelStatus, HighsVarType, MatrixFormat, SolutionStatus
 
     count, options = objective.shape
     above = objective - objective.min(axis=1, keepdims=True)  # what is paid in any case does not matter
@@ -118,19 +117,29 @@ def _milp(objective: Numbers, limited: Numbers, limit: float) -> tuple[NDArray[n
     free = limit - float(limited.min(axis=1).sum())
     over = limited - limited.min(axis=1, keepdims=True)
     unit = max(abs(free), 1e-300)
-    one_each = block_diag([np.ones((1, options))] * count)
-    rows = vstack([csr_array(one_each), csr_array(over.reshape(1, -1) / unit)])
-    low = np.concatenate([np.ones(count), [-np.inf]])
-    high = np.concatenate([np.ones(count), [free / unit]])
-    found = milp(
-        (above * scale).reshape(-1),
-        constraints=LinearConstraint(rows, low, high),
-        integrality=np.ones(count * options),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0, "time_limit": _SECONDS},
-    )
-    if found.x is None:
-        if free <= 0 or found.status == 2:
+    solver = Highs()
+    solver.setOptionValue("output_flag", False)
+    model = HighsLp()
+    model.num_col_, model.num_row_ = count * options, count + 1
+    model.col_cost_ = (above * scale).reshape(-1)
+    model.col_lower_, model.col_upper_ = np.zeros(count * options), np.ones(count * options)
+    model.integrality_ = [HighsVarType.kInteger] * (count * options)
+    # Row by row: one option of each group, then what they come to together.
+    model.row_lower_ = np.concatenate([np.ones(count), [-np.inf]])
+    model.row_upper_ = np.concatenate([np.ones(count), [free / unit]])
+    every = np.arange(count * options)
+    model.a_matrix_.format_ = MatrixFormat.kRowwise
+    model.a_matrix_.start_ = np.concatenate([every[::options], [count * options, 2 * count * options]])
+    model.a_matrix_.index_ = np.concatenate([every, every])
+    model.a_matrix_.value_ = np.concatenate([np.ones(count * options), over.reshape(-1) / unit])
+    solver.setOptionValue("mip_rel_gap", 0.0)
+    solver.setOptionValue("time_limit", _SECONDS)
+    solver.passModel(model)
+    solver.run()
+    status, info = solver.getModelStatus(), solver.getInfo()
+    if info.primal_solution_status != SolutionStatus.kSolutionStatusFeasible:
+        if free <= 0 or status is HighsModelStatus.kInfeasible:
             return limited.argmin(axis=1), 0.0
-        raise InternalError(f"the solver found no plan: {found.message}")
-    return found.x.reshape(count, options).argmax(axis=1), float(found.mip_gap or 0.0)
+        raise InternalError(f"the solver found no plan: {solver.modelStatusToString(status)}")
+    chosen = np.asarray(solver.getSolution().col_value).reshape(count, options)
+    return chosen.argmax(axis=1), float(info.mip_gap)

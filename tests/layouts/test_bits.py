@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_round.errors import InternalError
-from auto_round.layouts.bits import BAND, WIDTHS, pack_bits, unpack_bits, words
+from auto_round.layouts import bits as streams
+from auto_round.layouts.bits import BAND, WIDTHS, pack_bits, pack_columns, unpack_bits, words
 
 
 def random_codes(bits, shape, seed):
@@ -110,3 +111,36 @@ def test_codes_that_do_not_fill_words_are_refused(n_codes, bits):
 def test_words_that_hold_no_whole_codes_are_refused():
     with pytest.raises(InternalError):
         unpack_bits(torch.zeros(1, 4, dtype=torch.int32), 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (7, 96), (37, 416), (16, 2048)])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_program_packs_and_unpacks_as_pytorch_does(bits, shape, monkeypatch):
+    codes = random_codes(bits, shape, seed=bits)
+    packed, columns = pack_bits(codes, bits), pack_columns(codes, bits)
+    side_by_side = unpack_bits(columns.t(), bits)
+    program, calls = streams.packs, []
+    monkeypatch.setattr(streams, "packs", lambda *given: bool(calls.append(program(*given))))
+    monkeypatch.setattr(streams, "unpacks", lambda *_: False)
+    assert torch.equal(pack_bits(codes, bits), packed)
+    assert torch.equal(pack_columns(codes, bits), columns)
+    monkeypatch.setattr(streams, "packs", lambda *_: False)
+    assert torch.equal(pack_bits(codes, bits), packed)
+    assert torch.equal(pack_columns(codes, bits), columns)
+    assert columns.is_contiguous()
+    assert torch.equal(columns, packed.t())
+    assert torch.equal(side_by_side, codes)
+    assert torch.equal(unpack_bits(columns.t(), bits), codes)
+    assert calls == [bits == 4, bits == 4]  # the program knows one width
+
+
+@pytest.mark.parametrize(
+    ("bits", "n"), [(2, 16), (2, 48), (4, 8), (4, 40), (6, 16), (6, 80), (8, 4), (8, 44)]
+)
+def test_rows_that_end_within_thirty_two_codes(bits, n):
+    codes = random_codes(bits, (19, n), seed=n)
+    for packed in (pack_bits(codes, bits), pack_columns(codes, bits).t()):
+        assert [[w & 0xFFFFFFFF for w in row] for row in packed.tolist()] == [
+            stream_words(row, bits) for row in codes.tolist()
+        ]
+        assert torch.equal(unpack_bits(packed, bits), codes)

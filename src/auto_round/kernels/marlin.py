@@ -23,7 +23,7 @@ from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.reference import PART
 from auto_round.kernels.tiles import TileOrder
 from auto_round.layouts import integers
-from auto_round.layouts.bits import pack_bits
+from auto_round.layouts.bits import pack_columns
 from auto_round.numerics.qtensor import QTensor
 
 BITS = (4, 8)
@@ -146,7 +146,7 @@ def _pack(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     n_out, n_in = codes.shape
     nothing = torch.empty(0, dtype=torch.int32, device=codes.device)
     words: Tensor = _library().gptq_marlin_repack(
-        pack_bits(codes, bits).t().contiguous(), nothing, n_in, n_out, bits, dtype
+        pack_columns(codes, bits), nothing, n_in, n_out, bits, dtype
     )
     return words
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import InternalError
+from auto_round.layouts.compiled_bits import packs, unpacks
 from auto_round.numerics.at_once import bands, weights_at_once
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -62,9 +63,36 @@ def pack_bits(codes: Tensor, bits: int, axis: int = -1) -> Tensor:
     last = codes.movedim(axis, -1)
     flat = last.reshape(-1, last.shape[-1])
     packed = torch.empty(flat.shape[0], n_words, dtype=torch.int32, device=codes.device)
-    for rows in bands(len(flat), flat.shape[1], weights_at_once(codes.device, BAND)):
-        _pack_rows(_aligned(flat[rows]), bits, packed[rows])
+    _pack(flat, bits, packed)
     return packed.reshape(*last.shape[:-1], n_words).movedim(-1, axis).contiguous()
+
+
+def pack_columns(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes along their rows, and lay the words of a row below each other.
+
+    Args:
+        codes: `[rows, n]` uint8, as for `pack_bits`.
+        bits: width of a code, 2 to 8.
+
+    Returns:
+        int32 `[n * bits / 32, rows]`, contiguous: `pack_bits(codes, bits).t()`.
+
+    Raises:
+        InternalError: other widths or lengths.
+    """
+    packed = torch.empty(words(codes.shape[1], bits), len(codes), dtype=torch.int32, device=codes.device)
+    _pack(codes, bits, packed.t())
+    return packed
+
+
+def _pack(flat: Tensor, bits: int, packed: Tensor) -> None:
+    """`[rows, n]` uint8 -> `packed` `[rows, n * bits / 32]` int32, in any order of memory."""
+    if packs(flat, bits, packed):
+        return
+    for rows in bands(len(flat), flat.shape[1], weights_at_once(flat.device, BAND)):
+        part = torch.empty(packed[rows].shape, dtype=torch.int32, device=flat.device)
+        _pack_rows(_aligned(flat[rows]), bits, part)
+        packed[rows] = part
 
 
 def unpack_bits(packed: Tensor, bits: int, axis: int = -1) -> Tensor:
@@ -88,15 +116,20 @@ def unpack_bits(packed: Tensor, bits: int, axis: int = -1) -> Tensor:
     last = packed.movedim(axis, -1)
     flat = last.reshape(-1, last.shape[-1])
     codes = torch.empty(flat.shape[0], n_codes, dtype=torch.uint8, device=packed.device)
-    for rows in bands(flat.shape[0], n_codes, weights_at_once(packed.device, BAND)):
-        _unpack_rows(_aligned(flat[rows]), bits, codes[rows])
+    if not unpacks(flat, bits, codes):
+        for rows in bands(flat.shape[0], n_codes, weights_at_once(packed.device, BAND)):
+            _unpack_rows(_aligned(flat[rows]), bits, codes[rows])
     return codes.reshape(*last.shape[:-1], n_codes).movedim(-1, axis).contiguous()
 
 
 def _aligned(x: Tensor) -> Tensor:
     """Contiguous, at an offset that allows a view of wider elements."""
     x = x.contiguous()
-    return x.clone() if x.storage_offset() * x.element_size() % 8 else x
+    narrow = (
+        x.stride(-1) != 1
+    )  # PyTorch calls a column contiguous whatever its stride, and views it as no wider
+    at_odd = x.storage_offset() * x.element_size() % 8
+    return x.clone(memory_format=torch.contiguous_format) if narrow or at_odd else x
 
 
 def _merges(bits: int) -> tuple[torch.dtype, list[tuple[int, int, int]]]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts import integers
-from auto_round.layouts.bits import WIDTHS, WORD, pack_bits, unpack_bits, words
+from auto_round.layouts.bits import WIDTHS, WORD, pack_bits, pack_columns, unpack_bits, words
 from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor
 
@@ -76,7 +76,7 @@ class GPTQ:
             zero = zero - 1
         bits = q.format.grid.bits
         parts = {
-            "qweight": pack_bits(self._lengthened(q), bits).t().contiguous(),
+            "qweight": pack_columns(self._lengthened(q), bits),
             "qzeros": pack_bits(zero.t(), bits),
             "scales": q.scale.parts["step"].t().contiguous(),
         }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from auto_round.errors import NumericsError
 from auto_round.numerics.at_once import bands, weights_at_once
+from auto_round.numerics.compiled_ranges import compiled_ranges
 from auto_round.numerics.compiled_rounding import compiled_rounding
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.group import Group
@@ -83,16 +84,21 @@ class Format:
         Raises:
             NumericsError: `w` holds NaN or infinities.
         """
+        lo, hi = compiled_ranges(self.group, w) or self._ranges(w)
+        if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
+            bad = int((~torch.isfinite(w)).sum())
+            raise NumericsError(f"{bad} of {w.numel()} weights are NaN or infinite")
+        return Stats(lo.clamp_max_(0), hi.clamp_min_(0))
+
+    def _ranges(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest weight of each group; zeros that fill up a short one count."""
         groups = self.group.scale_shape(w.shape)
         lo, hi = (torch.empty(groups, dtype=torch.float32, device=w.device) for _ in range(2))
         for _, scales, grouped in self._bands(w):
             # Two passes: on CPUs `aminmax` takes four times as long over rows as short as a group.
             torch.amin(grouped, -1, out=lo[scales])
             torch.amax(grouped, -1, out=hi[scales])
-        if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
-            bad = int((~torch.isfinite(w)).sum())
-            raise NumericsError(f"{bad} of {w.numel()} weights are NaN or infinite")
-        return Stats(lo.clamp_max_(0), hi.clamp_min_(0))
+        return lo, hi
 
     def quantize(
         self, w: Tensor, knobs: Knobs | None = None, v: Tensor | None = None, stats: Stats | None = None

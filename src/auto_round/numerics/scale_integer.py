@@ -9,6 +9,7 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
+from auto_round.numerics.compiled_signed_max import compiled_step
 from auto_round.numerics.grid import Grid
 from auto_round.numerics.scale import MAX_KNOB, Knobs, Moments, PartSpec, Scale, Stats, legal_step
 from auto_round.numerics.search_groups import GroupRule
@@ -42,11 +43,13 @@ class SignedMax(GroupRule):
 
     def fit(self, stats: Stats, grid: Grid, knobs: Knobs | None = None) -> Scale:
         """`step = cast(+-max(|lo|, hi) / Q)`, positive when the negative side is larger."""
-        lo, hi = -stats.lo, stats.hi
-        if knobs is not None:
-            lo, hi = lo * knobs.lo, hi * knobs.hi
-        extreme = torch.where(hi < lo, lo, -hi)
-        step = legal_step(extreme / -grid.lo, self.dtype)
+        step = compiled_step(stats, -grid.lo, knobs, self.dtype)
+        if step is None:
+            lo, hi = -stats.lo, stats.hi
+            if knobs is not None:
+                lo, hi = lo * knobs.lo, hi * knobs.hi
+            extreme = torch.where(hi < lo, lo, -hi)
+            step = legal_step(extreme / -grid.lo, self.dtype)
         if step.requires_grad:
             return Scale(step, None)
         return self.read({"step": step.to(self.dtype)})

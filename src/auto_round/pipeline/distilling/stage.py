@@ -134,8 +134,8 @@ class _Loop:
         self._stage, self._ends, self._streams, self._told = stage, ends, streams, told
         self._folder = stage.scratch / FOLDER
         job, config = stage.job, stage.config
-        weights = sum(layer.weights for layer, _ in job.quantized().values())
-        in_memory = states_in_memory(config, weights, job.memory)
+        self._work = workload(job)
+        in_memory = states_in_memory(config, self._work.quantized, job.memory)
         self._shelf = Shelf(self._folder, len(stage.members), in_memory=in_memory)
         self._units = Units(job, stage.members, self._shelf, stage.ranges, stage.states)
         self._held = whole(*trace_some(job, job.held_out, self._folder / "held", stage.embedding))
@@ -202,9 +202,7 @@ class _Loop:
             "kl_before": kl,
             "kl_best": kl,
             "scales": scales,
-            "stay": sum(
-                size > 0 for size in Together.of(workload(self._stage.job), self._stage.job.level).stay()
-            ),
+            "stay": sum(size > 0 for size in Together.of(self._work, self._stage.job.level).stay()),
             "looks": [[0, kl]],
         }
         self._shelf.make_durable(0, told)  # what is kept if no step is better, also if the first one fails

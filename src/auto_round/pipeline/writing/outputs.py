@@ -108,30 +108,24 @@ class Outputs:
 
     def put(self, layer: Layer, q: QuantizedLayer) -> Written:
         """Write one quantized layer in every format; what was written."""
-        written: Written = {}
-        for output in self._outputs:
-            written |= output.put(output.exporter.encode(layer, q))
-        return written
+        return self._in_each(lambda output: output.put(output.exporter.encode(layer, q)))
 
     def put_encoded(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Written:
         """Write what another process encoded: format -> tensors of a layer; what was written."""
-        written: Written = {}
-        for output in self._outputs:
-            written |= output.put(tensors[output.name])
-        return written
+        return self._in_each(lambda output: output.put(tensors[output.name]))
 
     def put_plain(self, tensor_name: str, tensor: Tensor) -> Written:
         """Write a tensor that no format encodes, in the dtype that each format has for it."""
-        written: Written = {}
-        for output in self._outputs:
-            written |= output.put_plain(tensor_name, tensor)
-        return written
+        return self._in_each(lambda output: output.put_plain(tensor_name, tensor))
 
     def put_scales(self, attention: Attention, scales: Mapping[str, Tensor]) -> Written:
         """Write the scales of an attention in every format; what was written."""
+        return self._in_each(lambda output: output.put(output.exporter.encode_scales(attention, scales)))
+
+    def _in_each(self, write: Callable[[_Output], Written]) -> Written:
         written: Written = {}
         for output in self._outputs:
-            written |= output.put(output.exporter.encode_scales(attention, scales))
+            written |= write(output)
         return written
 
     def put_embedding(self) -> tuple[Tensor, Written] | None:

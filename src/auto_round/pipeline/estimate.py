@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from auto_round.facts.layer import Role
 from auto_round.numerics.search import THOROUGH
 from auto_round.pipeline.distilling.cost import stage_seconds
 from auto_round.pipeline.fitting.plan import MemoryPlan
-from auto_round.pipeline.fitting.work import Sizes, Workload, active_share, active_weights, measure_sizes
+from auto_round.pipeline.fitting.work import Sizes, Workload, active_weights, measure_sizes, moved_by_token
 from auto_round.tuning.steps import held_out_looks, rows_seen
 
 ROUNDING_BYTES = 800
@@ -25,8 +24,6 @@ PASSES = 3
 """Forward passes that cost as much as one with gradients; each takes two operations a weight and token."""
 HEAD_PASSES = 3
 """Products with the head where predictions are compared: the original's, the block's, and its gradient."""
-TRAFFIC = 8
-"""Times that a forward pass moves what the backward pass would keep of it: norms, attention, activations."""
 MEASURED_TOKENS = 4096
 """Most rows of the matrix product that is timed."""
 
@@ -116,19 +113,6 @@ def _fastest(work: Callable[[], object], seconds: float, device: torch.device) -
     return best
 
 
-def _kept_by_token(work: Workload) -> float:
-    """What the backward pass through a block keeps of a token, bytes."""
-    share = active_share(work.source)
-    widths: dict[int, float] = {}
-    for layer in work.source.layers:
-        if layer.block is not None:
-            part = share if layer.role is Role.EXPERT else 1.0
-            widths[layer.block] = widths.get(layer.block, 0.0) + part * sum(layer.shape)
-    facts = work.source.facts
-    each = max(widths.values(), default=0.0) * 2 + 8 * facts.width + facts.heads * work.seqlen
-    return each * work.dtype.itemsize
-
-
 def _passes(work: Workload, sizes: Sizes) -> float:
     """Tokens that go through all blocks; those whose gradients are wanted count `PASSES` times."""
     if not sizes.tokens:
@@ -152,5 +136,5 @@ def _seconds(work: Workload, sizes: Sizes, rates: Rates) -> float:
         moved += work.quantized * SEARCH_BYTES * (candidates if not work.tune.iters else candidates // 4)
     if sizes.tokens and work.tune.iters:
         moved += work.quantized * ROUNDING_BYTES * float(work.tune.iters)
-    moved += _passes(work, sizes) * _kept_by_token(work) * TRAFFIC * len(work.source.blocks)
+    moved += _passes(work, sizes) * moved_by_token(work)
     return operations(work, sizes) / rates.operations + moved / rates.bandwidth

@@ -14,6 +14,9 @@ from auto_round.numerics.format import Format
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.distill import DistillConfig
 
+TRAFFIC = 8
+"""Times that a forward pass moves what the backward pass would keep of it: norms, attention, activations."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -121,3 +124,16 @@ def active_weights(work: Workload) -> float:
     share = active_share(work.source)
     inside = [layer for layer in work.source.layers if layer.block is not None]
     return sum(a.weights * (share if a.role is Role.EXPERT else 1.0) for a in inside)
+
+
+def moved_by_token(work: Workload) -> float:
+    """Bytes that a forward pass through all blocks moves for a token, beside the weights."""
+    share = active_share(work.source)
+    widths: dict[int, float] = {}
+    for layer in work.source.layers:
+        if layer.block is not None:
+            part = share if layer.role is Role.EXPERT else 1.0
+            widths[layer.block] = widths.get(layer.block, 0.0) + part * sum(layer.shape)
+    facts = work.source.facts
+    kept = max(widths.values(), default=0.0) * 2 + 8 * facts.width + facts.heads * work.seqlen
+    return kept * work.dtype.itemsize * TRAFFIC * len(work.source.blocks)

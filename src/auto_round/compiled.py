@@ -42,6 +42,11 @@ LIMIT_S = 120
 """Seconds after which a compiler counts as hanging; it takes about one."""
 
 
+def find_compiler() -> str | None:
+    """Path of the compiler that programs of this package are made with; None where there is none."""
+    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
+
+
 @functools.cache
 def library(file: Path, options: tuple[str, ...]) -> ctypes.CDLL | Refusal:
     """The library of one source file, or why there is none.
@@ -50,7 +55,7 @@ def library(file: Path, options: tuple[str, ...]) -> ctypes.CDLL | Refusal:
         file: the source, a file of this package.
         options: further options of the compiler, such as instruction sets.
     """
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    compiler = find_compiler()
     if compiler is None:
         return Refusal(file.name, "no C compiler is here", "install gcc")
     try:

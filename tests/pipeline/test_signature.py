@@ -195,6 +195,7 @@ def test_versions(monkeypatch, name):
         (("setattr", torch.backends.cpu, "get_cpu_capability", lambda: "VSX"), "capability"),
         (("setattr", torch.cpu, "get_capabilities", lambda: {"cpu_name": "x", "avx": True}), "instructions"),
         (("setattr", torch, "get_float32_matmul_precision", lambda: "medium"), "float32_products"),
+        (("setenv", "PATH", ""), "compiler"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from auto_round.compiled import find_compiler
 from auto_round.config.env import arithmetic_variables
 from auto_round.export.table import EXPORTERS
 
@@ -21,7 +22,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Processor, accelerator and the settings of their libraries, as JSON values.
 
     The same numbers give other sums on processors with other instructions, and PyTorch's libraries can be
-    told to leave instructions alone.
+    told to leave instructions alone. Without a compiler PyTorch sums up what our programs do, in another
+    order.
 
     Args:
         device: where blocks are tuned.
@@ -30,6 +32,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "processor": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "instructions": _instructions(),
+        "compiler": find_compiler() is not None,
         "accelerator": None if device.type == "cpu" else _accelerator(device),
         "settings": arithmetic_variables(),
         "float32_products": torch.get_float32_matmul_precision(),

@@ -90,9 +90,8 @@ def test_rates_follow_the_bits_and_the_users_own():
         assert [rate(bits) for bits in (2, 3, 4)] == pytest.approx([3e-3, 7.5e-4, 1.875e-4])
     own = DistillConfig(steps=300, lr=2 * plain.offset_rate)
     assert own.range_rate(2) == own.norm_rate(2) == pytest.approx(6e-3)
-    assert [DistillConfig(steps=n).offset_rate for n in (50, 200, 800)] == pytest.approx(
-        [0.012, 0.006, 0.006]
-    )
+    rates = [DistillConfig(steps=n).offset_rate for n in (50, 200, 800)]
+    assert rates == pytest.approx([0.012, 0.006, 0.003], rel=0.01)
     assert plain.factor(0) == pytest.approx(1 / 20)
     assert plain.factor(19) == pytest.approx(1.0, abs=0.02)
     assert DistillConfig(steps=8).factor(0) == 1.0

@@ -34,11 +34,9 @@ TINY = 1e-15
 those of single offsets of a large model are small."""
 FUSED = ("cpu", "cuda")
 """Devices for which PyTorch has a program of one pass over memory."""
-OFFSET_RATE = 0.006
-"""Step of an offset in runs of `LONG` steps and more, in units of the grid's spacing. Those that began
-`weights.MARGIN` inside of their codes stay there where there is nothing but noise."""
-LONG = 200
-"""Steps below which offsets take larger ones, so that noise moves them as far as in so many."""
+NOISE = 0.085
+"""How far noise alone moves an offset in a run of any length, in units of the grid's spacing: offsets that
+began `weights.MARGIN` inside of their codes stay there."""
 RANGE_RATE = 3e-3
 """Relative step of a group's range at 2 bits; a quarter of it for each further bit."""
 NORM_RATE = 3e-3
@@ -85,7 +83,7 @@ class DistillConfig:
 
     @property
     def _usual(self) -> float:
-        return OFFSET_RATE * max(1.0, math.sqrt(LONG / self.steps))
+        return NOISE / math.sqrt(self.steps)
 
     def factor(self, step: int) -> float:
         """Factor of the size of one of the steps: a short rise, then half a cosine."""

@@ -246,6 +246,18 @@ def test_steps_of_a_run_that_rounds_nothing(tiny, caplog, monkeypatch):
     assert not prepared(tiny, {"scheme": "BF16", "iters": 0}, caplog)
 
 
+def test_model_dtype_gives_kept_tensors_of_a_gguf_file_no_other_type(tiny):
+    given = {"format": "gguf:q8_0", "iters": 0, "device_map": "cpu", "ignore_layers": "layers.1"}
+    given |= {"model": str(tiny("llama", vocab_size=288)), "output_dir": "out"}
+    types = []
+    for wanted in (None, "float32"):
+        options = build_options({**given, "model_dtype": wanted})
+        job = prepare(options, rows=False, tokenizer=byte_level_tokenizer())
+        types.append(job.exporters["gguf:q8_0"].histogram())
+    assert types[0] == types[1]
+    assert "bf16" in {name.casefold() for name in types[0]}
+
+
 def prepared(tiny, given, caplog):
     """What is said of options without effect."""
     gguf = "format" in given

@@ -41,7 +41,7 @@ def rest_bits(exporter: Exporter, plan: Plan, source: ModelSource, candidates: C
         source: the model.
         candidates: what is chosen.
     """
-    listed = exporter.manifest(plan, source.layers, source.tensors)
+    listed = exporter.manifest(plan, source.layers, source.kept)
     specs = {name: (spec.dtype, tuple(spec.shape)) for name, spec in listed.specs.items()}
     own_kind = exporter.shards(listed)
     shards, room = (lay_out(specs), HEADER_BYTES) if own_kind is None else (own_kind, ALIGNMENT)

@@ -29,7 +29,7 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One matrix that could be quantized, as it lies on disk.
+    """One matrix that could be quantized, as it lies on disk, and the dtype in which outputs keep it.
 
     Attributes:
         name: name on disk without `.weight`, for example `model.layers.0.mlp.up_proj`; names in plans,
@@ -37,7 +37,7 @@ class Layer:
         tensor: full tensor name on disk.
         parameter: dotted name of the parameter inside the Transformers module tree that holds it.
         shape: `(out, in)`.
-        dtype: dtype on disk.
+        dtype: dtype in which an output keeps it: that on disk, unless the user asks for another.
         block: index of the block that it belongs to, None outside of blocks.
         role: what it does.
         expert: index of the expert inside a fused `[n_experts, rows, in]` parameter; None for plain matrices.
@@ -77,7 +77,7 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
+        """Bytes in the dtype in which an output keeps it."""
         return self.weights * self.dtype.itemsize
 
     @property

@@ -27,6 +27,7 @@ from auto_round.models.anatomy import Anatomy
 from auto_round.models.attention_modules import find_attentions
 from auto_round.models.config_facts import model_facts
 from auto_round.models.families import parameter_names
+from auto_round.models.kept import kept_layers, kept_tensors
 from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.matrix_experts import matrix_experts
@@ -53,6 +54,7 @@ class Parts:
         names: how module tensors are made from those on disk.
         tied: module tensor -> module tensor whose data it shares.
         anatomy: layers and blocks.
+        wanted: dtype in which outputs keep its weights; None for that on disk.
     """
 
     model: Any
@@ -61,6 +63,7 @@ class Parts:
     names: NameMap
     tied: Mapping[str, str]
     anatomy: Anatomy
+    wanted: torch.dtype | None = None
 
 
 class AssembledSource(ABC):
@@ -103,10 +106,11 @@ class AssembledSource(ABC):
         """See `ModelSource`."""
         return model_facts(self.config)
 
-    @property
+    @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """See `ModelSource`."""
-        return self._parts.anatomy.layers
+        parts = self._parts
+        return kept_layers(parts.anatomy.layers, parts.tensors, parts.wanted)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -143,6 +147,11 @@ class AssembledSource(ABC):
     def tensors(self) -> Mapping[str, TensorSpec]:
         """See `ModelSource`."""
         return self._parts.tensors
+
+    @cached_property
+    def kept(self) -> Mapping[str, TensorSpec]:
+        """See `ModelSource`."""
+        return kept_tensors(self._parts.tensors, self._parts.wanted)
 
     @cached_property
     def text_tensors(self) -> Mapping[str, str]:

@@ -57,7 +57,8 @@ class FolderSource(AssembledSource):
         Args:
             path: folder with `config.json` and safetensors files.
             trust_remote_code: run model code that lies in that folder.
-            dtype: dtype in which blocks compute; None for the configuration's, else that of the weights.
+            dtype: dtype in which blocks compute and outputs keep the weights; None for the configuration's,
+                else that of the weights, and for weights as they are.
 
         Raises:
             ConfigError: no such folder, no configuration, or it needs code that is not trusted.
@@ -86,7 +87,7 @@ class FolderSource(AssembledSource):
             files: the tensors; the source closes them.
             config: the model's configuration.
             trust_remote_code: run model code that lies in the folder.
-            dtype: dtype in which blocks compute, as for `open`.
+            dtype: of blocks and outputs, as for `open`.
 
         Raises:
             CheckpointError: weights are missing, or of another model than the configuration.
@@ -144,7 +145,7 @@ def read_parts(
         files: its tensors.
         config: its configuration, of Transformers.
         build: makes the skeleton in a dtype.
-        dtype: dtype in which blocks compute, as for `FolderSource.open`.
+        dtype: of blocks and outputs, as for `FolderSource.open`.
 
     Raises:
         CheckpointError: weights are missing, or of another model than the configuration.
@@ -160,7 +161,7 @@ def read_parts(
     excused = absent_by_design(model, missing)
     check_complete(missing - excused, str(files.folder))
     fill_derived(model, excused)
-    return Parts(model, computing, disk, names, tied, dissect(model, names, disk, tied))
+    return Parts(model, computing, disk, names, tied, dissect(model, names, disk, tied), dtype)
 
 
 def _refuse_split_experts(names: NameMap, missing: Collection[str], folder: Path) -> None:

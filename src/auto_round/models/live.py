@@ -24,11 +24,12 @@ class LiveSource(AssembledSource):
     Names on disk are those that `save_pretrained` would write. Every tensor that is handed out is a copy.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
         """Look at the model; no weight is copied.
 
         Args:
             model: a causal language model of Transformers with its weights on any device.
+            dtype: dtype in which blocks compute and outputs keep the weights; None for the model's own.
 
         Raises:
             ConfigError: not a Transformers model.
@@ -40,9 +41,8 @@ class LiveSource(AssembledSource):
         tied = {t: s for t, s in tied_weights(model).items() if _same(self._state[t], self._state[s])}
         disk = saved_specs(skeleton, tied)
         names = map_names(skeleton, disk, straighten(skeleton))
-        super().__init__(
-            Parts(skeleton, model.dtype, disk, names, tied, dissect(skeleton, names, disk, tied))
-        )
+        anatomy = dissect(skeleton, names, disk, tied)
+        super().__init__(Parts(skeleton, dtype or model.dtype, disk, names, tied, anatomy, dtype))
         self._recipes = {piece.name: recipe for recipe in names.recipes for piece in recipe.pieces}
         self._places = {layer.tensor: layer for layer in self.layers}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -166,6 +166,11 @@ class ModelSource(Protocol):
         ...
 
     @property
+    def kept(self) -> Mapping[str, TensorSpec]:
+        """`tensors` in the dtypes in which an output keeps those that are not quantized."""
+        ...
+
+    @property
     def text_tensors(self) -> Mapping[str, str]:
         """Tensor on disk -> its name in a model of text alone; those of encoders and projectors are left out.
 
@@ -316,13 +321,14 @@ class ModelSource(Protocol):
 
 def matrix_tensors(source: ModelSource) -> dict[str, TensorSpec]:
     """Every tensor on disk; for one that holds the matrices of all experts these, by `Layer.alone`."""
-    inside: dict[str, dict[str, TensorSpec]] = {}
+    inside: dict[str, dict[str, tuple[int, int]]] = {}
     for layer in source.layers:
         if layer.fused:
-            inside.setdefault(layer.tensor, {})[layer.alone] = TensorSpec(layer.dtype, layer.shape)
+            inside.setdefault(layer.tensor, {})[layer.alone] = layer.shape
     found: dict[str, TensorSpec] = {}
     for name, spec in source.tensors.items():
-        found |= inside.get(name, {name: spec})
+        matrices = inside.get(name, {name: spec.shape})
+        found |= {matrix: replace(spec, shape=shape) for matrix, shape in matrices.items()}
     return found
 
 

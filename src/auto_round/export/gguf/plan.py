@@ -196,7 +196,7 @@ def _fixed(base: Plan, source: ModelSource, places: _Places) -> dict[str, str]:
         skipped = base.block_prefixes and layer.block is not None and entry.scheme is None
         decided = entry.fixed or (skipped and layer.role is not Role.ROUTER)
         for tensor, _ in places.get(layer.alone, ()):
-            wish = _type(layer, entry) if decided and _may_choose(tensor, layer, entry) else None
+            wish = _type(layer, entry, source) if decided and _may_choose(tensor, layer, entry) else None
             wishes.setdefault(tensor.name, {}).setdefault(wish, layer.name)
     for name, layers in wishes.items():
         if len(layers) > 1:
@@ -220,9 +220,9 @@ def _may_choose(tensor: GgufTensor, layer: Layer, entry: PlanEntry) -> bool:
     return False
 
 
-def _type(layer: Layer, entry: PlanEntry) -> str:
+def _type(layer: Layer, entry: PlanEntry, source: ModelSource) -> str:
     if entry.scheme is None:
-        return _KEPT_AS[layer.dtype]
+        return _KEPT_AS[source.tensors[layer.tensor].dtype]
     kind = type_of_scheme(entry.scheme)
     if kind is None:
         raise ConfigError(f"{layer.name}: {entry.reason}: {entry.label} is no type of a GGUF file")

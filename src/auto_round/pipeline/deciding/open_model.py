@@ -93,13 +93,13 @@ def refuse_outputs(opened: Opened, folders: Iterable[Path]) -> None:
 
 
 def _open_source(options: Options, model: nn.Module | None, *, dry: bool) -> ModelSource:
+    dtype = named_dtype(options.model.model_dtype)
     if model is not None:
-        return LiveSource(model)
+        return LiveSource(model, dtype)
     if not options.model.model:
         raise ConfigError("no model given: name a folder or a hub id, for example --model Qwen/Qwen3-0.6B")
     trust = options.model.trust_remote_code
     path = resolve_model(options.model.model, platform=options.model.platform, trust_remote_code=trust)
-    dtype = named_dtype(options.model.model_dtype)
     if dry and path.is_dir() and is_on_paper(path):
         return open_on_paper(path, trust_remote_code=trust, dtype=dtype)
     opened = FolderSource.open if gguf_file(path) is None else open_gguf

@@ -8,7 +8,6 @@ from dataclasses import replace
 from auto_round.export.exporter import Exporter
 from auto_round.export.manifest import Manifest
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.kept_dtype import kept_tensors
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.plan_text import render_plan
 from auto_round.schemes.size import PlanSize
@@ -34,21 +33,20 @@ def plan_table(job: Job) -> str:
 
 def plan_size(job: Job, exporter: Exporter) -> PlanSize:
     """Weights and bytes before and after, as this format stores them; headers of files not included."""
-    weights, nbytes = _outside_of_layers(job)
     listed = manifest_of(job, exporter)
-    size = job.plan.measure(
-        job.source.layers, other_weights=weights, other_bytes=nbytes, stored_bytes=listed.layer_bytes()
+    size = job.plan.measure(job.source.layers, stored_bytes=listed.layer_bytes())
+    size = replace(
+        size,
+        other_weights=_outside_of_layers(job),
+        other_bytes=listed.nbytes - math.ceil(size.quantized_bytes) - size.kept_bytes,
+        source_bytes=sum(spec.nbytes for spec in job.source.tensors.values()),
     )
     types = exporter.histogram()
     if not types:
         return size
     # Tensors that are no layers get types too, and a tied head is the embedding.
     total = sum(count for _, count, _ in types.values())
-    return replace(
-        size,
-        other_weights=total - size.quantized_weights - size.kept_weights,
-        other_bytes=listed.nbytes - math.ceil(size.quantized_bytes) - size.kept_bytes,
-    )
+    return replace(size, other_weights=total - size.quantized_weights - size.kept_weights)
 
 
 def types_of(exporter: Exporter) -> str:
@@ -62,13 +60,11 @@ def types_of(exporter: Exporter) -> str:
 
 def manifest_of(job: Job, exporter: Exporter) -> Manifest:
     """What one output holds."""
-    return exporter.manifest(job.plan, job.source.layers, kept_tensors(job.source.tensors, job.kept_dtype))
+    return exporter.manifest(job.plan, job.source.layers, job.source.kept)
 
 
-def _outside_of_layers(job: Job) -> tuple[int, int]:
-    """Weights and bytes of tensors that are no layers: embeddings (a tied head's too), norms, biases."""
+def _outside_of_layers(job: Job) -> int:
+    """Weights of tensors that are no layers: embeddings (a tied head's too), norms, biases."""
     plan: Plan = job.plan
     layers = {layer.tensor for layer in job.source.layers if layer.name != plan.tied_head}
-    others = [spec for name, spec in job.source.tensors.items() if name not in layers]
-    counts = [spec.count for spec in others]
-    return sum(counts), sum(n * spec.dtype.itemsize for n, spec in zip(counts, others, strict=True))
+    return sum(spec.count for name, spec in job.source.tensors.items() if name not in layers)

@@ -36,7 +36,7 @@ from auto_round.version import __version__
 def write_configs_and_tokenizer(job: Job, folders: Mapping[str, Path]) -> None:
     """Everything that a loader needs beside the weights."""
     source, blocks = job.source, job.source.blocks
-    plan, layers = with_unplanned(job.plan, source.layers, blocks, source.tensors, source.parameters)
+    plan, layers = with_unplanned(job.plan, source.layers, blocks, source.kept, source.parameters)
     for name, exporter in job.exporters.items():
         if exporter.file is not None:
             exporter.write_beside(folders[name], source.read_tensor)

@@ -143,12 +143,13 @@ def test_the_head_takes_part_where_it_is_quantized(small: Any, tmp_path: Path) -
     assert run(options, dataset=ROWS).plan.scheme_of("lm_head") is not None
 
 
-def test_a_size_of_the_files_is_met(small: Any, tmp_path: Path) -> None:
-    (full,) = chosen(small(), tmp_path / "full", avg_bits=16)
-    (least,) = chosen(small(), tmp_path / "least", avg_bits=3.2)
+@pytest.mark.parametrize("kept", [{}, {"model_dtype": "float32"}], ids=["own dtype", "float32"])
+def test_a_size_of_the_files_is_met(small: Any, tmp_path: Path, kept: dict[str, Any]) -> None:
+    (full,) = chosen(small(), tmp_path / "full", avg_bits=16, **kept)
+    (least,) = chosen(small(), tmp_path / "least", avg_bits=3.2, **kept)
     sizes = [run(o, dataset=ROWS).report["bytes_after"]["auto_round"] for o in (full, least)]
     wanted = sum(sizes) // 2
-    (options,) = chosen(small(), tmp_path / "out", avg_bits=None, target_size=wanted)
+    (options,) = chosen(small(), tmp_path / "out", avg_bits=None, target_size=wanted, **kept)
     files = sum(f.stat().st_size for f in (tmp_path / "full").glob("*.safetensors"))
     assert files == sizes[0]
     reached = run(options, dataset=ROWS).report["bytes_after"]["auto_round"]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from auto_round.errors import InternalError
 from auto_round.layouts import bits as streams
+from auto_round.layouts import compiled_bits
 from auto_round.layouts.bits import BAND, WIDTHS, pack_bits, pack_columns, unpack_bits, words
 
 
@@ -113,6 +114,7 @@ def test_words_that_hold_no_whole_codes_are_refused():
         unpack_bits(torch.zeros(1, 4, dtype=torch.int32), 3)
 
 
+@pytest.mark.skipif(compiled_bits._program() is None, reason="no C compiler")
 @pytest.mark.parametrize("shape", [(1, 32), (7, 96), (37, 416), (16, 2048)])
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_the_program_packs_and_unpacks_as_pytorch_does(bits, shape, monkeypatch):

@@ -348,7 +348,7 @@ def main() -> None:
     parser.add_argument("--measure-seqlen", type=int, default=512)
     parser.add_argument("--keep", type=Path, help="folder in which quantized folders stay")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.jsonl")
-    parser.add_argument("--draw", type=Path, help="write a picture of the lines in --out for these settings")
+    parser.add_argument("--draw", type=Path, help="write a picture of these runs")
     args = parser.parse_args()
     measured = [args.tokens, args.measure_seqlen]
     texts = args.dev_texts if args.half == "dev" else args.report_texts
@@ -370,8 +370,8 @@ def main() -> None:
     lines = results.merged()
     print(table(lines), against_peer(lines), sep="\n\n")
     if args.draw:
-        shared = {"dataset": Path(args.dataset).name, "nsamples": args.nsamples, "seqlen": args.seqlen}
-        draw(args.draw, lines, [shared | {"model": model.name} for model in args.models], measured)
+        asked = [run.named for model in args.models for run in runs_of(args, model)]
+        draw(args.draw, lines, asked, measured)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,13 +68,17 @@ def draw(
     Args:
         path: SVG or PNG.
         lines: results; those with fewer texts than others are left out.
-        runs: what the lines must have in common with one of these.
+        runs: which of them are drawn. Of several lines of one the last counts.
         measured: tokens of a text and of a row.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    shown = [line for line in lines if line["measured"] == list(measured) and _is_one(line["run"], runs)]
+    shown = [
+        [line for line in lines if line["measured"] == list(measured) and line["run"] == run][-1:]
+        for run in runs
+    ]
+    shown = list(itertools.chain(*shown))
     texts = set().union(*(line["kl"] for line in shown))
     shown = [line for line in shown if line["kl"].keys() == texts]
     panels: dict[str, list[tuple[float, float, str]]] = {}
@@ -103,7 +108,3 @@ def _panel(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     axes.set(xlim=(0, 1.35 * most[0]), ylim=(0, 1.2 * most[1]))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _is_one(run: Mapping[str, Any], wanted: Sequence[Mapping[str, Any]]) -> bool:
-    return any(all(run[name] == value for name, value in one.items()) for one in wanted)

@@ -125,9 +125,8 @@ def unpack_bits(packed: Tensor, bits: int, axis: int = -1) -> Tensor:
 def _aligned(x: Tensor) -> Tensor:
     """Contiguous, at an offset that allows a view of wider elements."""
     x = x.contiguous()
-    narrow = (
-        x.stride(-1) != 1
-    )  # PyTorch calls a column contiguous whatever its stride, and views it as no wider
+    # PyTorch calls a column contiguous whatever its stride, and views it as no wider.
+    narrow = x.stride(-1) != 1
     at_odd = x.storage_offset() * x.element_size() % 8
     return x.clone(memory_format=torch.contiguous_format) if narrow or at_odd else x
 

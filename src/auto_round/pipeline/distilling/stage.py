@@ -202,7 +202,7 @@ class _Loop:
             "kl_before": kl,
             "kl_best": kl,
             "scales": scales,
-            "stay": sum(size > 0 for size in Together.of(self._work, self._stage.job.level).stay()),
+            "stay": len(Together.of(self._work, self._stage.job.level).stay()),
             "looks": [[0, kl]],
         }
         self._shelf.make_durable(0, told)  # what is kept if no step is better, also if the first one fails

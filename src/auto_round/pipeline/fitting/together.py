@@ -30,11 +30,10 @@ class Together(Parts):
     """What tuning all blocks together holds."""
 
     def stay(self) -> list[int]:
-        """What units hold that stay in memory between the two sweeps of a step, bytes; 0 of all others."""
+        """What each of the last units holds that stay in memory between the two sweeps of a step, bytes."""
         sizes = [self._staying_unit(layers) for layers in self.groups()]
         count = staying_units(sizes, self.work.memory, self.work.device)
-        first = len(sizes) - count
-        return [0] * first + sizes[first:]
+        return sizes[len(sizes) - count :]
 
     def of_step(self, config: DistillConfig) -> dict[str, int]:
         """Where blocks are tuned: what is worked on, and the units that stay in memory."""
@@ -43,7 +42,8 @@ class Together(Parts):
         units = [self._unit(layers, in_memory) for layers in self.groups()]
         positions = min(positions_at_once(facts.vocabulary, self.logits_budget()), work.seqlen)
         logits = LOGITS_OF_STEP * positions * facts.vocabulary * work.dtype.itemsize
-        besides = (unit - size for unit, size in zip(units, stay, strict=True))
+        there = [0] * (len(units) - len(stay)) + stay
+        besides = (unit - size for unit, size in zip(units, there, strict=True))
         programs = max(kept_products(work, layers, self._at_once()) for layers in self.groups())
         return {
             "a block or logits": max(logits, *besides),

@@ -192,7 +192,6 @@ SILENT = {
     "act_percentile": (99.0, {}),
     "max_shard_size": ("1MB", {"format": "gguf:q8_0", "iters": 0}),
     "quant_lm_head": (True, {"format": "gguf:q8_0", "iters": 0}),
-    "model_dtype": ("float32", {"format": "gguf:q8_0", "iters": 0}),
     "tokenizer": ("another", PLAIN),
     "processor": ("another", {}),
     "image_processor": ("another", {}),

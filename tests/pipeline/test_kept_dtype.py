@@ -8,9 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from auto_round.config import build_options
 from auto_round.errors import UnsupportedError
+from auto_round.log import logger
 from auto_round.pipeline.deciding.plan_table import plan_size
 from auto_round.pipeline.dry_run import dry_run
-from pipeline.runs import SHORT, kl_of, quantize, weights
+from auto_round.pipeline.quantize import run
+from export.gguf.small_models import byte_level_tokenizer
+from pipeline.runs import ROWS, SHORT, kl_of, quantize, weights
 
 PLAIN = {"iters": 0, "dataset": None, "disable_opt_rtn": True}
 LLMC = {"format": "llm_compressor", **PLAIN}
@@ -131,3 +134,45 @@ def test_tensors_of_a_dtype_of_their_own_keep_it(tiny, tmp_path):
     stored = weights(quantize(folder, tmp_path / "out", live=live, **given).folders[0])
     wide = {name for name, tensor in stored.items() if tensor.dtype is torch.float32}
     assert wide == {"model.layers.0.mlp.up_proj.weight"}
+
+
+@pytest.mark.parametrize(
+    ("given", "tied"),
+    [
+        ({"iters": 0, "disable_opt_rtn": True, "dataset": None}, True),
+        ({"iters": 0}, False),
+        ({"iters": 1}, True),
+    ],
+    ids=["plain", "searched", "tuned"],
+)
+def test_gguf_weights_are_rounded_from_the_dtype_that_is_asked_for(tiny, tmp_path, caplog, given, tied):
+    """The embedding was not, and the plan said that the option has no effect."""
+    pytest.importorskip("gguf")
+    wide = tiny("llama", dtype=torch.float32, vocab_size=288, tie_word_embeddings=tied)
+    narrow = tmp_path / "narrow"
+    AutoModelForCausalLM.from_pretrained(wide, dtype=torch.bfloat16).save_pretrained(narrow)
+    found = []
+    with caplog.at_level("WARNING", logger=logger.name), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logger, "propagate", True)
+        for model, wanted in ((narrow, {}), (wide, {"model_dtype": "bf16"}), (wide, {})):
+            caplog.clear()
+            out = tmp_path / str(len(found))
+            asked = {**SHORT, "model": str(model), "output_dir": str(out), "format": "gguf:q8_0", **given}
+            asked = {name: value for name, value in asked.items() if name not in ("group_size", "dataset")}
+            data = given.get("dataset", ROWS)
+            run(build_options({**asked, **wanted}), tokenizer=byte_level_tokenizer(), dataset=data)
+            assert any("rounded from bf16" in said for said in caplog.messages) == bool(wanted)
+            assert not any("model_dtype has no effect" in said for said in caplog.messages)
+            found.append(_quantized_tensors(out))
+    own, cast, uncast = found
+    assert cast.keys() == own.keys() > {"token_embd.weight"}
+    assert cast == own
+    assert all(uncast[name] != own[name] for name in own)
+
+
+def _quantized_tensors(folder):
+    """Name -> bytes of the tensors that are rounded."""
+    gguf = pytest.importorskip("gguf")
+    (file,) = folder.rglob("*.gguf")
+    tensors = gguf.GGUFReader(file).tensors
+    return {t.name: t.data.tobytes() for t in tensors if t.tensor_type == gguf.GGMLQuantizationType.Q8_0}

@@ -59,7 +59,6 @@ class GgufFormat(Exporter):
         "max_shard_size": "a GGUF model is one file",
         "quant_lm_head": "the GGUF type gives the output head its own type",
         "quant_nontext_module": "the file holds the language model",
-        "model_dtype": "the GGUF type gives every tensor its own type",
     }
 
     @property
@@ -121,7 +120,7 @@ class GgufFormat(Exporter):
         exporters |= {e.name: e.for_plan(plan, source.layers) for e in asked if e.name != self.name}
         path = options.calibration.imatrix
         importance = {} if path is None else read_imatrix(Path(path)).for_sources(model)
-        return Planned(plan, exporters, importance, plan.warnings)
+        return Planned(plan, exporters, importance, (*plan.warnings, *_of_dtype(options)))
 
     def refusals(self, plan: Plan, layers: Sequence[Layer]) -> list[Refusal]:
         """Layers whose planned format is not the type of their tensor: none, when the plan is this file's."""
@@ -221,6 +220,14 @@ class GgufFormat(Exporter):
         if self.made is None:
             raise InternalError(f"{self.name} is not planned yet")
         return self.made
+
+
+def _of_dtype(options: Options) -> list[str]:
+    """Says what `model_dtype` is here, where it is given."""
+    wanted = options.model.model_dtype
+    if wanted in (None, "auto"):
+        return []
+    return [f"weights are rounded from {wanted}; tensors that are not rounded keep the dtypes of a GGUF file"]
 
 
 EVERY_TYPE = tuple(GgufFormat(FORMAT_PREFIX + name) for name in FILE_TYPES)

@@ -16,6 +16,7 @@ from auto_round.facts.tensor import dtype_name
 from auto_round.models.source import matrix_reader
 from auto_round.numerics.format import Format
 from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.kept_dtype import as_wanted
 from auto_round.pipeline.machine.workers import workers
 from auto_round.pipeline.running.rounding import round_matrix
 
@@ -64,7 +65,8 @@ def make_rest(job: Job, exporter: Exporter, name: str, read: Callable[[str], Ten
 
 def _round(job: Job, exporter: Exporter, name: str, fmt: Format, band: Tensor) -> Tensor:
     """Stored form of a band of rows."""
-    return exporter.encode_rest(round_matrix(name, band, fmt, job.device, effort=job.effort)).cpu()
+    weight = as_wanted(band, job.kept_dtype)
+    return exporter.encode_rest(round_matrix(name, weight, fmt, job.device, effort=job.effort)).cpu()
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

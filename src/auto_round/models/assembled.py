@@ -27,7 +27,7 @@ from auto_round.models.anatomy import Anatomy
 from auto_round.models.attention_modules import find_attentions
 from auto_round.models.config_facts import model_facts
 from auto_round.models.families import parameter_names
-from auto_round.models.kept import kept_layers, kept_tensors
+from auto_round.models.kept import Casts, casts_of, kept_layers, kept_tensors
 from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.matrix_experts import matrix_experts
@@ -109,8 +109,7 @@ class AssembledSource(ABC):
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """See `ModelSource`."""
-        parts = self._parts
-        return kept_layers(parts.anatomy.layers, parts.tensors, parts.wanted)
+        return kept_layers(self._parts.anatomy.layers, self._casts)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -151,7 +150,11 @@ class AssembledSource(ABC):
     @cached_property
     def kept(self) -> Mapping[str, TensorSpec]:
         """See `ModelSource`."""
-        return kept_tensors(self._parts.tensors, self._parts.wanted)
+        return kept_tensors(self._parts.tensors, self._casts)
+
+    @cached_property
+    def _casts(self) -> Casts:
+        return casts_of(self._parts.tensors, self._parts.wanted)
 
     @cached_property
     def text_tensors(self) -> Mapping[str, str]:

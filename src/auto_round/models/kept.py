@@ -14,42 +14,36 @@ from auto_round.facts.tensor import TensorSpec
 _CAST = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes of weights; those of packed numbers and of indices are never cast."""
 
+Casts = Mapping[torch.dtype, torch.dtype]
+"""Dtype in the source -> the one in its place; without those that stay."""
 
-def kept_tensors(tensors: Mapping[str, TensorSpec], wanted: torch.dtype | None) -> Mapping[str, TensorSpec]:
-    """Every tensor of a source as an output keeps it.
 
-    Those of another dtype than most weights stay: a model keeps them so on purpose (routers in float32).
+def casts_of(tensors: Mapping[str, TensorSpec], wanted: torch.dtype | None) -> Casts:
+    """What is cast: the dtype of most weights.
+
+    Tensors of another one keep it: a model has them so on purpose (routers in float32).
 
     Args:
         tensors: what the source holds.
         wanted: the dtype that the user asked for; None for the model's own.
     """
-    own = _most(tensors)
-    if wanted is None or wanted is own:
-        return tensors
-    return {n: replace(s, dtype=wanted) if s.dtype is own else s for n, s in tensors.items()}
-
-
-def kept_layers(
-    layers: Sequence[Layer], tensors: Mapping[str, TensorSpec], wanted: torch.dtype | None
-) -> tuple[Layer, ...]:
-    """Layers in the dtype in which an output keeps them.
-
-    Args:
-        layers: as they lie on disk.
-        tensors: what the source holds.
-        wanted: as for `kept_tensors`.
-    """
-    own = _most(tensors)
-    if wanted is None or wanted is own:
-        return tuple(layers)
-    return tuple(replace(layer, dtype=wanted) if layer.dtype is own else layer for layer in layers)
-
-
-def _most(tensors: Mapping[str, TensorSpec]) -> torch.dtype | None:
-    """Dtype of most weights; None where there are none."""
     sizes: Counter[torch.dtype] = Counter()
     for spec in tensors.values():
         if spec.dtype in _CAST:
             sizes[spec.dtype] += spec.count
-    return sizes.most_common(1)[0][0] if sizes else None
+    own = sizes.most_common(1)[0][0] if sizes else None
+    return {} if own is None or wanted is None or wanted is own else {own: wanted}
+
+
+def kept_tensors(tensors: Mapping[str, TensorSpec], casts: Casts) -> Mapping[str, TensorSpec]:
+    """Every tensor of a source as an output keeps it."""
+    if not casts:
+        return tensors
+    return {name: replace(spec, dtype=casts.get(spec.dtype, spec.dtype)) for name, spec in tensors.items()}
+
+
+def kept_layers(layers: Sequence[Layer], casts: Casts) -> tuple[Layer, ...]:
+    """Layers in the dtype in which an output keeps them."""
+    if not casts:
+        return tuple(layers)
+    return tuple(replace(layer, dtype=casts.get(layer.dtype, layer.dtype)) for layer in layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from auto_round.autoscheme import runs
 from auto_round.autoscheme.runs import Given, choose_schemes
 from auto_round.config import Options, build_options
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
+from auto_round.log import logger
 from auto_round.models.folder import FolderSource
+from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.machine import device
 from auto_round.pipeline.quantize import run
 from auto_round.pipeline.result import Result
@@ -200,6 +203,26 @@ def test_what_all_blocks_cannot_be_tuned_on_is_refused_before_anything_is_measur
     monkeypatch.setattr(device, "_device", torch.device)  # as if one more were there
     with pytest.raises(ConfigError, match=said):
         chosen(small(), tmp_path / "out", nsamples=2, distill_steps=1, distill_nsamples=1, **given)
+
+
+def test_rows_of_all_blocks_are_looked_at_in_silence(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run itself says what there is to say: it was said twice."""
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    given = {"nsamples": 2, "distill_steps": 2, "iters": 1, "seqlen": 1 << 20, "score_seqlen": 16}
+    rows, model = token_rows(10, 256), small(max_position_embeddings=256)
+    (options,) = choose_schemes(asked(model, tmp_path / "out", **given), given=Given(dataset=rows))
+    assert not [said for said in caplog.messages if "rows" in said]
+    caplog.clear()
+    prepare(options, dataset=rows)
+    for said in (
+        "longer than the model's context",
+        "10 of 12 calibration rows",
+        "see each of 6 rows 1.3 times",
+    ):
+        assert len([message for message in caplog.messages if said in message]) == 1
 
 
 def test_one_option_has_one_size(small: Any, tmp_path: Path) -> None:

@@ -97,26 +97,25 @@ def test_num_alone_caps_and_nsamples_caps_all(tokenizer: PreTrainedTokenizerFast
     )
 
 
-def test_too_few_because_of_num_says_so(
-    tokenizer: PreTrainedTokenizerFast, books: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    load_rows(f"{books}:num=5,{books}:num=2", tokenizer, nsamples=20, seqlen=10, seed=3)
-    assert "7 of 20 calibration rows" in caplog.text
-    assert "Ask for more with :num=" in caplog.text
-    assert "more data" not in caplog.text
-    caplog.clear()
-    load_rows(f"{books}:num=5,{books}:num=500", tokenizer, nsamples=800, seqlen=10, seed=3)
-    assert "more data" in caplog.text
+def test_too_few_because_of_num_says_so(tokenizer: PreTrainedTokenizerFast, books: str) -> None:
+    found = load_rows(f"{books}:num=5,{books}:num=2", tokenizer, nsamples=20, seqlen=10, seed=3)
+    assert "7 of 20 calibration rows" in found.missing
+    assert "Ask for more with :num=" in found.missing
+    assert "more data" not in found.missing
+    found = load_rows(f"{books}:num=5,{books}:num=500", tokenizer, nsamples=800, seqlen=10, seed=3)
+    assert "more data" in found.missing
 
 
-def test_too_few_is_a_warning_that_says_why(
-    tokenizer: PreTrainedTokenizerFast, books: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_few_are_told_with_the_reason(tokenizer: PreTrainedTokenizerFast, books: str) -> None:
     found = load_rows(books, tokenizer, nsamples=100, seqlen=38, seed=42)
     assert len(found.rows) == 6
-    assert "6 of 100 calibration rows of 38 tokens" in caplog.text
-    assert "94 shorter than seqlen (the longest of these has 37)" in caplog.text
-    assert ":concat" in caplog.text
+    assert "6 of 100 calibration rows of 38 tokens" in found.missing
+    assert "94 shorter than seqlen (the longest of these has 37)" in found.missing
+    assert ":concat" in found.missing
+
+
+def test_enough_rows_miss_nothing(tokenizer: PreTrainedTokenizerFast, books: str) -> None:
+    assert load_rows(books, tokenizer, nsamples=6, seqlen=38, seed=42).missing == ""
 
 
 def test_none_at_all_is_a_config_error_with_counts_and_remedies(

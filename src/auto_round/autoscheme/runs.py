@@ -231,15 +231,17 @@ def _request_of_all(menu: Menu, given: Given) -> Request:
 def _refuse_rows(menu: Menu, opened: Opened, decided: Decided, given: Given) -> None:
     """Fetch the rows of a run that tunes all blocks together, to hear now of what it would be refused for.
 
-    It takes the most rows, and measuring takes hours. Data that can be read only once are left to the run.
+    It takes the most rows, and measuring takes hours. What is no refusal is said by the run. Data that can be
+    read only once are left to it.
 
     Raises:
         AutoRoundError: too few rows, or such as the stage cannot take.
     """
     if decided.wanted.distill_steps and not isinstance(given.dataset, Iterator):
         trial = _request_of_all(menu, given)
-        options = replace(within_context(trial.options, opened.source), tune=decided.wanted)
-        fetch_rows(replace(opened, options=options), decided, trial.device, dataset=given.dataset)
+        options = replace(within_context(trial.options, opened.source, quiet=True), tune=decided.wanted)
+        opened = replace(opened, options=options)
+        fetch_rows(opened, decided, trial.device, dataset=given.dataset, quiet=True)
 
 
 def _gguf(request: Request) -> bool:
@@ -311,7 +313,7 @@ def _rows(request: Request, opened: Opened, decided: Decided, given: Given) -> C
     tokenizer = opened.tokenizer
     if tokenizer is None and isinstance(data, str) and source.folder is not None:
         tokenizer = load_tokenizer(options, source, required=True)
-    return load_rows(
+    rows = load_rows(
         data,
         tokenizer,
         nsamples=auto.score_nsamples or (ROWS_OF_EXPERTS if experts else ROWS),
@@ -323,6 +325,9 @@ def _rows(request: Request, opened: Opened, decided: Decided, given: Given) -> C
             prefix="score_",
         ),
     )
+    if rows.missing:
+        logger.warning(rows.missing)
+    return rows
 
 
 def _folder(options: Options, target: Target, *, several: bool) -> Path:

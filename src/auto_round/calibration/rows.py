@@ -19,7 +19,6 @@ from auto_round.calibration.row import CalibrationRow, fingerprint, of_one_lengt
 from auto_round.calibration.shape import Reason, cut_rows, join_rows
 from auto_round.calibration.sources import NOTHING, OfModel, Source, open_item, own_source
 from auto_round.errors import ConfigError
-from auto_round.log import logger
 
 Dataset = str | Path | Iterable[object]
 
@@ -52,6 +51,7 @@ class CalibrationRows:
         summary: a sentence for each data set, for people.
         sources: the same in numbers.
         letters: script -> letters in it, see `writing_systems`; empty where nothing tells the text of tokens.
+        missing: a sentence where there are fewer rows than were wanted; else empty.
     """
 
     rows: tuple[CalibrationRow, ...]
@@ -60,6 +60,7 @@ class CalibrationRows:
     summary: str
     sources: tuple[SourceRows, ...] = ()
     letters: Mapping[str, int] = field(default_factory=dict)
+    missing: str = ""
 
 
 def load_rows(
@@ -107,14 +108,11 @@ def load_rows(
             f"no calibration row of {seqlen} tokens could be made: {summary}. "
             f"{_remedy(dropped, of_model.prefix, streams)}"
         )
+    missing = ""
     if len(rows) < nsamples:
-        logger.warning(
-            "%d of %d calibration rows of %d tokens: %s. %s",
-            len(rows),
-            nsamples,
-            seqlen,
-            summary,
-            _remedy(dropped, of_model.prefix, streams),
+        missing = (
+            f"{len(rows)} of {nsamples} calibration rows of {seqlen} tokens: {summary}. "
+            f"{_remedy(dropped, of_model.prefix, streams)}"
         )
     sources = tuple(
         SourceRows(stream.source.name, stream.read, stream.given, dict(sorted(stream.dropped.items())))
@@ -122,7 +120,7 @@ def load_rows(
     )
     padding = 0 if tokenizer is None else tokenizer.pad_token_id
     equal = of_one_length(rows, padding or 0)
-    return CalibrationRows(equal, fingerprint(equal), dropped, summary, sources)
+    return CalibrationRows(equal, fingerprint(equal), dropped, summary, sources, missing=missing)
 
 
 def _sources(

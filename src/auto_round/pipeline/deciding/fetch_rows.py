@@ -62,7 +62,13 @@ class Data:
 
 
 def fetch_rows(
-    opened: Opened, decided: Decided, device: torch.device, *, dataset: Any = None, dry: bool = False
+    opened: Opened,
+    decided: Decided,
+    device: torch.device,
+    *,
+    dataset: Any = None,
+    dry: bool = False,
+    quiet: bool = False,
 ) -> Data:
     """The rows that the run needs, none where it needs none.
 
@@ -72,6 +78,7 @@ def fetch_rows(
         device: where a model runs that writes rows itself.
         dataset: calibration data as Python objects instead of `options.calibration.dataset`.
         dry: fetch nothing, only refuse a model that cannot be run on rows.
+        quiet: a trial, of which the user hears nothing but refusals.
 
     Raises:
         ConfigError: no tokenizer, or rows of another model.
@@ -91,7 +98,8 @@ def fetch_rows(
     if tokenizer is None and needed and dataset is None and source.folder is not None:
         tokenizer = load_tokenizer(options, source, required=True)
     opened = replace(opened, tokenizer=tokenizer)
-    data = _rows(options, decided.tune, opened, own_text(opened, device, decided.dtype), dataset)
+    writer = own_text(opened, device, decided.dtype)
+    data = _rows(options, decided.tune, opened, writer, dataset, quiet=quiet)
     if data.rows is not None:
         refuse_unknown_tokens([*data.rows.rows, *data.fresh], source)
         refuse_other_inputs(data.rows.rows, source, ready=dataset is not None)
@@ -114,31 +122,47 @@ def held_out_rows(nsamples: int) -> int:
     return min(HELD_OUT, max(2, nsamples // 8))
 
 
-def _rows(options: Options, tune: TuneConfig, opened: Opened, writer: SelfText, dataset: Any) -> Data:
+def _rows(
+    options: Options, tune: TuneConfig, opened: Opened, writer: SelfText, dataset: Any, *, quiet: bool
+) -> Data:
     """Rows to tune on and, behind them, rows to hold out."""
     wanted = options.calibration
     data = wanted.dataset if dataset is None else dataset
     platform: Platform = "model_scope" if options.model.platform == "model_scope" else "hf"
-    load = partial(
-        load_rows,
-        data,
-        opened.tokenizer,
-        seqlen=wanted.seqlen,
-        seed=wanted.seed,
-        platform=platform,
-        of_model=OfModel(opened.images, writer),
-    )
+
+    def load(count: int) -> CalibrationRows:
+        found = load_rows(
+            data,
+            opened.tokenizer,
+            nsamples=count,
+            seqlen=wanted.seqlen,
+            seed=wanted.seed,
+            platform=platform,
+            of_model=OfModel(opened.images, writer),
+        )
+        if found.missing and not quiet:
+            logger.warning(found.missing)
+        return found
+
     if not tune.needs_rows:
         if dataset is None and wanted.dataset == CalibrationOptions().dataset:
             return Data()
-        return Data(load(nsamples=HELD_OUT))
+        return Data(load(HELD_OUT))
     beside, later = held_out_rows(wanted.nsamples), fresh_rows(options)
-    rows = load(nsamples=wanted.nsamples + beside + later)
+    rows = load(wanted.nsamples + beside + later)
     once = isinstance(dataset, Iterator)
-    more = None if once else lambda count: load(nsamples=count + later)
+    more = None if once else lambda count: load(count + later)
     if later:
         least = later if options.tune.distill_nsamples else math.ceil(later / MOST_SEEN)
-        return replace(_with_fresh(rows, wanted.nsamples, beside, (least, later)), more=more)
+        found = _with_fresh(rows, wanted.nsamples, beside, least)
+        given = len(found.fresh)
+        if given < later and not quiet:
+            logger.warning(
+                "%s: distill_steps see each of %d rows %.1f times; %d rows would be better (:concat after "
+                "the data set's name cuts all rows out of long texts)",
+                *(rows.summary, given, later / given, later),
+            )
+        return replace(found, more=more)
     count = len(rows.rows)
     if count == 1:
         logger.warning(
@@ -174,20 +198,20 @@ def _refuse_several_lists(source: ModelSource) -> None:
         )
 
 
-def _with_fresh(rows: CalibrationRows, tuned: int, beside: int, later: tuple[int, int]) -> Data:
+def _with_fresh(rows: CalibrationRows, tuned: int, beside: int, least: int) -> Data:
     """Rows to tune blocks on, to hold out, and for the stage after block tuning.
 
     Args:
         rows: all of them, in this order.
         tuned: rows for blocks.
         beside: rows held out.
-        later: fewest rows for the stage, and how many it wants.
+        least: fewest rows for the stage, which gets all that are left.
 
     Raises:
         ConfigError: there are too few for all three.
         UnsupportedError: some have images.
     """
-    found, (least, wanted) = len(rows.rows), later
+    found = len(rows.rows)
     if found < tuned + beside + least:
         raise ConfigError(
             f"distill_steps takes rows that blocks are not tuned on: expected {tuned} + {beside} held out + "
@@ -195,16 +219,6 @@ def _with_fresh(rows: CalibrationRows, tuned: int, beside: int, later: tuple[int
             "long texts (:concat after the data set's name), or take fewer steps, fewer rows for each of the "
             "two (--nsamples, --distill_nsamples: the same rows are then seen again), or shorter ones "
             "(--seqlen)"
-        )
-    given = found - tuned - beside
-    if given < wanted:
-        logger.warning(
-            "%s: distill_steps see each of %d rows %.1f times; %d rows would be better (:concat after the "
-            "data set's name cuts all rows out of long texts)",
-            rows.summary,
-            given,
-            wanted / given,
-            wanted,
         )
     if first_with_images(rows.rows) is not None:
         raise UnsupportedError(

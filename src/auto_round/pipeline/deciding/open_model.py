@@ -140,11 +140,18 @@ def load_tokenizer(options: Options, source: ModelSource, *, required: bool) -> 
         raise ConfigError(f"no tokenizer in {where} ({error}): name one with --tokenizer") from error
 
 
-def within_context(options: Options, source: ModelSource) -> Options:
-    """The same options with rows no longer than the model's context."""
+def within_context(options: Options, source: ModelSource, *, quiet: bool = False) -> Options:
+    """The same options with rows no longer than the model's context.
+
+    Args:
+        options: of the run.
+        source: the model.
+        quiet: a trial, of which the user hears nothing.
+    """
     context, wanted = source.facts.context, options.calibration.seqlen
     if context is None or wanted <= context:
         return options
-    level = logger.warning if "seqlen" in options.given else logger.info
-    level("seqlen %d is longer than the model's context: rows have %d tokens", wanted, context)
+    if not quiet:
+        level = logger.warning if "seqlen" in options.given else logger.info
+        level("seqlen %d is longer than the model's context: rows have %d tokens", wanted, context)
     return replace(options, calibration=replace(options.calibration, seqlen=context))

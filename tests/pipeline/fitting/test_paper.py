@@ -69,6 +69,25 @@ def test_ranks_spread_what_does_not_fit_one(tiny, monkeypatch):
     assert f"{many.ranks} ranks" in many.text
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_all_blocks_learn_together_on_one_accelerator(tiny, monkeypatch, fits):
+    """As the run does it: several processes, or devices that are named, are refused for it."""
+    if not fits:
+        small = ACCELERATORS["H100"].__class__(1e6, 1e15, 3e12, 4e11, "made up")
+        monkeypatch.setattr(
+            "auto_round.pipeline.fitting.accelerators.ACCELERATORS", {**ACCELERATORS, "H100": small}
+        )
+    given = {"iters": 4, "distill_steps": 3, "distill_nsamples": 3}
+    one, many = (planned(tiny("llama"), devices, **given) for devices in ("1xH100", "8xH100"))
+    assert (many.paper.ranks, many.paper.spread, many.paper.exchanged) == (1, 1, 0)
+    assert many.paper.seconds == one.paper.seconds
+    assert many.paper.plan.device_bytes == one.paper.plan.device_bytes
+    assert many.paper.fits is fits
+    assert "8 x H100, on paper: one process on one accelerator" in many.text
+    assert "7 idle" in many.text
+    assert "idle" not in one.text
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_a_configuration_is_enough(tiny, tmp_path, family):
     """The same plan as with weights; a run without them is refused before work."""

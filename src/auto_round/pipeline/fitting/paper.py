@@ -44,6 +44,7 @@ class Paper:
         written: bytes of the output.
         exchanged: bytes that each accelerator sends to others.
         seconds: wall time.
+        left: accelerators that the run leaves alone: all blocks are tuned together on one.
     """
 
     machines: Machines
@@ -55,6 +56,7 @@ class Paper:
     written: float
     exchanged: float
     seconds: float
+    left: int = 0
 
     @property
     def largest_other(self) -> int:
@@ -71,6 +73,10 @@ class Paper:
         """The plan for people."""
         name, each = f"{self.machines.count} x {self.machines.name}", self.machines.each
         how = f"{self.ranks} ranks (torchrun)" if self.ranks > 1 else "one process"
+        if self.left:
+            how += (
+                f" on one accelerator, for all blocks learn together on one (distill_steps): {self.left} idle"
+            )
         if self.spread > 1:
             how += f", matrices of a block spread over {self.spread} accelerators"
             how += " each" if self.ranks > 1 else ""
@@ -96,8 +102,9 @@ def on_paper(work: Workload, machines: Machines, spread: Spread, seconds: Second
     """Plan a run: the way that fits and cuts blocks into fewest pieces.
 
     Ranks divide the rows of a step, and each spreads the matrices of a block over 1, 2, 4 or 8 accelerators
-    of one machine. Where nothing fits, it is spread as far as possible, and that is said. The closing check,
-    which loads the whole output on one device, is left out.
+    of one machine. Where nothing fits, it is spread as far as possible, and that is said. A run that tunes
+    all blocks together takes one accelerator, as it does where there are several. The closing check, which
+    loads the whole output on one device, is left out.
 
     Args:
         work: the run.
@@ -108,6 +115,10 @@ def on_paper(work: Workload, machines: Machines, spread: Spread, seconds: Second
     half = torch.float16 if work.source.dtype is torch.float16 else torch.bfloat16
     alone = replace(work, device=torch.device("cuda"), dtype=half, elsewhere={}, reloads=False)
     room = Room(0, 0, int(machines.each.nbytes))
+    if work.together is not None:
+        one = replace(machines, count=1)
+        found = _one_way(alone, one, make_plan(alone, room), 1, seconds)
+        return replace(found, machines=machines, left=machines.count - 1)
     over = 1
     while True:
         placed = replace(alone, elsewhere=spread(over)) if over > 1 else alone

@@ -12,13 +12,19 @@ from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.pipeline.deciding.fit import workload
 from auto_round.pipeline.deciding.plan_table import manifests, plan_size
-from auto_round.pipeline.distilling.cost import stage_seconds
+from auto_round.pipeline.distilling.cost import LOOKS_BESIDE, passes
+from auto_round.pipeline.distilling.sweep import Sweep
+from auto_round.pipeline.distilling.units import OpenUnit
 from auto_round.pipeline.dry_run import DryRun, dry_run
 from auto_round.pipeline.estimate import Estimate, Rates, estimate
+from auto_round.pipeline.fitting import states
+from auto_round.pipeline.fitting.level import Level, Place
+from auto_round.pipeline.fitting.together import Together
 from auto_round.pipeline.fitting.work import measure_sizes
 from auto_round.tuning.distill import DistillConfig
+from auto_round.tuning.student import Student
 from auto_round.units import size
-from pipeline.runs import ROWS, SHORT, quantize, weights
+from pipeline.runs import ROWS, SHORT, quantize, token_rows, weights
 
 HEADS = {"head_dim": 16}
 RATES = Rates(operations=1e9, bandwidth=1e9)
@@ -91,10 +97,60 @@ def test_what_tuning_all_blocks_together_takes(tiny, tmp_path):
     assert f"states of distill_steps {size(28 * count)}" in dry.text
     assert dry.memory.host_stage.name == "all blocks"
     assert dry.memory.host_stage.host["offsets and moments"] == 12 * count
-    assert dry.estimate.seconds > dry.together > 0 == plain.together
+    assert dry.estimate.seconds > dry.estimate.together > 0 == plain.estimate.together
     works = (replace(workload(dry.job), together=DistillConfig(steps=steps)) for steps in (100, 200))
-    cost, longer = (stage_seconds(work, 1e9, 1e9) for work in works)
+    cost, longer = (estimate(work, dry.memory, RATES).together for work in works)
     assert 1.8 < longer / cost < 2.0
+
+
+@pytest.mark.parametrize(
+    ("given", "room", "expected"),
+    [
+        pytest.param({}, 1, 4.5, id="one of two stays"),
+        pytest.param({}, None, 4.0, id="all stay", marks=pytest.mark.slow),
+        pytest.param({"memory": "low"}, None, 5.0, id="none stays", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_of_all_blocks_counts_the_passes_that_it_takes(
+    tiny, tmp_path, monkeypatch, given, room, expected
+):
+    model = tiny("qwen3", **HEADS)
+    given = {"bits": 2, "iters": 1, "distill_steps": 2, "distill_nsamples": 64, **given}
+    if room is not None:
+        work = workload(planned(model, tmp_path / "out", **given).job)
+        unit = Together.of(work, Level(0, Place.HOST)).stay()[-1]
+        monkeypatch.setattr(states, "STAY_BYTES", unit * room)
+    dry = planned(model, tmp_path / "out", **given)
+    assert passes(workload(dry.job), dry.memory.level) == expected
+    held_out, step, ran = [], [], []
+
+    def forward(self, block, inputs, out):
+        ran.append(len(inputs[0]))
+        return plain(self, block, inputs, out)
+
+    def differentiable(self, rounded, inputs, args):
+        ran.append(3 * len(inputs[0]))  # gradients of inputs and weights are as many products again, each
+        return through(self, rounded, inputs, args)
+
+    def sweep(self, *args):
+        held_out.extend(ran)
+        ran.clear()
+        loss = whole(self, *args)
+        step.append(sum(ran))
+        ran.clear()
+        return loss
+
+    plain, through, whole = OpenUnit._run, Student.run, Sweep.step
+    monkeypatch.setattr(OpenUnit, "_run", forward)
+    monkeypatch.setattr(Student, "run", differentiable)
+    monkeypatch.setattr(Sweep, "step", sweep)
+    result = quantize(model, tmp_path / "out", dataset=token_rows(70), verify=False, **given)
+    units, rows = len(dry.job.source.blocks), workload(dry.job).held_out
+    assert step == [expected * 64 * units] * 2
+    told = result.report["distillation"]
+    packed = 1 if told["kept_step"] else 0
+    assert sum(held_out + ran) == (1 + len(told["looks"]) + packed) * rows * units
+    assert len(told["looks"]) - 1 + LOOKS_BESIDE == 1 + len(told["looks"]) + 1
 
 
 def test_what_lies_at_the_output_is_reported_and_kept(tiny, tmp_path):

@@ -20,7 +20,6 @@ from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.disk_need import DiskNeed, disk_need, free_bytes
-from auto_round.pipeline.distilling.cost import stage_seconds
 from auto_round.pipeline.estimate import Estimate, Rates, estimate, measure_rates
 from auto_round.pipeline.fitting.accelerators import Machines, read_machines
 from auto_round.pipeline.fitting.paper import Paper, on_paper
@@ -48,7 +47,6 @@ class DryRun:
         free_bytes: free space on the disk of the output.
         blocked: why the output folder cannot be written; empty when it can.
         unfinished: partial folder of an interrupted run there; None when there is none.
-        together: seconds of the estimate that tuning all blocks together takes; 0 where it is not asked for.
     """
 
     job: Job
@@ -62,7 +60,6 @@ class DryRun:
     free_bytes: int
     blocked: str
     unfinished: Path | None
-    together: float = 0.0
 
     @property
     def text(self) -> str:
@@ -86,10 +83,10 @@ class DryRun:
         ]
         rate = f"{self.rates.operations / 1e9:.3g} billion operations per second, measured now"
         lines += [f"time:    about {_duration(expected.seconds)}, a rough estimate from {rate}"]
-        if self.together:
-            options = self.job.options
+        if expected.together:
+            options, scratch = self.job.options, size(self.disk.together)
             lines += [
-                f"of it:   about {_duration(self.together)} and {size(self.disk.together)} of the disk for "
+                f"of it:   about {_duration(expected.together)} and {scratch} of the disk for "
                 f"{options.tune.distill_steps} steps of all blocks together, on {fresh_rows(options)} rows "
                 "of their own"
             ]
@@ -139,7 +136,6 @@ def dry_run(
         paper=None if machines is None else _on_paper(job, work, machines),
         rates=rates,
         estimate=estimate(work, memory, rates),
-        together=stage_seconds(work, rates.operations, rates.bandwidth),
         disk=disk_need(work, memory),
         available_bytes=available_bytes(),
         free_bytes=free_bytes(out),

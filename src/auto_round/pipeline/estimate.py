@@ -49,11 +49,13 @@ class Estimate:
         host_bytes: peak resident memory of the process.
         device_bytes: peak memory on the accelerator; 0 when the CPU tunes.
         seconds: wall time.
+        together: seconds of it that tuning all blocks together takes; 0 where it is not asked for.
     """
 
     host_bytes: int
     device_bytes: int
     seconds: float
+    together: float
 
 
 def estimate(work: Workload, plan: MemoryPlan, rates: Rates) -> Estimate:
@@ -65,10 +67,12 @@ def estimate(work: Workload, plan: MemoryPlan, rates: Rates) -> Estimate:
         rates: measured speed of the device.
     """
     sizes = measure_sizes(work)
+    together = stage_seconds(work, plan.level, rates.operations, rates.bandwidth)
     return Estimate(
         host_bytes=plan.host_bytes,
         device_bytes=plan.device_bytes,
-        seconds=_seconds(work, sizes, rates) + stage_seconds(work, rates.operations, rates.bandwidth),
+        seconds=_seconds(work, sizes, rates) + together,
+        together=together,
     )
 
 

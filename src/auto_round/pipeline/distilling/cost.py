@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from auto_round.pipeline.fitting.level import Level
+from auto_round.pipeline.fitting.together import Together
 from auto_round.pipeline.fitting.work import Workload, active_weights, moved_by_token
 from auto_round.tuning.distill import rows_of_step
 
-PASSES = 5
-"""Forward passes that a step costs as much as: original, rounded, rounded again, and its gradients (two).
-Blocks that stay in memory take one less."""
+PASSES = 4
+"""Forward passes that a step of a block costs as much as, where the block stays in memory between the two
+sweeps (`sweep.Sweep`): original, rounded, and its gradients (two)."""
+PASSES_AGAIN = 1
+"""Those of other blocks besides: rounded again in the backward sweep."""
+LOOKS_BESIDE = 3
+"""Passes of the held-out rows besides one for each look after steps (`stage.distill`): original and rounded
+before the first step, rounded once more where what was found is packed."""
 HEAD_PASSES = 4
 """Products with the head in a step: two models' predictions, and the gradient (as much as two)."""
 MOVED_BYTES = 600
@@ -18,22 +25,36 @@ RESCALED_BYTES = 200
 """The same where codes stay."""
 
 
-def stage_seconds(work: Workload, operations: float, bandwidth: float) -> float:
+def stage_seconds(work: Workload, level: Level, operations: float, bandwidth: float) -> float:
     """Estimate how long the stage of a run takes; 0 where it is not asked for.
 
     Args:
         work: the run.
+        level: how it is run.
         operations: floating-point operations per second of the device.
         bandwidth: bytes per second of an elementwise operation.
     """
-    stage, facts = work.together, work.source.facts
-    if stage is None:
+    config, facts = work.together, work.source.facts
+    if config is None:
         return 0.0
-    tokens = float(stage.steps * rows_of_step(work.seqlen) * work.seqlen)
-    judged = float((1 + len(stage.looks)) * work.held_out * work.seqlen)
-    passed = PASSES * tokens + judged
+    tokens = float(config.steps * rows_of_step(work.seqlen) * work.seqlen)
+    looked_at = float(work.held_out * work.seqlen)
+    passed = passes(work, level) * tokens + (len(config.looks) + LOOKS_BESIDE) * looked_at
     products = passed * active_weights(work)
-    products += (HEAD_PASSES * tokens + 2 * judged) * facts.vocabulary * facts.width
-    moved = float(stage.steps * (RESCALED_BYTES if stage.codes_stay else MOVED_BYTES)) * work.quantized
+    head = HEAD_PASSES * tokens + 2 * (1 + len(config.looks)) * looked_at
+    products += head * facts.vocabulary * facts.width
+    moved = float(config.steps * (RESCALED_BYTES if config.codes_stay else MOVED_BYTES)) * work.quantized
     moved += passed * moved_by_token(work)
     return 2 * products / operations + moved / bandwidth
+
+
+def passes(work: Workload, level: Level) -> float:
+    """Forward passes that a step costs as much as, mean over the units of blocks.
+
+    Args:
+        work: the run.
+        level: how it is run; what stays in memory follows from it.
+    """
+    together = Together.of(work, level)
+    units = sum(1 for _ in together.groups())
+    return PASSES + PASSES_AGAIN * (1 - len(together.stay()) / max(1, units))

@@ -19,6 +19,7 @@ from auto_round.pipeline.distilling import stage
 from auto_round.pipeline.distilling.shelf import CONSTANTS, LEARNED, MOMENTS, Shelf, begin
 from auto_round.pipeline.distilling.units import Units
 from auto_round.pipeline.fitting import states
+from auto_round.pipeline.fitting.level import Place
 from auto_round.testing.tiny_models import save_tiny_model
 from auto_round.tuning import distill
 from auto_round.tuning.student import CODES, OFFSET
@@ -132,11 +133,18 @@ def test_the_last_units_stay_up_to_a_size():
     sizes, cpu, gpu = [4, 3, 2, 1], torch.device("cpu"), torch.device("cuda")
     unit = states.STAY_BYTES // 6
     sizes = [size * unit for size in sizes]
-    assert states.staying_units(sizes, MemoryOptions(), cpu) == 3
-    assert states.staying_units(sizes, MemoryOptions(low_gpu_mem_usage=True), gpu) == 0
-    assert states.staying_units(sizes, MemoryOptions(low_gpu_mem_usage=True), cpu) == 3
-    assert states.staying_units(sizes, MemoryOptions(low_cpu_mem_usage=False), cpu) == 4
-    assert states.staying_units(sizes, MemoryOptions(memory="lowest", low_cpu_mem_usage=False), cpu) == 0
+    for expected, given, device, streams in (
+        (3, {}, cpu, Place.HOST),
+        (3, {}, cpu, Place.FILES),
+        (3, {"low_gpu_mem_usage": True}, cpu, Place.HOST),
+        (4, {"low_cpu_mem_usage": False}, cpu, Place.HOST),
+        (0, {"memory": "lowest", "low_cpu_mem_usage": False}, cpu, Place.FILES),
+        (3, {}, gpu, Place.DEVICE),
+        (3, {"low_cpu_mem_usage": False}, gpu, Place.DEVICE),
+        (0, {}, gpu, Place.HOST),
+        (0, {"low_cpu_mem_usage": False}, gpu, Place.FILES),
+    ):
+        assert states.staying_units(sizes, MemoryOptions(**given), device, streams) == expected
 
 
 def test_too_few_rows_are_refused_before_anything_is_tuned(tiny, tmp_path):

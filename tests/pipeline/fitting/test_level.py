@@ -13,6 +13,8 @@ from auto_round.pipeline.deciding.fit import workload
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.fitting.choose import Room, make_plan, wants_files
 from auto_round.pipeline.fitting.level import Level, Place, levels_of, starts_at
+from auto_round.pipeline.fitting.together import STAY
+from auto_round.tuning.distill import DistillConfig
 from pipeline.runs import ROWS, SHORT
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -67,6 +69,21 @@ def test_where_a_run_begins(memory, rows, streams):
     levels = levels_of(GPU, 8, 2048)
     level = levels[starts_at(levels, MemoryOptions(**memory))]
     assert (level.rows, level.streams) == (rows, streams)
+
+
+def test_blocks_stay_on_an_accelerator_only_where_hidden_states_do(work):
+    """They held 2 GiB of a small accelerator at every level."""
+    distilled = replace(work, device=GPU, seqlen=64, rows=64, together=DistillConfig(steps=2))
+    first = make_plan(distilled, PLENTY)
+    below = make_plan(distilled, Room(0, 64 * GIB, first.device_bytes))  # of which a share is free
+    low = make_plan(replace(distilled, memory=MemoryOptions(low_gpu_mem_usage=True)), PLENTY)
+    held = [[s.device[STAY] for s in plan.stages if s.name == "all blocks"] for plan in (first, below, low)]
+    assert [plan.level.streams for plan in (first, below, low)] == [Place.DEVICE, Place.HOST, Place.HOST]
+    assert held[0][0] > 0
+    assert held[1:] == [[0], [0]]
+    on_host = [make_plan(replace(distilled, device=CPU), Room(0, free, 0)) for free in (64 * GIB, 1 << 20)]
+    assert [plan.level.rounds_again for plan in on_host] == [False, True]
+    assert len({stage.host[STAY] for plan in on_host for stage in plan.stages if STAY in stage.host}) == 1
 
 
 @pytest.mark.parametrize("accelerator", [40, 20, 10, 5, 1])

@@ -26,7 +26,9 @@ class Level:
     Attributes:
         rows: most rows that go through a block at once; 0 for whole batches. It changes the order in which
             gradients are added, and so their last bits; nothing else here changes any.
-        streams: where hidden states lie. Host memory that is too small for them is replaced by files.
+        streams: where hidden states lie. Host memory that is too small for them is replaced by files. Where
+            an accelerator has no room for them, it keeps no blocks while all are tuned together
+            (`states.staying_units`): that changes last bits, too.
         rounds_again: weights are rounded a second time in the backward pass instead of keeping what it needs.
     """
 

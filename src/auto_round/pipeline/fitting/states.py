@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from auto_round.config.memory import MemoryOptions
+from auto_round.pipeline.fitting.level import Place
 from auto_round.tuning.distill import DistillConfig, rows_of_step
 
 STATE_BYTES = 12
@@ -37,18 +38,20 @@ def states_in_memory(config: DistillConfig, weights: int, memory: MemoryOptions)
     return config.codes_stay or STATE_BYTES * weights <= SPILL_BYTES or not memory.low_cpu_mem_usage
 
 
-def staying_units(sizes: Sequence[int], memory: MemoryOptions, device: torch.device) -> int:
+def staying_units(sizes: Sequence[int], memory: MemoryOptions, device: torch.device, streams: Place) -> int:
     """How many of the last units stay in memory between the two sweeps of a step.
 
-    It depends on nothing but the model and the options: what stays is run once, by attention that can be
-    differentiated, whose last bits are others.
+    What stays is run once, by attention that can be differentiated, whose last bits are others. So on a host
+    it depends on nothing but the model and the options; an accelerator holds none where it has no room for
+    hidden states either.
 
     Args:
         sizes: what each unit holds while it stays, bytes.
         memory: what to save memory at the cost of time.
         device: where blocks are tuned.
+        streams: where hidden states lie at the level at which the run begins.
     """
-    if memory.memory != "auto" or (memory.low_gpu_mem_usage and device.type != "cpu"):
+    if memory.memory != "auto" or (device.type != "cpu" and streams is not Place.DEVICE):
         return 0
     if not memory.low_cpu_mem_usage and device.type == "cpu":
         return len(sizes)

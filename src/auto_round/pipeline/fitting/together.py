@@ -32,7 +32,7 @@ class Together(Parts):
     def stay(self) -> list[int]:
         """What each of the last units holds that stay in memory between the two sweeps of a step, bytes."""
         sizes = [self._staying_unit(layers) for layers in self.groups()]
-        count = staying_units(sizes, self.work.memory, self.work.device)
+        count = staying_units(sizes, self.work.memory, self.work.device, self.level.streams)
         return sizes[len(sizes) - count :]
 
     def of_step(self, config: DistillConfig) -> dict[str, int]:

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from auto_round.config.env import cache_folder
 from auto_round.errors import Refusal
@@ -40,6 +41,9 @@ COMPILERS = ("gcc", "cc")
 
 LIMIT_S = 120
 """Seconds after which a compiler counts as hanging; it takes about one."""
+
+FEW = 1 << 15
+"""Numbers for which waking threads costs more than they save."""
 
 
 def find_compiler() -> str | None:
@@ -85,6 +89,26 @@ def numeric_library(file: Path, options: tuple[str, ...], otherwise: str) -> cty
         logger.info("%s: %s", otherwise, made)
         return None
     return made
+
+
+def can_read(*tensors: Tensor) -> bool:
+    """Whether programs can be given the addresses of these tensors.
+
+    They are plain tensors, contiguous, on the host, and PyTorch's compiler is not looking.
+    """
+    return not torch.compiler.is_compiling() and all(
+        type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.is_contiguous() for x in tensors
+    )
+
+
+def addresses(*tensors: Tensor | None) -> tuple[ctypes.c_void_p, ...]:
+    """Where tensors lie, as arguments of a program or fields of a structure; null for None."""
+    return tuple(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors)
+
+
+def threads_for(count: int) -> int:
+    """Threads for so many numbers."""
+    return torch.get_num_threads() if count > FEW else 1
 
 
 def _load(command: tuple[str, ...], source: Path) -> ctypes.CDLL:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from auto_round import compiled
 from auto_round.kernels import int4_order
 
 needs_order = pytest.mark.skipif(int4_order.find_order() is None, reason="the order is not known")
@@ -17,7 +18,7 @@ def test_all_ways_give_the_same_bytes(monkeypatch, n_in, threads):
     order = int4_order.find_order()
     generator = torch.Generator().manual_seed(n_in)
     codes = torch.randint(0, 16, (3 * 64, n_in), dtype=torch.uint8, generator=generator)
-    monkeypatch.setattr(int4_order, "FEW", 0)
+    monkeypatch.setattr(compiled, "FEW", 0)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from auto_round import compiled
 from auto_round.numerics import compiled_descent
 from auto_round.numerics.descent import cancelling_offsets
 from auto_round.numerics.presets import GGUF_FORMATS, int_format
@@ -40,7 +41,7 @@ def test_results_do_not_depend_on_threads(monkeypatch):
     w, importance = weight(67, 160), inputs_that_go_together(160)
     fmt = int_format(4, 32, sym=False)
     want, threads = cancelling_offsets(fmt, w, None, importance, 2), torch.get_num_threads()
-    monkeypatch.setattr(compiled_descent, "FEW", 0)
+    monkeypatch.setattr(compiled, "FEW", 0)
     asked = []
     ask = compiled_descent.compiled_descent
     monkeypatch.setattr(

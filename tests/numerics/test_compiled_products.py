@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from auto_round import compiled
 from auto_round.numerics import compiled_rounding
 from auto_round.numerics.compiled_rounding import FEW_TOKENS, CompiledRounding
 from auto_round.numerics.presets import GGUF_FORMATS, int_format
@@ -84,7 +85,7 @@ def test_results_do_not_depend_on_threads(monkeypatch, name):
     generator, threads = torch.Generator().manual_seed(1), torch.get_num_threads()
     x, grad = (torch.randn(11, width, generator=generator).bfloat16() for width in (352, 64))
     results = []
-    monkeypatch.setattr(compiled_rounding, "FEW", 0)
+    monkeypatch.setattr(compiled, "FEW", 0)
     try:
         for count in (1, 3):
             torch.set_num_threads(count)

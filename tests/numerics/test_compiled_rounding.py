@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from auto_round import compiled
 from auto_round.numerics import compiled_rounding, format
 from auto_round.numerics.group import Group
 from auto_round.numerics.presets import GGUF_FORMATS, int_format
@@ -153,7 +154,7 @@ def test_results_do_not_depend_on_threads_or_on_default_dtypes(monkeypatch):
     want, threads = check(), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        monkeypatch.setattr(compiled_rounding, "FEW", 0)
+        monkeypatch.setattr(compiled, "FEW", 0)
         assert all(torch.equal(a, b) for a, b in zip(check(), want, strict=True))
         torch.set_default_dtype(torch.bfloat16)
         own = fmt.quantize(case.w, case.knobs, case.v).codes

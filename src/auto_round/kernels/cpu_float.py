@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from auto_round.compiled import INSTRUCTIONS, library
+from auto_round.compiled import INSTRUCTIONS, addresses, library
 from auto_round.errors import Refusal
 from auto_round.kernels.cpu_int4 import DENSE_BAND, MULTIPLIES_BF16
 from auto_round.kernels.kernel import LinearSpec, rounded_input
@@ -194,10 +194,9 @@ class _Weight:
             raise TypeError(str(program))
         n_out = len(self.codes)
         tensors = (x, self.codes, self.steps, self.table, y)
-        addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         sizes = (0 if x is None else len(x), n_in, n_out, self.width, self.rows)
         bits = 8 * self.codes.shape[1] // n_in
-        request = _Call(*addresses, *sizes, bits, torch.get_num_threads())
+        request = _Call(*addresses(*tensors), *sizes, bits, torch.get_num_threads())
         getattr(program, f"auto_round_float_{function}")(ctypes.byref(request))
         return y
 

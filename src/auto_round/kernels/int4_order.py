@@ -14,16 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from auto_round.compiled import numeric_library
+from auto_round.compiled import addresses, numeric_library, threads_for
 from auto_round.kernels.int4_codes import MIDDLE
 
 BLOCKS = (64, 32, 16)
 """Outputs in a block, by instruction set: AVX-512, AVX2, others."""
 
 SOURCE = Path(__file__).with_name("int4_order.c")
-
-FEW = 1 << 15
-"""Codes for which waking threads costs more than they save."""
 
 _PROBE_IN = 32
 """Inputs of the probe."""
@@ -80,10 +77,10 @@ class Order:
         even_odd = self.outputs.view(2, 2, quarter).transpose(1, 2).reshape(2, -1)
         if (program := _program()) is not None:
             packed = torch.empty(rows, n_in // 2, dtype=torch.uint8, device="cpu")
-            tensors = (codes.contiguous(), *even_odd)
+            codes = codes.contiguous()
             sizes = map(ctypes.c_int64, (rows, n_in, self.block))
-            threads = torch.get_num_threads() if codes.numel() > FEW else 1
-            program.auto_round_order_int4(*map(_address, tensors), *sizes, _address(packed), threads)
+            places = (*addresses(codes, *even_odd), *sizes, *addresses(packed))
+            program.auto_round_order_int4(*places, threads_for(codes.numel()))
             return packed
         blocks = codes.view(-1, self.block, n_in)
         pairs = blocks[:, even_odd[1]].bitwise_left_shift_(4).bitwise_or_(blocks[:, even_odd[0]])
@@ -115,10 +112,6 @@ class Order:
     def sort_outputs(self, y: Tensor) -> Tensor:
         """Results `[tokens, rows]` of packed-order columns in the order of outputs."""
         return y.view(y.shape[0], -1, self.block)[..., self.places].flatten(1)
-
-
-def _address(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
 
 
 def _program() -> ctypes.CDLL | None:

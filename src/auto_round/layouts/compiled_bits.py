@@ -5,18 +5,14 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from auto_round.compiled import numeric_library
+from auto_round.compiled import addresses, can_read, numeric_library, threads_for
 
 SOURCE = Path(__file__).with_name("bits.c")
 
 BITS = 4
 """Width that the program knows: that of nearly all packed models."""
-
-FEW = 1 << 15
-"""Codes for which waking threads costs more than they save."""
 
 
 def packs(codes: Tensor, bits: int, words: Tensor) -> bool:
@@ -40,18 +36,13 @@ def unpacks(words: Tensor, bits: int, codes: Tensor) -> bool:
 
 def _run(function: str, codes: Tensor, words: Tensor, places: tuple[Tensor, Tensor]) -> bool:
     order = "rows" if words.is_contiguous() else "columns" if words.t().is_contiguous() else None
-    usable = (
-        order is not None
-        and codes.is_contiguous()
-        and all(type(x) is Tensor and x.device.type == "cpu" for x in places)
-        and not torch.compiler.is_compiling()
-    )
+    usable = order is not None and can_read(codes, words if order == "rows" else words.t())
     program = _program() if usable else None
     if program is None:
         return False
-    threads = torch.get_num_threads() if codes.numel() > FEW else 1
-    addresses = (ctypes.c_void_p(x.data_ptr()) for x in places)
-    getattr(program, f"auto_round_{function}_{order}")(*addresses, *map(ctypes.c_int64, words.shape), threads)
+    sizes = map(ctypes.c_int64, words.shape)
+    ask = getattr(program, f"auto_round_{function}_{order}")
+    ask(*addresses(*places), *sizes, threads_for(codes.numel()))
     return True
 
 

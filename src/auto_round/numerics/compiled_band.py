@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from auto_round.compiled import numeric_library
+from auto_round.compiled import addresses, numeric_library
 from auto_round.numerics.band import Band, Errors, by_place
 from auto_round.numerics.grid import Grid, IntGrid
 from auto_round.numerics.scale import Moments, Scale
@@ -71,9 +71,7 @@ class CompiledBand:
         ]
         out = [torch.empty(self._groups, dtype=torch.float32, device="cpu") for _ in range(count)]
         request = _Request(
-            self._w.data_ptr(),
-            self._importance.data_ptr(),
-            *(None if part is None else part.data_ptr() for part in parts),
+            *addresses(self._w, self._importance, *parts),
             grid.lo,
             grid.hi,
             self._count,
@@ -81,7 +79,7 @@ class CompiledBand:
             self._width,
             torch.get_num_threads(),
         )
-        function(ctypes.byref(request), *(ctypes.c_void_p(x.data_ptr()) for x in out))
+        function(ctypes.byref(request), *addresses(*out))
         return out
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from auto_round.compiled import numeric_library
+from auto_round.compiled import addresses, numeric_library
 from auto_round.numerics.band import CorrelatedBand, Errors
 from auto_round.numerics.grid import Grid, IntGrid
 from auto_round.numerics.importance import TILE
@@ -73,9 +73,8 @@ class CompiledCorrelated:
     def _ask(self, function: Callable[..., object], grid: Grid, scale: Scale, count: int) -> list[Tensor]:
         parts = [None if x is None else x.T.contiguous() for x in (scale.step, scale.zero, scale.floor)]
         out = [torch.empty(self._count, self._rows, dtype=torch.float32, device="cpu") for _ in range(count)]
-        places = (self._w, self._products, self._each, *parts)
         request = _Request(
-            *(None if x is None else x.data_ptr() for x in places),
+            *addresses(self._w, self._products, self._each, *parts),
             grid.lo,
             grid.hi,
             self._count,
@@ -85,7 +84,7 @@ class CompiledCorrelated:
             self._rows,
             torch.get_num_threads(),
         )
-        function(ctypes.byref(request), *(ctypes.c_void_p(x.data_ptr()) for x in out))
+        function(ctypes.byref(request), *addresses(*out))
         return [self._by_group(x) for x in out]
 
     def _tiles(self, pieces: Tensor) -> Tensor:

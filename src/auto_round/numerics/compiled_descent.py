@@ -6,11 +6,10 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from auto_round.compiled import numeric_library
-from auto_round.numerics.compiled_rounding import FEW, OPTIONS
+from auto_round.compiled import addresses, can_read, numeric_library, threads_for
+from auto_round.numerics.compiled_rounding import OPTIONS
 from auto_round.numerics.grid import Grid, IntGrid
 from auto_round.numerics.importance import TILE
 
@@ -55,20 +54,19 @@ def compiled_descent(
 ) -> CompiledDescent | None:
     """Steps by the C program, which change `error` and `slope`; None where PyTorch has to make them."""
     tensors = (products, step, u, zero, error, slope)
-    known = [x for x in tensors if x is not None]
-    if type(grid) is not IntGrid or not all(x.device.type == "cpu" and x.is_contiguous() for x in known):
+    if type(grid) is not IntGrid or not can_read(*(x for x in tensors if x is not None)):
         return None
     program = _program()
     if program is None:
         return None
     tiles, _, rows = u.shape
     request = _Request(
-        *(None if x is None else x.data_ptr() for x in tensors),
+        *addresses(*tensors),
         grid.lo,
         grid.hi,
         tiles,
         rows,
-        torch.get_num_threads() if u.numel() > FEW else 1,
+        threads_for(u.numel()),
     )
     return CompiledDescent(program, request, tensors)
 

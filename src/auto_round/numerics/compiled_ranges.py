@@ -6,15 +6,12 @@ import ctypes
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from auto_round.compiled import numeric_library
+from auto_round.compiled import addresses, can_read, numeric_library, threads_for
 from auto_round.numerics.group import Group
 
 SOURCE = Path(__file__).with_name("ranges.c")
-
-FEW = 1 << 15
-"""Weights for which waking threads costs more than they save."""
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -30,23 +27,13 @@ def compiled_ranges(group: Group, w: Tensor) -> tuple[Tensor, Tensor] | None:
         Both float32 `[..., out, n_groups]`; a group with infinities or NaN has one in either. None where
         PyTorch has to do it: groups of several rows, other dtypes and devices, no compiler.
     """
-    usable = (
-        not torch.compiler.is_compiling()
-        and group.rows == 1
-        and group.size != 0
-        and w.dtype in _NAMES
-        and type(w) in (Tensor, nn.Parameter)
-        and w.device.type == "cpu"
-        and w.is_contiguous()
-        and w.numel()
-    )
+    usable = can_read(w) and group.rows == 1 and group.size != 0 and w.dtype in _NAMES and w.numel()
     program = numeric_library(SOURCE, (), "ranges are found without a compiled program") if usable else None
     if program is None:
         return None
     length = w.shape[-1]
     lo, hi = (torch.empty(group.scale_shape(w.shape), dtype=w.dtype, device="cpu") for _ in range(2))
     sizes = map(ctypes.c_int64, (w.numel() // length, length, group.width(length)))
-    threads = torch.get_num_threads() if w.numel() > FEW else 1
-    places = (ctypes.c_void_p(x.data_ptr()) for x in (w, lo, hi))
-    getattr(program, f"auto_round_ranges_{_NAMES[w.dtype]}")(*places, *sizes, threads)
+    ask = getattr(program, f"auto_round_ranges_{_NAMES[w.dtype]}")
+    ask(*addresses(w, lo, hi), *sizes, threads_for(w.numel()))
     return lo.float(), hi.float()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from auto_round.compiled import numeric_library
+from auto_round.compiled import addresses, can_read, numeric_library, threads_for
 from auto_round.numerics.grid import Grid, IntGrid
 from auto_round.numerics.group import Group
 from auto_round.numerics.scale import Scale
@@ -24,9 +24,6 @@ OPTIONS = ("-ffp-contract=off",)
 
 FEWEST = 16
 """Weights of a group from which on the program adds as PyTorch does: fewer are no vector of sixteen."""
-
-FEW = 1 << 15
-"""Weights for which waking threads costs more than they save."""
 
 _ROWS_TOGETHER, _COLUMNS_TOGETHER = 4, 32
 """What the program's products take at a time: rows and columns of a matrix are multiples of them."""
@@ -87,7 +84,7 @@ class CompiledRounding:
     def codes(self) -> Tensor:
         """`uint8` codes, shape of the weight."""
         codes = torch.empty(self.w.shape, dtype=torch.uint8, device="cpu")
-        self._run("encode", *_addresses(codes))
+        self._run("encode", *addresses(codes))
         return codes
 
     def weights(self, dtype: torch.dtype = torch.float32, *, hold: bool = False) -> Tensor:
@@ -105,7 +102,7 @@ class CompiledRounding:
         Args:
             out: of the weight's shape, float32 or bfloat16, contiguous, on the host.
         """
-        self._run("round_to_half" if out.dtype is torch.bfloat16 else "round", *_addresses(out))
+        self._run("round_to_half" if out.dtype is torch.bfloat16 else "round", *addresses(out))
 
     def multiplies(self, x: Tensor) -> bool:
         """Whether the program multiplies these tokens `[tokens, in]`: few of them, by a bfloat16 matrix."""
@@ -128,7 +125,7 @@ class CompiledRounding:
             out: where the product goes, `[tokens, out]` bfloat16, contiguous.
         """
         x = x.contiguous()
-        self._run("multiply", *_addresses(x), ctypes.c_int64(len(x)), *_addresses(out))
+        self._run("multiply", *addresses(x), ctypes.c_int64(len(x)), *addresses(out))
 
     def learn(
         self, grad: Tensor, x: Tensor, to_x: Tensor | None, *, steps: bool, outside: bool, move: float
@@ -148,8 +145,8 @@ class CompiledRounding:
         """
         found = self._for_groups(steps, outside)
         grad, x = grad.contiguous(), x.contiguous()
-        slopes = _Slopes(*_addresses(None, *found, None, self.v), move, True, False)
-        products = _Products(*_addresses(x, grad, to_x), len(x))
+        slopes = _Slopes(*addresses(None, *found, None, self.v), move, True, False)
+        products = _Products(*addresses(x, grad, to_x), len(x))
         if self._run("learn", ctypes.byref(slopes), ctypes.byref(products)):
             raise MemoryError("no memory for a product with a rounded matrix")
         return found
@@ -187,7 +184,7 @@ class CompiledRounding:
             Those of steps and of floors, `[..., out, n_groups]`.
         """
         found = self._for_groups(steps, outside)
-        places = _addresses(grad, *found, to_v, self.v if move else None)
+        places = addresses(grad, *found, to_v, self.v if move else None)
         asked = _Slopes(*places, move, grad.dtype is torch.bfloat16, hold)
         self._run("differentiate", ctypes.byref(asked))
         return found
@@ -197,20 +194,16 @@ class CompiledRounding:
         parts = [self.scale.step, self.scale.zero, self.scale.floor]
         laid = [None if x is None else x.contiguous() for x in parts]
         request = _Request(
-            *_addresses(self.w, self.v, *laid),
+            *addresses(self.w, self.v, *laid),
             self.grid.lo,
             self.grid.hi,
             self.w.numel() // max(1, length),
             length,
             self.group.width(length),
             self.w.dtype is torch.bfloat16,
-            torch.get_num_threads() if self.w.numel() > FEW else 1,
+            threads_for(self.w.numel()),
         )
         return getattr(_program(), f"auto_round_{function}")(ctypes.byref(request), *arguments)
-
-
-def _addresses(*tensors: Tensor | None) -> tuple[ctypes.c_void_p, ...]:
-    return tuple(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,14 +269,11 @@ def compiled_rounding(
     grid: Grid, group: Group, w: Tensor, v: Tensor | None, scale: Scale
 ) -> CompiledRounding | None:
     """Rounding by the C program; None where PyTorch has to do it. Arguments as for `CompiledRounding`."""
-    if torch.compiler.is_compiling() or not is_written_for(grid, group):
+    if not is_written_for(grid, group):
         return None
     offsets = w.new_empty(0, dtype=torch.float32) if v is None else v
     usable = (
-        all(
-            type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.is_contiguous()
-            for x in (w, offsets)
-        )
+        can_read(w, offsets)
         and w.dtype in (torch.float32, torch.bfloat16)
         and all(x is None or x.dtype is torch.float32 for x in (offsets, scale.step, scale.zero, scale.floor))
         and scale.step.shape == group.scale_shape(w.shape)

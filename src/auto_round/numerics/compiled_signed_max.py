@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from auto_round.compiled import numeric_library
+from auto_round.compiled import addresses, can_read, numeric_library, threads_for
 from auto_round.numerics.scale import Knobs, Stats
 
 SOURCE = Path(__file__).with_name("signed_max.c")
 
 OPTIONS = ("-ffp-contract=off",)
 """A fused product is rounded once where PyTorch rounds twice."""
-
-FEW = 1 << 15
-"""Groups for which waking threads costs more than they save."""
 
 
 class _Ranges(ctypes.Structure):
@@ -43,14 +40,7 @@ def compiled_step(stats: Stats, levels: float, knobs: Knobs | None, dtype: torch
         None where PyTorch has to do it: other devices or dtypes, gradients of gradients, no compiler.
     """
     given = (stats.lo, stats.hi) if knobs is None else (stats.lo, stats.hi, knobs.lo, knobs.hi)
-    usable = not torch.compiler.is_compiling() and all(
-        type(x) in (Tensor, nn.Parameter)
-        and x.device.type == "cpu"
-        and x.dtype is torch.float32
-        and x.is_contiguous()
-        and x.shape == stats.lo.shape
-        for x in given
-    )
+    usable = can_read(*given) and all(x.dtype is torch.float32 and x.shape == stats.lo.shape for x in given)
     if not usable or stats.lo.requires_grad or stats.hi.requires_grad or _program() is None:
         return None
     if knobs is None:
@@ -88,20 +78,15 @@ def _step(stats: Stats, levels: float, knobs: Knobs | None, dtype: torch.dtype) 
 def _request(stats: Stats, levels: float, knobs: Knobs | None, dtype: torch.dtype) -> _Ranges:
     info = torch.finfo(dtype)
     smallest = info.smallest_normal * info.eps  # below the normal numbers
-    own = (None, None) if knobs is None else (knobs.lo.data_ptr(), knobs.hi.data_ptr())
+    own = (None, None) if knobs is None else (knobs.lo, knobs.hi)
     # Half of the smallest number is rounded to 0, to the even one of its neighbours.
-    return _Ranges(
-        stats.lo.data_ptr(), stats.hi.data_ptr(), *own, levels, info.max, smallest / 2, info.smallest_normal
-    )
+    return _Ranges(*addresses(stats.lo, stats.hi, *own), levels, info.max, smallest / 2, info.smallest_normal)
 
 
 def _run(function: str, request: _Ranges, *tensors: Tensor) -> None:
     count = tensors[0].numel()
-    places = (ctypes.c_void_p(x.data_ptr()) for x in tensors)
-    threads = torch.get_num_threads() if count > FEW else 1
-    getattr(_program(), f"auto_round_{function}")(
-        ctypes.byref(request), *places, ctypes.c_int64(count), threads
-    )
+    ask = getattr(_program(), f"auto_round_{function}")
+    ask(ctypes.byref(request), *addresses(*tensors), ctypes.c_int64(count), threads_for(count))
 
 
 def _program() -> ctypes.CDLL | None:

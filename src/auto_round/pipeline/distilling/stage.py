@@ -27,6 +27,7 @@ from auto_round.pipeline.distilling.units import Units
 from auto_round.pipeline.fitting.states import states_in_memory
 from auto_round.pipeline.fitting.together import Together
 from auto_round.pipeline.running.blocks import layers_of
+from auto_round.pipeline.running.head import head_weight
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.streams import Streams, home_of_streams
 from auto_round.tuning.distill import DistillConfig, row_order, rows_of_step
@@ -105,8 +106,7 @@ def distill(stage: Stage, streams: Streams, put: Callable[[Packed], None], told:
     """
     job = stage.job
     with job.source.stem(job.device, job.dtype) as stem, torch.no_grad():
-        weight = None if stage.head is None else stage.head.format.dequantize(stage.head, job.dtype)
-        head = weight if weight is None else weight.to(job.device)
+        head = head_weight(job, stage.head)
         ends = Ends(lambda x: stem.finish(x, head), stem.finish, stage.positions)
         loop = _Loop(stage, ends, streams, told)
         found = loop.run()

@@ -187,7 +187,7 @@ class _Demand(Together):
         tuned = sum(layer.weights for layer in quantized)
         stacked = [layer for layer in quantized if self.by_matrix(layer)]
         apart = sum(layer.weights for layer in stacked)
-        largest = max(map(self.together, quantized), default=0)
+        largest = max(map(self.rounded_at_once, quantized), default=0)
         own, itemsize = work.source.dtype.itemsize, work.dtype.itemsize
         parts = {"weights": (count - apart) * itemsize + ((tuned - apart) * own if own != itemsize else 0)}
         parts["weights"] += apart * own

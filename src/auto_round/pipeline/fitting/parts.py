@@ -100,7 +100,7 @@ class Parts:
 
     def at_work(self, layer: Layer) -> int:
         """What the products of an expert, or of all experts of a parameter, form and keep for gradients."""
-        work, count = self.work, self.together(layer)
+        work, count = self.work, self.rounded_at_once(layer)
         if not self.by_matrix(layer):
             copies = EXPERTS_AT_WORK if work.source.tells_experts_apart(layer.parameter) else 0
         elif layer.name in work.formats and sign_move(work.tune, 0) and self.by_program(layer):
@@ -109,7 +109,7 @@ class Parts:
             copies = EXPERT_AT_WORK
         return count * copies * work.dtype.itemsize
 
-    def together(self, layer: Layer) -> int:
+    def rounded_at_once(self, layer: Layer) -> int:
         """Weights that are rounded at once with those of a layer: its parameter, or its expert."""
         if self.by_matrix(layer):
             return self.experts[layer.parameter, layer.expert]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from auto_round.calibration.observe import InputMoments
 from auto_round.facts.layer import Layer, Role
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
@@ -47,6 +49,11 @@ def quantize_outside(
         if layer.name == job.source.head:
             head = q
     return head, inputs
+
+
+def head_weight(job: Job, head: QTensor | None) -> Tensor | None:
+    """The rounded head `[vocabulary, width]` as a run multiplies by it; None where the head is kept."""
+    return None if head is None else head.format.dequantize(head, job.dtype).to(job.device)
 
 
 def _head_inputs(job: Job, streams: Streams) -> InputMoments:

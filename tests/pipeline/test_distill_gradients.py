@@ -20,7 +20,7 @@ from auto_round.pipeline.distilling.sweep import Boundaries, Sweep, squared_erro
 from auto_round.pipeline.distilling.units import Units
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.streams import Home
-from auto_round.tuning.distill import DistillConfig
+from auto_round.tuning.distill import FEATURES, DistillConfig
 from auto_round.tuning.predictions import Ends
 from auto_round.tuning.student import HIGH, LOW, NORM, OFFSET
 from auto_round.tuning.weights import Weight
@@ -105,7 +105,7 @@ def expected(job, model, shelf, members, batch):
         assert float(errors[-1].detach()) == pytest.approx(
             squared_error(outputs[end].detach(), originals[end], None), rel=1e-5
         )
-    loss = kl + 0.1 * sum(errors) / len(ends) / BEFORE
+    loss = kl + FEATURES * sum(errors) / len(ends) / BEFORE
     loss.backward()
     return {key: v.grad for key, v in values.items()}, float(kl.detach())
 

@@ -86,10 +86,10 @@ def test_steps_do_not_depend_on_the_unit_of_the_loss():
 
 def test_rates_follow_the_bits_and_the_users_own():
     plain = DistillConfig(steps=300)
-    for rate in (plain.range_rate, plain.norm_rate):
-        assert [rate(bits) for bits in (2, 3, 4)] == pytest.approx([3e-3, 7.5e-4, 1.875e-4])
+    for rate, at_two in ((plain.range_rate, 6e-3), (plain.norm_rate, 3e-3)):
+        assert [rate(bits) for bits in (2, 3, 4)] == pytest.approx([at_two, at_two / 4, at_two / 16])
     own = DistillConfig(steps=300, lr=2 * plain.offset_rate)
-    assert own.range_rate(2) == own.norm_rate(2) == pytest.approx(6e-3)
+    assert own.range_rate(2) == 2 * own.norm_rate(2) == pytest.approx(12e-3)
     rates = [DistillConfig(steps=n).offset_rate for n in (50, 200, 800)]
     assert rates == pytest.approx([0.006, 0.006, 0.003], rel=0.01)
     assert plain.factor(0) == pytest.approx(1 / 20)

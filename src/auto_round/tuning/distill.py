@@ -39,11 +39,11 @@ began `weights.MARGIN` inside of their codes stay there."""
 FARTHEST = 0.006
 """Largest step of an offset when none is asked for, in units of the grid's spacing: in short runs larger ones
 change codes before gradients agree (docs/LOG.md)."""
-RANGE_RATE = 3e-3
+RANGE_RATE = 6e-3
 """Relative step of a group's range at 2 bits; a quarter of it for each further bit."""
 NORM_RATE = 3e-3
 """Step of norms and biases at 2 bits, relative to their mean magnitude; a quarter of it for each bit more."""
-FEATURES = 0.1
+FEATURES = 0.4
 """Weight of the hidden states: so many nats for squared errors as large as at the start, mean over blocks."""
 LOOKS = 10
 """How many times the held-out rows are looked at."""

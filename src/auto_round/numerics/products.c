@@ -90,17 +90,6 @@ typedef struct {
     uint16_t *grad;                      /* [TOGETHER, stride] */
 } Part;
 
-static __attribute__((noinline)) void round_columns(const Matrix *m, const Part *p, int64_t row, uint16_t *out) {
-    const int64_t groups = groups_of(m), first = p->start / m->width;
-    for (int64_t place = first; place < groups && place * m->width < p->start + p->count; place++) {
-        const Group g = group_of(m, row, place, groups);
-        uint16_t *const here = out - row * m->length - p->start;
-        fetch_ahead(m, &g);
-        if (m->half) round_to_half(&g, true, true, here);
-        else round_to_half(&g, false, true, here);
-    }
-}
-
 /* Pairs of two rows of `count` numbers. */
 INLINED void pair(const uint16_t *first, const uint16_t *second, int64_t count, uint32_t *out) {
     for (int64_t k = 0; k < count; k++) out[k] = first[k] | (second ? (uint32_t)second[k] << 16 : 0);
@@ -148,18 +137,20 @@ INLINED PRODUCTS void gradients_at(
     }
 }
 
-/* One row of the columns; `grad` is that of these. */
+/* One row of the columns; `grad` is that of these, and `out` gets them as they were rounded before. */
 static __attribute__((noinline)) void learn_row(
-    const Matrix *m, const Slopes *s, const Part *p, int64_t row, const uint16_t *grad) {
+    const Matrix *m, const Slopes *s, const Part *p, int64_t row, const uint16_t *grad, uint16_t *out) {
     const int64_t groups = groups_of(m), first = p->start / m->width;
     Slopes here = *s;
     here.grad = grad - row * m->length - p->start;
+    out -= row * m->length + p->start;
     for (int64_t place = first; place < groups && place * m->width < p->start + p->count; place++) {
         const Group g = group_of(m, row, place, groups);
-        if (s->to_outside && m->half) differentiate(&g, true, true, &here, true, true, true);
-        else if (s->to_outside) differentiate(&g, false, true, &here, true, true, true);
-        else if (m->half) differentiate(&g, true, true, &here, true, true, false);
-        else differentiate(&g, false, true, &here, true, true, false);
+        fetch_ahead(m, &g);
+        if (s->to_outside && m->half) differentiate(&g, true, true, &here, true, true, true, true, out);
+        else if (s->to_outside) differentiate(&g, false, true, &here, true, true, true, true, out);
+        else if (m->half) differentiate(&g, true, true, &here, true, true, false, true, out);
+        else differentiate(&g, false, true, &here, true, true, false, true, out);
     }
 }
 
@@ -168,33 +159,30 @@ INLINED PRODUCTS void learn_rows(
     const Matrix *m, const Slopes *s, const Products *q, const Part *p, int64_t row, const uint32_t *by_rows,
     const uint32_t *by_tokens) {
     const int64_t rows = m->rows - row < ROWS ? m->rows - row : ROWS;
-    if (q->to_x) {
-        for (int64_t j = 0; j < rows; j += 2) {
-            uint16_t two[2 * p->count];
-            for (int i = 0; i < 2; i++) round_columns(m, p, row + j + i, two + i * p->count);
-            pair(two, two + p->count, p->count, p->w + j / 2 * p->stride);
-        }
-        for (int64_t k = 0; k < p->count; k += 32) {
-            const uint32_t *grad = by_rows + row / 2;
-            const int64_t stride = m->rows / 2;
-            for (int64_t t = 0; t < q->tokens; t += TOKENS) {
-                switch (q->tokens - t) {
-                case 1: pull(p, grad, rows, k, t, 1, stride); break;
-                case 2: pull(p, grad, rows, k, t, 2, stride); break;
-                case 3: pull(p, grad, rows, k, t, 3, stride); break;
-                case 4: pull(p, grad, rows, k, t, 4, stride); break;
-                case 5: pull(p, grad, rows, k, t, 5, stride); break;
-                default: pull(p, grad, rows, k, t, TOKENS, stride);
-                }
-            }
-        }
-    }
+    uint16_t two[2 * p->count];
     for (int64_t j = 0; j < rows; j += TOGETHER) {
         const uint32_t *grad = by_tokens + (row + j) * p->pairs;
         int64_t k = 0;
         for (; k + 64 <= p->count; k += 64) gradients_at(p, grad, p->pairs, k, 4);
         for (; k < p->count; k += 32) gradients_at(p, grad, p->pairs, k, 2);
-        for (int i = 0; i < TOGETHER; i++) learn_row(m, s, p, row + j + i, p->grad + i * p->stride);
+        for (int i = 0; i < TOGETHER; i++) {
+            learn_row(m, s, p, row + j + i, p->grad + i * p->stride, two + i % 2 * p->count);
+            if (i % 2) pair(two, two + p->count, p->count, p->w + (j + i) / 2 * p->stride);
+        }
+    }
+    for (int64_t k = 0; q->to_x && k < p->count; k += 32) {
+        const uint32_t *grad = by_rows + row / 2;
+        const int64_t stride = m->rows / 2;
+        for (int64_t t = 0; t < q->tokens; t += TOKENS) {
+            switch (q->tokens - t) {
+            case 1: pull(p, grad, rows, k, t, 1, stride); break;
+            case 2: pull(p, grad, rows, k, t, 2, stride); break;
+            case 3: pull(p, grad, rows, k, t, 3, stride); break;
+            case 4: pull(p, grad, rows, k, t, 4, stride); break;
+            case 5: pull(p, grad, rows, k, t, 5, stride); break;
+            default: pull(p, grad, rows, k, t, TOKENS, stride);
+            }
+        }
     }
 }
 

@@ -191,10 +191,12 @@ INLINED float sum_with(Sum *sum, const float *x, int64_t count) {
 
 /* Straight-through gradients of one group, piece by piece; a short group is filled up with zeros.
  *
- * half_grad: of what kind the gradient is; moves: offsets are moved against its signs; outside: that is wanted.
+ * half_grad: of what kind the gradient is; moves: offsets are moved against its signs; outside: that is wanted;
+ * rounds: weights go to `out`, rounded with the offsets as they were. All but the last are constants.
  */
 INLINED void differentiate(
-    const Group *g, bool half, bool offset, const Slopes *s, bool half_grad, bool moves, bool outside) {
+    const Group *g, bool half, bool offset, const Slopes *s, bool half_grad, bool moves, bool outside, bool rounds,
+    uint16_t *out) {
     const float *wide = (const float *)s->grad + (half_grad ? 0 : g->at);
     const uint16_t *narrow = (const uint16_t *)s->grad + (half_grad ? g->at : 0);
     float *const v = moves ? s->v + g->at : 0;
@@ -207,13 +209,16 @@ INLINED void differentiate(
     for (int64_t start = 0; start < g->width; start += PIECE) {
         const int64_t left = g->width - start, size = left < PIECE ? left : PIECE;
         const int64_t held = g->count - start, there = held < 0 ? 0 : held < size ? held : size;
+/* What is written lies apart from what is read, but for an offset's own place. */
+#pragma GCC ivdep
         for (int64_t j = 0; j < there; j++) {
             const int64_t i = start + j;
             const float x = half_grad ? widened(narrow[i]) : wide[i], u = in_steps(g, half, i);
             const float to = moves ? u + v[i] : moved(g, offset, u, i), place = to + g->add_zero;
             const float inside = (place < g->below) | (place > g->above) ? 0.0f : 1.0f;
-            const float kept = x * inside, slope = kept * g->step;
-            by_step[j] = x * (snapped(g, to) - g->take_zero - (follow ? u * inside : 0.0f));
+            const float kept = x * inside, slope = kept * g->step, n = snapped(g, to) - g->take_zero;
+            by_step[j] = x * (n - (follow ? u * inside : 0.0f));
+            if (rounds) out[g->at + i] = narrowed(n * g->step - g->take_floor);
             if (outside) by_outside[j] = (follow ? kept : 0.0f) - x;
             if (moves) v[i] -= by * ((slope > 0 ? 1.0f : 0.0f) - (slope < 0 ? 1.0f : 0.0f)); /* a signed step */
             else by_offset[j] = slope;
@@ -236,8 +241,8 @@ void auto_round_round_to_half(const Matrix *m, uint16_t *out) { EACH_GROUP(m, ro
 
 /* All that is known of a call is known to the compiler: loops with branches in them are not vectorized. */
 #define DIFFERENTIATE(half_grad, moves)                                                              \
-    if (slopes->to_outside) { EACH_GROUP(m, differentiate, slopes, half_grad, moves, true) }         \
-    else { EACH_GROUP(m, differentiate, slopes, half_grad, moves, false) }
+    if (slopes->to_outside) { EACH_GROUP(m, differentiate, slopes, half_grad, moves, true, false, 0) }  \
+    else { EACH_GROUP(m, differentiate, slopes, half_grad, moves, false, false, 0) }
 
 void auto_round_differentiate(const Matrix *m, const Slopes *slopes) {
     if (slopes->v) {

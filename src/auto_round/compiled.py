@@ -39,8 +39,9 @@ ROUNDING = ("-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("gcc", "cc")
 """Names of compilers, best first."""
 
-LIMIT_S = 120
-"""Seconds after which a compiler counts as hanging; it takes about one."""
+LIMIT_S = 600
+"""Seconds after which a compiler counts as hanging. It takes up to ten of a core, of which a busy machine may
+give it a tenth."""
 
 FEW = 1 << 15
 """Numbers for which waking threads costs more than they save."""

@@ -197,6 +197,7 @@ INLINED float sum_with(Sum *sum, const float *x, int64_t count) {
 INLINED void differentiate(
     const Group *g, bool half, bool offset, const Slopes *s, bool half_grad, bool moves, bool outside, bool rounds,
     uint16_t *out) {
+    if (moves && !offset) return; /* what does not exist is not moved: never asked for, and not compiled */
     const float *wide = (const float *)s->grad + (half_grad ? 0 : g->at);
     const uint16_t *narrow = (const uint16_t *)s->grad + (half_grad ? g->at : 0);
     float *const v = moves ? s->v + g->at : 0;

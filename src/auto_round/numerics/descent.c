@@ -8,9 +8,23 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
 
 /* TILE and TOGETHER are set by `compiled_descent.py`. */
 #define ROWS 64 /* at a time: their slopes stay in the nearest cache */
+#ifdef __AVX512F__
+#define LANES 16
+#define CHANNELS 4 /* whose sums fill the registers, for VECTORS of rows each */
+#else
+#define LANES 8
+#define CHANNELS 2
+#endif
+#define VECTORS 4
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+typedef float Anywhere __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
 typedef struct {
     const float *products; /* [tiles, TILE, TILE] */
@@ -64,24 +78,40 @@ static void improve_together(const Band *b, int64_t corner, const float *product
     }
 }
 
-/* Slopes of two other channels follow what `TOGETHER` errors grew by. */
+/* The same for vectors, said so that every sum stays in its register. */
+static inline Vector plus_products(Vector sum, float a, Vector b) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+    return (Vector)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)sum);
+#else
+    for (int l = 0; l < LANES; l++) sum[l] = plus_product(sum[l], a, b[l]);
+    return sum;
+#endif
+}
+
+/* Slopes of CHANNELS other channels follow what `TOGETHER` errors grew by; `rows` is from one to the next. */
 static inline void follow(
-    float *first, float *second, const float *products, const float (*changed)[ROWS], int64_t count) {
-    float sums[2][ROWS] = {0};
-    for (int64_t part = 0; part < ROWS; part += ROWS / 2) { /* what registers hold */
-        float one[ROWS / 2] = {0}, two[ROWS / 2] = {0};
+    float *slope, int64_t rows, const float *products, const float (*changed)[ROWS], int64_t count) {
+    float sums[CHANNELS][ROWS];
+    for (int64_t part = 0; part < ROWS; part += VECTORS * LANES) {
+        Vector sum[CHANNELS][VECTORS];
+        for (int c = 0; c < CHANNELS; c++) {
+            for (int v = 0; v < VECTORS; v++) sum[c][v] = (Vector){0};
+        }
         for (int64_t j = 0; j < TOGETHER; j++) {
-            const float p = products[j], q = products[TILE + j];
-            for (int64_t r = 0; r < ROWS / 2; r++) {
-                one[r] = plus_product(one[r], p, changed[j][part + r]);
-                two[r] = plus_product(two[r], q, changed[j][part + r]);
+            const Anywhere *here = (const Anywhere *)(changed[j] + part);
+            for (int c = 0; c < CHANNELS; c++) {
+                for (int v = 0; v < VECTORS; v++) sum[c][v] = plus_products(sum[c][v], products[c * TILE + j], here[v]);
             }
         }
-        memcpy(sums[0] + part, one, sizeof one);
-        memcpy(sums[1] + part, two, sizeof two);
+        for (int c = 0; c < CHANNELS; c++) {
+            for (int v = 0; v < VECTORS; v++) ((Anywhere *)(sums[c] + part))[v] = sum[c][v];
+        }
     }
-    for (int64_t r = 0; r < count; r++) first[r] += sums[0][r];
-    for (int64_t r = 0; r < count; r++) second[r] += sums[1][r];
+    for (int c = 0; c < CHANNELS; c++) {
+        for (int64_t r = 0; r < count; r++) slope[c * rows + r] += sums[c][r];
+    }
 }
 
 /* Every channel before `stop` once. */
@@ -96,11 +126,10 @@ void auto_round_sweep(const Band *b, int64_t stop) {
         for (int64_t start = 0; start < stop; start += TOGETHER) {
             float changed[TOGETHER][ROWS];
             improve_together(b, (tile * TILE + start) * rows + first, products + start * TILE + start, count, changed);
-            for (int64_t i = 0; i < TILE; i += 2) {
+            for (int64_t i = 0; i < TILE; i += CHANNELS) {
                 if (i == start) i += TOGETHER;
                 if (i == TILE) break;
-                float *two = slope + i * rows;
-                follow(two, two + rows, products + i * TILE + start, (const float (*)[ROWS])changed, count);
+                follow(slope + i * rows, rows, products + i * TILE + start, (const float (*)[ROWS])changed, count);
             }
         }
     }

@@ -34,3 +34,12 @@ def test_join_undoes_split_and_groups_hold_neighbours(size, lead, rows, n_in):
         assert grouped.shape == (*lead, 1, 1, rows * n_in)
     else:
         assert torch.equal(grouped.squeeze(-2), w)
+
+
+@given(size=st.integers(-1, 20), rows=st.integers(1, 4), n_out=st.integers(1, 9), n_in=st.integers(1, 30))
+@settings(max_examples=60, deadline=None)
+def test_values_of_groups_spread_by_input_are_those_of_each_weight(size, rows, n_out, n_in):
+    group = Group(size, rows if size else 1)
+    places = torch.arange(1.0, 1 + torch.Size(group.scale_shape((n_out, n_in))).numel())
+    values = places.reshape(group.scale_shape((n_out, n_in)))
+    assert torch.equal(group.spread_by_input(values, (n_out, n_in)), group.spread(values, (n_out, n_in)).T)

@@ -93,24 +93,28 @@ class _Band:
         self._grid: Grid = fmt.grid
         self._products, self._shape = products, w.shape
 
-        def by_channel(per_group: Tensor | None) -> Tensor | None:
-            return None if per_group is None else self._tiles(fmt.group.spread(per_group, w.shape))
+        def by_channel(per_group: Tensor, fill: float = 0.0) -> Tensor:
+            return self._tiles(fmt.group.spread_by_input(per_group, w.shape), fill)
 
-        floor = by_channel(scale.floor)
-        step = self._tiles(fmt.group.spread(scale.step, w.shape), fill=1.0)
-        self._step, self._zero = step, by_channel(scale.zero)
-        self._u = (self._tiles(w) if floor is None else self._tiles(w) + floor) / step
+        step = self._step = by_channel(scale.step, fill=1.0)
+        self._zero = None if scale.zero is None else by_channel(scale.zero)
+        self._u = self._tiles(w.T)
+        if scale.floor is not None:
+            self._u.add_(by_channel(scale.floor))
+        self._u.div_(step)
         self._nearest = self._snap(self._u, self._zero)
         self._error = (self._nearest - self._u).mul_(step)
         self._slope = products @ self._error
-        diagonal = products.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-        each = (step, self._u, self._error, self._slope, diagonal)
-        self._channels = list(zip(*(x.unbind(1) for x in each), strict=True))  # views, made once
-        self._zeros = None if self._zero is None else self._zero.unbind(1)
         self._compiled = compiled_descent(
             self._grid, products, step, self._u, self._zero, self._error, self._slope
         )
-        self._changed = torch.empty_like(self._error[:, :TOGETHER], memory_format=torch.contiguous_format)
+        if self._compiled is None:
+            diagonal = products.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+            each = (step, self._u, self._error, self._slope, diagonal)
+            self._channels = list(zip(*(x.unbind(1) for x in each), strict=True))  # views, made once
+            self._zeros = None if self._zero is None else self._zero.unbind(1)
+            here = self._error[:, :TOGETHER]
+            self._changed = torch.empty_like(here, memory_format=torch.contiguous_format)
 
     def sweep(self) -> None:
         """Every weight once."""
@@ -142,18 +146,22 @@ class _Band:
 
     def offsets(self) -> Tensor:
         """How far the numbers found are from the weights, in spacings of the grid; 0 for the nearest ones."""
-        number = self._u + self._error / self._step
+        number = torch.div(self._error, self._step).add_(self._u)
         spacing = self._grid.spacing(self._u)
-        away = number - self._u if spacing is None else (number - self._u) / spacing
-        same = (number - self._nearest).abs() < (0.25 if spacing is None else 0.25 * spacing)
-        tiles = away.masked_fill_(same, 0.0).permute(2, 0, 1)
-        return tiles.reshape(len(tiles), -1)[:, : self._shape[1]]
+        same = (number - self._nearest).abs_() < (0.25 if spacing is None else 0.25 * spacing)
+        away = number.sub_(self._u)
+        if spacing is not None:
+            away.div_(spacing)
+        return away.masked_fill_(same, 0.0).flatten(0, 1)[: self._shape[1]].T
 
     def _snap(self, u: Tensor, zero: Tensor | None) -> Tensor:
         """Numbers of the grid nearest to `u`, the zero point removed."""
         return self._grid.snap(u) if zero is None else self._grid.snap(u, zero).sub_(zero)
 
     def _tiles(self, w: Tensor, fill: float = 0.0) -> Tensor:
-        """`[rows, in]` as `[n_tiles, TILE, rows]`."""
-        filled = torch.nn.functional.pad(w, (0, -w.shape[1] % TILE), value=fill)
-        return filled.reshape(len(w), -1, TILE).permute(1, 2, 0).contiguous()
+        """`[in, rows]` as `[n_tiles, TILE, rows]`, in memory of its own."""
+        n_in, rows = w.shape
+        tiles = torch.empty(-(-n_in // TILE) * TILE, rows, dtype=w.dtype, device=w.device)
+        tiles[:n_in].copy_(w)
+        tiles[n_in:].fill_(fill)
+        return tiles.view(-1, TILE, rows)

@@ -82,6 +82,16 @@ class Group:
         each = per_group.repeat_interleave(self.width(shape[-1]), -1).repeat_interleave(self.rows, -2)
         return each[..., : shape[-2], : shape[-1]]
 
+    def spread_by_input(self, per_group: Tensor, shape: Sequence[int]) -> Tensor:
+        """`spread` of a matrix, transposed: `[rows, n_groups]` -> `[in, out]`.
+
+        Only the few numbers of groups are transposed; each input's are then neighbours that are copied.
+        """
+        if self.size == 0:
+            return per_group.expand(shape[1], shape[0])
+        by_row = per_group.T.contiguous().repeat_interleave(self.rows, -1)[:, : shape[0]]
+        return by_row.repeat_interleave(self.width(shape[1]), 0)[: shape[1]]
+
     def bands(self, shape: Sequence[int], weights: int) -> Iterator[tuple[slice, slice]]:
         """Cuts a matrix `shape` into bands of rows of about so many weights; groups stay whole.
 

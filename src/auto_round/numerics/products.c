@@ -53,7 +53,10 @@ static __attribute__((noinline)) void round_row(const Matrix *m, int64_t row, ui
         const Group g = group_of(m, row, place, groups);
         uint16_t *const here = out - row * m->length;
         fetch_ahead(m, &g);
-        if (m->half && m->v) round_to_half(&g, true, true, here);
+        if (m->half && m->v && has_steps_alone(m)) {
+            const Group known = with_step_alone(g);
+            round_to_half(&known, true, true, here);
+        } else if (m->half && m->v) round_to_half(&g, true, true, here);
         else if (m->half) round_to_half(&g, true, false, here);
         else if (m->v) round_to_half(&g, false, true, here);
         else round_to_half(&g, false, false, here);
@@ -149,7 +152,10 @@ static __attribute__((noinline)) void learn_row(
         fetch_ahead(m, &g);
         if (s->to_outside && m->half) differentiate(&g, true, true, &here, true, true, true, true, out);
         else if (s->to_outside) differentiate(&g, false, true, &here, true, true, true, true, out);
-        else if (m->half) differentiate(&g, true, true, &here, true, true, false, true, out);
+        else if (m->half && has_steps_alone(m)) {
+            const Group known = with_step_alone(g);
+            differentiate(&known, true, true, &here, true, true, false, true, out);
+        } else if (m->half) differentiate(&g, true, true, &here, true, true, false, true, out);
         else differentiate(&g, false, true, &here, true, true, false, true, out);
     }
 }

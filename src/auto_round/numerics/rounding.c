@@ -78,6 +78,15 @@ INLINED Group group_of(const Matrix *m, int64_t row, int64_t place, int64_t grou
     return g;
 }
 
+/* Symmetric formats have neither: as the compiler then knows, nothing is added and subtracted. */
+static bool has_steps_alone(const Matrix *m) { return !m->zero && !m->floor; }
+
+INLINED Group with_step_alone(Group g) {
+    g.add_zero = g.add_floor = -0.0f;
+    g.take_zero = g.take_floor = 0.0f;
+    return g;
+}
+
 INLINED float widened(uint16_t half) {
     const uint32_t bits = (uint32_t)half << 16;
     float x;

@@ -56,6 +56,16 @@ def test_sign_descent_by_hand():
     assert untouched.tolist() == [7]
 
 
+def test_sign_descent_steps_by_gradients_that_share_memory():
+    """An expanded one cannot take its own signs, and two parameters may have the same."""
+    p, q, r = torch.zeros(3), torch.zeros(3), torch.zeros(3)
+    shared = torch.tensor([3.0, -0.5, 0.0])
+    SignDescent([([p, q, r], 0.5)], momentum=0.0).step([torch.tensor(-2.0).expand(3), shared, shared], 1.0)
+    assert torch.equal(p, torch.full((3,), 0.5))
+    assert torch.equal(q, torch.tensor([-0.5, 0.5, 0.0]))
+    assert torch.equal(r, q)
+
+
 def test_momentum_follows_the_sign_of_the_running_sum():
     p = torch.tensor([0.0])
     stepper = SignDescent([([p], 1.0)], momentum=0.5)

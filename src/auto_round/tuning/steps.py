@@ -28,7 +28,7 @@ class Stepper(Protocol):
     """Changes parameters in place from their gradients."""
 
     def step(self, gradients: Sequence[Tensor | None], factor: float) -> None:
-        """Take one step, its size multiplied by `factor`."""
+        """Take one step, its size multiplied by `factor`; gradients may be overwritten."""
         ...
 
 
@@ -53,7 +53,10 @@ class SignDescent:
                 direction = self._buffers[i].mul_(self._momentum).add_(g)
             stack = p.dim() > 2  # no second copy of all experts' signs
             for piece, way in zip(*(x.unbind() if stack else (x,) for x in (p, direction)), strict=True):
-                piece.add_(way.sign(), alpha=-lr * factor)
+                # In a gradient's own memory, if it has some: a large new tensor costs more than its signs.
+                # Two parameters that share one find its signs, which have the same signs.
+                used_up = not self._momentum and way.is_contiguous()
+                piece.add_(way.sign_() if used_up else way.sign(), alpha=-lr * factor)
 
 
 class Adam:

@@ -20,7 +20,7 @@ ROUNDING_BYTES = 800
 to runs of an 8-million-weight model on one core, like the next two)."""
 SEARCH_BYTES = 200
 """Bytes moved for each weight and candidate range of the search."""
-PASSES = 3
+PASSES_WITH_GRADIENTS = 3
 """Forward passes that cost as much as one with gradients; each takes two operations a weight and token."""
 HEAD_PASSES = 3
 """Products with the head where predictions are compared: the original's, the block's, and its gradient."""
@@ -118,12 +118,12 @@ def _fastest(work: Callable[[], object], seconds: float, device: torch.device) -
 
 
 def _passes(work: Workload, sizes: Sizes) -> float:
-    """Tokens that go through all blocks; those whose gradients are wanted count `PASSES` times."""
+    """Tokens that go through all blocks; those whose gradients are wanted count `PASSES_WITH_GRADIENTS` times."""
     if not sizes.tokens:
         return 0.0
     passes = 2.0 * sizes.tokens
     if work.tune.iters:
-        passes += PASSES * min(
+        passes += PASSES_WITH_GRADIENTS * min(
             rows_seen(work.tune) * work.seqlen,
             work.tune.iters * work.tune.accumulate * sizes.batch_tokens,
         )

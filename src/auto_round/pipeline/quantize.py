@@ -184,7 +184,16 @@ def _begin(job: Job, scratch: Path, journal: Journal) -> Job:
 
 @dataclass(frozen=True, slots=True)
 class _Loop:
-    """The loop over the blocks, with all that it needs. What the journal calls finished is not done again."""
+    """The loop over the blocks. What the journal calls finished is not done again.
+
+    Attributes:
+        job: the run.
+        scratch: folder of what only a continued run needs.
+        journal: of the run.
+        outputs: what is written.
+        progress: receives events.
+        clock: of the run.
+    """
 
     job: Job
     scratch: Path

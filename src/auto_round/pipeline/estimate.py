@@ -1,4 +1,4 @@
-"""Estimates of memory and time, from shapes alone and a short measurement of this machine."""
+"""Estimates of a run's time, from shapes and a short measurement of this machine; memory is the plan's."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _fastest(work: Callable[[], object], seconds: float, device: torch.device) -
 
 
 def _passes(work: Workload, sizes: Sizes) -> float:
-    """Tokens that go through all blocks; those whose gradients are wanted count `PASSES_WITH_GRADIENTS` times."""
+    """Tokens that go through all blocks; those with gradients count `PASSES_WITH_GRADIENTS` times."""
     if not sizes.tokens:
         return 0.0
     passes = 2.0 * sizes.tokens

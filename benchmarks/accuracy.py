@@ -37,13 +37,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +50,7 @@ from typing import Any
 import torch
 from accuracy_tables import DEFAULT, PEER, against_peer, draw, table
 from other_python import environment_of
+from process_cost import cost_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,16 +58,11 @@ from auto_round.calibration.python_docs import PythonDocs
 from auto_round.evaluate.logits import Comparison
 
 SCRIPT = """
-import json, resource, sys
+import json, sys
 from auto_round import AutoRound
 model, out, arguments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 AutoRound(model, device_map="cpu", **arguments).quantize_and_save(out, format="auto_round")
-with open("/proc/self/status") as status:
-    own = int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
-print("\\npeak KiB", max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 """
-"""Quantizes, and says its peak itself: what the system tells of a process that has ended is at least what the
-process that started it held then, here a model and its logits."""
 SINK_ROWS = 4
 """Rows whose attention is looked at: it is held for all blocks and heads at once."""
 
@@ -129,21 +123,17 @@ class Run:
     def quantize(self, out: Path) -> dict[str, Any]:
         """Run it in a process of its own; returns what it cost."""
         log = out.with_suffix(".log")
+        command = [self.python, "-c", SCRIPT, str(self.model), str(out), json.dumps(self.arguments())]
         with log.open("w") as stream:
-            begin = time.perf_counter()
-            command = [self.python, "-c", SCRIPT, str(self.model), str(out), json.dumps(self.arguments())]
-            around = environment_of(self.python)
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, env=around)
-            _, status, usage = os.wait4(process.pid, 0)
-            seconds = time.perf_counter() - begin
-        if status:
+            cost = cost_of(command, output=stream, environment=environment_of(self.python))
+        if cost.status:
             sys.exit(f"{self.key} failed:\n{log.read_text()[-3000:]}")
         return {
             "version": self.version,
             "threads": torch.get_num_threads(),
-            "wall_s": round(seconds, 1),
-            "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
-            "peak_mib": int(log.read_text().rpartition("peak KiB ")[2].split()[0]) // 1024,
+            "wall_s": round(cost.wall_s, 1),
+            "cpu_s": round(cost.cpu_s, 1),
+            "peak_mib": cost.peak_mib,
         }
 
     def folder(self, under: Path) -> tuple[Path, dict[str, Any]]:

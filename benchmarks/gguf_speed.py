@@ -18,10 +18,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from process_cost import cost_of
 
 from auto_round.export.gguf.imatrix import Importances, write_imatrix
 from auto_round.schemes.gguf_types import FILE_TYPES
@@ -41,19 +41,12 @@ DEMO = Path(__file__).parents[1] / "examples" / "demo-model"
 
 def measured(command: list[str], threads: int, log: Path) -> dict[str, float]:
     """Cost of one process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("w") as file:
-        begin = time.perf_counter()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begin
-    if status:
+        cost = cost_of(command, output=file, environment=environment)
+    if cost.status:
         sys.exit(f"{command[0]} failed:\n" + log.read_text()[-3000:])
-    return {
-        "wall": round(seconds, 2),
-        "cpu": round(usage.ru_utime + usage.ru_stime, 2),
-        "mib": usage.ru_maxrss >> 10,
-    }
+    return {"wall": round(cost.wall_s, 2), "cpu": round(cost.cpu_s, 2), "mib": cost.peak_mib}
 
 
 def ours(model: Path, file_type: str, out: Path, *options: str) -> list[str]:

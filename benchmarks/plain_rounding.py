@@ -24,10 +24,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from process_cost import cost_of
 
 from auto_round.checkpoint.disk import atomic_write_json
 from auto_round.checkpoint.writer import ShardWriter
@@ -81,12 +81,10 @@ def make_model(folder: Path, billions: float) -> int:
 
 def timed(command: list[str]) -> tuple[float, int]:
     """Wall seconds and peak resident MiB of a command."""
-    begin = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    cost = cost_of(command, output=subprocess.DEVNULL)
+    if cost.status:
         sys.exit(f"{command} failed")
-    return time.perf_counter() - begin, usage.ru_maxrss // 1024
+    return cost.wall_s, cost.peak_mib
 
 
 def rounded(source: Path, target: Path) -> list[str]:

@@ -3,7 +3,7 @@
 Everything that is learned moves by Adam. The gradient of a single offset, from the few tokens of a step, is
 mostly noise, and a code that noise moves makes the model worse. Over all steps noise moves an offset by about
 its step size times the root of their number, and what gradients agree on by the size times the number: so
-long runs take smaller steps than short ones, and gain far more. Rates that worked are in docs/LOG.md.
+from 200 steps on longer runs take smaller steps, and gain far more. Rates that worked are in docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ those of single offsets of a large model are small."""
 FUSED = ("cpu", "cuda")
 """Devices for which PyTorch has a program of one pass over memory."""
 NOISE = 0.085
-"""How far noise alone moves an offset in a run of any length, in units of the grid's spacing: offsets that
-began `weights.MARGIN` inside of their codes stay there."""
+"""How far noise alone moves an offset in a run of 200 steps or more, less in shorter ones (`FARTHEST`), in
+units of the grid's spacing: offsets that began `weights.MARGIN` inside of their codes stay there."""
 FARTHEST = 0.006
 """Largest step of an offset when none is asked for, in units of the grid's spacing: in short runs larger ones
 change codes before gradients agree (docs/LOG.md)."""

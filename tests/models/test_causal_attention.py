@@ -7,11 +7,18 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from auto_round.models.causal_attention import BANDS, NAME, _attend, causal_attention, install
+from auto_round.models.causal_attention import (
+    BANDS,
+    NAME,
+    NARROWEST,
+    _attend,
+    causal_attention,
+    install,
+)
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(4, 1), (4, 2), (6, 6)])
-@pytest.mark.parametrize("length", [BANDS, 8 * BANDS])
+@pytest.mark.parametrize("length", [BANDS, 8 * BANDS, 2 * BANDS * NARROWEST])
 @pytest.mark.parametrize("v_width", [16, 8, 24])
 def test_output_and_gradients_equal_pytorchs(heads: int, shared: int, length: int, v_width: int) -> None:
     generator = torch.Generator().manual_seed(heads + length)
@@ -21,18 +28,34 @@ def test_output_and_gradients_equal_pytorchs(heads: int, shared: int, length: in
     ours = causal_attention(*inputs, scale=0.3)
     theirs = scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(causal_attention(*inputs, scale=0.3), theirs, rtol=1e-10, atol=1e-12)
     weights = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
     expected = torch.autograd.grad((theirs * weights).sum(), inputs)
     for got, wanted in zip(torch.autograd.grad((ours * weights).sum(), inputs), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_later_positions_have_no_influence() -> None:
+@pytest.mark.parametrize("gradients", [True, False])
+def test_later_positions_have_no_influence(gradients: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 2 * BANDS, 8, generator=generator) for _ in range(3))
-    before = causal_attention(q, k, v, 0.5)
-    k[:, :, -1], v[:, :, -1] = 7.0, -7.0
-    assert torch.equal(before[:, :, :-1], causal_attention(q, k, v, 0.5)[:, :, :-1])
+    with torch.set_grad_enabled(gradients):
+        before = causal_attention(q, k, v, 0.5)
+        k[:, :, -1], v[:, :, -1] = 7.0, -7.0
+        assert torch.equal(before[:, :, :-1], causal_attention(q, k, v, 0.5)[:, :, :-1])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6])
+def test_rows_in_parts_give_what_they_give_alone(rows: int) -> None:
+    """Scores of one row fill what is formed at a time, so rows go one after another."""
+    length = 2 * BANDS * NARROWEST
+    generator = torch.Generator().manual_seed(rows)
+    q, k, v = (torch.randn(rows, 1, length, 4, generator=generator) for _ in range(3))
+    with torch.no_grad():
+        whole = causal_attention(q, k, v, 0.5)
+        alone = [causal_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], 0.5) for i in range(rows)]
+    torch.testing.assert_close(whole, torch.cat(alone))
 
 
 @pytest.mark.parametrize(

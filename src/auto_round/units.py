@@ -22,6 +22,15 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def rough_duration(seconds: float) -> str:
+    """Write estimated seconds as `42 s`, `12 min` or `2.1 h`: no more digits than an estimate has."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 def gain(before: float, after: float) -> str:
     """Write `0.0123 -> 0.0101 (-18 %)`."""
     change = f" ({100 * (after - before) / before:+.0f} %)" if before > 0 else ""

@@ -17,7 +17,7 @@ from auto_round.log import Progress
 from auto_round.pipeline.result import Result
 from auto_round.schemes import parse_scheme
 from auto_round.schemes.plan import Plan
-from auto_round.units import duration, gain, size
+from auto_round.units import duration, gain, rough_duration, size
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,13 @@ def test_size(count, text):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "1 s"), (89.4, "89 s"), (185, "3 min"), (5399, "90 min"), (7620, "2.1 h")]
+)
+def test_rough_duration(seconds, text):
+    assert rough_duration(seconds) == text
 
 
 def test_gain():

@@ -28,7 +28,7 @@ from auto_round.pipeline.fitting.work import Workload
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.device import Devices
 from auto_round.pipeline.machine.memory import available_bytes
-from auto_round.units import size
+from auto_round.units import rough_duration, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,11 @@ class DryRun:
             + _too_little(disk.total, self.free_bytes)
         ]
         rate = f"{self.rates.operations / 1e9:.3g} billion operations per second, measured now"
-        lines += [f"time:    about {_duration(expected.seconds)}, a rough estimate from {rate}"]
+        lines += [f"time:    about {rough_duration(expected.seconds)}, a rough estimate from {rate}"]
         if expected.together:
             options, scratch = self.job.options, size(self.disk.together)
             lines += [
-                f"of it:   about {_duration(expected.together)} and {scratch} of the disk for "
+                f"of it:   about {rough_duration(expected.together)} and {scratch} of the disk for "
                 f"{options.tune.distill_steps} steps of all blocks together, on {fresh_rows(options)} rows "
                 "of their own"
             ]
@@ -179,11 +179,3 @@ def _device(job: Job) -> str:
 
 def _too_little(needed: int, there: int) -> str:
     return ": TOO LITTLE" if there and needed > there else ""
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 5400:
-        return f"{round(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h"

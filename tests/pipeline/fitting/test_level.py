@@ -11,7 +11,7 @@ from auto_round.config import build_options
 from auto_round.config.memory import MemoryOptions
 from auto_round.pipeline.deciding.fit import workload
 from auto_round.pipeline.deciding.prepare import prepare
-from auto_round.pipeline.fitting.choose import Room, make_plan, wants_files
+from auto_round.pipeline.fitting.choose import Room, choose_plan, wants_files
 from auto_round.pipeline.fitting.level import Level, Place, levels_of, starts_at
 from auto_round.pipeline.fitting.together import STAY
 from auto_round.tuning.distill import DistillConfig
@@ -48,7 +48,7 @@ def test_levels_of_an_accelerator():
 def test_each_level_takes_less(work, device):
     on = replace(work, device=device, seqlen=64, rows=64)
     plans = [
-        make_plan(replace(on, memory=MemoryOptions(memory=word)), PLENTY)
+        choose_plan(replace(on, memory=MemoryOptions(memory=word)), PLENTY)
         for word in ("auto", "low", "lowest")
     ]
     peaks = [plan.device_bytes if device is GPU else plan.host_bytes for plan in plans]
@@ -74,14 +74,14 @@ def test_where_a_run_begins(memory, rows, streams):
 def test_blocks_stay_on_an_accelerator_only_where_hidden_states_do(work):
     """They held 2 GiB of a small accelerator at every level."""
     distilled = replace(work, device=GPU, seqlen=64, rows=64, together=DistillConfig(steps=2))
-    first = make_plan(distilled, PLENTY)
-    below = make_plan(distilled, Room(0, 64 * GIB, first.device_bytes))  # of which a share is free
-    low = make_plan(replace(distilled, memory=MemoryOptions(low_gpu_mem_usage=True)), PLENTY)
+    first = choose_plan(distilled, PLENTY)
+    below = choose_plan(distilled, Room(0, 64 * GIB, first.device_bytes))  # of which a share is free
+    low = choose_plan(replace(distilled, memory=MemoryOptions(low_gpu_mem_usage=True)), PLENTY)
     held = [[s.device[STAY] for s in plan.stages if s.name == "all blocks"] for plan in (first, below, low)]
     assert [plan.level.streams for plan in (first, below, low)] == [Place.DEVICE, Place.HOST, Place.HOST]
     assert held[0][0] > 0
     assert held[1:] == [[0], [0]]
-    on_host = [make_plan(replace(distilled, device=CPU), Room(0, free, 0)) for free in (64 * GIB, 1 << 20)]
+    on_host = [choose_plan(replace(distilled, device=CPU), Room(0, free, 0)) for free in (64 * GIB, 1 << 20)]
     assert [plan.level.rounds_again for plan in on_host] == [False, True]
     assert len({stage.host[STAY] for plan in on_host for stage in plan.stages if STAY in stage.host}) == 1
 
@@ -89,25 +89,25 @@ def test_blocks_stay_on_an_accelerator_only_where_hidden_states_do(work):
 @pytest.mark.parametrize("accelerator", [40, 20, 10, 5, 1])
 def test_the_first_level_that_fits_an_accelerator(work, accelerator):
     large = replace(work, device=GPU, seqlen=2048, rows=4096)
-    whole = make_plan(large, PLENTY).device_bytes
+    whole = choose_plan(large, PLENTY).device_bytes
     room = Room(0, 64 * GIB, whole * accelerator // 30)
-    plan = make_plan(large, room)
+    plan = choose_plan(large, room)
     assert plan.fits == (plan.device_bytes <= plan.device_room)
     if plan.chosen:
-        before = make_plan(replace(large, memory=MemoryOptions(memory="auto")), PLENTY)
+        before = choose_plan(replace(large, memory=MemoryOptions(memory="auto")), PLENTY)
         assert before.device_bytes > plan.device_room
     assert plan.chosen == (0 if accelerator > 32 else plan.chosen)
 
 
 def test_a_processor_keeps_its_rows_whatever_is_free(work):
-    plans = [make_plan(work, Room(0, free, 0)) for free in (64 * GIB, 1 << 20)]
+    plans = [choose_plan(work, Room(0, free, 0)) for free in (64 * GIB, 1 << 20)]
     assert [plan.level.rows for plan in plans] == [work.tune.rows_at_once] * 2
     assert [plan.level.rounds_again for plan in plans] == [False, True]
     assert [plan.fits for plan in plans] == [True, False]
 
 
 def test_what_cannot_be_reloaded_is_not_planned(work):
-    plans = [make_plan(work, Room(0, free, 0)) for free in (64 * GIB, work.output_bytes)]
+    plans = [choose_plan(work, Room(0, free, 0)) for free in (64 * GIB, work.output_bytes)]
     assert [[stage.name for stage in plan.stages][-1] for plan in plans] == ["verify", "measure"]
 
 

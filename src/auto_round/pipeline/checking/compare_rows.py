@@ -38,7 +38,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ComparedRows:
     """Rows that go through the reloaded model together.
 
     Attributes:
@@ -50,7 +50,7 @@ class Batch:
     tuned: tuple[Tensor, ...]
 
 
-def batches(job: Job, measured: Measured) -> list[Batch]:
+def batches(job: Job, measured: Measured) -> list[ComparedRows]:
     """What to compare, with the predictions of the tuned model: rows of both kinds where there are both."""
     held_out = job.held_out
     pictured = [i for i, row in enumerate(held_out) if row.beside_text]
@@ -72,7 +72,7 @@ def _window(job: Job, number: int, row: CalibrationRow) -> Window:
     return Window(number, row, max(0, last - length), last - 1)
 
 
-def _with_tuned(job: Job, measured: Measured, windows: Sequence[Window]) -> Batch:
+def _with_tuned(job: Job, measured: Measured, windows: Sequence[Window]) -> ComparedRows:
     step = positions_at_once(job.source.facts.vocabulary)
     with job.source.stem(job.device, job.dtype) as stem:
         found = []
@@ -83,10 +83,10 @@ def _with_tuned(job: Job, measured: Measured, windows: Sequence[Window]) -> Batc
                 hidden = measured.final_hidden[window.held_out : window.held_out + 1, place]
                 parts.append(stem.finish(hidden.to(job.device), measured.head)[0].to(job.dtype))
             found.append(torch.cat(parts))
-    return Batch(tuple(windows), tuple(found))
+    return ComparedRows(tuple(windows), tuple(found))
 
 
-def compare(job: Job, model: Any, batch: Batch, comparison: Comparison) -> tuple[float, list[Tensor]]:
+def compare(job: Job, model: Any, batch: ComparedRows, comparison: Comparison) -> tuple[float, list[Tensor]]:
     """Tuned against reloaded predictions, added to `comparison`.
 
     Returns:

@@ -13,7 +13,7 @@ from auto_round.pipeline.deciding.fetch_rows import held_out_rows
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.plan_table import manifests
-from auto_round.pipeline.fitting.choose import Room, make_plan
+from auto_round.pipeline.fitting.choose import Room, choose_plan
 from auto_round.pipeline.fitting.plan import MemoryPlan
 from auto_round.pipeline.fitting.work import Workload
 from auto_round.pipeline.machine.device import Devices
@@ -62,7 +62,7 @@ def _arranged(job: Job) -> Job:
 def plan_memory(job: Job) -> MemoryPlan:
     """What the job needs where, and the level at which it begins."""
     room = Room(resident_bytes(), available_bytes(), device_total_bytes(job.device))
-    return make_plan(workload(job), room)
+    return choose_plan(workload(job), room)
 
 
 def workload(job: Job) -> Workload:

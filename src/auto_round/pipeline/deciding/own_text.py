@@ -39,11 +39,11 @@ def own_text(opened: Opened, device: torch.device, dtype: torch.dtype) -> SelfTe
         folder=read_environment().cache.expanduser() / "self",
         seqlen=wanted.seqlen,
         seed=wanted.seed,
-        rows_at_once=partial(rows_at_once, source, device, dtype, wanted.seqlen),
+        rows_at_once=partial(rows_beside_model, source, device, dtype, wanted.seqlen),
     )
 
 
-def rows_at_once(source: ModelSource, device: torch.device, dtype: torch.dtype, seqlen: int) -> int:
+def rows_beside_model(source: ModelSource, device: torch.device, dtype: torch.dtype, seqlen: int) -> int:
     """How many rows the whole model can write at once.
 
     Raises:

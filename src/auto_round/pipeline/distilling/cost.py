@@ -15,7 +15,7 @@ PASSES_AGAIN = 1
 LOOKS_BESIDE = 3
 """Passes of the held-out rows besides one for each look after steps (`stage.distill`): original and rounded
 before the first step, rounded once more where what was found is packed."""
-HEAD_PASSES = 4
+HEAD_PASSES_OF_STEP = 4
 """Products with the head in a step: two models' predictions, and the gradient (as much as two)."""
 MOVED_BYTES = 600
 """Bytes moved for each weight in a step: it is rounded, with gradients, and moved by Adam. Fitted to the
@@ -41,7 +41,7 @@ def stage_seconds(work: Workload, level: Level, operations: float, bandwidth: fl
     looked_at = float(work.held_out * work.seqlen)
     passed = passes(work, level) * tokens + (len(config.looks) + LOOKS_BESIDE) * looked_at
     products = passed * active_weights(work)
-    head = HEAD_PASSES * tokens + 2 * (1 + len(config.looks)) * looked_at
+    head = HEAD_PASSES_OF_STEP * tokens + 2 * (1 + len(config.looks)) * looked_at
     products += head * facts.vocabulary * facts.width
     moved = float(config.steps * (RESCALED_BYTES if config.codes_stay else MOVED_BYTES)) * work.quantized
     moved += passed * moved_by_token(work)

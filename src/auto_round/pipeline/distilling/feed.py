@@ -19,7 +19,7 @@ from auto_round.pipeline.running.trace_rows import trace_rows
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class StepRows:
     """Rows at the first block.
 
     Attributes:
@@ -61,7 +61,7 @@ class Feed:
         self._from = -1
         self._traced: tuple[ArgumentTable, Streams] | None = None
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> StepRows:
         """Rows of a step."""
         first = step - step % self._ahead
         if self._traced is None or self._from != first:
@@ -80,15 +80,15 @@ def trace_some(
     return trace_rows(job.on_rows(rows), scratch, embedding)
 
 
-def whole(table: ArgumentTable, streams: Streams) -> Batch:
+def whole(table: ArgumentTable, streams: Streams) -> StepRows:
     """All rows that were traced."""
     return _part(table, streams, 0, streams.rows)
 
 
-def _part(table: ArgumentTable, streams: Streams, first: int, count: int) -> Batch:
+def _part(table: ArgumentTable, streams: Streams, first: int, count: int) -> StepRows:
     rows = slice(first, first + count)
     masks = None if streams.masks is None else streams.masks[rows]
     reference, quantized = (
         tuple(state[rows] for state in states) for states in (streams.reference, streams.quantized)
     )
-    return Batch(Rows(table, first, count, masks), reference, quantized)
+    return StepRows(Rows(table, first, count, masks), reference, quantized)

@@ -20,7 +20,7 @@ from auto_round.numerics.head_steps import HeadSteps
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.pipeline.deciding.fit import workload
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.distilling.feed import Batch, Feed, trace_some, whole
+from auto_round.pipeline.distilling.feed import Feed, StepRows, trace_some, whole
 from auto_round.pipeline.distilling.shelf import Shelf
 from auto_round.pipeline.distilling.sweep import Boundaries, Sweep, squared_error
 from auto_round.pipeline.distilling.units import Units
@@ -248,7 +248,7 @@ class _Loop:
             total, count = total + float(part), count + len(some)
         return total / max(1, count)
 
-    def _room(self, batch: Batch) -> Boundaries:
+    def _room(self, batch: StepRows) -> Boundaries:
         job, units = self._stage.job, len(self._stage.members)
         size = (2 * units + 1) * sum(s.numel() * s.element_size() for s in batch.reference)
         home = home_of_streams(job.level, job.memory, job.device, size)

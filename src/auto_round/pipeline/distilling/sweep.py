@@ -19,7 +19,7 @@ from torch import Tensor
 
 from auto_round.facts.flow import States
 from auto_round.numerics.token_weights import token_energy, token_weights
-from auto_round.pipeline.distilling.feed import Batch
+from auto_round.pipeline.distilling.feed import StepRows
 from auto_round.pipeline.distilling.shelf import LEARNED, MOMENTS
 from auto_round.pipeline.distilling.units import OpenUnit, Rows, Units
 from auto_round.pipeline.running.streams import Home, room_like
@@ -41,7 +41,7 @@ class Boundaries:
     rounded: list[States]
 
     @classmethod
-    def like(cls, batch: Batch, units: int, home: Home, spill: Path) -> Boundaries:
+    def like(cls, batch: StepRows, units: int, home: Home, spill: Path) -> Boundaries:
         """Room for them, to be used again at every step.
 
         Args:
@@ -96,12 +96,12 @@ class Sweep:
     scales: Sequence[float]
     stay: int = 0
 
-    def step(self, batch: Batch, room: Boundaries, number: int) -> float:
+    def step(self, batch: StepRows, room: Boundaries, number: int) -> float:
         """Take step `number` (from 0) on some rows; returns their mean divergence before it, nats."""
         with ExitStack() as memory:
             return self._step(batch, room, number, memory)
 
-    def _step(self, batch: Batch, room: Boundaries, number: int, memory: ExitStack) -> float:
+    def _step(self, batch: StepRows, room: Boundaries, number: int, memory: ExitStack) -> float:
         staying = self.forward(batch, room, memory)
         rows = batch.rows
         counted = slice(None) if rows.masks is None else rows.masks.reshape(-1)
@@ -124,7 +124,7 @@ class Sweep:
             flowing = self._move(going, unit, room.rounded[unit], wanted, number)
         return float(total) / max(1, count)
 
-    def forward(self, batch: Batch, room: Boundaries, memory: ExitStack) -> list[_Going]:
+    def forward(self, batch: StepRows, room: Boundaries, memory: ExitStack) -> list[_Going]:
         """Fill the boundaries.
 
         Args:

@@ -36,7 +36,7 @@ class Room:
     device: int
 
 
-def make_plan(work: Workload, room: Room) -> MemoryPlan:
+def choose_plan(work: Workload, room: Room) -> MemoryPlan:
     """The plan of a run at the first level that fits, as far as the user leaves it to us.
 
     On a host the number of rows at once is never changed for memory that happens to be free: equal runs give

@@ -16,7 +16,7 @@ from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.search import BAND as SEARCH_BAND
 from auto_round.pipeline.fitting.level import Level, Place
 from auto_round.pipeline.fitting.parts import FLOAT
-from auto_round.pipeline.fitting.plan import STREAMS, Stage
+from auto_round.pipeline.fitting.plan import STREAMS, StageMemory
 from auto_round.pipeline.fitting.products import kept_products
 from auto_round.pipeline.fitting.together import STAY, Together
 from auto_round.pipeline.fitting.work import Workload
@@ -56,7 +56,7 @@ WORKSPACE = 12 << 20
 """Buffers of libraries, and small things."""
 
 
-def stages_of(work: Workload, level: Level) -> tuple[Stage, ...]:
+def stages_of(work: Workload, level: Level) -> tuple[StageMemory, ...]:
     """What each stage of a run holds at a level."""
     return _Demand.of(work, level).stages()
 
@@ -69,7 +69,7 @@ _OF_LOOP = ("offsets and ranges", "optimizer", "rounding", "activations and grad
 class _Demand(Together):
     """What each stage holds."""
 
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[StageMemory, ...]:
         if not self.sizes.tokens:
             return (self._stage("round", self._plain()), *self._verify())
         return (
@@ -80,7 +80,7 @@ class _Demand(Together):
             *self._verify(),
         )
 
-    def _stage(self, name: str, at_work: dict[str, int], aside: dict[str, int] | None = None) -> Stage:
+    def _stage(self, name: str, at_work: dict[str, int], aside: dict[str, int] | None = None) -> StageMemory:
         """A stage from what lies where blocks are tuned, and what lies on the host in any case."""
         if self.work.device.type == "cpu":
             host, device = at_work | (aside or {}), dict[str, int]()
@@ -89,7 +89,7 @@ class _Demand(Together):
         for parts in (host, device):
             if parts is host or parts:
                 parts["workspace"] = WORKSPACE + self._fragments(name, parts)
-        return Stage(name, host, device)
+        return StageMemory(name, host, device)
 
     def _fragments(self, name: str, parts: Mapping[str, int]) -> int:
         """Bytes beside what a stage holds that the C library cannot give out again."""
@@ -155,7 +155,7 @@ class _Demand(Together):
             STREAMS: 3 * self.sizes.stream,
         }
 
-    def _tuning(self) -> Stage:
+    def _tuning(self) -> StageMemory:
         """Blocks while they are tuned, on all their devices."""
         work, others = self.work, dict[str, int]()
         for layers in self.groups():
@@ -227,7 +227,7 @@ class _Demand(Together):
             parts["head and logits"] = self.sizes.outside + self.logits_budget()
         return parts
 
-    def _all_blocks(self) -> tuple[Stage, ...]:
+    def _all_blocks(self) -> tuple[StageMemory, ...]:
         """All blocks while they are tuned together."""
         config = self.work.together
         if config is None:
@@ -248,7 +248,7 @@ class _Demand(Together):
         own, dtype = self.work.source.dtype, self.work.dtype
         return self.sizes.outside + _cast(self.largest_outside(), own.itemsize, dtype.itemsize)
 
-    def _verify(self) -> tuple[Stage, ...]:
+    def _verify(self) -> tuple[StageMemory, ...]:
         """What was written, loaded by Transformers."""
         work = self.work
         if not work.reloads:

@@ -15,7 +15,7 @@ from auto_round.pipeline.fitting.accelerators import (
     PRODUCTS_REACHED,
     Machines,
 )
-from auto_round.pipeline.fitting.choose import Room, make_plan
+from auto_round.pipeline.fitting.choose import Room, choose_plan
 from auto_round.pipeline.fitting.plan import MemoryPlan
 from auto_round.pipeline.fitting.work import Workload, active_share
 from auto_round.tuning.steps import batch_rows
@@ -117,12 +117,12 @@ def on_paper(work: Workload, machines: Machines, spread: Spread, seconds: Second
     room = Room(0, 0, int(machines.each.nbytes))
     if work.together is not None:
         one = replace(machines, count=1)
-        found = _one_way(alone, one, make_plan(alone, room), 1, seconds)
+        found = _one_way(alone, one, choose_plan(alone, room), 1, seconds)
         return replace(found, machines=machines, left=machines.count - 1)
     over = 1
     while True:
         placed = replace(alone, elsewhere=spread(over)) if over > 1 else alone
-        found = _one_way(placed, machines, make_plan(placed, room), over, seconds)
+        found = _one_way(placed, machines, choose_plan(placed, room), over, seconds)
         over *= 2
         if found.fits or over > machines.inside:
             return found

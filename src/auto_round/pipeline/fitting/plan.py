@@ -14,7 +14,7 @@ STREAMS = "hidden states"
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class StageMemory:
     """What one stage of a run holds at its peak.
 
     Attributes:
@@ -56,7 +56,7 @@ class MemoryPlan:
 
     levels: tuple[Level, ...]
     chosen: int
-    stages: tuple[Stage, ...]
+    stages: tuple[StageMemory, ...]
     held: int
     files: bool
     host_room: int
@@ -68,12 +68,12 @@ class MemoryPlan:
         return self.levels[self.chosen]
 
     @property
-    def host_stage(self) -> Stage:
+    def host_stage(self) -> StageMemory:
         """The stage that needs most host memory."""
         return max(self.stages, key=lambda stage: stage.host_bytes)
 
     @property
-    def device_stage(self) -> Stage:
+    def device_stage(self) -> StageMemory:
         """The stage that needs most memory on the accelerator."""
         return max(self.stages, key=lambda stage: stage.device_bytes)
 
@@ -135,6 +135,6 @@ class MemoryPlan:
         }
 
 
-def _others(stage: Stage) -> dict[str, dict[str, int]]:
+def _others(stage: StageMemory) -> dict[str, dict[str, int]]:
     """Further devices, in the form of the others."""
     return {device: {"weights": count} for device, count in stage.others.items()}

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.config import EvaluationOptions, FidelityOptions, ModelOptions, cache_folder, long_dtype
+from auto_round.config import EvaluationOptions, FidelityOptions, ModelOptions, cache_folder
 from auto_round.errors import ConfigError, NumericsError
 from auto_round.evaluate.figures import halves, summarize, worst
 from auto_round.evaluate.intervals import Resampling, block_numbers
 from auto_round.evaluate.llama_cpp import LlamaCppPredictor
 from auto_round.evaluate.llama_cpp import check_installed as check_llama_cpp
 from auto_round.evaluate.logits_cache import LogitsCache, open_cache
-from auto_round.evaluate.placement import placement
+from auto_round.evaluate.placement import computing_dtype, placement
 from auto_round.evaluate.positions import Figures, compare_positions, joined, likelihoods
 from auto_round.evaluate.predictors import Opening, Predictor, TransformersPredictor, open_model
 from auto_round.evaluate.rows import check_text, token_rows
@@ -104,7 +104,7 @@ def plan_measurement(
         check_same_vocabulary(original, subject, trust=trust)
     folders = [s for s in subjects if not s.is_gguf]
     named = model.tokenizer
-    dtype = getattr(torch, long_dtype(evaluation.eval_model_dtype or "float32").replace("auto", "float32"))
+    dtype = computing_dtype(evaluation) or torch.float32
     beside = find_source(evaluation.gguf_source, subjects, platform=model.platform, trust=trust)
     if named is None and not folders and beside is not None:
         named = str(beside)

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import torch
 
-from auto_round.config import EvaluationOptions, ModelOptions, long_dtype, show_accelerators
-from auto_round.errors import AutoRoundError, ConfigError, UnsupportedError, is_out_of_memory
-from auto_round.evaluate.placement import device_indices, placement
+from auto_round.config import EvaluationOptions, ModelOptions, show_accelerators
+from auto_round.errors import AutoRoundError, UnsupportedError, is_out_of_memory
+from auto_round.evaluate.placement import computing_dtype, device_indices, placement
 from auto_round.evaluate.predictors import Opening, open_model
 from auto_round.evaluate.subject import Subject
 from auto_round.evaluate.task_data import no_data
@@ -163,7 +163,7 @@ def _wrapper(
     from lm_eval.models.huggingface import HFLM
 
     where = placement(model.device_map)
-    how = Opening(_dtype(options), where, model.trust_remote_code, beside)
+    how = Opening(computing_dtype(options), where, model.trust_remote_code, beside)
     loaded = open_model(subject, how)
     tokenizer = load_tokenizer(
         subject, _tokenizer_name(model, subject, beside), trust=model.trust_remote_code
@@ -188,7 +188,7 @@ def _vllm(options: EvaluationOptions, subject: Subject, model: ModelOptions) -> 
     from lm_eval.models.vllm_causallms import VLLM
     from lm_eval.utils import simple_parse_args_string
 
-    dtype = _dtype(options)
+    dtype = computing_dtype(options)
     settings: dict[str, Any] = {
         "pretrained": str(subject.path),
         "dtype": "auto" if dtype is None else dtype_name(dtype),
@@ -210,13 +210,3 @@ def _tokenizer_name(model: ModelOptions, subject: Subject, beside: Path | None) 
 
 def _batch_size(wanted: str, model: ModelOptions) -> str:
     return ON_CPU if not wanted.isdecimal() and not placement(model.device_map) else wanted
-
-
-def _dtype(options: EvaluationOptions) -> torch.dtype | None:
-    name = long_dtype(options.eval_model_dtype or "auto")
-    if name == "auto":
-        return None
-    found = getattr(torch, name)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f'option "eval_model_dtype" cannot be {name!r}')
-    return found

@@ -1,4 +1,4 @@
-"""Where a model runs while it is measured: the arguments of `from_pretrained` for a device map."""
+"""Where a model runs while it is measured, and in which dtype: what `from_pretrained` is told."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from auto_round.config import EvaluationOptions, long_dtype
 from auto_round.errors import ConfigError
 
 _SHARE = 0.9
@@ -33,6 +34,15 @@ def placement(wanted: str | Mapping[str, str]) -> dict[str, Any]:
         raise ConfigError(f'device_map "{wanted}": a model is spread over accelerators only, without the CPU')
     rooms = {device.index or 0: int(_SHARE * _free_bytes(device)) for device in devices}
     return {"device_map": "auto", "max_memory": rooms}
+
+
+def computing_dtype(options: EvaluationOptions) -> torch.dtype | None:
+    """The dtype of `eval_model_dtype`; None for the model's own."""
+    name = long_dtype(options.eval_model_dtype or "auto")
+    if name == "auto":
+        return None
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def device_indices(wanted: str | Mapping[str, str]) -> tuple[str, ...]:

@@ -12,7 +12,8 @@
 #define PRODUCTS __attribute__((target("avx512bf16")))
 #define TOKENS 6    /* whose sums fill the registers, with those of ... */
 #define TOGETHER 4  /* ... so many rows */
-#define ROWS 16     /* that are learned at a time */
+#define ROWS 32     /* that are learned at a time */
+#define VECTOR 16   /* floats of a register */
 #define APART 32    /* numbers between rows, which would fall into the same places of a cache otherwise */
 
 /* What a matrix is multiplied by, and the gradient of the product; all bfloat16. */
@@ -26,6 +27,19 @@ typedef struct {
 int auto_round_multiplies(void) { return __builtin_cpu_supports("avx512bf16"); }
 
 INLINED __m512i of(const void *x) { return _mm512_loadu_si512(x); }
+
+INLINED __m512 widened_all(__m256i halves) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16); }
+
+/* The nearest numbers of a grid without a zero point. */
+INLINED __m512 snapped_all(__m512 u, __m512 lo, __m512 hi) {
+    const __m512 n = _mm512_roundscale_ps(u, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_min_ps(hi, _mm512_max_ps(lo, n));
+}
+
+/* Weights of a symmetric matrix in steps. */
+INLINED __m512 in_steps_all(const uint16_t *w, __m512 step) {
+    return _mm512_div_ps(widened_all(_mm256_loadu_si256((const __m256i *)w)), step);
+}
 
 /* x[token] times some rows of a matrix, for `tokens` tokens. */
 INLINED PRODUCTS void multiply_rows(
@@ -160,14 +174,123 @@ static __attribute__((noinline)) void learn_row(
     }
 }
 
+/* What all weights of a symmetric matrix have in common. */
+typedef struct {
+    __m512 lo, hi, below, above, by;
+} Common;
+
+/* A register of weights of one row is learned from the gradient `x`: the operations of `differentiate`, in its order.
+ * The result are the weights as they were rounded; what the step's gradient is the sum of is added to `by_step`. */
+INLINED PRODUCTS __m512 learn_vector(
+    const Common *c, __m512 x, const uint16_t *w, float *v, __m512 step, __m512 *by_step) {
+    const __m512 offset = _mm512_loadu_ps(v), u = in_steps_all(w, step), to = _mm512_add_ps(u, offset);
+    const __mmask16 reached = _mm512_cmp_ps_mask(to, c->below, _CMP_NLT_UQ);
+    const __mmask16 inside = _mm512_mask_cmp_ps_mask(reached, to, c->above, _CMP_NGT_UQ);
+    const __m512 slope = _mm512_mul_ps(x, step), n = snapped_all(to, c->lo, c->hi);
+    const __mmask16 moves = _mm512_mask_cmp_ps_mask(inside, slope, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+    const __m512i sign = _mm512_and_si512((__m512i)slope, _mm512_set1_epi32(INT32_MIN));
+    const __m512 by = (__m512)_mm512_xor_si512(sign, (__m512i)c->by);
+    _mm512_storeu_ps(v, _mm512_mask_sub_ps(offset, moves, offset, by));
+    *by_step = _mm512_add_ps(*by_step, _mm512_mul_ps(x, _mm512_mask_sub_ps(n, inside, n, u)));
+    return _mm512_mul_ps(n, step);
+}
+
+/* Sums of TOGETHER groups of the same length, in the order of `Sum`, of what its columns add up to. */
+INLINED __m128 sums_of(const __m512 columns[TOGETHER][WIDE / VECTOR]) {
+    float all[TOGETHER][WIDE];
+    for (int j = 0; j < TOGETHER; j++) {
+        for (int i = 0; i < WIDE / VECTOR; i++) _mm512_storeu_ps(all[j] + VECTOR * i, columns[j][i]);
+        for (int column = 1; column < 4; column++) add(all[j], all[j] + column * LANES, LANES);
+    }
+    __m128 sum = _mm_setzero_ps();
+    for (int lane = 0; lane < LANES; lane += TOGETHER) {
+        __m128 four[TOGETHER]; /* lanes of a group, then a lane of each group */
+        for (int j = 0; j < TOGETHER; j++) four[j] = _mm_loadu_ps(all[j] + lane);
+        _MM_TRANSPOSE4_PS(four[0], four[1], four[2], four[3]);
+        for (int j = 0; j < TOGETHER; j++) sum = _mm_add_ps(sum, four[j]);
+    }
+    return sum;
+}
+
+/* Whether `learn_groups` learns a matrix: most symmetric ones. Groups of more weights take several levels of `Sum`. */
+static bool learns_groups(const Matrix *m, const Slopes *s) {
+    return m->half && has_steps_alone(m) && !s->to_outside && !s->held && m->width % WIDE == 0 &&
+           m->length % WIDE == 0 && m->width < PIECE;
+}
+
+/* A group of each of TOGETHER rows, of which gradients never leave the registers; `grad` is that of the product. */
+static __attribute__((noinline)) PRODUCTS void learn_groups(
+    const Matrix *m, const Slopes *s, const Part *p, int64_t row, int64_t place, const uint32_t *grad) {
+    enum { vectors = WIDE / VECTOR };
+    const int64_t groups = groups_of(m), length = m->length, pairs = p->pairs, stride = p->stride;
+    const int64_t start = place * m->width, at = start - p->start;
+    const int64_t count = length - start < m->width ? length - start : m->width;
+    const Common common = {
+        _mm512_set1_ps(m->lo), _mm512_set1_ps(m->hi), _mm512_set1_ps(m->lo - 0.5f), _mm512_set1_ps(m->hi + 0.5f),
+        _mm512_set1_ps(s->move)};
+    const uint16_t *const w = (const uint16_t *)m->w + row * length + start;
+    float *const v = s->v + row * length + start;
+    const uint32_t *const x = p->x + at;
+    uint32_t *const rounded = p->w + row % ROWS / 2 * stride + at;
+    /* The first of one register, the first of the other, the second of one, ... */
+    const __m512i counted = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i other = _mm512_add_epi32(counted, _mm512_set1_epi32(VECTOR));
+    const __m512i in_turn = _mm512_or_si512(counted, _mm512_slli_epi32(other, 16));
+    __m512 step[TOGETHER], by_step[TOGETHER][vectors];
+    for (int j = 0; j < TOGETHER; j++) {
+        step[j] = _mm512_set1_ps(m->step[(row + j) * groups + place]);
+        for (int i = 0; i < vectors; i++) by_step[j][i] = _mm512_setzero_ps();
+    }
+    for (int64_t k = 0; k < count; k += WIDE) {
+        for (int i = 0; i < vectors; i += 2) {
+            const int64_t first = k + VECTOR * i;
+            __m512 sum[TOGETHER][2];
+            for (int j = 0; j < TOGETHER; j++) sum[j][0] = sum[j][1] = _mm512_setzero_ps();
+            for (int64_t t = 0; t < pairs; t++) {
+                const uint32_t *const tokens = x + t * stride + first;
+                const __m512bh low = (__m512bh)of(tokens), high = (__m512bh)of(tokens + VECTOR);
+                for (int j = 0; j < TOGETHER; j++) {
+                    const __m512bh g = (__m512bh)_mm512_set1_epi32((int)grad[j * pairs + t]);
+                    sum[j][0] = _mm512_dpbf16_ps(sum[j][0], g, low);
+                    sum[j][1] = _mm512_dpbf16_ps(sum[j][1], g, high);
+                }
+            }
+            for (int j = 0; j < TOGETHER; j += 2) {
+                for (int half = 0; half < 2; half++) {
+                    __m512 two[2];
+                    for (int l = 0; l < 2; l++) {
+                        const int64_t here = (j + l) * length + first + VECTOR * half;
+                        __builtin_prefetch(v + here + TOGETHER * length); /* the same columns of the next rows */
+                        if (!half) __builtin_prefetch(w + here + TOGETHER * length);
+                        const __m512 of_weights = widened_all((__m256i)_mm512_cvtneps_pbh(sum[j + l][half]));
+                        two[l] = learn_vector(&common, of_weights, w + here, v + here, step[j + l], &by_step[j + l][i + half]);
+                    }
+                    const __m512i one_by_one = (__m512i)_mm512_cvtne2ps_pbh(two[1], two[0]);
+                    uint32_t *const to = rounded + j / 2 * stride + first + VECTOR * half;
+                    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(in_turn, one_by_one));
+                }
+            }
+        }
+    }
+    if (!s->to_step) return;
+    const __m128 sums = sums_of((const __m512(*)[vectors])by_step);
+    for (int j = 0; j < TOGETHER; j++) s->to_step[(row + j) * groups + place] = sums[j];
+}
+
 /* One block of rows of some columns. */
 INLINED PRODUCTS void learn_rows(
     const Matrix *m, const Slopes *s, const Products *q, const Part *p, int64_t row, const uint32_t *by_rows,
     const uint32_t *by_tokens) {
     const int64_t rows = m->rows - row < ROWS ? m->rows - row : ROWS;
+    const bool by_groups = learns_groups(m, s);
     uint16_t two[2 * p->count];
     for (int64_t j = 0; j < rows; j += TOGETHER) {
         const uint32_t *grad = by_tokens + (row + j) * p->pairs;
+        if (by_groups) {
+            for (int64_t k = p->start; k < p->start + p->count; k += m->width)
+                learn_groups(m, s, p, row + j, k / m->width, grad);
+            continue;
+        }
         int64_t k = 0;
         for (; k + 64 <= p->count; k += 64) gradients_at(p, grad, p->pairs, k, 4);
         for (; k < p->count; k += 32) gradients_at(p, grad, p->pairs, k, 2);

@@ -5,6 +5,9 @@
 Every round begins anew and is killed once or twice: by the clock at a random moment, or inside a random
 call of `os` (half of these inside a write to a shard, which is torn in two). Children are forked, so that
 packages are imported once. Prints one JSON object.
+
+Options of its own are `rows`, `stage` (kill behind the first event of this stage only) and `spilled` (states
+of tuning all blocks together lie in files).
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from typing import Any
 import torch
 
 from auto_round.config import build_options
+from auto_round.log import Progress
 from auto_round.pipeline.deciding.prepare import prepare
+from auto_round.pipeline.fitting import states
 from auto_round.pipeline.quantize import run
 from auto_round.report.record import RUN_RECORD
 
@@ -34,8 +39,10 @@ COUNTED = ("pwrite", "write", "fsync", "ftruncate", "posix_fallocate", "rename",
 
 def main(model: str, work: str, rounds: str, *given: str) -> None:
     settings = {key: _value(text) for key, _, text in (item.partition("=") for item in given)}
-    data = settings.pop("rows", None)
-    trials = Trials(model, Path(work), settings, data)
+    data, stage = settings.pop("rows", None), settings.pop("stage", None)
+    if settings.pop("spilled", False):
+        states.SPILL_BYTES = 0
+    trials = Trials(model, Path(work), settings, data, stage)
     trials.measure()
     for number in range(int(rounds)):
         trials.round(number, random.Random(number))
@@ -60,8 +67,11 @@ def _value(text: str) -> Any:
 class Trials:
     """One command, run in children that die."""
 
-    def __init__(self, model: str, work: Path, settings: dict[str, Any], data: Any) -> None:
+    def __init__(
+        self, model: str, work: Path, settings: dict[str, Any], data: Any, stage: str | None
+    ) -> None:
         self.work = work
+        self.stage = stage
         self.out = work / "out"
         self.options = build_options({**settings, "model": model, "output_dir": str(self.out)})
         self.data = data
@@ -74,9 +84,10 @@ class Trials:
     def measure(self) -> None:
         """A whole run: what it gives, how long it takes, how many calls it makes."""
         prepare(self.options, rows=False)  # imports what the children would import one by one
-        note = self.work / "calls"
+        note, count = self.work / "calls", Count()
+        child = self._fork(lambda: _watch(count.look), lambda: note.write_text(json.dumps(count.seen)))
         began = time.perf_counter()
-        _wait(self._fork(lambda: _count(self._job, note)))
+        _wait(child)
         self.seconds = time.perf_counter() - began
         self.calls, self.shard_writes = json.loads(note.read_text())
         self.expected = tree(self.out)
@@ -94,7 +105,7 @@ class Trials:
             else:
                 kills += self._kill_in_call(chance, in_shard=number % 4 == 0)
         if not self.out.exists():  # a kill between the last rename and the exit leaves nothing to do
-            _wait(self._fork(self._job))
+            _wait(self._fork(_nothing))
         same = tree(self.out) == self.expected
         self.identical += same
         if not same:
@@ -103,14 +114,14 @@ class Trials:
         shutil.rmtree(self.work / "out.partial", ignore_errors=True)
 
     def _kill_by_clock(self, chance: random.Random) -> bool:
-        child = self._fork(self._job)
+        child = self._fork(_nothing)
         time.sleep(chance.uniform(0.02, 0.9) * self.seconds)
         os.kill(child, signal.SIGKILL)
         return self._note("at a random moment", os.waitpid(child, 0)[1])
 
     def _kill_in_call(self, chance: random.Random, *, in_shard: bool) -> bool:
         step = chance.randint(1, self.shard_writes if in_shard else self.calls)
-        child = self._fork(lambda: _die_at(step, self._job, in_shard=in_shard))
+        child = self._fork(lambda: _die_at(step, in_shard=in_shard))
         return self._note("inside a shard write" if in_shard else "inside a call", os.waitpid(child, 0)[1])
 
     def _note(self, kind: str, status: int) -> bool:
@@ -123,15 +134,37 @@ class Trials:
         self.progress[str(max(0, lines - 1))] += 1
         return True
 
-    def _job(self) -> None:
-        run(self.options, dataset=self.data)
+    def _fork(self, begin: Callable[[], None], end: Callable[[], object] = lambda: None) -> int:
+        """Run in a child; returns when it is where it may be killed, or dead.
 
-    def _fork(self, job: Callable[[], None]) -> int:
+        Args:
+            begin: called there, in the child.
+            end: called in the child behind the run.
+        """
+        read, write = os.pipe()
         child = os.fork()
         if child == 0:
-            job()
+            os.close(read)
+            self._run([lambda: os.close(write), begin])
+            end()
             os._exit(0)
+        os.close(write)
+        os.read(read, 1)  # nothing comes, but the end
+        os.close(read)
         return child
+
+    def _run(self, waiting: list[Callable[[], None]]) -> None:
+        def hear(event: Progress) -> None:
+            while waiting and event.stage == self.stage:
+                waiting.pop(0)()
+
+        while waiting and self.stage is None:
+            waiting.pop(0)()
+        run(self.options, hear, dataset=self.data)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _wait(child: int) -> None:
@@ -150,21 +183,19 @@ def _is_shard(fd: int) -> bool:
     return target.suffix == ".safetensors" and "output" in target.parts
 
 
-def _count(job: Callable[[], None], note: Path) -> None:
-    """Run to the end; write down how often `os` was called, and how often to write a shard."""
-    seen = [0, 0]
+class Count:
+    """How often `os` is called, and how often to write a shard."""
 
-    def look(name: str, args: tuple[Any, ...]) -> None:
-        seen[0] += 1
-        seen[1] += name == "pwrite" and _is_shard(args[0])
+    def __init__(self) -> None:
+        self.seen = [0, 0]
 
-    _watch(look)
-    job()
-    note.write_text(json.dumps(seen))
+    def look(self, name: str, args: tuple[Any, ...]) -> None:
+        self.seen[0] += 1
+        self.seen[1] += name == "pwrite" and _is_shard(args[0])
 
 
-def _die_at(step: int, job: Callable[[], None], *, in_shard: bool) -> None:
-    """Run until the given call; that write is torn in half, any other call does not happen."""
+def _die_at(step: int, *, in_shard: bool) -> None:
+    """Die in the given call from here on; that write is torn in half, any other call does not happen."""
     left = [step]
     real = os.pwrite
 
@@ -178,7 +209,6 @@ def _die_at(step: int, job: Callable[[], None], *, in_shard: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     _watch(look)
-    job()
 
 
 def _watch(look: Callable[[str, tuple[Any, ...]], None]) -> None:

@@ -129,22 +129,26 @@ def test_units_stay_open_as_far_as_memory_allows(tiny, tmp_path, monkeypatch, gi
     assert not opened
 
 
-def test_the_last_units_stay_up_to_a_size():
-    sizes, cpu, gpu = [4, 3, 2, 1], torch.device("cpu"), torch.device("cuda")
-    unit = states.STAY_BYTES // 6
-    sizes = [size * unit for size in sizes]
-    for expected, given, device, streams in (
-        (3, {}, cpu, Place.HOST),
-        (3, {}, cpu, Place.FILES),
-        (3, {"low_gpu_mem_usage": True}, cpu, Place.HOST),
-        (4, {"low_cpu_mem_usage": False}, cpu, Place.HOST),
-        (0, {"memory": "lowest", "low_cpu_mem_usage": False}, cpu, Place.FILES),
-        (3, {}, gpu, Place.DEVICE),
-        (3, {"low_cpu_mem_usage": False}, gpu, Place.DEVICE),
-        (0, {}, gpu, Place.HOST),
-        (0, {"low_cpu_mem_usage": False}, gpu, Place.FILES),
+def test_all_units_stay_up_to_a_size_and_else_the_last_ones_up_to_another():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for sizes, expected, given, device, streams in (
+        ([4, 3, 2, 1], 2, {}, cpu, Place.HOST),
+        ([4, 3, 2, 1], 2, {}, cpu, Place.FILES),
+        ([4, 3, 2, 1], 2, {"low_gpu_mem_usage": True}, cpu, Place.HOST),
+        ([4, 3, 2, 1], 4, {"low_cpu_mem_usage": False}, cpu, Place.HOST),
+        ([4, 3, 2, 1], 0, {"memory": "lowest", "low_cpu_mem_usage": False}, cpu, Place.FILES),
+        ([4, 3, 2, 1], 2, {}, gpu, Place.DEVICE),
+        ([4, 3, 2, 1], 2, {"low_cpu_mem_usage": False}, gpu, Place.DEVICE),
+        ([4, 3, 2, 1], 0, {}, gpu, Place.HOST),
+        ([4, 3, 2, 1], 0, {"low_cpu_mem_usage": False}, gpu, Place.FILES),
+        ([1, 3, 2], 3, {}, cpu, Place.HOST),
+        ([1, 3, 2], 3, {}, gpu, Place.DEVICE),
+        ([1, 3, 2], 0, {"memory": "low"}, cpu, Place.HOST),
+        ([3, 4], 0, {}, cpu, Place.HOST),
     ):
-        assert states.staying_units(sizes, MemoryOptions(**given), device, streams) == expected
+        units = [size * (states.STAY_BYTES // 6) for size in sizes]
+        assert states.SOME_STAY_BYTES == states.STAY_BYTES // 2
+        assert states.staying_units(units, MemoryOptions(**given), device, streams) == expected
 
 
 def test_too_few_rows_are_refused_before_anything_is_tuned(tiny, tmp_path):

@@ -120,6 +120,7 @@ def test_a_step_of_all_blocks_counts_the_passes_that_it_takes(
         work = workload(planned(model, tmp_path / "out", **given).job)
         unit = Together.of(work, Level(0, Place.HOST)).stay()[-1]
         monkeypatch.setattr(states, "STAY_BYTES", unit * room)
+        monkeypatch.setattr(states, "SOME_STAY_BYTES", unit * room)
     dry = planned(model, tmp_path / "out", **given)
     assert passes(workload(dry.job), dry.memory.level) == expected
     held_out, step, ran = [], [], []

@@ -86,6 +86,16 @@ def test_blocks_stay_on_an_accelerator_only_where_hidden_states_do(work):
     assert len({stage.host[STAY] for plan in on_host for stage in plan.stages if STAY in stage.host}) == 1
 
 
+@pytest.mark.parametrize(("given", "where"), [({}, "device"), ({"low_gpu_mem_usage": True}, "host")])
+def test_what_flows_between_blocks_lies_where_hidden_states_do(work, given, where):
+    """As `home_of_streams` has it for both; what is learned lies on the host."""
+    on = replace(work, device=GPU, together=DistillConfig(steps=2), memory=MemoryOptions(**given))
+    (stage,) = (stage for stage in make_plan(on, PLENTY).stages if stage.name == "all blocks")
+    for part in ("hidden states", "between blocks"):
+        assert {w for w in ("host", "device") if getattr(stage, w).get(part)} == {where}
+    assert stage.host["offsets and moments"] > 0
+
+
 @pytest.mark.parametrize("accelerator", [40, 20, 10, 5, 1])
 def test_the_first_level_that_fits_an_accelerator(work, accelerator):
     large = replace(work, device=GPU, seqlen=2048, rows=4096)

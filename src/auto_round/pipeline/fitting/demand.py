@@ -236,8 +236,13 @@ class _Demand(Together):
         # Rows are traced between two steps, when no block is there: what is cast then fits into their place.
         ends = max(self._ends() - parts[STAY], self.sizes.outside)
         parts = {"embeddings and head": ends} | parts
-        aside = self.between(config) | self._streams_here()
-        return (self._stage("all blocks", parts | self._streams_there(), aside),)
+        aside, there = self.learned(config) | self._streams_here(), self._streams_there()
+        between = self.between(config)  # lies where hidden states do
+        if there:
+            parts |= between | there
+        else:
+            aside |= between
+        return (self._stage("all blocks", parts, aside),)
 
     def _measure(self) -> dict[str, int]:
         """Norm and head, after the last block."""

@@ -22,7 +22,10 @@ KEPT_BYTES = 28
 STREAMS = 3
 """What is traced of rows: the original's stream, the rounded one's and room for targets."""
 STAY_BYTES = 2 << 30
-"""Most memory for units that stay between the two sweeps of a step, where memory is to be spared."""
+"""All units stay between the two sweeps of a step where they take no more and memory is to be spared."""
+SOME_STAY_BYTES = 1 << 30
+"""Most memory for the last units where not all stay. Few of many blocks save little time, and with 2 billion
+weights 2 GiB of them made the stage's peak 2.5 times that of block tuning (docs/LOG.md)."""
 AHEAD_BYTES = 64 << 20
 """Most memory for hidden states of rows that are traced ahead."""
 
@@ -55,8 +58,10 @@ def staying_units(sizes: Sequence[int], memory: MemoryOptions, device: torch.dev
         return 0
     if not memory.low_cpu_mem_usage and device.type == "cpu":
         return len(sizes)
-    together = itertools.accumulate(reversed(sizes))
-    return sum(size <= STAY_BYTES for size in together)
+    together = list(itertools.accumulate(reversed(sizes)))
+    if together and together[-1] <= STAY_BYTES:
+        return len(sizes)
+    return sum(size <= SOME_STAY_BYTES for size in together)
 
 
 def states_on_disk(quantized: int, *, codes_stay: bool) -> int:

@@ -51,15 +51,16 @@ class Together(Parts):
             "programs of products": 2 * programs,  # those of block tuning stay
         }
 
+    def learned(self, config: DistillConfig) -> dict[str, int]:
+        """What is learned of all blocks: on the host."""
+        states = states_in_memory(config, self.work.quantized, self.work.memory) and not config.codes_stay
+        return {"offsets and moments": STATE_BYTES * self.work.quantized if states else 0}
+
     def between(self, config: DistillConfig) -> dict[str, int]:
-        """On the host: what is learned, and what flows between blocks."""
+        """What flows between blocks: where hidden states lie."""
         work, units = self.work, sum(1 for _ in self.groups())
         row = self.sizes.stream // max(1, work.rows)
-        states = states_in_memory(config, work.quantized, work.memory) and not config.codes_stay
-        return {
-            "offsets and moments": STATE_BYTES * work.quantized if states else 0,
-            "between blocks": flowing_bytes(units, row, work.seqlen, work.held_out, config.steps),
-        }
+        return {"between blocks": flowing_bytes(units, row, work.seqlen, work.held_out, config.steps)}
 
     def _at_once(self) -> int:
         """Rows that go through a unit at once."""

@@ -13,6 +13,8 @@ from auto_round.tuning.distill import DistillConfig, rows_of_step
 
 STATE_BYTES = 12
 """Of each weight: offset and two moments in float32."""
+MOMENT_BYTES = 8
+"""The moments of them."""
 SPILL_BYTES = 2 << 30
 """States of all weights lie in files above this size, where memory is to be spared."""
 CODES_BYTES = 2

@@ -9,6 +9,7 @@ from auto_round.facts.layer import Layer
 from auto_round.pipeline.fitting.parts import FLOAT, Parts
 from auto_round.pipeline.fitting.products import kept_products
 from auto_round.pipeline.fitting.states import (
+    MOMENT_BYTES,
     STATE_BYTES,
     flowing_bytes,
     states_in_memory,
@@ -52,9 +53,14 @@ class Together(Parts):
         }
 
     def learned(self, config: DistillConfig) -> dict[str, int]:
-        """What is learned of all blocks: on the host."""
-        states = states_in_memory(config, self.work.quantized, self.work.memory) and not config.codes_stay
-        return {"offsets and moments": STATE_BYTES * self.work.quantized if states else 0}
+        """What is learned of all blocks, and a unit's moments on their way to an accelerator: on the host."""
+        work = self.work
+        if config.codes_stay:
+            return {"offsets and moments": 0}
+        states = STATE_BYTES * work.quantized if states_in_memory(config, work.quantized, work.memory) else 0
+        units = (sum(a.weights for a in layers if a.name in work.formats) for layers in self.groups())
+        moved = 0 if work.device.type == "cpu" else MOMENT_BYTES * max(units)
+        return {"offsets and moments": states, "moments of a block": moved}
 
     def between(self, config: DistillConfig) -> dict[str, int]:
         """What flows between blocks: where hidden states lie."""

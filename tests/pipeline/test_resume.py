@@ -127,6 +127,7 @@ def test_killed_at_twenty_moments(tiny, tmp_path):
     model = tiny("qwen3", num_hidden_layers=4, **HEADS)
     figures = crash(model, tmp_path, 20, 300, **given, rows=token_rows(), enable_norm_bias_tuning=True)
     assert figures["identical"] == 20
+    assert figures["kills"]["inside a shard write"] >= 5
 
 
 @pytest.mark.slow
@@ -137,7 +138,6 @@ def test_killed_while_all_blocks_learn(tiny, tmp_path, spilled):
     figures = crash(tiny("qwen3", **HEADS), tmp_path, 8, 600, **given, rows=token_rows(40))
     assert figures["identical"] == 8
     assert set(figures["kills"]) == {"at a random moment", "inside a call", "inside a shard write"}
-    assert figures["kills"]["inside a shard write"] >= 5
 
 
 def test_streams_in_files_change_nothing(tiny, tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def test_blocks_stay_on_an_accelerator_only_where_hidden_states_do(work):
 def test_what_flows_between_blocks_lies_where_hidden_states_do(work, given, where):
     """As `home_of_streams` has it for both; what is learned lies on the host."""
     on = replace(work, device=GPU, together=DistillConfig(steps=2), memory=MemoryOptions(**given))
-    (stage,) = (stage for stage in make_plan(on, PLENTY).stages if stage.name == "all blocks")
+    stage = next(stage for stage in choose_plan(on, PLENTY).stages if stage.name == "all blocks")
     for part in ("hidden states", "between blocks"):
         assert {w for w in ("host", "device") if getattr(stage, w).get(part)} == {where}
     assert stage.host["offsets and moments"] > stage.host["moments of a block"] > 0

@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from auto_round.models.causal_attention import (
     BANDS,
     NAME,
-    NARROWEST,
+    QUERIES,
     _attend,
     causal_attention,
     install,
@@ -18,7 +18,7 @@ from auto_round.models.causal_attention import (
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(4, 1), (4, 2), (6, 6)])
-@pytest.mark.parametrize("length", [BANDS, 8 * BANDS, 2 * BANDS * NARROWEST])
+@pytest.mark.parametrize("length", [BANDS, 8 * BANDS, 2 * QUERIES])
 @pytest.mark.parametrize("v_width", [16, 8, 24])
 def test_output_and_gradients_equal_pytorchs(heads: int, shared: int, length: int, v_width: int) -> None:
     generator = torch.Generator().manual_seed(heads + length)
@@ -36,6 +36,16 @@ def test_output_and_gradients_equal_pytorchs(heads: int, shared: int, length: in
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [16, 21, QUERIES, QUERIES + 1, 3 * QUERIES - 1])
+def test_without_gradients_any_length_will_do(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(2, 4, length, 16), (2, 2, length, 16), (2, 2, length, 8)]
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    theirs = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+    with torch.no_grad():
+        torch.testing.assert_close(causal_attention(q, k, v, 0.3), theirs, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("gradients", [True, False])
 def test_later_positions_have_no_influence(gradients: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -49,7 +59,7 @@ def test_later_positions_have_no_influence(gradients: bool) -> None:
 @pytest.mark.parametrize("rows", [1, 5, 6])
 def test_rows_in_parts_give_what_they_give_alone(rows: int) -> None:
     """Scores of one row fill what is formed at a time, so rows go one after another."""
-    length = 2 * BANDS * NARROWEST
+    length = 5 * QUERIES
     generator = torch.Generator().manual_seed(rows)
     q, k, v = (torch.randn(rows, 1, length, 4, generator=generator) for _ in range(3))
     with torch.no_grad():

@@ -21,10 +21,12 @@ NAME = "auto_round_causal"
 STATES = "auto_round_states"
 """Option of the attention function, see `_attend`."""
 BANDS = 4
-"""Into so many bands queries are cut; into twice as many where nothing is kept for gradients and bands of
-`NARROWEST` queries remain."""
-NARROWEST = 64
-"""Queries of a band below which products of matrices lose more than masked scores cost (measured)."""
+"""Into so many bands queries are cut where gradients follow."""
+QUERIES = 128
+"""Queries of a band where none do: the first tokens of a row get the same bits whatever comes behind them,
+up to the end of a band. Narrower ones make products slower, wider ones more that is masked (docs/LOG.md)."""
+FEWEST = 16
+"""Tokens below which there is nothing to gain."""
 CACHED = 1 << 19
 """Bytes of scores that are formed at a time: half of a core's second cache, or less."""
 
@@ -42,7 +44,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        output, kept = _forward(q, k, v, BANDS)
+        output, kept = _forward(q, k, v, q.shape[2] // BANDS)
         ctx.save_for_backward(q, k, v, *kept)
         return output
 
@@ -67,17 +69,17 @@ class _CausalAttention(torch.autograd.Function):
         return dq, dk, dv
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, bands: int) -> tuple[Tensor, list[Tensor]]:
-    """What attention gives, and the probabilities of each band."""
+def _forward(q: Tensor, k: Tensor, v: Tensor, queries: int) -> tuple[Tensor, list[Tensor]]:
+    """What attention gives, and the probabilities of each band of so many queries (fewer in the last)."""
     rows, repeats, length, width = q.shape
-    size = length // bands
-    blocked = torch.full((size, size), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+    blocked = torch.full((queries, queries), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
     kept, outputs = [], []
-    for start in range(0, length, size):
-        end = start + size
+    for start in range(0, length, queries):
+        end = min(start + queries, length)
+        size = end - start
         stacked = q[:, :, start:end].reshape(rows, repeats * size, width)
         scores = stacked @ k[:, :end].transpose(1, 2)
-        scores.view(rows, repeats, size, end)[..., start:].add_(blocked)
+        scores.view(rows, repeats, size, end)[..., start:].add_(blocked[:size, :size])
         p = torch.softmax(scores, -1)
         outputs.append((p @ v[:, :end]).view(rows, repeats, size, v.shape[-1]))
         kept.append(p)
@@ -87,14 +89,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bands: int) -> tuple[Tensor, list[
 def _without_gradients(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same output; as many rows at a time as have scores that stay in a core's cache."""
     rows, repeats, length, _ = q.shape
-    narrow = length < 2 * BANDS * NARROWEST or length % (2 * BANDS)
-    bands = BANDS if narrow else 2 * BANDS
-    most = max(1, CACHED // (repeats * length // bands * length * q.element_size()))
+    most = max(1, CACHED // (repeats * min(QUERIES, length) * length * q.element_size()))
     some = next(n for n in range(min(most, rows), 0, -1) if rows % n == 0)  # few shapes: few programs
     output = q.new_empty(rows, repeats, length, v.shape[-1])
     for first in range(0, rows, some):
         part = slice(first, first + some)
-        output[part] = _forward(q[part], k[part], v[part], bands)[0]
+        output[part] = _forward(q[part], k[part], v[part], QUERIES)[0]
     return output
 
 
@@ -102,7 +102,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal self-attention.
 
     Args:
-        q: `[batch, heads, length, width]`; `length` is a multiple of `BANDS`.
+        q: `[batch, heads, length, width]`; where gradients follow `length` is a multiple of `BANDS`.
         k: `[batch, heads / n, length, width]`, each head serving `n` query heads.
         v: `[batch, heads / n, length, v_width]`; multi-head latent attention has values narrower than keys.
         scale: factor of the scores.
@@ -145,7 +145,7 @@ def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[1] % k.shape[1] == 0
         and q.shape[2:] == k.shape[2:]
         and k.shape[:3] == v.shape[:3]
-        and q.shape[2] % BANDS == 0
+        and (q.shape[2] % BANDS == 0 if torch.is_grad_enabled() else q.shape[2] >= FEWEST)
     )
 
 

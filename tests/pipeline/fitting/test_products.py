@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from auto_round.config import build_options
+from auto_round.models.causal_attention import QUERIES
 from auto_round.pipeline.deciding.fit import workload
 from auto_round.pipeline.deciding.prepare import prepare
-from auto_round.pipeline.fitting.products import OF_ATTENTION, PROGRAM, WITHOUT_GRADIENTS, kept_products
+from auto_round.pipeline.fitting.products import OF_ATTENTION, PROGRAM, kept_products
 from auto_round.pipeline.machine.memory import KEPT_PRODUCTS
 from pipeline.runs import ROWS, SHORT
 
@@ -34,11 +36,12 @@ def kept(work, rows):
 def test_programs_are_counted_by_shapes_and_sizes_of_batches(tiny):
     work = replace(work_of(tiny("llama"), iters=4, batch_size=8), rows=18, held_out=2)
     whole = len({layer.shape for layer in work.source.layers if layer.block == 0})
+    passed = 2 * math.ceil(work.seqlen / QUERIES)  # in attention without gradients
     # Rows of the steps: 2, 2, 2, 4. All rows pass as 4 at a time and two more, those held out as 2.
-    assert kept(work, 4) == 2 * (3 * whole + OF_ATTENTION + WITHOUT_GRADIENTS)
+    assert kept(work, 4) == 2 * (3 * whole + OF_ATTENTION + passed)
     # Row by row there is one size.
-    assert kept(work, 1) == 3 * whole + OF_ATTENTION + WITHOUT_GRADIENTS
-    assert kept(replace(work, tune=replace(work.tune, iters=0)), 4) == 2 * (whole + WITHOUT_GRADIENTS)
+    assert kept(work, 1) == 3 * whole + OF_ATTENTION + passed
+    assert kept(replace(work, tune=replace(work.tune, iters=0)), 4) == 2 * (whole + passed)
     assert kept(replace(work, rows=0), 4) == 0
 
 

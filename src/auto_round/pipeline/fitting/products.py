@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from auto_round.facts.layer import Layer, Role
-from auto_round.models.causal_attention import BANDS
+from auto_round.models.causal_attention import BANDS, QUERIES
 from auto_round.models.matrix_experts import filled_up
 from auto_round.pipeline.fitting.work import Workload, active_share
 from auto_round.pipeline.machine.memory import KEPT_PRODUCTS
@@ -15,9 +17,6 @@ PROGRAM = 550_000
 """Bytes of the program that oneDNN makes for products of one shape (measured, docs/LOG.md)."""
 OF_ATTENTION = 3 * BANDS
 """Products of different shapes in attention by bands and its gradients (measured: 11 to 15)."""
-WITHOUT_GRADIENTS = 2 * 2 * BANDS
-"""The same in attention without gradients, at most."""
-
 UNEVEN = 2
 """Tokens of an expert that is asked more often than the mean of them; beyond are few."""
 
@@ -39,7 +38,7 @@ def kept_products(work: Workload, layers: list[Layer], rows: int) -> int:
     shapes = len({layer.shape for layer in layers if layer.role is Role.EXPERT})
     experts = len({layer.expert for layer in layers if layer.role is Role.EXPERT})
     alone = all(work.source.tells_experts_apart(a.parameter) for a in layers if a.role is Role.EXPERT)
-    count = len(tuned) * (3 * whole + OF_ATTENTION) + len(passed) * WITHOUT_GRADIENTS
+    count = len(tuned) * (3 * whole + OF_ATTENTION) + len(passed) * 2 * math.ceil(work.seqlen / QUERIES)
     passed -= tuned
     count += len(passed) * whole
     # Experts get other numbers of tokens in each pass, unless all of them get all tokens.

@@ -38,7 +38,8 @@ def kept_products(work: Workload, layers: list[Layer], rows: int) -> int:
     shapes = len({layer.shape for layer in layers if layer.role is Role.EXPERT})
     experts = len({layer.expert for layer in layers if layer.role is Role.EXPERT})
     alone = all(work.source.tells_experts_apart(a.parameter) for a in layers if a.role is Role.EXPERT)
-    count = len(tuned) * (3 * whole + OF_ATTENTION) + len(passed) * 2 * math.ceil(work.seqlen / QUERIES)
+    count = len(tuned) * (3 * whole + OF_ATTENTION)
+    count += 2 * math.ceil(work.seqlen / QUERIES)  # attention without gradients: a few rows at a time
     passed -= tuned
     count += len(passed) * whole
     # Experts get other numbers of tokens in each pass, unless all of them get all tokens.

@@ -15,9 +15,8 @@ from auto_round.pipeline.quantize import run
 def main() -> None:
     """Arguments: model folder, output folder, rows."""
     model, out, count = sys.argv[1:]
-    states.SPILL_BYTES = states.STAY_BYTES = states.SOME_STAY_BYTES = (
-        0  # as for a model whose states do not fit
-    )
+    # As for a model whose states do not fit.
+    states.SPILL_BYTES = states.STAY_BYTES = states.SOME_STAY_BYTES = 0
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(3, 128, (6 + int(count), 32), generator=generator).tolist()
     options = build_options(

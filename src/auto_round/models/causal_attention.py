@@ -26,7 +26,8 @@ QUERIES = 128
 """Queries of a band where none do: the first tokens of a row get the same bits whatever comes behind them,
 up to the end of a band. Narrower ones make products slower, wider ones more that is masked (docs/LOG.md)."""
 FEWEST = 16
-"""Tokens below which there is nothing to gain."""
+"""Tokens below which there is nothing to gain. What is written is checked on beginnings of rows that are no
+shorter (`compare_rows.PROMPT_TOKENS`), or they would run by another program than the rows did."""
 CACHED = 1 << 19
 """Bytes of scores that are formed at a time: half of a core's second cache, or less."""
 
@@ -72,7 +73,8 @@ class _CausalAttention(torch.autograd.Function):
 def _forward(q: Tensor, k: Tensor, v: Tensor, queries: int) -> tuple[Tensor, list[Tensor]]:
     """What attention gives, and the probabilities of each band of so many queries (fewer in the last)."""
     rows, repeats, length, width = q.shape
-    blocked = torch.full((queries, queries), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+    widest = min(queries, length)
+    blocked = torch.full((widest, widest), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
     kept, outputs = [], []
     for start in range(0, length, queries):
         end = min(start + queries, length)

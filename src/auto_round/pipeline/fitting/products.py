@@ -17,6 +17,7 @@ PROGRAM = 550_000
 """Bytes of the program that oneDNN makes for products of one shape (measured, docs/LOG.md)."""
 OF_ATTENTION = 3 * BANDS
 """Products of different shapes in attention by bands and its gradients (measured: 11 to 15)."""
+
 UNEVEN = 2
 """Tokens of an expert that is asked more often than the mean of them; beyond are few."""
 
@@ -33,15 +34,13 @@ def kept_products(work: Workload, layers: list[Layer], rows: int) -> int:
         return 0
     sizes = {batch_rows(work.tune, step) for step in range(work.tune.iters)}
     tuned = {size for batch in sizes for size in _passes(batch, rows)}
-    passed = {size for many in (work.rows, work.held_out) for size in _passes(many, rows)}
+    passed = {size for many in (work.rows, work.held_out) for size in _passes(many, rows)} - tuned
     whole = len({layer.shape for layer in layers if layer.role is not Role.EXPERT})
     shapes = len({layer.shape for layer in layers if layer.role is Role.EXPERT})
     experts = len({layer.expert for layer in layers if layer.role is Role.EXPERT})
     alone = all(work.source.tells_experts_apart(a.parameter) for a in layers if a.role is Role.EXPERT)
-    count = len(tuned) * (3 * whole + OF_ATTENTION)
+    count = len(tuned) * (3 * whole + OF_ATTENTION) + len(passed) * whole
     count += 2 * math.ceil(work.seqlen / QUERIES)  # attention without gradients: a few rows at a time
-    passed -= tuned
-    count += len(passed) * whole
     # Experts get other numbers of tokens in each pass, unless all of them get all tokens.
     for sizes, each in ((tuned, 3), (passed, 1)):
         most = int(UNEVEN * active_share(work.source) * max(sizes, default=0) * work.seqlen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from auto_round.numerics.search import QUICK, THOROUGH, search_knobs
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.samples import Samples, run_block
 from auto_round.tuning.sign_round import tune_block
+from auto_round.tuning.steps import worth_cancelling
 from auto_round.tuning.weights import WeightTask
 from tuning.blocks import HIDDEN, LENGTH, W2, Mlp, generator
 
@@ -78,11 +80,26 @@ def test_better_codes_are_kept_and_the_last_ones_where_that_is_asked_for(config,
 
 @pytest.mark.parametrize(
     ("config", "products"),
-    [(TOO_FAR, False), (TuneConfig(iters=2, lr=0.5, tune_rounding=False), True)],
-    ids=["no products are known", "offsets are not tuned"],
+    [
+        (TOO_FAR, False),
+        (TuneConfig(iters=2, lr=0.5, tune_rounding=False), True),
+        (replace(TOO_FAR, try_cancelled=False), True),
+    ],
+    ids=["no products are known", "offsets are not tuned", "they are not to be tried"],
 )
 def test_the_start_is_kept_as_it_was(config, products):
     tuned, _, _ = tune(Mlp(), W4, config, products)
     assert tuned.loss <= tuned.initial_loss
     if tuned.best_step == 0:
         assert tuned.loss == tuned.initial_loss
+
+
+def test_where_cancelled_codes_are_tried():
+    three, four, eight, fp4 = (
+        f.grid for f in (int_format(3, 16, sym=True), W4, int_format(8, 16, sym=True), nv_format())
+    )
+    assert not worth_cancelling(50, [three, four], rounds_inputs=False)
+    assert worth_cancelling(49, [four], rounds_inputs=False)
+    assert worth_cancelling(200, [four], rounds_inputs=True)
+    assert worth_cancelling(200, [four, eight], rounds_inputs=False)
+    assert worth_cancelling(200, [fp4], rounds_inputs=False)

@@ -43,6 +43,7 @@ class TuneConfig:
         tune_range: learn range multipliers.
         tune_norm_bias: also learn the block's norm weights and biases.
         keep_best: return the best parameters seen on the held-out samples, else the last ones.
+        try_cancelled: with `keep_best`, also try codes whose errors cancel, see `worth_cancelling`.
         ranges: what flows into layers fixes numbers of their formats; tuning itself does not look at this.
         keeps_offsets: return the offsets and knobs of each weight too, where a later stage goes on from them.
         patience: stop after this many steps without a better held-out loss, which is looked at ten times in a
@@ -65,6 +66,7 @@ class TuneConfig:
     tune_range: bool = True
     tune_norm_bias: bool = False
     keep_best: bool = True
+    try_cancelled: bool = True
     ranges: bool = False
     keeps_offsets: bool = False
     patience: int = 0

@@ -337,9 +337,9 @@ class _Loop:
             began: everything that is trained beside the offsets, as it was at first.
 
         Returns:
-            Infinity where offsets are not tuned, or no products of inputs are known.
+            Infinity where they are not to be tried, offsets are not tuned, or no products are known.
         """
-        if not self._offsets or not self._config.search:
+        if not (self._config.try_cancelled and self._config.search and self._offsets):
             return math.inf
         with torch.no_grad():
             for p, value in zip(self._trained[len(self._offsets) :], began, strict=True):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from auto_round.numerics.grid import Grid, IntGrid
 from auto_round.tuning.config import Optimizer, TuneConfig
 
 ADAM_LR = 0.02
@@ -22,6 +23,10 @@ LOOKS = 10
 """How many times the held-out loss is looked at during a run."""
 STEPS_BETWEEN_LOOKS = 10
 """Fewest steps between two looks: each costs about as much as a step. The last step is always looked at."""
+
+CANCELLED_BELOW, CANCELLED_ABOVE = 50, 4
+"""Steps of a run and bits of a weight between which codes whose errors cancel never are the best (measured:
+docs/LOG.md)."""
 
 
 class Stepper(Protocol):
@@ -115,6 +120,22 @@ def held_out_looks(config: TuneConfig) -> list[int]:
     first = every if config.patience else max(every, config.iters // 2)
     looks = [step for step in range(every, config.iters, every) if step >= first]
     return [*looks, config.iters]
+
+
+def worth_cancelling(iters: int, grids: Iterable[Grid], *, rounds_inputs: bool) -> bool:
+    """Whether codes whose errors cancel may be better than what steps learn.
+
+    Steps learn little where they are few, where weights have so many bits that the noise of bfloat16 is as
+    large as what can be learned, and where rounded inputs are most of the error. Elsewhere none of some 900
+    blocks was better with them.
+
+    Args:
+        iters: steps of the run.
+        grids: what the weights are rounded to.
+        rounds_inputs: whether inputs are rounded, too.
+    """
+    fine = any(type(grid) is not IntGrid or grid.bits > CANCELLED_ABOVE for grid in grids)
+    return iters < CANCELLED_BELOW or rounds_inputs or fine
 
 
 def range_rate(config: TuneConfig, end_steps: float) -> float:

@@ -47,6 +47,7 @@ from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.samples import Samples, run_block
 from auto_round.tuning.sign_round import TunedBlock, tune_block
 from auto_round.tuning.stacks import CodedStack
+from auto_round.tuning.steps import worth_cancelling
 from auto_round.tuning.weights import WeightTask, measured
 
 
@@ -203,13 +204,15 @@ def tune_unit(
     formats = bound_formats(unit.formats, unit.originals)
     inputs = streams.quantized if from_quantized else streams.reference
     count = streams.tuned
+    grids, rounds_inputs = [fmt.grid for fmt in formats.values()], bool(activations or steps)
+    cancels = worth_cancelling(config.iters, grids, rounds_inputs=rounds_inputs)
     with quantized_inputs(group, activations), rounded_states(group, steps):
         tuned = tune_block(
             group,
             {n: WeightTask(fmt, unit.originals[n], importance.get(n)) for n, fmt in formats.items()},
             _samples(inputs, streams.targets, weights, arguments, slice(0, count)),
             _samples(inputs, streams.targets, weights, unit.arguments(count), slice(count, None)),
-            config if count and unit.runs else replace(config, iters=0),
+            replace(config, try_cancelled=cancels, iters=config.iters if count and unit.runs else 0),
             generator=generator,
             objective=replace(objective, device=unit.device),
         )

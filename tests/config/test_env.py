@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from auto_round.config import (
     read_environment,
     unknown_variables,
 )
+from auto_round.config.env import SPINS, wait_shortly
 from auto_round.errors import ConfigError
 
 
@@ -59,3 +63,25 @@ def test_one_reader():
         if re.search(r"os\.(environ|getenv)", p.read_text())
     }
     assert readers <= {"config/env.py"}
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_wait_shortly_unless_the_user_has_said_how(monkeypatch, given, spins):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    wait_shortly()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+
+
+def test_commands_say_how_threads_wait_before_pytorch_is_loaded():
+    code = "import sys, os; from auto_round.cli.main import main; main(['--version']); print("
+    code += "os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
+    assert said.split()[-2:] == [SPINS, "False"]

@@ -103,6 +103,34 @@ def test_many_threads_on_few_cores_are_warned_about(
     assert "OMP_NUM_THREADS=2" in caplog.text
 
 
+def test_threads_that_wait_for_other_processes_are_warned_about(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(device, "usable_cores", lambda: 2)
+    monkeypatch.setattr(device, "slower_together", lambda: device.FAR_SLOWER)
+    device.warn_of_threads(torch.device("cpu"))
+    assert not caplog.text
+    monkeypatch.setattr(device, "slower_together", lambda: 1200.0)
+    device.warn_of_threads(torch.device("cuda"))
+    assert not caplog.text
+    device.warn_of_threads(torch.device("cpu"))
+    assert "busy" in caplog.text
+    assert "1200 times as long with 2 threads" in caplog.text
+    assert "OMP_NUM_THREADS=1" in caplog.text
+
+
+def test_measuring_threads_leaves_their_number() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert device.slower_together(0.01) > 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells the parent's peak, too")
 def test_the_peak_is_not_that_of_the_process_that_started_this_one():

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from auto_round.cli import exit_codes
 from auto_round.collector import quiet_collector
 from auto_round.config import read_environment, unknown_variables
+from auto_round.config.env import wait_shortly
 from auto_round.errors import (
     AutoRoundError,
     ConfigError,
@@ -63,6 +64,7 @@ def main_eval(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None, recipe: str) -> int:
     """Run one command; no exception leaves, except the interpreter's own."""
     debug = False
+    wait_shortly()
     try:
         level = read_environment().log_level
         debug = level in {"TRACE", "DEBUG"}

@@ -134,6 +134,24 @@ def keep_products(count: int) -> None:
         os.environ.setdefault(name, str(count))
 
 
+SPINS: Final = "2000"
+"""How often a thread looks whether the others are done before it sleeps. PyTorch's OpenMP library looks for
+milliseconds, on a core that the others may need: where other processes keep all cores busy, a run took more
+than fifteen times as long as with one thread. Fewer looks than a thousand cost time where nothing else runs
+(docs/LOG.md)."""
+_WAITING: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+"""Variables by which users say how threads wait. Source: libgomp's manual, "Environment Variables"."""
+
+
+def wait_shortly() -> None:
+    """Let threads that wait for others soon sleep, unless the user has said how they wait.
+
+    It has to be called before PyTorch is imported: the library reads it once, when it is loaded.
+    """
+    if not any(name in os.environ for name in _WAITING):
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
 def process_variables() -> Mapping[str, str]:
     """Return all variables of this process, for what other programs say in theirs."""
     return os.environ

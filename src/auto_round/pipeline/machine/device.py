@@ -188,7 +188,7 @@ def warn_of_threads(device: torch.device) -> None:
         )
 
 
-def slower_together(seconds: float = 0.1) -> float:
+def slower_together(seconds: float = 0.05) -> float:
     """How many times as long as one thread all threads take for an operation of some microseconds.
 
     Args:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from auto_round.log import logger
-from auto_round.pipeline.machine import device, limits, memory
+from auto_round.pipeline.machine import limits, memory, threads
 from auto_round.pipeline.machine.limits import allowed_bytes, usable_cores
 
 TWO_CORES = {
@@ -92,40 +93,55 @@ def test_available_memory_is_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.available_bytes() == 12345
 
 
-def test_many_threads_on_few_cores_are_warned_about(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def with_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """As on two cores with so many threads, of which nobody has said how they wait; the log can be read."""
     monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    monkeypatch.setattr(device, "usable_cores", lambda: 2)
-    device.warn_of_threads(torch.device("cpu"))
+    monkeypatch.setattr(threads, "usable_cores", lambda: 2)
+    monkeypatch.setattr(threads, "says_how_threads_wait", lambda: False)
+    return lambda count: monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+
+
+def test_many_threads_on_few_cores_are_warned_about(
+    with_threads: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    with_threads(64)
+    threads.warn_of_threads(torch.device("cpu"))
     assert "64 threads" in caplog.text
     assert "OMP_NUM_THREADS=2" in caplog.text
 
 
 def test_threads_that_wait_for_other_processes_are_warned_about(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    with_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(device, "usable_cores", lambda: 2)
-    monkeypatch.setattr(device, "slower_together", lambda: device.FAR_SLOWER)
-    device.warn_of_threads(torch.device("cpu"))
+    with_threads(2)
+    monkeypatch.setattr(threads, "slower_together", lambda: threads.FAR_SLOWER)
+    threads.warn_of_threads(torch.device("cpu"))
     assert not caplog.text
-    monkeypatch.setattr(device, "slower_together", lambda: 1200.0)
-    device.warn_of_threads(torch.device("cuda"))
+    monkeypatch.setattr(threads, "slower_together", lambda: 1200.0)
+    threads.warn_of_threads(torch.device("cuda"))
     assert not caplog.text
-    device.warn_of_threads(torch.device("cpu"))
+    threads.warn_of_threads(torch.device("cpu"))
     assert "busy" in caplog.text
     assert "1200 times as long with 2 threads" in caplog.text
     assert "OMP_NUM_THREADS=1" in caplog.text
+
+
+def test_nothing_is_measured_where_it_is_said_how_threads_wait(
+    with_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_threads(2)
+    monkeypatch.setattr(threads, "says_how_threads_wait", lambda: True)
+    monkeypatch.setattr(threads, "slower_together", lambda: pytest.fail("measured"))
+    threads.warn_of_threads(torch.device("cpu"))
+    assert not caplog.text
 
 
 def test_measuring_threads_leaves_their_number() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert device.slower_together(0.01) > 0
+        assert threads.slower_together(0.01) > 0
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -143,12 +143,17 @@ _WAITING: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """Variables by which users say how threads wait. Source: libgomp's manual, "Environment Variables"."""
 
 
+def says_how_threads_wait() -> bool:
+    """Whether one of them is set."""
+    return any(name in os.environ for name in _WAITING)
+
+
 def wait_shortly() -> None:
     """Let threads that wait for others soon sleep, unless the user has said how they wait.
 
     It has to be called before PyTorch is imported: the library reads it once, when it is loaded.
     """
-    if not any(name in os.environ for name in _WAITING):
+    if not says_how_threads_wait():
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 

@@ -17,7 +17,8 @@ from auto_round.export.exporter import Exporter
 from auto_round.export.table import settle_formats
 from auto_round.pipeline.deciding.caches import refuse_formats
 from auto_round.pipeline.deciding.image_rows import image_folder
-from auto_round.pipeline.machine.device import Devices, choose_devices, warn_of_threads
+from auto_round.pipeline.machine.device import Devices, choose_devices
+from auto_round.pipeline.machine.threads import warn_of_threads
 from auto_round.report.draw import require_plotting
 from auto_round.schemes.scheme import parse_scheme
 from auto_round.tuning.settings import tune_settings

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from auto_round.config.env import SPINS
 from auto_round.errors import ConfigError
 from auto_round.log import logger
-from auto_round.pipeline.machine.limits import usable_cores
 
-FAR_SLOWER = 50.0
-"""Times as long from which on it is worth a warning: 1 on a quiet machine, 10 to 30 in a command on a busy
-one (`config.env.wait_shortly`), 1000 without that."""
-_SMALL = 1 << 16
-"""Numbers of an operation that PyTorch gives to two threads, and that takes microseconds."""
 TOKENS_AT_ONCE = 1024
 """Tokens that go through a block at once on a CPU (docs/LOG.md)."""
 
@@ -168,46 +160,3 @@ def has_bfloat16_arithmetic() -> bool:
     if capabilities is not None:
         return any("bf16" in name and bool(there) for name, there in capabilities().items())
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # before 2.11
-
-
-def warn_of_threads(device: torch.device) -> None:
-    """Warn of more threads than a container has cores, and of threads that wait for other processes."""
-    threads, cores = torch.get_num_threads(), usable_cores()
-    if device.type != "cpu" or threads == 1:
-        return
-    if threads > 2 * cores:
-        logger.warning(
-            "PyTorch computes with %d threads, but this process may use %d cores: set OMP_NUM_THREADS=%d",
-            *(threads, cores, cores),
-        )
-    elif (times := slower_together()) > FAR_SLOWER:
-        logger.warning(
-            "the machine is busy: a small operation takes %d times as long with %d threads as with one, for "
-            "they wait for each other; set OMP_NUM_THREADS=1, or GOMP_SPINCOUNT=%s, before Python starts",
-            *(times, threads, SPINS),
-        )
-
-
-def slower_together(seconds: float = 0.05) -> float:
-    """How many times as long as one thread all threads take for an operation of some microseconds.
-
-    Args:
-        seconds: how long to measure each.
-    """
-    threads, x = torch.get_num_threads(), torch.ones(_SMALL, dtype=torch.float32, device="cpu")
-    out = torch.empty_like(x)
-    together = _seconds_of_one(lambda: torch.add(x, x, out=out), seconds)
-    torch.set_num_threads(1)
-    try:
-        return together / _seconds_of_one(lambda: torch.add(x, x, out=out), seconds)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _seconds_of_one(work: Callable[[], object], seconds: float) -> float:
-    work()  # threads are made
-    done, began = 0, time.perf_counter()
-    while (taken := time.perf_counter() - began) < seconds:
-        work()
-        done += 1
-    return taken / done

@@ -94,7 +94,7 @@ def test_a_loss_that_is_no_number_ends_the_stage_and_not_the_run(tiny, tmp_path,
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(tiny, tmp_path, monkeypatch, files, place, done, again):
-    monkeypatch.setattr(distill, "LOOKS", 2)
+    monkeypatch.setattr(distill, "LOOKS", (0.5, 1.0))
     model, given = tiny("qwen3", **QWEN), {**SHORT, "verify": False}
     quantize(model, tmp_path / "whole", **given)
     if files:

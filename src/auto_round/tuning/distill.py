@@ -45,10 +45,11 @@ NORM_RATE = 3e-3
 """Step of norms and biases at 2 bits, relative to their mean magnitude; a quarter of it for each bit more."""
 FEATURES = 0.4
 """Weight of the hidden states: so many nats for squared errors as large as at the start, mean over blocks."""
-LOOKS = 10
-"""How many times the held-out rows are looked at."""
+LOOKS = (0.25, 0.5, 0.75, 0.9, 1.0)
+"""After which parts of a run the held-out rows are looked at. Each look costs half of a step to a whole one,
+and of the steps before the last tenth hardly any was ever the best (docs/LOG.md)."""
 STEPS_BETWEEN_LOOKS = 2
-"""Fewest steps between two looks: each costs about half of a step. The last step is always looked at."""
+"""Fewest steps between two looks, and before the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +96,12 @@ class DistillConfig:
     @property
     def looks(self) -> frozenset[int]:
         """Steps after which the held-out rows are looked at."""
-        every = max(STEPS_BETWEEN_LOOKS, self.steps // LOOKS)
-        return frozenset({*range(every, self.steps, every), self.steps})
+        found = [self.steps]
+        for part in reversed(LOOKS):
+            step = round(part * self.steps)
+            if STEPS_BETWEEN_LOOKS <= step <= found[-1] - STEPS_BETWEEN_LOOKS:
+                found.append(step)
+        return frozenset(found)
 
 
 def distill_settings(tune: TuneOptions, seed: int) -> DistillConfig:

@@ -14,8 +14,8 @@ class Progress:
     """One step of a long job.
 
     Attributes:
-        stage: "load", "calibrate", "tune", "distill", "write", "verify"; "show" of a pipeline; "original",
-            "floor", "compare" of an evaluation.
+        stage: "load", "calibrate", "smooth", "tune", "distill", "write", "verify"; "show" of a pipeline;
+            "original", "floor", "compare" of an evaluation.
         done: finished units of this stage.
         total: all units of this stage.
         label: what was just finished, for example a block's name.

@@ -50,6 +50,7 @@ CHANGES = {
     "enable_torch_compile": True,
     "disable_opt_rtn": True,
     "enable_alg_ext": True,
+    "smooth": 0.5,
     "distill_steps": 2,
     "distill_nsamples": 3,
     "distill_lr": 0.1,

@@ -14,6 +14,7 @@ VERBS = {
     "load": "reading",
     "calibrate": "calibrating",
     "score": "measuring sensitivity",
+    "smooth": "smoothing",
     "tune": "tuning",
     "distill": "distilling",
     "write": "writing",

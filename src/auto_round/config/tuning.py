@@ -104,6 +104,16 @@ class TuneOptions:
             aliases=("enable_lfq",),
         ),
     )
+    smooth: float | None = option(
+        None,
+        Spec(
+            "before rounding, divide channels of inputs by part of their size and multiply the weights that "
+            "read them by it; 0 for not at all, 1 for all of it; when not given 0.5 where inputs become "
+            "MXFP4, else 0",
+            low=0,
+            high=1,
+        ),
+    )
     distill_steps: int = option(
         0,
         Spec(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from auto_round.checkpoint.header import read_object
 from auto_round.checkpoint.reader import Checkpoint
+from auto_round.checkpoint.rescaled import Rescaled
 from auto_round.checkpoint.tensors import Tensors
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.tensor import TensorSpec
@@ -30,6 +31,7 @@ from auto_round.models.skeleton import (
     tied_weights,
     untie,
 )
+from auto_round.numerics.smoothing import Rescaling
 from auto_round.stored.unpacked import open_plain
 
 _ONE_OF_MANY = re.compile(r"\.experts\.\d+\.")
@@ -98,6 +100,14 @@ class FolderSource(AssembledSource):
             return build_skeleton(config, computing, trust_remote_code=trust_remote_code)
 
         return cls(files, read_parts(files, config, build, dtype))
+
+    def rescaled(self, changes: Mapping[str, Rescaling]) -> FolderSource:
+        """The same model with some of its tensors rescaled as they are read; closing either closes the files.
+
+        Args:
+            changes: tensor on disk -> what becomes of it.
+        """
+        return FolderSource(Rescaled(self._files, changes), self._parts)
 
     @property
     def folder(self) -> Path:

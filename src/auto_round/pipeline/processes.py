@@ -16,6 +16,7 @@ from auto_round.config.option import settings
 from auto_round.config.options import GROUPS, Options
 from auto_round.errors import ConfigError
 from auto_round.log import logger
+from auto_round.numerics.smoothing import Rescaling
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.device import choose_device, device_of_rank
 from auto_round.pipeline.writing.signature import signature
@@ -37,12 +38,14 @@ class Begun(NamedTuple):
         scratch: folder for what only this run needs, which others may not see.
         rows: calibration rows, where they are not those that all have prepared.
         tuned: how many of them are tuned on.
+        changes: tensor on disk -> how the model is rescaled; empty where it is as it was.
     """
 
     entries: list[dict[str, Any]]
     scratch: Path
     rows: CalibrationRows | None
     tuned: int
+    changes: Mapping[str, Rescaling]
 
 
 @contextmanager

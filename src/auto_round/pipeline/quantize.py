@@ -24,6 +24,7 @@ from auto_round.pipeline.deciding.compiling import tuning_steps
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
+from auto_round.pipeline.deciding.smoothing import strength_of
 from auto_round.pipeline.disk_need import refuse_full_disk
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.default_device import plain_device
@@ -50,6 +51,7 @@ from auto_round.pipeline.running.input_squares import save_inputs
 from auto_round.pipeline.running.last_block import positions_held
 from auto_round.pipeline.running.lower import Fitting
 from auto_round.pipeline.running.measure import Measured, measure_streams
+from auto_round.pipeline.running.smooth import find_changes, with_changes
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.towers import quantize_towers
 from auto_round.pipeline.running.trace_rows import trace_rows
@@ -118,6 +120,7 @@ def _follow(job: Job, clock: Clock) -> Result:
         help_rounding(Rounding.of(job), job.ranks)
     elif begun is not None:
         job = job if begun.rows is None else replace(job, rows=begun.rows, tuned=begun.tuned)
+        job = with_changes(job, begun.changes) if begun.changes else job
         seen = begun.scratch if begun.scratch.is_dir() else None  # another machine may have other disks
         with TemporaryDirectory(prefix=f"rank-{job.ranks.rank}-", dir=seen) as scratch:
             outputs = Outputs(job, {}, done=(), fresh=False)
@@ -150,7 +153,7 @@ def _write_all(
 ) -> dict[str, Any]:
     """Everything that the output holds, and the report on it."""
     folders, continued = job.folders(folder.folder), bool(journal.entries)
-    job = _begin(job, folder.scratch, journal)
+    job = _begin(job, folder.scratch, journal, progress, clock)
     with Outputs.open(job, folders, journal) as outputs:
         clock.lap("prepare")
         logger.info("plan\n%s", plan_table(job))
@@ -175,11 +178,16 @@ def _write_all(
     return report
 
 
-def _begin(job: Job, scratch: Path, journal: Journal) -> Job:
-    """The job with all of its rows; other ranks are told of them, and of what is done already."""
+def _begin(job: Job, scratch: Path, journal: Journal, progress: ProgressSink, clock: Clock) -> Job:
+    """The job with all of its rows, on the model as it is rounded; other ranks are told of both.
+
+    They are told, too, of what is done already.
+    """
     whole = cover_experts(job, scratch)
-    job.ranks.first(Begun(journal.entries, scratch, None if whole is job else whole.rows, whole.tuned))
-    return whole
+    changes = find_changes(whole, scratch, progress, clock)
+    rows = None if whole is job else whole.rows
+    job.ranks.first(Begun(journal.entries, scratch, rows, whole.tuned, changes))
+    return with_changes(whole, changes) if strength_of(whole) else whole
 
 
 @dataclass(frozen=True, slots=True)

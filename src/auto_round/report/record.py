@@ -53,8 +53,8 @@ class RunRecord:
         finished: time at which it ended, UTC, ISO 8601.
         seconds: wall time of the process that finished the run.
         continued: an earlier process did some of the units; their times are in `units`, not in `seconds`.
-        stages: stage -> wall seconds: "prepare", "trace", "round", "tune", "distill", "measure", "write",
-            "verify".
+        stages: stage -> wall seconds: "prepare", "smooth", "trace", "round", "tune", "distill", "measure",
+            "write", "verify".
         peak_bytes: peak resident memory of the process, bytes.
         device: what blocks were tuned on: "cpu", "cuda".
         units: cost of each unit, in order; empty for plain rounding, whose units overlap.

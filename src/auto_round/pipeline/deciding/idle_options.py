@@ -124,7 +124,7 @@ IDLE: Final = (
         lambda run: not run.options.tune.distill_steps,
     ),
     Idle(("memory", "targets_ahead"), "plain rounding holds a few matrices at a time", _needs_no_rows),
-    Idle(("nsamples", "expert_rows"), "plain rounding needs no data", _needs_no_rows),
+    Idle(("nsamples", "expert_rows", "smooth"), "plain rounding needs no data", _needs_no_rows),
     Idle(("expert_rows",), "the model sends tokens to no experts", lambda run: not run.has_experts),
     Idle(
         ("processor", "image_processor", "extra_data_dir", "template"),

@@ -25,6 +25,7 @@ from auto_round.numerics.search import THOROUGH
 from auto_round.pipeline.deciding.kept_dtype import named_dtype
 from auto_round.pipeline.deciding.method import Method, method_of
 from auto_round.pipeline.deciding.placement import Placement
+from auto_round.pipeline.deciding.smoothing import Smoothing
 from auto_round.pipeline.fitting.level import Level, levels_of, starts_at
 from auto_round.pipeline.fitting.plan import MemoryPlan
 from auto_round.ranks.ranks import ALONE, Ranks
@@ -62,6 +63,7 @@ class Job:
         ranks: the processes that do it together.
         files: how weight files of the output are called.
         fresh: rows of the stage after block tuning, which blocks are not tuned on; empty without it.
+        smoothing: how `source` was rescaled; None where it is as the user gave it.
     """
 
     options: Options
@@ -86,6 +88,7 @@ class Job:
     ranks: Ranks = ALONE
     files: WeightFiles = TRANSFORMERS
     fresh: tuple[CalibrationRow, ...] = ()
+    smoothing: Smoothing | None = None
 
     @property
     def effort(self) -> Effort | None:

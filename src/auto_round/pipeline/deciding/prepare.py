@@ -19,6 +19,7 @@ from auto_round.pipeline.deciding.image_rows import first_with_images
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.open_model import Opened, open_model, refuse_outputs
 from auto_round.pipeline.deciding.request import Request, make_request
+from auto_round.pipeline.deciding.smoothing import refuse_smoothing
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.memory import keep_few_products
 
@@ -71,6 +72,7 @@ def prepare(
     )
     for note in idle_options(settled):
         logger.warning(note)
+    refuse_smoothing(job)
     return fitted(job)
 
 

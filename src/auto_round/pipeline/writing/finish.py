@@ -87,6 +87,8 @@ def build_report(
     }
     if job.rows is not None:
         report["calibration"] = _calibration(job, job.rows)
+    if job.smoothing is not None:
+        report["smoothing"] = job.smoothing.to_entry()
     if measured is not None:
         c = measured.comparison
         report["held_out"] = {

@@ -1,0 +1,165 @@
+"""Channels of a block that are made in one place and read in others, found by running the block.
+
+Three kinds are looked for: what a norm gives to linear layers, and what one linear layer gives to another
+elementwise (`up` to `down` behind a gate, values to the output of attention). Nothing is taken from names. A
+link counts if the block gives the same after its channels were divided where they are made and multiplied
+where they are read, so whoever else reads a norm (a router, say) rules it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.numerics.smoothing import Rescaling
+
+SAME = 1e-3
+"""Largest error of what a block adds to its input, median over tokens, by which it still gives the same:
+float32 leaves 1e-6, and a channel that somebody else reads half as large is off by tenths."""
+PLUS = (0.0, 1.0)
+"""What models add to the weight of a norm before they multiply by it: nothing, or 1 as Gemma does."""
+VECTOR, MATRIX = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Channels that can be rescaled.
+
+    Attributes:
+        makers: parameter of the block whose first axis they are -> what the model adds to it (`PLUS`).
+        readers: weights of linear layers whose columns they are.
+        repeats: how often each is read, as values are by the queries of a group.
+        together: neighbouring channels that are repeated as one: the size of a head.
+    """
+
+    makers: Mapping[str, float]
+    readers: tuple[str, ...]
+    repeats: int = 1
+    together: int = 1
+
+    def spread(self, made: Tensor) -> Tensor:
+        """Numbers of channels as they are read, from those as they are made."""
+        return made.view(-1, 1, self.together).expand(-1, self.repeats, self.together).reshape(-1)
+
+    def gathered(self, read: Tensor) -> Tensor:
+        """Numbers of channels as they are made: the mean of those as they are read."""
+        return read.view(-1, self.repeats, self.together).mean(1).reshape(-1)
+
+    def changes(self, factors: Tensor) -> dict[str, Rescaling]:
+        """What becomes of each parameter when channels, as they are made, are divided by factors."""
+        made = {name: Rescaling(divided=factors, plus=plus) for name, plus in self.makers.items()}
+        return {**made, **{name: Rescaling(multiplied=self.spread(factors)) for name in self.readers}}
+
+
+Run = Callable[[], Tensor]
+"""Runs the block on the same row: what it adds to its input, `[tokens, width]` float32."""
+
+
+def find_links(block: nn.Module, run: Run, usable: Callable[[str], bool]) -> list[Link]:
+    """Every link of a block.
+
+    Args:
+        block: with its weights, in float32; they are as before when this returns.
+        run: runs it.
+        usable: whether a parameter can be rescaled where it is stored.
+    """
+    fed, wanted = _watch(block, run)
+    found: list[Link] = []
+    for several in (*_norms(block, fed), *_pairs(block, fed)):
+        for link in several:
+            names = (*link.makers, *link.readers)
+            if all(map(usable, names)) and _holds(block, link, run, wanted):
+                found.append(link)
+                break
+    return found
+
+
+def _watch(block: nn.Module, run: Run) -> tuple[dict[str, str | None], Tensor]:
+    """Linear layer called once -> the norm whose output it reads, None for none; and the block's output."""
+    read: dict[str, list[Tensor]] = {}
+    made: dict[str, list[Tensor]] = {}
+
+    def look(name: str, *, linear: bool) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[object, ...], output: object) -> None:
+            value = args[0] if linear and args else output
+            if isinstance(value, Tensor):
+                (read if linear else made).setdefault(name, []).append(value)
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(look(name, linear=type(module) is nn.Linear))
+        for name, module in block.named_modules()
+        if type(module) is nn.Linear or _is_norm(module)
+    ]
+    try:
+        wanted = run()
+    finally:
+        for each in hooks:
+            each.remove()
+    norms = {id(values[0]): name for name, values in made.items() if len(values) == 1}
+    return {name: norms.get(id(values[0])) for name, values in read.items() if len(values) == 1}, wanted
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    own = isinstance(weight, nn.Parameter) and weight.dim() == VECTOR
+    return own and not any(True for _ in module.children())
+
+
+def _norms(block: nn.Module, fed: Mapping[str, str | None]) -> Iterator[list[Link]]:
+    """One link for each norm, in the ways in which models multiply by its weight."""
+    for norm in dict.fromkeys(name for name in fed.values() if name is not None):
+        readers = tuple(f"{name}.weight" for name, source in fed.items() if source == norm)
+        width = block.get_parameter(f"{norm}.weight").numel()
+        if all(block.get_parameter(name).shape[1] == width for name in readers):
+            bias = {f"{norm}.bias": 0.0} if _has(block, f"{norm}.bias") else {}
+            yield [Link({f"{norm}.weight": plus, **bias}, readers) for plus in PLUS]
+
+
+def _pairs(block: nn.Module, fed: Mapping[str, str | None]) -> Iterator[list[Link]]:
+    """For each linear layer that no norm feeds those beside it which may make its channels."""
+    for name in (name for name, norm in fed.items() if norm is None):
+        parent, _, _ = name.rpartition(".")
+        head = getattr(block.get_submodule(parent), "head_dim", None)
+        width = block.get_parameter(f"{name}.weight").shape[1]
+        several: list[Link] = []
+        for other in (each for each in fed if each.rpartition(".")[0] == parent and each != name):
+            made = block.get_parameter(f"{other}.weight").shape[0]
+            bias = {f"{other}.bias": 0.0} if _has(block, f"{other}.bias") else {}
+            link = Link({f"{other}.weight": 0.0, **bias}, (f"{name}.weight",))
+            if made == width:
+                several.append(link)
+            elif isinstance(head, int) and width % made == 0 and made % head == 0:
+                several.append(replace(link, repeats=width // made, together=head))
+        yield several
+
+
+def _has(block: nn.Module, parameter: str) -> bool:
+    return any(name == parameter for name, _ in block.named_parameters())
+
+
+def _holds(block: nn.Module, link: Link, run: Run, wanted: Tensor) -> bool:
+    """Whether the block gives the same with channels at half, whole and double size."""
+    count = block.get_parameter(next(iter(link.makers))).shape[0]
+    factors = torch.pow(2.0, torch.arange(count, device=wanted.device) % 3 - 1)
+    with _rescaled(block, link.changes(factors)):
+        off = (run() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return bool(off.median() <= SAME)
+
+
+@contextmanager
+def _rescaled(block: nn.Module, changes: Mapping[str, Rescaling]) -> Iterator[None]:
+    """Some parameters of a block rescaled for a while."""
+    kept = {name: block.get_parameter(name).data for name in changes}
+    try:
+        for name, change in changes.items():
+            block.get_parameter(name).data = change.of(kept[name])
+        yield
+    finally:
+        for name, data in kept.items():
+            block.get_parameter(name).data = data

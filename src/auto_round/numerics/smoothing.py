@@ -1,0 +1,67 @@
+"""Large channels of inputs made smaller, and the weights that read them larger, before both are rounded.
+
+A linear layer reads `x` and multiplies it by `W`. With any factor `s` of a channel, `(x / s)` times `(W s)`
+is the same product. Where inputs are rounded, a channel that is much larger than its neighbours spoils the
+grid of its whole group: such channels get `s > 1`, and their columns of `W` carry what they lose. The
+division costs nothing when the model runs: it is put into whatever makes the channel, the weight of a norm or
+the rows of an earlier matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+LARGEST = 16.0
+"""Largest factor of a channel; its inverse is the smallest."""
+TINY = 1e-12
+"""Mean squares below this count as this: channels that are always 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rescaling:
+    """What becomes of one tensor.
+
+    Attributes:
+        divided: divisors along its first axis, `[n] float32`; None for none.
+        multiplied: factors along its last axis, `[n] float32`; None for none.
+        plus: what the model adds to a norm's weight before it multiplies by it: the sum is divided.
+    """
+
+    divided: Tensor | None = None
+    multiplied: Tensor | None = None
+    plus: float = 0.0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The tensor rescaled, computed in float32 and rounded to its own dtype."""
+        found = tensor.float()
+        if self.multiplied is not None:
+            found = found * self.multiplied.to(found.device)
+        if self.divided is not None:
+            by = self.divided.to(found.device).reshape(-1, *[1] * (found.dim() - 1))
+            found = (found + self.plus) / by - self.plus
+        return found.to(tensor.dtype)
+
+    def also(self, other: Rescaling) -> Rescaling:
+        """Both, of which one divides and one multiplies."""
+        return Rescaling(
+            self.divided if other.divided is None else other.divided,
+            self.multiplied if other.multiplied is None else other.multiplied,
+            self.plus or other.plus,
+        )
+
+
+def channel_factors(inputs: Tensor, weights: Tensor, strength: float) -> Tensor:
+    """Factor of each channel: `a ** strength / w ** (1 - strength)`, with geometric mean 1.
+
+    This is SmoothQuant's (arXiv 2211.10438, equation 4), where `a` and `w` are the largest magnitudes of a
+    channel and of its column. Here they are root mean squares: with maxima more is lost (docs/LOG.md).
+
+    Args:
+        inputs: mean squares of the channels, `[n] float32`, best with every token scaled to the same size.
+        weights: mean squares of the columns, `[n] float32`.
+        strength: 1 makes all channels equally large, 0 all columns.
+    """
+    logs = 0.5 * (strength * inputs.clamp_min(TINY).log() - (1 - strength) * weights.clamp_min(TINY).log())
+    return (logs - logs.mean()).exp().clamp(1 / LARGEST, LARGEST)

@@ -1,0 +1,107 @@
+"""Whether channels of inputs are evened out before rounding (`numerics.smoothing`), and what is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from auto_round.errors import ConfigError
+from auto_round.log import logger
+from auto_round.models.folder import FolderSource
+from auto_round.numerics.smoothing import Rescaling
+from auto_round.schemes.plan import Plan
+
+if TYPE_CHECKING:
+    from auto_round.pipeline.deciding.job import Job
+
+STRENGTH = 0.5
+"""Strength where the user gives none: of 0.3, 0.5, 0.8 and 1 the best on a real model (docs/LOG.md)."""
+GAINS = ("mx_fp", 4)
+"""Inputs that gain by it: one power of two for 32 numbers of 4 bits is the coarsest grid there is. Of NVFP4
+with a scale for 16, real models gain little (docs/LOG.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothing:
+    """What was done.
+
+    Attributes:
+        strength: see `channel_factors`.
+        tensors: how many tensors are rescaled.
+        smallest: smallest divisor of a channel.
+        largest: largest divisor of a channel.
+    """
+
+    strength: float
+    tensors: int
+    smallest: float
+    largest: float
+
+    @classmethod
+    def of(cls, strength: float, changes: Mapping[str, Rescaling]) -> Smoothing:
+        """Summed up from the changes of all tensors."""
+        factors = [change.divided for change in changes.values() if change.divided is not None]
+        every = torch.cat(factors) if factors else torch.ones(1)
+        return cls(strength, len(changes), float(every.min()), float(every.max()))
+
+    @property
+    def sentence(self) -> str:
+        """One line for people."""
+        if not self.tensors:
+            return "smoothing: no channel of this model can be rescaled; it is left as it is"
+        return (
+            f"smoothing: channels of inputs divided by {self.smallest:.2g} to {self.largest:.2g}, "
+            f"{self.tensors} tensors rescaled"
+        )
+
+    def to_entry(self) -> dict[str, Any]:
+        """As `report.json` has it."""
+        return {
+            "strength": self.strength,
+            "tensors": self.tensors,
+            "smallest": self.smallest,
+            "largest": self.largest,
+        }
+
+
+def strength_of(job: Job) -> float:
+    """Strength of smoothing in a run: what the user asked for, else what suits the inputs; 0 for none."""
+    asked = job.options.tune.smooth
+    if not (job.tunes and job.tune.needs_rows):
+        return 0.0
+    if asked is not None:
+        return asked
+    return STRENGTH if _gains(job.plan) and not _obstacle(job) else 0.0
+
+
+def refuse_smoothing(job: Job) -> None:
+    """Refuse smoothing where it cannot be done; say so where it would have been done unasked.
+
+    Raises:
+        ConfigError: it was asked for.
+    """
+    asked, why = job.options.tune.smooth, _obstacle(job)
+    if not why or not job.tune.needs_rows:
+        return
+    if asked:
+        raise ConfigError(f"smooth {asked:g} is not possible: {why}; leave smooth out")
+    if asked is None and _gains(job.plan):
+        logger.warning("inputs are not smoothed, which costs accuracy in MXFP4: %s", why)
+
+
+def _gains(plan: Plan) -> bool:
+    """Inputs of some layer are rounded to numbers that gain by it."""
+    schemes = (entry.scheme for entry in plan.entries.values())
+    return any(s is not None and (s.act_data_type or s.data_type, s.act_bits) == GAINS for s in schemes)
+
+
+def _obstacle(job: Job) -> str:
+    """Why the model of a run cannot be rescaled; empty where it can."""
+    if not isinstance(job.source, FolderSource):
+        return "the model is in memory, and only that of a folder is read with factors (give its folder)"
+    if job.saves_imatrix or job.importance:
+        return "files of importances (save_imatrix, imatrix) are of the model as it is"
+    return ""

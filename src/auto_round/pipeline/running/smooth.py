@@ -1,0 +1,239 @@
+"""Channels of inputs are evened out before anything is rounded; see `numerics.smoothing`.
+
+The unquantized model is run over a few rows, block by block. In each block the channels that can be rescaled
+are found (`models.links`), and how large they are. From then on the run sees the rescaled model: the same
+function, of which norms and matrices are read with their factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.checkpoint.blobs import load_tensors, save_tensors
+from auto_round.errors import InternalError, UnsupportedError
+from auto_round.log import ProgressSink, logger
+from auto_round.models.folder import FolderSource
+from auto_round.models.links import find_links
+from auto_round.numerics.smoothing import Rescaling, channel_factors
+from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.smoothing import Smoothing, strength_of
+from auto_round.pipeline.machine.clock import Clock
+from auto_round.pipeline.running.block_arguments import ArgumentTable
+from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
+from auto_round.pipeline.running.blocks import cast_group
+from auto_round.pipeline.running.streams import Streams
+from auto_round.pipeline.running.trace_rows import trace_rows
+from auto_round.tuning.samples import Samples, run_block
+
+TOKENS = 4096
+"""Tokens over which channels are measured, as far as whole rows allow: with four times as many factors differ
+by a few percent."""
+_DIVIDED, _MULTIPLIED, _PLUS = "divided", "multiplied", "plus"
+
+
+def find_changes(job: Job, scratch: Path, progress: ProgressSink, clock: Clock) -> dict[str, Rescaling]:
+    """Tensor on disk -> what becomes of it, where the user or the scheme asks for it; empty elsewhere.
+
+    They are kept in `scratch`: a run that is continued goes on with the same ones.
+
+    Args:
+        job: the run, with all of its rows.
+        scratch: folder of the run.
+        progress: receives an event a block.
+        clock: of the run.
+    """
+    strength = strength_of(job)
+    if not strength:
+        return {}
+    kept = scratch / "smoothing.safetensors"
+    if not kept.exists():
+        clock.lap("prepare")
+        save_tensors(kept, _to_tensors(_find(job, strength, scratch, progress, clock)))
+        clock.lap("smooth")
+    return _from_tensors(load_tensors(kept))
+
+
+def with_changes(job: Job, changes: Mapping[str, Rescaling]) -> Job:
+    """The run on a rescaled model.
+
+    Args:
+        job: the run.
+        changes: tensor on disk -> what becomes of it.
+    """
+    if not isinstance(job.source, FolderSource):
+        raise InternalError("only the model of a folder can be rescaled")
+    told = Smoothing.of(strength_of(job), changes)
+    logger.info("%s", told.sentence)
+    return replace(job, source=job.source.rescaled(changes), smoothing=told)
+
+
+def _to_tensors(changes: Mapping[str, Rescaling]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, change in changes.items():
+        parts = {_DIVIDED: change.divided, _MULTIPLIED: change.multiplied, _PLUS: torch.tensor([change.plus])}
+        found |= {f"{name}|{part}": value for part, value in parts.items() if value is not None}
+    return found
+
+
+def _from_tensors(saved: Mapping[str, Tensor]) -> dict[str, Rescaling]:
+    names = dict.fromkeys(name.rpartition("|")[0] for name in saved)
+    return {
+        name: Rescaling(
+            saved.get(f"{name}|{_DIVIDED}"),
+            saved.get(f"{name}|{_MULTIPLIED}"),
+            float(saved[f"{name}|{_PLUS}"]),
+        )
+        for name in names
+    }
+
+
+def _find(
+    job: Job, strength: float, scratch: Path, progress: ProgressSink, clock: Clock
+) -> dict[str, Rescaling]:
+    """Tensor on disk -> what becomes of it, over all blocks."""
+    rows = job.all_rows[: job.tuned]
+    few = max(2, -(-TOKENS // max(1, len(rows[0]))))
+    probe = replace(job.on_rows(rows[:few]), dtype=torch.float32)
+    ended: list[Streams] = []
+    found: list[dict[str, Rescaling]] = []
+    elsewhere: set[str] = set()
+    for blocks in job.source.block_lists:
+        table, streams = trace_rows(probe, scratch, ended=ended)
+        for number, block in enumerate(blocks):
+            with job.source.block(block.index, job.device) as module:
+                group = BlockGroup([module], [block.flow])
+                cast_group(probe, group, [block.index])
+                names = _Names(job, block.index)
+                elsewhere |= {names.of(n) for n, _ in module.named_parameters()} - names.own
+                runner = _Runner(probe, group, module, table, streams, number)
+                for changes in _of_block(runner, names, strength):
+                    found.append({names.of(name): change for name, change in changes.items()})
+            streams.advance()
+            done = block.index + 1
+            progress(clock.event("smooth", done, len(job.source.blocks), block.disk))
+        ended.append(streams)
+    return _joined(found, elsewhere)
+
+
+def _joined(found: list[dict[str, Rescaling]], elsewhere: set[str]) -> dict[str, Rescaling]:
+    """The changes of all links but of those that rescale what another block reads too."""
+    changes: dict[str, Rescaling] = {}
+    for link in found:
+        if not elsewhere & link.keys():
+            for name, change in link.items():
+                changes[name] = changes.get(name, Rescaling()).also(change)
+    return changes
+
+
+class _Names:
+    """Where the parameters of a block lie on disk."""
+
+    def __init__(self, job: Job, index: int) -> None:
+        self._source, self._block = job.source, job.source.blocks[index]
+        layers = (layer for layer in job.source.layers if layer.block == index)
+        self._matrices = {
+            layer.parameter
+            for layer in layers
+            if layer.expert is None and layer.rows is None and not (layer.fused or layer.transposed)
+        }
+        self.own = {n for n in job.source.tensors if n.startswith(f"{self._block.disk}.")} | {""}
+
+    def of(self, parameter: str) -> str:
+        """Name of the tensor that is a parameter of the block; empty where it is made of several."""
+        try:
+            return self._source.disk_name(f"{self._block.module}.{parameter}")
+        except UnsupportedError:
+            return ""
+
+    def usable(self, parameter: str, value: Tensor) -> bool:
+        """Whether the tensor on disk is that parameter, axis by axis."""
+        name = self.of(parameter)
+        if name not in self.own or not name:
+            return False
+        plain = value.dim() == 1 or f"{self._block.module}.{parameter}" in self._matrices
+        return plain and tuple(self._source.tensors[name].shape) == tuple(value.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Runner:
+    """Runs one block over the rows.
+
+    Attributes:
+        job: the run.
+        group: the block alone.
+        module: the block.
+        table: arguments of all rows.
+        streams: what flows in.
+        number: position of the block in its list.
+    """
+
+    job: Job
+    group: BlockGroup
+    module: nn.Module
+    table: ArgumentTable
+    streams: Streams
+    number: int
+
+    def run(self, rows: range) -> None:
+        """Run some rows, one at a time; what flows out is in the targets."""
+        arguments = GroupArguments(self.table, [self.number], self.job.device)
+        samples = Samples(self.streams.reference, self.streams.reference, arguments, kind=arguments.kind)
+        run_block(self.group, samples, self.streams.targets, batch_size=1, rows=rows, device=self.job.device)
+
+    def added(self) -> Tensor:
+        """What the block adds to its input for the first row, `[tokens, width]`."""
+        self.run(range(1))
+        return (self.streams.targets[0][0] - self.streams.reference[0][0]).float()
+
+
+def _of_block(runner: _Runner, names: _Names, strength: float) -> Iterator[dict[str, Rescaling]]:
+    """For each link of a block what becomes of its parameters; runs all rows."""
+    block, skipped = runner.module, runner.table.skipped(runner.number)
+
+    def usable(name: str) -> bool:
+        return names.usable(name, block.get_parameter(name))
+
+    links = [] if skipped else find_links(block, runner.added, usable)
+    readers = dict.fromkeys(link.readers[0].removesuffix(".weight") for link in links)
+    with _squares(block, readers, lambda: runner.streams.masks) as squares:
+        runner.run(range(runner.streams.rows))
+    for link in links:
+        inputs = squares[link.readers[0].removesuffix(".weight")]
+        weights = torch.stack([block.get_parameter(name).float().square().mean(0) for name in link.readers])
+        columns = link.gathered(weights.mean(0))
+        yield link.changes(channel_factors(link.gathered(inputs), columns, strength).cpu())
+
+
+@contextmanager
+def _squares(
+    block: nn.Module, layers: Mapping[str, None], masks: Callable[[], Tensor | None]
+) -> Iterator[dict[str, Tensor]]:
+    """Mean squares of input channels, every token scaled to mean square 1: massive ones count like others."""
+    found: dict[str, Tensor] = {}
+    count: dict[str, int] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x, row, every = args[0].detach().float(), count.get(name, 0), masks()
+            count[name] = row + 1
+            if every is not None and every[row].shape == x.shape[1:-1]:
+                x = x[:, every[row].to(x.device)]
+            energy = x.square().reshape(-1, x.shape[-1])
+            mean = energy.mean(-1, keepdim=True)
+            each = (energy / mean.clamp_min(torch.finfo(torch.float32).tiny)).mean(0)
+            found[name] = found.get(name, 0) + each
+
+        return hook
+
+    hooks = [block.get_submodule(name).register_forward_pre_hook(look(name)) for name in layers]
+    try:
+        yield found
+    finally:
+        for each in hooks:
+            each.remove()

@@ -1,0 +1,163 @@
+"""Channels of inputs are evened out before rounding: the same model, whose inputs round better."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from auto_round.checkpoint.reader import Checkpoint
+from auto_round.config import build_options
+from auto_round.errors import ConfigError
+from auto_round.log import ignore_progress, logger
+from auto_round.pipeline.deciding.prepare import prepare
+from auto_round.pipeline.machine.clock import Clock
+from auto_round.pipeline.running.smooth import find_changes, with_changes
+from auto_round.testing.tiny_models import DENSE, EXPERTS, save_tiny_model
+from pipeline.runs import SHORT, SIZES, Stop, quantize, stop_after, token_rows, tree
+
+IDS = torch.tensor(token_rows(3, 16, seed=5))
+MX = {"scheme": "MXFP4", "group_size": None, "iters": 0, "disable_opt_rtn": False, "format": "fake"}
+OUTLIERS = 30.0
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A Llama some channels of whose norms are much larger than the others."""
+    folder = save_tiny_model("llama", tmp_path_factory.mktemp("uneven") / "m", **SIZES)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:
+                parameter[3::16] *= OUTLIERS
+            if re.search("[qkv]_proj|gate_proj|up_proj", name):
+                parameter[:, 3::16] /= OUTLIERS
+    model.save_pretrained(folder)
+    return folder
+
+
+def job_of(model, **given):
+    options = {**SHORT, "model": str(model), "output_dir": "out", "iters": 1, "smooth": 0.5, **given}
+    return prepare(build_options(options), dataset=token_rows())
+
+
+def changes_of(job, scratch):
+    return find_changes(job, scratch, ignore_progress, Clock())
+
+
+def logits_of(source):
+    with source.loaded(dtype=torch.float32) as model, torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def kl(original, found):
+    p, q = original.log_softmax(-1), found.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", [*DENSE, *EXPERTS])
+def test_the_rescaled_model_is_the_same_function(tmp_path, family):
+    job = job_of(save_tiny_model(family, tmp_path / "m"), group_size=16)
+    changes = changes_of(job, tmp_path)
+    changed = with_changes(job, changes)
+    original = logits_of(job.source)
+    assert torch.allclose(
+        logits_of(changed.source), original, rtol=1e-3, atol=1e-4 * float(original.abs().max())
+    )
+    for name, change in changes.items():
+        assert not torch.equal(changed.source.read_tensor(name), job.source.read_tensor(name)), name
+        assert change.of(job.source.read_tensor(name)).dtype == job.source.tensors[name].dtype
+
+
+@pytest.mark.parametrize(
+    ("family", "rescaled"),
+    [
+        (
+            "llama",
+            "input_layernorm post_attention_layernorm q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+        ),
+        (
+            "qwen3",
+            "input_layernorm post_attention_layernorm q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+        ),
+        (
+            "gemma2",
+            "input_layernorm pre_feedforward_layernorm q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+        ),
+        ("phi3", "input_layernorm post_attention_layernorm qkv_proj gate_up_proj"),
+        ("olmo2", "v_proj o_proj up_proj down_proj"),
+        ("mixtral", "input_layernorm q_proj k_proj v_proj o_proj"),
+    ],
+)
+def test_what_is_rescaled(tiny, tmp_path, family, rescaled):
+    """Norms behind a layer (OLMo 2) and norms that a router reads (Mixtral) feed nothing that could be."""
+    changes = changes_of(job_of(tiny(family), group_size=16), tmp_path)
+    found = {name.removesuffix(".weight").rpartition(".")[2] for name in changes if ".layers.0." in name}
+    assert found == set(rescaled.split())
+
+
+def test_biases_of_what_makes_a_channel_are_divided_too(tiny, tmp_path):
+    changes = changes_of(job_of(tiny("qwen2"), group_size=16), tmp_path)
+    bias, weight = (changes[f"model.layers.0.self_attn.v_proj.{part}"] for part in ("bias", "weight"))
+    assert torch.equal(bias.divided, weight.divided)
+    assert bias.multiplied is None
+
+
+def test_uneven_inputs_round_better(uneven, tmp_path):
+    """Without smoothing one channel in sixteen takes the grid of all others in its group of 32."""
+    model = AutoModelForCausalLM.from_pretrained(uneven, dtype=torch.float32)
+    with torch.no_grad():
+        original = model(input_ids=IDS).logits
+    found = {}
+    for smooth in (0, None):
+        given = {} if smooth is None else {"smooth": smooth}
+        result = quantize(uneven, tmp_path / str(smooth), **{**MX, **given})
+        found[smooth] = result.report["held_out"]["kl"]
+        said = result.report.get("smoothing")
+        assert (said is None) == (smooth == 0)
+    assert said["strength"] == 0.5
+    assert said["tensors"] == 18
+    assert found[None] < 0.6 * found[0]
+    tensors = Checkpoint.open(tmp_path / "None")
+    written = tensors.read("model.layers.0.input_layernorm.weight")
+    before = model.state_dict()["model.layers.0.input_layernorm.weight"]
+    assert float(written.max() / written.median()) < 0.5 * float(before.max() / before.median())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "None", dtype=torch.float32)
+    with torch.no_grad():
+        assert kl(original, plain(input_ids=IDS).logits) < 0.05  # weights of 4 bits, inputs as they are
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP8", "INT8", "W4A16"])
+def test_other_inputs_are_left_as_they_are_unless_asked(tiny, scheme):
+    job = job_of(tiny("llama", **SIZES), scheme=scheme, group_size=None, smooth=None)
+    from auto_round.pipeline.deciding.smoothing import strength_of
+
+    assert strength_of(job) == 0.0
+    assert strength_of(job_of(tiny("llama", **SIZES), scheme=scheme, group_size=None, smooth=0.3)) == 0.3
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(uneven, tmp_path):
+    given = {"scheme": "MXFP4", "group_size": None, "verify": False, "format": "fake", "distill_steps": 4}
+    given["distill_nsamples"] = 4
+    quantize(uneven, tmp_path / "whole", **given)
+    for done, stage in ((1, "smooth"), (1, "tune"), (2, "distill")):
+        with pytest.raises(Stop):
+            quantize(uneven, tmp_path / stage, progress=stop_after(done, stage), **given)
+        seen = []
+        quantize(uneven, tmp_path / stage, progress=seen.append, **given)
+        assert tree(tmp_path / stage) == tree(tmp_path / "whole")
+        assert any(event.stage == "smooth" for event in seen) == (stage == "smooth")
+
+
+def test_what_cannot_be_rescaled(tiny, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    folder = tiny("llama", **SIZES)
+    live = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="smooth 0.5 is not possible: the model is in memory"):
+        quantize(folder, tmp_path / "asked", live=live, **{**MX, "smooth": 0.5})
+    quantize(folder, tmp_path / "unasked", live=live, **{**MX, "verify": False})
+    assert any("inputs are not smoothed, which costs accuracy" in said for said in caplog.messages)
+    with pytest.raises(ConfigError, match="smooth"):
+        quantize(folder, tmp_path / "beyond", **{**MX, "smooth": 1.5})

@@ -177,7 +177,7 @@ SILENT = {
     "disable_opt_rtn": (True, {"iters": 1}),
     "nsamples": (3, PLAIN),
     "expert_rows": (64, {}),
-    "smooth": (0.5, PLAIN),
+    "smooth": (0, PLAIN),
     "batch_size": (4, PLAIN),
     "seqlen": (8, PLAIN),
     "seed": (3, PLAIN),

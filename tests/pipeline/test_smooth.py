@@ -13,6 +13,7 @@ from auto_round.config import build_options
 from auto_round.errors import ConfigError
 from auto_round.log import ignore_progress, logger
 from auto_round.pipeline.deciding.prepare import prepare
+from auto_round.pipeline.deciding.smoothing import strength_of
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.running.smooth import find_changes, with_changes
 from auto_round.testing.tiny_models import DENSE, EXPERTS, save_tiny_model
@@ -21,6 +22,7 @@ from pipeline.runs import SHORT, SIZES, Stop, quantize, stop_after, token_rows, 
 IDS = torch.tensor(token_rows(3, 16, seed=5))
 MX = {"scheme": "MXFP4", "group_size": None, "iters": 0, "disable_opt_rtn": False, "format": "fake"}
 OUTLIERS = 30.0
+MATRICES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +78,15 @@ def test_the_rescaled_model_is_the_same_function(tmp_path, family):
     [
         (
             "llama",
-            "input_layernorm post_attention_layernorm q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+            f"input_layernorm post_attention_layernorm {MATRICES}",
         ),
         (
             "qwen3",
-            "input_layernorm post_attention_layernorm q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+            f"input_layernorm post_attention_layernorm {MATRICES}",
         ),
         (
             "gemma2",
-            "input_layernorm pre_feedforward_layernorm q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+            f"input_layernorm pre_feedforward_layernorm {MATRICES}",
         ),
         ("phi3", "input_layernorm post_attention_layernorm qkv_proj gate_up_proj"),
         ("olmo2", "v_proj o_proj up_proj down_proj"),
@@ -129,11 +131,9 @@ def test_uneven_inputs_round_better(uneven, tmp_path):
         assert kl(original, plain(input_ids=IDS).logits) < 0.05  # weights of 4 bits, inputs as they are
 
 
-@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP8", "INT8", "W4A16"])
+@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP8", "FP8_STATIC", "W4A16"])
 def test_other_inputs_are_left_as_they_are_unless_asked(tiny, scheme):
     job = job_of(tiny("llama", **SIZES), scheme=scheme, group_size=None, smooth=None)
-    from auto_round.pipeline.deciding.smoothing import strength_of
-
     assert strength_of(job) == 0.0
     assert strength_of(job_of(tiny("llama", **SIZES), scheme=scheme, group_size=None, smooth=0.3)) == 0.3
 
@@ -155,9 +155,20 @@ def test_what_cannot_be_rescaled(tiny, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     folder = tiny("llama", **SIZES)
     live = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    with pytest.raises(ConfigError, match="smooth 0.5 is not possible: the model is in memory"):
+    with pytest.raises(ConfigError, match=r"smooth 0\.5 is not possible: the model is in memory"):
         quantize(folder, tmp_path / "asked", live=live, **{**MX, "smooth": 0.5})
     quantize(folder, tmp_path / "unasked", live=live, **{**MX, "verify": False})
     assert any("inputs are not smoothed, which costs accuracy" in said for said in caplog.messages)
     with pytest.raises(ConfigError, match="smooth"):
         quantize(folder, tmp_path / "beyond", **{**MX, "smooth": 1.5})
+
+
+def test_plain_rounding_smooths_where_it_is_asked_to(uneven, tmp_path):
+    """It takes rows then, and rounds what it has plainly."""
+    given = {**MX, "disable_opt_rtn": True}
+    before = quantize(uneven, tmp_path / "before", **{**given, "dataset": None})
+    after = quantize(uneven, tmp_path / "after", **{**given, "smooth": 0.5})
+    assert "smoothing" not in before.report
+    assert after.report["smoothing"]["tensors"] == 18
+    assert "calibration" in after.report
+    assert "calibration" not in before.report

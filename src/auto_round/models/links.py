@@ -146,7 +146,7 @@ def _has(block: nn.Module, parameter: str) -> bool:
 def _holds(block: nn.Module, link: Link, run: Run, wanted: Tensor) -> bool:
     """Whether the block gives the same with channels at half, whole and double size."""
     count = block.get_parameter(next(iter(link.makers))).shape[0]
-    factors = torch.pow(2.0, torch.arange(count, device=wanted.device) % 3 - 1)
+    factors = torch.pow(2.0, torch.arange(count, dtype=torch.int64, device=wanted.device) % 3 - 1)
     with _rescaled(block, link.changes(factors)):
         off = (run() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     return bool(off.median() <= SAME)

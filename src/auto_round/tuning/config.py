@@ -45,6 +45,8 @@ class TuneConfig:
         keep_best: return the best parameters seen on the held-out samples, else the last ones.
         try_cancelled: with `keep_best`, also try codes whose errors cancel, see `worth_cancelling`.
         ranges: what flows into layers fixes numbers of their formats; tuning itself does not look at this.
+        smooths: large channels of inputs are divided first, by what rows show (`numerics.smoothing`); tuning
+            itself does not look at this.
         keeps_offsets: return the offsets and knobs of each weight too, where a later stage goes on from them.
         patience: stop after this many steps without a better held-out loss, which is looked at ten times in a
             run; 0 never stops early.
@@ -68,13 +70,14 @@ class TuneConfig:
     keep_best: bool = True
     try_cancelled: bool = True
     ranges: bool = False
+    smooths: bool = False
     keeps_offsets: bool = False
     patience: int = 0
 
     @property
     def needs_rows(self) -> bool:
-        """Whether rows are needed: for tuning, the weighted search, ranges of inputs, or a later stage."""
-        return self.iters > 0 or self.search or self.ranges or self.keeps_offsets
+        """Whether rows are needed: for tuning, the weighted search, what flows in, or a later stage."""
+        return self.iters > 0 or self.search or self.ranges or self.smooths or self.keeps_offsets
 
     @property
     def pass_rows(self) -> int:

@@ -13,7 +13,7 @@ PLAIN_FROM_BITS = 8
 
 def without_tuning(tune: TuneOptions) -> TuneOptions:
     """The same for a run that has nothing to tune: no steps, no search, so no rows."""
-    return replace(tune, iters=0, disable_opt_rtn=True, enable_alg_ext=False, distill_steps=0)
+    return replace(tune, iters=0, disable_opt_rtn=True, enable_alg_ext=False, distill_steps=0, smooth=None)
 
 
 def tune_settings(tune: TuneOptions, bits: int) -> TuneConfig:
@@ -42,5 +42,6 @@ def tune_settings(tune: TuneOptions, bits: int) -> TuneConfig:
         tune_norm_bias=tune.enable_norm_bias_tuning,
         keep_best=not tune.not_use_best_mse,
         patience=max(0, tune.dynamic_max_gap),
+        smooths=bool(tune.smooth),
         keeps_offsets=tune.distill_steps > 0,
     )

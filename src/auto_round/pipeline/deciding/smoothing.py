@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 STRENGTH = 0.5
 """Strength where the user gives none: of 0.3, 0.5, 0.8 and 1 the best on a real model (docs/LOG.md)."""
-GAINS = ("mx_fp", 4)
-"""Inputs that gain by it: one power of two for 32 numbers of 4 bits is the coarsest grid there is. Of NVFP4
-with a scale for 16, real models gain little (docs/LOG.md)."""
+GAINS = (("mx_fp", 4), ("int", 8), ("int", 4))
+"""Inputs that gain by it: whole numbers, whose grid has one step for a whole token, and MXFP4, with one power
+of two for 32 numbers of 4 bits. Other floats gain little or nothing (docs/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Smoothing:
     def of(cls, strength: float, changes: Mapping[str, Rescaling]) -> Smoothing:
         """Summed up from the changes of all tensors."""
         factors = [change.divided for change in changes.values() if change.divided is not None]
-        every = torch.cat(factors) if factors else torch.ones(1)
+        every = torch.cat(factors) if factors else torch.ones(1, dtype=torch.float32, device="cpu")
         return cls(strength, len(changes), float(every.min()), float(every.max()))
 
     @property
@@ -89,13 +89,13 @@ def refuse_smoothing(job: Job) -> None:
     if asked:
         raise ConfigError(f"smooth {asked:g} is not possible: {why}; leave smooth out")
     if asked is None and _gains(job.plan):
-        logger.warning("inputs are not smoothed, which costs accuracy in MXFP4: %s", why)
+        logger.warning("inputs are not smoothed, which costs accuracy: %s", why)
 
 
 def _gains(plan: Plan) -> bool:
     """Inputs of some layer are rounded to numbers that gain by it."""
     schemes = (entry.scheme for entry in plan.entries.values())
-    return any(s is not None and (s.act_data_type or s.data_type, s.act_bits) == GAINS for s in schemes)
+    return any(s is not None and (s.act_data_type or s.data_type, s.act_bits) in GAINS for s in schemes)
 
 
 def _obstacle(job: Job) -> str:

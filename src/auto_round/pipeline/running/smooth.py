@@ -76,7 +76,8 @@ def with_changes(job: Job, changes: Mapping[str, Rescaling]) -> Job:
 def _to_tensors(changes: Mapping[str, Rescaling]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, change in changes.items():
-        parts = {_DIVIDED: change.divided, _MULTIPLIED: change.multiplied, _PLUS: torch.tensor([change.plus])}
+        plus = torch.tensor([change.plus], dtype=torch.float32, device="cpu")
+        parts = {_DIVIDED: change.divided, _MULTIPLIED: change.multiplied, _PLUS: plus}
         found |= {f"{name}|{part}": value for part, value in parts.items() if value is not None}
     return found
 

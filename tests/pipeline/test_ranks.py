@@ -74,6 +74,7 @@ WORK = {
     "searched": {"iters": 0, "quant_lm_head": True},
     "plain, two formats": {"iters": 0, "disable_opt_rtn": True, "rows": None, "format": "auto_round,fake"},
     "inputs of a fixed scale": {"scheme": "FP8_STATIC", "group_size": None, "format": "fake"},
+    "smoothed inputs": {"scheme": "INT8", "group_size": None, "format": "fake"},
     "GGUF": {"scheme": "gguf:q4_k_m", "group_size": None, "format": "gguf:q4_k_m"},
 }
 

@@ -17,6 +17,7 @@ from auto_round.pipeline.deciding.smoothing import strength_of
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.running.smooth import find_changes, with_changes
 from auto_round.testing.tiny_models import DENSE, EXPERTS, save_tiny_model
+from export.gguf.small_models import byte_level_tokenizer
 from pipeline.runs import SHORT, SIZES, Stop, quantize, stop_after, token_rows, tree
 
 IDS = torch.tensor(token_rows(3, 16, seed=5))
@@ -121,6 +122,9 @@ def test_uneven_inputs_round_better(uneven, tmp_path):
         assert (said is None) == (smooth == 0)
     assert said["strength"] == 0.5
     assert said["tensors"] == 18
+    assert result.report["method"].startswith(
+        "large channels of inputs divided (smoothing, strength 0.5), then"
+    )
     assert found[None] < 0.6 * found[0]
     tensors = Checkpoint.open(tmp_path / "None")
     written = tensors.read("model.layers.0.input_layernorm.weight")
@@ -151,14 +155,24 @@ def test_a_killed_run_goes_on_to_the_same_bytes(uneven, tmp_path):
         assert any(event.stage == "smooth" for event in seen) == (stage == "smooth")
 
 
+def test_a_model_in_memory_becomes_the_same_folder_and_stays_as_it_is(uneven, tmp_path):
+    live = AutoModelForCausalLM.from_pretrained(uneven, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
+    quantize(uneven, tmp_path / "folder", **{**MX, "verify": False})
+    quantize(uneven, tmp_path / "memory", live=live, **{**MX, "verify": False})
+    assert all(torch.equal(before[name], tensor) for name, tensor in live.state_dict().items())
+    folder, memory = (Checkpoint.open(tmp_path / name) for name in ("folder", "memory"))
+    assert set(folder.names) == set(memory.names)
+    assert all(torch.equal(folder.read(name), memory.read(name)) for name in folder.names)
+
+
 def test_what_cannot_be_rescaled(tiny, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
-    folder = tiny("llama", **SIZES)
-    live = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    with pytest.raises(ConfigError, match=r"smooth 0\.5 is not possible: the model is in memory"):
-        quantize(folder, tmp_path / "asked", live=live, **{**MX, "smooth": 0.5})
-    quantize(folder, tmp_path / "unasked", live=live, **{**MX, "verify": False})
-    assert any("inputs are not smoothed, which costs accuracy" in said for said in caplog.messages)
+    given = {"scheme": "gguf:q8_0", "group_size": None, "format": "gguf:q8_0", "iters": 1, "seqlen": 8}
+    folder = tiny("llama", vocab_size=288)
+    byte_level_tokenizer().save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"smooth 0\.5 is not possible: files of importances"):
+        quantize(folder, tmp_path / "asked", **given, smooth=0.5, save_imatrix=str(tmp_path / "i.gguf"))
     with pytest.raises(ConfigError, match="smooth"):
         quantize(folder, tmp_path / "beyond", **{**MX, "smooth": 1.5})
 

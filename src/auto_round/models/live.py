@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from auto_round.models.assembled import AssembledSource, Parts
 from auto_round.models.materialize import META
 from auto_round.models.names import Recipe, map_names
 from auto_round.models.skeleton import as_saved, saved_specs, straighten, tied_weights
+from auto_round.numerics.smoothing import Rescaling
 
 
 class LiveSource(AssembledSource):
@@ -46,6 +47,23 @@ class LiveSource(AssembledSource):
         self._recipes = {piece.name: recipe for recipe in names.recipes for piece in recipe.pieces}
         self._places = {layer.tensor: layer for layer in self.layers}
 
+    def rescaled(self, changes: Mapping[str, Rescaling]) -> LiveSource:
+        """The same model with some of its tensors rescaled when they are asked for; this one stays as it is.
+
+        Args:
+            changes: tensor as it would be named on disk -> what becomes of it.
+        """
+        here = {name: changes[disk] for name in self._state if (disk := self._stored_as(name)) in changes}
+        found = copy.copy(self)
+        found._state = _RescaledState(self._state, here)
+        return found
+
+    def _stored_as(self, parameter: str) -> str:
+        try:
+            return self.disk_name(parameter)
+        except UnsupportedError:
+            return ""
+
     @property
     def folder(self) -> None:
         """None: there is no folder."""
@@ -73,6 +91,23 @@ class LiveSource(AssembledSource):
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
         found = {t: self._state[t].detach().to(dtype, copy=True) for t in recipe.targets}
         return {t: w.mT.contiguous() for t, w in found.items()} if recipe.transposed else found
+
+
+class _RescaledState(Mapping[str, Tensor]):
+    """The tensors of a model in memory, some of them rescaled each time they are asked for."""
+
+    def __init__(self, state: Mapping[str, Tensor], changes: Mapping[str, Rescaling]) -> None:
+        self._state, self._changes = state, changes
+
+    def __getitem__(self, name: str) -> Tensor:
+        change = self._changes.get(name)
+        return self._state[name] if change is None else change.of(self._state[name].detach())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def _check_usable(model: Any) -> None:

@@ -134,7 +134,8 @@ class Job:
     @property
     def method(self) -> Method:
         """How the model is quantized, in words."""
-        return method_of(self.options, self.tune, with_rows=self.tunes)
+        strength = 0.0 if self.smoothing is None else self.smoothing.strength
+        return method_of(self.options, self.tune, with_rows=self.tunes, strength=strength)
 
     @property
     def memory(self) -> MemoryOptions:

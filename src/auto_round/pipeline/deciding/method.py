@@ -30,16 +30,19 @@ class Method:
     model: str | None
 
 
-def method_of(options: Options, tune: TuneConfig, *, with_rows: bool) -> Method:
+def method_of(options: Options, tune: TuneConfig, *, with_rows: bool, strength: float = 0.0) -> Method:
     """What a run with these options will tell.
 
     Args:
         options: what the user asked for.
         tune: settings of the tuning loop.
         with_rows: some rows are there to tune on, or to weigh a search by.
+        strength: of smoothing; 0 where the model was not rescaled.
     """
+    first = f"large channels of inputs divided (smoothing, strength {strength:g}), then " if strength else ""
     return Method(
-        sentence=_sentence(tune, with_rows=with_rows, by_predictions=options.tune.enable_alg_ext)
+        sentence=first
+        + _sentence(tune, with_rows=with_rows, by_predictions=options.tune.enable_alg_ext)
         + _stage(options.tune),
         facts=_facts(options.tune, options.calibration),
         seed=options.calibration.seed,

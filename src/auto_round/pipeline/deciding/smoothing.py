@@ -11,6 +11,7 @@ import torch
 from auto_round.errors import ConfigError
 from auto_round.log import logger
 from auto_round.models.folder import FolderSource
+from auto_round.models.live import LiveSource
 from auto_round.numerics.smoothing import Rescaling
 from auto_round.schemes.plan import Plan
 
@@ -22,6 +23,10 @@ STRENGTH = 0.5
 GAINS = (("mx_fp", 4), ("int", 8), ("int", 4))
 """Inputs that gain by it: whole numbers, whose grid has one step for a whole token, and MXFP4, with one power
 of two for 32 numbers of 4 bits. Other floats gain little or nothing (docs/LOG.md)."""
+
+
+RESCALED = (FolderSource, LiveSource)
+"""Models that can be read with factors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +105,8 @@ def _gains(plan: Plan) -> bool:
 
 def _obstacle(job: Job) -> str:
     """Why the model of a run cannot be rescaled; empty where it can."""
-    if not isinstance(job.source, FolderSource):
-        return "the model is in memory, and only that of a folder is read with factors (give its folder)"
+    if not isinstance(job.source, RESCALED):
+        return "only language models are read with factors"
     if job.saves_imatrix or job.importance:
         return "files of importances (save_imatrix, imatrix) are of the model as it is"
     return ""

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.errors import InternalError, UnsupportedError
 from auto_round.log import ProgressSink, logger
-from auto_round.models.folder import FolderSource
 from auto_round.models.links import find_links
 from auto_round.numerics.smoothing import Rescaling, channel_factors
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.smoothing import Smoothing, strength_of
+from auto_round.pipeline.deciding.smoothing import RESCALED, Smoothing, strength_of
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
@@ -66,8 +65,8 @@ def with_changes(job: Job, changes: Mapping[str, Rescaling]) -> Job:
         job: the run.
         changes: tensor on disk -> what becomes of it.
     """
-    if not isinstance(job.source, FolderSource):
-        raise InternalError("only the model of a folder can be rescaled")
+    if not isinstance(job.source, RESCALED):
+        raise InternalError("this model cannot be rescaled")
     told = Smoothing.of(strength_of(job), changes)
     logger.info("%s", told.sentence)
     return replace(job, source=job.source.rescaled(changes), smoothing=told)

@@ -135,11 +135,23 @@ def test_uneven_inputs_round_better(uneven, tmp_path):
         assert kl(original, plain(input_ids=IDS).logits) < 0.05  # weights of 4 bits, inputs as they are
 
 
-@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP8", "FP8_STATIC", "W4A16"])
+@pytest.mark.parametrize("scheme", ["MXFP8", "FP8_STATIC", "W4A16"])
 def test_other_inputs_are_left_as_they_are_unless_asked(tiny, scheme):
     job = job_of(tiny("llama", **SIZES), scheme=scheme, group_size=None, smooth=None)
     assert strength_of(job) == 0.0
     assert strength_of(job_of(tiny("llama", **SIZES), scheme=scheme, group_size=None, smooth=0.3)) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("scheme", "strength"),
+    [("MXFP4", 0.5), ("MXFP4_RCEIL", 0.5), ("INT8", 0.5), ("INT4", 0.5), ("NVFP4", 0.2)],
+)
+def test_inputs_that_gain_are_smoothed_unasked(tiny, scheme, strength):
+    given = {"scheme": scheme, "group_size": None, "format": "fake"}
+    assert strength_of(job_of(tiny("llama", **SIZES), **given, smooth=None)) == strength
+    assert strength_of(job_of(tiny("llama", **SIZES), **given, smooth=0)) == 0.0
+    plain = {**given, "iters": 0, "disable_opt_rtn": True}
+    assert strength_of(job_of(tiny("llama", **SIZES), **plain, smooth=None)) == 0.0
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(uneven, tmp_path):

@@ -18,13 +18,9 @@ from auto_round.schemes.plan import Plan
 if TYPE_CHECKING:
     from auto_round.pipeline.deciding.job import Job
 
-STRENGTH = 0.5
-"""Strength where the user gives none: of 0.3, 0.5, 0.8 and 1 the best on a real model (docs/LOG.md)."""
-GAINS = (("mx_fp", 4), ("int", 8), ("int", 4))
-"""Inputs that gain by it: whole numbers, whose grid has one step for a whole token, and MXFP4, with one power
-of two for 32 numbers of 4 bits. Other floats gain little or nothing (docs/LOG.md)."""
-
-
+STRENGTHS = {("mx_fp", 4): 0.5, ("nv_fp", 4): 0.2, ("int", 8): 0.5, ("int", 4): 0.5}
+"""Data type (as it begins) and bits of inputs that gain by it -> strength where the user gives none: the best of
+those tried on a real model (docs/LOG.md). Other inputs gain little or nothing."""
 RESCALED = (FolderSource, LiveSource)
 """Models that can be read with factors."""
 
@@ -79,7 +75,8 @@ def strength_of(job: Job) -> float:
         return 0.0
     if asked is not None:
         return asked
-    return STRENGTH if _gains(job.plan) and not _obstacle(job) else 0.0
+    plain = not (job.tune.iters or job.tune.search)  # others' plain rounding gives the same codes
+    return 0.0 if plain or _obstacle(job) else _usual(job.plan)
 
 
 def refuse_smoothing(job: Job) -> None:
@@ -93,14 +90,20 @@ def refuse_smoothing(job: Job) -> None:
         return
     if asked:
         raise ConfigError(f"smooth {asked:g} is not possible: {why}; leave smooth out")
-    if asked is None and _gains(job.plan):
+    if asked is None and _usual(job.plan):
         logger.warning("inputs are not smoothed, which costs accuracy: %s", why)
 
 
-def _gains(plan: Plan) -> bool:
-    """Inputs of some layer are rounded to numbers that gain by it."""
-    schemes = (entry.scheme for entry in plan.entries.values())
-    return any(s is not None and (s.act_data_type or s.data_type, s.act_bits) in GAINS for s in schemes)
+def _usual(plan: Plan) -> float:
+    """The strength that suits the inputs of a plan, the smallest of several; 0 for none."""
+    schemes = [entry.scheme for entry in plan.entries.values() if entry.scheme is not None]
+    kinds = {(scheme.act_data_type or scheme.data_type, scheme.act_bits) for scheme in schemes}
+    found = [
+        strength
+        for (begins, bits), strength in STRENGTHS.items()
+        if any(name.startswith(begins) and width == bits for name, width in kinds)
+    ]
+    return min(found, default=0.0)
 
 
 def _obstacle(job: Job) -> str:

@@ -13,14 +13,13 @@ from auto_round.log import logger
 from auto_round.models.folder import FolderSource
 from auto_round.models.live import LiveSource
 from auto_round.numerics.smoothing import Rescaling
-from auto_round.schemes.plan import Plan
 
 if TYPE_CHECKING:
     from auto_round.pipeline.deciding.job import Job
 
 STRENGTHS = {("mx_fp", 4): 0.5, ("nv_fp", 4): 0.2, ("int", 8): 0.5, ("int", 4): 0.5}
-"""Data type (as it begins) and bits of inputs that gain by it -> strength where the user gives none: the best of
-those tried on a real model (docs/LOG.md). Other inputs gain little or nothing."""
+"""Data type (as it begins) and bits of inputs that gain by it -> strength where the user gives none: the best
+of those tried on a real model (docs/LOG.md). Other inputs gain little or nothing."""
 RESCALED = (FolderSource, LiveSource)
 """Models that can be read with factors."""
 
@@ -75,8 +74,7 @@ def strength_of(job: Job) -> float:
         return 0.0
     if asked is not None:
         return asked
-    plain = not (job.tune.iters or job.tune.search)  # others' plain rounding gives the same codes
-    return 0.0 if plain or _obstacle(job) else _usual(job.plan)
+    return 0.0 if _obstacle(job) else _usual(job)
 
 
 def refuse_smoothing(job: Job) -> None:
@@ -90,13 +88,15 @@ def refuse_smoothing(job: Job) -> None:
         return
     if asked:
         raise ConfigError(f"smooth {asked:g} is not possible: {why}; leave smooth out")
-    if asked is None and _usual(job.plan):
+    if asked is None and _usual(job):
         logger.warning("inputs are not smoothed, which costs accuracy: %s", why)
 
 
-def _usual(plan: Plan) -> float:
-    """The strength that suits the inputs of a plan, the smallest of several; 0 for none."""
-    schemes = [entry.scheme for entry in plan.entries.values() if entry.scheme is not None]
+def _usual(job: Job) -> float:
+    """The strength that suits the inputs of a run, the smallest of several; 0 for none."""
+    if not (job.tune.iters or job.tune.search):
+        return 0.0  # plain rounding gives the codes of other packages' plain rounding
+    schemes = [entry.scheme for entry in job.plan.entries.values() if entry.scheme is not None]
     kinds = {(scheme.act_data_type or scheme.data_type, scheme.act_bits) for scheme in schemes}
     found = [
         strength

@@ -101,6 +101,21 @@ def test_what_is_rescaled(tiny, tmp_path, family, rescaled):
     assert found == set(rescaled.split())
 
 
+def test_only_what_gains_is_rescaled_unless_asked(tiny, tmp_path):
+    given = {"scheme": "MXFP4", "group_size": None, "ignore_layers": "down_proj"}
+    for smooth, read in ((None, False), (0.5, True)):
+        scratch = tmp_path / str(smooth)
+        scratch.mkdir()
+        changes = changes_of(job_of(tiny("llama", **SIZES), smooth=smooth, **given), scratch)
+        assert any("down_proj" in name for name in changes) == read
+        assert any("o_proj" in name for name in changes)
+
+
+def test_nothing_is_claimed_where_no_channel_can_be_rescaled(tiny):
+    job = job_of(tiny("llama"), group_size=16)
+    assert "smoothing" not in with_changes(job, {}).method.sentence
+
+
 def test_biases_of_what_makes_a_channel_are_divided_too(tiny, tmp_path):
     changes = changes_of(job_of(tiny("qwen2"), group_size=16), tmp_path)
     bias, weight = (changes[f"model.layers.0.self_attn.v_proj.{part}"] for part in ("bias", "weight"))

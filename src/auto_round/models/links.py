@@ -3,7 +3,8 @@
 Three kinds are looked for: what a norm gives to linear layers, and what one linear layer gives to another
 elementwise (`up` to `down` behind a gate, values to the output of attention). Nothing is taken from names. A
 link counts if the block gives the same after its channels were divided where they are made and multiplied
-where they are read, so whoever else reads a norm (a router, say) rules it out.
+where they are read, so whoever else reads a norm (a router, say) rules it out, and so does whatever might
+read it but did not run, such as experts for images while there is text only.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from auto_round.numerics.smoothing import Rescaling
+from auto_round.numerics.smoothing import LARGEST, Rescaling
 
 SAME = 1e-3
-"""Largest error of what a block adds to its input, median over tokens, by which it still gives the same:
-float32 leaves 1e-6, and a channel that somebody else reads half as large is off by tenths."""
+"""Largest error of what a block adds to its input, over all tokens, by which it still gives the same: float32
+leaves 1e-6, and a channel that somebody else reads at another size is off by tenths. An error counts beside
+what is added to that token, or to the median one where that is more."""
 PLUS = (0.0, 1.0)
 """What models add to the weight of a norm before they multiply by it: nothing, or 1 as Gemma does."""
 VECTOR, MATRIX = 1, 2
@@ -59,29 +61,46 @@ Run = Callable[[], Tensor]
 """Runs the block on the same row: what it adds to its input, `[tokens, width]` float32."""
 
 
-def find_links(block: nn.Module, run: Run, usable: Callable[[str], bool]) -> list[Link]:
+def find_links(block: nn.Module, run: Run, usable: Callable[[Link], bool]) -> list[Link]:
     """Every link of a block.
 
     Args:
         block: with its weights, in float32; they are as before when this returns.
         run: runs it.
-        usable: whether a parameter can be rescaled where it is stored.
+        usable: whether a link can be rescaled where it is stored, and something is gained by it.
     """
-    fed, wanted = _watch(block, run)
+    seen = _watch(block, run)
     found: list[Link] = []
-    for several in (*_norms(block, fed), *_pairs(block, fed)):
+    for several in (*_norms(block, seen), *_pairs(block, seen.fed)):
         for link in several:
-            names = (*link.makers, *link.readers)
-            if all(map(usable, names)) and _holds(block, link, run, wanted):
+            if usable(link) and _holds(block, link, run, seen.wanted):
                 found.append(link)
                 break
     return found
 
 
-def _watch(block: nn.Module, run: Run) -> tuple[dict[str, str | None], Tensor]:
-    """Linear layer called once -> the norm whose output it reads, None for none; and the block's output."""
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one run of a block shows.
+
+    Attributes:
+        fed: linear layer called once -> the norm whose output it reads, None for none.
+        wanted: what the block gives.
+        idle: weights of modules that were not called.
+    """
+
+    fed: Mapping[str, str | None]
+    wanted: Tensor
+    idle: tuple[Tensor, ...]
+
+
+def _watch(block: nn.Module, run: Run) -> _Seen:
     read: dict[str, list[Tensor]] = {}
     made: dict[str, list[Tensor]] = {}
+    called: set[str] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: called.add(name)
 
     def look(name: str, *, linear: bool) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[object, ...], output: object) -> None:
@@ -96,13 +115,21 @@ def _watch(block: nn.Module, run: Run) -> tuple[dict[str, str | None], Tensor]:
         for name, module in block.named_modules()
         if type(module) is nn.Linear or _is_norm(module)
     ]
+    hooks += [module.register_forward_pre_hook(note(name)) for name, module in block.named_modules()]
     try:
         wanted = run()
     finally:
         for each in hooks:
             each.remove()
-    norms = {id(values[0]): name for name, values in made.items() if len(values) == 1}
-    return {name: norms.get(id(values[0])) for name, values in read.items() if len(values) == 1}, wanted
+    norms = {_place(values[0]): name for name, values in made.items() if len(values) == 1}
+    fed = {name: norms.get(_place(values[0])) for name, values in read.items() if len(values) == 1}
+    left = (module for name, module in block.named_modules() if name not in called)
+    return _Seen(fed, wanted, tuple(weight for each in left for weight in each.parameters(recurse=False)))
+
+
+def _place(value: Tensor) -> int:
+    """Where numbers lie: the same for a tensor in another shape."""
+    return value.untyped_storage().data_ptr()
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -111,11 +138,13 @@ def _is_norm(module: nn.Module) -> bool:
     return own and not any(True for _ in module.children())
 
 
-def _norms(block: nn.Module, fed: Mapping[str, str | None]) -> Iterator[list[Link]]:
+def _norms(block: nn.Module, seen: _Seen) -> Iterator[list[Link]]:
     """One link for each norm, in the ways in which models multiply by its weight."""
-    for norm in dict.fromkeys(name for name in fed.values() if name is not None):
-        readers = tuple(f"{name}.weight" for name, source in fed.items() if source == norm)
+    for norm in dict.fromkeys(name for name in seen.fed.values() if name is not None):
+        readers = tuple(f"{name}.weight" for name, source in seen.fed.items() if source == norm)
         width = block.get_parameter(f"{norm}.weight").numel()
+        if any(weight.dim() >= MATRIX and width in weight.shape for weight in seen.idle):
+            continue
         if all(block.get_parameter(name).shape[1] == width for name in readers):
             bias = {f"{norm}.bias": 0.0} if _has(block, f"{norm}.bias") else {}
             yield [Link({f"{norm}.weight": plus, **bias}, readers) for plus in PLUS]
@@ -144,12 +173,26 @@ def _has(block: nn.Module, parameter: str) -> bool:
 
 
 def _holds(block: nn.Module, link: Link, run: Run, wanted: Tensor) -> bool:
-    """Whether the block gives the same with channels at half, whole and double size."""
+    """Whether the block gives the same with channels as small, and as large, as they may become.
+
+    What clamps its values, say, shows only where they are large. Powers of two leave no error of rounding.
+    Where the block gives the same even if only the makers change, the channels do nothing on this row (those
+    of a choice of the best 2048 tokens among fewer, say): then nothing is known of who reads them.
+    """
     count = block.get_parameter(next(iter(link.makers))).shape[0]
-    factors = torch.pow(2.0, torch.arange(count, dtype=torch.int64, device=wanted.device) % 3 - 1)
-    with _rescaled(block, link.changes(factors)):
-        off = (run() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return bool(off.median() <= SAME)
+    factors = torch.pow(LARGEST, torch.arange(count, dtype=torch.int64, device=wanted.device) % 3 - 1)
+    changes = link.changes(factors)
+    made = {name: changes[name] for name in link.makers}
+    return _error(block, changes, run, wanted) <= SAME < _error(block, made, run, wanted)
+
+
+def _error(block: nn.Module, changes: Mapping[str, Rescaling], run: Run, wanted: Tensor) -> float:
+    """Largest error of a token, see `SAME`, with some parameters rescaled."""
+    with _rescaled(block, changes):
+        off = (run() - wanted).norm(dim=-1)
+    sizes = wanted.norm(dim=-1)
+    sizes = torch.maximum(sizes, sizes.median()).clamp_min(torch.finfo(torch.float32).tiny)
+    return float((off / sizes).max())
 
 
 @contextmanager

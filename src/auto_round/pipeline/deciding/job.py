@@ -134,7 +134,8 @@ class Job:
     @property
     def method(self) -> Method:
         """How the model is quantized, in words."""
-        strength = 0.0 if self.smoothing is None else self.smoothing.strength
+        done = self.smoothing
+        strength = done.strength if done is not None and done.tensors else 0.0
         return method_of(self.options, self.tune, with_rows=self.tunes, strength=strength)
 
     @property

@@ -13,6 +13,8 @@ from auto_round.log import logger
 from auto_round.models.folder import FolderSource
 from auto_round.models.live import LiveSource
 from auto_round.numerics.smoothing import Rescaling
+from auto_round.schemes.plan import Plan
+from auto_round.schemes.scheme import QuantizationScheme
 
 if TYPE_CHECKING:
     from auto_round.pipeline.deciding.job import Job
@@ -92,18 +94,27 @@ def refuse_smoothing(job: Job) -> None:
         logger.warning("inputs are not smoothed, which costs accuracy: %s", why)
 
 
+def gains(plan: Plan, layer: str) -> bool:
+    """Inputs of a layer are rounded to numbers that gain by smoothing."""
+    entry = plan.entries.get(layer)
+    return entry is not None and _suiting(entry.scheme) > 0
+
+
 def _usual(job: Job) -> float:
     """The strength that suits the inputs of a run, the smallest of several; 0 for none."""
     if not (job.tune.iters or job.tune.search):
         return 0.0  # plain rounding gives the codes of other packages' plain rounding
-    schemes = [entry.scheme for entry in job.plan.entries.values() if entry.scheme is not None]
-    kinds = {(scheme.act_data_type or scheme.data_type, scheme.act_bits) for scheme in schemes}
-    found = [
-        strength
-        for (begins, bits), strength in STRENGTHS.items()
-        if any(name.startswith(begins) and width == bits for name, width in kinds)
-    ]
-    return min(found, default=0.0)
+    found = (_suiting(entry.scheme) for entry in job.plan.entries.values())
+    return min((strength for strength in found if strength), default=0.0)
+
+
+def _suiting(scheme: QuantizationScheme | None) -> float:
+    """The strength that suits the inputs of one scheme; 0 for none."""
+    if scheme is None:
+        return 0.0
+    name, width = scheme.act_data_type or scheme.data_type, scheme.act_bits
+    rows = STRENGTHS.items()
+    return next((s for (begins, bits), s in rows if name.startswith(begins) and width == bits), 0.0)
 
 
 def _obstacle(job: Job) -> str:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.errors import InternalError, UnsupportedError
 from auto_round.log import ProgressSink, logger
-from auto_round.models.links import find_links
-from auto_round.numerics.smoothing import Rescaling, channel_factors
+from auto_round.models.links import VECTOR, Link, find_links
+from auto_round.numerics.smoothing import Rescaling, channel_factors, held_factors
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.smoothing import RESCALED, Smoothing, strength_of
+from auto_round.pipeline.deciding.smoothing import RESCALED, Smoothing, gains, strength_of
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
@@ -142,6 +142,10 @@ class _Names:
             for layer in layers
             if layer.expert is None and layer.rows is None and not (layer.fused or layer.transposed)
         }
+        asked = job.options.tune.smooth is not None
+        self._gaining = {
+            layer.parameter for layer in job.source.layers if asked or gains(job.plan, layer.name)
+        }
         self.own = {n for n in job.source.tensors if n.startswith(f"{self._block.disk}.")} | {""}
 
     def of(self, parameter: str) -> str:
@@ -151,12 +155,26 @@ class _Names:
         except UnsupportedError:
             return ""
 
-    def usable(self, parameter: str, value: Tensor) -> bool:
+    def usable(self, link: Link, block: nn.Module) -> bool:
+        """Whether all parameters of a link can be rescaled, and one that reads it gains by it.
+
+        Where the user asked for smoothing, every link counts; else not those of matrices that keep inputs in
+        16 bits, which would only lose.
+        """
+        names = (*link.makers, *link.readers)
+        gained = any(f"{self._block.module}.{name}" in self._gaining for name in link.readers)
+        return gained and all(self._plain(name, block.get_parameter(name)) for name in names)
+
+    def dtype(self, parameter: str) -> torch.dtype:
+        """Dtype of the tensor on disk."""
+        return self._source.tensors[self.of(parameter)].dtype
+
+    def _plain(self, parameter: str, value: Tensor) -> bool:
         """Whether the tensor on disk is that parameter, axis by axis."""
         name = self.of(parameter)
         if name not in self.own or not name:
             return False
-        plain = value.dim() == 1 or f"{self._block.module}.{parameter}" in self._matrices
+        plain = value.dim() == VECTOR or f"{self._block.module}.{parameter}" in self._matrices
         return plain and tuple(self._source.tensors[name].shape) == tuple(value.shape)
 
 
@@ -196,8 +214,8 @@ def _of_block(runner: _Runner, names: _Names, strength: float) -> Iterator[dict[
     """For each link of a block what becomes of its parameters; runs all rows."""
     block, skipped = runner.module, runner.table.skipped(runner.number)
 
-    def usable(name: str) -> bool:
-        return names.usable(name, block.get_parameter(name))
+    def usable(link: Link) -> bool:
+        return names.usable(link, block)
 
     links = [] if skipped else find_links(block, runner.added, usable)
     readers = dict.fromkeys(link.readers[0].removesuffix(".weight") for link in links)
@@ -207,7 +225,12 @@ def _of_block(runner: _Runner, names: _Names, strength: float) -> Iterator[dict[
         inputs = squares[link.readers[0].removesuffix(".weight")]
         weights = torch.stack([block.get_parameter(name).float().square().mean(0) for name in link.readers])
         columns = link.gathered(weights.mean(0))
-        yield link.changes(channel_factors(link.gathered(inputs), columns, strength).cpu())
+        factors = channel_factors(link.gathered(inputs), columns, strength)
+        for name, plus in link.makers.items():
+            maker = block.get_parameter(name)
+            if maker.dim() == VECTOR and name.endswith(".weight"):
+                factors = held_factors(factors, maker, names.dtype(name), plus)
+        yield link.changes(factors.cpu())
 
 
 @contextmanager

@@ -1,0 +1,32 @@
+"""Factors of channels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from auto_round.numerics.smoothing import LARGEST, Rescaling, held_factors
+
+
+@pytest.mark.parametrize("plus", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_norm_falls_by_just_the_factors_that_its_readers_are_multiplied_by(plus, dtype):
+    generator = torch.Generator().manual_seed(0)
+    wanted = LARGEST ** (2 * torch.rand(512, generator=generator) - 1)
+    weight = (1 - plus + 0.3 * torch.randn(512, generator=generator)).to(dtype)
+    weight[:2] = -plus  # a channel that is always 0
+    real = held_factors(wanted, weight, dtype, plus)
+    stored = Rescaling(divided=real, plus=plus).of(weight)
+    assert stored.dtype == dtype
+    product = (stored.double() + plus) * real.double()
+    assert torch.allclose(product, weight.double() + plus, rtol=1e-5, atol=0)
+    assert torch.equal(real[:2], torch.ones(2))
+    assert float((real / wanted)[2:].log().abs().median()) < 0.01
+
+
+def test_no_channel_vanishes():
+    """1/256 divided by 16 cannot be told from 0 beside a 1 in bfloat16: that channel stays as it is."""
+    weight = torch.tensor([-1 + 2**-8], dtype=torch.bfloat16)
+    factor = held_factors(torch.tensor([LARGEST]), weight, torch.bfloat16, 1.0)
+    assert float(factor) == 1
+    assert float(Rescaling(divided=factor, plus=1.0).of(weight)) == float(weight)

@@ -206,3 +206,12 @@ def test_sizes_of_the_streams(tiny, tmp_path):
 def test_rows_are_no_longer_than_the_context(tiny, tmp_path):
     job = planned(tiny("llama"), tmp_path / "out", nsamples=24, seqlen=2048).job
     assert measure_sizes(workload(job)).tokens == 27 * 64
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({}, True), ({"smooth": 0}, False), ({"scheme": "W4A16", "group_size": 32}, False)]
+)
+def test_smoothing_is_told_beforehand(tiny, tmp_path, given, said):
+    model = tiny("llama", hidden_size=64, intermediate_size=96)
+    dry = planned(model, tmp_path / "out", **{"scheme": "MXFP4", "group_size": None, **given})
+    assert ("large channels of inputs divided (smoothing, strength 0.5), then SignRound" in dry.text) == said

@@ -16,9 +16,11 @@ from auto_round.facts.tensor import dtype_name
 from auto_round.pipeline.deciding.fetch_rows import fresh_rows
 from auto_round.pipeline.deciding.fit import plan_memory, workload
 from auto_round.pipeline.deciding.job import Job
+from auto_round.pipeline.deciding.method import smoothing_words
 from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
+from auto_round.pipeline.deciding.smoothing import wanted_strength
 from auto_round.pipeline.disk_need import DiskNeed, disk_need, free_bytes
 from auto_round.pipeline.estimate import Estimate, Rates, estimate, measure_rates
 from auto_round.pipeline.fitting.accelerators import Machines, read_machines
@@ -165,12 +167,13 @@ def _method(job: Job) -> str:
     if not tune.needs_rows:
         return job.method.sentence
     rows = f"{wanted.nsamples} rows of {wanted.seqlen} tokens from {wanted.dataset}"
+    first = smoothing_words(wanted_strength(job))
     if not tune.iters:
         how = (
             "round to nearest in a range searched by importance" if tune.search else "plain round to nearest"
         )
-        return f"{how}, {rows}"
-    return f"SignRound, {tune.iters} steps of {tune.optimizer.value} descent a block, {rows}"
+        return f"{first}{how}, {rows}"
+    return f"{first}SignRound, {tune.iters} steps of {tune.optimizer.value} descent a block, {rows}"
 
 
 def _device(job: Job) -> str:

@@ -39,9 +39,8 @@ def method_of(options: Options, tune: TuneConfig, *, with_rows: bool, strength: 
         with_rows: some rows are there to tune on, or to weigh a search by.
         strength: of smoothing; 0 where the model was not rescaled.
     """
-    first = f"large channels of inputs divided (smoothing, strength {strength:g}), then " if strength else ""
     return Method(
-        sentence=first
+        sentence=smoothing_words(strength)
         + _sentence(tune, with_rows=with_rows, by_predictions=options.tune.enable_alg_ext)
         + _stage(options.tune),
         facts=_facts(options.tune, options.calibration),
@@ -49,6 +48,11 @@ def method_of(options: Options, tune: TuneConfig, *, with_rows: bool, strength: 
         dataset=options.said_dataset,
         model=options.model.model,
     )
+
+
+def smoothing_words(strength: float) -> str:
+    """How the sentence begins where inputs are smoothed; empty elsewhere."""
+    return f"large channels of inputs divided (smoothing, strength {strength:g}), then " if strength else ""
 
 
 def _stage(tune: TuneOptions) -> str:

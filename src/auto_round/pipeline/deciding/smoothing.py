@@ -71,9 +71,12 @@ class Smoothing:
 
 def strength_of(job: Job) -> float:
     """Strength of smoothing in a run: what the user asked for, else what suits the inputs; 0 for none."""
+    return wanted_strength(job) if job.tunes and job.tune.needs_rows else 0.0
+
+
+def wanted_strength(job: Job) -> float:
+    """The same for a run whose rows are not there yet."""
     asked = job.options.tune.smooth
-    if not (job.tunes and job.tune.needs_rows):
-        return 0.0
     if asked is not None:
         return asked
     return 0.0 if _obstacle(job) else _usual(job)

@@ -135,7 +135,8 @@ def test_extremes_are_those_of_the_unquantized_model(tiny, tmp_path):
 @pytest.mark.parametrize("way", [PLAIN, SEARCHED, {}], ids=["plain", "searched", "tuned"])
 def test_siblings_share_their_numbers(tiny, tmp_path, given, inputs, way):
     """A number for a whole matrix is one for q/k/v and one for gate/up: of weights, and of inputs."""
-    result = run(tiny("llama"), tmp_path / "out", **{"scheme": "NVFP4", **given}, verify=False, **way)
+    given = {"scheme": "NVFP4", "smooth": 0, **given}  # numbers of weights as they are
+    result = run(tiny("llama"), tmp_path / "out", **given, verify=False, **way)
     stored = weights(result.folders[0])
     original = weights(tiny("llama"))
     groups = joined_matrices(result.plan.quantized)
@@ -167,12 +168,21 @@ def test_a_continued_run_gives_the_same_bytes(tiny, tmp_path, scheme, given):
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+def test_siblings_share_their_numbers_where_inputs_are_smoothed(tiny, tmp_path):
+    """Their weights are rescaled alike, and read the same rescaled input."""
+    result = run(tiny("llama"), tmp_path / "out", "NVFP4", verify=False)
+    assert result.report["smoothing"]["tensors"]
+    stored = weights(result.folders[0])
+    for names in joined_matrices(result.plan.quantized).values():
+        for number in ("weight_global_scale", "input_global_scale"):
+            assert len({float(stored[f"{name}.{number}"]) for name in names}) == 1
+
+
 def test_plain_and_tuned_runs_fix_the_same_numbers(tiny, tmp_path):
+    given = {"format": "fake", "verify": False, "smooth": 0}  # plain rounding smooths nothing unasked
     ranges = [
         InputRanges.from_entries(
-            run(tiny("llama"), tmp_path / str(i), "NVFP4", format="fake", verify=False, **way).report[
-                "blocks"
-            ]
+            run(tiny("llama"), tmp_path / str(i), "NVFP4", **given, **way).report["blocks"]
         )
         for i, way in enumerate((PLAIN, SEARCHED, {"enable_quanted_input": False}))
     ]

@@ -128,8 +128,8 @@ def _watch(block: nn.Module, run: Run) -> _Seen:
 
 
 def _place(value: Tensor) -> int:
-    """Where numbers lie: the same for a tensor in another shape."""
-    return value.untyped_storage().data_ptr()
+    """Where numbers lie: the same for a tensor in another shape. Some devices have no data pointers."""
+    return int(value.untyped_storage()._cdata)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from auto_round.models.assembled import AssembledSource, Parts
 from auto_round.models.materialize import META
 from auto_round.models.names import Recipe, map_names
 from auto_round.models.skeleton import as_saved, saved_specs, straighten, tied_weights
+from auto_round.models.source import name_on_disk
 from auto_round.numerics.smoothing import Rescaling
 
 
@@ -53,16 +54,10 @@ class LiveSource(AssembledSource):
         Args:
             changes: tensor as it would be named on disk -> what becomes of it.
         """
-        here = {name: changes[disk] for name in self._state if (disk := self._stored_as(name)) in changes}
+        here = {name: changes[disk] for name in self._state if (disk := name_on_disk(self, name)) in changes}
         found = copy.copy(self)
         found._state = _RescaledState(self._state, here)
         return found
-
-    def _stored_as(self, parameter: str) -> str:
-        try:
-            return self.disk_name(parameter)
-        except UnsupportedError:
-            return ""
 
     @property
     def folder(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.checkpoint.tensors import Tensors
-from auto_round.errors import Refusal
+from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.attention import Attention
 from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.layer import Block, Layer
@@ -317,6 +317,14 @@ class ModelSource(Protocol):
             replaced: parameter -> another value.
         """
         ...
+
+
+def name_on_disk(source: ModelSource, parameter: str) -> str:
+    """`disk_name` of a parameter; empty where it is made from several tensors."""
+    try:
+        return source.disk_name(parameter)
+    except UnsupportedError:
+        return ""
 
 
 def matrix_tensors(source: ModelSource) -> dict[str, TensorSpec]:

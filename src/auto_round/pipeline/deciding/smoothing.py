@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -58,15 +58,6 @@ class Smoothing:
             f"smoothing: channels of inputs divided by {self.smallest:.2g} to {self.largest:.2g}, "
             f"{self.tensors} tensors rescaled"
         )
-
-    def to_entry(self) -> dict[str, Any]:
-        """As `report.json` has it."""
-        return {
-            "strength": self.strength,
-            "tensors": self.tensors,
-            "smallest": self.smallest,
-            "largest": self.largest,
-        }
 
 
 def strength_of(job: Job) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +21,7 @@ from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.facts.layer import Role
 from auto_round.log import logger
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.running.block_arguments import ArgumentTable
-from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
-from auto_round.pipeline.running.blocks import cast_group
-from auto_round.pipeline.running.streams import Streams
-from auto_round.pipeline.running.trace_rows import trace_rows
-from auto_round.tuning.samples import Samples, run_block
+from auto_round.pipeline.running.original import OriginalBlock, original_blocks
 
 Tokens = Mapping[str, Tensor]
 """Module of experts -> tokens of each expert in each row, `[rows, n_experts] int64`."""
@@ -111,35 +107,21 @@ def _with_rows(job: Job, added: Sequence[CalibrationRow]) -> Job:
 
 def _route(job: Job, rows: Sequence[CalibrationRow], scratch: Path) -> dict[str, Tensor]:
     """Tokens that each row sends to each expert, by running the unquantized model block by block."""
-    probe = job.on_rows(rows)
     found: dict[str, Tensor] = {}
-    ended: list[Streams] = []
-    for blocks in job.source.block_lists:
-        table, streams = trace_rows(probe, scratch, ended=ended)
-        for number, block in enumerate(blocks):
-            with job.source.block(block.index, job.device) as module:
-                group = BlockGroup([module], [block.flow])
-                cast_group(job, group, [block.index])
-                for name, counts in _run(job, group, table, streams, number):
-                    found[f"{block.module}.{name.removeprefix('0.')}"] = counts
-            streams.advance()
-        ended.append(streams)
+    for here in original_blocks(job.on_rows(rows), scratch):
+        for name, counts in _run(here):
+            found[f"{here.block.module}.{name.removeprefix('0.')}"] = counts
     return {name: counts for name, counts in found.items() if counts.any()}
 
 
-def _run(
-    job: Job, group: BlockGroup, table: ArgumentTable, streams: Streams, number: int
-) -> Iterator[tuple[str, Tensor]]:
+def _run(here: OriginalBlock) -> Iterator[tuple[str, Tensor]]:
     """Run a block over all rows, one at a time; tokens of its experts by row."""
-    arguments = GroupArguments(table, [number], job.device)
-    samples = Samples(streams.reference, streams.reference, arguments, kind=arguments.kind)
-    masks = streams.masks
+    masks = here.masks
     counts: dict[str, list[Tensor]] = {}
-    for row in range(streams.rows):
-        with observe_experts(group, None if masks is None else lambda: masks[arguments.last]) as seen:
-            run_block(
-                group, samples, streams.targets, batch_size=1, rows=range(row, row + 1), device=job.device
-            )
+    for row in range(here.streams.rows):
+        mask = None if masks is None else partial(masks.__getitem__, [row])
+        with observe_experts(here.group, mask) as seen:
+            here.run(range(row, row + 1))
         for name, tokens in seen.tokens.items():
             counts.setdefault(name, []).append(tokens)
     yield from ((name, torch.stack(each)) for name, each in counts.items())

@@ -9,26 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
-from auto_round.errors import InternalError, UnsupportedError
+from auto_round.errors import InternalError
+from auto_round.facts.layer import Block
 from auto_round.log import ProgressSink, logger
 from auto_round.models.links import VECTOR, Link, find_links
+from auto_round.models.source import name_on_disk
 from auto_round.numerics.smoothing import Rescaling, channel_factors, held_factors
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.smoothing import RESCALED, Smoothing, gains, strength_of
 from auto_round.pipeline.machine.clock import Clock
-from auto_round.pipeline.running.block_arguments import ArgumentTable
-from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
-from auto_round.pipeline.running.blocks import cast_group
-from auto_round.pipeline.running.streams import Streams
-from auto_round.pipeline.running.trace_rows import trace_rows
-from auto_round.tuning.samples import Samples, run_block
+from auto_round.pipeline.running.original import OriginalBlock, original_blocks
 
 TOKENS = 4096
 """Tokens over which channels are measured, as far as whole rows allow: with four times as many factors differ
@@ -100,24 +97,14 @@ def _find(
     rows = job.all_rows[: job.tuned]
     few = max(2, -(-TOKENS // max(1, len(rows[0]))))
     probe = replace(job.on_rows(rows[:few]), dtype=torch.float32)
-    ended: list[Streams] = []
     found: list[dict[str, Rescaling]] = []
     elsewhere: set[str] = set()
-    for blocks in job.source.block_lists:
-        table, streams = trace_rows(probe, scratch, ended=ended)
-        for number, block in enumerate(blocks):
-            with job.source.block(block.index, job.device) as module:
-                group = BlockGroup([module], [block.flow])
-                cast_group(probe, group, [block.index])
-                names = _Names(job, block.index)
-                elsewhere |= {names.of(n) for n, _ in module.named_parameters()} - names.own
-                runner = _Runner(probe, group, module, table, streams, number)
-                for changes in _of_block(runner, names, strength):
-                    found.append({names.of(name): change for name, change in changes.items()})
-            streams.advance()
-            done = block.index + 1
-            progress(clock.event("smooth", done, len(job.source.blocks), block.disk))
-        ended.append(streams)
+    for here in original_blocks(probe, scratch):
+        names = _Names(job, here.block)
+        elsewhere |= {names.of(n) for n, _ in here.module.named_parameters()} - names.own
+        for changes in _of_block(here, names, strength):
+            found.append({names.of(name): change for name, change in changes.items()})
+        progress(clock.event("smooth", here.block.index + 1, len(job.source.blocks), here.block.disk))
     return _joined(found, elsewhere)
 
 
@@ -134,26 +121,21 @@ def _joined(found: list[dict[str, Rescaling]], elsewhere: set[str]) -> dict[str,
 class _Names:
     """Where the parameters of a block lie on disk."""
 
-    def __init__(self, job: Job, index: int) -> None:
-        self._source, self._block = job.source, job.source.blocks[index]
-        layers = (layer for layer in job.source.layers if layer.block == index)
+    def __init__(self, job: Job, block: Block) -> None:
+        self._source, self._block = job.source, block
+        layers = [layer for layer in job.source.layers if layer.block == block.index]
         self._matrices = {
             layer.parameter
             for layer in layers
             if layer.expert is None and layer.rows is None and not (layer.fused or layer.transposed)
         }
         asked = job.options.tune.smooth is not None
-        self._gaining = {
-            layer.parameter for layer in job.source.layers if asked or gains(job.plan, layer.name)
-        }
-        self.own = {n for n in job.source.tensors if n.startswith(f"{self._block.disk}.")} | {""}
+        self._gaining = {layer.parameter for layer in layers if asked or gains(job.plan, layer.name)}
+        self.own = {n for n in job.source.tensors if n.startswith(f"{block.disk}.")} | {""}
 
     def of(self, parameter: str) -> str:
         """Name of the tensor that is a parameter of the block; empty where it is made of several."""
-        try:
-            return self._source.disk_name(f"{self._block.module}.{parameter}")
-        except UnsupportedError:
-            return ""
+        return name_on_disk(self._source, f"{self._block.module}.{parameter}")
 
     def usable(self, link: Link, block: nn.Module) -> bool:
         """Whether all parameters of a link can be rescaled, and one that reads it gains by it.
@@ -178,49 +160,22 @@ class _Names:
         return plain and tuple(self._source.tensors[name].shape) == tuple(value.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class _Runner:
-    """Runs one block over the rows.
-
-    Attributes:
-        job: the run.
-        group: the block alone.
-        module: the block.
-        table: arguments of all rows.
-        streams: what flows in.
-        number: position of the block in its list.
-    """
-
-    job: Job
-    group: BlockGroup
-    module: nn.Module
-    table: ArgumentTable
-    streams: Streams
-    number: int
-
-    def run(self, rows: range) -> None:
-        """Run some rows, one at a time; what flows out is in the targets."""
-        arguments = GroupArguments(self.table, [self.number], self.job.device)
-        samples = Samples(self.streams.reference, self.streams.reference, arguments, kind=arguments.kind)
-        run_block(self.group, samples, self.streams.targets, batch_size=1, rows=rows, device=self.job.device)
-
-    def added(self) -> Tensor:
-        """What the block adds to its input for the first row, `[tokens, width]`."""
-        self.run(range(1))
-        return (self.streams.targets[0][0] - self.streams.reference[0][0]).float()
-
-
-def _of_block(runner: _Runner, names: _Names, strength: float) -> Iterator[dict[str, Rescaling]]:
+def _of_block(here: OriginalBlock, names: _Names, strength: float) -> Iterator[dict[str, Rescaling]]:
     """For each link of a block what becomes of its parameters; runs all rows."""
-    block, skipped = runner.module, runner.table.skipped(runner.number)
+    block, streams = here.module, here.streams
+
+    def added() -> Tensor:
+        here.run(range(1))
+        return (streams.targets[0][0] - streams.reference[0][0]).float()
 
     def usable(link: Link) -> bool:
         return names.usable(link, block)
 
-    links = [] if skipped else find_links(block, runner.added, usable)
+    skipped = here.table.skipped(here.number)
+    links = [] if skipped else find_links(block, added, usable)
     readers = dict.fromkeys(link.readers[0].removesuffix(".weight") for link in links)
-    with _squares(block, readers, lambda: runner.streams.masks) as squares:
-        runner.run(range(runner.streams.rows))
+    with _squares(block, readers, here.masks) as squares:
+        here.run(range(streams.rows))
     for link in links:
         inputs = squares[link.readers[0].removesuffix(".weight")]
         weights = torch.stack([block.get_parameter(name).float().square().mean(0) for name in link.readers])
@@ -235,7 +190,7 @@ def _of_block(runner: _Runner, names: _Names, strength: float) -> Iterator[dict[
 
 @contextmanager
 def _squares(
-    block: nn.Module, layers: Mapping[str, None], masks: Callable[[], Tensor | None]
+    block: nn.Module, layers: Mapping[str, None], masks: Tensor | None
 ) -> Iterator[dict[str, Tensor]]:
     """Mean squares of input channels, every token scaled to mean square 1: massive ones count like others."""
     found: dict[str, Tensor] = {}
@@ -243,10 +198,10 @@ def _squares(
 
     def look(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x, row, every = args[0].detach().float(), count.get(name, 0), masks()
+            x, row = args[0].detach().float(), count.get(name, 0)
             count[name] = row + 1
-            if every is not None and every[row].shape == x.shape[1:-1]:
-                x = x[:, every[row].to(x.device)]
+            if masks is not None and masks[row].shape == x.shape[1:-1]:
+                x = x[:, masks[row].to(x.device)]
             energy = x.square().reshape(-1, x.shape[-1])
             mean = energy.mean(-1, keepdim=True)
             each = (energy / mean.clamp_min(torch.finfo(torch.float32).tiny)).mean(0)

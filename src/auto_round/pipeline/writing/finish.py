@@ -88,7 +88,7 @@ def build_report(
     if job.rows is not None:
         report["calibration"] = _calibration(job, job.rows)
     if job.smoothing is not None:
-        report["smoothing"] = job.smoothing.to_entry()
+        report["smoothing"] = asdict(job.smoothing)
     if measured is not None:
         c = measured.comparison
         report["held_out"] = {

@@ -106,15 +106,17 @@ def test_weights_only(answers: Answers, plan: str, way: str) -> None:
 
 
 @torch.inference_mode()
-def logits_with_rounded_inputs(made: Made) -> torch.Tensor:
+def logits_with_rounded_inputs(
+    made: Made, by_token: Callable[[torch.Tensor], torch.Tensor] = ACTIVATIONS["int8_token_sym"].round
+) -> torch.Tensor:
     """Logits of the dequantized model whose quantized layers get their inputs rounded to 8 bits.
 
-    A step is the stored one where the folder has one, else measured for each token.
+    A step is the stored one where the folder has one, else `by_token` rounds.
     """
     model = AutoModelForCausalLM.from_pretrained(made.fake, dtype=torch.float32).eval()
     stored = load_file(made.folders["llm_compressor"] / "model.safetensors")
     for name in made.weights:
-        rounding = ACTIVATIONS["int8_token_sym"].round
+        rounding = by_token
         if (step := stored.get(f"{name}.input_scale")) is not None:
             zero = stored.get(f"{name}.input_zero_point")
             rounding = tensor_int(8, sym=zero is None).holding(step, zero).round

@@ -147,7 +147,7 @@ def answers(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     for plan, form in FOLDERS:
         replaced = PLANS[plan][1][form] == REPLACED
         out = scratch / f"{plan}-{form.replace(':', '-')}.json"
-        dtype = "float32" if plan.startswith("int8-static") else "bfloat16"  # coarse inputs magnify rounding
+        dtype = "float32" if plan.startswith("int8") else "bfloat16"  # coarse inputs magnify rounding
         folder = str(made[plan].folders[form])
         jobs.append({"folder": folder, "out": str(out), "replaced": replaced, "dtype": dtype})
     for plan, form in WITH_HUMMING:
@@ -185,8 +185,19 @@ def test_it_does_what_inspect_says(answers: Answers, plan: str, form: str) -> No
     verdict = _verdict(made.folders[form])
     assert verdict.loads == ("error" not in answer), (verdict.text, answer.get("error", "")[-800:])
     if verdict.loads:
-        want = logits_with_rounded_inputs(made) if plan.startswith("int8") else logits_of(made.fake)
+        rounds = plan.startswith("int8")
+        want = logits_with_rounded_inputs(made, _by_token) if rounds else logits_of(made.fake)
         assert mean_difference(answer["logprobs"], want[0]) < FLOORS * answers.floor
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """Inputs as vLLM rounds them: a step is the extreme / 127; compressed-tensors divides by 127.5.
+
+    The steps differ by 0.4 %, and predictions by as much as rounding to 8 bits changes them; on vLLM's steps
+    they are alike to 1e-6 nats.
+    """
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return (x / step).round() * step
 
 
 @pytest.mark.parametrize(("plan", "form"), WITH_HUMMING)

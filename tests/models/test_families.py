@@ -11,7 +11,8 @@ from auto_round.models.experts import ExpertParts
 from auto_round.models.folder import FolderSource
 from auto_round.models.live import LiveSource
 from auto_round.testing.tiny_models import DENSE, EXPERTS, KEPT, VOCABULARY
-from sweep.configurations import family_config
+from sweep.configurations import family_config, known_families
+from sweep.outcome import save_family
 
 FAMILIES = [*DENSE, *EXPERTS, *KEPT]
 
@@ -54,8 +55,8 @@ def run_streamed(source, ids, mask, dtype=None):
             args, kwargs = call.given((hidden,))
             with source.block(block.index, dtype=dtype) as module:
                 output = module(*args, **kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
-            outputs.append(hidden)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            (hidden,) = call.kept(outputs[-1:])
         logits = stem.finish(hidden)
         if source.head is not None:
             assert stem.finish_inputs(hidden).shape[:2] == ids.shape
@@ -82,6 +83,24 @@ def test_streamed_equals_whole(saved, family):
         for name, value in call.kwargs.items():
             assert all(map(torch.equal, flat(value), flat(kwargs[name]))), name
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize(("family", "states"), [("deepseek_v4", 4), ("gemma3n_text", 4)])
+def test_several_hidden_states_of_a_token(tmp_path, family, states):
+    """Blocks hand on tensors of other axes, which are kept as `[rows, tokens, width]`."""
+    if family not in known_families():
+        pytest.skip("this Transformers has no such family")
+    folder = save_family(family, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, mask = batch()
+    expected, seen = run_whole(model, ids, mask)
+    with FolderSource.open(folder) as source:
+        logits, outputs, trace = run_streamed(source, ids, mask)
+        assert source.facts.flowing == states * source.facts.width
+        assert trace.states[0].shape == (*ids.shape, source.facts.flowing)
+        for output, (_, wanted) in zip(outputs, seen, strict=True):
+            assert torch.equal(output, wanted)
+        assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe", "deepseek_v3"])

@@ -122,7 +122,7 @@ def test_a_second_output_is_refused():
     ("family", "reason"),
     [
         ("dory", r"in the order \[0, 1, 0, 1\]"),
-        ("deepseek_v4", "shape"),
+        ("cpmant", "shape"),
         ("rwkv", 'block 1 is given "state"'),
         ("inkling2_text", "behind its last block"),
         ("inkling2_loop_text", "behind its last block"),

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 States: TypeAlias = "tuple[Tensor, ...]"
-"""What flows: one tensor of hidden states in a text model, several where a block changes several, each
-`[samples, length, width]` with a length and width of its own. The first is what the model goes on with after
-its last block, and the one in which the positions of a row stand."""
+"""What flows: one tensor of hidden states in a text model, several where a block changes several, each kept
+as `[samples, length, width]` with a length and width of its own. The first is what the model goes on with
+after its last block, and the one in which the positions of a row stand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,51 @@ HIDDEN_STATES = Flow(("hidden_states",), ("hidden_states",))
 
 
 @dataclass(frozen=True, slots=True)
+class Axes:
+    """How a model lays out a tensor that flows, where several hidden states of a token flow together.
+
+    It is kept as `[rows, tokens, width]`, its other axes in one: hyper-connections (DeepSeek-V4) hand on
+    `[rows, tokens, states, width]`, AltUp (Gemma 3n) `[states, rows, tokens, width]`.
+
+    Attributes:
+        rows: which axis counts rows.
+        tokens: which axis counts tokens.
+        others: sizes of the other axes, in order.
+    """
+
+    rows: int
+    tokens: int
+    others: tuple[int, ...]
+
+    @classmethod
+    def found(cls, one: tuple[int, ...], two: tuple[int, ...], counts: tuple[int, int]) -> Axes | None:
+        """Axes of a tensor, from its shapes for other numbers of rows and tokens.
+
+        Args:
+            one: a shape.
+            two: the shape for as many rows and tokens as `counts` says, both other than in `one`.
+            counts: rows and tokens.
+
+        Returns:
+            None where these axes cannot be told, or where the tensor is `[rows, tokens, width]` as it is.
+        """
+        grown = [axis for axis, size in enumerate(two) if axis < len(one) and one[axis] != size]
+        if len(one) != len(two) or sorted(two[axis] for axis in grown) != sorted(counts):
+            return None
+        rows, tokens = sorted(grown, key=lambda axis: counts.index(two[axis]))
+        others = tuple(size for axis, size in enumerate(two) if axis not in grown)
+        return None if (rows, tokens, len(others)) == (0, 1, 1) else cls(rows, tokens, others)
+
+    def given(self, state: Tensor) -> Tensor:
+        """A tensor as the model lays it out, from `[rows, tokens, width]`."""
+        return state.reshape(*state.shape[:2], *self.others).movedim((0, 1), (self.rows, self.tokens))
+
+    def kept(self, state: Tensor) -> Tensor:
+        """A tensor as it is kept, `[rows, tokens, width]`."""
+        return state.movedim((self.rows, self.tokens), (0, 1)).flatten(2)
+
+
+@dataclass(frozen=True, slots=True)
 class BlockCall:
     """What one block is called with beside what flows.
 
@@ -55,6 +100,7 @@ class BlockCall:
             tensors that hold them all; empty where it is given all of them.
         shape: of what flows in one row of an encoder, `[patches, width]` or `[tiles, patches, width]`: it is
             kept as `[1, length, width]`. None: it flows as it is kept.
+        axes: of what flows in a language model; None where it flows as it is kept.
     """
 
     args: tuple[Any, ...]
@@ -62,12 +108,15 @@ class BlockCall:
     places: tuple[int | str, ...] = (0,)
     lengths: tuple[int, ...] = ()
     shape: tuple[int, ...] | None = None
+    axes: Axes | None = None
 
     def given(self, states: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the whole call."""
         args, kwargs = list(self.args), dict(self.kwargs)
         if self.shape is not None:
             states = [state.reshape(self.shape) for state in states]
+        if self.axes is not None:
+            states = [self.axes.given(state) for state in states]
         for place, state in zip(self.places, states, strict=True):
             if isinstance(place, int):
                 args[place] = state
@@ -76,7 +125,9 @@ class BlockCall:
         return tuple(args), kwargs
 
     def kept(self, states: Sequence[Tensor]) -> States:
-        """What a block handed on, as it is kept: `[1, length, width]` where `shape` says so."""
+        """What a block handed on, as it is kept."""
+        if self.axes is not None:
+            return tuple(self.axes.kept(state) for state in states)
         if self.shape is None:
             return tuple(states)
         return tuple(state.reshape(1, -1, state.shape[-1]) for state in states)

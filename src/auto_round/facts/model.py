@@ -18,6 +18,7 @@ class ModelFacts:
         text: configuration of the part that reads tokens; the whole one where there is no other part.
         vocabulary: tokens that the model knows; 0 where the configuration is silent, as for all numbers here.
         width: numbers of a hidden state.
+        flowing: numbers of a token that flow from block to block: several hidden states in some families.
         heads: query heads of a block.
         context: most tokens in a row that the model has positions for; None where it is silent.
         experts: numbers of experts that are mentioned.
@@ -32,6 +33,7 @@ class ModelFacts:
     text: Any
     vocabulary: int
     width: int
+    flowing: int
     heads: int
     context: int | None
     experts: frozenset[int]

@@ -15,6 +15,8 @@ CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx
 _BLOCKS = ("num_hidden_layers", "n_layer")
 _HEADS = ("num_attention_heads", "n_head")
 _WIDTH = ("hidden_size", "n_embd")
+_STATES = ("hc_mult", "altup_num_inputs")
+"""What families with several hidden states of a token call their number: hyper-connections, AltUp."""
 _IMAGE_TOKEN = ("image_token_id", "image_token_index")
 _SHARED_CACHES = "num_kv_shared_layers"
 
@@ -33,6 +35,7 @@ def model_facts(config: Any) -> ModelFacts:
         text=text,
         vocabulary=_number(text, "vocab_size"),
         width=_number(text, "hidden_size"),
+        flowing=_number(text, "hidden_size") * (_first(text, *_STATES) or 1),
         heads=_number(text, "num_attention_heads"),
         context=next((length for length in lengths if length > 0), None),
         experts=expert_counts(config),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from auto_round.facts.flow import BlockCall, Flow, States, split_call
+from auto_round.facts.flow import Axes, BlockCall, Flow, States, split_call
 from auto_round.models.earlier_results import Passed, untraceable
 from auto_round.models.families import parameter_names
 from auto_round.models.source import Edits, Trace
@@ -24,8 +25,9 @@ class Recorder:
     Attributes:
         returned: how many values stubs return in a tuple, as their blocks do, what flows first; 0 for a bare
             tensor.
-        ends: what the last stub hands on; None for a tensor that it hands on as it got it.
+        ends: what the last stub hands on, as it is kept; None for a tensor that it hands on as it got it.
         marks: what all stubs hand on instead of their input; None for the input itself.
+        axes: of what flows; None where it flows as it is kept.
     """
 
     def __init__(self, flows: Sequence[Flow]) -> None:
@@ -37,6 +39,7 @@ class Recorder:
         self.returned = 0
         self.ends: Sequence[Tensor | None] = ()
         self.marks: Callable[[States], States] | None = None
+        self.axes: Axes | None = None
         self._flows = flows
         self._seen: list[Passed] = []
         self._versions: list[int] = []
@@ -66,7 +69,7 @@ class Recorder:
         handed = dict(zip(flow.taken, states if self.marks is None else self.marks(states), strict=True))
         if index == len(self._flows) - 1:
             known = zip(flow.taken, self.ends, strict=False)
-            handed |= {name: end for name, end in known if end is not None}
+            handed |= {name: self._laid_out(end) for name, end in known if end is not None}
         passed = tuple(handed.values())
         self._versions = [state._version for state in passed]
         self._seen.append(Passed(index, states, passed, call, parameters))
@@ -76,6 +79,14 @@ class Recorder:
             more = self.returned - len(output) - flow.settled
             return (*output, *settled, *(self._beside() for _ in range(more)))
         return output if self.returned or len(output) > 1 else output[0]
+
+    def _laid_out(self, state: Tensor) -> Tensor:
+        return state if self.axes is None else self.axes.given(state)
+
+    def _kept(self, states: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        if self.axes is None:
+            return tuple(states)
+        return tuple(None if state is None else self.axes.kept(state) for state in states)
 
     def _beside(self) -> Tensor | None:
         """What stubs return beside what flows, attention weights say: a number with a gradient, if marked.
@@ -99,11 +110,12 @@ class Recorder:
         states = before = self._seen[0].received
         edits: list[Edits] = [(None,) * len(states)] * len(self._flows)
         for passed in self._seen:
-            calls[passed.index] = passed.call
+            calls[passed.index] = replace(passed.call, axes=self.axes)
             pairs = zip(before, passed.received, strict=True)
-            edits[passed.index] = tuple(_edit(a, b, passed.index) for a, b in pairs)
+            edits[passed.index] = self._kept([_edit(a, b, passed.index) for a, b in pairs])
             before = passed.handed
-        return Trace(states, tuple(calls), tuple(edits))
+        kept = states if self.axes is None else tuple(map(self.axes.kept, states))
+        return Trace(kept, tuple(calls), tuple(edits))
 
 
 def _edit(before: Tensor, after: Tensor, index: int) -> Tensor | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import AutoRoundError, InternalError, UnsupportedError
-from auto_round.facts.flow import States
+from auto_round.facts.flow import Axes, States
 from auto_round.facts.model import MASK, TOKENS
 from auto_round.models.config_facts import shares_no_caches
 from auto_round.models.earlier_results import (
@@ -36,6 +36,9 @@ from auto_round.models.source import Trace
 
 # What a model may raise when a stub returns a tensor where a tuple was expected, or the reverse.
 _WRONG_RETURN = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
+
+_PROBES = (2, 3), (5, 7)
+"""Rows and tokens by which axes are told: no two numbers alike."""
 
 _RETURNED = (0, 1, 2, 3)
 """How many values a block may return in a tuple; 0 for a bare tensor."""
@@ -84,7 +87,7 @@ class StubStem:
         self._head = head
         self._device = next(p.device for p in model.get_input_embeddings().parameters())
         # Two rows of three tokens: any indexing into a tensor that should be a tuple changes the shape.
-        probe = torch.zeros(2, 3, dtype=torch.int64, device=self._device)
+        probe = self._tokens((2, 3))
         failure: Exception | None = None
         for numbers in product(_RETURNED, repeat=len(recorders)):
             for recorder, returned in zip(recorders, numbers, strict=True):
@@ -99,6 +102,7 @@ class StubStem:
                 break
         else:
             raise untraceable(f"its blocks exchange more than hidden states ({failure})") from failure
+        self._find_axes()
         self._refuse_what_flows_beside(probe)
 
     @property
@@ -213,6 +217,18 @@ class StubStem:
             raise ValueError(f"hidden states of shape {list(output.shape)} came out")
         for recorder in self._recorders:
             recorder.trace()
+
+    def _tokens(self, counts: tuple[int, int]) -> Tensor:
+        return torch.zeros(counts, dtype=torch.int64, device=self._device)
+
+    def _find_axes(self) -> None:
+        """Find out how what flows is laid out."""
+        shapes = []
+        for counts in _PROBES:
+            self._run({TOKENS: self._tokens(counts)})
+            shapes.append([tuple(recorder.seen[0].received[0].shape) for recorder in self._recorders])
+        for recorder, one, two in zip(self._recorders, *shapes, strict=True):
+            recorder.axes = Axes.found(one, two, _PROBES[-1])
 
     def _refuse_what_flows_beside(self, probe: Tensor) -> None:
         """Refuse a model whose blocks, or whose end, read more of earlier blocks than what flows."""

@@ -56,7 +56,7 @@ class Feed:
         """
         self._job, self._rows, self._order = job, rows, order
         self._scratch, self._embedding = scratch, embedding
-        size = len(order[0]) * len(rows[0]) * job.source.facts.width * job.dtype.itemsize
+        size = len(order[0]) * len(rows[0]) * job.source.facts.flowing * job.dtype.itemsize
         self._ahead = max(1, AHEAD_BYTES // size)
         self._from = -1
         self._traced: tuple[ArgumentTable, Streams] | None = None

@@ -103,7 +103,7 @@ def measure_sizes(work: Workload) -> Sizes:
     return Sizes(
         tokens=rows * work.seqlen,
         batch_tokens=min(work.tune.batch_size, max(1, rows)) * work.seqlen,
-        stream=rows * work.seqlen * source.facts.width * itemsize,
+        stream=rows * work.seqlen * source.facts.flowing * itemsize,
         block=largest * itemsize,
         block_weights=largest,
         outside=max(0, total - sum(blocks.values())) * itemsize,

@@ -62,6 +62,7 @@ def leave_nothing_for_others(block, kept, beside):
 
 
 LEAVE = {
+    "mapping for later blocks": lambda block, kept, beside: beside.setdefault("first", kept),
     "list with places": lambda block, kept, beside: beside.__setitem__(block.index, kept),
     "choices in a list": lambda block, kept, beside: beside.__setitem__(block.index, kept.argmax(-1)),
     "object": lambda block, kept, beside: setattr(beside, "kept", kept),
@@ -101,7 +102,7 @@ class WayModel(PreTrainedModel):
         del attention_mask, use_cache
         way = self.config.way
         hidden = embedded = self.embed_tokens(input_ids)
-        stack, memory, second = [], {"chosen": None}, None
+        stack, memory, second, by_later = [], {"chosen": None}, None, {}
         places, carried, sums = [0] * len(self.layers), Memory(), torch.zeros(input_ids.shape)
         for layer in self.layers:
             if way == "plain" and stack:
@@ -114,6 +115,7 @@ class WayModel(PreTrainedModel):
                 "nested": lambda h=hidden: {"of": [(h > 0.5, None)]},
                 "numbers": lambda h=hidden: h.sum().item(),
                 "in a mapping": lambda: (memory, 1),
+                "mapping for later blocks": lambda: by_later,
                 "list with places": lambda: places,
                 "choices in a list": lambda: places,
                 "object": lambda: carried,
@@ -162,6 +164,20 @@ def source_of(way):
     return LiveSource(WayForCausalLM(WayConfig(way)))
 
 
+@pytest.mark.parametrize("way", ["second to the next", "mapping for later blocks"])
+def test_what_a_block_hands_on_beside_what_flows_is_no_state(way):
+    """It goes with what flows, in rows of its own."""
+    source = source_of(way)
+    source.refuse_untraceable()
+    with source.stem() as stem:
+        trace = stem.trace({"input_ids": torch.arange(12).reshape(2, 6)})
+    numbers = {"second to the next": 6, "mapping for later blocks": 6 * WIDTH}[way]
+    assert [state.shape for state in trace.states] == [(2, 6, WIDTH), (2, 1, numbers)]
+    first, *later = (call.carried for call in trace.calls)
+    assert not first[0].present
+    assert all(each[0].name == "beside" and len(each[0].present) == 1 for each in later)
+
+
 @pytest.mark.parametrize("way", ["plain", "harmless", "second for nobody"])
 def test_what_comes_of_the_tokens_alone_is_no_state(way):
     source = source_of(way)
@@ -185,10 +201,6 @@ def test_what_comes_of_the_tokens_alone_is_no_state(way):
         ("in a mapping", 'hand on state to later blocks in "argument 1"'),
         ("first block at the end", "behind its last block the model reads more"),
         ("embedding at the end", "behind its last block the model reads more"),
-        (
-            "second to the next",
-            'block 1 is given "beside", which is computed from what earlier blocks hand on',
-        ),
         ("second at the end", "behind its last block the model reads more"),
         ("list with places", 'leaves state for others in "beside"'),
         ("choices in a list", 'leaves state for others in "beside"'),
@@ -220,7 +232,7 @@ def test_blocks_run_without_weights(saved, monkeypatch, family):
     """One that does not is passed over, and what it leaves behind is not found."""
     if family not in known_families():
         pytest.skip("this Transformers has no such family")
-    monkeypatch.setattr(rehearsal, "_WANTS_WEIGHTS", ())
+    monkeypatch.setattr(rehearsal, "WANTS_WEIGHTS", ())
     with FolderSource.open(saved(family)) as source:
         source.refuse_untraceable()
 

@@ -80,12 +80,27 @@ class Idle(Plain):
         return torch.zeros_like(x).scatter(-1, best, 1.0) * x.sum() + self.other(read)
 
 
+class HandsOn(Plain):
+    """What `up` makes is handed on to a later block as well."""
+
+    def made(self, up):
+        self.up_made = up
+        return up
+
+    def forward(self, x):
+        return super().forward(x), self.up_made.reshape(1, -1)
+
+
+def _outputs(found):
+    return found if isinstance(found, tuple) else (found,)
+
+
 def links_of(kind):
     block = kind()
     x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
     before = {name: value.clone() for name, value in block.state_dict().items()}
     with torch.no_grad():
-        found = find_links(block, lambda: block(x), lambda _: True)
+        found = find_links(block, lambda: _outputs(block(x)), lambda _: True)
     assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
     return {(*link.makers, *link.readers) for link in found}
 
@@ -98,6 +113,7 @@ NORM, PAIR = ("norm.weight", "gate.weight", "up.weight"), ("up.weight", "down.we
     [
         (Plain, {NORM, PAIR}),
         (Viewed, {NORM, PAIR}),
+        (HandsOn, {NORM}),
         (Clamped, {NORM}),
         (Rarely, {PAIR}),
         (Elsewhere, {PAIR}),

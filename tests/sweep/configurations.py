@@ -72,6 +72,13 @@ PER_LAYER: Sizes = {
     "laurel_rank": 16,
     "global_head_dim": 16,
 }
+SHARING: Sizes = {
+    **PER_LAYER,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
+"""The last blocks read keys and values of earlier ones, as in the small models of Gemma 3n and 4."""
 RELATIVE: Sizes = {
     "layer_types": ["hybrid_sliding", "hybrid"],
     "sliding_window": 8,
@@ -95,14 +102,16 @@ FAMILIES: Mapping[str, Sizes] = {
     **dict.fromkeys(("olmo3", "vaultgemma"), SLIDING),
     **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"), LATENT),
     **dict.fromkeys(("sarvam_mla", "youtu"), LATENT),
-    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), INDEXED),
+    "deepseek_v32": INDEXED,
+    "glm_moe_dsa": {**INDEXED, "num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"]},
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), RECURRENT),
     **dict.fromkeys(("mamba", "falcon_mamba"), MAMBA),
     **dict.fromkeys(("lfm2", "lfm3"), CONVOLVING),
     **dict.fromkeys(("gpt2", "gpt_bigcode", "openai-gpt"), GPT),
     "gptj": {**GPT, "rotary_dim": 8},
     "codegen": {**GPT, "rotary_dim": 8},
-    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), PER_LAYER),
+    "gemma4_text": SHARING,
+    "gemma4_unified_text": PER_LAYER,
     **dict.fromkeys(("inkling2_text", "inkling2_loop_text"), RELATIVE),
     "afmoe": {"num_dense_layers": 1, **SLIDING},
     "axk2": {**INDEXED, "head_dim": 16, "gated_norm_rank": 8},
@@ -149,9 +158,9 @@ FAMILIES: Mapping[str, Sizes] = {
     "falcon": {"head_dim": None, "new_decoder_architecture": False, "multi_query": True},
     "falcon_h1": {"mamba_d_ssm": 128, **MAMBA},
     "gemma3n_text": {
-        **PER_LAYER,
-        "activation_sparsity_pattern": [0.5, 0.0],
-        "intermediate_size": [96, 96],
+        **SHARING,
+        "activation_sparsity_pattern": [0.5, 0.0] * 2,
+        "intermediate_size": [96] * 4,
     },
     "gpt_neo": {
         "num_layers": 2,
@@ -160,7 +169,13 @@ FAMILIES: Mapping[str, Sizes] = {
         "window_size": 16,
     },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], **MAMBA},
-    "hy_v4": {**INDEXED, "head_dim": 16, "hc_mult": 2},
+    "hy_v4": {
+        **INDEXED,
+        "head_dim": 16,
+        "hc_mult": 2,
+        "num_hidden_layers": 3,
+        "indexer_types": ["full", "shared", "full"],
+    },
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,

@@ -255,11 +255,13 @@ FAMILIES: Mapping[str, Family] = {
         {
             "text_config": _text(
                 "gemma4_text",
-                **SLIDING,
+                num_hidden_layers=3,
+                layer_types=["sliding_attention", "full_attention", "full_attention"],
+                sliding_window=8,
                 global_head_dim=16,
                 hidden_size_per_layer_input=32,
                 vocab_size_per_layer_input=128,
-                num_kv_shared_layers=0,
+                num_kv_shared_layers=1,
             ),
             "vision_config": _tower(
                 "gemma4_vision", head_dim=16, num_key_value_heads=4, patch_size=4, pooling_kernel_size=2

@@ -34,6 +34,7 @@ from auto_round.facts.model import TOKENS
 from auto_round.models.source import CPU
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.streams import home_of_streams, room_like
+from auto_round.tuning.samples import leaf
 
 Sums = dict[Part, float]
 
@@ -144,23 +145,27 @@ def _of_row(
 ) -> Sums:
     """Scores of the parts of a block on one row; `gradient` of that row moves to what flows in."""
     device, rows = opened.setting.job.device, range(row, row + 1)
-    states = tuple(s.to(device).detach().requires_grad_() for s in taken(flowing, rows))
+    states = tuple(leaf(s.to(device)) for s in taken(flowing, rows))
+    floats = [state for state in states if state.requires_grad]
     together = _together(rounded.values())
     weights = {name: weight.detach().requires_grad_() for name, weight in together.parameters.items()}
     inputs = {name: _Recorded(fmt) for name, fmt in together.activations.items()}
     with torch.enable_grad():
         out = opened.run(states, rows, Rounded(weights, inputs))
-    upstream = [g.to(o.device) for g, o in zip(taken(gradient, rows), out, strict=True)]
+    behind = taken(gradient, rows)
+    pairs = [(o, g.to(o.device)) for g, o in zip(behind, out, strict=True) if o.requires_grad]
     seen = [(name, *pair) for name, recorded in inputs.items() for pair in recorded.pairs]
-    wanted = [*states, *weights.values(), *(after for _, _, after in seen)]
-    slopes = torch.autograd.grad(out, wanted, upstream, allow_unused=True, materialize_grads=True)
-    for to, value in zip(gradient, slopes, strict=False):
+    wanted = [*floats, *weights.values(), *(after for _, _, after in seen)]
+    moved, upstream = zip(*pairs, strict=True)
+    slopes = torch.autograd.grad(moved, wanted, upstream, allow_unused=True, materialize_grads=True)
+    of_states = [to for to, state in zip(gradient, states, strict=True) if state.requires_grad]
+    for to, value in zip(of_states, slopes, strict=False):
         to[row : row + 1] = value.to(to.device)
-    of_weights = dict(zip(weights, slopes[len(states) :], strict=False))
+    of_weights = dict(zip(weights, slopes[len(floats) :], strict=False))
     scores = {
         name: _weighed(of_weights[name], opened.originals[name] - w.detach()) for name, w in weights.items()
     }
-    for (name, change, _), slope in zip(seen, slopes[len(states) + len(weights) :], strict=True):
+    for (name, change, _), slope in zip(seen, slopes[len(floats) + len(weights) :], strict=True):
         scores[name] = scores.get(name, 0.0) + _weighed(slope, change)
     return {
         part: sum(scores.get(name, 0.0) for name in (*how.parameters, *how.activations))

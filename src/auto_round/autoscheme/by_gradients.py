@@ -30,6 +30,7 @@ from auto_round.numerics.activation import ActivationFormat
 from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.streams import home_of_streams, room_like
+from auto_round.tuning.samples import leaf
 
 TOGETHER = 4
 """Rows whose slopes are added before they are squared, whatever runs at a time: fewer products, and signs of
@@ -185,7 +186,7 @@ def _back(
     for number, turn in enumerate(turns):
         slopes = _Slopes(opened, turn)
         for rows, last in _some_rows(inputs[0].shape[0], setting.batch_size):
-            states = tuple(s.to(device).detach().requires_grad_() for s in taken(inputs, rows))
+            states = tuple(leaf(s.to(device)) for s in taken(inputs, rows))
             slopes.add(states, taken(gradient, rows), rows, last=last)
             if number + 1 == len(turns):
                 for to, state in zip(gradient, states, strict=True):
@@ -264,8 +265,10 @@ class _Slopes:
             out = self._opened.run(states, rows, Rounded(weights, watched))
         for one in seen.values():
             one.place.register_hook(partial(self._of_input, one))  # type: ignore[no-untyped-call]
-        upstream = [g.to(o.device) for g, o in zip(behind, out, strict=True)]
-        torch.autograd.backward(out, upstream, inputs=[*states, *weights.values()])
+        pairs = [(o, g.to(o.device)) for g, o in zip(behind, out, strict=True) if o.requires_grad]
+        floats = [state for state in states if state.requires_grad]
+        moved, upstream = zip(*pairs, strict=True)
+        torch.autograd.backward(moved, upstream, inputs=[*floats, *weights.values()])
 
     def _of_weight(self, name: str, last: bool, weight: Tensor) -> None:
         slope = weight.grad

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from auto_round.facts.carried import Carried
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -101,6 +103,8 @@ class BlockCall:
         shape: of what flows in one row of an encoder, `[patches, width]` or `[tiles, patches, width]`: it is
             kept as `[1, length, width]`. None: it flows as it is kept.
         axes: of what flows in a language model; None where it flows as it is kept.
+        carried: what blocks hand on beside what flows. Its pieces are kept behind the tensors that flow, as
+            further `States`.
     """
 
     args: tuple[Any, ...]
@@ -109,10 +113,16 @@ class BlockCall:
     lengths: tuple[int, ...] = ()
     shape: tuple[int, ...] | None = None
     axes: Axes | None = None
+    carried: tuple[Carried, ...] = ()
 
     def given(self, states: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the whole call."""
         args, kwargs = list(self.args), dict(self.kwargs)
+        beside = states[len(self.places) :]
+        for each in self.carried:
+            kwargs[each.name] = each.given(beside[: len(each.pieces)])
+            beside = beside[len(each.pieces) :]
+        states = states[: len(self.places)]
         if self.shape is not None:
             states = [state.reshape(self.shape) for state in states]
         if self.axes is not None:
@@ -125,12 +135,27 @@ class BlockCall:
         return tuple(args), kwargs
 
     def kept(self, states: Sequence[Tensor]) -> States:
-        """What a block handed on, as it is kept."""
+        """What flows out of a block, as it is kept."""
         if self.axes is not None:
             return tuple(self.axes.kept(state) for state in states)
         if self.shape is None:
             return tuple(states)
         return tuple(state.reshape(1, -1, state.shape[-1]) for state in states)
+
+    def carried_on(self, given: Mapping[str, Any], output: Any, states: Sequence[Tensor]) -> list[Tensor]:
+        """What a block hands on beside what flows, as it is kept.
+
+        Args:
+            given: keyword arguments of the call.
+            output: what the block returned.
+            states: all that was given to it, as it is kept.
+        """
+        found: list[Tensor] = []
+        for each in self.carried:
+            first = len(self.places) + len(found)
+            before = states[first : first + len(each.pieces)]
+            found += each.handed(given[each.name], output, before)
+        return found
 
 
 def split_call(

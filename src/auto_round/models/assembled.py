@@ -27,6 +27,7 @@ from auto_round.models.anatomy import Anatomy
 from auto_round.models.attention_modules import find_attentions
 from auto_round.models.config_facts import model_facts
 from auto_round.models.families import parameter_names
+from auto_round.models.find_carried import Weightless
 from auto_round.models.kept import Casts, casts_of, kept_layers, kept_tensors
 from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
@@ -267,7 +268,8 @@ class AssembledSource(ABC):
         real, recorders = self._stubbed(left_out, tensors, device, dtype or self.dtype)
         output = real.get_submodule(head_path) if head_path and head else None
         with freed_on_exit(real):
-            yield StubStem(real, self._stem_parts(real), recorders, output)
+            lists = self._weightless_lists(dtype or self.dtype)
+            yield StubStem(real, self._stem_parts(real), recorders, output, lists)
 
     def refuse_untraceable(
         self,
@@ -294,22 +296,35 @@ class AssembledSource(ABC):
         zeros = {n: torch.zeros((), dtype=dtypes[n], device=CPU).expand(meta[n].shape) for n in absent}
         real, recorders = self._stubbed(left_out, zeros, CPU, dtype)
         with freed_on_exit(real):
-            stem = StubStem(real, self._stem_parts(real), recorders, None)
+            lists = self._weightless_lists(dtype)
+            stem = StubStem(real, self._stem_parts(real), recorders, None, lists)
             traces = trial_traces(stem, inputs, len(self.block_lists), self.facts.context or TRIAL_TOKENS)
         calls = [call for trace in traces for call in trace.calls]
         flowing = [trace.states for trace in traces for _ in trace.calls]
-        failed = refuse_left_state(model, self._weightless(calls, flowing, dtype), calls)
+        failed = refuse_left_state(model, self._weightless(self.blocks, calls, flowing, dtype), calls)
         skipped = (b.index for b, call in zip(self.blocks, calls, strict=True) if call is None)
         return Rehearsed(frozenset(skipped), failed)
 
     def _stem_parts(self, model: Any) -> StemParts:
         return StemParts.of(model, [block.module for block in self.blocks])
 
+    def _weightless_lists(self, dtype: torch.dtype) -> list[Weightless]:
+        """The blocks of each list, as `_weightless` gives them."""
+
+        def of(blocks: Sequence[Block]) -> Weightless:
+            return lambda calls, flowing: self._weightless(blocks, calls, flowing, dtype)
+
+        return [of(blocks) for blocks in self.block_lists]
+
     def _weightless(
-        self, calls: Sequence[BlockCall | None], flowing: Sequence[States], dtype: torch.dtype
+        self,
+        blocks: Sequence[Block],
+        calls: Sequence[BlockCall | None],
+        flowing: Sequence[States],
+        dtype: torch.dtype,
     ) -> Iterator[RehearsedBlock]:
         """Blocks with zeros for weights, which take no memory, and what each is called with."""
-        for block, call, states in zip(self.blocks, calls, flowing, strict=True):
+        for block, call, states in zip(blocks, calls, flowing, strict=True):
             if call is not None:
                 module = self._parts.model.get_submodule(block.module)
                 dtypes = self.block_dtypes(block.index, dtype)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -38,6 +38,7 @@ class Passed:
         handed: what it handed on.
         call: what else it was given.
         parameters: names of what the block takes, in order.
+        beside: what it returned behind what flows, by place in its output.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Passed:
     handed: States
     call: BlockCall
     parameters: Sequence[str] = ()
+    beside: Mapping[int, Any] = field(default_factory=dict)
 
 
 def untraceable(reason: str) -> UnsupportedError:
@@ -73,6 +75,8 @@ class Marks:
         return tuple(self._marked(state) for state in states)
 
     def _marked(self, state: Tensor) -> Tensor:
+        if not state.is_floating_point():
+            return state
         numbers = torch.rand(state.shape, generator=self._generator, dtype=torch.float32, device="cpu")
         return (
             numbers.to(state.device, state.dtype).requires_grad_() + 0

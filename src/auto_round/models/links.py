@@ -57,8 +57,9 @@ class Link:
         return {**made, **{name: Rescaling(multiplied=self.spread(factors)) for name in self.readers}}
 
 
-Run = Callable[[], Tensor]
-"""Runs the block on the same row: what it adds to its input, `[tokens, width]` float32."""
+Run = Callable[[], tuple[Tensor, ...]]
+"""Runs the block on the same row: what it adds to its input, `[tokens, width]` float32, and whatever else it
+hands on to later blocks, `[1, numbers]` each, which has to stay as well: later blocks read it."""
 
 
 def find_links(block: nn.Module, run: Run, usable: Callable[[Link], bool]) -> list[Link]:
@@ -90,7 +91,7 @@ class _Seen:
     """
 
     fed: Mapping[str, str | None]
-    wanted: Tensor
+    wanted: tuple[Tensor, ...]
     idle: tuple[Tensor, ...]
 
 
@@ -172,7 +173,7 @@ def _has(block: nn.Module, parameter: str) -> bool:
     return any(name == parameter for name, _ in block.named_parameters())
 
 
-def _holds(block: nn.Module, link: Link, run: Run, wanted: Tensor) -> bool:
+def _holds(block: nn.Module, link: Link, run: Run, wanted: tuple[Tensor, ...]) -> bool:
     """Whether the block gives the same with channels as small, and as large, as they may become.
 
     What clamps its values, say, shows only where they are large. Powers of two leave no error of rounding.
@@ -180,19 +181,24 @@ def _holds(block: nn.Module, link: Link, run: Run, wanted: Tensor) -> bool:
     of a choice of the best 2048 tokens among fewer, say): then nothing is known of who reads them.
     """
     count = block.get_parameter(next(iter(link.makers))).shape[0]
-    factors = torch.pow(LARGEST, torch.arange(count, dtype=torch.int64, device=wanted.device) % 3 - 1)
+    factors = torch.pow(LARGEST, torch.arange(count, dtype=torch.int64, device=wanted[0].device) % 3 - 1)
     changes = link.changes(factors)
     made = {name: changes[name] for name in link.makers}
     return _error(block, changes, run, wanted) <= SAME < _error(block, made, run, wanted)
 
 
-def _error(block: nn.Module, changes: Mapping[str, Rescaling], run: Run, wanted: Tensor) -> float:
+def _error(block: nn.Module, changes: Mapping[str, Rescaling], run: Run, wanted: tuple[Tensor, ...]) -> float:
     """Largest error of a token, see `SAME`, with some parameters rescaled."""
     with _rescaled(block, changes):
-        off = (run() - wanted).norm(dim=-1)
+        found = run()
+    return max(_relative(now - before, before) for now, before in zip(found, wanted, strict=True))
+
+
+def _relative(off: Tensor, wanted: Tensor) -> float:
+    """Largest size of a row of errors beside that row, or the median one where that is more."""
     sizes = wanted.norm(dim=-1)
     sizes = torch.maximum(sizes, sizes.median()).clamp_min(torch.finfo(torch.float32).tiny)
-    return float((off / sizes).max())
+    return float((off.norm(dim=-1) / sizes).max())
 
 
 @contextmanager

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from auto_round.facts.carried import Carried
 from auto_round.facts.flow import Axes, BlockCall, Flow, States, split_call
 from auto_round.models.earlier_results import Passed, untraceable
 from auto_round.models.families import parameter_names
+from auto_round.models.find_carried import Carrier
 from auto_round.models.source import Edits, Trace
 
 _CACHES = frozenset({"past_key_values", "past_key_value", "cache", "use_cache", "layer_past"})
@@ -28,6 +30,8 @@ class Recorder:
         ends: what the last stub hands on, as it is kept; None for a tensor that it hands on as it got it.
         marks: what all stubs hand on instead of their input; None for the input itself.
         axes: of what flows; None where it flows as it is kept.
+        carriers: values that blocks hand on beside what flows; calls do not have them.
+        carried: what each block is given of them; empty where that is not known yet.
     """
 
     def __init__(self, flows: Sequence[Flow]) -> None:
@@ -40,6 +44,8 @@ class Recorder:
         self.ends: Sequence[Tensor | None] = ()
         self.marks: Callable[[States], States] | None = None
         self.axes: Axes | None = None
+        self.carriers: Sequence[Carrier] = ()
+        self.carried: Sequence[tuple[Carried, ...]] = ()
         self._flows = flows
         self._seen: list[Passed] = []
         self._versions: list[int] = []
@@ -56,7 +62,9 @@ class Recorder:
     def receive(self, index: int, parameters: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """The forward of stub `index`, whose parameters have these names."""
         flow = self._flows[index]
-        kept = {key: value for key, value in kwargs.items() if key not in _CACHES}
+        carried = {carrier.name for carrier in self.carriers}
+        args, kwargs = _by_name(args, kwargs, parameters, carried)
+        kept = {key: value for key, value in kwargs.items() if key not in _CACHES | carried}
         try:
             states, call = split_call(flow.taken, parameters, args, kept)
         except LookupError as error:
@@ -72,12 +80,12 @@ class Recorder:
             handed |= {name: self._laid_out(end) for name, end in known if end is not None}
         passed = tuple(handed.values())
         self._versions = [state._version for state in passed]
-        self._seen.append(Passed(index, states, passed, call, parameters))
         output = tuple(handed[name] for name in flow.returned)
+        first = len(output) + flow.settled
+        beside = {place: self._beside() for place in range(first, self.returned)}
+        self._seen.append(Passed(index, states, passed, call, parameters, beside))
         if self.returned > len(output):
-            settled = (None,) * flow.settled
-            more = self.returned - len(output) - flow.settled
-            return (*output, *settled, *(self._beside() for _ in range(more)))
+            return (*output, *(None,) * flow.settled, *beside.values())
         return output if self.returned or len(output) > 1 else output[0]
 
     def _laid_out(self, state: Tensor) -> Tensor:
@@ -110,12 +118,26 @@ class Recorder:
         states = before = self._seen[0].received
         edits: list[Edits] = [(None,) * len(states)] * len(self._flows)
         for passed in self._seen:
-            calls[passed.index] = replace(passed.call, axes=self.axes)
+            beside = self.carried[passed.index] if self.carried else ()
+            calls[passed.index] = replace(passed.call, axes=self.axes, carried=beside)
             pairs = zip(before, passed.received, strict=True)
             edits[passed.index] = self._kept([_edit(a, b, passed.index) for a, b in pairs])
             before = passed.handed
         kept = states if self.axes is None else tuple(map(self.axes.kept, states))
-        return Trace(kept, tuple(calls), tuple(edits))
+        return Trace((*kept, *self._nothing_carried(kept[0])), tuple(calls), tuple(edits))
+
+    def _nothing_carried(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Room for what blocks hand on beside what flows, before the first of them."""
+        pieces = [piece for each in (self.carried or [()])[0] for piece in each.pieces]
+        return tuple(piece.room(hidden) for piece in pieces)
+
+
+def _by_name(
+    args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Sequence[str], wanted: Collection[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call, those from the first of some parameters on by their names."""
+    first = next((i for i, name in enumerate(parameters[: len(args)]) if name in wanted), len(args))
+    return args[:first], {**dict(zip(parameters[first:], args[first:], strict=False)), **kwargs}
 
 
 def _edit(before: Tensor, after: Tensor, index: int) -> Tensor | None:

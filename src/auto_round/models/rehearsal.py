@@ -47,7 +47,7 @@ _PRODUCTS = {
 """Products of matrices -> position of the first matrix."""
 _CLONE = torch.ops.aten.clone.default
 
-_WANTS_WEIGHTS = (
+WANTS_WEIGHTS = (
     TypeError,
     ValueError,
     RuntimeError,
@@ -223,7 +223,7 @@ def refuse_left_state(
         ]
         try:
             left = _left_behind(part, holders)
-        except _WANTS_WEIGHTS as error:
+        except WANTS_WEIGHTS as error:
             failed[part.index], left = error.with_traceback(None), None
         finally:
             for holder in holders:

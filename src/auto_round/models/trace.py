@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import AutoRoundError, InternalError, UnsupportedError
+from auto_round.facts.carried import Carried
 from auto_round.facts.flow import Axes, States
 from auto_round.facts.model import MASK, TOKENS
 from auto_round.models.config_facts import shares_no_caches
@@ -30,6 +31,7 @@ from auto_round.models.earlier_results import (
     untraceable,
 )
 from auto_round.models.families import parameter_names
+from auto_round.models.find_carried import Weightless, find_carriers, look_at_carried
 from auto_round.models.recorder import Recorder
 from auto_round.models.roles import find_decoder, find_text_model
 from auto_round.models.source import Trace
@@ -67,20 +69,29 @@ class StubStem:
     """A model whose blocks are stubs; satisfies `source.Stem`."""
 
     def __init__(
-        self, model: Any, parts: StemParts, recorders: Sequence[Recorder], head: nn.Module | None
+        self,
+        model: Any,
+        parts: StemParts,
+        recorders: Sequence[Recorder],
+        head: nn.Module | None,
+        weightless: Sequence[Weightless] = (),
     ) -> None:
-        """Find out what the blocks return.
+        """Find out what the blocks return, and what they hand on.
 
         Args:
             model: real weights everywhere but in the blocks, which are stubs of `recorders`.
             parts: the models inside `model`.
             recorders: what the stubs of each list of blocks report to.
             head: the output head inside `model`; None when it has none.
+            weightless: the blocks of each list without weights, for what they hand on beside hidden states;
+                empty where nobody traces.
 
         Raises:
             UnsupportedError: the model cannot be run block by block.
         """
         self._model = model
+        self._weightless = weightless
+        self._looked: dict[tuple[int, int], list[tuple[Carried, ...]]] = {}
         self._decoder = parts.decoder
         self._text_model = parts.text_model
         self._recorders = recorders
@@ -103,6 +114,8 @@ class StubStem:
         else:
             raise untraceable(f"its blocks exchange more than hidden states ({failure})") from failure
         self._find_axes()
+        if weightless:
+            self._find_carriers(probe)
         self._refuse_what_flows_beside(probe)
 
     @property
@@ -114,6 +127,7 @@ class StubStem:
     def trace(self, inputs: Mapping[str, Tensor], ended: Sequence[States] = ()) -> Trace:
         """Inputs of every block of a list; see `source.Stem`."""
         recorder = self._recorders[len(ended)]
+        self._look_at_carried(len(ended), inputs[TOKENS].shape[1])
         with self._ending_in(dict(enumerate(ended))):
             self._run(inputs)
             traced = recorder.trace()
@@ -229,6 +243,32 @@ class StubStem:
             shapes.append([tuple(recorder.seen[0].received[0].shape) for recorder in self._recorders])
         for recorder, one, two in zip(self._recorders, *shapes, strict=True):
             recorder.axes = Axes.found(one, two, _PROBES[-1])
+
+    def _find_carriers(self, probe: Tensor) -> None:
+        """Find out which values blocks hand on beside what flows."""
+        if shares_no_caches(self._model.config):
+            return
+        with _marking(self._recorders, Marks(0)):
+            self._run({TOKENS: probe}, gradients=True)
+        for recorder in self._recorders:
+            recorder.carriers = find_carriers(recorder.seen)
+
+    def _look_at_carried(self, number: int, length: int) -> None:
+        """Find out what blocks hand on in rows of a length."""
+        recorder = self._recorders[number]
+        if not recorder.carriers:
+            return
+        if (number, length) not in self._looked:
+
+            def traced(rows: int, tokens: int) -> Trace:
+                recorder.carried = ()
+                self._run({TOKENS: self._tokens((rows, tokens))})
+                return recorder.trace()
+
+            blocks = self._weightless[number]
+            found = look_at_carried(recorder.carriers, traced, length, blocks)
+            self._looked[number, length] = found
+        recorder.carried = self._looked[number, length]
 
     def _refuse_what_flows_beside(self, probe: Tensor) -> None:
         """Refuse a model whose blocks, or whose end, read more of earlier blocks than what flows."""

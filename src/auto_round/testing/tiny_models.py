@@ -114,7 +114,7 @@ KEPT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 CARRYING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"glm_moe_dsa": {**_LATENT, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}}
 )
-"""Families whose blocks hand on more than hidden states, so that none can be run alone."""
+"""Families whose blocks hand on more than hidden states."""
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

@@ -128,6 +128,12 @@ def counted_elements(shape: Sequence[int], weights: Tensor | None, device: torch
     return ((weights > 0).sum().clamp_min(1) * shape[-1]).to(device, torch.float32)
 
 
+def leaf(state: Tensor) -> Tensor:
+    """A tensor apart from what made it, in which gradients are wanted, if it holds floats."""
+    alone = state.detach()
+    return alone.requires_grad_() if alone.is_floating_point() else alone
+
+
 def states_of(output: Any, order: Sequence[int]) -> States:
     """What flows on, from a block's output: a tensor alone, or a tuple that holds it.
 

@@ -16,7 +16,7 @@ from auto_round.numerics.qtensor import QTensor
 from auto_round.numerics.scale import MAX_KNOB, Knobs, Stats
 from auto_round.numerics.ste import cast_ste
 from auto_round.tuning.distill import DistillConfig, Rate
-from auto_round.tuning.samples import states_of
+from auto_round.tuning.samples import leaf, states_of
 from auto_round.tuning.sign_round import TunedBlock
 from auto_round.tuning.weights import Rescaled, Weight, fake_weights
 
@@ -144,7 +144,7 @@ class Student:
             inputs: what flows in.
             args: what the blocks are called with behind it.
         """
-        leaves = tuple(state.detach().requires_grad_() for state in inputs)
+        leaves = tuple(leaf(state) for state in inputs)
         with torch.enable_grad():
             outputs = functional_call(self._block, dict(rounded.used), (*leaves, *args))
         return Passed(leaves, states_of(outputs, range(len(leaves))))
@@ -159,10 +159,11 @@ class Student:
             passed: some rows.
             gradients: of each tensor that flowed out; None for none.
         """
-        reached = [*rounded.used.values(), *passed.inputs]
-        found = _pulled_back(passed.outputs, gradients, reached)
+        floats = [state for state in passed.inputs if state.requires_grad]
+        found = _pulled_back(passed.outputs, gradients, [*rounded.used.values(), *floats])
         rounded.total[:] = [_sum(a, b) for a, b in zip(rounded.total, found, strict=False)]
-        return tuple(found[len(rounded.used) :])
+        behind = iter(found[len(rounded.used) :])
+        return tuple(next(behind) if state.requires_grad else None for state in passed.inputs)
 
     def gradients(self, rounded: Rounded) -> dict[str, Tensor]:
         """Gradients of `values` by name, summed over all rows; none of what the rows did not reach."""

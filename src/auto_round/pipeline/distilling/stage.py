@@ -224,7 +224,8 @@ class _Loop:
         for number in range(len(self._stage.members)):
             self._pass_held(number, flow, original)
             if errors:
-                pairs = enumerate(zip(flow, original, strict=True))
+                hidden = self._units.flowing(number)
+                pairs = enumerate(zip(flow[:hidden], original[:hidden], strict=True))
                 found.append(sum(squared_error(a, b, rows.mask_of(i)) for i, (a, b) in pairs))
         return self._divergence(flow), found
 

@@ -198,7 +198,11 @@ class Sweep:
             return list(flowing)
         found: list[Tensor | None] = []
         outputs, targets = room.rounded[unit + 1], room.original[unit]
+        hidden = self.units.flowing(unit)
         for i, (gradient, output, target) in enumerate(zip(flowing, outputs, targets, strict=True)):
+            if i >= hidden:
+                found.append(gradient)
+                continue
             own = error_gradient(output, target, rows.mask_of(i)).mul_(share / scale)
             own = own.to(self.units.job.device)
             found.append(own if gradient is None else own.add_(gradient))

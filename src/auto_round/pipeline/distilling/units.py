@@ -141,6 +141,10 @@ class Units:
     ranges: InputRanges
     states: Mapping[str, Mapping[str, HeadSteps]]
 
+    def flowing(self, number: int) -> int:
+        """How many of the `States` behind a unit flow; those behind are handed on beside them."""
+        return len(self.job.source.blocks[self.members[number][0]].flow.taken)
+
     @contextmanager
     def open(self, number: int, rows: Rows) -> Iterator[OpenUnit]:
         """Read the weights of a unit; they are freed on leaving.

@@ -17,6 +17,9 @@ class BlockGroup(nn.Module):
     """One or several blocks in a row; parameter names are `<position>.<name in the block>`.
 
     A block that the model skips passes its input on; what the model adds between blocks is added here.
+
+    Attributes:
+        flowing: how many of the `States` flow; those behind are handed on beside them.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], flows: Sequence[Flow]) -> None:
@@ -28,6 +31,7 @@ class BlockGroup(nn.Module):
         """
         super().__init__()
         self._orders = tuple(flow.order for flow in flows)
+        self.flowing = len(self._orders[0])
         for position, block in enumerate(blocks):
             self.add_module(str(position), block)
 
@@ -35,17 +39,20 @@ class BlockGroup(nn.Module):
         """Run the blocks in turn.
 
         Args:
-            inputs: what flows in, each `[batch, length, width]`, and behind it a list with, for each block,
-                its arguments (None: skipped) and what is added to what flows into it.
+            inputs: what flows in, each `[batch, length, width]`, what is handed on beside it, and behind
+                them a list with, for each block, its arguments (None: skipped) and what is added to what
+                flows into it.
         """
         *states, calls = inputs
         for block, order, (call, added) in zip(self.children(), self._orders, calls, strict=True):
-            states = [s if a is None else s + a.to(s.dtype) for s, a in zip(states, added, strict=True)]
+            flowing = [s if a is None else s + a.to(s.dtype) for s, a in zip(states, added, strict=False)]
+            states = [*flowing, *states[len(added) :]]
             if call is not None:
                 whole, states = states, _cut(states, call.lengths)
                 args, kwargs = call.given(states)
-                handed = _handed_on(block(*args, **kwargs), order, states)
-                states = _filled(call.kept(handed), whole)
+                output = block(*args, **kwargs)
+                flowing = _filled(call.kept(_handed_on(output, order, states)), whole)
+                states = [*flowing, *call.carried_on(kwargs, output, states)]
         return tuple(states)
 
 
@@ -98,7 +105,7 @@ def _cut(states: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
 
 def _filled(states: States, whole: Sequence[Tensor]) -> list[Tensor]:
     """What a block gave, with zeros behind it where it was given only a part of `whole`."""
-    missing = [full.shape[1] - state.shape[1] for state, full in zip(states, whole, strict=True)]
+    missing = [full.shape[1] - state.shape[1] for state, full in zip(states, whole, strict=False)]
     pairs = zip(states, missing, strict=True)
     return [nn.functional.pad(state, (0, 0, 0, n)) if n else state for state, n in pairs]
 

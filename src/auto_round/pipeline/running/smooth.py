@@ -164,9 +164,11 @@ def _of_block(here: OriginalBlock, names: _Names, strength: float) -> Iterator[d
     """For each link of a block what becomes of its parameters; runs all rows."""
     block, streams = here.module, here.streams
 
-    def added() -> Tensor:
+    def added() -> tuple[Tensor, ...]:
         here.run(range(1))
-        return (streams.targets[0][0] - streams.reference[0][0]).float()
+        beside = (state[0] for state in streams.targets[1:] if state.is_floating_point())
+        hidden = (streams.targets[0][0] - streams.reference[0][0]).float()
+        return (hidden, *(state.to(torch.float32, copy=True) for state in beside))
 
     def usable(link: Link) -> bool:
         return names.usable(link, block)

@@ -196,7 +196,8 @@ def tune_unit(
     turn.then()
     release_freed_memory()
     importance = {n: found for n, m in seen.moments.items() if (found := m.importance()) is not None}
-    energies = [torch.stack([token_energy(row) for row in target]) for target in streams.targets]
+    targets = streams.targets[: group.flowing]  # what else is handed on has no share in the loss
+    energies = [torch.stack([token_energy(row) for row in target]) for target in targets]
     weights = tuple(token_weights(energy, streams.mask_of(i)) for i, energy in enumerate(energies))
     ranges = settle_ranges({name: ends.value() for name, ends in seen.extremes.items()})
     activations = ranges.formats(unit.activations)
@@ -210,8 +211,8 @@ def tune_unit(
         tuned = tune_block(
             group,
             {n: WeightTask(fmt, unit.originals[n], importance.get(n)) for n, fmt in formats.items()},
-            _samples(inputs, streams.targets, weights, arguments, slice(0, count)),
-            _samples(inputs, streams.targets, weights, unit.arguments(count), slice(count, None)),
+            _samples(inputs, targets, weights, arguments, slice(0, count)),
+            _samples(inputs, targets, weights, unit.arguments(count), slice(count, None)),
             replace(config, try_cancelled=cancels, iters=config.iters if count and unit.runs else 0),
             generator=generator,
             objective=replace(objective, device=unit.device),

@@ -1,0 +1,156 @@
+"""Finds what blocks hand on to later blocks beside hidden states, and what it looks like.
+
+Two ways are known. Blocks fill a mapping that all of them are given: the last blocks of Gemma 3n and Gemma 4
+read the keys and values of earlier ones from it. Or a block returns something behind the hidden states, and
+the model gives it to the next block as it is: choices of tokens of GLM's sparse attention, a router's states.
+
+A stub computes neither, so names come from stubs, and shapes from blocks that run without weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.facts.carried import Carried, Path, Piece, tensors_in
+from auto_round.facts.flow import BlockCall, States
+from auto_round.models.earlier_results import Passed, arguments, untraceable
+from auto_round.models.rehearsal import WANTS_WEIGHTS, RehearsedBlock, WeightlessProducts
+from auto_round.models.source import Trace
+
+Weightless = Callable[[Sequence["BlockCall | None"], Sequence[States]], Iterable[RehearsedBlock]]
+"""Blocks that run without weights, one by one, from their calls and from what flows into each."""
+
+ROWS = (1, 2)
+"""Rows of two runs, by which the axis of rows is told."""
+SHORT = 16
+"""Tokens of the run that tells which block is the first to hand on what. All blocks run then; in rows of the
+wanted length only those up to the last of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """How a value is handed on.
+
+    Attributes:
+        name: parameter of the blocks that takes it.
+        place: place in a block's output; None where blocks fill a mapping.
+        empty: that mapping, empty; None where there is none.
+    """
+
+    name: str
+    place: int | None
+    empty: MutableMapping[Any, Any] | None
+
+
+def find_carriers(seen: Sequence[Passed]) -> tuple[Carrier, ...]:
+    """Values that the blocks of a list hand on.
+
+    Args:
+        seen: calls of stubs, in order, while these returned something of their own behind what flows.
+    """
+    found: dict[str, Carrier] = {}
+    shared = Counter(
+        id(value) for passed in seen for _, value in _arguments(passed) if _is_empty_mapping(value)
+    )
+    for passed in seen:
+        for name, value in _arguments(passed):
+            if _is_empty_mapping(value) and shared[id(value)] > 1:
+                found[name] = Carrier(name, None, copy.copy(value))
+    for before, passed in pairwise(seen):
+        for name, value in _arguments(passed):
+            places = (i for i, part in before.beside.items() if part is value and isinstance(value, Tensor))
+            if (place := next(places, None)) is not None:
+                found[name] = Carrier(name, place, None)
+    return tuple(found.values())
+
+
+def _arguments(passed: Passed) -> Iterator[tuple[str, Any]]:
+    return arguments(passed.call, passed.parameters)
+
+
+def _is_empty_mapping(value: Any) -> bool:
+    return isinstance(value, MutableMapping) and not value
+
+
+def look_at_carried(
+    carriers: Sequence[Carrier], traced: Callable[[int, int], Trace], length: int, blocks: Weightless
+) -> list[tuple[Carried, ...]]:
+    """What each block of a list is given of the values that blocks hand on.
+
+    Args:
+        carriers: how they are handed on.
+        traced: what the blocks receive for that many rows and tokens, without what they hand on.
+        length: tokens of a row.
+        blocks: that run without weights.
+
+    Raises:
+        UnsupportedError: a block does not run without weights, or rows cannot be told apart.
+    """
+    *before, last = ([set(value) for value in each] for each in _values(carriers, traced(1, SHORT), blocks))
+    one, two = (_complete(_values(carriers, traced(rows, length), blocks), last) for rows in ROWS)
+    pieces = [tuple(_pieces(a, b, c.name)) for c, a, b in zip(carriers, one, two, strict=True)]
+    return [
+        tuple(
+            Carried(c.name, c.place, c.empty, p, frozenset(v))
+            for c, p, v in zip(carriers, pieces, present, strict=True)
+        )
+        for present in before
+    ]
+
+
+def _complete(
+    values: Iterable[list[Mapping[Path, Tensor]]], wanted: Sequence[Set[Path]]
+) -> list[Mapping[Path, Tensor]]:
+    """The first values that hold all that is wanted; the last ones where none do."""
+    found: list[Mapping[Path, Tensor]] = []
+    for found in values:
+        if all(paths <= value.keys() for value, paths in zip(found, wanted, strict=True)):
+            break
+    return found
+
+
+def _values(
+    carriers: Sequence[Carrier], traced: Trace, blocks: Weightless
+) -> Iterator[list[Mapping[Path, Tensor]]]:
+    """Tensors in each value before each block, and behind the last."""
+    values = [copy.copy(carrier.empty) for carrier in carriers]
+    running = [index for index, call in enumerate(traced.calls) if call is not None]
+    told = 0
+    parts = blocks(traced.calls, [traced.states] * len(traced.calls))
+    for index, part in zip(running, parts, strict=True):
+        for _ in range(index - told + 1):
+            yield [tensors_in(value) for value in values]
+        told = index + 1
+        args, kwargs = part.call.given(part.states)
+        kwargs |= {carrier.name: value for carrier, value in zip(carriers, values, strict=True)}
+        try:
+            with torch.no_grad(), WeightlessProducts():  # type: ignore[no-untyped-call]
+                output = part.real(*args, **kwargs)
+        except WANTS_WEIGHTS as error:
+            names = ", ".join(carrier.name for carrier in carriers)
+            raise untraceable(
+                f'its blocks hand on "{names}", and block {part.index} does not run without weights '
+                f"({type(error).__name__}: {str(error).strip()[:200]})"
+            ) from error
+        values = [v if c.place is None else output[c.place] for c, v in zip(carriers, values, strict=True)]
+    for _ in range(len(traced.calls) - told + 1):
+        yield [tensors_in(value) for value in values]
+
+
+def _pieces(one: Mapping[Path, Tensor], two: Mapping[Path, Tensor], name: str) -> Iterator[Piece]:
+    """How each tensor of a value is laid out, from it for two numbers of rows."""
+    for path, few in one.items():
+        many = two.get(path)
+        grown = [] if many is None else [a for a in range(few.dim()) if few.shape[a] != many.shape[a]]
+        if len(grown) != 1 or few.shape[grown[0]] != ROWS[0]:
+            raise untraceable(f'its blocks hand on "{name}", in which rows cannot be told apart')
+        axis = grown[0]
+        yield Piece(path, (*few.shape[:axis], *few.shape[axis + 1 :]), axis, few.dtype)

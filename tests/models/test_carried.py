@@ -14,6 +14,10 @@ from auto_round.facts.carried import Carried, Piece, tensors_in
 from auto_round.facts.flow import BlockCall
 from auto_round.models.earlier_results import Passed
 from auto_round.models.find_carried import Carrier, _pieces, find_carriers
+from auto_round.models.folder import FolderSource
+from auto_round.pipeline.fitting.work import row_bytes
+from sweep.configurations import known_families
+from sweep.outcome import save_family
 
 KEYS = Piece(("full", 0), (2, 5, 4), 0, torch.bfloat16)
 VALUES = Piece(("full", 1), (2, 5, 4), 0, torch.bfloat16)
@@ -95,3 +99,23 @@ def test_rows_that_cannot_be_told_apart_are_refused():
     for few, many in [((4, 4), (4, 4)), ((1, 1), (2, 2)), ((8, 4), (16, 4))]:
         with pytest.raises(UnsupportedError, match='"x", in which rows cannot be told apart'):
             list(_pieces({(): torch.zeros(few)}, {(): torch.zeros(many)}, "x"))
+
+
+@pytest.mark.parametrize(
+    ("family", "of_a_token"),
+    [
+        ("llama", 0),
+        ("gemma4_text", 2 * 2 * (16 + 512)),  # keys and values of 2 heads, 16 and 512 numbers each
+        ("glm_moe_dsa", 4),  # tokens chosen
+    ],
+)
+def test_what_is_handed_on_is_counted(tmp_path, family, of_a_token):
+    if family not in known_families():
+        pytest.skip("this Transformers has no such family")
+    with FolderSource.open(save_family(family, tmp_path)) as source:
+        with source.stem() as stem:
+            traced = stem.trace({"input_ids": torch.zeros(1, 24, dtype=torch.int64)})
+        assert sum(state.numel() for state in traced.beside) == 24 * of_a_token
+        kept = 24 * of_a_token * 4  # float32, or int32
+        assert source.handed_on(24, torch.float32) == kept
+        assert row_bytes(source, 24, torch.float32) == 24 * source.facts.width * 4 + kept

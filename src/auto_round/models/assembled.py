@@ -20,7 +20,7 @@ from auto_round.facts.attention import Attention
 from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
-from auto_round.facts.model import ModelFacts
+from auto_round.facts.model import TOKENS, ModelFacts
 from auto_round.facts.roles import RoleRow
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
@@ -74,6 +74,8 @@ class AssembledSource(ABC):
         self._parts = parts
         self._dtypes: dict[torch.dtype, Mapping[str, torch.dtype]] = {}
         self._traceable_by_text: dict[tuple[torch.dtype, str], Traceable] = {}
+        self._hands_on: bool | None = None
+        self._handed_on: dict[tuple[int, torch.dtype], int] = {}
 
     @abstractmethod
     def read_tensor(self, name: str) -> Tensor:
@@ -286,11 +288,34 @@ class AssembledSource(ABC):
             self._traceable_by_text[asked] = widened(partial(self._rehearse, None), wanted, device)
         return self._traceable_by_text[asked]
 
+    def handed_on(self, length: int, dtype: torch.dtype) -> int:
+        """See `ModelSource`; found out once for a length."""
+        if self._hands_on is False:
+            return 0
+        if (length, dtype) not in self._handed_on:
+            with self._weightless_stem(dtype, towers=False) as stem:
+                row = torch.zeros(1, length, dtype=torch.int64, device=CPU)
+                beside = stem.trace({TOKENS: row}).beside if self._hands_on else ()
+            self._handed_on[length, dtype] = sum(s.numel() * s.element_size() for s in beside)
+        return self._handed_on[length, dtype]
+
     def _rehearse(self, inputs: Mapping[str, Tensor] | None, dtype: torch.dtype) -> Rehearsed:
         """Run stem and blocks with zeros for weights, which take no memory."""
+        with self._weightless_stem(dtype, towers=inputs is not None) as stem:
+            traces = trial_traces(stem, inputs, len(self.block_lists), self.facts.context or TRIAL_TOKENS)
+        calls = [call for trace in traces for call in trace.calls]
+        flowing = [trace.states for trace in traces for _ in trace.calls]
+        blocks = self._weightless(self.blocks, calls, flowing, dtype)
+        failed = refuse_left_state(self._parts.model, blocks, calls)
+        skipped = (b.index for b, call in zip(self.blocks, calls, strict=True) if call is None)
+        return Rehearsed(frozenset(skipped), failed)
+
+    @contextmanager
+    def _weightless_stem(self, dtype: torch.dtype, *, towers: bool) -> Iterator[StubStem]:
+        """A stem with zeros for weights, which take no memory."""
         model = self._parts.model
         spare = None if self.tied_head else find_head(model)
-        left_out = self._outside_stem(spare, towers=inputs is not None)
+        left_out = self._outside_stem(spare, towers=towers)
         dtypes, meta = self._dtypes_for(dtype), model.state_dict()
         absent = [name for name in self._in_stem(left_out) if meta[name].is_meta]
         zeros = {n: torch.zeros((), dtype=dtypes[n], device=CPU).expand(meta[n].shape) for n in absent}
@@ -298,12 +323,8 @@ class AssembledSource(ABC):
         with freed_on_exit(real):
             lists = self._weightless_lists(dtype)
             stem = StubStem(real, self._stem_parts(real), recorders, None, lists)
-            traces = trial_traces(stem, inputs, len(self.block_lists), self.facts.context or TRIAL_TOKENS)
-        calls = [call for trace in traces for call in trace.calls]
-        flowing = [trace.states for trace in traces for _ in trace.calls]
-        failed = refuse_left_state(model, self._weightless(self.blocks, calls, flowing, dtype), calls)
-        skipped = (b.index for b, call in zip(self.blocks, calls, strict=True) if call is None)
-        return Rehearsed(frozenset(skipped), failed)
+            self._hands_on = any(recorder.carriers for recorder in recorders)
+            yield stem
 
     def _stem_parts(self, model: Any) -> StemParts:
         return StemParts.of(model, [block.module for block in self.blocks])

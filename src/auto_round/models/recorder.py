@@ -124,7 +124,7 @@ class Recorder:
             edits[passed.index] = self._kept([_edit(a, b, passed.index) for a, b in pairs])
             before = passed.handed
         kept = states if self.axes is None else tuple(map(self.axes.kept, states))
-        return Trace((*kept, *self._nothing_carried(kept[0])), tuple(calls), tuple(edits))
+        return Trace((*kept, *self._nothing_carried(kept[0])), tuple(calls), tuple(edits), len(kept))
 
     def _nothing_carried(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Room for what blocks hand on beside what flows, before the first of them."""

@@ -23,6 +23,11 @@ from auto_round.models.trace import LeftOut
 class ReplayedSource(AssembledSource):
     """A `ModelSource` whose rows are whole calls of the part, recorded while its pipeline ran."""
 
+    def handed_on(self, length: int, dtype: torch.dtype) -> int:
+        """Nothing: all that blocks hand on flows."""
+        del length, dtype
+        return 0
+
     @property
     @abstractmethod
     def folder(self) -> Path:

@@ -33,14 +33,21 @@ class Trace:
     """Everything that the blocks of one list receive for one batch, found without running any of them.
 
     Attributes:
-        states: what flows into the first block, each `[B, L, H]`.
+        states: what flows into the first block, each `[B, L, H]`, and room for what blocks hand on beside it.
         calls: one entry per block in order; None where the model skips that block for this input.
         edits: one entry per block; nothing for the first.
+        flowing: how many of the states flow.
     """
 
     states: States
     calls: tuple[BlockCall | None, ...]
     edits: tuple[Edits, ...]
+    flowing: int = 1
+
+    @property
+    def beside(self) -> States:
+        """What blocks hand on beside what flows, before the first of them."""
+        return self.states[self.flowing :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +302,15 @@ class ModelSource(Protocol):
 
         Raises:
             UnsupportedError: it cannot be run block by block, with the reason.
+        """
+        ...
+
+    def handed_on(self, length: int, dtype: torch.dtype) -> int:
+        """What blocks hand on beside hidden states, of one row; bytes.
+
+        Args:
+            length: tokens of a row.
+            dtype: dtype in which blocks run.
         """
         ...
 

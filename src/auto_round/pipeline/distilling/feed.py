@@ -13,6 +13,7 @@ from auto_round.facts.flow import States
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.distilling.units import Rows
 from auto_round.pipeline.fitting.states import AHEAD_BYTES
+from auto_round.pipeline.fitting.work import row_bytes
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.trace_rows import trace_rows
@@ -56,7 +57,7 @@ class Feed:
         """
         self._job, self._rows, self._order = job, rows, order
         self._scratch, self._embedding = scratch, embedding
-        size = len(order[0]) * len(rows[0]) * job.source.facts.flowing * job.dtype.itemsize
+        size = len(order[0]) * row_bytes(job.source, len(rows[0]), job.dtype)
         self._ahead = max(1, AHEAD_BYTES // size)
         self._from = -1
         self._traced: tuple[ArgumentTable, Streams] | None = None

@@ -77,7 +77,7 @@ class Sizes:
     Attributes:
         tokens: tokens of all rows; 0 without data.
         batch_tokens: tokens of a whole batch.
-        stream: hidden states of all rows between two blocks.
+        stream: hidden states of all rows between two blocks, and what blocks hand on beside them.
         block: weights of the largest block in the compute dtype.
         block_weights: weights in the largest block.
         outside: embeddings, head and other tensors outside the blocks, in the compute dtype.
@@ -103,11 +103,16 @@ def measure_sizes(work: Workload) -> Sizes:
     return Sizes(
         tokens=rows * work.seqlen,
         batch_tokens=min(work.tune.batch_size, max(1, rows)) * work.seqlen,
-        stream=rows * work.seqlen * source.facts.flowing * itemsize,
+        stream=rows * row_bytes(source, work.seqlen, work.dtype) if rows else 0,
         block=largest * itemsize,
         block_weights=largest,
         outside=max(0, total - sum(blocks.values())) * itemsize,
     )
+
+
+def row_bytes(source: ModelSource, length: int, dtype: torch.dtype) -> int:
+    """What is kept of a row of some tokens between two blocks, bytes."""
+    return length * source.facts.flowing * dtype.itemsize + source.handed_on(length, dtype)
 
 
 def active_share(source: ModelSource) -> float:

@@ -72,9 +72,8 @@ def _beside(job: Job) -> int:
 
 def _states(job: Job, traced: Trace) -> States:
     """What flows into the first block, in the dtype of the run; what is handed on beside it as it is."""
-    flowing = next((len(call.places) for call in traced.calls if call is not None), 1)
-    states = [state.detach() for state in traced.states]
-    return (*(state.to(job.dtype) for state in states[:flowing]), *states[flowing:])
+    flowing = (state.detach().to(job.dtype) for state in traced.states[: traced.flowing])
+    return (*flowing, *traced.beside)
 
 
 def _ends(ended: Sequence[Streams], row: int) -> tuple[list[States], list[States]]:

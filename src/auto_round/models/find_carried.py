@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,6 +29,7 @@ from auto_round.models.source import Trace
 Weightless = Callable[[Sequence["BlockCall | None"], Sequence[States]], Iterable[RehearsedBlock]]
 """Blocks that run without weights, one by one, from their calls and from what flows into each."""
 
+META = torch.device("meta")
 ROWS = (1, 2)
 """Rows of two runs, by which the axis of rows is told."""
 SHORT = 16
@@ -95,7 +97,14 @@ def look_at_carried(
         UnsupportedError: a block does not run without weights, or rows cannot be told apart.
     """
     *before, last = ([set(value) for value in each] for each in _values(carriers, traced(1, SHORT), blocks))
-    one, two = (_complete(_values(carriers, traced(rows, length), blocks), last) for rows in ROWS)
+
+    def complete(rows: int, *, shapes: bool) -> list[Mapping[Path, Tensor]]:
+        return _complete(_values(carriers, traced(rows, length), blocks, shapes=shapes), last)
+
+    try:
+        one, two = (complete(rows, shapes=True) for rows in ROWS)
+    except WANTS_WEIGHTS:  # experts, say, which look at numbers
+        one, two = (complete(rows, shapes=False) for rows in ROWS)
     pieces = [tuple(_pieces(a, b, c.name)) for c, a, b in zip(carriers, one, two, strict=True)]
     return [
         tuple(
@@ -118,9 +127,16 @@ def _complete(
 
 
 def _values(
-    carriers: Sequence[Carrier], traced: Trace, blocks: Weightless
+    carriers: Sequence[Carrier], traced: Trace, blocks: Weightless, *, shapes: bool = False
 ) -> Iterator[list[Mapping[Path, Tensor]]]:
-    """Tensors in each value before each block, and behind the last."""
+    """Tensors in each value before each block, and behind the last.
+
+    Args:
+        carriers: how values are handed on.
+        traced: what the blocks receive.
+        blocks: that run without weights.
+        shapes: nothing is computed but shapes, which takes no time in long rows; not all code allows that.
+    """
     values = [copy.copy(carrier.empty) for carrier in carriers]
     running = [index for index, call in enumerate(traced.calls) if call is not None]
     told = 0
@@ -130,11 +146,16 @@ def _values(
             yield [tensors_in(value) for value in values]
         told = index + 1
         args, kwargs = part.call.given(part.states)
+        block = part.real.to(META) if shapes else part.real
+        if shapes:
+            args, kwargs = _shapes_of(args), _shapes_of(kwargs)
         kwargs |= {carrier.name: value for carrier, value in zip(carriers, values, strict=True)}
         try:
-            with torch.no_grad(), WeightlessProducts():  # type: ignore[no-untyped-call]
-                output = part.real(*args, **kwargs)
+            with torch.no_grad(), nullcontext() if shapes else WeightlessProducts():  # type: ignore[no-untyped-call]
+                output = block(*args, **kwargs)
         except WANTS_WEIGHTS as error:
+            if shapes:
+                raise
             names = ", ".join(carrier.name for carrier in carriers)
             raise untraceable(
                 f'its blocks hand on "{names}", and block {part.index} does not run without weights '
@@ -143,6 +164,17 @@ def _values(
         values = [v if c.place is None else output[c.place] for c, v in zip(carriers, values, strict=True)]
     for _ in range(len(traced.calls) - told + 1):
         yield [tensors_in(value) for value in values]
+
+
+def _shapes_of(value: Any) -> Any:
+    """Nested arguments whose tensors have shapes and no numbers."""
+    if isinstance(value, Tensor):
+        return value.to(META)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_shapes_of(part) for part in value)
+    if isinstance(value, dict):
+        return {key: _shapes_of(part) for key, part in value.items()}
+    return value
 
 
 def _pieces(one: Mapping[Path, Tensor], two: Mapping[Path, Tensor], name: str) -> Iterator[Piece]:

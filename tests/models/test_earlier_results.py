@@ -51,7 +51,10 @@ class WayBlock(nn.Module):
         if leave := LEAVE.get(self.config.way):
             leave(self, hidden_states * 2, beside)
         after = hidden_states + self.down(torch.tanh(self.up(hidden_states)))
-        return (after, after.mean(-1)) if self.config.way.startswith("second") else after
+        if not self.config.way.startswith("second"):
+            return after
+        second = SECOND.get(self.config.way, lambda _, kept: kept)
+        return after, second(self, after.mean(-1))
 
 
 def leave_nothing_for_others(block, kept, beside):
@@ -63,6 +66,12 @@ def leave_nothing_for_others(block, kept, beside):
 
 LEAVE = {
     "mapping for later blocks": lambda block, kept, beside: beside.setdefault("first", kept),
+    "mapping with a number": lambda block, kept, beside: beside.update(first=kept, count=3),
+    "mapping with a list": lambda block, kept, beside: beside.setdefault("all", []).append(kept),
+    "mapping that is emptied": lambda block, kept, beside: beside.clear() if beside else beside.update(first=kept),
+    "mapping read at the end": lambda block, kept, beside: beside.setdefault("first", kept),
+    "mapping read by the model": lambda block, kept, beside: beside.setdefault("first", kept),
+    "mapping anew": lambda block, kept, beside: beside.setdefault("first", kept),
     "list with places": lambda block, kept, beside: beside.__setitem__(block.index, kept),
     "choices in a list": lambda block, kept, beside: beside.__setitem__(block.index, kept.argmax(-1)),
     "object": lambda block, kept, beside: setattr(beside, "kept", kept),
@@ -78,6 +87,23 @@ LEAVE = {
     "harmless": leave_nothing_for_others,
 }
 """Way -> what a block leaves behind."""
+
+SECOND = {
+    "second to the next": lambda block, kept: kept,
+    "second of the first": lambda block, kept: kept,
+    "second kept where a block has none": lambda block, kept: None if block.index == 1 else kept,
+    "second in a list": lambda block, kept: [kept],
+    "second by name": lambda block, kept: {"first": kept},
+    "second of another shape": lambda block, kept: kept.repeat(1, 1 + block.index),
+}
+"""Way -> what a block returns behind the hidden states; elsewhere a tensor."""
+
+
+def to_the_next(way, seconds):
+    """What the model gives of all that blocks have returned so far."""
+    if way == "second of the first":
+        return next(iter(seconds), None)
+    return next((second for second in reversed(seconds) if second is not None), None)
 
 
 class WayModel(PreTrainedModel):
@@ -102,9 +128,13 @@ class WayModel(PreTrainedModel):
         del attention_mask, use_cache
         way = self.config.way
         hidden = embedded = self.embed_tokens(input_ids)
-        stack, memory, second, by_later = [], {"chosen": None}, None, {}
+        stack, memory, second, seconds, by_later = [], {"chosen": None}, None, [], {}
         places, carried, sums = [0] * len(self.layers), Memory(), torch.zeros(input_ids.shape)
         for layer in self.layers:
+            if way == "mapping anew" and len(stack) == 1:
+                by_later = {}
+            if way == "mapping read by the model":
+                hidden = hidden + by_later.get("first", 0.0)
             if way == "plain" and stack:
                 hidden = hidden + 0.5 * embedded
             beside = {
@@ -115,20 +145,23 @@ class WayModel(PreTrainedModel):
                 "nested": lambda h=hidden: {"of": [(h > 0.5, None)]},
                 "numbers": lambda h=hidden: h.sum().item(),
                 "in a mapping": lambda: (memory, 1),
-                "mapping for later blocks": lambda: by_later,
+                **{way: lambda: by_later for way in LEAVE if way.startswith("mapping")},
                 "list with places": lambda: places,
                 "choices in a list": lambda: places,
                 "object": lambda: carried,
                 "tensor in place": lambda: sums,
             }.get(way, lambda: None)()
-            hidden = layer(hidden, second if way == "second to the next" else beside)
+            hidden = layer(hidden, to_the_next(way, seconds) if way in SECOND else beside)
             if way.startswith("second"):
                 hidden, second = hidden
+                seconds.append(second)
             stack.append(hidden)
             if layer.last is not None:
                 hidden = hidden + layer.last
             if way == "scaled":
                 hidden = hidden * 1.5
+        if way == "mapping read at the end":
+            hidden = hidden + by_later.get("first", 0.0)
         if way == "second at the end" and second is not None:
             hidden = hidden + second[..., None]
         if way == "first block at the end":
@@ -202,6 +235,17 @@ def test_what_comes_of_the_tokens_alone_is_no_state(way):
         ("first block at the end", "behind its last block the model reads more"),
         ("embedding at the end", "behind its last block the model reads more"),
         ("second at the end", "behind its last block the model reads more"),
+        ("second of the first", 'block 1 is given "beside", which is computed'),
+        ("second kept where a block has none", '"beside", and not all that is given to a block is handed on'),
+        ("second in a list", '"beside", which holds more than tensors in tuples'),
+        ("second by name", '"beside", which holds more than tensors in tuples'),
+        ("second of another shape", '"beside", whose shape or number type changes on the way'),
+        ("mapping with a number", '"beside", which holds more than tensors in tuples'),
+        ("mapping with a list", '"beside", which holds more than tensors in tuples'),
+        ("mapping that is emptied", '"beside", and not all that is given to a block is handed on'),
+        ("mapping read at the end", "behind its last block the model reads more"),
+        ("mapping read by the model", "the model computes with the hidden states"),
+        ("mapping anew", 'hand on state to later blocks in "argument 1"'),
         ("list with places", 'leaves state for others in "beside"'),
         ("choices in a list", 'leaves state for others in "beside"'),
         ("object", 'leaves state for others in "beside.kept"'),

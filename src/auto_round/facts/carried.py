@@ -70,6 +70,11 @@ class Carried:
     pieces: tuple[Piece, ...]
     present: frozenset[Path]
 
+    @property
+    def paths(self) -> frozenset[Path]:
+        """Where all pieces lie."""
+        return frozenset(piece.path for piece in self.pieces)
+
     def given(self, states: Sequence[Tensor]) -> Any:
         """The value that the block takes, from its pieces as they are kept."""
         there = {

@@ -10,7 +10,6 @@ A stub computes neither, so names come from stubs, and shapes from blocks that r
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -58,20 +57,20 @@ def find_carriers(seen: Sequence[Passed]) -> tuple[Carrier, ...]:
     Args:
         seen: calls of stubs, in order, while these returned something of their own behind what flows.
     """
-    found: dict[str, Carrier] = {}
-    shared = Counter(
-        id(value) for passed in seen for _, value in _arguments(passed) if _is_empty_mapping(value)
-    )
-    for passed in seen:
-        for name, value in _arguments(passed):
-            if _is_empty_mapping(value) and shared[id(value)] > 1:
-                found[name] = Carrier(name, None, copy.copy(value))
-    for before, passed in pairwise(seen):
-        for name, value in _arguments(passed):
-            places = (i for i, part in before.beside.items() if part is value and isinstance(value, Tensor))
-            if (place := next(places, None)) is not None:
-                found[name] = Carrier(name, place, None)
-    return tuple(found.values())
+    given = [dict(_arguments(passed)) for passed in seen]
+    names = dict.fromkeys(name for each in given for name in each)
+    columns = {name: [each.get(name) for each in given] for name in names}
+    filled = [
+        Carrier(name, None, copy.copy(first))
+        for name, (first, *later) in columns.items()
+        if _is_empty_mapping(first) and later and all(value is first for value in later)
+    ]
+    returned = [
+        Carrier(name, place, None)
+        for name, values in columns.items()
+        if (place := _place(values, seen)) is not None
+    ]
+    return (*filled, *returned)
 
 
 def _arguments(passed: Passed) -> Iterator[tuple[str, Any]]:
@@ -80,6 +79,21 @@ def _arguments(passed: Passed) -> Iterator[tuple[str, Any]]:
 
 def _is_empty_mapping(value: Any) -> bool:
     return isinstance(value, MutableMapping) and not value
+
+
+def _place(values: Sequence[Any], seen: Sequence[Passed]) -> int | None:
+    """Where each block returns what the next one is given; None where one is given anything else.
+
+    A model may give all blocks what the first one returned, say: then nothing is known of the others.
+    """
+    first, *later = values
+    if first is not None or not later:
+        return None
+    places = (
+        {place for place, part in before.beside.items() if part is value and isinstance(value, Tensor)}
+        for before, value in zip(seen, later, strict=False)
+    )
+    return min(set.intersection(*places), default=None)
 
 
 def look_at_carried(
@@ -94,9 +108,14 @@ def look_at_carried(
         blocks: that run without weights.
 
     Raises:
-        UnsupportedError: a block does not run without weights, or rows cannot be told apart.
+        UnsupportedError: a block does not run without weights, rows cannot be told apart, or a value is not
+            only handed on.
     """
-    *before, last = ([set(value) for value in each] for each in _values(carriers, traced(1, SHORT), blocks))
+    values = list(_values(carriers, traced(1, SHORT), blocks))
+    for earlier, later in pairwise(values):
+        for carrier, was, now in zip(carriers, earlier, later, strict=True):
+            _check_it_stays(carrier.name, was, now)
+    *before, last = ([value.keys() for value in each] for each in values)
 
     def complete(rows: int, *, shapes: bool) -> list[Mapping[Path, Tensor]]:
         return _complete(_values(carriers, traced(rows, length), blocks, shapes=shapes), last)
@@ -113,6 +132,16 @@ def look_at_carried(
         )
         for present in before
     ]
+
+
+def _check_it_stays(name: str, was: Mapping[Path, Tensor], now: Mapping[Path, Tensor]) -> None:
+    """Refuse a value that a block takes away, or makes into another: what the next is given is unknown then."""
+    for path, tensor in was.items():
+        other = now.get(path)
+        if other is None:
+            raise untraceable(f'its blocks hand on "{name}", and not all that is given to a block is handed on')
+        if (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
+            raise untraceable(f'its blocks hand on "{name}", whose shape or number type changes on the way')
 
 
 def _complete(
@@ -162,6 +191,8 @@ def _values(
                 f"({type(error).__name__}: {str(error).strip()[:200]})"
             ) from error
         values = [v if c.place is None else output[c.place] for c, v in zip(carriers, values, strict=True)]
+        for carrier, value in zip(carriers, values, strict=True):
+            _check_only_tensors(carrier, value)
     for _ in range(len(traced.calls) - told + 1):
         yield [tensors_in(value) for value in values]
 
@@ -175,6 +206,21 @@ def _shapes_of(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _shapes_of(part) for key, part in value.items()}
     return value
+
+
+def _check_only_tensors(carrier: Carrier, value: Any) -> None:
+    """Refuse a value that could not be built again from its tensors: a list that grows, a number, a gap."""
+    parts = [value] if carrier.place is not None else list(value.values())
+    for part in parts:
+        whole = part is None and carrier.place is not None
+        if not whole and not _only_tensors(part):
+            raise untraceable(f'its blocks hand on "{carrier.name}", which holds more than tensors in tuples')
+
+
+def _only_tensors(value: Any) -> bool:
+    if type(value) is tuple:
+        return bool(value) and all(map(_only_tensors, value))
+    return isinstance(value, Tensor)
 
 
 def _pieces(one: Mapping[Path, Tensor], two: Mapping[Path, Tensor], name: str) -> Iterator[Piece]:

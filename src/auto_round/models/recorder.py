@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,7 @@ class Recorder:
         axes: of what flows; None where it flows as it is kept.
         carriers: values that blocks hand on beside what flows; calls do not have them.
         carried: what each block is given of them; empty where that is not known yet.
+        filling: what stubs put into the mappings that blocks fill, by the name of the parameter.
     """
 
     def __init__(self, flows: Sequence[Flow]) -> None:
@@ -46,6 +47,7 @@ class Recorder:
         self.axes: Axes | None = None
         self.carriers: Sequence[Carrier] = ()
         self.carried: Sequence[tuple[Carried, ...]] = ()
+        self.filling: Mapping[str, Mapping[Any, Any]] = {}
         self._flows = flows
         self._seen: list[Passed] = []
         self._versions: list[int] = []
@@ -64,6 +66,8 @@ class Recorder:
         flow = self._flows[index]
         carried = {carrier.name for carrier in self.carriers}
         args, kwargs = _by_name(args, kwargs, parameters, carried)
+        for name, content in self.filling.items():
+            kwargs[name].update(content)
         kept = {key: value for key, value in kwargs.items() if key not in _CACHES | carried}
         try:
             states, call = split_call(flow.taken, parameters, args, kept)

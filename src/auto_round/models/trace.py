@@ -268,7 +268,26 @@ class StubStem:
             blocks = self._weightless[number]
             found = look_at_carried(recorder.carriers, traced, length, blocks)
             self._looked[number, length] = found
+            self._refuse_what_reads_mappings(recorder, found[0], length)
         recorder.carried = self._looked[number, length]
+
+    def _refuse_what_reads_mappings(
+        self, recorder: Recorder, carried: Sequence[Carried], length: int
+    ) -> None:
+        """Refuse a model that itself reads what its blocks put into a mapping."""
+        filled = [replace(each, present=each.paths) for each in carried if each.empty is not None]
+        if not any(each.pieces for each in filled):
+            return
+        tokens = self._tokens((1, length))
+        seen, outputs = [], []
+        for seed in range(2):
+            marks, one = Marks(seed), torch.zeros(1, 1, 1, dtype=torch.float32, device=self._device)
+            content = {c.name: c.given(marks(tuple(piece.room(one) for piece in c.pieces))) for c in filled}
+            with _filling(recorder, content):
+                outputs.append(self._run({TOKENS: tokens}, gradients=True).last_hidden_state)
+            seen.append(recorder.seen)
+        check_calls(*seen)
+        check_end(*outputs)
 
     def _refuse_what_flows_beside(self, probe: Tensor) -> None:
         """Refuse a model whose blocks, or whose end, read more of earlier blocks than what flows."""
@@ -374,6 +393,16 @@ def _marking(recorders: Sequence[Recorder], marks: Callable[[States], States]) -
     finally:
         for recorder in recorders:
             recorder.marks = None
+
+
+@contextmanager
+def _filling(recorder: Recorder, content: Mapping[str, Mapping[Any, Any]]) -> Iterator[None]:
+    """Let the stubs of a list put something into the mappings that its blocks fill, for a while."""
+    recorder.filling = content
+    try:
+        yield
+    finally:
+        recorder.filling = {}
 
 
 def _nothing(states: States) -> States:

@@ -68,7 +68,9 @@ LEAVE = {
     "mapping for later blocks": lambda block, kept, beside: beside.setdefault("first", kept),
     "mapping with a number": lambda block, kept, beside: beside.update(first=kept, count=3),
     "mapping with a list": lambda block, kept, beside: beside.setdefault("all", []).append(kept),
-    "mapping that is emptied": lambda block, kept, beside: beside.clear() if beside else beside.update(first=kept),
+    "mapping that is emptied": lambda block, kept, beside: (
+        beside.clear() if beside else beside.update(first=kept)
+    ),
     "mapping read at the end": lambda block, kept, beside: beside.setdefault("first", kept),
     "mapping read by the model": lambda block, kept, beside: beside.setdefault("first", kept),
     "mapping anew": lambda block, kept, beside: beside.setdefault("first", kept),
@@ -106,6 +108,17 @@ def to_the_next(way, seconds):
     return next((second for second in reversed(seconds) if second is not None), None)
 
 
+def mappings_of(way, count):
+    """What each block may fill: one mapping, or the first one its own."""
+    one = {}
+    return [{} if way == "mapping anew" and index == 0 else one for index in range(count)]
+
+
+def with_mapping(hidden, mapping, *, read):
+    """Hidden states, and what blocks put into a mapping if the model reads it."""
+    return hidden + mapping["first"] if read and mapping else hidden
+
+
 class WayModel(PreTrainedModel):
     config_class = WayConfig
     base_model_prefix = "model"
@@ -128,13 +141,12 @@ class WayModel(PreTrainedModel):
         del attention_mask, use_cache
         way = self.config.way
         hidden = embedded = self.embed_tokens(input_ids)
-        stack, memory, second, seconds, by_later = [], {"chosen": None}, None, [], {}
+        stack, memory, second, seconds = [], {"chosen": None}, None, []
+        mappings = mappings_of(way, len(self.layers))
         places, carried, sums = [0] * len(self.layers), Memory(), torch.zeros(input_ids.shape)
         for layer in self.layers:
-            if way == "mapping anew" and len(stack) == 1:
-                by_later = {}
-            if way == "mapping read by the model":
-                hidden = hidden + by_later.get("first", 0.0)
+            by_later = mappings[layer.index]
+            hidden = with_mapping(hidden, by_later, read=way == "mapping read by the model")
             if way == "plain" and stack:
                 hidden = hidden + 0.5 * embedded
             beside = {
@@ -145,7 +157,7 @@ class WayModel(PreTrainedModel):
                 "nested": lambda h=hidden: {"of": [(h > 0.5, None)]},
                 "numbers": lambda h=hidden: h.sum().item(),
                 "in a mapping": lambda: (memory, 1),
-                **{way: lambda: by_later for way in LEAVE if way.startswith("mapping")},
+                **{name: lambda m=by_later: m for name in LEAVE if name.startswith("mapping")},
                 "list with places": lambda: places,
                 "choices in a list": lambda: places,
                 "object": lambda: carried,
@@ -160,8 +172,7 @@ class WayModel(PreTrainedModel):
                 hidden = hidden + layer.last
             if way == "scaled":
                 hidden = hidden * 1.5
-        if way == "mapping read at the end":
-            hidden = hidden + by_later.get("first", 0.0)
+        hidden = with_mapping(hidden, mappings[-1], read=way == "mapping read at the end")
         if way == "second at the end" and second is not None:
             hidden = hidden + second[..., None]
         if way == "first block at the end":

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.runs import Stop, quantize, stop_after, token_rows, tree
+from auto_round.autoscheme.runs import Given, choose_schemes
+from auto_round.config import build_options
+from auto_round.pipeline.quantize import run
+from pipeline.runs import SHORT, Stop, quantize, stop_after, token_rows, tree
 from sweep.configurations import known_families
 from sweep.outcome import save_family
 
@@ -63,9 +66,31 @@ def test_a_continued_run_gives_the_same_bytes(folder, tmp_path, way):
     assert 0 < sum(event.stage == "tune" for event in seen) <= 2
 
 
-@pytest.mark.parametrize("family", ["gemma4_text", "gemma3n_text", "glm_moe_dsa"])
-def test_a_mix_is_chosen(folder, tmp_path, family):
+MIXES = {
+    "keys and values": ("gemma4_text", "fisher", "W2A16,W8A16"),
+    "states, keys and values": ("gemma3n_text", "first_order", "W2A16,W8A16"),
+    "choices of tokens": ("glm_moe_dsa", "fisher", "W2A16,W8A16"),
+    "choices of tokens, inputs rounded": ("glm_moe_dsa", "first_order", "MXFP4,MXFP8"),
+    "several states": ("deepseek_v4", "kl", "W2A16,W8A16"),
+}
+"""What is handed on -> family, how sensitivity is measured, schemes to choose from."""
+
+
+@pytest.mark.parametrize("way", MIXES)
+def test_a_mix_is_chosen(folder, tmp_path, monkeypatch, way):
     """Slopes flow back through what is handed on."""
-    mix = {"avg_bits": 5.0, "scheme_options": "W4A16,W8A16", "iters": 0, "disable_opt_rtn": True}
-    result = quantize(folder(family), tmp_path / "out", **{**GIVEN, **mix})
+    monkeypatch.setenv("AR_CACHE", str(tmp_path / "cache"))
+    family, method, schemes = MIXES[way]
+    mix = {"avg_bits": 6.0, "scheme_options": schemes, "score_method": method}
+    mix |= {"score_nsamples": 3, "score_seqlen": 16}
+    given = {**SHORT, **GIVEN, **mix, "group_size": None, "iters": 0, "disable_opt_rtn": True}
+    rows = given.pop("dataset")
+    asked = build_options({**given, "model": str(folder(family)), "output_dir": str(tmp_path / "out")})
+    (options,) = choose_schemes(asked, given=Given(dataset=rows))
+    result = run(options, dataset=rows)
+    assert 5 < result.report["auto_scheme"]["average_bits"] <= 6
     assert result.report["verified"]["auto_round"]["kl"] < 1e-6
+    told = result.report["sensitivity"]["layers"]
+    known = {layer["block"] for layer in told if any(score > 0 for score in layer["scores"].values())}
+    assert known == {layer["block"] for layer in told}
+    assert len(known) > 1

@@ -154,7 +154,8 @@ def _of_row(
         out = opened.run(states, rows, Rounded(weights, inputs))
     behind = taken(gradient, rows)
     pairs = [(o, g.to(o.device)) for g, o in zip(behind, out, strict=True) if o.requires_grad]
-    seen = [(name, *pair) for name, recorded in inputs.items() for pair in recorded.pairs]
+    # What only chooses (a sparse attention's indexer) is computed without gradients.
+    seen = [(n, *pair) for n, recorded in inputs.items() for pair in recorded.pairs if pair[1].requires_grad]
     wanted = [*floats, *weights.values(), *(after for _, _, after in seen)]
     moved, upstream = zip(*pairs, strict=True)
     slopes = torch.autograd.grad(moved, wanted, upstream, allow_unused=True, materialize_grads=True)

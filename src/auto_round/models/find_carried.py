@@ -135,11 +135,13 @@ def look_at_carried(
 
 
 def _check_it_stays(name: str, was: Mapping[Path, Tensor], now: Mapping[Path, Tensor]) -> None:
-    """Refuse a value that a block takes away, or makes into another: what the next is given is unknown then."""
+    """Refuse a value that a block takes away or makes into another: what the next is given is unknown."""
     for path, tensor in was.items():
         other = now.get(path)
         if other is None:
-            raise untraceable(f'its blocks hand on "{name}", and not all that is given to a block is handed on')
+            raise untraceable(
+                f'its blocks hand on "{name}", and not all that is given to a block is handed on'
+            )
         if (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
             raise untraceable(f'its blocks hand on "{name}", whose shape or number type changes on the way')
 

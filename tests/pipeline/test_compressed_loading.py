@@ -11,6 +11,8 @@ from auto_round.export.formats import llm_compressor
 from auto_round.export.formats.llm_compressor import LLMCompressorFormat
 from auto_round.pipeline.converting.convert import convert_folder
 from pipeline.runs import kl_of, quantize
+from sweep.configurations import known_families
+from sweep.outcome import save_family
 
 PLAIN = {"iters": 0, "disable_opt_rtn": True, "dataset": None}
 EXPERTS = {"head_dim": 16, "moe_intermediate_size": 32}
@@ -108,3 +110,15 @@ def test_both_reasons_are_given_where_another_format_does_not_help_tuning(saved_
     ) as refused:
         quantize(saved_family("hrm_text"), tmp_path / "out", format="llm_compressor", iters=1)
     assert [refusal.who for refusal in refused.value.refusals] == ["llm_compressor", "models"]
+
+
+@pytest.mark.parametrize("form", ["auto_round", "auto_gptq", "llm_compressor"])
+def test_a_head_that_is_renamed_as_a_weight_only(tmp_path, tmp_path_factory, form):
+    """DeepSeek-V4 has its head as `head.weight`; Transformers renames that, and no `head.qweight`."""
+    if "deepseek_v4" not in known_families():
+        pytest.skip("this Transformers has no such family")
+    source = save_family("deepseek_v4", tmp_path_factory.mktemp("v4"))
+    plain = {"iters": 0, "disable_opt_rtn": True, "dataset": None, "quant_lm_head": True}
+    with pytest.raises(UnsupportedError, match="only tensors called `weight` under this name on disk: head"):
+        quantize(source, tmp_path / "out", format=form, **plain)
+    assert not list(tmp_path.iterdir())

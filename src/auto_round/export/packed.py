@@ -14,6 +14,7 @@ from torch import Tensor
 from auto_round.errors import Refusal
 from auto_round.export.exporter import Exporter
 from auto_round.facts.layer import Layer, Role
+from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec, dtype_name
 from auto_round.layouts.integers import step_dtype
 from auto_round.layouts.layer import LayerLayout
@@ -53,9 +54,26 @@ class LayerByLayer(Exporter):
         """The tensors of the layout, for example `<layer>.qweight`."""
         return prefixed(layer, self._stored(layer, fmt).spec())
 
+    def unloadable(self, plan: Plan, layers: Sequence[Layer], loading: Loading) -> list[Refusal]:
+        """Layers whose packed tensors Transformers would not find under their names on disk."""
+        renamed = [e for e in quantized_layers(plan, layers) if e[0].tensor in loading.weights_only]
+        if not renamed or self.refusals(plan, layers):
+            return []
+        exact = self.for_plan(plan, layers)
+        lost = [layer.name for layer, fmt in renamed if not _as_weight(layer, exact.spec(layer, fmt))]
+        if not lost:
+            return []
+        reason = f"Transformers finds only tensors called `weight` under this name on disk: {some(lost)}"
+        return [Refusal(self.name, reason, "keep these layers at 16 bits, or use the format fake")]
+
     def encode(self, layer: Layer, q: QuantizedLayer) -> Mapping[str, Tensor]:
         """The tensors of `spec`."""
         return prefixed(layer, self._stored(layer, q.weight.format).pack(q))
+
+
+def _as_weight(layer: Layer, spec: Mapping[str, TensorSpec]) -> bool:
+    """Whether a layer is stored under its own name, with numbers whose names begin so."""
+    return layer.tensor in spec and all(name.startswith(layer.tensor) for name in spec)
 
 
 def planned_inputs(plan: Plan, layers: Sequence[Layer]) -> dict[str, InputFormat]:

@@ -16,7 +16,10 @@ class Loading:
         rebuilt: `quant_method` -> names on disk of the tensors of modules that Transformers replaces by
             others when it loads a folder of that method; the module, where the folder has its experts one by
             one.
+        weights_only: names on disk of tensors that it renames only where they are called `weight`: what they
+            are packed into under other names (`qweight`) it does not find.
     """
 
     converted: tuple[tuple[str, ...], ...] = ()
     rebuilt: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    weights_only: frozenset[str] = frozenset()

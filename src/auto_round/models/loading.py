@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,10 @@ from auto_round.models.names import NameMap
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+_NUMBER = re.compile(r"\.\d+\.")
+"""In the names of blocks."""
 
 
 def loading_of(model: Any, names: NameMap) -> Loading:
@@ -26,7 +31,7 @@ def loading_of(model: Any, names: NameMap) -> Loading:
         for recipe in names.recipes
         if recipe.converter is not None and all(p.endswith(WEIGHT) for p in _patterns(recipe.converter))
     )
-    return Loading(converted, _rebuilt(model, names))
+    return Loading(converted, _rebuilt(model, names), _weights_only(model, names))
 
 
 def _patterns(converter: Any) -> list[str]:
@@ -47,6 +52,23 @@ def rebuilding_methods(module: nn.Module) -> tuple[str, ...]:
     table: Mapping[str, Any] = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
     entry = table.get(type(of_transformers(module)).__name__, {"quantization_methods": ()})
     return tuple(str(getattr(method, "value", method)) for method in entry["quantization_methods"])
+
+
+def _weights_only(model: Any, names: NameMap) -> frozenset[str]:
+    """See `Loading.weights_only`; only outside of blocks, whose names are changed as a whole."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    found = set()
+    for disk, parameter in names.parameters.items():
+        if disk == parameter or not disk.endswith(WEIGHT) or _NUMBER.search(disk):
+            continue
+        packed, wanted = (f"{name.removesuffix(WEIGHT)}.qweight" for name in (disk, parameter))
+        key, _ = rename_source_key(packed, renamings, [], model.base_model_prefix, {wanted: None})
+        if key != wanted:
+            found.add(disk)
+    return frozenset(found)
 
 
 def _rebuilt(model: Any, names: NameMap) -> dict[str, tuple[str, ...]]:

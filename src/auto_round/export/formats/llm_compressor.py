@@ -100,7 +100,8 @@ class LLMCompressorFormat(LayerByLayer):
 
     def unloadable(self, plan: Plan, layers: Sequence[Layer], loading: Loading) -> list[Refusal]:
         """What Transformers cannot load of the folder, where anything is packed."""
-        return unloadable(self.name, plan, layers, loading) if plan.quantized else []
+        found = LayerByLayer.unloadable(self, plan, layers, loading)
+        return [*found, *unloadable(self.name, plan, layers, loading)] if plan.quantized else found
 
     def holds_activation(self, fmt: InputFormat) -> bool:
         """All that can be planned: a group of the configuration says how its inputs are rounded."""

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from auto_round.facts.layer import Role
 from auto_round.models.config_facts import model_facts
+from auto_round.models.live import LiveSource
 from auto_round.models.roles import is_linear, linear_shape
 from auto_round.models.weight_readers import ASKED, CHANGED, ELSEWHERE, read_elsewhere
+from auto_round.testing.tiny_models import tiny_config, tiny_model
 
 
 class Transposing(nn.Linear):
@@ -118,3 +121,11 @@ def test_context(family, key):
     from transformers import AutoConfig
 
     assert model_facts(AutoConfig.for_model(family, **{key: 77})).context == 77
+
+
+def test_what_chooses_tokens_stays():
+    """As what chooses experts does: no gradient leads through a choice."""
+    with_indexer = LiveSource(tiny_model(tiny_config("glm_moe_dsa")))
+    roles = {layer.name: layer.role for layer in with_indexer.layers if "indexer" in layer.name}
+    assert len(roles) >= 3
+    assert set(roles.values()) == {Role.ROUTER}

@@ -18,6 +18,9 @@ from auto_round.models.families import LISTS
 
 _ROUTER = re.compile(r"(?:^|[._])router(?:[._]|$)")  # one may be several layers: "gate.router_mlp.out_proj"
 _MAYBE_ROUTER = re.compile(r"(?:^|[._])(?:gate|classifier|layer|wg)$")  # when as tall as there are experts
+_INDEXER = re.compile(r"(?:^|\.)indexer\.")
+"""Chooses tokens for a sparse attention. No gradient leads through a choice, and vLLM (0.32, DeepSeek-V3.2)
+multiplies two of its three matrices as one, in 16 bits."""
 _SHARED = re.compile(r"(?:^|\.)(?:shared_experts?|shared_mlp)\.")
 _ONE_OF_MANY = re.compile(r"(?:^|\.)experts\.\d+\.")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -211,7 +214,11 @@ def role_in_block(path: str, out_features: int, experts: frozenset[int]) -> Role
         out_features: rows of its weight.
         experts: what `config_facts.expert_counts` gives.
     """
-    if _ROUTER.search(path) or (_MAYBE_ROUTER.search(path) and experts and out_features in experts | {1}):
+    if (
+        _INDEXER.search(path)
+        or _ROUTER.search(path)
+        or (_MAYBE_ROUTER.search(path) and experts and out_features in experts | {1})
+    ):
         return Role.ROUTER
     if _ONE_OF_MANY.search(path):
         return Role.EXPERT

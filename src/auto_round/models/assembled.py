@@ -40,7 +40,8 @@ from auto_round.models.roles import find_head, find_towers
 from auto_round.models.skeleton import weight_dtypes
 from auto_round.models.source import CPU, Stem, Traceable
 from auto_round.models.text_part import text_tensors
-from auto_round.models.trace import TRIAL_TOKENS, LeftOut, StemParts, StubStem, trial_traces
+from auto_round.models.trace import LeftOut, StemParts, StubStem
+from auto_round.models.trial import TRIAL_TOKENS, trial_traces
 from auto_round.models.tried_families import TRIED
 
 

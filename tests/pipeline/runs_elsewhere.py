@@ -8,6 +8,8 @@ import torch
 import stand_in_device as device
 from auto_round.numerics import compiled_correlated, compiled_rounding
 from pipeline.runs import ROWS, SIZES, quantize, tree
+from sweep.configurations import known_families
+from sweep.outcome import save_family
 
 PADDED = [
     {"input_ids": ids[: 16 - i] + [0] * i, "attention_mask": [1] * (16 - i) + [0] * i}
@@ -78,6 +80,22 @@ def test_runs(tiny, tmp_path, family, given):
     assert all(
         figures["kl"] < 0.03 for figures in result.report.get("verified", {}).values() if "kl" in figures
     )
+
+
+@slow
+@pytest.mark.parametrize(
+    "given", [{}, {"distill_steps": 2, "distill_nsamples": 2}, {"scheme": "MXFP4"}], ids=str
+)
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma3n_text", "glm_moe_dsa", "deepseek_v4"])
+def test_what_blocks_hand_on(tmp_path, family, given):
+    """Several hidden states of a token, keys and values, choices of tokens."""
+    if family not in known_families():
+        pytest.skip("this Transformers has no such family")
+    model = save_family(family, tmp_path / "model")
+    given = {"amp": False, "group_size": None if "scheme" in given else 32, **given}
+    with device.OnDevice():
+        result = quantize(model, tmp_path / "out", **{"device_map": "auto", **given})
+    assert result.report["verified"]["auto_round"]["kl"] < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def main() -> None:
     rows = rows_of(given.texts, tokenizer)
     held, rows = rows[:8], rows[8:]
     teacher = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16).eval()
-    state = given.out / "training.pt"
+    state = given.out.with_suffix(".training.pt")
     if state.exists():
         kept, step, weights, moments = torch.load(state, weights_only=True).values()
     else:
@@ -151,6 +151,7 @@ def main() -> None:
             state.with_suffix(".new").replace(state)
     student.to(torch.bfloat16).save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
+    state.unlink()
     for i, (largest, median) in enumerate(largest_tokens(student, held)):
         print(
             f"behind block {i}: mean squares of the largest token {largest:.3g}, of the median {median:.3g}"

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 States: TypeAlias = "tuple[Tensor, ...]"
 """What flows: one tensor of hidden states in a text model, several where a block changes several, each kept
 as `[samples, length, width]` with a length and width of its own. The first is what the model goes on with
-after its last block, and the one in which the positions of a row stand. Behind them stands what blocks hand on
-beside it, if anything (`facts.carried`)."""
+after its last block, and the one in which the positions of a row stand. Behind them stands what blocks hand
+on beside it, if anything (`facts.carried`)."""
 
 
 @dataclass(frozen=True, slots=True)

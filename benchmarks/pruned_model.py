@@ -113,7 +113,7 @@ def main() -> None:
     rows = rows_of(given.texts, tokenizer)
     held, rows = rows[:8], rows[8:]
     teacher = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16).eval()
-    state = given.out.with_suffix(".training.pt")
+    state = given.out.parent / f"{given.out.name}.training.pt"
     if state.exists():
         kept, step, weights, moments = torch.load(state, weights_only=True).values()
     else:

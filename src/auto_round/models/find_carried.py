@@ -21,6 +21,7 @@ from torch import Tensor
 
 from auto_round.facts.carried import Carried, Path, Piece, tensors_in
 from auto_round.facts.flow import BlockCall, States
+from auto_round.facts.nested import map_tensors
 from auto_round.models.earlier_results import Passed, arguments, untraceable
 from auto_round.models.rehearsal import WANTS_WEIGHTS, RehearsedBlock, WeightlessProducts
 from auto_round.models.source import Trace
@@ -179,7 +180,7 @@ def _values(
         args, kwargs = part.call.given(part.states)
         block = part.real.to(META) if shapes else part.real
         if shapes:
-            args, kwargs = _shapes_of(args), _shapes_of(kwargs)
+            args, kwargs = map_tensors(_without_numbers, (args, kwargs))
         kwargs |= {carrier.name: value for carrier, value in zip(carriers, values, strict=True)}
         try:
             with torch.no_grad(), nullcontext() if shapes else WeightlessProducts():  # type: ignore[no-untyped-call]
@@ -199,15 +200,8 @@ def _values(
         yield [tensors_in(value) for value in values]
 
 
-def _shapes_of(value: Any) -> Any:
-    """Nested arguments whose tensors have shapes and no numbers."""
-    if isinstance(value, Tensor):
-        return value.to(META)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_shapes_of(part) for part in value)
-    if isinstance(value, dict):
-        return {key: _shapes_of(part) for key, part in value.items()}
-    return value
+def _without_numbers(tensor: Tensor) -> Tensor:
+    return tensor.to(META)
 
 
 def _check_only_tensors(carrier: Carrier, value: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from auto_round.errors import UnsupportedError
 from auto_round.facts.flow import States
+from auto_round.facts.nested import map_tensors
 from auto_round.models.recorder import Recorder
 from auto_round.models.source import Trace
 
@@ -80,13 +81,12 @@ class Replay:
 
 def placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Nested arguments on a device; floating ones of several dimensions in `dtype`, as pipelines do."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype) if value.is_floating_point() and value.dim() > 1 else value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(placed(part, device, dtype) for part in value)
-    if isinstance(value, Mapping):
-        return {key: placed(part, device, dtype) for key, part in value.items()}
-    return value
+
+    def put(tensor: Tensor) -> Tensor:
+        wide = tensor.is_floating_point() and tensor.dim() > 1
+        return tensor.to(device, dtype) if wide else tensor.to(device)
+
+    return map_tensors(put, value)
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auto_round.errors import UnsupportedError
 from auto_round.facts.flow import BlockCall
+from auto_round.facts.nested import map_tensors
 from auto_round.models.source import Edits
 
 Place = tuple[object, ...]
@@ -121,7 +122,7 @@ class ArgumentTable:
         return replace(present[0], args=args, kwargs=kwargs), added
 
     def _intern(self, value: Any) -> Any:
-        return _map_tensors(self._same, value)
+        return map_tensors(self._same, value)
 
     def _same(self, tensor: Tensor) -> Tensor:
         key = (
@@ -167,17 +168,6 @@ def _whole(edits: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     if pattern is None:
         return edits
     return [torch.zeros_like(pattern) if edit is None else edit for edit in edits]
-
-
-def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply `change` to every tensor inside nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map_tensors(change, v) for v in value)
-    if isinstance(value, Mapping):
-        return {k: _map_tensors(change, v) for k, v in value.items()}
-    return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -156,6 +158,33 @@ def test_inputs_that_are_rounded_count(
     measure(small(), tmp_path, monkeypatch, scheme_options=wanted, avg_bits=9, format="fake")
     for four, eight in seen[0].values():
         assert four > 20 * eight
+
+
+@pytest.mark.parametrize("method", ["fisher", "kl", "first_order"])
+def test_layers_that_no_prediction_depends_on_count_as_the_usual_one(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any, method: str, caplog: Any
+) -> None:
+    """Values of 0 in the first block: its attention gives 0, whatever becomes of its matrices."""
+    silent = tmp_path / "model"
+    shutil.copytree(small(), silent)
+    tensors = load_file(silent / "model.safetensors")
+    name = next(name for name in tensors if "layers.0." in name and "v_proj" in name)
+    tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, silent / "model.safetensors", metadata={"format": "pt"})
+    measure(silent, tmp_path / "cache", monkeypatch, score_method=method)
+    measure(silent, tmp_path / "cache", monkeypatch, score_method=method)  # from what was kept
+    assert seen[0] == seen[1]
+    assert "no prediction on these rows depends on 4 layers (" in caplog.text
+    sizes = {module: matrix.numel() for module, matrix in tensors.items()}
+    rates = {
+        part: [score / sum(sizes[f"{layer}.weight"] for layer in part.layers) for score in row]
+        for part, row in seen[0].items()
+    }
+    usual = [part for part in rates if part.block == 0 and "self_attn" in part.layers[0]]
+    others = [row for part, row in rates.items() if part not in usual]
+    assert len(usual) == 2
+    for part in usual:
+        assert rates[part] == pytest.approx([median(column) for column in zip(*others, strict=True)])
 
 
 @pytest.mark.parametrize("method", ["fisher", "kl", "first_order"])

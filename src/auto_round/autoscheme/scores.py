@@ -10,6 +10,7 @@ from typing import Any
 from auto_round.autoscheme import by_divergence, by_first_order, by_gradients
 from auto_round.autoscheme.kept_scores import KeptScores, open_scores
 from auto_round.autoscheme.parts import Part, Setting, find_parts
+from auto_round.autoscheme.unscored import with_typical
 from auto_round.config import read_environment
 from auto_round.config.auto_scheme import FIRST_ORDER
 from auto_round.errors import NumericsError
@@ -31,7 +32,7 @@ Scores = Mapping[Part, list[float]]
 
 
 def measured_scores(setting: Setting, method: str, progress: ProgressSink, clock: Clock) -> Scores:
-    """Scores of all parts for all options.
+    """Scores of all parts for all options; of parts that nothing depends on, what is typical (`unscored`).
 
     Args:
         setting: what is measured, and on what.
@@ -52,7 +53,7 @@ def measured_scores(setting: Setting, method: str, progress: ProgressSink, clock
             logger.info("AutoScheme: %d of %d sensitivities are known from %s", len(found), len(parts), root)
         if left:
             _measure(setting, method, left, kept, found, progress, clock)
-    return {part: found[part] for part in parts}
+    return with_typical(setting, {part: found[part] for part in parts})
 
 
 def _measure(

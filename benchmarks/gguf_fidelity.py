@@ -175,7 +175,11 @@ def files(args: argparse.Namespace, python: str | None, work: Path) -> dict[str,
         found[f"ours {kind}, same imatrix"] = ours(args, work / f"imatrix-{kind}", kind, **given)
         found[f"ours {kind}, data"] = calibrated[kind]
     for kind in args.tuned:
-        found[f"ours {kind}, {args.iters} steps"] = ours(args, work / f"tuned-{kind}", kind, iters=args.iters)
+        given = {"iters": args.iters, "distill_steps": args.distill_steps}
+        together = f", {args.distill_steps} of all blocks" if args.distill_steps else ""
+        found[f"ours {kind}, {args.iters} steps{together}"] = ours(
+            args, work / f"tuned-{kind}", kind, **given
+        )
     for kind in args.extended:
         given = {"iters": args.iters, "enable_alg_ext": True}
         found[f"ours {kind}, {args.iters} steps, extended"] = ours(
@@ -201,6 +205,7 @@ def main() -> None:
         help="types to tune with --enable_alg_ext",
     )
     parser.add_argument("--iters", type=int, default=200)
+    parser.add_argument("--distill-steps", type=int, default=0, help="of all blocks together, behind --tuned")
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=50_000)

@@ -18,9 +18,11 @@ from auto_round.autoscheme.parts import Part
 from auto_round.autoscheme.runs import Given, choose_schemes
 from auto_round.config import build_options
 from auto_round.errors import ConfigError, NumericsError
+from auto_round.pipeline.quantize import run
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.tuning.weights import round_to_nearest
 from pipeline.runs import SHORT, token_rows
+from pipeline.uneven import save_uneven_model
 
 ROWS = token_rows(5, 16)
 CLOSE = 2e-3
@@ -185,6 +187,26 @@ def test_layers_that_no_prediction_depends_on_count_as_the_usual_one(
     assert len(usual) == 2
     for part in usual:
         assert rates[part] == pytest.approx([median(column) for column in zip(*others, strict=True)])
+
+
+def test_what_is_measured_is_smoothed_as_the_run_will_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any
+) -> None:
+    """So the predicted divergence is that of the run, within what second order and few rows allow."""
+    model = save_uneven_model(tmp_path / "m")
+    given = {**SHORT, "iters": 0, "model": str(model), "avg_bits": 5, "scheme_options": "MXFP8,MXFP4"}
+    given |= {"disable_opt_rtn": False, "group_size": None, "score_nsamples": 5, "score_seqlen": 16}
+    measured, predicted = {}, {}
+    for smooth in (0, None):
+        asked = build_options({**given, "smooth": smooth, "output_dir": str(tmp_path / str(smooth))})
+        (options,) = choose_schemes(asked, given=Given(dataset=ROWS))
+        result = run(options, dataset=ROWS)
+        measured[smooth] = result.report["held_out"]["kl"]
+        predicted[smooth] = result.report["auto_scheme"]["predicted_kl"]
+    assert measured[None] < 0.6 * measured[0]
+    for smooth in measured:
+        assert 0.6 < predicted[smooth] / measured[smooth] < 1.6
+    assert sum(row[1] for row in seen[1].values()) < 0.6 * sum(row[1] for row in seen[0].values())
 
 
 @pytest.mark.parametrize("method", ["fisher", "kl", "first_order"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,26 +17,16 @@ from auto_round.pipeline.running.smooth import find_changes, with_changes
 from auto_round.testing.tiny_models import DENSE, EXPERTS, save_tiny_model
 from export.gguf.small_models import byte_level_tokenizer
 from pipeline.runs import SHORT, SIZES, Stop, quantize, stop_after, token_rows, tree
+from pipeline.uneven import save_uneven_model
 
 IDS = torch.tensor(token_rows(3, 16, seed=5))
 MX = {"scheme": "MXFP4", "group_size": None, "iters": 0, "disable_opt_rtn": False, "format": "fake"}
-OUTLIERS = 30.0
 MATRICES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
-    """A Llama some channels of whose norms are much larger than the others."""
-    folder = save_tiny_model("llama", tmp_path_factory.mktemp("uneven") / "m", **SIZES)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layernorm" in name:
-                parameter[3::16] *= OUTLIERS
-            if re.search("[qkv]_proj|gate_proj|up_proj", name):
-                parameter[:, 3::16] /= OUTLIERS
-    model.save_pretrained(folder)
-    return folder
+    return save_uneven_model(tmp_path_factory.mktemp("uneven") / "m")
 
 
 def job_of(model, **given):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -65,6 +66,20 @@ def test_planned_bytes_are_those_written(tiny, tmp_path, changes, given):
         assert size.bits_per_weight == pytest.approx(8 * quantized / count)
     assert f"{size.bits_per_weight:.3f} bits per weight" in dry.text or len(dry.job.exporters) > 1
     assert dry.disk.output == sum(m.nbytes for m in manifests(dry.job).values())
+
+
+@pytest.mark.parametrize("name", ["auto_round", "auto_gptq", "auto_awq", "llm_compressor"])
+def test_rows_of_the_plan_agree_with_their_total(tiny, tmp_path, name):
+    text = planned(tiny("llama"), tmp_path / "out", format=name, iters=0).text
+    rows = [float(bits) for bits in re.findall(r"([\d.]+) bpw", text)]
+    (total,) = re.findall(r"weights at ([\d.]+) bits per weight \(codes, steps and zero points\)", text)
+    assert min(rows) <= float(total) <= max(rows)
+
+
+def test_a_folder_of_rounded_weights_has_no_codes(tiny, tmp_path):
+    text = planned(tiny("llama"), tmp_path / "out", format="fake").text
+    assert "4.500 bpw" in text, "what the scheme would take"
+    assert "bits per weight (rounded weights in the source's dtype)" in text
 
 
 def test_the_text_says_what_matters(tiny, tmp_path):

@@ -170,7 +170,7 @@ class Plan:
         size = self.measure(
             listed, other_weights=other_weights, other_bytes=other_bytes, stored_bytes=stored_bytes
         )
-        return render_plan(self.entries, listed, size, self.warnings)
+        return render_plan(self.entries, listed, size, self.warnings, stored_bytes)
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives back an equal one."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from auto_round.facts.layer import Layer
 from auto_round.schemes.condense import condense
 from auto_round.schemes.entry import CHOSEN, PlanEntry
 from auto_round.schemes.size import PlanSize
+
+CODES: Final = "codes, steps and zero points"
+"""What the bits of a quantized weight hold, in formats that pack."""
 
 _Row = tuple[str, ...]
 
@@ -17,20 +21,31 @@ def render_plan(
     layers: Sequence[Layer],
     size: PlanSize,
     warnings: Iterable[str] = (),
+    stored_bytes: Mapping[str, int] | None = None,
+    holding: str = CODES,
 ) -> str:
-    """Text of a plan: quantized rows, kept rows with their reason, warnings, bits per weight and size."""
-    rows = _rows(entries, layers)
+    """Text of a plan: quantized rows, kept rows with their reason, warnings, bits per weight and size.
+
+    Args:
+        entries: layer name -> what becomes of it.
+        layers: every layer.
+        size: of the plan, counted with the same `stored_bytes`.
+        warnings: of the plan.
+        stored_bytes: layer name -> bytes on disk, where an exporter knows better than the format alone.
+        holding: what these bits hold.
+    """
+    rows = _rows(entries, layers, stored_bytes or {})
     quantized = [row[1:] for row in rows if row[0] == "quantized"]
     kept = [row[1:] for row in rows if row[0] == "kept"]
     lines = ["quantized:", *_align(quantized)] if quantized else ["quantized: nothing"]
     if kept:
         lines += ["kept:", *_align(kept)]
     lines += [f"warning: {warning}" for warning in warnings]
-    lines += _totals(size, len(layers))
+    lines += _totals(size, len(layers), holding)
     return "\n".join(lines)
 
 
-def _rows(entries: Mapping[str, PlanEntry], layers: Sequence[Layer]) -> list[_Row]:
+def _rows(entries: Mapping[str, PlanEntry], layers: Sequence[Layer], stored: Mapping[str, int]) -> list[_Row]:
     """Kind, names, shape, what they get, and why; layers that agree in all but their numbers share a row."""
     alike: dict[_Row, list[str]] = {}
     for layer in layers:
@@ -40,7 +55,9 @@ def _rows(entries: Mapping[str, PlanEntry], layers: Sequence[Layer]) -> list[_Ro
         if fmt is None:
             key: _Row = ("kept", shape, entry.why(layer.name))
         else:
-            bits = f"{fmt.bits_per_weight(layer.shape):.3f} bpw"
+            nbytes = stored.get(layer.name)
+            each = fmt.bits_per_weight(layer.shape) if nbytes is None else nbytes * 8 / layer.weights
+            bits = f"{each:.3f} bpw"
             why = entry.why(layer.name)
             key = ("quantized", shape, entry.label, bits, why if entry.fixed or why == CHOSEN else "")
         alike.setdefault(key, []).append(layer.name)
@@ -56,11 +73,11 @@ def _align(rows: Sequence[_Row]) -> list[str]:
     return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _totals(size: PlanSize, n_layers: int) -> list[str]:
+def _totals(size: PlanSize, n_layers: int, holding: str) -> list[str]:
     share = size.total_bytes / size.source_bytes if size.source_bytes else 1.0
     return [
         f"{size.quantized_layers} of {n_layers} layers, {_count(size.quantized_weights)} weights at "
-        f"{size.bits_per_weight:.3f} bits per weight (codes, steps and zero points)",
+        f"{size.bits_per_weight:.3f} bits per weight ({holding})",
         f"whole model: {size.bits_per_weight_overall:.2f} bits per weight, "
         f"{_bytes(size.source_bytes)} -> {_bytes(size.total_bytes)} ({share:.0%})",
     ]

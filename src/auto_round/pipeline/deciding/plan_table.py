@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Final
 
 from auto_round.export.exporter import Exporter
 from auto_round.export.manifest import Manifest
 from auto_round.pipeline.deciding.job import Job
 from auto_round.schemes.plan import Plan
-from auto_round.schemes.plan_text import render_plan
+from auto_round.schemes.plan_text import CODES, render_plan
 from auto_round.schemes.size import PlanSize
+
+ROUNDED: Final = "rounded weights in the source's dtype"
+"""What the bits of a quantized weight hold where nothing is packed."""
 
 
 def manifests(job: Job) -> dict[str, Manifest]:
@@ -23,7 +27,17 @@ def plan_table(job: Job) -> str:
     first, *others = job.exporters.items()
     name, exporter = first
     size = plan_size(job, exporter)
-    table = render_plan(job.plan.entries, job.source.layers, size, job.plan.warnings)
+    packs = (
+        not exporter.any_plan
+    )  # else the folder holds rounded weights, which say nothing of a scheme's bits
+    table = render_plan(
+        job.plan.entries,
+        job.source.layers,
+        size,
+        job.plan.warnings,
+        manifest_of(job, exporter).layer_bytes() if packs else None,
+        CODES if packs else ROUNDED,
+    )
     lines = [f"format {name}:", table] if others else [table]
     if exporter.histogram():
         lines += [types_of(exporter)]

@@ -63,6 +63,10 @@ def test_describe_says_block_loss_time_and_memory():
         assert part in text
 
 
+def test_a_run_without_steps_does_not_say_that_it_tunes():
+    assert event_line(Progress("tune", 1, 6, "model.layers.0")).startswith("rounding 1/6")
+
+
 def test_plain_lines_show_every_block_and_thin_out_the_rest():
     stream = io.StringIO()
     with drawn_progress(stream) as show:

@@ -30,7 +30,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 def event_line(event: Progress) -> str:
     """Say in one line what was just finished, with loss, time left and peak memory."""
-    parts = [f"{VERBS.get(event.stage, event.stage)} {event.done}/{event.total}"]
+    parts = [f"{_verb(event)} {event.done}/{event.total}"]
     if event.label:
         parts.append(event.label)
     if event.loss is not None:
@@ -87,12 +87,20 @@ def _bar(stream: TextIO) -> Iterator[ProgressSink]:
         task = bars.add_task("starting", total=None, note="")
 
         def show(event: Progress) -> None:
-            verb = VERBS.get(event.stage, event.stage)
-            bars.update(task, description=verb, completed=event.done, total=event.total, note=_note(event))
+            bars.update(
+                task, description=_verb(event), completed=event.done, total=event.total, note=_note(event)
+            )
             if event.loss is not None:
                 console.print(event_line(event), markup=False, highlight=False)
 
         yield show
+
+
+def _verb(event: Progress) -> str:
+    """What is being done; a block without a loss was not tuned but rounded."""
+    if event.stage == "tune" and event.loss is None:
+        return "rounding"
+    return VERBS.get(event.stage, event.stage)
 
 
 def _note(event: Progress) -> str:

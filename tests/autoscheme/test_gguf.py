@@ -14,6 +14,7 @@ from auto_round.autoscheme import by_divergence, by_gradients, scores
 from auto_round.autoscheme.parts import Part
 from auto_round.autoscheme.runs import Given, choose_schemes
 from auto_round.config import Options, build_options
+from auto_round.errors import ConfigError
 from auto_round.pipeline.quantize import run
 from auto_round.schemes.scheme import parse_scheme
 from auto_round.tuning.weights import round_to_nearest
@@ -192,3 +193,12 @@ def test_rows_that_a_type_does_not_divide_count_as_what_they_get(model_of: Any, 
     assert set(plan_of(options).values()) == {"GGUF:Q5_0", "GGUF:Q8_0"}
     run(options, dataset=ROWS)
     assert 97_000 < next((tmp_path / "out").glob("*.gguf")).stat().st_size <= 100_000
+
+
+def test_a_budget_out_of_reach_since_rows_do_not_fit_says_so(model_of: Any, tmp_path: Path) -> None:
+    given = {"format": "gguf:q4_k_s", "scheme_options": "GGUF:Q4_K_S,GGUF:Q6_K", "avg_bits": 5}
+    with pytest.raises(ConfigError, match=r"(\d+) of \1 layers have rows that are no multiple of 256, and"):
+        chosen(model_of(UNTIED), tmp_path, **given)
+    given |= {"format": "gguf:q4_0", "scheme_options": "GGUF:Q4_0,GGUF:Q5_0", "avg_bits": 4}
+    with pytest.raises(ConfigError, match=r"bits per weight(, of which [\d.]+ are fixed)?; give a larger"):
+        chosen(model_of(UNTIED), tmp_path, **given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from auto_round.errors import ConfigError
 from auto_round.log import logger
 from auto_round.pipeline.deciding.decide import Decided
 from auto_round.pipeline.deciding.open_model import Opened
+from auto_round.schemes.gguf_types import type_of_scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,20 @@ def refuse_unreachable(target: Target, candidates: Candidates, decided: Decided,
     span = f"{least / unit:.3f}" + (f" to {most / unit:.3f}" if most > least else "")
     raise ConfigError(
         f"{target.text} cannot be reached with {', '.join(candidates.labels)}: these layers take "
-        f"{span} {name}{held}; give a larger target, or smaller options"
+        f"{span} {name}{held}{_other_types(candidates)}; give a larger target, or smaller options"
+    )
+
+
+def _other_types(candidates: Candidates) -> str:
+    """How many layers get other GGUF types than the options name; empty where none does."""
+    kinds = [type_of_scheme(replace(plan.scheme, recipe=None)) for plan in candidates.plans]
+    widths = [candidates.layers[name].shape[-1] for name in candidates.chosen]
+    blocks = [{k.block for k in kinds if k is not None and not k.fits(width)} for width in widths]
+    if not any(blocks):
+        return ""
+    return (
+        f" ({sum(map(bool, blocks))} of {len(blocks)} layers have rows that are no multiple of "
+        f"{max(set().union(*blocks))}, and get other types in a GGUF file)"
     )
 
 

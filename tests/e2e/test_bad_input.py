@@ -282,9 +282,10 @@ def test_a_run_that_is_interrupted(command, model, monkeypatch, words, continues
 
 
 def test_flags_that_change_nothing_say_so(command, model):
-    code, err = command(model, "--model_free", "--dry_run")
+    code, err = command(model, "--model_free", "--mllm", "--dry_run")
     assert code == 0
-    assert "model_free has no effect: plain rounding never builds the model" in err
+    assert "model_free has no effect: --recipe rtn rounds plainly" in err
+    assert "says whether it reads images" in err, "which this one does not"
 
 
 def test_the_traceback_is_there_when_asked_for(command, model, monkeypatch):

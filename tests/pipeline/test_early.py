@@ -159,3 +159,18 @@ def test_a_format_that_holds_no_gguf_types_is_not_passed_over_in_silence(caplog,
     assert not caplog.text
     settle_formats(build_options({**options, "format": "auto_round"}))
     assert "format auto_round holds no GGUF types" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "plainly"), [({}, True), ({"iters": 1}, False), ({"dataset": "mbpp"}, False)]
+)
+def test_who_needs_data_for_searched_ranges_only_hears_what_needs_none(tiny, monkeypatch, given, plainly):
+    def unreachable(*given, **named):
+        raise ConfigError("the hub cannot be reached")
+
+    monkeypatch.setattr(open_model, "resolve_model", resolve_model)
+    monkeypatch.setattr(fetch_rows, "load_rows", unreachable)
+    options = build_options({"model": str(tiny("llama")), "iters": 0, "group_size": 32, **given})
+    with pytest.raises(ConfigError, match="the hub cannot be reached") as error:
+        prepare(options)
+    assert ("--disable_opt_rtn" in str(error.value)) is plainly

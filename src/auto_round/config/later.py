@@ -75,8 +75,8 @@ LATER: Final = (
 
 GRANTED: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "mllm": "the model's configuration says that it reads images",
-        "model_free": "plain rounding never builds the model",
+        "mllm": "the model's configuration says whether it reads images",
+        "model_free": "--recipe rtn rounds plainly, and that never builds the model",
         "disable_model_free": "the result is the same with and without the model",
     }
 )

@@ -38,6 +38,8 @@ from auto_round.tuning.distill import rows_of_step
 
 HELD_OUT = 8
 """Rows beyond those tuned on: they choose the step that is kept, and measure the result."""
+PLAINLY = "or round without data: --disable_opt_rtn, or the command auto-round-rtn"
+"""What is left to users whose run needs data for nothing but searched ranges."""
 MOST_SEEN = 4
 """How often steps of all blocks together see a row, at most, where data have fewer rows than they take."""
 
@@ -130,22 +132,29 @@ def _rows(
     data = wanted.dataset if dataset is None else dataset
     platform: Platform = "model_scope" if options.model.platform == "model_scope" else "hf"
 
+    usual = dataset is None and wanted.dataset == CalibrationOptions().dataset
+
     def load(count: int) -> CalibrationRows:
-        found = load_rows(
-            data,
-            opened.tokenizer,
-            nsamples=count,
-            seqlen=wanted.seqlen,
-            seed=wanted.seed,
-            platform=platform,
-            of_model=OfModel(opened.images, writer),
-        )
+        try:
+            found = load_rows(
+                data,
+                opened.tokenizer,
+                nsamples=count,
+                seqlen=wanted.seqlen,
+                seed=wanted.seed,
+                platform=platform,
+                of_model=OfModel(opened.images, writer),
+            )
+        except ConfigError as error:
+            if usual and tune.search and not replace(tune, search=False).needs_rows:
+                raise ConfigError(f"{error}; {PLAINLY}") from error
+            raise
         if found.missing and not quiet:
             logger.warning(found.missing)
         return found
 
     if not tune.needs_rows:
-        if dataset is None and wanted.dataset == CalibrationOptions().dataset:
+        if usual:
             return Data()
         return Data(load(HELD_OUT))
     beside, later = held_out_rows(wanted.nsamples), fresh_rows(options)

@@ -351,8 +351,29 @@ def test_after_a_run_the_last_format_is_evaluated(harness, model, tmp_path, caps
     assert "0.5000" in capsys.readouterr().out
 
 
-def test_after_a_run_a_gguf_file_is_evaluated(harness, model, tmp_path):
-    words = [str(model), *RUN[:3], "--format", "gguf:q4_0", "--output_dir", str(tmp_path), "--tasks", "piqa"]
+@pytest.mark.parametrize(
+    ("formats", "evaluated"),
+    [
+        ("gguf:q4_0,auto_round", "auto_round"),  # a run of its own, which is the second
+        ("fake,gguf:q4_0", "gguf-q4_0"),  # one run, in which a file with a plan of its own is the first
+        ("auto_round:gptq,auto_round", "auto_round"),
+        ("auto_round,auto_round:gptq", "auto_round-auto_gptq"),
+    ],
+)
+def test_the_last_format_is_evaluated_wherever_it_is_written(harness, model, tmp_path, formats, evaluated):
+    given = [] if "gguf" in formats else ["--group_size", "32"]
+    words = [str(model), *RUN[:3], *given, "--format", formats, "--output_dir", str(tmp_path)]
+    assert cli.main([*words, "--device", "cpu", "--no_verify", "--tasks", "piqa"]) == 0
+    (written,) = tmp_path.rglob("*.evaluation.json")
+    assert written.name == f"{evaluated}.evaluation.json"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [["--format", "gguf:q4_0"], ["--scheme", "GGUF:Q4_0"], ["--format", "gguf", "--scheme", "GGUF:Q4_0"]],
+)
+def test_after_a_run_a_gguf_file_is_evaluated(harness, model, tmp_path, asked):
+    words = [str(model), *RUN[:3], *asked, "--output_dir", str(tmp_path), "--tasks", "piqa"]
     assert cli.main([*words, "--device", "cpu", "--no_verify"]) == 0
     assert type(harness.calls[0]["model"].pretrained).__name__ == "LlamaForCausalLM"
 

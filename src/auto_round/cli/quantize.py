@@ -69,16 +69,28 @@ def quantize(given: Mapping[str, Any], recipe: str, evaluation: Mapping[str, Any
     from auto_round.pipeline.processes import joined
 
     with ended_by_launcher(here), joined(options) as (ranks, own):
-        folders = _run_all(own, ranks)
+        written = _run_all(own, ranks)
     if here is not None and here.rank:
         return
-    if tasks is not None and folders:
-        last = options.output.folders()[options.output.formats[-1]]
-        _evaluate(tasks, last if last in folders else folders[-1], options.model)
+    if tasks is not None and written:
+        _evaluate(tasks, _last_asked(options.output.formats[-1], written), options.model)
 
 
-def _run_all(options: Options, ranks: Ranks) -> list[Path]:
-    """Do all runs of a request and say what came of them; the folders that were written."""
+def _last_asked(asked: str, written: Mapping[str, Path]) -> Path:
+    """Folder of the format that the user named last, wherever it was written among the others.
+
+    Args:
+        asked: its name; `gguf`, or the default, where the scheme says which GGUF file is written.
+        written: name of each format -> its folder.
+    """
+    from auto_round.export.table import full_name
+
+    of_kind = (folder for name, folder in written.items() if name.startswith(f"{asked}:"))
+    return written.get(full_name(asked)) or next(of_kind, next(reversed(written.values())))
+
+
+def _run_all(options: Options, ranks: Ranks) -> dict[str, Path]:
+    """Do all runs of a request and say what came of them; format -> folder, of several targets the last."""
     from auto_round.pipeline.machine.clock import Clock
     from auto_round.pipeline.plain_processes import follow, prepared
     from auto_round.pipeline.plain_rounding import Rounding
@@ -86,7 +98,7 @@ def _run_all(options: Options, ranks: Ranks) -> list[Path]:
 
     clock = Clock()
     jobs = [prepared(part, ranks, _prepare) for part in chosen(options, ranks, _runs)]
-    folders: list[Path] = []
+    written: dict[str, Path] = {}
     for job in jobs:
         if isinstance(job, Rounding):
             follow(job, ranks)
@@ -104,9 +116,9 @@ def _run_all(options: Options, ranks: Ranks) -> list[Path]:
             print(summary(result))
             if job.options.output.report:
                 print(f"{'page':<12}{job.output / PAGE}")
-        folders += result.folders
+        written |= zip(job.exporters, result.folders, strict=True)
         clock = Clock()
-    return folders
+    return written
 
 
 def _prepare(options: Options) -> Job:

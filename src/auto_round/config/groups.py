@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from auto_round.config import values
@@ -295,13 +293,6 @@ class OutputOptions:
         settle(self)
         if not self.formats:
             raise ConfigError('option "format" is empty: expected a comma list such as "auto_round"')
-
-    def folders(self) -> dict[str, Path]:
-        """Map each format to its folder: `output_dir` itself for one, a sub-folder each for several."""
-        root = Path(self.output_dir)
-        if len(self.formats) == 1:
-            return {self.formats[0]: root}
-        return {name: root / re.sub(r"[^a-z0-9]+", "-", name) for name in self.formats}
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -56,6 +56,11 @@ LATER = (
 _SYNONYMS = {"auto_round:gptq": "auto_round:auto_gptq", "auto_round:awq": "auto_round:auto_awq"}
 
 
+def full_name(name: str) -> str:
+    """Name of a format in the table, for any name that a user may give it."""
+    return _SYNONYMS.get(name, name)
+
+
 def plans_alone(name: str) -> bool:
     """Whether a format or scheme of this name has a plan of its own, and is written by a run of its own."""
     return any(kind.claims(name) for kind in _kinds())
@@ -109,7 +114,7 @@ def parse_formats(text: str) -> list[Exporter]:
         UnsupportedError: a format that cannot be written yet.
     """
     names = [part.strip().casefold().replace("-", "_") for part in text.split(",")]
-    names = [_SYNONYMS.get(name, name) for name in names if name]
+    names = [full_name(name) for name in names if name]
     common = ", ".join(name for name in EXPORTERS if not plans_alone(name))
     if not names:
         raise ConfigError(f'no format in "{text}"; known: {common}')

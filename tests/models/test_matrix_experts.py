@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from auto_round.models import matrix_experts
+from auto_round.models import expert_products, matrix_experts
+from auto_round.models.expert_products import filled_up
 from auto_round.models.experts import ExpertParts
 from auto_round.models.fused import transposed_parts
-from auto_round.models.matrix_experts import MatrixExperts, filled_up, using
+from auto_round.models.matrix_experts import MatrixExperts, using
 from sweep.configurations import family_config
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "aria_text", "nemotron_h"]
@@ -154,8 +155,8 @@ def test_tokens_of_zeros_change_no_bit_of_products_and_sums(tokens):
     shapes = ((tokens, 96), (160, 96), (tokens, 160))
     x, w, grad = (torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes)
     found = torch.empty(tokens, 160, dtype=torch.bfloat16)
-    matrix_experts._multiply(x, w.T, found)
+    expert_products._multiply(x, w.T, found)
     assert torch.equal(found, x @ w.T)
-    more = matrix_experts._filled_up
+    more = expert_products._filled_up
     assert len(more(x)) == filled_up(tokens) > tokens
     assert torch.equal(more(grad).T @ more(x), grad.T @ x)

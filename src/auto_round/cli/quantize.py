@@ -86,7 +86,7 @@ def _last_asked(asked: str, written: Mapping[str, Path]) -> Path:
     from auto_round.export.table import full_name
 
     of_kind = (folder for name, folder in written.items() if name.startswith(f"{asked}:"))
-    return written.get(full_name(asked)) or next(of_kind, next(reversed(written.values())))
+    return written.get(full_name(asked)) or next(of_kind, list(written.values())[-1])
 
 
 def _run_all(options: Options, ranks: Ranks) -> dict[str, Path]:

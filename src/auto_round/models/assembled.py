@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +22,6 @@ from auto_round.facts.loading import Loading
 from auto_round.facts.model import TOKENS, ModelFacts
 from auto_round.facts.roles import RoleRow
 from auto_round.facts.tensor import TensorSpec
-from auto_round.models.anatomy import Anatomy
 from auto_round.models.attention_modules import find_attentions
 from auto_round.models.config_facts import model_facts
 from auto_round.models.families import parameter_names
@@ -32,7 +30,8 @@ from auto_round.models.kept import Casts, casts_of, kept_layers, kept_tensors
 from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.matrix_experts import matrix_experts
-from auto_round.models.names import NameMap, Recipe, recipe_for
+from auto_round.models.names import Recipe, recipe_for
+from auto_round.models.parts import Parts
 from auto_round.models.recorder import Recorder, make_stubs
 from auto_round.models.rehearsal import Rehearsed, RehearsedBlock, refuse_left_state, widened
 from auto_round.models.role_table import role_table
@@ -43,29 +42,6 @@ from auto_round.models.text_part import text_tensors
 from auto_round.models.trace import LeftOut, StemParts, StubStem
 from auto_round.models.trial import TRIAL_TOKENS, trial_traces
 from auto_round.models.tried_families import TRIED
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A model without weights and everything known of it.
-
-    Attributes:
-        model: the skeleton; derived buffers are real, the rest is on the meta device.
-        dtype: dtype in which it computes unless asked otherwise.
-        tensors: everything on disk.
-        names: how module tensors are made from those on disk.
-        tied: module tensor -> module tensor whose data it shares.
-        anatomy: layers and blocks.
-        wanted: dtype in which outputs keep its weights; None for that on disk.
-    """
-
-    model: Any
-    dtype: torch.dtype
-    tensors: Mapping[str, TensorSpec]
-    names: NameMap
-    tied: Mapping[str, str]
-    anatomy: Anatomy
-    wanted: torch.dtype | None = None
 
 
 class AssembledSource(ABC):

@@ -19,10 +19,10 @@ from auto_round.facts.layer import Block, Layer, Role
 from auto_round.facts.loading import Loading
 from auto_round.facts.tensor import TensorSpec
 from auto_round.models.anatomy import Anatomy
-from auto_round.models.assembled import Parts
 from auto_round.models.families import LISTS, flow_of
 from auto_round.models.materialize import META
 from auto_round.models.names import DiskTensor, NameMap, Recipe, check_complete
+from auto_round.models.parts import Parts
 from auto_round.models.replayed_source import ReplayedSource
 from auto_round.models.roles import find_block_lists, is_linear
 from auto_round.models.source import CPU, Traceable

@@ -19,8 +19,9 @@ from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.tensor import TensorSpec
 from auto_round.log import logger
 from auto_round.models.anatomy import dissect
-from auto_round.models.assembled import AssembledSource, Parts
+from auto_round.models.assembled import AssembledSource
 from auto_round.models.names import NameMap, Recipe, check_complete, map_names, missing_tensors
+from auto_round.models.parts import Parts
 from auto_round.models.skeleton import (
     absent_by_design,
     build_skeleton,

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.models import causal_attention
 from auto_round.models.anatomy import dissect
-from auto_round.models.assembled import AssembledSource, Parts
+from auto_round.models.assembled import AssembledSource
 from auto_round.models.materialize import META
 from auto_round.models.names import Recipe, map_names
+from auto_round.models.parts import Parts
 from auto_round.models.skeleton import as_saved, saved_specs, straighten, tied_weights
 from auto_round.models.source import name_on_disk
 from auto_round.numerics.smoothing import Rescaling

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from auto_round.facts.flow import States
-from auto_round.models.matrix_experts import Matrices, using
+from auto_round.models.expert_products import Matrices
+from auto_round.models.matrix_experts import using
 from auto_round.ranks.ranks import ALONE, Ranks
 from auto_round.tuning.samples import Batch, states_of
 from auto_round.tuning.weights import fake_weights

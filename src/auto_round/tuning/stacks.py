@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import InternalError
+from auto_round.models.expert_products import FixedMatrices
 from auto_round.models.matrix_experts import matrix_experts
 from auto_round.numerics.compiled_rounding import CompiledRounding, compiled_rounding
 from auto_round.numerics.qtensor import QTensor
@@ -26,8 +27,8 @@ GROUPS = 1 << 17
 
 
 @dataclass(slots=True)
-class CodedStack:
-    """The matrices of a stack as they come back from codes (`models.matrix_experts.Matrices`).
+class CodedStack(FixedMatrices):
+    """The matrices of a stack as they come back from codes.
 
     Attributes:
         codes: of all of them.
@@ -36,7 +37,6 @@ class CodedStack:
 
     codes: QTensor
     held: torch.dtype | None = None
-    anchor: Tensor | None = None
 
     @property
     def height(self) -> int:
@@ -49,28 +49,10 @@ class CodedStack:
         one = QTensor(q.codes[index], q.scale[index], q.format)
         return q.format.dequantize(one, self.held or dtype).to(dtype)
 
-    def multiply(self, index: int, x: Tensor, out: Tensor) -> bool:
-        """Libraries do."""
-        return False
-
-    def learn(self, index: int, grad: Tensor, x: Tensor, to_x: Tensor | None) -> bool:
-        """Nothing is learned."""
-        return False
-
-    def expect(self) -> None:
-        """Nothing is learned."""
-
-    def room(self, index: int, dtype: torch.dtype) -> Tensor | None:
-        """Nobody waits for gradients."""
-        return None
-
-    def reached(self, index: int, gradient: Tensor) -> None:
-        """Nothing is learned of it."""
-
 
 @dataclass(slots=True)
 class LearnedStack:
-    """A stack under tuning (`models.matrix_experts.Matrices`).
+    """A stack under tuning (a `models.expert_products.Matrices`).
 
     Attributes:
         weight: its offsets and ranges.

@@ -8,7 +8,7 @@ import torch
 
 from auto_round.facts.layer import Layer, Role
 from auto_round.models.causal_attention import BANDS, QUERIES
-from auto_round.models.matrix_experts import filled_up
+from auto_round.models.expert_products import filled_up
 from auto_round.pipeline.fitting.work import Workload, active_share
 from auto_round.pipeline.machine.memory import KEPT_PRODUCTS
 from auto_round.tuning.steps import batch_rows

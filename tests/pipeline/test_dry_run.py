@@ -103,6 +103,14 @@ def test_the_text_says_what_matters(tiny, tmp_path):
     assert "all blocks together" not in text
 
 
+def test_the_method_is_said_as_in_the_report(tiny, tmp_path):
+    model = tiny("llama")
+    dry = planned(model, tmp_path / "out", enable_alg_ext=True)
+    report = quantize(model, tmp_path / "out", enable_alg_ext=True, verify=False).report
+    assert "the last one by the model's predictions" in report["method"]
+    assert f"method:  {report['method']}; " in dry.text
+
+
 def test_what_tuning_all_blocks_together_takes(tiny, tmp_path):
     given = {"distill_nsamples": 3, "distill_steps": 300}
     dry, plain = planned(tiny("llama"), tmp_path / "out", **given), planned(tiny("llama"), tmp_path / "out")

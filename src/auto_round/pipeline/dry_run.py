@@ -16,7 +16,7 @@ from auto_round.facts.tensor import dtype_name
 from auto_round.pipeline.deciding.fetch_rows import fresh_rows
 from auto_round.pipeline.deciding.fit import plan_memory, workload
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.method import smoothing_words
+from auto_round.pipeline.deciding.method import method_of
 from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
@@ -162,18 +162,13 @@ def _on_paper(job: Job, work: Workload, machines: Machines) -> Paper:
 
 
 def _method(job: Job) -> str:
-    """The method as the report will say it, and the data that it needs."""
-    tune, wanted = job.tune, job.options.calibration
-    if not tune.needs_rows:
-        return job.method.sentence
-    rows = f"{wanted.nsamples} rows of {wanted.seqlen} tokens from {wanted.dataset}"
-    first = smoothing_words(wanted_strength(job))
-    if not tune.iters:
-        how = (
-            "round to nearest in a range searched by importance" if tune.search else "plain round to nearest"
-        )
-        return f"{first}{how}, {rows}"
-    return f"{first}SignRound, {tune.iters} steps of {tune.optimizer.value} descent a block, {rows}"
+    """The method as the report will say it, and the data that it needs: none of them is fetched yet."""
+    rows = job.tune.needs_rows and not job.importance
+    method = method_of(job.options, job.tune, with_rows=rows, strength=wanted_strength(job))
+    if not rows:
+        return method.sentence
+    wanted = job.options.calibration
+    return f"{method.sentence}; {wanted.nsamples} rows of {wanted.seqlen} tokens from {method.dataset}"
 
 
 def _device(job: Job) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from auto_round.errors import NumericsError
-from auto_round.pipeline.running.blocks import refuse_not_finite
+from auto_round.pipeline.running.tune_group import refuse_not_finite
 
 
 def group(bad: float, dtype: torch.dtype) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from auto_round.config import build_options
 from auto_round.facts.layer import Role
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.running.block_group import BlockGroup
-from auto_round.pipeline.running.blocks import cast_group
+from auto_round.pipeline.running.tune_group import cast_group
 from auto_round.testing.tiny_models import save_tiny_model
 from pipeline.runs import SHORT, quantize, weights
 

@@ -74,7 +74,7 @@ def test_a_new_integer_format_is_one_row(monkeypatch):
 
 def test_tables_agree_with_numerics_and_roles():
     assert set(INT_BITS) <= set(vocabulary.BITS)
-    assert {row["scale_dtype"] for row in vocabulary.SCALE_DTYPES.values()} == set(SCALE_DTYPES)
+    assert {row["scale_dtype"] for row in vocabulary.SCALE_DTYPE_SPELLINGS.values()} == set(SCALE_DTYPES)
     assert list(FIELD_TYPES) == [f.name for f in dataclasses.fields(QuantizationScheme)]
     assert {s.recipe for s in PRESET_SCHEMES.values()} - {None} == set(vocabulary.MIXED_PRESETS)
     assert all(scheme_module.spelled("data_type", s.data_type, spellings()) for s in PRESET_SCHEMES.values())
@@ -182,7 +182,7 @@ def test_number_types_as_documents_write_them(word, fields):
 
 
 def test_spellings_differ_by_more_than_case_and_underscores():
-    for table in (spellings(), vocabulary.SCALE_DTYPES, vocabulary.MIXED_PRESETS):
+    for table in (spellings(), vocabulary.SCALE_DTYPE_SPELLINGS, vocabulary.MIXED_PRESETS):
         folded = [name.casefold().replace("_", "") for name in table]
         assert len(set(folded)) == len(folded)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from auto_round.autoscheme.outside import begin_rounded, weight_outside
-from auto_round.autoscheme.parts import Part, Setting, open_block
+from auto_round.autoscheme.parts import Part, Setting, Trial, open_block
 from auto_round.autoscheme.start import begin
 from auto_round.evaluate.logits import positions_at_once
 from auto_round.facts.flow import States
@@ -21,9 +21,6 @@ from auto_round.pipeline.running.block_arguments import ArgumentTable
 
 STREAM_BYTES = 2 << 30
 """Memory for the streams of one pass."""
-
-Trial = tuple[Part, int]
-"""A part and the option that it is rounded by."""
 
 
 def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[tuple[Part, list[float]]]:

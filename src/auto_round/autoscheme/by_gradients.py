@@ -20,7 +20,7 @@ from torch import Tensor
 
 from auto_round.autoscheme.by_divergence import divergences
 from auto_round.autoscheme.outside import begin_rounded
-from auto_round.autoscheme.parts import OpenBlock, Part, Rounded, Setting, StandIn, open_block, taken
+from auto_round.autoscheme.parts import OpenBlock, Part, Rounded, Setting, StandIn, Trial, open_block, taken
 from auto_round.autoscheme.start import begin
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.evaluate.logits import positions_at_once
@@ -159,10 +159,6 @@ def _draw(likely: Tensor, uniform: Tensor) -> Tensor:
     below = likely.double().exp_().cumsum_(-1)
     wanted = uniform.unsqueeze(-1) * below[:, -1:]
     return torch.searchsorted(below, wanted, right=True).clamp_max(likely.shape[-1] - 1)
-
-
-Trial = tuple[Part, int]
-"""A part and the option that it is rounded by."""
 
 
 def _back(

@@ -28,9 +28,9 @@ from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
-from auto_round.pipeline.running.blocks import cast_group, inside_group, refuse_not_finite
 from auto_round.pipeline.running.input_ranges import NO_RANGES, InputRanges, settle_ranges
 from auto_round.pipeline.running.rounding import round_matrix
+from auto_round.pipeline.running.tune_group import cast_group, inside_group, refuse_not_finite
 from auto_round.pipeline.running.unit import as_read, bound_formats
 from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.settings import PLAIN_FROM_BITS
@@ -47,6 +47,10 @@ class Part:
 
     layers: tuple[str, ...]
     block: int | None
+
+
+Trial = tuple[Part, int]
+"""A part and the number of the option that it is rounded by."""
 
 
 @dataclass(frozen=True, slots=True)

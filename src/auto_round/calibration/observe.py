@@ -16,6 +16,7 @@ from auto_round.numerics.importance import TILE, Importance
 from auto_round.numerics.token_weights import token_energy, token_weights
 
 MaskOf = Callable[[], Tensor | None]
+"""Gives the mask of the batch that is running, `[batch, tokens]` bool; None where every token counts."""
 
 
 class InputMoments:

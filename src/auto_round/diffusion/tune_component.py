@@ -19,8 +19,8 @@ from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.plain_rounding import Rounding, bursts, round_layers
 from auto_round.pipeline.quantize import groups_of, saved_streams
-from auto_round.pipeline.running.blocks import GroupResult, GroupTuning
 from auto_round.pipeline.running.lower import Fitting
+from auto_round.pipeline.running.tune_group import GroupResult, GroupTuning
 from auto_round.pipeline.writing.cost import COST, cost_of
 from auto_round.pipeline.writing.group_figures import figures_of
 from auto_round.pipeline.writing.outputs import Outputs, Written

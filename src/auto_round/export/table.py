@@ -24,7 +24,7 @@ from auto_round.schemes.float_types import FLOAT_TYPES
 from auto_round.schemes.make import KEPT_ROLES
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.scheme import PRESET_SCHEMES, QuantizationScheme
-from auto_round.schemes.vocabulary import SCALE_DTYPES
+from auto_round.schemes.vocabulary import SCALE_DTYPE_SPELLINGS
 
 EXPORTERS: dict[str, Exporter] = {
     e.name: e
@@ -171,7 +171,7 @@ def scale_dtype(exporters: Iterable[Exporter], model: torch.dtype, data_type: st
         data_type: number type of the weights.
     """
     own = dtype_name(model)
-    if own not in SCALE_DTYPES:
+    if own not in SCALE_DTYPE_SPELLINGS:
         return None
     wanted = any(exporter.scales_in_model_dtype for exporter in exporters)
     floating = data_type in FLOAT_TYPES

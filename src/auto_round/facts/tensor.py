@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+MATRIX = 2
+"""Axes of a matrix."""
+STACK = 3
+"""Axes of a tensor that holds the matrices of all experts, `[n_experts, ...]`."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

@@ -41,7 +41,6 @@ from auto_round.pipeline.processes import Begun, joined, shared
 from auto_round.pipeline.result import Result
 from auto_round.pipeline.running.ahead import Ahead
 from auto_round.pipeline.running.attention_states import read_steps
-from auto_round.pipeline.running.blocks import GroupResult, GroupTuning
 from auto_round.pipeline.running.compile import in_equal_passes, objective_for
 from auto_round.pipeline.running.coverage import coverage_sentence
 from auto_round.pipeline.running.expert_rows import cover_experts
@@ -55,6 +54,7 @@ from auto_round.pipeline.running.smooth import find_changes, with_changes
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.towers import quantize_towers
 from auto_round.pipeline.running.trace_rows import trace_rows
+from auto_round.pipeline.running.tune_group import GroupResult, GroupTuning
 from auto_round.pipeline.writing.cost import COST, cost_of, run_record, write_record
 from auto_round.pipeline.writing.finish import (
     build_report,

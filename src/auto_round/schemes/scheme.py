@@ -10,7 +10,7 @@ from auto_round.errors import ConfigError, Refusal, UnsupportedError, nearest
 from auto_round.facts.layer import Role
 from auto_round.schemes.number_types import NUMBER_TYPES, inputs_of, spellings, weights_of
 from auto_round.schemes.type_columns import InputFields
-from auto_round.schemes.vocabulary import BITS, KEPT_BITS, MIXED_PRESETS, SCALE_DTYPES, spelled
+from auto_round.schemes.vocabulary import BITS, KEPT_BITS, MIXED_PRESETS, SCALE_DTYPE_SPELLINGS, spelled
 
 if TYPE_CHECKING:
     from auto_round.numerics.activation_float import InputFormat
@@ -68,7 +68,7 @@ class QuantizationScheme(Mapping[str, Any]):
             raise ConfigError(f"group_size must be -1 (row), 0 (tensor) or positive, got {self.group_size}")
         for prefix in ("", "act_"):
             self._settle_type(prefix)
-        if spelled("scale_dtype", self.scale_dtype, SCALE_DTYPES)["scale_dtype"] != self.scale_dtype:
+        if spelled("scale_dtype", self.scale_dtype, SCALE_DTYPE_SPELLINGS)["scale_dtype"] != self.scale_dtype:
             raise ConfigError(f'scale_dtype must be spelled out here, got "{self.scale_dtype}"')
         if self.recipe is not None:
             spelled("recipe", self.recipe, MIXED_PRESETS)
@@ -258,7 +258,7 @@ def _merge(base: QuantizationScheme, values: Mapping[str, Any]) -> QuantizationS
             raise ConfigError(f"unknown scheme field {name!r}; {nearest(str(name), FIELD_TYPES)}")
         if value is not None:
             given[name] = value
-    for name, known in (("data_type", spellings()), ("scale_dtype", SCALE_DTYPES)):
+    for name, known in (("data_type", spellings()), ("scale_dtype", SCALE_DTYPE_SPELLINGS)):
         if name in given:
             given |= spelled(name, given[name], known)
     if "act_data_type" in given:

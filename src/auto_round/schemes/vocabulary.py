@@ -13,7 +13,7 @@ KEPT_BITS = 16
 BITS = (2, 3, 4, 5, 6, 7, 8, KEPT_BITS, 2 * KEPT_BITS)
 """Widths a scheme may name."""
 
-SCALE_DTYPES: dict[str, dict[str, Any]] = {
+SCALE_DTYPE_SPELLINGS: dict[str, dict[str, Any]] = {
     **{name: {"scale_dtype": "float16"} for name in ("float16", "fp16")},
     **{name: {"scale_dtype": "bfloat16"} for name in ("bfloat16", "bf16")},
     **{name: {"scale_dtype": "float32"} for name in ("float32", "fp32")},

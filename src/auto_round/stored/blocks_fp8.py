@@ -24,7 +24,7 @@ from auto_round.numerics.group import Group
 from auto_round.numerics.presets_float import FP8_BLOCK, fp8_format, fp8_powers
 from auto_round.numerics.scale_power import PowerOfTwo
 from auto_round.schemes.scheme import PRESET_SCHEMES, QuantizationScheme
-from auto_round.schemes.vocabulary import SCALE_DTYPES
+from auto_round.schemes.vocabulary import SCALE_DTYPE_SPELLINGS
 from auto_round.stored.packed import Packed
 
 _SCALES = ("_scale_inv", "_scale")
@@ -98,7 +98,7 @@ def _format(group: Group, codes: torch.dtype, scales: torch.dtype) -> Format:
 def _scheme(fmt: Format, scales: torch.dtype) -> QuantizationScheme | None:
     """The preset of 128 x 128 blocks, where that is what is stored."""
     name = dtype_name(scales)
-    if name not in SCALE_DTYPES:
+    if name not in SCALE_DTYPE_SPELLINGS:
         return None
     preset = PRESET_SCHEMES["FP8_BLOCK"]
     found = QuantizationScheme.from_dict({**preset.to_dict(), "scale_dtype": name})

@@ -11,7 +11,7 @@ from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.facts.tensor import dtype_name
 from auto_round.schemes.number_types import NUMBER_TYPES
 from auto_round.schemes.scheme import QuantizationScheme
-from auto_round.schemes.vocabulary import SCALE_DTYPES
+from auto_round.schemes.vocabulary import SCALE_DTYPE_SPELLINGS
 
 Args = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ def schemes_of(group: Args, steps: torch.dtype) -> Iterator[QuantizationScheme]:
     """
     said = group["weights"]
     scale = dtype_name(steps)
-    scale_dtype = scale if scale in SCALE_DTYPES else "float16"
+    scale_dtype = scale if scale in SCALE_DTYPE_SPELLINGS else "float16"
     for data_type in _types(said):
         if NUMBER_TYPES[data_type].bits.count(said.get("num_bits")):
             fields = {**_fields(said, data_type), "data_type": data_type, "scale_dtype": scale_dtype}

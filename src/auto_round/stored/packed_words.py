@@ -15,7 +15,7 @@ from auto_round.layouts.layout import Layout
 from auto_round.numerics.format import Format
 from auto_round.schemes.condense import some
 from auto_round.schemes.scheme import QuantizationScheme
-from auto_round.schemes.vocabulary import SCALE_DTYPES
+from auto_round.schemes.vocabulary import SCALE_DTYPE_SPELLINGS
 from auto_round.stored.formats import StoredFormats, StoredLayer
 from auto_round.stored.matrices import Matrix, find_matrices
 from auto_round.stored.packed import Packed
@@ -79,4 +79,4 @@ def _packed(matrix: Matrix, how: StoredLayer) -> Packed:
 def with_steps(scheme: QuantizationScheme, dtype: torch.dtype | None) -> QuantizationScheme:
     """The same scheme with steps of the dtype in the headers, where it is one of steps."""
     name = str(dtype).removeprefix("torch.")
-    return replace(scheme, scale_dtype=name) if name in SCALE_DTYPES else scheme
+    return replace(scheme, scale_dtype=name) if name in SCALE_DTYPE_SPELLINGS else scheme

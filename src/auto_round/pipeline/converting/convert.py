@@ -38,7 +38,7 @@ from auto_round.pipeline.converting.modules import with_modules
 from auto_round.pipeline.converting.source import Stored, open_stored, with_steps
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.schemes.plan import Plan
-from auto_round.schemes.vocabulary import SCALE_DTYPES
+from auto_round.schemes.vocabulary import SCALE_DTYPE_SPELLINGS
 from auto_round.stored.configuration import is_plain
 from auto_round.version import __version__
 
@@ -160,7 +160,7 @@ def _fitting(exporter: Exporter, stored: Stored, loading: Loading | None) -> tup
     """
     found: list[Refusal] = []
     own = {dtype_name(layer.dtype) for layer in stored.layers}
-    for dtype in (None, "float16", *sorted(own & SCALE_DTYPES.keys())):
+    for dtype in (None, "float16", *sorted(own & SCALE_DTYPE_SPELLINGS.keys())):
         plan = stored.plan if dtype is None else with_steps(stored.plan, dtype)
         fitting = exporter.for_plan(plan, stored.layers)
         refused = all_refusals(fitting, plan, stored.layers, loading)

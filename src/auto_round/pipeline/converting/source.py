@@ -25,7 +25,7 @@ from auto_round.models.roles import role_in_block
 from auto_round.schemes.condense import some
 from auto_round.schemes.entry import PlanEntry
 from auto_round.schemes.plan import Plan
-from auto_round.schemes.vocabulary import SCALE_DTYPES
+from auto_round.schemes.vocabulary import SCALE_DTYPE_SPELLINGS
 from auto_round.stored.matrices import Matrix
 from auto_round.stored.methods import understand
 from auto_round.stored.packed import Packed
@@ -143,7 +143,7 @@ def _multiplied(packed: Packed, folder: Folder) -> Packed:
 
     compressed-tensors does so to the model's dtype, which other folders say of weights without steps.
     """
-    theirs = folder.method == COMPRESSED_TENSORS and folder.dtype in SCALE_DTYPES
+    theirs = folder.method == COMPRESSED_TENSORS and folder.dtype in SCALE_DTYPE_SPELLINGS
     if packed.scheme is None or not theirs or "step" in packed.format.rule.stored:
         return packed
     return replace(packed, scheme=replace(packed.scheme, scale_dtype=folder.dtype))

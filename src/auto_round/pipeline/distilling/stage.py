@@ -26,10 +26,10 @@ from auto_round.pipeline.distilling.sweep import Boundaries, Sweep, squared_erro
 from auto_round.pipeline.distilling.units import Units
 from auto_round.pipeline.fitting.states import states_in_memory
 from auto_round.pipeline.fitting.together import Together
-from auto_round.pipeline.running.blocks import layers_of
 from auto_round.pipeline.running.head import head_weight
 from auto_round.pipeline.running.input_ranges import InputRanges
 from auto_round.pipeline.running.streams import Streams, home_of_streams
+from auto_round.pipeline.running.tune_group import layers_of
 from auto_round.tuning.distill import DistillConfig, row_order, rows_of_step
 from auto_round.tuning.predictions import Ends, summed_divergence
 

@@ -23,8 +23,8 @@ from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.attention_states import rounded_states
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup
-from auto_round.pipeline.running.blocks import make_unit
 from auto_round.pipeline.running.input_ranges import InputRanges
+from auto_round.pipeline.running.tune_group import make_unit
 from auto_round.pipeline.running.unit import Unit, as_read, bound_formats
 from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.samples import Samples, run_block

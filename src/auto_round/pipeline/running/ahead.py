@@ -13,8 +13,8 @@ import torch
 from auto_round.facts.flow import States
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.running.block_arguments import ArgumentTable
-from auto_round.pipeline.running.blocks import opened_unit
 from auto_round.pipeline.running.streams import Streams
+from auto_round.pipeline.running.tune_group import opened_unit
 from auto_round.pipeline.running.unit import Seen, Turn, references
 from auto_round.ranks.ranks import ALONE
 

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from auto_round.calibration.observe import MaskOf
 from auto_round.errors import NumericsError, Refusal, UnsupportedError
 from auto_round.facts.attention import KEYS, QUERIES, VALUES, Attention
 from auto_round.models.causal_attention import STATES, States
 from auto_round.numerics.head_steps import HeadSteps
 from auto_round.schemes.attention import AttentionPlan
-
-MaskOf = Callable[[], Tensor | None]
 
 
 class StateRanges:

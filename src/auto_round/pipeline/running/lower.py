@@ -15,8 +15,8 @@ from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.ahead import Ahead
 from auto_round.pipeline.running.block_arguments import ArgumentTable
-from auto_round.pipeline.running.blocks import GroupResult, GroupTuning, tune_group
 from auto_round.pipeline.running.streams import Streams, home_of_streams
+from auto_round.pipeline.running.tune_group import GroupResult, GroupTuning, tune_group
 from auto_round.pipeline.running.unit import ALL_TO_DO
 
 

@@ -12,9 +12,9 @@ from auto_round.facts.layer import Block
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.running.block_arguments import ArgumentTable
 from auto_round.pipeline.running.block_group import BlockGroup, GroupArguments
-from auto_round.pipeline.running.blocks import cast_group
 from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.trace_rows import trace_rows
+from auto_round.pipeline.running.tune_group import cast_group
 from auto_round.tuning.samples import Samples, run_block
 
 

@@ -11,7 +11,7 @@ from auto_round.config import Setting, all_settings, settings
 from auto_round.config.auto_scheme import AutoSchemeOptions
 from auto_round.config.options import GROUPS, Options
 from auto_round.config.values import FROM_PYTHON
-from auto_round.report.record import CHOSEN
+from auto_round.report.record import CHOSEN_PLAN
 
 _LEFT_OUT = ("output_dir", "overwrite", "resume", "dry_run", "report")
 """Options of where a run is put and how it is handled: a repeated one goes to a folder of its own."""
@@ -34,7 +34,7 @@ def command_of(options: Options) -> tuple[str, list[str]]:
         if options.chosen is not None and setting in settings(AutoSchemeOptions):
             continue
         if options.chosen is not None and setting.name == "layer_config":
-            value = CHOSEN
+            value = CHOSEN_PLAN
         if value == setting.admit(setting.default) or setting.name in _LEFT_OUT:
             continue
         if setting.name == "model":

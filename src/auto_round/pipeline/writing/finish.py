@@ -29,7 +29,7 @@ from auto_round.pipeline.running.input_squares import load_inputs
 from auto_round.pipeline.running.measure import Measured
 from auto_round.pipeline.writing.cost import COST
 from auto_round.pipeline.writing.planned import planned
-from auto_round.report.record import CHOSEN, DISTILLED, REPORT, SENSITIVITY
+from auto_round.report.record import CHOSEN_PLAN, DISTILLED, REPORT, SENSITIVITY
 from auto_round.version import __version__
 
 
@@ -138,7 +138,7 @@ def write_report(job: Job, folders: Mapping[str, Path], report: Mapping[str, Any
         atomic_write_json(folders[name] / REPORT, dict(report))
         if job.options.chosen is not None:
             plan = {k: v for k, v in job.options.chosen.items() if k != SENSITIVITY}
-            atomic_write_json(folders[name] / CHOSEN, plan)
+            atomic_write_json(folders[name] / CHOSEN_PLAN, plan)
         write_model_card(folders[name], _card(job, exporter, report, name))
     if root not in folders.values():
         atomic_write_json(root / REPORT, dict(report))

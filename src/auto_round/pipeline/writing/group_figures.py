@@ -7,7 +7,7 @@ from typing import Any
 
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.running.attention_states import steps_entry
-from auto_round.pipeline.running.blocks import GroupResult
+from auto_round.pipeline.running.tune_group import GroupResult
 from auto_round.pipeline.writing.outputs import checksum
 
 

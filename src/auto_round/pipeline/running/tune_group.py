@@ -16,6 +16,7 @@ from auto_round.facts.attention import Attention
 from auto_round.facts.group_names import inside, outside, prefixes_of
 from auto_round.facts.inputs import input_of
 from auto_round.facts.layer import Layer
+from auto_round.facts.tensor import MATRIX
 from auto_round.models.divided_experts import name_in_piece, whole_names
 from auto_round.models.matrix_experts import matrix_experts
 from auto_round.models.source import CPU
@@ -39,9 +40,6 @@ from auto_round.pipeline.running.streams import Streams
 from auto_round.pipeline.running.unit import ALL_TO_DO, Turn, Unit, tune_unit
 from auto_round.tuning.objective import Objective
 from auto_round.tuning.sign_round import TunedBlock
-
-MATRIX = 2
-"""Dimensions of a plain weight; those of experts in one parameter have one more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def chosen(model: Path, out: Path, **given: Any) -> tuple[Options, ...]:
 def average(model: Path, result: Result) -> float:
     """Bits of codes and scales per quantized weight."""
     with FolderSource.open(model) as source:
-        return result.plan.bits_per_weight(source.layers)
+        return result.plan.measure(source.layers).bits_per_weight
 
 
 def bits(options: Options) -> dict[str, str]:

@@ -13,6 +13,7 @@ from auto_round.numerics.presets import int_format
 from auto_round.schemes.condense import condense, some
 from auto_round.schemes.make import KEPT_ROLES, make_plan
 from auto_round.schemes.plan import Plan, PlanRequest
+from auto_round.schemes.plan_text import render_plan
 from auto_round.schemes.scheme import QuantizationScheme
 
 W4, W8 = QuantizationScheme(4), QuantizationScheme(8)
@@ -174,42 +175,39 @@ def test_rules_without_effect_are_warned_about(plan):
 
 
 def test_bits_per_weight_counts_codes_steps_and_zeros(plan, layers):
-    assert plan().bits_per_weight(layers) == 4 + 16 / 128
+    assert plan().measure(layers).bits_per_weight == 4 + 16 / 128
     asym = plan(overrides={"sym": False, "group_size": 64, "scale_dtype": "fp32"})
-    assert asym.bits_per_weight(layers) == 4 + (32 + 4) / 64
-    assert plan(scheme="BF16").bits_per_weight(layers) == 0
+    assert asym.measure(layers).bits_per_weight == 4 + (32 + 4) / 64
+    assert plan(scheme="BF16").measure(layers).bits_per_weight == 0
 
 
 def test_size(plan, layers):
     weights = {layer.name: math.prod(layer.shape) for layer in layers}
     made = plan()
-    size = made.measure(layers, other_weights=1000, other_bytes=2000)
+    size = replace(made.measure(layers), other_weights=1000, other_bytes=2000)
     quantized = sum(weights[name] for name in made.quantized)
     kept = sum(weights[name] for name in made.kept)
     assert size.quantized_weights == quantized
     assert size.kept_weights == kept
     assert size.total_bytes == quantized * 4.125 / 8 + 2 * kept + 2000
-    assert size.source_bytes == 2 * sum(weights.values()) + 2000
+    assert size.source_bytes == 2 * sum(weights.values())
     assert size.bits_per_weight_overall == size.total_bytes * 8 / (quantized + kept + 1000)
-    assert made.size_bytes(layers, 2000) == size.total_bytes
     known = dict.fromkeys(made.quantized, 10)
     assert made.measure(layers, stored_bytes=known).quantized_bytes == 10 * len(known)
 
 
 def test_a_tied_head_is_counted_once(plan, layers):
     head = 3200 * 256
-    assert plan().size_bytes(layers) - plan(tied_head=True).size_bytes(layers) == 2 * head
+    tied = plan(tied_head=True).measure(layers)
+    assert plan().measure(layers).total_bytes - tied.total_bytes == 2 * head
     untied = plan(tied_head=True, quant_lm_head=True).measure(layers)
-    assert untied.total_bytes - plan(tied_head=True).size_bytes(layers) == head * 4.125 / 8
-    assert untied.source_bytes == plan(tied_head=True).measure(layers).source_bytes
+    assert untied.total_bytes - tied.total_bytes == head * 4.125 / 8
+    assert untied.source_bytes == tied.source_bytes
 
 
 def test_table(plan, layers):
-    lines = (
-        plan(layer_config={"o_proj": {"bits": 8}}, ignore_layers="layers.3.self_attn")
-        .table(layers)
-        .splitlines()
-    )
+    made = plan(layer_config={"o_proj": {"bits": 8}}, ignore_layers="layers.3.self_attn")
+    lines = render_plan(made.entries, layers, made.measure(layers), made.warnings).splitlines()
     rows = [line.split() for line in lines]
     assert [
         "model.layers.{0,2,4,6,8,10}.mlp.down_proj",

@@ -198,8 +198,16 @@ class _Work:
         logger.info("%s: plan\n%s", self.name, plan_table(part))
         with Outputs.open(part, inside, self.journal) as outputs:
             source = self.job.source(self.name)
-            work = (part, source, rows, self.scratch, self.journal, outputs, self.progress, self.clock)
-            held = ComponentRun(*work).run()
+            held = ComponentRun(
+                job=part,
+                source=source,
+                rows=rows,
+                scratch=self.scratch,
+                journal=self.journal,
+                outputs=outputs,
+                progress=self.progress,
+                clock=self.clock,
+            ).run()
             outputs.copy_rest()
             outputs.seal()
             nbytes = outputs.nbytes

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from auto_round.errors import ConfigError, InternalError
 from auto_round.facts.layer import Layer
 from auto_round.schemes.entry import PlanEntry
-from auto_round.schemes.plan_text import render_plan
 from auto_round.schemes.rules import Kind, Rule
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.schemes.size import PlanSize, measure
@@ -121,56 +120,15 @@ class Plan:
         fmt = self.activation_of(layer.name)
         return fmt.stored_in(layer.dtype) if isinstance(fmt, CalibratedScale) else fmt
 
-    def measure(
-        self,
-        layers: Iterable[Layer],
-        *,
-        other_weights: int = 0,
-        other_bytes: int = 0,
-        stored_bytes: Mapping[str, int] | None = None,
-    ) -> PlanSize:
-        """Weights and bytes, before and after.
+    def measure(self, layers: Iterable[Layer], *, stored_bytes: Mapping[str, int] | None = None) -> PlanSize:
+        """Weights and bytes of the layers, before and after.
 
         Args:
             layers: the layers that the plan was made for.
-            other_weights: weights of tensors that are no layers (embeddings, norms, biases).
-            other_bytes: bytes of tensors that are no layers.
             stored_bytes: layer name -> bytes on disk, where an exporter knows better than the format alone.
         """
-        return measure(
-            self.entries,
-            layers,
-            other_weights=other_weights,
-            other_bytes=other_bytes,
-            stored_bytes=stored_bytes,
-            shared=frozenset({self.tied_head} if self.tied_head else ()),
-        )
-
-    def bits_per_weight(self, layers: Iterable[Layer]) -> float:
-        """Stored bits per quantized weight: codes, steps and zero points; 0 when nothing is quantized."""
-        return self.measure(layers).bits_per_weight
-
-    def size_bytes(self, layers: Iterable[Layer], other_bytes: int = 0) -> int:
-        """Bytes of all tensors after quantization; `other_bytes` for tensors that are no layers."""
-        return self.measure(layers, other_bytes=other_bytes).total_bytes
-
-    def table(
-        self,
-        layers: Iterable[Layer],
-        *,
-        other_weights: int = 0,
-        other_bytes: int = 0,
-        stored_bytes: Mapping[str, int] | None = None,
-    ) -> str:
-        """The plan for people: which layers get what, what is kept and why, bits per weight, final size.
-
-        Arguments as in `measure`.
-        """
-        listed = list(layers)
-        size = self.measure(
-            listed, other_weights=other_weights, other_bytes=other_bytes, stored_bytes=stored_bytes
-        )
-        return render_plan(self.entries, listed, size, self.warnings, stored_bytes)
+        shared = frozenset({self.tied_head} if self.tied_head else ())
+        return measure(self.entries, layers, stored_bytes=stored_bytes, shared=shared)
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives back an equal one."""

@@ -20,9 +20,9 @@ class PlanSize:
         quantized_bytes: what their codes, steps and zero points take.
         kept_weights: weights of layers that are kept.
         kept_bytes: what these take.
-        other_weights: weights outside of the plan: embeddings, norms, biases.
-        other_bytes: what these take.
         source_bytes: all of it before quantization.
+        other_weights: weights outside of the plan (embeddings, norms, biases); 0 of the layers alone.
+        other_bytes: what these take.
     """
 
     quantized_layers: int
@@ -30,9 +30,9 @@ class PlanSize:
     quantized_bytes: float
     kept_weights: int
     kept_bytes: int
-    other_weights: int
-    other_bytes: int
     source_bytes: int
+    other_weights: int = 0
+    other_bytes: int = 0
 
     @property
     def bits_per_weight(self) -> float:
@@ -55,18 +55,14 @@ def measure(
     entries: Mapping[str, PlanEntry],
     layers: Iterable[Layer],
     *,
-    other_weights: int = 0,
-    other_bytes: int = 0,
     stored_bytes: Mapping[str, int] | None = None,
     shared: frozenset[str] = frozenset(),
 ) -> PlanSize:
-    """Size of a model under a plan.
+    """Size of a model's layers under a plan.
 
     Args:
         entries: layer name -> what becomes of it.
         layers: every layer.
-        other_weights: weights of tensors that are no layers.
-        other_bytes: bytes of tensors that are no layers.
         stored_bytes: layer name -> bytes on disk, where an exporter knows better than the format alone
             (padding, zero points of symmetric layouts).
         shared: layers whose tensor is counted elsewhere on disk (a tied head).
@@ -93,7 +89,5 @@ def measure(
         quantized_bytes=quantized_bytes,
         kept_weights=kept_weights,
         kept_bytes=kept_bytes,
-        other_weights=other_weights,
-        other_bytes=other_bytes,
-        source_bytes=source_bytes + other_bytes,
+        source_bytes=source_bytes,
     )

@@ -52,7 +52,7 @@ def kv_heads(config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
-def constants(family: Family, config: Any) -> tuple[GgufTensor, ...]:
+def constants(config: Any) -> tuple[GgufTensor, ...]:
     """Tensors that are computed from the configuration: factors of the rotary frequencies.
 
     Raises:

@@ -65,7 +65,7 @@ def name_tensors(
     for each in found:
         groups.setdefault(each.name, []).append(each)
     tensors = [_tensor(family, config, name, members, stored) for name, members in groups.items()]
-    return (*constants(family, config), *tensors)
+    return (*constants(config), *tensors)
 
 
 def _names(family: Family, config: Any, sources: Mapping[str, str]) -> tuple[list[_Found], list[str]]:

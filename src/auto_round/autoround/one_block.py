@@ -17,6 +17,7 @@ from auto_round.facts.layer import Layer, Role
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.pipeline.deciding.activations import activation_formats
+from auto_round.pipeline.deciding.fetch_rows import HELD_OUT_SHARE
 from auto_round.pipeline.machine.device import choose_device
 from auto_round.pipeline.running.block_group import BlockGroup
 from auto_round.pipeline.running.streams import Streams
@@ -25,8 +26,6 @@ from auto_round.schemes.make import make_plan
 from auto_round.schemes.request import plan_request
 from auto_round.tuning.settings import tune_settings
 
-HELD_OUT_SHARE = 8
-"""One sample in so many is not trained on and chooses the step that is kept."""
 BY_PREDICTIONS = {"enable_alg_ext": "judges the last block", "distill_steps": "tunes all blocks together"}
 """Options that need the whole model."""
 

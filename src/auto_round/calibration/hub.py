@@ -18,10 +18,10 @@ from auto_round.calibration.registry import (
     LLAVA_REPOSITORY,
     PYTHON_DOCS,
     HubDataset,
-    Platform,
 )
 from auto_round.errors import ConfigError
 from auto_round.log import logger
+from auto_round.models.hub import Platform
 
 PROBE_SECONDS = 10.0
 

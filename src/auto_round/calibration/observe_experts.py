@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from auto_round.calibration.observe import InputExtremes, InputMoments, MaskOf
 from auto_round.errors import NumericsError
 from auto_round.facts.inputs import expert_of
+from auto_round.facts.tensor import STACK
 from auto_round.models.divided_experts import DividedExperts, name_in_piece
 from auto_round.models.experts import (
     ExpertCall,
@@ -26,9 +27,6 @@ from auto_round.models.experts import (
 )
 from auto_round.numerics.importance import StackImportance
 from auto_round.numerics.token_weights import token_energy, token_weights
-
-_FUSED = 3
-"""Dimensions of a parameter that holds one matrix for each expert."""
 
 
 class ExpertMoments:
@@ -104,7 +102,7 @@ class _Experts:
             return cls(
                 module, parts.count, parts, pieces, lambda up: (module.multiply_by(up), module.between)
             )
-        stacks = {n: len(p) for n, p in module.named_parameters(recurse=False) if p.dim() == _FUSED}
+        stacks = {n: len(p) for n, p in module.named_parameters(recurse=False) if p.dim() == STACK}
         if not stacks:
             return None
         count = max(stacks.values())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
-Platform = Literal["hf", "model_scope"]
+from auto_round.models.hub import Platform
+
 PYTHON_DOCS: Final = "python-docs"
 SELF: Final = "self"
 """Text that the model writes itself."""

@@ -14,11 +14,11 @@ from auto_round.calibration.encode import BATCH, TextOptions, encode
 from auto_round.calibration.grammar import DatasetItem, parse_dataset
 from auto_round.calibration.pictures import ImageReader
 from auto_round.calibration.records import Sample, samples_of
-from auto_round.calibration.registry import Platform
 from auto_round.calibration.row import CalibrationRow, fingerprint, of_one_length
 from auto_round.calibration.shape import Reason, cut_rows, join_rows
 from auto_round.calibration.sources import NOTHING, OfModel, Source, open_item, own_source
 from auto_round.errors import ConfigError
+from auto_round.models.hub import Platform
 
 Dataset = str | Path | Iterable[object]
 

@@ -17,7 +17,6 @@ from auto_round.calibration.registry import (
     PYTHON_DOCS,
     SELF,
     HubDataset,
-    Platform,
     built_in,
     find_dataset,
     known_names,
@@ -25,6 +24,7 @@ from auto_round.calibration.registry import (
 )
 from auto_round.calibration.self_text import SelfText
 from auto_round.errors import ConfigError, nearest
+from auto_round.models.hub import Platform
 
 
 @dataclass(frozen=True, slots=True)

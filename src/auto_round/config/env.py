@@ -11,6 +11,7 @@ from typing import Final
 from auto_round.errors import ConfigError, nearest
 
 LOG_LEVELS: Final = ("TRACE", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_CACHE: Final = "~/.cache/auto_round"
 _YES: Final = ("1", "true", "yes", "on")
 _NO: Final = ("", "0", "false", "no", "off")
 
@@ -32,7 +33,7 @@ VARIABLES: Final = (
     ),
     Variable(
         "AR_CACHE",
-        "~/.cache/auto_round",
+        _CACHE,
         "folder of scores that AutoScheme measured, and of text that models wrote (`--dataset self`)",
     ),
     Variable("AR_OMP_NUM_THREADS", "", "CPU threads of the commands; empty: PyTorch's own choice"),
@@ -55,7 +56,7 @@ class Environment:
     use_modelscope: bool = False
     work_space: Path | None = None
     num_threads: int | None = None
-    cache: Path = Path("~/.cache/auto_round")
+    cache: Path = Path(_CACHE)
 
 
 def read_environment(source: Mapping[str, str] | None = None) -> Environment:
@@ -75,7 +76,7 @@ def read_environment(source: Mapping[str, str] | None = None) -> Environment:
         use_modelscope=_switch("AR_USE_MODELSCOPE", texts["AR_USE_MODELSCOPE"]),
         work_space=Path(space) if space else None,
         num_threads=_count("AR_OMP_NUM_THREADS", texts["AR_OMP_NUM_THREADS"]),
-        cache=Path(texts["AR_CACHE"] or "~/.cache/auto_round"),
+        cache=Path(texts["AR_CACHE"] or _CACHE),
     )
 
 

@@ -10,8 +10,9 @@ from auto_round.config import values
 from auto_round.config.option import Spec, option, settle
 from auto_round.errors import ConfigError
 
-DTYPES = ("auto", "bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
-SCALE_DTYPES = ("fp16", "float16", "bf16", "bfloat16", "fp32", "float32")
+_DTYPES = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
+DTYPES = ("auto", *_DTYPES)
+"""Dtypes of weights that may be asked for; "auto" for the checkpoint's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +132,7 @@ class SchemeOptions:
         Spec(
             "dtype the scales are stored in; when not given fp16, of floating numbers and for "
             "llm_compressor the model's",
-            choices=SCALE_DTYPES,
+            choices=_DTYPES,
         ),
     )
     ignore_layers: tuple[str, ...] = option(

@@ -15,6 +15,7 @@ from auto_round.consumers.folder import Folder, read_folder
 from auto_round.consumers.humming import runs_with_humming
 from auto_round.consumers.kernels import HALF_ONLY, MARLIN
 from auto_round.consumers.kernels_float import remarks_on_floats
+from auto_round.consumers.modules import LM_HEAD
 from auto_round.consumers.ours import TRANSFORMERS, ask_ourselves
 from auto_round.schemes.condense import some
 from auto_round.stored.matrices import AWQ, BLOCKS, GPTQ, OTHER
@@ -143,7 +144,7 @@ def _rounds_activations(fields: Fields) -> bool:
 
 def _other_reasons(folder: Folder, engine: Engine) -> Iterator[str]:
     tied = folder.config.get("tie_word_embeddings")
-    heads = [matrix.name for matrix in folder.packed if matrix.name.rpartition(".")[2] == "lm_head"]
+    heads = [matrix.name for matrix in folder.packed if matrix.name.rpartition(".")[2] == LM_HEAD]
     if heads and tied:
         yield f"{heads[0]} is packed, but config.json ties it to the embedding"
     reordered = folder.quantization.get("desc_act") and folder.quantization.get("group_size") != -1

@@ -22,7 +22,7 @@ from auto_round.models.hub import resolve_pipeline
 from auto_round.models.pipeline_folder import DENOISERS, PipelineFolder
 from auto_round.models.replayed_source import ReplayedSource
 from auto_round.pipeline.deciding.decide import Decided, decide
-from auto_round.pipeline.deciding.fetch_rows import held_out_rows
+from auto_round.pipeline.deciding.fetch_rows import held_out_rows, tuned_of
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.method import Method, method_of
 from auto_round.pipeline.deciding.open_model import Opened
@@ -152,15 +152,15 @@ def prepare_pipeline(
     needed = captions and any(job.tune.needs_rows for job in jobs.values())
     given = options.calibration.dataset if dataset is None else dataset
     wanted = options.calibration.nsamples
-    beside = held_out_rows(wanted)
-    texts = read_captions(given, wanted + beside, options.calibration.seed) if needed else []
+    texts = read_captions(given, wanted + held_out_rows(wanted), options.calibration.seed) if needed else []
     return PipelineJob(
         options=options,
         pipeline=pipeline,
         call=call,
         jobs=jobs,
         captions=tuple(texts),
-        tuned=_tuned(len(texts), wanted, beside),
+        # Steps of a single caption are shared out.
+        tuned=len(texts) if len(texts) < 2 else tuned_of(len(texts), wanted),
         prompts=prompts,
         output=request.output,
     )
@@ -177,13 +177,6 @@ def _lasting(options: Options) -> Options:
     if options.scheme.scale_dtype is not None or scheme.data_type in FLOAT_TYPES:
         return options
     return replace(options, scheme=replace(options.scheme, scale_dtype="bfloat16"))
-
-
-def _tuned(count: int, wanted: int, beside: int) -> int:
-    """How many captions are tuned on; all of a single one, whose steps are then shared out."""
-    if count < 2:
-        return count
-    return count - (beside if count == wanted + beside else min(beside, max(1, count // 8)))
 
 
 def _refuse_options(options: Options) -> None:
@@ -281,7 +274,7 @@ def _job(request: Request, source: ReplayedSource) -> Job:
         exporters=decided.exporters,
         rows=None,
         tuned=0,
-        tune=replace(decided.tune),
+        tune=decided.tune,
         device=request.device,
         dtype=decided.dtype,
         output=request.output,

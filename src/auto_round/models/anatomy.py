@@ -12,7 +12,7 @@ from torch import nn
 from auto_round.errors import Refusal
 from auto_round.facts.compressed import COMPRESSED_TENSORS
 from auto_round.facts.layer import Block, Layer, Role
-from auto_round.facts.tensor import TensorSpec
+from auto_round.facts.tensor import MATRIX, TensorSpec
 from auto_round.models.config_facts import expert_counts
 from auto_round.models.families import flow_of
 from auto_round.models.further import further_layers
@@ -30,9 +30,6 @@ from auto_round.models.roles import (
     role_in_block,
 )
 from auto_round.models.weight_readers import ASKED, read_elsewhere
-
-MATRIX = 2
-"""Axes of a matrix on disk; those of experts in one tensor have one more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,13 @@ from auto_round.facts.carried import Carried, Path, Piece, tensors_in
 from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.nested import map_tensors
 from auto_round.models.earlier_results import Passed, arguments, untraceable
+from auto_round.models.materialize import META
 from auto_round.models.rehearsal import WANTS_WEIGHTS, RehearsedBlock, WeightlessProducts
 from auto_round.models.source import Trace
 
 Weightless = Callable[[Sequence["BlockCall | None"], Sequence[States]], Iterable[RehearsedBlock]]
 """Blocks that run without weights, one by one, from their calls and from what flows into each."""
 
-META = torch.device("meta")
 ROWS = (1, 2)
 """Rows of two runs, by which the axis of rows is told."""
 SHORT = 16

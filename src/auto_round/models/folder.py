@@ -22,6 +22,7 @@ from auto_round.models.anatomy import dissect
 from auto_round.models.assembled import AssembledSource
 from auto_round.models.names import NameMap, Recipe, check_complete, map_names, missing_tensors
 from auto_round.models.parts import Parts
+from auto_round.models.roles import ONE_EXPERT
 from auto_round.models.skeleton import (
     absent_by_design,
     build_skeleton,
@@ -35,7 +36,6 @@ from auto_round.models.skeleton import (
 from auto_round.numerics.smoothing import Rescaling
 from auto_round.stored.unpacked import open_plain
 
-_ONE_OF_MANY = re.compile(r"\.experts\.\d+\.")
 _EXPERTS = re.compile(r"\.experts\.[^.\d][^.]*$")
 """A parameter of the module of all experts."""
 
@@ -181,7 +181,7 @@ def _refuse_split_experts(names: NameMap, missing: Collection[str], folder: Path
     Raises:
         UnsupportedError: it is one that this package wrote of such a model.
     """
-    found = next((name for name in names.orphans if _ONE_OF_MANY.search(name)), None)
+    found = next((name for name in names.orphans if ONE_EXPERT.search(name)), None)
     if found is not None and any(_EXPERTS.search(name) for name in missing):
         reason = f"{found} is one of several matrices that its model has in one tensor"
         raise UnsupportedError(

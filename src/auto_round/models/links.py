@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from auto_round.facts.tensor import MATRIX
 from auto_round.numerics.smoothing import LARGEST, Rescaling
 
 SAME = 1e-3
@@ -24,7 +25,8 @@ leaves 1e-6, and a channel that somebody else reads at another size is off by te
 what is added to that token, or to the median one where that is more."""
 PLUS = (0.0, 1.0)
 """What models add to the weight of a norm before they multiply by it: nothing, or 1 as Gemma does."""
-VECTOR, MATRIX = 1, 2
+VECTOR = 1
+"""Axes of the weight of a norm."""
 
 
 @dataclass(frozen=True, slots=True)

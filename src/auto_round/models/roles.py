@@ -22,7 +22,8 @@ _INDEXER = re.compile(r"(?:^|\.)indexer\.")
 """Chooses tokens for a sparse attention. No gradient leads through a choice, and vLLM (0.32, DeepSeek-V3.2)
 multiplies two of its three matrices as one, in 16 bits."""
 _SHARED = re.compile(r"(?:^|\.)(?:shared_experts?|shared_mlp)\.")
-_ONE_OF_MANY = re.compile(r"(?:^|\.)experts\.\d+\.")
+ONE_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
+"""In the path of a matrix of one expert."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -220,7 +221,7 @@ def role_in_block(path: str, out_features: int, experts: frozenset[int]) -> Role
         or (_MAYBE_ROUTER.search(path) and experts and out_features in experts | {1})
     ):
         return Role.ROUTER
-    if _ONE_OF_MANY.search(path):
+    if ONE_EXPERT.search(path):
         return Role.EXPERT
     if _SHARED.search(f"{path}."):
         return Role.SHARED_EXPERT

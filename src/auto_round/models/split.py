@@ -8,13 +8,10 @@ from typing import Any
 from torch import nn
 
 from auto_round.facts.inputs import WEIGHT
-from auto_round.facts.tensor import TensorSpec
+from auto_round.facts.tensor import STACK, TensorSpec
 from auto_round.models.fused import Piece, Stacking, heights, lies_turned, split, stored_turned
 from auto_round.models.names import DiskTensor, NameMap, Recipe
 from auto_round.models.roles import fused_experts
-
-_FUSED = 3
-"""Axes of a tensor of experts."""
 
 
 def split_recipes(
@@ -31,7 +28,7 @@ def split_recipes(
     for path, module in model.named_modules():
         for name in fused_experts(module):
             recipe = names.by_target.get(f"{path}.{name}")
-            if recipe is None or len(recipe.pieces) != 1 or len(disk[recipe.pieces[0].name].shape) != _FUSED:
+            if recipe is None or len(recipe.pieces) != 1 or len(disk[recipe.pieces[0].name].shape) != STACK:
                 continue
             pieces = split(module, name, recipe.pieces[0].name)
             if not isinstance(pieces, str) and lies_turned(recipe.converter, alike=True) is not None:

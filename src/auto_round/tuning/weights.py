@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import NumericsError
+from auto_round.facts.tensor import MATRIX
 from auto_round.models.matrix_experts import computes_in
 from auto_round.numerics.descent import cancelling_offsets
 from auto_round.numerics.format import Format
@@ -18,8 +19,6 @@ from auto_round.numerics.rule import Effort
 from auto_round.numerics.scale import Knobs, Stats
 from auto_round.numerics.search import search_knobs
 
-MATRIX = 2
-"""Dimensions of a plain weight; stacks of them, as of experts, have one more."""
 AT_ONCE = 1 << 26
 """Weights of a stack up to which all of it is rounded at once. Rounding takes 16 bytes a weight for a while
 beside what its gradient keeps: with 400 million weights of 128 experts 6 GB, by matrix 50 MB."""

@@ -19,6 +19,7 @@ from auto_round.export.gguf.library import gguf
 from auto_round.export.gguf.names import SUFFIXES
 from auto_round.export.gguf.projectors import Projector, projector_of
 from auto_round.export.gguf.values import Value
+from auto_round.facts.tensor import MATRIX
 from auto_round.models.source import ModelSource
 from auto_round.schemes.gguf_types import TYPES
 
@@ -27,7 +28,6 @@ _FILE_TYPES = {"f16": 1, "q8_0": 7}
 """`general.file_type`. Source: `LlamaFileType` of the gguf package."""
 _ROW = 32
 """Numbers of a block of Q8_0."""
-_MATRIX = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +165,9 @@ def _tensors(source: ModelSource, row: Projector, kind: str) -> tuple[_Tensor, .
 
 def _type(text: str, shape: tuple[int, ...], row: Projector, kind: str) -> str:
     """Vectors and embeddings are 32 bits wide, matrices whose rows no block of Q8_0 divides 16."""
-    if len(shape) < _MATRIX or any(re.search(pattern, text) for pattern in row.wide):
+    if len(shape) < MATRIX or any(re.search(pattern, text) for pattern in row.wide):
         return "f32"
-    narrow = kind == "q8_0" and len(shape) == _MATRIX and shape[-1] % _ROW == 0
+    narrow = kind == "q8_0" and len(shape) == MATRIX and shape[-1] % _ROW == 0
     return "q8_0" if narrow and not any(re.search(pattern, text) for pattern in row.half) else "f16"
 
 

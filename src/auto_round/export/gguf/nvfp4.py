@@ -17,6 +17,7 @@ from torch import Tensor
 
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.export.gguf.tensors import Change, GgufTensor, Piece
+from auto_round.facts.tensor import MATRIX
 
 KIND = "nvfp4"
 MULTIPLIED = ("llama", "qwen3", "qwen3moe")
@@ -24,7 +25,6 @@ MULTIPLIED = ("llama", "qwen3", "qwen3moe")
 does too, and predicts NaN (llama-cpp-python 0.3.36)."""
 
 _WEIGHT, _SCALE, _BIAS = ".weight", ".scale", ".bias"
-_ONE_MATRIX = 2
 _INSTEAD = "q8_0"
 
 
@@ -53,7 +53,7 @@ def type_with_number(tensor: GgufTensor, kind: str, names: Collection[str]) -> s
     """
     if kind != KIND:
         return kind
-    matrices = 1 if len(tensor.shape) == _ONE_MATRIX else tensor.shape[0]
+    matrices = 1 if len(tensor.shape) == MATRIX else tensor.shape[0]
     biased = ".ffn_" in tensor.name and tensor.name.replace(_WEIGHT, _BIAS) in names
     whole = all(piece.rows * matrices == tensor.rows for piece in tensor.pieces)
     whole &= len(tensor.pieces) == matrices and tensor.change is Change.NONE

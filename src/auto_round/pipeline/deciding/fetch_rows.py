@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from auto_round.calibration.registry import Platform
 from auto_round.calibration.row import CalibrationRow, fingerprint
 from auto_round.calibration.rows import CalibrationRows, load_rows
 from auto_round.calibration.self_text import SelfText
@@ -21,6 +20,7 @@ from auto_round.config.options import Options
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.facts.layer import Role
 from auto_round.log import logger
+from auto_round.models.hub import Platform
 from auto_round.models.source import ModelSource, Traceable
 from auto_round.pipeline.deciding.decide import Decided
 from auto_round.pipeline.deciding.image_rows import (
@@ -36,8 +36,10 @@ from auto_round.schemes.plan import Plan
 from auto_round.tuning.config import TuneConfig
 from auto_round.tuning.distill import rows_of_step
 
-HELD_OUT = 8
-"""Rows beyond those tuned on: they choose the step that is kept, and measure the result."""
+HELD_OUT_SHARE = 8
+"""One row in so many is not tuned on: such rows choose the step that is kept, and measure the result."""
+MOST_HELD_OUT = 8
+"""Most of them, and rows by which plain rounding is measured on data that the user names."""
 PLAINLY = "or round without data: --disable_opt_rtn, or the command auto-round-rtn"
 """What is left to users whose run needs data for nothing but searched ranges."""
 MOST_SEEN = 4
@@ -120,8 +122,15 @@ def _with_letters(rows: CalibrationRows, tokenizer: Any) -> CalibrationRows:
 
 
 def held_out_rows(nsamples: int) -> int:
-    """Rows held out beside `nsamples` tuned ones: an eighth of them, but 2 to `HELD_OUT`."""
-    return min(HELD_OUT, max(2, nsamples // 8))
+    """Rows held out beside `nsamples` tuned ones: a share of as many, but 2 to `MOST_HELD_OUT`."""
+    return min(MOST_HELD_OUT, max(2, nsamples // HELD_OUT_SHARE))
+
+
+def tuned_of(count: int, nsamples: int) -> int:
+    """How many of `count` rows, 2 at least, are tuned on where data may hold fewer than were wanted."""
+    beside = held_out_rows(nsamples)
+    short = count < nsamples + beside
+    return count - (min(beside, max(1, count // HELD_OUT_SHARE)) if short else beside)
 
 
 def _rows(
@@ -156,7 +165,7 @@ def _rows(
     if not tune.needs_rows:
         if usual:
             return Data()
-        return Data(load(HELD_OUT))
+        return Data(load(MOST_HELD_OUT))
     beside, later = held_out_rows(wanted.nsamples), fresh_rows(options)
     rows = load(wanted.nsamples + beside + later)
     once = isinstance(dataset, Iterator)
@@ -180,8 +189,7 @@ def _rows(
             rows.summary,
         )
         return Data(replace(rows, rows=rows.rows * 2), 1)
-    short = count < wanted.nsamples + beside
-    tuned = count - (min(beside, max(1, count // 8)) if short else beside)
+    tuned = tuned_of(count, wanted.nsamples)
     return Data(with_each_kind_held_out(rows, tuned), tuned, more)
 
 

@@ -72,8 +72,8 @@ class AutoSchemeOptions:
         Spec(
             "how sensitivity is measured: fisher squares what rounding changes along gradients of the "
             "model's own predictions; kl measures the divergence of the whole model, which takes a time that "
-            "grows with the square of the blocks; first_order multiplies gradients of the text's loss with "
-            "what rounding changed",
+            "grows with the square of the number of blocks; first_order multiplies gradients of the text's "
+            "loss with what rounding changed",
             choices=("fisher", "kl", FIRST_ORDER),
         ),
     )

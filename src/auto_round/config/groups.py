@@ -207,7 +207,7 @@ class CalibrationOptions:
     expert_rows: int = option(
         0,
         Spec(
-            "tokens that each expert should see: rows are added until it did, or the data end; 0 adds none",
+            "tokens that each expert should see: rows are added until it has, or the data end; 0 adds none",
             low=0,
         ),
     )

@@ -136,7 +136,7 @@ class TuneOptions:
         None,
         Spec(
             "step of the rounding offsets in distill_steps, in codes; steps of ranges and norms grow and "
-            "shrink with it; when not given 0.085 over the root of their number, 0.006 at most",
+            "shrink with it; when not given 0.085 over the root of distill_steps, 0.006 at most",
             low=0,
         ),
     )

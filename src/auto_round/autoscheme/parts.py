@@ -12,10 +12,10 @@ from torch.func import functional_call
 
 from auto_round.autoscheme.candidates import Candidates
 from auto_round.autoscheme.groups import group_layers
-from auto_round.calibration.observe import observe_extremes, observe_inputs
-from auto_round.calibration.observe_experts import observe_expert_extremes, observe_experts
+from auto_round.calibration.observe import observe_inputs
+from auto_round.calibration.observe_experts import observe_experts, observe_ranges
 from auto_round.facts.flow import States
-from auto_round.facts.inputs import WEIGHT, expert_of, owner_of
+from auto_round.facts.inputs import WEIGHT, owner_of
 from auto_round.models.matrix_experts import computes_in
 from auto_round.numerics.activation import ActivationFormat
 from auto_round.numerics.activation_float import InputFormat
@@ -213,12 +213,9 @@ class OpenBlock:
         if not names and not ranged:
             return
         percentile = self.setting.job.options.calibration.act_percentile
-        of_modules = [name for name in ranged if expert_of(name) is None]
-        of_experts = [name for name in ranged if expert_of(name) is not None]
         with (
             observe_inputs(self.group, [n.removesuffix(WEIGHT) for n in linear], mask_of) as moments,
-            observe_extremes(self.group, of_modules, mask_of, percentile) as extremes,
-            observe_expert_extremes(self.group, of_experts, mask_of, percentile) as experts_extremes,
+            observe_ranges(self.group, ranged, mask_of, percentile) as extremes,
             observe_experts(self.group, mask_of, lambda: len(self.arguments.last), stacks) as experts,
             torch.no_grad(),
         ):
@@ -226,8 +223,7 @@ class OpenBlock:
                 self.run(taken(states, rows), rows)
         sums = {n + WEIGHT: m for n, m in moments.items()} | dict(experts.moments)
         self.importance = {n: i for n, m in sums.items() if (i := m.importance()) is not None}
-        found = {**extremes, **experts_extremes}
-        self.ranges = settle_ranges({name: seen.value() for name, seen in found.items()})
+        self.ranges = settle_ranges({name: seen.value() for name, seen in extremes.items()})
 
     def rounded(self, part: Part, option: int) -> Rounded:
         """The block with a part rounded by an option.

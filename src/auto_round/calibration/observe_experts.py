@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auto_round.calibration.observe import InputExtremes, InputMoments, MaskOf
+from auto_round.calibration.observe import InputExtremes, InputMoments, MaskOf, observe_extremes
 from auto_round.errors import NumericsError
 from auto_round.facts.inputs import expert_of
 from auto_round.facts.tensor import STACK
@@ -254,6 +254,27 @@ def observe_expert_extremes(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def observe_ranges(
+    block: nn.Module, inputs: Collection[str], mask_of: MaskOf | None = None, percentile: float = 100.0
+) -> Iterator[Mapping[str, InputExtremes]]:
+    """The range of what flows into modules and into experts, while the context lasts.
+
+    Args:
+        block: any module; it is left as it was.
+        inputs: names of inputs (`facts.inputs`), of both kinds.
+        mask_of: as for `observe_experts`.
+        percentile: as for `InputExtremes`.
+    """
+    of_modules = [name for name in inputs if expert_of(name) is None]
+    of_experts = [name for name in inputs if expert_of(name) is not None]
+    with (
+        observe_extremes(block, of_modules, mask_of, percentile) as extremes,
+        observe_expert_extremes(block, of_experts, mask_of, percentile) as each,
+    ):
+        yield {**extremes, **each}
 
 
 def _one() -> int:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from auto_round.calibration.observe import InputExtremes, InputMoments, observe_extremes, observe_inputs
+from auto_round.calibration.observe import InputExtremes, InputMoments, observe_inputs
 from auto_round.calibration.observe_experts import (
     ExpertMoments,
-    observe_expert_extremes,
     observe_experts,
+    observe_ranges,
 )
 from auto_round.facts.attention import Attention
 from auto_round.facts.flow import States
-from auto_round.facts.inputs import WEIGHT, expert_of, owner_of
+from auto_round.facts.inputs import WEIGHT, owner_of
 from auto_round.models.divided_experts import whole_names
 from auto_round.models.matrix_experts import computes_in, matrix_experts, using
 from auto_round.numerics.activation import ActivationFormat
@@ -318,11 +318,8 @@ def references(unit: Unit, streams: Streams, config: TuneConfig, ranks: Ranks) -
     run = partial(run_block, unit.group, everything, streams.targets, device=unit.device)
     summed = SummedMoments(ranks)
     ranged = to_calibrate(unit.activations)
-    of_modules = [name for name in ranged if expert_of(name) is None]
-    of_experts = [name for name in ranged if expert_of(name) is not None]
     with (
-        observe_extremes(unit.group, of_modules, mask_of, unit.percentile) as extremes,
-        observe_expert_extremes(unit.group, of_experts, mask_of, unit.percentile) as experts_extremes,
+        observe_ranges(unit.group, ranged, mask_of, unit.percentile) as extremes,
         observe_states(unit.group, list(unit.attentions), mask_of) as states,
     ):
         for place, piece in pieces(ranks, own_rows(ranks, tuned), config.by_row):
@@ -339,7 +336,6 @@ def references(unit: Unit, streams: Streams, config: TuneConfig, ranks: Ranks) -
     ranks.share(streams.targets, tuned)
     ranks.share(streams.targets, rest)
     moments, tokens = summed.of_all()
-    extremes = {**extremes, **experts_extremes}
     join_ranges(ranks, extremes, states)
     return Seen(
         {name + WEIGHT if name in unit.observed else name: each for name, each in moments.items()},

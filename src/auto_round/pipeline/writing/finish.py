@@ -90,16 +90,7 @@ def build_report(
     if job.smoothing is not None:
         report["smoothing"] = asdict(job.smoothing)
     if measured is not None:
-        c = measured.comparison
-        report["held_out"] = {
-            "positions": c.positions,
-            "tuned_on_too": not job.judged_apart,
-            "perplexity_before": c.perplexity_reference,
-            "perplexity_after": c.perplexity,
-            "kl": c.kl,
-            "same_top_token": c.agreement,
-            "kl_histogram": measured.spread.to_json(),
-        }
+        report["held_out"] = _held_out(job, measured)
     for entry in journal.entries:
         if DISTILLED in entry:
             report[DISTILLED] = entry[DISTILLED]
@@ -129,6 +120,20 @@ def _calibration(job: Job, data: CalibrationRows) -> dict[str, Any]:
         "rows_held_out": len(data.rows) - job.tuned if job.judged_apart else 0,
         "tokens_per_row": len(data.rows[0]),
         "tokens_tuned": sum(row.positions for row in data.rows[: job.tuned]),
+    }
+
+
+def _held_out(job: Job, measured: Measured) -> dict[str, Any]:
+    """How the quantized model compares with the original on rows that were not tuned on."""
+    found = measured.comparison
+    return {
+        "positions": found.positions,
+        "tuned_on_too": not job.judged_apart,
+        "perplexity_before": found.perplexity_reference,
+        "perplexity_after": found.perplexity,
+        "kl": found.kl,
+        "same_top_token": found.agreement,
+        "kl_histogram": measured.spread.to_json(),
     }
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from auto_round.autoround.attributes import Attributes, Done, layer_schemes
 from auto_round.autoround.auto_scheme import AutoScheme
+from auto_round.autoround.finished import Finished
 from auto_round.autoround.located import located
 from auto_round.autoround.parameters import (
     collect,
@@ -28,19 +28,15 @@ from auto_round.autoround.usual_format import usual_or_rounded
 from auto_round.collector import quiet_collector
 from auto_round.config import Options, OutputOptions
 from auto_round.config.values import FROM_PYTHON
-from auto_round.errors import CannotHoldError, ConfigError, Refusal, UnsupportedError
+from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.log import ProgressSink, ignore_progress, logger
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from auto_round.export.exporter import Exporter
     from auto_round.facts.flow import States
     from auto_round.pipeline.deciding.job import Job
-    from auto_round.pipeline.result import Result
-    from auto_round.schemes.plan import Plan
-    from auto_round.schemes.scheme import QuantizationScheme
 
 
 class AutoRound(Attributes):
@@ -92,7 +88,7 @@ class AutoRound(Attributes):
         given |= {"model": name, "tokenizer": tokenizer if self._tokenizer is None else None}
         self.options = located(read_arguments(given, recipe))
         self._progress = progress or ignore_progress
-        self._finished: _Finished | None = None
+        self._finished: Finished | None = None
 
     @quiet_collector()
     def quantize(self) -> tuple[Any, dict[str, dict[str, Any]]]:
@@ -135,7 +131,7 @@ class AutoRound(Attributes):
 
         job = usual_or_rounded(options, wanted)
         result = run_job(job, self._progress, Clock())
-        self._finished = _Finished(scratch, job, result, options)
+        self._finished = Finished(scratch, job, result, options)
         self._done = Done(result.plan, result.folders[-1])
         return self._remember(self._read(result.folders[-1])), layer_schemes(result.plan)
 
@@ -329,71 +325,6 @@ class AutoRound(Attributes):
             dataset=self._dataset,
             rows=rows,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """What `quantize()` leaves for `save_quantized`: a folder (goes with this object), job, options."""
-
-    scratch: tempfile.TemporaryDirectory[str]
-    job: Job
-    result: Result
-    asked: Options
-
-    @property
-    def planned_by(self) -> Exporter | None:
-        """Format that made the plan for itself; None where all formats share a plan."""
-        return next((e for e in self.job.exporters.values() if e.planner is not None), None)
-
-    def refuse_other_plans(self, formats: Sequence[str]) -> None:
-        """Refuse formats whose plan is not the one that was carried out.
-
-        Raises:
-            ConfigError: a GGUF file of another type, or packed formats after a GGUF file.
-        """
-        from auto_round.export.table import parse_formats
-
-        planner = self.planned_by
-        own = None if planner is None else planner.name
-        asked = [exporter for name in formats for exporter in parse_formats(name)]
-        others = [e for e in asked if not e.any_plan and (e.name if e.planner is not None else None) != own]
-        if others:
-            noun = next(e.noun for e in (planner, *others) if e is not None and e.planner is not None)
-            made = "whole numbers" if own is None else f"{noun} of type {own.partition(':')[2]}"
-            raise ConfigError(
-                f"{', '.join(e.name for e in others)}: {noun} has a plan of its own, and quantize() made "
-                f"{made}; call quantize_and_save(format=...), or give AutoRound(...) the scheme (such as "
-                "GGUF:Q4_K_M) or the format before quantize()"
-            )
-
-    def refuse_other_schemes(self, plan: Plan, formats: Sequence[str]) -> None:
-        """Refuse formats that would have given some layers other schemes, such as groups of one size for all.
-
-        Raises:
-            CannotHoldError: their codes would have to be made again.
-        """
-        from auto_round.schemes.condense import some
-
-        made = self.result.plan
-        pairs = {name: (_label(made.scheme_of(name)), _label(plan.scheme_of(name))) for name in made.entries}
-        other = {n: f"{was} instead of {wanted}" for n, (was, wanted) in pairs.items() if was != wanted}
-        if not other:
-            return
-        names = ",".join(formats)
-        refusals = [
-            Refusal(names, f"quantize() gave {text}: {some(name for name in other if other[name] == text)}")
-            for text in dict.fromkeys(other.values())
-        ]
-        raise CannotHoldError(
-            f'{names} cannot hold what quantize() made: save it as auto_round, or say AutoRound(..., format="'
-            f'{names}") before quantize(), or call quantize_and_save(format="{names}")',
-            refusals,
-        )
-
-
-def _label(scheme: QuantizationScheme | None) -> str:
-    """Scheme in words, without the dtype of scales, which a format may store in its own."""
-    return "16 bits" if scheme is None else replace(scheme, scale_dtype="float16").label
 
 
 def _say_what_stays(inplace: bool | None) -> None:

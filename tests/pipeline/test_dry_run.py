@@ -111,6 +111,15 @@ def test_the_method_is_said_as_in_the_report(tiny, tmp_path):
     assert f"method:  {report['method']}; " in dry.text
 
 
+def test_a_file_of_importances_takes_the_place_of_rows(tiny, tmp_path):
+    dry = planned(tiny("llama"), tmp_path / "out", iters=0, disable_opt_rtn=False)
+    assert workload(dry.job).rows == 6
+    assert "4 rows of 16 tokens" in dry.text
+    steered = replace(dry.job, importance={"a tensor": torch.ones(1)})
+    assert workload(steered).rows == 0
+    assert "method:  round to nearest, searched range\n" in replace(dry, job=steered).text
+
+
 def test_what_tuning_all_blocks_together_takes(tiny, tmp_path):
     given = {"distill_nsamples": 3, "distill_steps": 300}
     dry, plain = planned(tiny("llama"), tmp_path / "out", **given), planned(tiny("llama"), tmp_path / "out")

@@ -72,7 +72,7 @@ def workload(job: Job) -> Workload:
     rows = 0
     if job.rows is not None:
         rows = len(job.rows.rows)
-    elif job.tune.needs_rows:
+    elif job.tune.needs_rows and not job.importance:
         rows = calibration.nsamples + held_out
     return Workload(
         source=job.source,

@@ -117,7 +117,7 @@ def test_the_command_writes_a_named_folder_and_a_summary(folder, tmp_path, capsy
     assert code == 0, err
     assert (tmp_path / "tiny-w4g32" / "config.json").is_file()
     assert "times smaller" in out
-    assert "tuning 2/2" in err
+    assert "rounding 2/2" in err
 
 
 def test_a_gptq_folder_is_loaded_and_written_again_from_its_codes(folder, rows, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from auto_round.numerics.smoothing import LARGEST, Rescaling, held_factors
+from auto_round.numerics.smoothing import LARGEST, Rescaling, channel_factors, held_factors
 
 
 @pytest.mark.parametrize("plus", [0.0, 1.0])
@@ -30,3 +30,12 @@ def test_no_channel_vanishes():
     factor = held_factors(torch.tensor([LARGEST]), weight, torch.bfloat16, 1.0)
     assert float(factor) == 1
     assert float(Rescaling(divided=factor, plus=1.0).of(weight)) == float(weight)
+
+
+def test_factors_of_channels():
+    inputs, weights = torch.tensor([1.0, 256.0, 16.0]), torch.tensor([1.0, 1.0, 16.0])
+    both = channel_factors(inputs, weights, 0.5)  # a ** 0.5 / w ** 0.5 with a = 1, 16, 4 and w = 1, 1, 4
+    assert torch.allclose(both, torch.tensor([1.0, 4.0, 1.0]) / 4 ** (1 / 3))
+    alone = channel_factors(inputs, None, 0.5)  # a ** 0.5
+    assert torch.allclose(alone, torch.tensor([0.5, 2.0, 1.0]))
+    assert torch.equal(channel_factors(inputs, None, 0.0), torch.ones(3))

@@ -17,7 +17,7 @@ from auto_round.pipeline.running.smooth import find_changes, with_changes
 from auto_round.testing.tiny_models import DENSE, EXPERTS, save_tiny_model
 from export.gguf.small_models import byte_level_tokenizer
 from pipeline.runs import SHORT, SIZES, Stop, quantize, stop_after, token_rows, tree
-from pipeline.uneven import save_uneven_model
+from pipeline.uneven import OUTLIERS, save_uneven_model
 
 IDS = torch.tensor(token_rows(3, 16, seed=5))
 MX = {"scheme": "MXFP4", "group_size": None, "iters": 0, "disable_opt_rtn": False, "format": "fake"}
@@ -138,8 +138,25 @@ def test_uneven_inputs_round_better(uneven, tmp_path):
         assert kl(original, plain(input_ids=IDS).logits) < 0.05  # weights of 4 bits, inputs as they are
 
 
-@pytest.mark.parametrize("scheme", ["MXFP8", "FP8_STATIC", "W4A16"])
-def test_other_inputs_are_left_as_they_are_unless_asked(tiny, scheme):
+def test_weights_of_uneven_channels_round_better(uneven, tmp_path):
+    """Inputs stay as they are: columns of weights grow with their channels, whatever their own size."""
+    found, factors = {}, {}
+    for smooth in (0, 0.75):
+        given = {**MX, "scheme": "W4A16", "group_size": 32, "smooth": smooth}
+        found[smooth] = quantize(uneven, tmp_path / str(smooth), **given).report["held_out"]["kl"]
+    assert found[0.75] < 0.6 * found[0]
+    for scheme in ("W4A16", "INT4"):
+        job = job_of(uneven, scheme=scheme, group_size=None, format="fake", smooth=0.25)
+        scratch = tmp_path / scheme
+        scratch.mkdir()
+        changes = changes_of(job, scratch)
+        factors[scheme] = changes["model.layers.0.self_attn.q_proj.weight"].multiplied[3::16].mean()
+    assert factors["W4A16"] == pytest.approx(OUTLIERS**0.25, rel=0.2)
+    assert factors["INT4"] > 1.5 * factors["W4A16"]  # small columns grow as well
+
+
+@pytest.mark.parametrize("scheme", ["MXFP8", "FP8_STATIC", "W2A16", "W8A16"])
+def test_other_schemes_are_left_as_they_are_unless_asked(tiny, scheme):
     job = job_of(tiny("llama", **SIZES), scheme=scheme, group_size=None, smooth=None)
     assert strength_of(job) == 0.0
     assert strength_of(job_of(tiny("llama", **SIZES), scheme=scheme, group_size=None, smooth=0.3)) == 0.3
@@ -147,9 +164,17 @@ def test_other_inputs_are_left_as_they_are_unless_asked(tiny, scheme):
 
 @pytest.mark.parametrize(
     ("scheme", "strength"),
-    [("MXFP4", 0.5), ("MXFP4_RCEIL", 0.5), ("INT8", 0.5), ("INT4", 0.5), ("NVFP4", 0.2)],
+    [
+        ("MXFP4", 0.5),
+        ("MXFP4_RCEIL", 0.5),
+        ("INT8", 0.5),
+        ("INT4", 0.5),
+        ("NVFP4", 0.2),
+        ("W4A16", 0.25),
+        ("W3A16", 0.25),
+    ],
 )
-def test_inputs_that_gain_are_smoothed_unasked(tiny, scheme, strength):
+def test_what_gains_is_smoothed_unasked(tiny, scheme, strength):
     given = {"scheme": scheme, "group_size": None, "format": "fake"}
     assert strength_of(job_of(tiny("llama", **SIZES), **given, smooth=None)) == strength
     assert strength_of(job_of(tiny("llama", **SIZES), **given, smooth=0)) == 0.0

@@ -85,7 +85,7 @@ def test_costs_are_kept_apart_from_what_equal_runs_write_equal(finished):
     assert all(unit.seconds > 0 for unit in found.units)
     assert sum(unit.seconds for unit in found.units) == pytest.approx(found.stages["tune"], abs=0.02)
     assert sum(found.stages.values()) == pytest.approx(found.seconds, abs=2)
-    assert {"prepare", "trace", "tune", "measure", "write", "verify"} == set(found.stages)
+    assert {"prepare", "smooth", "trace", "tune", "measure", "write", "verify"} == set(found.stages)
 
 
 def test_a_run_without_it_writes_all_but_the_page(tiny, tmp_path, finished):

@@ -1,10 +1,12 @@
-"""Large channels of inputs made smaller, and the weights that read them larger, before both are rounded.
+"""Large channels of inputs made smaller, and the weights that read them larger, before rounding.
 
 A linear layer reads `x` and multiplies it by `W`. With any factor `s` of a channel, `(x / s)` times `(W s)`
 is the same product. Where inputs are rounded, a channel that is much larger than its neighbours spoils the
-grid of its whole group: such channels get `s > 1`, and their columns of `W` carry what they lose. The
-division costs nothing when the model runs: it is put into whatever makes the channel, the weight of a norm or
-the rows of an earlier matrix.
+grid of its whole group: such channels get `s > 1`, and their columns of `W` carry what they lose. Where only
+weights are rounded, an error in a column counts as much as the channel that it is multiplied by: columns of
+large channels are made larger, so that the step of their group is finer beside them. The division costs
+nothing when the model runs: it is put into whatever makes the channel, the weight of a norm or the rows of an
+earlier matrix.
 """
 
 from __future__ import annotations
@@ -53,18 +55,23 @@ class Rescaling:
         )
 
 
-def channel_factors(inputs: Tensor, weights: Tensor, strength: float) -> Tensor:
-    """Factor of each channel: `a ** strength / w ** (1 - strength)`, with geometric mean 1.
+def channel_factors(inputs: Tensor, weights: Tensor | None, strength: float) -> Tensor:
+    """Factor of each channel, with geometric mean 1.
 
-    This is SmoothQuant's (arXiv 2211.10438, equation 4), where `a` and `w` are the largest magnitudes of a
-    channel and of its column. Here they are root mean squares: with maxima more is lost (docs/LOG.md).
+    Where inputs are rounded it is `a ** strength / w ** (1 - strength)`, SmoothQuant's (arXiv 2211.10438,
+    equation 4), where `a` and `w` are the largest magnitudes of a channel and of its column. Here they are
+    root mean squares: with maxima more is lost (docs/LOG.md). Where only weights are rounded it is
+    `a ** strength`, AWQ's (arXiv 2306.00978, equation 5): weights that read large channels become larger,
+    so the step of their group is finer beside them.
 
     Args:
         inputs: mean squares of the channels, `[n] float32`, best with every token scaled to the same size.
-        weights: mean squares of the columns, `[n] float32`.
-        strength: 1 makes all channels equally large, 0 all columns.
+        weights: mean squares of the columns, `[n] float32`; None where only weights are rounded.
+        strength: 1 makes all channels equally large; 0 all columns, or leaves all as they are.
     """
-    logs = 0.5 * (strength * inputs.clamp_min(TINY).log() - (1 - strength) * weights.clamp_min(TINY).log())
+    logs = 0.5 * strength * inputs.clamp_min(TINY).log()
+    if weights is not None:
+        logs -= 0.5 * (1 - strength) * weights.clamp_min(TINY).log()
     return (logs - logs.mean()).exp().clamp(1 / LARGEST, LARGEST)
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 STRENGTHS = {("mx_fp", 4): 0.5, ("nv_fp", 4): 0.2, ("int", 8): 0.5, ("int", 4): 0.5}
 """Data type (as it begins) and bits of inputs that gain by it -> strength where the user gives none: the best
 of those tried on a real model (docs/LOG.md). Other inputs gain little or nothing."""
+WEIGHTS_ALONE = {("int", 4): 0.25, ("int", 3): 0.25}
+"""The same by data type and bits of weights, where inputs are not rounded."""
 RESCALED = (FolderSource, LiveSource)
 """Models that can be read with factors."""
 
@@ -84,18 +86,24 @@ def refuse_smoothing(job: Job) -> None:
         return
     if asked:
         raise ConfigError(f"smooth {asked:g} is not possible: {why}; leave smooth out")
-    if asked is None and _usual(job):
+    if asked is None and _usual(job) and any(rounds_inputs(job.plan, name) for name in job.plan.entries):
         logger.warning("inputs are not smoothed, which costs accuracy: %s", why)
 
 
 def gains(plan: Plan, layer: str) -> bool:
-    """Inputs of a layer are rounded to numbers that gain by smoothing."""
+    """A layer is rounded to numbers that gain by smoothing."""
     entry = plan.entries.get(layer)
     return entry is not None and _suiting(entry.scheme) > 0
 
 
+def rounds_inputs(plan: Plan, layer: str) -> bool:
+    """Inputs of a layer are rounded, not its weights alone."""
+    entry = plan.entries.get(layer)
+    return entry is not None and entry.scheme is not None and entry.scheme.act_quantized
+
+
 def _usual(job: Job) -> float:
-    """The strength that suits the inputs of a run, the smallest of several; 0 for none."""
+    """The strength that suits the layers of a run, the smallest of several; 0 for none."""
     if not (job.tune.iters or job.tune.search):
         return 0.0  # plain rounding gives the codes of other packages' plain rounding
     found = (_suiting(entry.scheme) for entry in job.plan.entries.values())
@@ -103,9 +111,11 @@ def _usual(job: Job) -> float:
 
 
 def _suiting(scheme: QuantizationScheme | None) -> float:
-    """The strength that suits the inputs of one scheme; 0 for none."""
+    """The strength that suits one scheme; 0 for none."""
     if scheme is None:
         return 0.0
+    if not scheme.act_quantized:
+        return WEIGHTS_ALONE.get((scheme.data_type, scheme.bits), 0.0)
     name, width = scheme.act_data_type or scheme.data_type, scheme.act_bits
     rows = STRENGTHS.items()
     return next((s for (begins, bits), s in rows if name.startswith(begins) and width == bits), 0.0)

@@ -7,7 +7,7 @@ function, of which norms and matrices are read with their factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from auto_round.calibration.row import CalibrationRow
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.errors import InternalError
 from auto_round.facts.layer import Block
@@ -23,13 +24,15 @@ from auto_round.models.links import VECTOR, Link, find_links
 from auto_round.models.source import name_on_disk
 from auto_round.numerics.smoothing import Rescaling, channel_factors, held_factors
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.smoothing import RESCALED, Smoothing, gains, strength_of
+from auto_round.pipeline.deciding.smoothing import RESCALED, Smoothing, gains, rounds_inputs, strength_of
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.running.original import OriginalBlock, original_blocks
 
-TOKENS = 4096
-"""Tokens over which channels are measured, as far as whole rows allow: with four times as many factors differ
+TOKENS = 2048
+"""Tokens over which channels are measured, as whole rows allow: with eight times as many factors differ
 by a few percent."""
+LENGTH = 256
+"""Rows of text are cut at so many tokens: finding links runs a block a dozen times on one of them."""
 _DIVIDED, _MULTIPLIED, _PLUS = "divided", "multiplied", "plus"
 
 
@@ -94,9 +97,7 @@ def _find(
     job: Job, strength: float, scratch: Path, progress: ProgressSink, clock: Clock
 ) -> dict[str, Rescaling]:
     """Tensor on disk -> what becomes of it, over all blocks."""
-    rows = job.all_rows[: job.tuned]
-    few = max(2, -(-TOKENS // max(1, len(rows[0]))))
-    probe = replace(job.on_rows(rows[:few]), dtype=torch.float32)
+    probe = replace(job.on_rows(_few(job.all_rows[: job.tuned])), dtype=torch.float32)
     found: list[dict[str, Rescaling]] = []
     elsewhere: set[str] = set()
     for here in original_blocks(probe, scratch):
@@ -106,6 +107,14 @@ def _find(
             found.append({names.of(name): change for name, change in changes.items()})
         progress(clock.event("smooth", here.block.index + 1, len(job.source.blocks), here.block.disk))
     return _joined(found, elsewhere)
+
+
+def _few(rows: Sequence[CalibrationRow]) -> Sequence[CalibrationRow]:
+    """The first rows, of text the beginnings of them, with `TOKENS` tokens."""
+    cut = [row.beginning(LENGTH) for row in rows]
+    if all(short.positions and not row.beside_text for row, short in zip(rows, cut, strict=True)):
+        rows = cut
+    return rows[: max(2, -(-TOKENS // max(1, len(rows[0]))))]
 
 
 def _joined(found: list[dict[str, Rescaling]], elsewhere: set[str]) -> dict[str, Rescaling]:
@@ -131,6 +140,7 @@ class _Names:
         }
         asked = job.options.tune.smooth is not None
         self._gaining = {layer.parameter for layer in layers if asked or gains(job.plan, layer.name)}
+        self._inputs = {layer.parameter for layer in layers if rounds_inputs(job.plan, layer.name)}
         self.own = {n for n in job.source.tensors if n.startswith(f"{block.disk}.")} | {""}
 
     def of(self, parameter: str) -> str:
@@ -140,12 +150,15 @@ class _Names:
     def usable(self, link: Link, block: nn.Module) -> bool:
         """Whether all parameters of a link can be rescaled, and one that reads it gains by it.
 
-        Where the user asked for smoothing, every link counts; else not those of matrices that keep inputs in
-        16 bits, which would only lose.
+        Where the user asked for smoothing, every link counts; else not those of matrices that gain nothing.
         """
         names = (*link.makers, *link.readers)
         gained = any(f"{self._block.module}.{name}" in self._gaining for name in link.readers)
         return gained and all(self._plain(name, block.get_parameter(name)) for name in names)
+
+    def inputs_rounded(self, link: Link) -> bool:
+        """Whether one that reads a link rounds its inputs, too."""
+        return any(f"{self._block.module}.{name}" in self._inputs for name in link.readers)
 
     def dtype(self, parameter: str) -> torch.dtype:
         """Dtype of the tensor on disk."""
@@ -180,14 +193,18 @@ def _of_block(here: OriginalBlock, names: _Names, strength: float) -> Iterator[d
         here.run(range(streams.rows))
     for link in links:
         inputs = squares[link.readers[0].removesuffix(".weight")]
-        weights = torch.stack([block.get_parameter(name).float().square().mean(0) for name in link.readers])
-        columns = link.gathered(weights.mean(0))
+        columns = link.gathered(_columns(block, link)) if names.inputs_rounded(link) else None
         factors = channel_factors(link.gathered(inputs), columns, strength)
         for name, plus in link.makers.items():
             maker = block.get_parameter(name)
             if maker.dim() == VECTOR and name.endswith(".weight"):
                 factors = held_factors(factors, maker, names.dtype(name), plus)
         yield link.changes(factors.cpu())
+
+
+def _columns(block: nn.Module, link: Link) -> Tensor:
+    """Mean squares of the columns that read a link, `[channels]`, over all of its readers."""
+    return torch.stack([block.get_parameter(n).float().square().mean(0) for n in link.readers]).mean(0)
 
 
 @contextmanager

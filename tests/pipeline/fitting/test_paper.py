@@ -106,3 +106,15 @@ def test_a_configuration_is_enough(tiny, tmp_path, family):
 def test_machines_are_for_dry_runs(tiny):
     with pytest.raises(ConfigError, match="unknown device"):
         quantize(tiny("llama"), "out", device_map="8xH100")
+
+
+def test_smoothing_holds_a_block_in_float32(tiny):
+    """On an accelerator, where other blocks run in bfloat16."""
+    model = tiny("llama", hidden_size=256, intermediate_size=512)
+    smoothed, as_it_is = (
+        {stage.name: stage for stage in planned(model, "1xH100", iters=200, smooth=smooth).paper.plan.stages}
+        for smooth in (None, 0)
+    )
+    assert as_it_is.keys() == smoothed.keys() - {"smooth"}
+    weights = smoothed["smooth"].device["weights"]
+    assert weights == 4 * (256 * (256 + 2 * 128 + 256) + 3 * 256 * 512)

@@ -13,6 +13,7 @@ from auto_round.pipeline.deciding.fetch_rows import held_out_rows
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.placement import place_layers
 from auto_round.pipeline.deciding.plan_table import manifests
+from auto_round.pipeline.deciding.smoothing import wanted_strength
 from auto_round.pipeline.fitting.choose import Room, choose_plan
 from auto_round.pipeline.fitting.plan import MemoryPlan
 from auto_round.pipeline.fitting.work import Workload
@@ -93,6 +94,7 @@ def workload(job: Job) -> Workload:
         ahead=job.ahead,
         compiled=steps is not None and steps.compiled,
         rounds_inputs=bool(activation_formats(job.plan, job.source.layers)),
+        smooths=job.tune.needs_rows and wanted_strength(job) > 0,
         together=distill_settings(asked, calibration.seed) if asked.distill_steps else None,
     )
 

@@ -73,6 +73,7 @@ class _Demand(Together):
         if not self.sizes.tokens:
             return (self._stage("round", self._plain()), *self._verify())
         return (
+            *self._smooth(),
             self._stage("trace", {}, self._trace()),
             self._tuning(),
             *self._all_blocks(),
@@ -146,6 +147,24 @@ class _Demand(Together):
         return found
 
     # --- stages
+
+    def _smooth(self) -> tuple[StageMemory, ...]:
+        """A block in float32 but for its experts, or what few rows are embedded by; no long rows."""
+        work = self.work
+        if not work.smooths:
+            return ()
+        blocks: dict[int, int] = {}
+        for layer in work.source.layers:
+            if layer.block is not None:
+                itemsize = work.source.dtype.itemsize if self.by_matrix(layer) else FLOAT
+                blocks[layer.block] = blocks.get(layer.block, 0) + layer.weights * itemsize
+        embeddings = (self.sizes.outside - self.head()) // work.dtype.itemsize
+        traced = embeddings * FLOAT + _cast(embeddings * FLOAT, work.source.dtype.itemsize, FLOAT)
+        weights = {"weights": max(blocks.values(), default=0)}
+        before = {"embeddings": traced}  # gone when the first block comes
+        if work.device.type != "cpu":
+            return (self._stage("smooth", weights, before),)
+        return (self._stage("smooth", max(weights, before, key=lambda parts: sum(parts.values()))),)
 
     def _trace(self) -> dict[str, int]:
         own, dtype = self.work.source.dtype, self.work.dtype

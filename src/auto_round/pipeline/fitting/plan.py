@@ -18,7 +18,7 @@ class StageMemory:
     """What one stage of a run holds at its peak.
 
     Attributes:
-        name: "trace", "tune", "all blocks", "measure", "verify", or "round" without data.
+        name: "smooth", "trace", "tune", "all blocks", "measure", "verify", or "round" without data.
         host: part -> bytes of host memory.
         device: part -> bytes on the accelerator; empty where blocks are tuned on the host.
         others: further device -> bytes, where matrices of blocks are placed on several.

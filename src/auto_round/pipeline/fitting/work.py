@@ -41,6 +41,7 @@ class Workload:
         output_bytes: all output folders together.
         compiled: the tuning step is compiled.
         rounds_inputs: what quantized layers are multiplied by is rounded, too.
+        smooths: channels are evened out first, in float32.
         together: settings of tuning all blocks together; None where that is not asked for.
     """
 
@@ -62,6 +63,7 @@ class Workload:
     ahead: torch.device | None = None
     compiled: bool = False
     rounds_inputs: bool = False
+    smooths: bool = False
     together: DistillConfig | None = None
 
     @property

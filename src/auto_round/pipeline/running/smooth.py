@@ -26,6 +26,7 @@ from auto_round.numerics.smoothing import Rescaling, channel_factors, held_facto
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.smoothing import RESCALED, Smoothing, gains, rounds_inputs, strength_of
 from auto_round.pipeline.machine.clock import Clock
+from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.original import OriginalBlock, original_blocks
 
 TOKENS = 2048
@@ -106,6 +107,7 @@ def _find(
         for changes in _of_block(here, names, strength):
             found.append({names.of(name): change for name, change in changes.items()})
         progress(clock.event("smooth", here.block.index + 1, len(job.source.blocks), here.block.disk))
+    release_freed_memory()  # holes that float32 leaves do not fit what comes
     return _joined(found, elsewhere)
 
 

@@ -209,6 +209,18 @@ def test_what_is_measured_is_smoothed_as_the_run_will_be(
     assert sum(row[1] for row in seen[1].values()) < 0.6 * sum(row[1] for row in seen[0].values())
 
 
+def test_scores_of_a_model_smoothed_otherwise_are_not_taken(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Any
+) -> None:
+    """With one strength, the factors of a channel differ where its readers round their inputs, too."""
+    given = {"smooth": 0.25, "group_size": None, "avg_bits": 9}
+    for options in ("MXFP4,W4A16", "W4A16,W8A16"):
+        measure(small(), tmp_path / "one", monkeypatch, scheme_options=options, **given)
+    measure(small(), tmp_path / "other", monkeypatch, scheme_options="W4A16,W8A16", **given)
+    assert seen[1] == seen[2]
+    assert len(list((tmp_path / "one").rglob("scores.jsonl"))) == 2
+
+
 @pytest.mark.parametrize("method", ["fisher", "kl", "first_order"])
 def test_what_is_not_finite_is_an_error(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from auto_round.autoscheme import by_divergence, by_first_order, by_gradients
-from auto_round.autoscheme.evened import evened, strength
 from auto_round.autoscheme.kept_scores import KeptScores, open_scores
 from auto_round.autoscheme.parts import Part, Setting, find_parts
+from auto_round.autoscheme.smoothed import smoothed, smoothing_facts
 from auto_round.autoscheme.unscored import with_typical
 from auto_round.config import read_environment
 from auto_round.config.auto_scheme import FIRST_ORDER
@@ -68,7 +68,7 @@ def _measure(
 ) -> None:
     total = len(left) + len(found)
     progress(clock.event("score", len(found), total, setting.job.rows.summary if setting.job.rows else ""))
-    setting = evened(setting, kept.scratch, progress, clock)
+    setting = smoothed(setting, kept.scratch, progress, clock)
     for part, scores in METHODS[method](setting, left, kept.scratch):
         _refuse_not_finite(setting, part, scores)
         kept.keep(part, setting.candidates.plans, scores)
@@ -97,7 +97,7 @@ def _signature(setting: Setting, method: str) -> dict[str, Any]:
         "rows": None if job.rows is None else job.rows.fingerprint,
         "seed": job.options.calibration.seed,
         "search": setting.search,
-        "smooth": strength(setting),
+        "smooth": smoothing_facts(setting),
         "dtype": str(job.dtype),
         "device": job.device.type,
     }

@@ -27,9 +27,7 @@ def plan_table(job: Job) -> str:
     first, *others = job.exporters.items()
     name, exporter = first
     size = plan_size(job, exporter)
-    packs = (
-        not exporter.any_plan
-    )  # else the folder holds rounded weights, which say nothing of a scheme's bits
+    packs = not exporter.any_plan  # else weights are as wide as before, whatever their schemes
     table = render_plan(
         job.plan.entries,
         job.source.layers,

@@ -63,7 +63,7 @@ class Smoothing:
 
 
 def strength_of(job: Job) -> float:
-    """Strength of smoothing in a run: what the user asked for, else what suits the inputs; 0 for none."""
+    """Strength of smoothing in a run: what the user asked for, else what suits the layers; 0 for none."""
     return wanted_strength(job) if job.tunes and job.tune.needs_rows else 0.0
 
 

@@ -356,23 +356,29 @@ def test_perplexity_is_that_of_the_file(tied: bool, iters: int, tmp_path: Path) 
     assert abs(report["held_out"]["perplexity_before"] / wanted - 1) > 0.01, "two bits change something"
 
 
-def test_plain_weights_beside_a_file_hold_its_embedding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tuned", [True, False])
+def test_plain_weights_beside_a_file_hold_its_embedding(tuned: bool, tied: bool, tmp_path: Path) -> None:
     """A run is one model: what its file rounds, the folder beside it has rounded too, also a tied head."""
-    model = save_small_model("qwen2", tmp_path / "model")
+    model = save_small_model("qwen2", tmp_path / "model", tie_word_embeddings=tied)
     options = {
         "model": str(model),
         "output_dir": str(tmp_path / "out"),
         "format": "fake,gguf:q4_0",
-        "iters": 1,
+        "iters": int(tuned),
+        "disable_opt_rtn": not tuned,
         "nsamples": 4,
         "seqlen": 16,
         "batch_size": 2,
         "device_map": "cpu",
     }
     rows = torch.randint(3, 250, (8, 16), generator=torch.Generator().manual_seed(0)).tolist()
-    result = run(build_options(options), dataset=rows)
-    assert result.report["verified"]["fake"]["kl"] < 1e-6
+    result = run(build_options(options), dataset=rows if tuned else None)
+    assert not tuned or result.report["verified"]["fake"]["kl"] < 1e-6
     beside, folder = sorted(result.folders, key=lambda path: path.name == "fake")
     with Checkpoint.open(folder) as checkpoint:
         stored = checkpoint.read("model.embed_tokens.weight")
-    assert torch.equal(stored, _tensors(_file(beside))["token_embd.weight"].to(stored.dtype))
+        head = checkpoint.read("lm_head.weight")
+    held = _tensors(_file(beside))
+    assert torch.equal(stored, held["token_embd.weight"].to(stored.dtype))
+    assert torch.equal(head, held.get("output.weight", held["token_embd.weight"]).to(head.dtype))

@@ -128,6 +128,11 @@ class Outputs:
             written |= write(output)
         return written
 
+    @property
+    def share_embedding(self) -> bool:
+        """Whether an output rounds the token embedding, and another one is to hold what that comes to."""
+        return len(self._outputs) > 1 and any(output.exporter.embedding for output in self._outputs)
+
     def put_embedding(self) -> tuple[Tensor, Written] | None:
         """Round and write the token embedding, where a format rounds it, before anything else.
 

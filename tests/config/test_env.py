@@ -14,6 +14,7 @@ import auto_round
 from auto_round.config import (
     VARIABLES,
     Environment,
+    cache_folder,
     environment_markdown,
     read_environment,
     unknown_variables,
@@ -44,6 +45,20 @@ def test_values():
 def test_errors_name_the_variable(table):
     with pytest.raises(ConfigError, match=next(iter(table))):
         read_environment(table)
+
+
+@pytest.mark.parametrize(
+    ("table", "wanted"),
+    [
+        ({}, Path.home() / ".cache" / "auto_round"),
+        ({"XDG_CACHE_HOME": ""}, Path.home() / ".cache" / "auto_round"),
+        ({"XDG_CACHE_HOME": "/caches"}, Path("/caches/auto_round")),
+        ({"XDG_CACHE_HOME": "/caches", "AR_CACHE": "/own"}, Path("/own")),
+        ({"AR_CACHE": "~/own"}, Path.home() / "own"),
+    ],
+)
+def test_one_folder_of_caches(table, wanted):
+    assert cache_folder(table) == wanted
 
 
 def test_unknown_variables():

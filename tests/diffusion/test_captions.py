@@ -83,6 +83,7 @@ def test_the_default_of_text_means_the_captions_of_coco(monkeypatch):
     check_captions("NeelNanda/pile-10k")
     check_captions("coco2014")
     monkeypatch.setattr(captions, "COCO_ADDRESS", "http://127.0.0.1:9/none.tsv")
+    monkeypatch.delenv("AR_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
     with pytest.raises(ConfigError, match="--dataset"):
         read_captions("coco2014", 3, seed=1)

@@ -162,6 +162,7 @@ def test_a_wrong_program_is_passed_over(monkeypatch):
 
 
 def test_refusals_say_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.delenv("AR_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     refusal = compiled.library(cpu_avx512.SOURCE, ("-mno-such-thing",))
     assert isinstance(refusal, Refusal)
@@ -178,6 +179,7 @@ def test_refusals_say_what_is_missing(monkeypatch, tmp_path):
 def test_libraries_are_made_once_and_also_without_a_cache(monkeypatch, tmp_path):
     options = (*(f"-mavx512{name}" for name in cpu_avx512.INSTRUCTIONS), "-mamx-tile", "-mamx-bf16")
     build = compiled.library.__wrapped__
+    monkeypatch.delenv("AR_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert build(cpu_avx512.SOURCE, options).auto_round_usable()
     (made,) = (tmp_path / "auto_round").iterdir()
@@ -189,12 +191,14 @@ def test_libraries_are_made_once_and_also_without_a_cache(monkeypatch, tmp_path)
     made.write_bytes(start)
     assert build(cpu_avx512.SOURCE, options).auto_round_usable()
     (tmp_path / "file").touch()
+    monkeypatch.delenv("AR_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert build(cpu_avx512.SOURCE, options).auto_round_usable()
 
 
 @pytest.mark.skipif(not any(map(shutil.which, compiled.COMPILERS)), reason="no C compiler")
 def test_a_change_of_an_included_source_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.delenv("AR_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "outer.c").write_text('#include "inner.c"\n')
     for number in (1, 2):

@@ -12,7 +12,7 @@ from auto_round.autoscheme.kept_scores import KeptScores, open_scores
 from auto_round.autoscheme.parts import Part, Setting, find_parts
 from auto_round.autoscheme.smoothed import smoothed, smoothing_facts
 from auto_round.autoscheme.unscored import with_typical
-from auto_round.config import read_environment
+from auto_round.config import cache_folder
 from auto_round.config.auto_scheme import FIRST_ORDER
 from auto_round.errors import NumericsError
 from auto_round.log import ProgressSink, logger
@@ -46,7 +46,7 @@ def measured_scores(setting: Setting, method: str, progress: ProgressSink, clock
     """
     plans = setting.candidates.plans
     parts = find_parts(setting.candidates)
-    root = read_environment().cache.expanduser() / "scores"
+    root = cache_folder() / "scores"
     with open_scores(root, _signature(setting, method)) as kept:
         found = {part: scores for part in parts if (scores := kept.find(part, plans)) is not None}
         left = [part for part in parts if part not in found]

@@ -34,7 +34,9 @@ VARIABLES: Final = (
     Variable(
         "AR_CACHE",
         _CACHE,
-        "folder of scores that AutoScheme measured, and of text that models wrote (`--dataset self`)",
+        "folder of what is kept for later runs: programs compiled for this processor, scores that AutoScheme "
+        "measured, text that models wrote (`--dataset self`), logits of originals (`eval --original`) and "
+        "captions; where `XDG_CACHE_HOME` is set, `auto_round` below that by default",
     ),
     Variable("AR_OMP_NUM_THREADS", "", "CPU threads of the commands; empty: PyTorch's own choice"),
 )
@@ -49,14 +51,12 @@ class Environment:
         use_modelscope: download from ModelScope.
         work_space: folder for scratch files, None for the system's.
         num_threads: CPU threads, None for PyTorch's choice.
-        cache: folder for what is measured once.
     """
 
     log_level: str = "INFO"
     use_modelscope: bool = False
     work_space: Path | None = None
     num_threads: int | None = None
-    cache: Path = Path(_CACHE)
 
 
 def read_environment(source: Mapping[str, str] | None = None) -> Environment:
@@ -76,7 +76,6 @@ def read_environment(source: Mapping[str, str] | None = None) -> Environment:
         use_modelscope=_switch("AR_USE_MODELSCOPE", texts["AR_USE_MODELSCOPE"]),
         work_space=Path(space) if space else None,
         num_threads=_count("AR_OMP_NUM_THREADS", texts["AR_OMP_NUM_THREADS"]),
-        cache=Path(texts["AR_CACHE"] or _CACHE),
     )
 
 
@@ -164,15 +163,17 @@ def process_variables() -> Mapping[str, str]:
 
 
 def cache_folder(source: Mapping[str, str] | None = None) -> Path:
-    """Return this package's folder among the user's caches: made anew when it is gone.
+    """Return this package's folder of caches, `AR_CACHE`: made anew when it is gone.
 
-    Source: XDG base directory specification 0.8, `XDG_CACHE_HOME`.
+    Source of the default: XDG base directory specification 0.8, `XDG_CACHE_HOME`.
 
     Raises:
         RuntimeError: the user has no home.
     """
     table = os.environ if source is None else source
-    return Path(table.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "auto_round"
+    own, all_caches = table.get("AR_CACHE", "").strip(), table.get("XDG_CACHE_HOME")
+    found = Path(own) if own else Path(all_caches) / "auto_round" if all_caches else Path(_CACHE)
+    return found.expanduser()
 
 
 def environment_markdown() -> str:

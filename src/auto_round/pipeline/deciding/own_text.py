@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from auto_round.calibration.self_text import AT_ONCE, SelfText
-from auto_round.config import read_environment
+from auto_round.config import cache_folder
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.tensor import dtype_name
 from auto_round.models.source import ModelSource
@@ -36,7 +36,7 @@ def own_text(opened: Opened, device: torch.device, dtype: torch.dtype) -> SelfTe
         tokenizer=opened.tokenizer,
         device=device,
         dtype=dtype,
-        folder=read_environment().cache.expanduser() / "self",
+        folder=cache_folder() / "self",
         seqlen=wanted.seqlen,
         seed=wanted.seed,
         rows_at_once=partial(rows_beside_model, source, device, dtype, wanted.seqlen),

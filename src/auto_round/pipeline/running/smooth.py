@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from auto_round.calibration.row import CalibrationRow
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.errors import InternalError
-from auto_round.facts.layer import Block
+from auto_round.facts.layer import Block, Role
 from auto_round.log import ProgressSink, logger
 from auto_round.models.links import VECTOR, Link, find_links
 from auto_round.models.source import name_on_disk
@@ -29,11 +29,12 @@ from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.original import OriginalBlock, original_blocks
 
-TOKENS = 2048
-"""Tokens over which channels are measured, as whole rows allow: with eight times as many factors differ
-by a few percent."""
-LENGTH = 256
-"""Rows of text are cut at so many tokens: finding links runs a block a dozen times on one of them."""
+TOKENS, LENGTH = 1024, 64
+"""Tokens over which channels are measured, as whole rows allow, and of how many tokens rows of text are:
+finding links runs a block a dozen times on one row. With sixteen times as many tokens factors differ by 3 %
+(docs/LOG.md)."""
+EXPERTS_TOKENS, EXPERTS_LENGTH = 2048, 256
+"""The same where there are experts: a row has to reach those that a link counts on."""
 _DIVIDED, _MULTIPLIED, _PLUS = "divided", "multiplied", "plus"
 
 
@@ -98,7 +99,7 @@ def _find(
     job: Job, strength: float, scratch: Path, progress: ProgressSink, clock: Clock
 ) -> dict[str, Rescaling]:
     """Tensor on disk -> what becomes of it, over all blocks."""
-    probe = replace(job.on_rows(_few(job.all_rows[: job.tuned])), dtype=torch.float32)
+    probe = replace(job.on_rows(_few(job)), dtype=torch.float32)
     found: list[dict[str, Rescaling]] = []
     elsewhere: set[str] = set()
     for here in original_blocks(probe, scratch):
@@ -111,12 +112,15 @@ def _find(
     return _joined(found, elsewhere)
 
 
-def _few(rows: Sequence[CalibrationRow]) -> Sequence[CalibrationRow]:
-    """The first rows, of text the beginnings of them, with `TOKENS` tokens."""
-    cut = [row.beginning(LENGTH) for row in rows]
+def _few(job: Job) -> Sequence[CalibrationRow]:
+    """The first rows, of text the beginnings of them, with so many tokens as are to be looked at."""
+    routed = any(layer.role is Role.EXPERT for layer in job.source.layers)
+    tokens, length = (EXPERTS_TOKENS, EXPERTS_LENGTH) if routed else (TOKENS, LENGTH)
+    rows = job.all_rows[: job.tuned]
+    cut = [row.beginning(max(length, -(-tokens // len(rows)))) for row in rows]
     if all(short.positions and not row.beside_text for row, short in zip(rows, cut, strict=True)):
         rows = cut
-    return rows[: max(2, -(-TOKENS // max(1, len(rows[0]))))]
+    return rows[: max(2, -(-tokens // max(1, len(rows[0]))))]
 
 
 def _joined(found: list[dict[str, Rescaling]], elsewhere: set[str]) -> dict[str, Rescaling]:

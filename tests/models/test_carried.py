@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from auto_round.errors import UnsupportedError
-from auto_round.facts.carried import Carried, Piece, tensors_in
+from auto_round.facts.carried import Carried, CarriedTensor, tensors_in
 from auto_round.facts.flow import BlockCall
 from auto_round.models.earlier_results import Passed
 from auto_round.models.find_carried import Carrier, _pieces, find_carriers
@@ -19,15 +19,15 @@ from auto_round.pipeline.fitting.work import row_bytes
 from sweep.configurations import known_families
 from sweep.outcome import save_family
 
-KEYS = Piece(("full", 0), (2, 5, 4), 0, torch.bfloat16)
-VALUES = Piece(("full", 1), (2, 5, 4), 0, torch.bfloat16)
-CHOSEN = Piece((), (5, 3), 0, torch.int64)
+KEYS = CarriedTensor(("full", 0), (2, 5, 4), 0, torch.bfloat16)
+VALUES = CarriedTensor(("full", 1), (2, 5, 4), 0, torch.bfloat16)
+CHOSEN = CarriedTensor((), (5, 3), 0, torch.int64)
 
 
 @given(shape=st.lists(st.integers(1, 5), max_size=3), axis=st.data(), rows=st.integers(1, 4))
 def test_a_piece_comes_back_as_it_was(shape, axis, rows):
     place = axis.draw(st.integers(0, len(shape)))
-    piece = Piece((), tuple(shape), place, torch.int64)
+    piece = CarriedTensor((), tuple(shape), place, torch.int64)
     x = torch.arange(rows * piece.numbers).reshape(rows, *shape).movedim(0, place)
     room = piece.room(torch.zeros(rows, 7, 8))
     kept = piece.kept(x)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from auto_round.errors import CheckpointError
 from auto_round.facts.tensor import TensorSpec
-from auto_round.models.fused import Place
+from auto_round.models.fused import MatrixPlace
 from auto_round.models.names import DiskTensor, Recipe, map_names
 from auto_round.models.places import Locator
 from auto_round.models.skeleton import build_skeleton
@@ -54,7 +54,7 @@ def test_stacked_rows_are_found(experts, heights):
     for name, place in places.items():
         expert, part = map(int, name.split("."))
         rows = None if len(heights) == 1 else (starts[part], starts[part + 1])
-        assert place == Place(expert, rows)
+        assert place == MatrixPlace(expert, rows)
 
 
 @settings(max_examples=40, deadline=None)

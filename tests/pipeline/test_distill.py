@@ -19,7 +19,7 @@ from auto_round.pipeline.distilling import stage
 from auto_round.pipeline.distilling.shelf import CONSTANTS, LEARNED, MOMENTS, Shelf, begin
 from auto_round.pipeline.distilling.units import Units
 from auto_round.pipeline.fitting import states
-from auto_round.pipeline.fitting.level import Place
+from auto_round.pipeline.fitting.level import StreamPlace
 from auto_round.testing.tiny_models import save_tiny_model
 from auto_round.tuning import distill
 from auto_round.tuning.student import CODES, OFFSET
@@ -132,19 +132,19 @@ def test_units_stay_open_as_far_as_memory_allows(tiny, tmp_path, monkeypatch, gi
 def test_all_units_stay_up_to_a_size_and_else_the_last_ones_up_to_another():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for sizes, expected, given, device, streams in (
-        ([4, 3, 2, 1], 2, {}, cpu, Place.HOST),
-        ([4, 3, 2, 1], 2, {}, cpu, Place.FILES),
-        ([4, 3, 2, 1], 2, {"low_gpu_mem_usage": True}, cpu, Place.HOST),
-        ([4, 3, 2, 1], 4, {"low_cpu_mem_usage": False}, cpu, Place.HOST),
-        ([4, 3, 2, 1], 0, {"memory": "lowest", "low_cpu_mem_usage": False}, cpu, Place.FILES),
-        ([4, 3, 2, 1], 2, {}, gpu, Place.DEVICE),
-        ([4, 3, 2, 1], 2, {"low_cpu_mem_usage": False}, gpu, Place.DEVICE),
-        ([4, 3, 2, 1], 0, {}, gpu, Place.HOST),
-        ([4, 3, 2, 1], 0, {"low_cpu_mem_usage": False}, gpu, Place.FILES),
-        ([1, 3, 2], 3, {}, cpu, Place.HOST),
-        ([1, 3, 2], 3, {}, gpu, Place.DEVICE),
-        ([1, 3, 2], 0, {"memory": "low"}, cpu, Place.HOST),
-        ([3, 4], 0, {}, cpu, Place.HOST),
+        ([4, 3, 2, 1], 2, {}, cpu, StreamPlace.HOST),
+        ([4, 3, 2, 1], 2, {}, cpu, StreamPlace.FILES),
+        ([4, 3, 2, 1], 2, {"low_gpu_mem_usage": True}, cpu, StreamPlace.HOST),
+        ([4, 3, 2, 1], 4, {"low_cpu_mem_usage": False}, cpu, StreamPlace.HOST),
+        ([4, 3, 2, 1], 0, {"memory": "lowest", "low_cpu_mem_usage": False}, cpu, StreamPlace.FILES),
+        ([4, 3, 2, 1], 2, {}, gpu, StreamPlace.DEVICE),
+        ([4, 3, 2, 1], 2, {"low_cpu_mem_usage": False}, gpu, StreamPlace.DEVICE),
+        ([4, 3, 2, 1], 0, {}, gpu, StreamPlace.HOST),
+        ([4, 3, 2, 1], 0, {"low_cpu_mem_usage": False}, gpu, StreamPlace.FILES),
+        ([1, 3, 2], 3, {}, cpu, StreamPlace.HOST),
+        ([1, 3, 2], 3, {}, gpu, StreamPlace.DEVICE),
+        ([1, 3, 2], 0, {"memory": "low"}, cpu, StreamPlace.HOST),
+        ([3, 4], 0, {}, cpu, StreamPlace.HOST),
     ):
         units = [size * (states.STAY_BYTES // 6) for size in sizes]
         assert states.SOME_STAY_BYTES == states.STAY_BYTES // 2

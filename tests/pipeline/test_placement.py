@@ -9,7 +9,7 @@ import torch
 
 from auto_round.config import build_options
 from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.pipeline.deciding.placement import Piece, module_of, place_layers
+from auto_round.pipeline.deciding.placement import ExpertsOnDevice, module_of, place_layers
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.machine.device import Devices
 from auto_round.pipeline.running.placed import put_modules
@@ -73,7 +73,11 @@ def test_a_name_that_finds_nothing_is_refused(source, key):
 def test_experts_of_one_module_are_divided(source):
     found = place_layers(Devices(CPU, (ONE, TWO), (("experts.0", ONE), (r"experts\.[12]\.", TWO))), source)
     module = "model.layers.0.mlp.experts"
-    assert found.divided[module] == (Piece((0,), ONE), Piece((1, 2), TWO), Piece((3,), CPU))
+    assert found.divided[module] == (
+        ExpertsOnDevice((0,), ONE),
+        ExpertsOnDevice((1, 2), TWO),
+        ExpertsOnDevice((3,), CPU),
+    )
     assert found.devices == (CPU, ONE, TWO)
     assert found.kinds[:2] == [f"{module} 0-0: cuda", f"{module} 1-2: cuda"]
     at = {a.expert: (found.of(a), found.piece_of(a)) for a in source.layers if module_of(a) == module}

@@ -16,7 +16,7 @@ from auto_round.facts.flow import States
 from auto_round.models.replay_stem import Replay
 from auto_round.models.replayed_source import ReplayedSource
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.running.block_arguments import ArgumentTable, Place, batch_axes
+from auto_round.pipeline.running.block_arguments import ArgumentPlace, ArgumentTable, batch_axes
 from auto_round.pipeline.running.streams import Streams, home_of_streams, storage
 
 Lengths = tuple[int, ...]
@@ -137,7 +137,7 @@ def _streams(job: Job, room: Sequence[tuple[int, int]], count: int, spill: Path)
     return Streams(make("reference"), make("quantized"), make("targets"), job.tuned)
 
 
-def _axes(replay: Replay, rows: Rows, ended: Sequence[Ended]) -> Mapping[Place, int]:
+def _axes(replay: Replay, rows: Rows, ended: Sequence[Ended]) -> Mapping[ArgumentPlace, int]:
     """How the blocks' arguments grow with the batch, by the first row once and twice."""
     inputs, ends = rows.read(0), _ends(ended, 0, 0)
     one = replay.trace(inputs, ends)

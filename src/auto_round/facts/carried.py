@@ -17,7 +17,7 @@ Path: TypeAlias = "tuple[Any, ...]"
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class CarriedTensor:
     """One tensor of a value, kept as `[rows, 1, numbers]` whatever its axes.
 
     Attributes:
@@ -67,7 +67,7 @@ class Carried:
     name: str
     place: int | None
     empty: MutableMapping[Any, Any] | None
-    pieces: tuple[Piece, ...]
+    pieces: tuple[CarriedTensor, ...]
     present: frozenset[Path]
 
     @property

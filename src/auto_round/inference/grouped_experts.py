@@ -17,7 +17,7 @@ from auto_round.facts.inputs import WEIGHT
 from auto_round.inference.experts import PackedExperts
 from auto_round.inference.qlinear import QuantLinear, named
 from auto_round.models.experts import ExpertParts, read_call, run_experts
-from auto_round.models.fused import Place
+from auto_round.models.fused import MatrixPlace
 from auto_round.models.names import Recipe
 
 
@@ -33,7 +33,7 @@ class GroupedExperts(PackedExperts):
         fused: nn.Module,
         recipes: Mapping[str, Recipe],
         packed: Mapping[str, tuple[str, QuantLinear]],
-        places: Mapping[str, Mapping[str, Place]],
+        places: Mapping[str, Mapping[str, MatrixPlace]],
     ) -> None:
         """Take the place of `fused`, all of whose matrices are packed.
 
@@ -91,7 +91,7 @@ class GroupedExperts(PackedExperts):
 
 
 def _in_order(
-    packed: Mapping[str, tuple[str, QuantLinear]], places: Mapping[str, Place], count: int
+    packed: Mapping[str, tuple[str, QuantLinear]], places: Mapping[str, MatrixPlace], count: int
 ) -> list[list[tuple[tuple[int, ...], QuantLinear]]]:
     """Layers of each expert with their rows, in the order of these."""
     found: list[list[tuple[tuple[int, ...], QuantLinear]]] = [[] for _ in range(count)]

@@ -17,7 +17,7 @@ from auto_round.inference.grouped_experts import GroupedExperts, can_run
 from auto_round.inference.qlinear import PackedWeight, QuantLinear
 from auto_round.kernels.kernel import LinearSpec
 from auto_round.kernels.select import select_kernel
-from auto_round.models.fused import Place, Stacking
+from auto_round.models.fused import MatrixPlace, Stacking
 from auto_round.models.names import Recipe
 from auto_round.models.places import Locator
 from auto_round.models.roles import fused_experts
@@ -107,7 +107,7 @@ def _stand_in(
     module: nn.Module,
     recipes: Mapping[str, Recipe],
     pieces: Mapping[str, _Piece],
-    places: Mapping[str, Mapping[str, Place] | str],
+    places: Mapping[str, Mapping[str, MatrixPlace] | str],
     kernels: Kernels,
 ) -> PackedExperts:
     """Packed experts that run, where the module says how; else ones that are dequantized once loaded."""

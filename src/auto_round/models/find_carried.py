@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.facts.carried import Carried, Path, Piece, tensors_in
+from auto_round.facts.carried import Carried, CarriedTensor, Path, tensors_in
 from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.nested import map_tensors
 from auto_round.models.earlier_results import Passed, arguments, untraceable
@@ -219,7 +219,7 @@ def _only_tensors(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _pieces(one: Mapping[Path, Tensor], two: Mapping[Path, Tensor], name: str) -> Iterator[Piece]:
+def _pieces(one: Mapping[Path, Tensor], two: Mapping[Path, Tensor], name: str) -> Iterator[CarriedTensor]:
     """How each tensor of a value is laid out, from it for two numbers of rows."""
     for path, few in one.items():
         many = two.get(path)
@@ -227,4 +227,4 @@ def _pieces(one: Mapping[Path, Tensor], two: Mapping[Path, Tensor], name: str) -
         if len(grown) != 1 or few.shape[grown[0]] != ROWS[0]:
             raise untraceable(f'its blocks hand on "{name}", in which rows cannot be told apart')
         axis = grown[0]
-        yield Piece(path, (*few.shape[:axis], *few.shape[axis + 1 :]), axis, few.dtype)
+        yield CarriedTensor(path, (*few.shape[:axis], *few.shape[axis + 1 :]), axis, few.dtype)

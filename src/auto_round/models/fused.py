@@ -34,7 +34,7 @@ Source: vLLM 0.32 `models/gpt_oss.py`, `layers/fused_moe/routed_experts.py`.
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MatrixPlace:
     """Rows of a parameter that are exactly one matrix on disk.
 
     Attributes:
@@ -47,11 +47,11 @@ class Place:
     rows: tuple[int, ...] | None = None
 
 
-class Piece(NamedTuple):
+class FusedMatrix(NamedTuple):
     """One matrix of a fused tensor: its name without `.weight`, and where it lies in the parameter."""
 
     name: str
-    place: Place
+    place: MatrixPlace
 
 
 def of_transformers(module: nn.Module) -> nn.Module:
@@ -75,7 +75,7 @@ def taken_whole(module: nn.Module) -> bool:
     return type(of_transformers(module)).__name__ in _TAKEN_WHOLE
 
 
-def split(module: nn.Module, parameter: str, tensor: str) -> tuple[Piece, ...] | str:
+def split(module: nn.Module, parameter: str, tensor: str) -> tuple[FusedMatrix, ...] | str:
     """The matrices of a parameter of experts that is one tensor on disk, or why they are not known.
 
     Args:
@@ -98,7 +98,7 @@ def split(module: nn.Module, parameter: str, tensor: str) -> tuple[Piece, ...] |
     around = tensor.removesuffix(WEIGHT).rpartition(".")[0]
     container = around if around.rpartition(".")[2] == _CONTAINER else f"{around}.{_CONTAINER}"
     return tuple(
-        Piece(f"{container}.{expert}.{name}", Place(expert, each))
+        FusedMatrix(f"{container}.{expert}.{name}", MatrixPlace(expert, each))
         for expert in range(count)
         for name, each in rows.items()
     )
@@ -118,7 +118,7 @@ class Stacking:
     target: str
     shape: tuple[int, ...]
     turned: bool
-    places: Mapping[str, Place]
+    places: Mapping[str, MatrixPlace]
     _added: dict[str, Tensor] = field(default_factory=dict)
 
     def add_tensor(self, key: str, name: str, pattern: str, tensor: Tensor) -> None:
@@ -139,7 +139,7 @@ class Stacking:
         return {self.target: made}
 
 
-def heights(shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> Iterator[int]:
+def heights(shape: tuple[int, ...], pieces: tuple[FusedMatrix, ...]) -> Iterator[int]:
     """Rows of each piece of a parameter `[n_experts, out, in]`."""
     for piece in pieces:
         yield shape[1] if piece.place.rows is None else len(range(*piece.place.rows))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from auto_round.facts.tensor import TensorSpec
-from auto_round.models.fused import Place, Stacking
+from auto_round.models.fused import MatrixPlace, Stacking
 from auto_round.models.names import Recipe
 
 _ROW_BITS = 32
@@ -26,12 +26,12 @@ class Locator:
     def __init__(self, model: Any, disk: Mapping[str, TensorSpec]) -> None:
         self._model = model
         self._disk = disk
-        self._known: dict[object, tuple[Place, ...] | str] = {}
+        self._known: dict[object, tuple[MatrixPlace, ...] | str] = {}
 
-    def locate(self, recipe: Recipe) -> Mapping[str, Place] | str:
+    def locate(self, recipe: Recipe) -> Mapping[str, MatrixPlace] | str:
         """Disk name -> place, or the reason why the pieces cannot be addressed by rows."""
         if recipe.converter is None:
-            return {recipe.pieces[0].name: Place()}
+            return {recipe.pieces[0].name: MatrixPlace()}
         if isinstance(recipe.converter, Stacking):
             return recipe.converter.places
         shapes = tuple(self._disk[p.name].shape for p in recipe.pieces)
@@ -47,7 +47,7 @@ class Locator:
             return places
         return {piece.name: place for piece, place in zip(recipe.pieces, places, strict=True)}
 
-    def _rehearse(self, recipe: Recipe) -> tuple[Place, ...] | str:
+    def _rehearse(self, recipe: Recipe) -> tuple[MatrixPlace, ...] | str:
         numbers = {piece.name: i for i, piece in enumerate(recipe.pieces)}
 
         def read(name: str) -> Tensor:
@@ -62,13 +62,13 @@ class Locator:
         return _read_labels(labels, heights)
 
 
-def _read_labels(labels: Tensor, heights: list[int]) -> tuple[Place, ...] | str:
+def _read_labels(labels: Tensor, heights: list[int]) -> tuple[MatrixPlace, ...] | str:
     """Places of all pieces from labels `[rows, 1]` or `[experts, rows, 1]` int64."""
     bad = "the conversion from disk reorders rows"
     if labels.shape[-1] != 1 or labels.dim() not in {2, 3}:
         return bad
     fused = labels.dim() == 3
-    found: dict[int, Place] = {}
+    found: dict[int, MatrixPlace] = {}
     for expert, column in enumerate(labels[..., 0] if fused else labels.T):
         pieces, counts = torch.unique_consecutive(column >> _ROW_BITS, return_counts=True)
         start = 0
@@ -78,7 +78,9 @@ def _read_labels(labels: Tensor, heights: list[int]) -> tuple[Place, ...] | str:
             if not whole or piece in found:
                 return bad
             all_rows = count == len(column)
-            found[piece] = Place(expert if fused else None, None if all_rows else (start, start + count))
+            found[piece] = MatrixPlace(
+                expert if fused else None, None if all_rows else (start, start + count)
+            )
             start += count
     if len(found) != len(heights):
         return "some matrices on disk have no place in the module's weight"

@@ -9,7 +9,7 @@ from torch import nn
 
 from auto_round.facts.inputs import WEIGHT
 from auto_round.facts.tensor import STACK, TensorSpec
-from auto_round.models.fused import Piece, Stacking, heights, lies_turned, split, stored_turned
+from auto_round.models.fused import FusedMatrix, Stacking, heights, lies_turned, split, stored_turned
 from auto_round.models.names import DiskTensor, NameMap, Recipe
 from auto_round.models.roles import fused_experts
 
@@ -38,7 +38,7 @@ def split_recipes(
 
 
 def _recipe(
-    module: nn.Module, parameter: str, pieces: tuple[Piece, ...], spec: TensorSpec
+    module: nn.Module, parameter: str, pieces: tuple[FusedMatrix, ...], spec: TensorSpec
 ) -> tuple[Recipe, dict[str, TensorSpec]]:
     shape, turned = tuple(module.get_parameter(parameter.rpartition(".")[2]).shape), stored_turned(module)
     straight = (shape[0], shape[2], shape[1]) if turned else shape

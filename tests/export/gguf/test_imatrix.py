@@ -11,7 +11,7 @@ import torch
 from auto_round.errors import CheckpointError
 from auto_round.export.gguf.imatrix import Importances, read_imatrix, write_imatrix
 from auto_round.export.gguf.model import GgufModel
-from auto_round.export.gguf.tensors import GgufTensor, Piece
+from auto_round.export.gguf.tensors import GgufTensor, TensorRows
 from auto_round.schemes.gguf_mixture import MixtureFacts
 
 pytest.importorskip("gguf")
@@ -33,9 +33,9 @@ def _legacy(rows: dict[str, torch.Tensor], calls: int = 3) -> bytes:
 
 
 def _model() -> GgufModel:
-    experts = tuple(Piece(f"e{i}.weight", 2 * i, 2) for i in range(3))
+    experts = tuple(TensorRows(f"e{i}.weight", 2 * i, 2) for i in range(3))
     tensors = (
-        GgufTensor("blk.0.attn_q.weight", (4, 8), (Piece("q.weight", 0, 4),)),
+        GgufTensor("blk.0.attn_q.weight", (4, 8), (TensorRows("q.weight", 0, 4),)),
         GgufTensor("blk.0.ffn_up_exps.weight", (3, 2, 8), experts),
     )
     return GgufModel("llama", {}, tensors, MixtureFacts("llama", 1, 2, 2, 3), {})

@@ -229,13 +229,15 @@ def test_only_importances_are_replaced(model: Path, whole: Callable[..., Path], 
 
 def test_experts_lie_on_top_of_each_other() -> None:
     from auto_round.export.gguf.model import GgufModel
-    from auto_round.export.gguf.tensors import GgufTensor, Piece
+    from auto_round.export.gguf.tensors import GgufTensor, TensorRows
     from auto_round.schemes.gguf_mixture import MixtureFacts
 
     tensors = (
-        GgufTensor("qkv.weight", (6, 8), tuple(Piece(f"{n}.weight", 2 * i, 2) for i, n in enumerate("qkv"))),
-        GgufTensor("exps.weight", (3, 2, 8), tuple(Piece(f"e{i}.weight", 2 * i, 2) for i in range(3))),
-        GgufTensor("unseen.weight", (2, 8), (Piece("u.weight", 0, 2),)),
+        GgufTensor(
+            "qkv.weight", (6, 8), tuple(TensorRows(f"{n}.weight", 2 * i, 2) for i, n in enumerate("qkv"))
+        ),
+        GgufTensor("exps.weight", (3, 2, 8), tuple(TensorRows(f"e{i}.weight", 2 * i, 2) for i in range(3))),
+        GgufTensor("unseen.weight", (2, 8), (TensorRows("u.weight", 0, 2),)),
     )
     described = GgufModel("llama", {}, tensors, MixtureFacts("llama", 1, 2, 2, 3), {})
     means = {f"e{i}.weight": (torch.rand(8) + 0.1, 5 + i) for i in (0, 2)}

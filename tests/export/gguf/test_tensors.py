@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from auto_round.export.gguf.tensors import Change, GgufTensor, GroupsApart, Listed, Piece, RotaryPairs
+from auto_round.export.gguf.tensors import Change, GgufTensor, GroupsApart, Listed, RotaryPairs, TensorRows
 
 
 def test_rotary_pairs_interleave_the_halves_of_each_head() -> None:
@@ -45,7 +45,7 @@ def test_groups_apart() -> None:
 
 def test_changes() -> None:
     source = torch.arange(6.0).reshape(2, 3)
-    piece = Piece("w", 0, 3)
+    piece = TensorRows("w", 0, 3)
     turned = GgufTensor("w", (3, 2), (piece,), Change.TRANSPOSED)
     assert torch.equal(turned.prepare(piece, source), source.T)
     norm = GgufTensor("n", (3,), (piece,), Change.PLUS_ONE)
@@ -54,5 +54,5 @@ def test_changes() -> None:
 
 
 def test_listed_takes_some_rows() -> None:
-    piece = Piece("w", 0, 2, Listed((3, 1)))
+    piece = TensorRows("w", 0, 2, Listed((3, 1)))
     assert piece.arrange(torch.arange(5)).tolist() == [3, 1]

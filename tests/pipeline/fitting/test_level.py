@@ -12,7 +12,7 @@ from auto_round.config.memory import MemoryOptions
 from auto_round.pipeline.deciding.fit import workload
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.fitting.choose import Room, choose_plan, wants_files
-from auto_round.pipeline.fitting.level import Level, Place, levels_of, starts_at
+from auto_round.pipeline.fitting.level import Level, StreamPlace, levels_of, starts_at
 from auto_round.pipeline.fitting.together import STAY
 from auto_round.tuning.distill import DistillConfig
 from pipeline.runs import ROWS, SHORT
@@ -33,15 +33,15 @@ def test_levels_of_a_processor():
     levels = levels_of(CPU, 8, 128)
     assert [level.rows for level in levels] == [8, 8, 1, 1]
     assert [level.rounds_again for level in levels] == [False, True, True, True]
-    assert [level.streams for level in levels] == [Place.HOST] * 3 + [Place.FILES]
+    assert [level.streams for level in levels] == [StreamPlace.HOST] * 3 + [StreamPlace.FILES]
     assert len(levels_of(CPU, 8, 4096)) == 3
 
 
 def test_levels_of_an_accelerator():
     levels = levels_of(GPU, 8, 2048)
     assert [level.rows for level in levels] == [0, 0, 4, 2, 1, 1, 1]
-    assert levels[0].streams is Place.DEVICE
-    assert levels[-1].streams is Place.FILES
+    assert levels[0].streams is StreamPlace.DEVICE
+    assert levels[-1].streams is StreamPlace.FILES
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
@@ -59,10 +59,10 @@ def test_each_level_takes_less(work, device):
 @pytest.mark.parametrize(
     ("memory", "rows", "streams"),
     [
-        ({}, 0, Place.DEVICE),
-        ({"low_gpu_mem_usage": True}, 1, Place.HOST),
-        ({"memory": "low"}, 1, Place.HOST),
-        ({"memory": "lowest"}, 1, Place.FILES),
+        ({}, 0, StreamPlace.DEVICE),
+        ({"low_gpu_mem_usage": True}, 1, StreamPlace.HOST),
+        ({"memory": "low"}, 1, StreamPlace.HOST),
+        ({"memory": "lowest"}, 1, StreamPlace.FILES),
     ],
 )
 def test_where_a_run_begins(memory, rows, streams):
@@ -78,7 +78,11 @@ def test_blocks_stay_on_an_accelerator_only_where_hidden_states_do(work):
     below = choose_plan(distilled, Room(0, 64 * GIB, first.device_bytes))  # of which a share is free
     low = choose_plan(replace(distilled, memory=MemoryOptions(low_gpu_mem_usage=True)), PLENTY)
     held = [[s.device[STAY] for s in plan.stages if s.name == "all blocks"] for plan in (first, below, low)]
-    assert [plan.level.streams for plan in (first, below, low)] == [Place.DEVICE, Place.HOST, Place.HOST]
+    assert [plan.level.streams for plan in (first, below, low)] == [
+        StreamPlace.DEVICE,
+        StreamPlace.HOST,
+        StreamPlace.HOST,
+    ]
     assert held[0][0] > 0
     assert held[1:] == [[0], [0]]
     on_host = [choose_plan(replace(distilled, device=CPU), Room(0, free, 0)) for free in (64 * GIB, 1 << 20)]
@@ -121,7 +125,7 @@ def test_what_cannot_be_reloaded_is_not_planned(work):
     assert [[stage.name for stage in plan.stages][-1] for plan in plans] == ["verify", "measure"]
 
 
-HOST = Level(1, Place.HOST)
+HOST = Level(1, StreamPlace.HOST)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,7 @@ HOST = Level(1, Place.HOST)
         (HOST, {}, 1 * GIB, None, False),
         (HOST, {}, 3 * GIB, None, True),
         (HOST, {"low_cpu_mem_usage": False}, 3 * GIB, 1 * GIB, False),
-        (Level(1, Place.FILES), {"low_cpu_mem_usage": False}, 1, 8 * GIB, True),
+        (Level(1, StreamPlace.FILES), {"low_cpu_mem_usage": False}, 1, 8 * GIB, True),
     ],
 )
 def test_hidden_states_stay_in_memory_while_they_fit(level, memory, nbytes, room, files):

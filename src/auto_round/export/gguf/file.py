@@ -16,7 +16,7 @@ from auto_round.errors import InternalError
 from auto_round.export.gguf.container import Head, make_head
 from auto_round.export.gguf.model import GgufModel
 from auto_round.export.gguf.nvfp4 import KIND, scale_of
-from auto_round.export.gguf.tensors import Change, GgufTensor, Piece
+from auto_round.export.gguf.tensors import Change, GgufTensor, TensorRows
 from auto_round.export.gguf.values import Value
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.gguf import GGUF_BLOCKS
@@ -42,7 +42,7 @@ class Part:
     """
 
     tensor: GgufTensor
-    piece: Piece | None
+    piece: TensorRows | None
     type: GgufType
     begin: int
     spec: TensorSpec

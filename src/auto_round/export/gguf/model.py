@@ -12,7 +12,7 @@ from torch import Tensor
 from auto_round.export.gguf.families import family_of
 from auto_round.export.gguf.hyperparameters import hyperparameters, kv_heads
 from auto_round.export.gguf.names import name_tensors
-from auto_round.export.gguf.tensors import GgufTensor, Piece
+from auto_round.export.gguf.tensors import GgufTensor, TensorRows
 from auto_round.export.gguf.tokenizer import tokenizer_metadata
 from auto_round.export.gguf.values import Metadata, Value
 from auto_round.facts.layer import Role
@@ -51,9 +51,9 @@ class GgufModel:
         """Names and shapes."""
         return tuple(Shape(t.name, t.shape) for t in self.tensors)
 
-    def places(self) -> dict[str, tuple[tuple[GgufTensor, Piece], ...]]:
+    def places(self) -> dict[str, tuple[tuple[GgufTensor, TensorRows], ...]]:
         """Name of a tensor in the source -> the tensors and pieces that it becomes."""
-        found: dict[str, tuple[tuple[GgufTensor, Piece], ...]] = {}
+        found: dict[str, tuple[tuple[GgufTensor, TensorRows], ...]] = {}
         for tensor in self.tensors:
             for piece in tensor.pieces:
                 found[piece.source] = (*found.get(piece.source, ()), (tensor, piece))

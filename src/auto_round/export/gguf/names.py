@@ -12,7 +12,7 @@ from auto_round.errors import CheckpointError, Refusal, UnsupportedError
 from auto_round.export.gguf.families import Family
 from auto_round.export.gguf.hyperparameters import constants, kv_heads
 from auto_round.export.gguf.library import gguf
-from auto_round.export.gguf.tensors import Change, GgufTensor, GroupsApart, Piece, RotaryPairs, RowOrder
+from auto_round.export.gguf.tensors import Change, GgufTensor, GroupsApart, RotaryPairs, RowOrder, TensorRows
 from auto_round.facts.tensor import TensorSpec
 
 _NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.masked_bias")
@@ -115,14 +115,14 @@ def _tensor(
             change = Change.PLUS_ONE
         rows = shape[0] if len(shape) == 1 else math.prod(shape[:-1])
         order = _order(family, config, module)
-        return GgufTensor(name, shape, (Piece(members[0].source, 0, rows, order),), change)
+        return GgufTensor(name, shape, (TensorRows(members[0].source, 0, rows, order),), change)
     ordered = sorted(members, key=lambda each: each.number or 0)
     missing = sorted(set(range(len(ordered))) - {each.number for each in ordered})
     if missing:
         raise CheckpointError(f"{name}: number {missing[0]} of {len(ordered)} tensors is missing")
     shape = tuple(stored[ordered[0].source].shape)
     rows = math.prod(shape[:-1])
-    pieces = tuple(Piece(each.source, i * rows, rows) for i, each in enumerate(ordered))
+    pieces = tuple(TensorRows(each.source, i * rows, rows) for i, each in enumerate(ordered))
     return GgufTensor(name, (len(ordered), *shape), pieces)
 
 

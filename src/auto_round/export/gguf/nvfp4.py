@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import Refusal, UnsupportedError
-from auto_round.export.gguf.tensors import Change, GgufTensor, Piece
+from auto_round.export.gguf.tensors import Change, GgufTensor, TensorRows
 from auto_round.facts.tensor import MATRIX
 
 KIND = "nvfp4"
@@ -67,11 +67,11 @@ def scale_name(name: str) -> str:
 
 def scale_of(tensor: GgufTensor) -> GgufTensor:
     """The tensor with the numbers of another one."""
-    pieces = tuple(Piece(piece.source, i, 1) for i, piece in enumerate(tensor.pieces))
+    pieces = tuple(TensorRows(piece.source, i, 1) for i, piece in enumerate(tensor.pieces))
     return GgufTensor(scale_name(tensor.name), (len(pieces),), pieces, Change.SCALE)
 
 
-def number_of(scales: Mapping[str, Tensor], tensor: GgufTensor, piece: Piece) -> Tensor:
+def number_of(scales: Mapping[str, Tensor], tensor: GgufTensor, piece: TensorRows) -> Tensor:
     """The number of the matrix that a piece is, `[1]` float32; 1 where the file has none.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from auto_round.errors import ConfigError
 from auto_round.export.gguf.model import GgufModel
 from auto_round.export.gguf.nvfp4 import KIND, refuse_unmultiplied, type_with_number
-from auto_round.export.gguf.tensors import GgufTensor, Piece
+from auto_round.export.gguf.tensors import GgufTensor, TensorRows
 from auto_round.facts.layer import Layer, Role
 from auto_round.models.source import ModelSource
 from auto_round.schemes.entry import PlanEntry
@@ -31,7 +31,7 @@ from auto_round.schemes.plan import Plan, PlanRequest
 from auto_round.schemes.rules import Match, match_rule
 from auto_round.schemes.scheme import PRESET_SCHEMES
 
-_Places = Mapping[str, tuple[tuple[GgufTensor, Piece], ...]]
+_Places = Mapping[str, tuple[tuple[GgufTensor, TensorRows], ...]]
 """Tensor of the source -> the tensors and pieces that it becomes. Made once, there may be 20,000."""
 
 

@@ -28,7 +28,7 @@ from auto_round.export.gguf.hyperparameters import hyperparameters
 from auto_round.export.gguf.library import gguf
 from auto_round.export.gguf.names import name_tensors
 from auto_round.export.gguf.nvfp4 import KIND, number_of, scale_name
-from auto_round.export.gguf.tensors import Change, GgufTensor, Piece
+from auto_round.export.gguf.tensors import Change, GgufTensor, TensorRows
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.gguf import GGUF_BLOCKS
 from auto_round.log import logger
@@ -92,7 +92,7 @@ class GgufTensors:
         self,
         opened: Opened,
         stored: Mapping[str, Stored],
-        places: Mapping[str, tuple[GgufTensor, Piece]],
+        places: Mapping[str, tuple[GgufTensor, TensorRows]],
         specs: Mapping[str, TensorSpec],
     ) -> None:
         """Remember what lies where.

@@ -21,7 +21,7 @@ from auto_round.errors import CheckpointError, ConfigError, MissingError
 from auto_round.export.gguf.container import value_of
 from auto_round.export.gguf.library import gguf
 from auto_round.export.gguf.model import GgufModel
-from auto_round.export.gguf.tensors import GgufTensor, Listed, Piece
+from auto_round.export.gguf.tensors import GgufTensor, Listed, TensorRows
 from auto_round.export.gguf.values import Value
 from auto_round.facts.layer import Layer
 from auto_round.facts.tensor import TensorSpec
@@ -126,7 +126,7 @@ def _values(tensor: Any) -> Tensor:
     return torch.from_numpy(np.array(tensor.data))
 
 
-def _match(plain: Mapping[str, Any], source: ModelSource) -> dict[str, tuple[Piece, ...]]:
+def _match(plain: Mapping[str, Any], source: ModelSource) -> dict[str, tuple[TensorRows, ...]]:
     """Template tensor -> pieces of the checkpoint that make it up, where all of its rows are found."""
     wanted: dict[tuple[int, str], dict[int, list[_Found]]] = {}
     for tensor in plain.values():
@@ -162,7 +162,7 @@ def _hashes(rows: Tensor) -> list[int]:
 
 def _pieces(
     tensor: Any, table: Mapping[int, Sequence[_Found]], stored: Mapping[str, TensorSpec]
-) -> tuple[Piece, ...]:
+) -> tuple[TensorRows, ...]:
     """Runs of rows from one source each; empty when a row is unknown.
 
     Equal rows stand in several places: the source that the row before came from is preferred, and there a
@@ -186,7 +186,7 @@ def _pieces(
     for source, rows in runs:
         height = math.prod(stored[source].shape[:-1])
         order = None if rows == list(range(height)) else Listed(tuple(rows))
-        pieces.append(Piece(source, start, len(rows), order))
+        pieces.append(TensorRows(source, start, len(rows), order))
         start += len(rows)
     return tuple(pieces)
 

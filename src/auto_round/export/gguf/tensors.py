@@ -81,7 +81,7 @@ class Change(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorRows:
     """Rows of a file's tensor that come from one tensor of the source.
 
     Attributes:
@@ -115,7 +115,7 @@ class GgufTensor:
 
     name: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorRows, ...]
     change: Change = Change.NONE
     values: tuple[float, ...] = ()
 
@@ -124,7 +124,7 @@ class GgufTensor:
         """Rows over all leading dimensions; 1 for a vector."""
         return math.prod(self.shape[:-1])
 
-    def prepare(self, piece: Piece, source: Tensor) -> Tensor:
+    def prepare(self, piece: TensorRows, source: Tensor) -> Tensor:
         """The rows that a piece stands for, `[rows, in]` or, for a vector, `[rows]`.
 
         Args:
@@ -138,7 +138,7 @@ class GgufTensor:
         rows = source.reshape(-1, source.shape[-1]) if source.dim() > 1 else source
         return piece.arrange(rows)
 
-    def restore(self, piece: Piece, rows: Tensor) -> Tensor:
+    def restore(self, piece: TensorRows, rows: Tensor) -> Tensor:
         """The inverse of `prepare`.
 
         Args:

@@ -19,7 +19,7 @@ from auto_round.schemes.rules import find_layers, nearest_layers
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ExpertsOnDevice:
     """Some experts of a module.
 
     Attributes:
@@ -55,7 +55,7 @@ class Placement:
 
     main: torch.device
     elsewhere: Mapping[str, torch.device] = field(default_factory=dict)
-    divided: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
+    divided: Mapping[str, tuple[ExpertsOnDevice, ...]] = field(default_factory=dict)
 
     @property
     def several(self) -> bool:
@@ -148,7 +148,7 @@ def place_layers(devices: Devices, source: ModelSource, plan: Plan | None = None
     else:
         found = {}
     elsewhere: dict[str, torch.device] = {}
-    divided: dict[str, tuple[Piece, ...]] = {}
+    divided: dict[str, tuple[ExpertsOnDevice, ...]] = {}
     for module, at in found.items():
         first, *others = dict.fromkeys(at.values())
         if others:
@@ -205,12 +205,12 @@ def _refuse_split(module: str, why: str) -> None:
     )
 
 
-def _pieces(at: Mapping[int | None, torch.device]) -> tuple[Piece, ...]:
+def _pieces(at: Mapping[int | None, torch.device]) -> tuple[ExpertsOnDevice, ...]:
     """Experts by their devices, in the order of their first experts."""
     shares: dict[torch.device, list[int]] = {}
     for expert in sorted(e for e in at if e is not None):
         shares.setdefault(at[expert], []).append(expert)
-    return tuple(Piece(tuple(experts), device) for device, experts in shares.items())
+    return tuple(ExpertsOnDevice(tuple(experts), device) for device, experts in shares.items())
 
 
 def _spread(devices: Devices, source: ModelSource, whole: Mapping[str, str]) -> Found:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from auto_round.config.memory import MemoryOptions
 from auto_round.pipeline.fitting.demand import stages_of
-from auto_round.pipeline.fitting.level import Level, Place, levels_of, starts_at
+from auto_round.pipeline.fitting.level import Level, StreamPlace, levels_of, starts_at
 from auto_round.pipeline.fitting.plan import MemoryPlan
 from auto_round.pipeline.fitting.work import Workload, measure_sizes
 
@@ -58,7 +58,7 @@ def _plan(work: Workload, levels: tuple[Level, ...], chosen: int, room: Room) ->
     skipped = room.host and RELOADED * work.output_bytes > room.host  # it is said then
     stages = stages_of(replace(work, reloads=False) if skipped else work, level)
     streams = 3 * measure_sizes(work).stream
-    on_host = work.device.type == "cpu" or level.streams is not Place.DEVICE
+    on_host = work.device.type == "cpu" or level.streams is not StreamPlace.DEVICE
     whole = MemoryPlan(levels, chosen, stages, room.held, False, room.host, int(DEVICE_SHARE * room.device))
     left = room.host - whole.beside_streams if room.host else None
     return replace(whole, files=on_host and wants_files(level, work.memory, streams, left))
@@ -73,7 +73,7 @@ def wants_files(level: Level, memory: MemoryOptions, nbytes: int, room: int | No
         nbytes: of all hidden states.
         room: host memory that the rest of the run leaves, bytes; None where the system does not tell.
     """
-    if level.streams is Place.FILES:
+    if level.streams is StreamPlace.FILES:
         return nbytes > 0
     left = UNKNOWN_ROOM if room is None else room
     return memory.low_cpu_mem_usage and nbytes > STREAMS_SHARE * left

@@ -14,7 +14,7 @@ from auto_round.facts.layer import Layer
 from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.search import BAND as SEARCH_BAND
-from auto_round.pipeline.fitting.level import Level, Place
+from auto_round.pipeline.fitting.level import Level, StreamPlace
 from auto_round.pipeline.fitting.parts import FLOAT
 from auto_round.pipeline.fitting.plan import STREAMS, StageMemory
 from auto_round.pipeline.fitting.products import kept_products
@@ -122,7 +122,7 @@ class _Demand(Together):
 
     def _streams_there(self) -> dict[str, int]:
         """Both streams and the targets on the accelerator."""
-        on_device = self.level.streams is Place.DEVICE and self.work.device.type != "cpu"
+        on_device = self.level.streams is StreamPlace.DEVICE and self.work.device.type != "cpu"
         return {STREAMS: self._copies() * self.sizes.stream} if on_device else {}
 
     def _streams_here(self) -> dict[str, int]:

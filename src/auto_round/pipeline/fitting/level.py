@@ -11,7 +11,7 @@ from auto_round.config.memory import MemoryOptions
 from auto_round.pipeline.machine.device import rows_at_once
 
 
-class Place(Enum):
+class StreamPlace(Enum):
     """Where hidden states lie between two blocks."""
 
     DEVICE = "on the device"
@@ -33,7 +33,7 @@ class Level:
     """
 
     rows: int
-    streams: Place
+    streams: StreamPlace
     rounds_again: bool = False
 
     @property
@@ -54,11 +54,14 @@ def levels_of(device: torch.device, batch: int, length: int) -> tuple[Level, ...
     """
     most = rows_at_once(device, length)
     if device.type == "cpu":
-        found = [Level(most, Place.HOST), Level(most, Place.HOST, rounds_again=True)]
+        found = [Level(most, StreamPlace.HOST), Level(most, StreamPlace.HOST, rounds_again=True)]
     else:
         halves = [batch >> i for i in range(1, batch.bit_length())]
-        found = [Level(most, Place.DEVICE), *(Level(rows, Place.HOST) for rows in (most, *halves))]
-    last = [Level(1, place, rounds_again=True) for place in (Place.HOST, Place.FILES)]
+        found = [
+            Level(most, StreamPlace.DEVICE),
+            *(Level(rows, StreamPlace.HOST) for rows in (most, *halves)),
+        ]
+    last = [Level(1, place, rounds_again=True) for place in (StreamPlace.HOST, StreamPlace.FILES)]
     return tuple(dict.fromkeys([*found, *last]))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from auto_round.config.memory import MemoryOptions
-from auto_round.pipeline.fitting.level import Place
+from auto_round.pipeline.fitting.level import StreamPlace
 from auto_round.tuning.distill import DistillConfig, rows_of_step
 
 STATE_BYTES = 12
@@ -43,7 +43,9 @@ def states_in_memory(config: DistillConfig, weights: int, memory: MemoryOptions)
     return config.codes_stay or STATE_BYTES * weights <= SPILL_BYTES or not memory.low_cpu_mem_usage
 
 
-def staying_units(sizes: Sequence[int], memory: MemoryOptions, device: torch.device, streams: Place) -> int:
+def staying_units(
+    sizes: Sequence[int], memory: MemoryOptions, device: torch.device, streams: StreamPlace
+) -> int:
     """How many of the last units stay in memory between the two sweeps of a step.
 
     What stays is run once, by attention that can be differentiated, whose last bits are others. So on a host
@@ -56,7 +58,7 @@ def staying_units(sizes: Sequence[int], memory: MemoryOptions, device: torch.dev
         device: where blocks are tuned.
         streams: where hidden states lie at the level at which the run begins.
     """
-    if memory.memory != "auto" or (device.type != "cpu" and streams is not Place.DEVICE):
+    if memory.memory != "auto" or (device.type != "cpu" and streams is not StreamPlace.DEVICE):
         return 0
     if not memory.low_cpu_mem_usage and device.type == "cpu":
         return len(sizes)

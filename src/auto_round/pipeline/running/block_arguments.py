@@ -14,11 +14,13 @@ from auto_round.facts.flow import BlockCall
 from auto_round.facts.nested import map_tensors
 from auto_round.models.source import Edits
 
-Place = tuple[object, ...]
+ArgumentPlace = tuple[object, ...]
 """Path to a tensor among the arguments: block, "args" or "kwargs", then positions and keys."""
 
 
-def batch_axes(one: Sequence[BlockCall | None], two: Sequence[BlockCall | None]) -> Mapping[Place, int]:
+def batch_axes(
+    one: Sequence[BlockCall | None], two: Sequence[BlockCall | None]
+) -> Mapping[ArgumentPlace, int]:
     """Batch axis of each argument, found by calling the model with one batch and with twice that batch.
 
     Whether rows share a tensor cannot be seen from one row: BLOOM's alibi is `[batch * heads, 1, length]`,
@@ -31,7 +33,7 @@ def batch_axes(one: Sequence[BlockCall | None], two: Sequence[BlockCall | None])
     Returns:
         Place of a tensor -> the axis that is twice as long in `two`; those of one shape are left out.
     """
-    found: dict[Place, int] = {}
+    found: dict[ArgumentPlace, int] = {}
     for block, (few, many) in enumerate(zip(one, two, strict=True)):
         if few is not None and many is not None:
             _compare((block, "args"), few.args, many.args, found)
@@ -39,7 +41,7 @@ def batch_axes(one: Sequence[BlockCall | None], two: Sequence[BlockCall | None])
     return found
 
 
-def _compare(place: Place, few: Any, many: Any, found: dict[Place, int]) -> None:
+def _compare(place: ArgumentPlace, few: Any, many: Any, found: dict[ArgumentPlace, int]) -> None:
     if isinstance(few, Tensor) and isinstance(many, Tensor) and few.dim() == many.dim():
         grown = [axis for axis in range(few.dim()) if many.shape[axis] == 2 * few.shape[axis]]
         if grown:
@@ -60,7 +62,7 @@ class ArgumentTable:
     """
 
     def __init__(
-        self, axes: Mapping[Place, int] | None = None, *, apart: bool = False, alone: bool = False
+        self, axes: Mapping[ArgumentPlace, int] | None = None, *, apart: bool = False, alone: bool = False
     ) -> None:
         """An empty table.
 
@@ -145,7 +147,7 @@ def _kind(calls: Sequence[BlockCall | None]) -> Hashable:
     )
 
 
-def _alike(place: Place, value: Any) -> Iterator[Hashable]:
+def _alike(place: ArgumentPlace, value: Any) -> Iterator[Hashable]:
     """Shapes of tensors and values of anything else.
 
     What no mask means is the model's affair where it reads images: not always that attention is causal.
@@ -179,10 +181,10 @@ class _Joiner:
         device: where tensors are wanted.
     """
 
-    axes: Mapping[Place, int]
+    axes: Mapping[ArgumentPlace, int]
     device: torch.device
 
-    def __call__(self, values: Sequence[Any], place: Place) -> Any:
+    def __call__(self, values: Sequence[Any], place: ArgumentPlace) -> Any:
         """One argument of the batch from `values`, that argument of each row."""
         first = values[0]
         if any(v is None for v in values) and any(isinstance(v, Tensor) for v in values):
@@ -199,7 +201,7 @@ class _Joiner:
             raise UnsupportedError(f"rows of one batch need different block arguments: {first!r} and others")
         return first
 
-    def _tensor(self, values: Sequence[Tensor], place: Place) -> Tensor:
+    def _tensor(self, values: Sequence[Tensor], place: ArgumentPlace) -> Tensor:
         axis = self.axes.get(place)
         first = values[0]
         if any(v is not first for v in values[1:]):

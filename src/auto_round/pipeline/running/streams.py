@@ -14,7 +14,7 @@ from auto_round.checkpoint.disk import reserve, writing
 from auto_round.config.memory import MemoryOptions
 from auto_round.facts.flow import States
 from auto_round.pipeline.fitting.choose import wants_files
-from auto_round.pipeline.fitting.level import Level, Place
+from auto_round.pipeline.fitting.level import Level, StreamPlace
 from auto_round.pipeline.machine.memory import available_bytes
 
 SAVED_AS = 2
@@ -45,7 +45,7 @@ def home_of_streams(
         nbytes: of all of them, with the targets.
         beside: host memory that the run needs beside them, bytes.
     """
-    if device.type != "cpu" and level.streams is Place.DEVICE:
+    if device.type != "cpu" and level.streams is StreamPlace.DEVICE:
         return Home(device, files=False)
     free = available_bytes()
     return Home(torch.device("cpu"), wants_files(level, memory, nbytes, free - beside if free else None))

@@ -13,7 +13,7 @@ from auto_round.calibration.row import CalibrationRow, joined, masks_of
 from auto_round.facts.flow import States
 from auto_round.models.source import CPU, Stem, Trace
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.running.block_arguments import ArgumentTable, Place, batch_axes
+from auto_round.pipeline.running.block_arguments import ArgumentPlace, ArgumentTable, batch_axes
 from auto_round.pipeline.running.streams import Streams, home_of_streams
 
 
@@ -83,7 +83,9 @@ def _ends(ended: Sequence[Streams], row: int) -> tuple[list[States], list[States
     return reference, quantized
 
 
-def _axes(stem: Stem, rows: Sequence[CalibrationRow], ended: Sequence[Streams]) -> Mapping[Place, int]:
+def _axes(
+    stem: Stem, rows: Sequence[CalibrationRow], ended: Sequence[Streams]
+) -> Mapping[ArgumentPlace, int]:
     """How the blocks' arguments grow with the batch, by the same row once and twice.
 
     One with images is taken where there is one, and a padded one.

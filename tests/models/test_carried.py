@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from auto_round.errors import UnsupportedError
 from auto_round.facts.carried import Carried, CarriedTensor, tensors_in
 from auto_round.facts.flow import BlockCall
-from auto_round.models.earlier_results import Passed
+from auto_round.models.earlier_results import StubCall
 from auto_round.models.find_carried import Carrier, _pieces, find_carriers
 from auto_round.models.folder import FolderSource
 from auto_round.pipeline.fitting.work import row_bytes
@@ -80,7 +80,7 @@ def test_tensors_are_found_wherever_they_lie():
 
 def passed(index, beside, **kwargs):
     x = torch.zeros(1, 2, 3)
-    return Passed(index, (x,), (x,), BlockCall((None,), kwargs), (), beside)
+    return StubCall(index, (x,), (x,), BlockCall((None,), kwargs), (), beside)
 
 
 def test_only_what_is_handed_on_unchanged_is_carried():

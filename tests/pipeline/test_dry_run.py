@@ -17,7 +17,7 @@ from auto_round.pipeline.distilling.cost import LOOKS_BESIDE, passes
 from auto_round.pipeline.distilling.sweep import Sweep
 from auto_round.pipeline.distilling.units import OpenUnit
 from auto_round.pipeline.dry_run import DryRun, dry_run
-from auto_round.pipeline.estimate import Estimate, Rates, estimate
+from auto_round.pipeline.estimate import Rates, RunEstimate, estimate
 from auto_round.pipeline.fitting import states
 from auto_round.pipeline.fitting.level import Level, StreamPlace
 from auto_round.pipeline.fitting.together import Together
@@ -37,7 +37,7 @@ def planned(model, out, **given):
     )
 
 
-def expected_of(dry: DryRun, rates: Rates = RATES) -> Estimate:
+def expected_of(dry: DryRun, rates: Rates = RATES) -> RunEstimate:
     return estimate(workload(dry.job), dry.memory, rates)
 
 

@@ -21,7 +21,7 @@ from auto_round.export import table
 from auto_round.export.exporter import Exporter, TuningFacts
 from auto_round.export.manifest import Manifest
 from auto_round.export.planning import Planner
-from auto_round.export.verification import Finished
+from auto_round.export.verification import WrittenRun
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.tensor import TensorSpec
 from auto_round.log import Progress
@@ -103,7 +103,7 @@ class Boxes(Exporter):
 
         yield read
 
-    def verify(self, folder: Path, run: Finished) -> dict[str, Any]:
+    def verify(self, folder: Path, run: WrittenRun) -> dict[str, Any]:
         """The whole model from the file, through Transformers, against the tuned one."""
         from transformers import AutoModelForCausalLM
 

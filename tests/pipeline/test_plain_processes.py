@@ -11,7 +11,7 @@ from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.plain_processes import follow, prepared
-from auto_round.pipeline.plain_rounding import Rounding
+from auto_round.pipeline.plain_rounding import PlainRounding
 from auto_round.pipeline.quantize import run_job
 from auto_round.testing.tiny_models import save_tiny_model
 from pipeline.runs import ROWS, SHORT, SIZES, tree
@@ -54,13 +54,13 @@ def test_others_round_what_the_first_sends_and_prepare_nothing(model, tmp_path, 
 
     def work(ranks):
         found, times = outcome(options(model, tmp_path / "three", **given), ranks)
-        if isinstance(found, Rounding):
+        if isinstance(found, PlainRounding):
             follow(found, ranks)
         else:
             run_job(found, ignore_progress, Clock())
         return type(found), times
 
-    assert together(3, work) == [(Job, 1), (Rounding, 0), (Rounding, 0)]
+    assert together(3, work) == [(Job, 1), (PlainRounding, 0), (PlainRounding, 0)]
     assert tree(tmp_path / "three") == tree(tmp_path / "one")
 
 

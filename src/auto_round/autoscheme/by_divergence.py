@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from auto_round.autoscheme.outside import begin_rounded, weight_outside
-from auto_round.autoscheme.parts import Part, Setting, Trial, open_block
+from auto_round.autoscheme.parts import Part, ScoringSetting, Trial, open_block
 from auto_round.autoscheme.start import begin
 from auto_round.evaluate.logits import positions_at_once
 from auto_round.facts.flow import States
@@ -23,7 +23,9 @@ STREAM_BYTES = 2 << 30
 """Memory for the streams of one pass."""
 
 
-def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[tuple[Part, list[float]]]:
+def measure(
+    setting: ScoringSetting, parts: Sequence[Part], scratch: Path
+) -> Iterator[tuple[Part, list[float]]]:
     """Mean KL(original || rounded) when one part is rounded, nats per token, for each option.
 
     Args:
@@ -48,7 +50,7 @@ def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[
 
 
 def _pass(
-    setting: Setting, parts: Sequence[Part], table: ArgumentTable, start: States, masks: Tensor | None
+    setting: ScoringSetting, parts: Sequence[Part], table: ArgumentTable, start: States, masks: Tensor | None
 ) -> dict[Trial, float]:
     """Scores of some parts; nothing for options that keep a part."""
     reference = tuple(state.clone() for state in start)
@@ -73,7 +75,7 @@ def _pass(
 
 
 def divergences(
-    setting: Setting, reference: States, moved: Mapping[Trial, Tensor], heads: Sequence[Part]
+    setting: ScoringSetting, reference: States, moved: Mapping[Trial, Tensor], heads: Sequence[Part]
 ) -> dict[Trial, float]:
     """Mean KL of each stream from the reference, and of rounded heads on their stream or the reference.
 

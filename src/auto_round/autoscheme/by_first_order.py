@@ -20,9 +20,9 @@ from auto_round.autoscheme.outside import weight_outside
 from auto_round.autoscheme.parts import (
     OpenBlock,
     Part,
-    Rounded,
-    Setting,
-    StandIn,
+    RoundedLayers,
+    ScoringSetting,
+    WatchedFormat,
     find_parts,
     open_block,
     taken,
@@ -39,7 +39,9 @@ from auto_round.tuning.samples import leaf
 Sums = dict[Part, float]
 
 
-def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[tuple[Part, list[float]]]:
+def measure(
+    setting: ScoringSetting, parts: Sequence[Part], scratch: Path
+) -> Iterator[tuple[Part, list[float]]]:
     """Bound of the change of the mean loss to first order, nats per token, for each option.
 
     Options are measured one after another, and nothing is known of any part before the last one.
@@ -70,7 +72,7 @@ def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[
 class _Pass:
     """The model with all parts rounded by one option, once forward and once backward."""
 
-    setting: Setting
+    setting: ScoringSetting
     option: int
     parts: Sequence[Part]
     table: ArgumentTable
@@ -106,7 +108,7 @@ class _Pass:
         return boundaries
 
     @contextmanager
-    def _opened(self, index: int, flowing: States) -> Iterator[tuple[OpenBlock, dict[Part, Rounded]]]:
+    def _opened(self, index: int, flowing: States) -> Iterator[tuple[OpenBlock, dict[Part, RoundedLayers]]]:
         """A block, and how each of its parts is rounded."""
         mine = [part for part in self.parts if part.block == index]
         with open_block(self.setting, index, self.table, mine) as opened:
@@ -141,7 +143,7 @@ class _Pass:
 
 
 def _of_row(
-    opened: OpenBlock, rounded: Mapping[Part, Rounded], flowing: States, gradient: States, row: int
+    opened: OpenBlock, rounded: Mapping[Part, RoundedLayers], flowing: States, gradient: States, row: int
 ) -> Sums:
     """Scores of the parts of a block on one row; `gradient` of that row moves to what flows in."""
     device, rows = opened.setting.job.device, range(row, row + 1)
@@ -151,7 +153,7 @@ def _of_row(
     weights = {name: weight.detach().requires_grad_() for name, weight in together.parameters.items()}
     inputs = {name: _Recorded(fmt) for name, fmt in together.activations.items()}
     with torch.enable_grad():
-        out = opened.run(states, rows, Rounded(weights, inputs))
+        out = opened.run(states, rows, RoundedLayers(weights, inputs))
     behind = taken(gradient, rows)
     pairs = [(o, g.to(o.device)) for g, o in zip(behind, out, strict=True) if o.requires_grad]
     # What only chooses (a sparse attention's indexer) is computed without gradients.
@@ -175,7 +177,7 @@ def _of_row(
 
 
 @dataclass(frozen=True, slots=True)
-class _Recorded(StandIn):
+class _Recorded(WatchedFormat):
     """An activation format that remembers what it changed: pairs of the change and the rounded inputs."""
 
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -186,10 +188,10 @@ class _Recorded(StandIn):
         return rounded
 
 
-def _together(parts: Iterable[Rounded]) -> Rounded:
+def _together(parts: Iterable[RoundedLayers]) -> RoundedLayers:
     """All parts of a block rounded at once."""
     listed = list(parts)
-    return Rounded(
+    return RoundedLayers(
         {name: weight for part in listed for name, weight in part.parameters.items()},
         {name: fmt for part in listed for name, fmt in part.activations.items()},
     )

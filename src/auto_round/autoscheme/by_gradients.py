@@ -20,7 +20,16 @@ from torch import Tensor
 
 from auto_round.autoscheme.by_divergence import divergences
 from auto_round.autoscheme.outside import begin_rounded
-from auto_round.autoscheme.parts import OpenBlock, Part, Rounded, Setting, StandIn, Trial, open_block, taken
+from auto_round.autoscheme.parts import (
+    OpenBlock,
+    Part,
+    RoundedLayers,
+    ScoringSetting,
+    Trial,
+    WatchedFormat,
+    open_block,
+    taken,
+)
 from auto_round.autoscheme.start import begin
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.evaluate.logits import positions_at_once
@@ -52,7 +61,9 @@ SAVED = "gradients.safetensors"
 """File of the gradient behind the block that is next."""
 
 
-def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[tuple[Part, list[float]]]:
+def measure(
+    setting: ScoringSetting, parts: Sequence[Part], scratch: Path
+) -> Iterator[tuple[Part, list[float]]]:
     """Estimate of the mean KL when one part is rounded, nats per token, for each option.
 
     Args:
@@ -99,7 +110,7 @@ def measure(setting: Setting, parts: Sequence[Part], scratch: Path) -> Iterator[
         yield embedding, [s / (2 * tokens) + h for s, h in zip(squares, at_head, strict=True)]
 
 
-def _of_embedding(setting: Setting, part: Part, start: States, gradient: States) -> list[float]:
+def _of_embedding(setting: ScoringSetting, part: Part, start: States, gradient: States) -> list[float]:
     """Sum of (slope x change)^2 over tokens for each option, of what flows into the first block."""
     sums = []
     for option in setting.options:
@@ -109,7 +120,7 @@ def _of_embedding(setting: Setting, part: Part, start: States, gradient: States)
     return sums
 
 
-def _forward(setting: Setting, table: ArgumentTable, start: States, scratch: Path) -> list[States]:
+def _forward(setting: ScoringSetting, table: ArgumentTable, start: States, scratch: Path) -> list[States]:
     """What flows into each block, and out of the last."""
     job = setting.job
     count = len(job.source.blocks) + 1
@@ -125,7 +136,7 @@ def _forward(setting: Setting, table: ArgumentTable, start: States, scratch: Pat
     return boundaries
 
 
-def _at_the_end(setting: Setting, final: States, masks: Tensor | None) -> States:
+def _at_the_end(setting: ScoringSetting, final: States, masks: Tensor | None) -> States:
     """Gradient of the drawn tokens' log-probability with respect to what flows out of the last block.
 
     Draws are made row by row from a generator of their own, so they do not depend on what runs together.
@@ -191,7 +202,7 @@ def _back(
     return sums
 
 
-def _turns(setting: Setting, trials: Sequence[Trial]) -> list[list[Trial]]:
+def _turns(setting: ScoringSetting, trials: Sequence[Trial]) -> list[list[Trial]]:
     """Trials whose changes are held at a time; at least one turn, in which the gradient moves."""
     turns: list[list[Trial]] = [[]]
     room = CHANGES_BYTES
@@ -258,7 +269,7 @@ class _Slopes:
             for module, formats in self._formats.items()
         }
         with torch.enable_grad():
-            out = self._opened.run(states, rows, Rounded(weights, watched))
+            out = self._opened.run(states, rows, RoundedLayers(weights, watched))
         for one in seen.values():
             one.place.register_hook(partial(self._of_input, one))  # type: ignore[no-untyped-call]
         pairs = [(o, g.to(o.device)) for g, o in zip(behind, out, strict=True) if o.requires_grad]
@@ -295,7 +306,7 @@ class _Input:
 
 
 @dataclass(frozen=True, slots=True)
-class _Watch(StandIn):
+class _Watch(WatchedFormat):
     """Stands for an activation format: changes nothing, and remembers what it saw.
 
     Modules that are given the same input, such as q, k and v, are one place: what its rounding changes in

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auto_round.autoscheme.parts import Part, Setting
+from auto_round.autoscheme.parts import Part, ScoringSetting
 from auto_round.facts.flow import States
 from auto_round.models.source import CPU
 from auto_round.pipeline.running.rounding import round_matrix
 
 
-def weight_outside(setting: Setting, part: Part, option: int) -> Tensor:
+def weight_outside(setting: ScoringSetting, part: Part, option: int) -> Tensor:
     """The head or the embedding rounded by an option, in the dtype that it computes in.
 
     Args:
@@ -30,7 +30,7 @@ def weight_outside(setting: Setting, part: Part, option: int) -> Tensor:
     return q.format.dequantize(q, job.dtype)
 
 
-def begin_rounded(setting: Setting, part: Part, option: int, start: States) -> States:
+def begin_rounded(setting: ScoringSetting, part: Part, option: int, start: States) -> States:
     """What flows into the first block where the embedding is rounded by an option.
 
     Args:

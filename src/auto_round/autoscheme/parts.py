@@ -54,7 +54,7 @@ Trial = tuple[Part, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class ScoringSetting:
     """What is measured, and on what.
 
     Attributes:
@@ -107,7 +107,7 @@ def find_parts(candidates: Candidates) -> tuple[Part, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Rounded:
+class RoundedLayers:
     """What a block computes with when some of its layers are rounded.
 
     Attributes:
@@ -119,12 +119,12 @@ class Rounded:
     activations: Mapping[str, ActivationFormat] = field(default_factory=dict)
 
 
-CLEAN = Rounded()
+CLEAN = RoundedLayers()
 """Nothing is rounded."""
 
 
 @dataclass(frozen=True, slots=True)
-class StandIn:
+class WatchedFormat:
     """Takes the place of an activation format to watch what is rounded; says of itself what that one says.
 
     Attributes:
@@ -163,7 +163,7 @@ class OpenBlock:
         ranges: extremes of inputs; filled by `observe`.
     """
 
-    setting: Setting
+    setting: ScoringSetting
     index: int
     group: BlockGroup
     originals: Mapping[str, Tensor]
@@ -171,7 +171,7 @@ class OpenBlock:
     importance: dict[str, AnyImportance] = field(default_factory=dict)
     ranges: InputRanges = NO_RANGES
 
-    def run(self, states: States, rows: Sequence[int], rounded: Rounded = CLEAN) -> States:
+    def run(self, states: States, rows: Sequence[int], rounded: RoundedLayers = CLEAN) -> States:
         """Outputs of the block for some rows, `[rows, length, width]` each, on its device."""
         args, kwargs = self.arguments(rows)
         device = self.setting.job.device
@@ -180,7 +180,7 @@ class OpenBlock:
             found: States = functional_call(self.group, dict(rounded.parameters), inputs, dict(kwargs))
         return found
 
-    def pass_on(self, states: States, out: States, rounded: Rounded = CLEAN) -> None:
+    def pass_on(self, states: States, out: States, rounded: RoundedLayers = CLEAN) -> None:
         """Run all rows; no gradient.
 
         Args:
@@ -225,7 +225,7 @@ class OpenBlock:
         self.importance = {n: i for n, m in sums.items() if (i := m.importance()) is not None}
         self.ranges = settle_ranges({name: seen.value() for name, seen in extremes.items()})
 
-    def rounded(self, part: Part, option: int) -> Rounded:
+    def rounded(self, part: Part, option: int) -> RoundedLayers:
         """The block with a part rounded by an option.
 
         Raises:
@@ -247,7 +247,7 @@ class OpenBlock:
             q = round_matrix(name, weight, fmt, job.device, importance, efforts[name])
             dtype = computes_in(self.group, name)
             parameters[name] = as_read(q, weight.dtype, dtype, name.removesuffix(WEIGHT) in rounds)
-        return Rounded(parameters, activations)
+        return RoundedLayers(parameters, activations)
 
     def _activations(self, parts: Sequence[Part], option: int) -> dict[str, InputFormat]:
         job, candidates = self.setting.job, self.setting.candidates
@@ -263,7 +263,7 @@ class OpenBlock:
 
 @contextmanager
 def open_block(
-    setting: Setting, index: int, table: ArgumentTable, parts: Sequence[Part]
+    setting: ScoringSetting, index: int, table: ArgumentTable, parts: Sequence[Part]
 ) -> Iterator[OpenBlock]:
     """Read a block for as long as the context lasts.
 

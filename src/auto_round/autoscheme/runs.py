@@ -13,7 +13,7 @@ from torch import nn
 from auto_round.autoscheme.candidates import Candidates, in_gguf, make_candidates
 from auto_round.autoscheme.decision import Decision, Target, decide_on, refuse_unreachable, targets_of
 from auto_round.autoscheme.groups import Fusing, nothing_fused
-from auto_round.autoscheme.parts import Setting
+from auto_round.autoscheme.parts import ScoringSetting
 from auto_round.autoscheme.plan_file import written
 from auto_round.autoscheme.request import Option, gguf_base, is_gguf, read_options, with_scheme
 from auto_round.autoscheme.scores import measured_scores
@@ -287,7 +287,7 @@ def _with_embedding(menu: Menu, name: str, opened: Opened) -> Candidates:
 
 def _setting(
     request: Request, opened: Opened, decided: Decided, candidates: Candidates, given: Given
-) -> Setting:
+) -> ScoringSetting:
     rows = _rows(request, opened, decided, given)
     refuse_unknown_tokens(rows.rows, opened.source)
     opened.source.refuse_untraceable(dtype=torch.float32)
@@ -298,7 +298,7 @@ def _setting(
         caches=None,
         placement=place_layers(request.devices, opened.source, decided.plan),  # other devices measure
     )
-    return Setting(
+    return ScoringSetting(
         job, candidates, search=decided.tune.search, batch_size=request.options.auto.score_batch_size
     )
 

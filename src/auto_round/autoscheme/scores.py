@@ -9,7 +9,7 @@ from typing import Any
 
 from auto_round.autoscheme import by_divergence, by_first_order, by_gradients
 from auto_round.autoscheme.kept_scores import KeptScores, open_scores
-from auto_round.autoscheme.parts import Part, Setting, find_parts
+from auto_round.autoscheme.parts import Part, ScoringSetting, find_parts
 from auto_round.autoscheme.smoothed import smoothed, smoothing_facts
 from auto_round.autoscheme.unscored import with_typical
 from auto_round.config import cache_folder
@@ -32,7 +32,7 @@ Scores = Mapping[Part, list[float]]
 """Part -> loss of each option, nats per token."""
 
 
-def measured_scores(setting: Setting, method: str, progress: ProgressSink, clock: Clock) -> Scores:
+def measured_scores(setting: ScoringSetting, method: str, progress: ProgressSink, clock: Clock) -> Scores:
     """Scores of all parts for all options; of parts that nothing depends on, what is typical (`unscored`).
 
     Args:
@@ -58,7 +58,7 @@ def measured_scores(setting: Setting, method: str, progress: ProgressSink, clock
 
 
 def _measure(
-    setting: Setting,
+    setting: ScoringSetting,
     method: str,
     left: list[Part],
     kept: KeptScores,
@@ -77,7 +77,7 @@ def _measure(
     kept.finish()
 
 
-def _refuse_not_finite(setting: Setting, part: Part, scores: list[float]) -> None:
+def _refuse_not_finite(setting: ScoringSetting, part: Part, scores: list[float]) -> None:
     for label, score in zip(setting.candidates.labels, scores, strict=True):
         if not math.isfinite(score):
             raise NumericsError(
@@ -86,7 +86,7 @@ def _refuse_not_finite(setting: Setting, part: Part, scores: list[float]) -> Non
             )
 
 
-def _signature(setting: Setting, method: str) -> dict[str, Any]:
+def _signature(setting: ScoringSetting, method: str) -> dict[str, Any]:
     """What scores depend on beside the layers and schemes."""
     job = setting.job
     return {

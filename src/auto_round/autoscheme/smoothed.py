@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from auto_round.autoscheme.parts import Setting
+from auto_round.autoscheme.parts import ScoringSetting
 from auto_round.log import ProgressSink
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.deciding.smoothing import gains, rounds_inputs, strength_of
@@ -18,7 +18,7 @@ from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.running.smooth import find_changes, with_changes
 
 
-def smoothing_facts(setting: Setting) -> dict[str, Any] | None:
+def smoothing_facts(setting: ScoringSetting) -> dict[str, Any] | None:
     """What the factors of all channels follow from beside model and rows, as JSON values; None for none.
 
     Scores of another smoothed model are not those of this one, even where strengths agree: other options may
@@ -35,7 +35,7 @@ def smoothing_facts(setting: Setting) -> dict[str, Any] | None:
     }
 
 
-def smoothed(setting: Setting, scratch: Path, progress: ProgressSink, clock: Clock) -> Setting:
+def smoothed(setting: ScoringSetting, scratch: Path, progress: ProgressSink, clock: Clock) -> ScoringSetting:
     """The same setting on the rescaled model, which is the same function; itself where nothing is smoothed.
 
     Args:
@@ -51,7 +51,7 @@ def smoothed(setting: Setting, scratch: Path, progress: ProgressSink, clock: Clo
     return replace(setting, job=replace(rescaled, plan=setting.job.plan))
 
 
-def _gaining(setting: Setting) -> Job:
+def _gaining(setting: ScoringSetting) -> Job:
     """The job, with a plan that gives each layer an option under which it gains, if any."""
     job, plans = setting.job, setting.candidates.plans
     entries = {

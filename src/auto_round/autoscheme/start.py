@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from auto_round.autoscheme.candidates import Candidates
-from auto_round.autoscheme.parts import Setting
+from auto_round.autoscheme.parts import ScoringSetting
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.flow import States
 from auto_round.models.source import ModelSource
@@ -50,7 +50,7 @@ def refuse_unmeasurable(source: ModelSource, candidates: Candidates) -> None:
         )
 
 
-def begin(setting: Setting, scratch: Path) -> tuple[ArgumentTable, States, Tensor | None]:
+def begin(setting: ScoringSetting, scratch: Path) -> tuple[ArgumentTable, States, Tensor | None]:
     """Arguments of all blocks, what flows into the first one, and which positions count.
 
     Args:

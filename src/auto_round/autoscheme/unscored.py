@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import median
 
-from auto_round.autoscheme.parts import Part, Setting
+from auto_round.autoscheme.parts import Part, ScoringSetting
 from auto_round.log import logger
 
 NAMED = 3
 """Layers that the warning names."""
 
 
-def with_typical(setting: Setting, scores: Mapping[Part, list[float]]) -> dict[Part, list[float]]:
+def with_typical(setting: ScoringSetting, scores: Mapping[Part, list[float]]) -> dict[Part, list[float]]:
     """The same scores, and in place of those that are all 0 what a part of this size usually has.
 
     That is, for each option, the median loss per weight of the other parts that it rounds, times the weights.

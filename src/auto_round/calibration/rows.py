@@ -16,7 +16,7 @@ from auto_round.calibration.pictures import ImageReader
 from auto_round.calibration.records import Sample, samples_of
 from auto_round.calibration.row import CalibrationRow, fingerprint, of_one_length
 from auto_round.calibration.shape import Reason, cut_rows, join_rows
-from auto_round.calibration.sources import NOTHING, OfModel, Source, open_item, own_source
+from auto_round.calibration.sources import NOTHING, OfModel, RecordSource, open_item, own_source
 from auto_round.errors import ConfigError
 from auto_round.models.hub import Platform
 
@@ -125,7 +125,7 @@ def load_rows(
 
 def _sources(
     dataset: Dataset, platform: Platform, of_model: OfModel, nsamples: int
-) -> Iterator[tuple[Source, DatasetItem]]:
+) -> Iterator[tuple[RecordSource, DatasetItem]]:
     if isinstance(dataset, Path):
         item = DatasetItem(str(dataset))
         yield open_item(item, platform), item
@@ -150,7 +150,7 @@ def _sources(
 class _Stream:
     """Rows of one data set, made as they are asked for, with a count of what was read and dropped."""
 
-    source: Source
+    source: RecordSource
     item: DatasetItem
     tokenizer: Tokenizer | None
     seqlen: int

@@ -28,7 +28,7 @@ from auto_round.models.hub import Platform
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class RecordSource:
     """Records and how they are meant to be read.
 
     Attributes:
@@ -71,7 +71,7 @@ NOTHING = OfModel()
 
 def open_item(
     item: DatasetItem, platform: Platform = "hf", own_text: SelfText | None = None, wanted: int = 0
-) -> Source:
+) -> RecordSource:
     """Return the source that one item of a data set specification names.
 
     Looked up in this order: the built-in texts, registered names, paths on this machine, `owner/name` of the
@@ -90,22 +90,22 @@ def open_item(
     if (own := built_in(name)) is not None:
         without_splits(own, item.splits)
     if own == PYTHON_DOCS:
-        return Source(PYTHON_DOCS, PythonDocs(), concat=True)
+        return RecordSource(PYTHON_DOCS, PythonDocs(), concat=True)
     if own == SELF:
         if own_text is None:
             raise ConfigError(f'data set "{SELF}" is text that a model writes, and there is no model here')
-        return Source(SELF, own_text.records(item, wanted), keep_order=True, dear=True)
+        return RecordSource(SELF, own_text.records(item, wanted), keep_order=True, dear=True)
     row = find_dataset(name)
     if row is not None:
-        return Source(name, read_hub(row, item.splits, platform), row.fields)
+        return RecordSource(name, read_hub(row, item.splits, platform), row.fields)
     path = Path(name).expanduser()
     if (file := llava_file(name)) is not None and not path.exists():
-        return Source(name, read_llava(file))
+        return RecordSource(name, read_llava(file))
     if _is_path(name, path):
         records, folder = read_path(path, item.splits), path if path.is_dir() else path.parent
-        return Source(path.name, records, concat=path.suffix.lower() == ".txt", folder=folder)
+        return RecordSource(path.name, records, concat=path.suffix.lower() == ".txt", folder=folder)
     _refuse_no_hub_name(name)
-    return Source(name, read_hub(HubDataset((name,), fields=()), item.splits, platform))
+    return RecordSource(name, read_hub(HubDataset((name,), fields=()), item.splits, platform))
 
 
 def check_named(dataset: str) -> None:
@@ -144,7 +144,7 @@ def _refuse_no_hub_name(name: str) -> None:
         )
 
 
-def own_source(records: Iterable[object]) -> Source:
+def own_source(records: Iterable[object]) -> RecordSource:
     """Return the source of the user's own records, taken in their order.
 
     Args:
@@ -153,4 +153,4 @@ def own_source(records: Iterable[object]) -> Source:
     """
     name = "the given data"
     kept: Records = records if isinstance(records, Sequence) else iter(records)
-    return Source(name, kept, keep_order=True)
+    return RecordSource(name, kept, keep_order=True)

@@ -38,7 +38,7 @@ MODEL_HELP: Final[Mapping[str, str]] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class EvaluationRequest:
     """What is evaluated, and how the answer is given.
 
     Attributes:
@@ -56,7 +56,7 @@ class Request:
     output: Path | None = None
 
 
-def read_words(parser: Parser, words: Sequence[str]) -> Request:
+def read_words(parser: Parser, words: Sequence[str]) -> EvaluationRequest:
     """Read the words after `eval`.
 
     Raises:
@@ -67,7 +67,7 @@ def read_words(parser: Parser, words: Sequence[str]) -> Request:
         raise _unknown(unknown)
     given = with_model(vars(found))
     output = given.get("output")
-    return Request(
+    return EvaluationRequest(
         _group(ModelOptions, given),
         _group(EvaluationOptions, given),
         _group(FidelityOptions, given),

@@ -93,14 +93,14 @@ def _run_all(options: Options, ranks: Ranks) -> dict[str, Path]:
     """Do all runs of a request and say what came of them; format -> folder, of several targets the last."""
     from auto_round.pipeline.machine.clock import Clock
     from auto_round.pipeline.plain_processes import follow, prepared
-    from auto_round.pipeline.plain_rounding import Rounding
+    from auto_round.pipeline.plain_rounding import PlainRounding
     from auto_round.pipeline.processes import chosen
 
     clock = Clock()
     jobs = [prepared(part, ranks, _prepare) for part in chosen(options, ranks, _runs)]
     written: dict[str, Path] = {}
     for job in jobs:
-        if isinstance(job, Rounding):
+        if isinstance(job, PlainRounding):
             follow(job, ranks)
             continue
         from auto_round.pipeline.quantize import run_job

@@ -17,7 +17,7 @@ from auto_round.models.replayed_source import ReplayedSource
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.memory import release_freed_memory
-from auto_round.pipeline.plain_rounding import Rounding, bursts, round_layers
+from auto_round.pipeline.plain_rounding import PlainRounding, bursts, round_layers
 from auto_round.pipeline.quantize import groups_of, saved_streams
 from auto_round.pipeline.running.lower import Fitting
 from auto_round.pipeline.running.tune_group import GroupResult, GroupTuning
@@ -131,7 +131,9 @@ class ComponentRun:
         }
         done = len(layers) - len(left)
         for burst in bursts(left):
-            written = round_layers(Rounding.of(self.job), [layers[name] for name in burst], self.outputs.put)
+            written = round_layers(
+                PlainRounding.of(self.job), [layers[name] for name in burst], self.outputs.put
+            )
             self.outputs.sync()
             self.journal.append(*({"unit": name, "tensors": written[name]} for name in burst))
             done += len(burst)

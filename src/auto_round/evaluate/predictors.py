@@ -18,7 +18,7 @@ from auto_round.errors import (
 )
 from auto_round.evaluate.gguf_weights import gguf_weights
 from auto_round.evaluate.subject import Subject
-from auto_round.inference.load_folder import Loading, failures, load_whole
+from auto_round.inference.load_folder import LoadSettings, failures, load_whole
 from auto_round.log import logger
 from auto_round.models.auto_classes import auto_class, auto_class_name
 from auto_round.models.roles import text_model
@@ -109,7 +109,7 @@ def open_model(subject: Subject, how: Opening) -> Any:
     """
     if subject.is_gguf:
         return _open_gguf(subject, how)
-    loading = Loading(subject.method, how.dtype, how.placement, how.trust, how.backend)
+    loading = LoadSettings(subject.method, how.dtype, how.placement, how.trust, how.backend)
     if package := loading.missing_package():
         raise ConfigError(f"Transformers loads {subject.path} with a package: pip install {package}")
     return load_whole(subject.path, loading)

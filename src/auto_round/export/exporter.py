@@ -18,7 +18,7 @@ from auto_round.config.options import Options
 from auto_round.errors import InternalError, Refusal
 from auto_round.export.manifest import Manifest, make_manifest
 from auto_round.export.planning import Planner
-from auto_round.export.verification import Finished
+from auto_round.export.verification import WrittenRun
 from auto_round.facts.attention import Attention
 from auto_round.facts.layer import Block, Layer
 from auto_round.facts.loading import Loading
@@ -295,7 +295,7 @@ class Exporter(ABC):
         """Why Transformers does not read what others do, for people; empty where it reads it."""
         return ""
 
-    def verify(self, folder: Path, run: Finished) -> dict[str, Any]:
+    def verify(self, folder: Path, run: WrittenRun) -> dict[str, Any]:
         """Reload the output as its users would, and compare it with the tuned model; returns the figures.
 
         What Transformers does not read is not loaded.

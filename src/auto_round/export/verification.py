@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from auto_round.export.exporter import Exporter
 
 
-class Finished(Protocol):
+class WrittenRun(Protocol):
     """A run whose outputs are written, and the tuned model that they should be."""
 
     @property

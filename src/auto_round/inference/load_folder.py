@@ -24,7 +24,7 @@ PACKAGES = {"compressed-tensors": ("compressed_tensors", "compressed-tensors")}
 
 
 @dataclass(frozen=True, slots=True)
-class Loading:
+class LoadSettings:
     """How a folder is loaded.
 
     Attributes:
@@ -47,7 +47,7 @@ class Loading:
         return package if module and importlib.util.find_spec(module) is None else ""
 
 
-def load_folder(folder: Path, how: Loading) -> tuple[Any, list[str]]:
+def load_folder(folder: Path, how: LoadSettings) -> tuple[Any, list[str]]:
     """The model of a folder in evaluation mode, and names of its weights that the folder lacks.
 
     Raises:
@@ -67,7 +67,7 @@ def load_folder(folder: Path, how: Loading) -> tuple[Any, list[str]]:
     return model.eval(), sorted(found["missing_keys"])
 
 
-def load_whole(folder: Path, how: Loading, what: str = "it", advice: str = "") -> Any:
+def load_whole(folder: Path, how: LoadSettings, what: str = "it", advice: str = "") -> Any:
     """The model of a folder with all of its weights, in the dtype that is asked for.
 
     Args:

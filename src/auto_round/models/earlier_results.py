@@ -29,7 +29,7 @@ _ROUNDINGS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
+class StubCall:
     """One call of a stub.
 
     Attributes:
@@ -96,7 +96,7 @@ def gradients_from(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def check_calls(first: Sequence[Passed], second: Sequence[Passed]) -> None:
+def check_calls(first: Sequence[StubCall], second: Sequence[StubCall]) -> None:
     """Refuse a model whose blocks get other arguments when the stubs hand on other numbers.
 
     Args:

@@ -22,7 +22,7 @@ from torch import Tensor
 from auto_round.facts.carried import Carried, CarriedTensor, Path, tensors_in
 from auto_round.facts.flow import BlockCall, States
 from auto_round.facts.nested import map_tensors
-from auto_round.models.earlier_results import Passed, arguments, untraceable
+from auto_round.models.earlier_results import StubCall, arguments, untraceable
 from auto_round.models.materialize import META
 from auto_round.models.rehearsal import WANTS_WEIGHTS, RehearsedBlock, WeightlessProducts
 from auto_round.models.source import Trace
@@ -52,7 +52,7 @@ class Carrier:
     empty: MutableMapping[Any, Any] | None
 
 
-def find_carriers(seen: Sequence[Passed]) -> tuple[Carrier, ...]:
+def find_carriers(seen: Sequence[StubCall]) -> tuple[Carrier, ...]:
     """Values that the blocks of a list hand on.
 
     Args:
@@ -74,7 +74,7 @@ def find_carriers(seen: Sequence[Passed]) -> tuple[Carrier, ...]:
     return (*filled, *returned)
 
 
-def _arguments(passed: Passed) -> Iterator[tuple[str, Any]]:
+def _arguments(passed: StubCall) -> Iterator[tuple[str, Any]]:
     return arguments(passed.call, passed.parameters)
 
 
@@ -82,7 +82,7 @@ def _is_empty_mapping(value: Any) -> bool:
     return isinstance(value, MutableMapping) and not value
 
 
-def _place(values: Sequence[Any], seen: Sequence[Passed]) -> int | None:
+def _place(values: Sequence[Any], seen: Sequence[StubCall]) -> int | None:
     """Where each block returns what the next one is given; None where one is given anything else.
 
     A model may give all blocks what the first one returned, say: then nothing is known of the others.

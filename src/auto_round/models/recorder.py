@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from auto_round.facts.carried import Carried
 from auto_round.facts.flow import Axes, BlockCall, Flow, States, split_call
-from auto_round.models.earlier_results import Passed, untraceable
+from auto_round.models.earlier_results import StubCall, untraceable
 from auto_round.models.families import parameter_names
 from auto_round.models.find_carried import Carrier
 from auto_round.models.source import Edits, Trace
@@ -49,11 +49,11 @@ class Recorder:
         self.carried: Sequence[tuple[Carried, ...]] = ()
         self.filling: Mapping[str, Mapping[Any, Any]] = {}
         self._flows = flows
-        self._seen: list[Passed] = []
+        self._seen: list[StubCall] = []
         self._versions: list[int] = []
 
     @property
-    def seen(self) -> tuple[Passed, ...]:
+    def seen(self) -> tuple[StubCall, ...]:
         """All calls since `start`, in order."""
         return tuple(self._seen)
 
@@ -87,7 +87,7 @@ class Recorder:
         output = tuple(handed[name] for name in flow.returned)
         first = len(output) + flow.settled
         beside = {place: self._beside() for place in range(first, self.returned)}
-        self._seen.append(Passed(index, states, passed, call, parameters, beside))
+        self._seen.append(StubCall(index, states, passed, call, parameters, beside))
         if self.returned > len(output):
             return (*output, *(None,) * flow.settled, *beside.values())
         return output if self.returned or len(output) > 1 else output[0]

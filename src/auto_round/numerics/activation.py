@@ -93,7 +93,7 @@ class TokenInt:
         return (u + zero).clamp_(-half, half - 1).round_().sub_(zero).mul_(step)
 
 
-class Rounding(Protocol):
+class Rounder(Protocol):
     """What a straight-through rounding rounds with."""
 
     def round(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Rounding(Protocol):
         ...
 
 
-def straight_through(x: Tensor, fmt: Rounding) -> Tensor:
+def straight_through(x: Tensor, fmt: Rounder) -> Tensor:
     """`fmt.round(x)`, whose gradient passes to `x` unchanged."""
     return _StraightThrough.apply(x, fmt)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -114,7 +114,7 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fmt: Rounding) -> Tensor:
+    def forward(ctx: Any, x: Tensor, fmt: Rounder) -> Tensor:
         return fmt.round(x)
 
     @staticmethod

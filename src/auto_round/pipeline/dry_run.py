@@ -22,7 +22,7 @@ from auto_round.pipeline.deciding.plan_table import plan_table
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.deciding.smoothing import wanted_strength
 from auto_round.pipeline.disk_need import DiskNeed, disk_need, free_bytes
-from auto_round.pipeline.estimate import Estimate, Rates, estimate, measure_rates
+from auto_round.pipeline.estimate import Rates, RunEstimate, estimate, measure_rates
 from auto_round.pipeline.fitting.accelerators import Machines, read_machines
 from auto_round.pipeline.fitting.paper import Paper, on_paper
 from auto_round.pipeline.fitting.plan import MemoryPlan
@@ -56,7 +56,7 @@ class DryRun:
     memory: MemoryPlan
     paper: Paper | None
     rates: Rates
-    estimate: Estimate
+    estimate: RunEstimate
     disk: DiskNeed
     available_bytes: int
     free_bytes: int

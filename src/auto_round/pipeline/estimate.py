@@ -42,7 +42,7 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class RunEstimate:
     """What a run is expected to take.
 
     Attributes:
@@ -58,7 +58,7 @@ class Estimate:
     together: float
 
 
-def estimate(work: Workload, plan: MemoryPlan, rates: Rates) -> Estimate:
+def estimate(work: Workload, plan: MemoryPlan, rates: Rates) -> RunEstimate:
     """Estimate a run; nothing is read but shapes.
 
     Args:
@@ -68,7 +68,7 @@ def estimate(work: Workload, plan: MemoryPlan, rates: Rates) -> Estimate:
     """
     sizes = measure_sizes(work)
     together = stage_seconds(work, plan.level, rates.operations, rates.bandwidth)
-    return Estimate(
+    return RunEstimate(
         host_bytes=plan.host_bytes,
         device_bytes=plan.device_bytes,
         seconds=_seconds(work, sizes, rates) + together,

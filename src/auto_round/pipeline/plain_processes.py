@@ -21,14 +21,14 @@ from auto_round.models.hub import resolve_model
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.pipeline.machine.device import choose_device
-from auto_round.pipeline.plain_rounding import Rounding, Rules, help_rounding
+from auto_round.pipeline.plain_rounding import PlainRounding, Rules, help_rounding
 from auto_round.pipeline.processes import refuse_differences, shared
 from auto_round.pipeline.writing.signature import arithmetic
 from auto_round.ranks.ranks import Ranks
 from auto_round.stored.unpacked import Unpacked, open_plain
 
 
-def prepared(options: Options, ranks: Ranks, prepare: Callable[[Options], Job]) -> Job | Rounding:
+def prepared(options: Options, ranks: Ranks, prepare: Callable[[Options], Job]) -> Job | PlainRounding:
     """A run prepared by all of its processes, or plain rounding prepared by the first one.
 
     Args:
@@ -60,7 +60,7 @@ def prepared(options: Options, ranks: Ranks, prepare: Callable[[Options], Job]) 
 
 
 @plain_device()
-def follow(rounding: Rounding, ranks: Ranks) -> None:
+def follow(rounding: PlainRounding, ranks: Ranks) -> None:
     """What a process does that only rounds: its part of the work, then wait until all of it is written."""
     if ranks.first(None) is not None:
         help_rounding(rounding, ranks)
@@ -80,7 +80,7 @@ def _telling(job: Job) -> Rules | None:
     return Rules.of(job)
 
 
-def _as_told(told: Rules, options: Options, ranks: Ranks) -> Rounding:
+def _as_told(told: Rules, options: Options, ranks: Ranks) -> PlainRounding:
     """Rounding of the model that the options name, as the first process says.
 
     Raises:
@@ -91,7 +91,7 @@ def _as_told(told: Rules, options: Options, ranks: Ranks) -> Rounding:
     folder = resolve_model(options.model.model, platform=options.model.platform, trust_remote_code=trust)
     files = open_plain(Checkpoint.open(folder), read_object(folder / "config.json"))
     _refuse_others(ranks, device, files_fingerprint(files))
-    return Rounding(
+    return PlainRounding(
         rules=told,
         read=lambda layer: read_matrix(layer, files.read, files.read_entry),
         device_of=lambda layer: device,

@@ -79,7 +79,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
+class PlainRounding:
     """What plain rounding takes beside layers and formats.
 
     Attributes:
@@ -95,7 +95,7 @@ class Rounding:
     device: torch.device
 
     @classmethod
-    def of(cls, job: Job) -> Rounding:
+    def of(cls, job: Job) -> PlainRounding:
         """What a job says of it."""
         return cls(Rules.of(job), job.source.read, job.device_of, job.device)
 
@@ -118,7 +118,7 @@ def round_together(job: Job, layers: Sequence[tuple[Layer, Format]], outputs: Ou
     Raises:
         NumericsError: a weight is not finite; names the tensor.
     """
-    ranks, rounding = job.ranks, Rounding.of(job)
+    ranks, rounding = job.ranks, PlainRounding.of(job)
     if ranks.size == 1:
         return round_layers(rounding, layers, outputs.put)
     shares = ranks.first(_shares(layers, ranks.size))
@@ -129,7 +129,7 @@ def round_together(job: Job, layers: Sequence[tuple[Layer, Format]], outputs: Ou
     return written
 
 
-def help_rounding(rounding: Rounding, ranks: Ranks) -> None:
+def help_rounding(rounding: PlainRounding, ranks: Ranks) -> None:
     """What the other ranks do of it: they round and pack what the first one sends, until it sends no more.
 
     Raises:
@@ -181,7 +181,7 @@ def _by_layer(tensors: Mapping[tuple[str, str, str], Tensor]) -> dict[str, dict[
 
 
 def round_layers(
-    rounding: Rounding, layers: Sequence[tuple[Layer, Format]], put: Callable[[Layer, QuantizedLayer], T]
+    rounding: PlainRounding, layers: Sequence[tuple[Layer, Format]], put: Callable[[Layer, QuantizedLayer], T]
 ) -> dict[str, T]:
     """Read, round, pack and write layers; layer name -> what `put` gave.
 
@@ -214,7 +214,7 @@ def round_layers(
         return dict(pool.map(work, largest_first))
 
 
-def _bound(rounding: Rounding, layers: Sequence[tuple[Layer, Format]]) -> dict[str, Format]:
+def _bound(rounding: PlainRounding, layers: Sequence[tuple[Layer, Format]]) -> dict[str, Format]:
     """Formats of the layers that share a number with others, bound to the ranges of all of them.
 
     These are read twice. Layers that share a number lie in one block, and so in one burst.

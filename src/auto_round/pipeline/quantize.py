@@ -32,7 +32,7 @@ from auto_round.pipeline.machine.determinism import deterministic_kernels
 from auto_round.pipeline.machine.memory import keep_freed_memory, release_freed_memory
 from auto_round.pipeline.plain_rounding import (
     NOTHING_LEFT,
-    Rounding,
+    PlainRounding,
     bursts,
     help_rounding,
     round_together,
@@ -117,7 +117,7 @@ def _follow(job: Job, clock: Clock) -> Result:
     """What a rank does that is not the first: its part of the work, then wait until all of it is written."""
     begun: Begun | None = job.ranks.first(None)
     if begun is not None and job.rows is None:
-        help_rounding(Rounding.of(job), job.ranks)
+        help_rounding(PlainRounding.of(job), job.ranks)
     elif begun is not None:
         job = job if begun.rows is None else replace(job, rows=begun.rows, tuned=begun.tuned)
         job = with_changes(job, begun.changes) if begun.changes else job

@@ -22,7 +22,7 @@ LARGEST: Final = "largest"
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class ConfidenceInterval:
     """A figure with its interval of 95 %."""
 
     value: float
@@ -49,13 +49,13 @@ class Fidelity:
 
     text: str
     positions: int
-    kl: Mapping[str, Estimate]
-    reverse: Mapping[str, Estimate]
+    kl: Mapping[str, ConfidenceInterval]
+    reverse: Mapping[str, ConfidenceInterval]
     largest: tuple[float, float]
-    ratio: Estimate
+    ratio: ConfidenceInterval
     perplexities: tuple[float, float]
-    same_top: Estimate
-    rms: Estimate
+    same_top: ConfidenceInterval
+    rms: ConfidenceInterval
     floor: float | None = None
 
     @property
@@ -100,5 +100,5 @@ def fidelity_of(values: Mapping[str, Any], file: Path) -> Fidelity | None:
         ) from error
 
 
-def _estimate(part: Mapping[str, Any]) -> Estimate:
-    return Estimate(*(float(part[name]) for name in ("value", "low", "high")))
+def _estimate(part: Mapping[str, Any]) -> ConfidenceInterval:
+    return ConfidenceInterval(*(float(part[name]) for name in ("value", "low", "high")))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from auto_round.report.draw import Words
-from auto_round.report.fidelity import LARGEST, QUANTILES, Estimate, Fidelity
-from auto_round.report.plots_quality import Band, quantiles_picture
+from auto_round.report.fidelity import LARGEST, QUANTILES, ConfidenceInterval, Fidelity
+from auto_round.report.plots_quality import QuantileBand, quantiles_picture
 from auto_round.report.section import Section
 from auto_round.report.table import NONE, Cell, Table, number, share
 
@@ -73,10 +73,10 @@ def fidelity_of_runs(runs: Mapping[str, Fidelity]) -> Section:
     return Section("fidelity", "Fidelity on a text", (text,), picture, (table,))
 
 
-def _band(found: Fidelity) -> Band:
+def _band(found: Fidelity) -> QuantileBand:
     shares = [name for name in QUANTILES if name != "mean"]
     names = [QUANTILES[name] for name in shares]
-    return Band(
+    return QuantileBand(
         [*names, LARGEST],
         [*(found.kl[name].value for name in shares), found.largest[0]],
         [*(found.kl[name].low for name in shares), found.largest[0]],
@@ -84,5 +84,5 @@ def _band(found: Fidelity) -> Band:
     )
 
 
-def _cells(found: Estimate) -> Iterator[Cell]:
+def _cells(found: ConfidenceInterval) -> Iterator[Cell]:
     yield from (number(found.value), number(found.low), number(found.high))

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from auto_round.report import plots_run
 from auto_round.report.draw import Picture, Words
-from auto_round.report.run import PlanLine, Unit
+from auto_round.report.run import PlanLine, UnitRecord
 from auto_round.report.section import Page, Section, Tile
 from auto_round.report.table import Table, number, share
 from auto_round.units import size
@@ -106,8 +106,8 @@ def _plan(name: str, part: Mapping[str, Any]) -> Section:
 
 
 def _losses(name: str, part: Mapping[str, Any]) -> Section | None:
-    known = Unit.__dataclass_fields__
-    units = [Unit(**{k: v for k, v in entry.items() if k in known}) for entry in part["blocks"]]
+    known = UnitRecord.__dataclass_fields__
+    units = [UnitRecord(**{k: v for k, v in entry.items() if k in known}) for entry in part["blocks"]]
     tuned = [unit for unit in units if unit.loss is not None]
     if not tuned:
         return None

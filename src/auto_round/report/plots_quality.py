@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from auto_round.report.draw import Picture, Words, legend, picture, plain_numbers, whole_numbers
-from auto_round.report.run import Spread, Unit
+from auto_round.report.run import Spread, UnitRecord
 from auto_round.report.theme import SERIES, light
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def spread_picture(words: Words, spreads: Mapping[str, Spread]) -> Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Band:
+class QuantileBand:
     """Divergences with their intervals.
 
     Attributes:
@@ -121,7 +121,7 @@ class Band:
     high: Sequence[float]
 
 
-def quantiles_picture(words: Words, bands: Mapping[str, Band], floor: float | None) -> Picture:
+def quantiles_picture(words: Words, bands: Mapping[str, QuantileBand], floor: float | None) -> Picture:
     """Divergence that a share of the predictions stays below, one line a run, with its interval.
 
     Args:
@@ -153,7 +153,7 @@ def quantiles_picture(words: Words, bands: Mapping[str, Band], floor: float | No
     return picture(words, 240 + 16 * (len(bands) // 2), paint)
 
 
-def losses_of_runs(words: Words, runs: Mapping[str, Sequence[Unit]]) -> Picture:
+def losses_of_runs(words: Words, runs: Mapping[str, Sequence[UnitRecord]]) -> Picture:
     """Loss that was kept in each block, one line a run."""
 
     def paint(axes: Sequence[Axes]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from auto_round.report.draw import Picture, Words, legend, picture, plain_numbers, whole_numbers
 from auto_round.report.record import UnitCost
-from auto_round.report.run import PlanLine, Sensitivity, Unit
+from auto_round.report.run import PlanLine, Sensitivity, UnitRecord
 from auto_round.report.theme import HEAT, light, tone_of_bits
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def plan_picture(words: Words, plan: Sequence[PlanLine], blocks: int) -> Picture
     return _rows_picture(words, rows, keys)
 
 
-def errors_picture(words: Words, units: Sequence[Unit]) -> Picture:
+def errors_picture(words: Words, units: Sequence[UnitRecord]) -> Picture:
     """Kinds of layers x blocks, coloured by the share of their output that rounding changed."""
     values = [(kind, at, error) for at, unit in enumerate(units) for kind, error in unit.errors.items()]
     return _heat(words, values, lambda value: f"{100 * value:.2g} %")
@@ -87,7 +87,7 @@ def sensitivity_picture(words: Words, found: Sensitivity, option: str) -> Pictur
     return _heat(words, values, lambda value: f"{value:.2g}")
 
 
-def losses_picture(words: Words, units: Sequence[Unit]) -> Picture:
+def losses_picture(words: Words, units: Sequence[UnitRecord]) -> Picture:
     """Loss of each block before and after tuning, and what was gained."""
     before = [unit.initial_loss or 0.0 for unit in units]
     after = [unit.loss or 0.0 for unit in units]
@@ -112,7 +112,7 @@ def losses_picture(words: Words, units: Sequence[Unit]) -> Picture:
     return picture(words, 330, paint, shares=(3, 2))
 
 
-def massive_picture(words: Words, units: Sequence[Unit]) -> Picture:
+def massive_picture(words: Words, units: Sequence[UnitRecord]) -> Picture:
     """Share of each block's energy that few tokens hold."""
     at = range(len(units))
 

@@ -42,7 +42,7 @@ class PlanLine:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class UnitRecord:
     """A block, or neighbouring blocks tuned as one; an entry of `blocks` in `report.json`.
 
     Attributes:
@@ -67,7 +67,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceCounts:
     """What one data set gave: samples read, rows made, reasons for which others were dropped."""
 
     name: str
@@ -87,7 +87,7 @@ class Calibration:
     tokens_per_row: int
     dataset: str = ""
     tokens_tuned: int | None = None
-    sources: Sequence[Source] = ()
+    sources: Sequence[SourceCounts] = ()
     letters: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -180,7 +180,7 @@ class Run:
     model: str = "model"
     seed: int | None = None
     plan: Sequence[PlanLine] = ()
-    units: Sequence[Unit] = ()
+    units: Sequence[UnitRecord] = ()
     calibration: Calibration | None = None
     held_out: HeldOut | None = None
     sensitivity: Sensitivity | None = None
@@ -205,7 +205,7 @@ class Run:
         return "mixed: " + ", ".join(found) if len(found) > 1 else self.scheme
 
     @property
-    def tuned(self) -> list[Unit]:
+    def tuned(self) -> list[UnitRecord]:
         """Units with losses."""
         return [unit for unit in self.units if unit.loss is not None and unit.initial_loss is not None]
 
@@ -261,8 +261,9 @@ def run_of(report: Mapping[str, Any], record: Mapping[str, Any] | None, label: s
             "bytes_after": _filled(report, "bytes_after"),
             "layers": _filled(report, "layers"),
             "plan": [_made(PlanLine, line) for line in report.get("plan", ())],
-            "units": [_made(Unit, unit) for unit in report.get("blocks", ()) if "errors" in unit],
-            "calibration": data and _made(Calibration, data, sources=_all(Source, data.get("sources", ()))),
+            "units": [_made(UnitRecord, unit) for unit in report.get("blocks", ()) if "errors" in unit],
+            "calibration": data
+            and _made(Calibration, data, sources=_all(SourceCounts, data.get("sources", ()))),
             "held_out": held and _made(HeldOut, held, kl_histogram=_spread(held)),
             "sensitivity": scores and _made(Sensitivity, scores, layers=_all(LayerScore, scores["layers"])),
             "record": record and RunRecord.from_json(record),

@@ -27,7 +27,7 @@ NO_GRID = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Rounded:
+class RoundedWeights:
     """Weights rounded once for all rows of a step, and the gradients that these rows give them.
 
     Attributes:
@@ -42,7 +42,7 @@ class Rounded:
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
+class ForwardPass:
     """Some rows that went through blocks, with all that gradients need on their way back.
 
     Attributes:
@@ -127,16 +127,16 @@ class Student:
             if key.startswith((LOW, HIGH, RATIO)):
                 value.clamp_(0.0, MAX_KNOB)
 
-    def rounded(self) -> Rounded:
+    def rounded(self) -> RoundedWeights:
         """Round the weights so that gradients can follow; `gradients` ends what this begins."""
         for key in self._learned:
             self.values[key].requires_grad_(True)
         with torch.enable_grad():
             made = fake_weights(self.weights, hold=True) | self._norms()
         used = {name: value.detach().requires_grad_() for name, value in made.items()}
-        return Rounded(tuple(made.values()), used, [None] * len(made))
+        return RoundedWeights(tuple(made.values()), used, [None] * len(made))
 
-    def run(self, rounded: Rounded, inputs: States, args: tuple[Any, ...]) -> Passed:
+    def run(self, rounded: RoundedWeights, inputs: States, args: tuple[Any, ...]) -> ForwardPass:
         """Let some rows through.
 
         Args:
@@ -147,10 +147,10 @@ class Student:
         leaves = tuple(leaf(state) for state in inputs)
         with torch.enable_grad():
             outputs = functional_call(self._block, dict(rounded.used), (*leaves, *args))
-        return Passed(leaves, states_of(outputs, range(len(leaves))))
+        return ForwardPass(leaves, states_of(outputs, range(len(leaves))))
 
     def pull_back(
-        self, rounded: Rounded, passed: Passed, gradients: Sequence[Tensor | None]
+        self, rounded: RoundedWeights, passed: ForwardPass, gradients: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of what flowed in; those of the weights are added to what other rows gave.
 
@@ -165,7 +165,7 @@ class Student:
         behind = iter(found[len(rounded.used) :])
         return tuple(next(behind) if state.requires_grad else None for state in passed.inputs)
 
-    def gradients(self, rounded: Rounded) -> dict[str, Tensor]:
+    def gradients(self, rounded: RoundedWeights) -> dict[str, Tensor]:
         """Gradients of `values` by name, summed over all rows; none of what the rows did not reach."""
         wanted = [self.values[key] for key in self._learned]
         through = _pulled_back(rounded.made, rounded.total, wanted)
@@ -180,7 +180,7 @@ class Student:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class UntunedWeight:
     """A weight and its format, of which nothing is learned yet.
 
     Attributes:
@@ -196,7 +196,7 @@ class Source:
     dtype: torch.dtype
 
 
-def weight_of(name: str, source: Source, learned: Mapping[str, Tensor]) -> Weight | Rescaled:
+def weight_of(name: str, source: UntunedWeight, learned: Mapping[str, Tensor]) -> Weight | Rescaled:
     """A weight with what is learned of it, by the names of `Student.values`; codes that are known stay.
 
     Args:

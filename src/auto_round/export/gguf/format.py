@@ -27,7 +27,7 @@ from auto_round.export.gguf.tensors import Change
 from auto_round.export.gguf.verify import verify_gguf
 from auto_round.export.manifest import Manifest
 from auto_round.export.planning import Planned, Planner
-from auto_round.export.verification import Finished
+from auto_round.export.verification import WrittenRun
 from auto_round.facts.layer import Layer
 from auto_round.facts.tensor import TensorSpec
 from auto_round.layouts.gguf import GGUF_BLOCKS
@@ -205,7 +205,7 @@ class GgufFormat(Exporter):
         """Parts by name, as bytes."""
         yield partial(self._file.read_part, folder)
 
-    def verify(self, folder: Path, run: Finished) -> dict[str, Any]:
+    def verify(self, folder: Path, run: WrittenRun) -> dict[str, Any]:
         """Read the file with the `gguf` package, and with llama.cpp where it is installed."""
         found = verify_gguf(self._file, folder, run)
         return found if self.mmproj is None else found | self.mmproj.check(folder, run.source.read_tensor)

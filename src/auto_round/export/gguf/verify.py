@@ -15,7 +15,7 @@ from auto_round.export.gguf.file import GgufFile
 from auto_round.export.gguf.library import gguf
 from auto_round.export.gguf.nvfp4 import KIND, scale_name
 from auto_round.export.gguf.tensors import Change, GgufTensor
-from auto_round.export.verification import Finished
+from auto_round.export.verification import WrittenRun
 from auto_round.models.source import matrix_reader
 
 ROWS = 64
@@ -45,7 +45,7 @@ TOKENS = 128
 """Tokens that llama.cpp is asked about."""
 
 
-def verify_gguf(file: GgufFile, folder: Path, run: Finished) -> dict[str, Any]:
+def verify_gguf(file: GgufFile, folder: Path, run: WrittenRun) -> dict[str, Any]:
     """Read a file back and compare it with the source; what was found.
 
     The `gguf` package reads every tensor's name, shape and type, and dequantizes some rows of each. Where
@@ -61,7 +61,7 @@ def verify_gguf(file: GgufFile, folder: Path, run: Finished) -> dict[str, Any]:
     return found
 
 
-def _tensors(file: GgufFile, folder: Path, run: Finished) -> dict[str, Any]:
+def _tensors(file: GgufFile, folder: Path, run: WrittenRun) -> dict[str, Any]:
     path = folder / file.name
     read = {tensor.name: tensor for tensor in gguf().GGUFReader(path).tensors}
     original = matrix_reader(run.source)
@@ -89,7 +89,7 @@ def _tensors(file: GgufFile, folder: Path, run: Finished) -> dict[str, Any]:
     return {"tensors": len(read), "largest_error": where}
 
 
-def _incomparable(run: Finished, file: GgufFile, wanted: GgufTensor) -> bool:
+def _incomparable(run: WrittenRun, file: GgufFile, wanted: GgufTensor) -> bool:
     """Whether a tensor is not the source's, rounded: it comes from elsewhere, or was tuned."""
     retrained = file.types[wanted.name] == "f32" and run.norms_tuned
     return not wanted.pieces or retrained or wanted.change is Change.SCALE

@@ -12,7 +12,7 @@ import torch
 
 from auto_round.errors import AutoRoundError, CheckpointError
 from auto_round.export.hf_config import read_config
-from auto_round.inference.load_folder import Loading, failures, load_whole
+from auto_round.inference.load_folder import LoadSettings, failures, load_whole
 from auto_round.log import logger
 from auto_round.models.roles import text_model
 from auto_round.pipeline.fitting.choose import RELOADED
@@ -59,10 +59,10 @@ class Reader:
         with _failures(folder):
             return load_whole(folder, self._loading(), _WHAT, f". {_REPORT}")
 
-    def _loading(self) -> Loading:
+    def _loading(self) -> LoadSettings:
         on_cpu = self.device.type == "cpu"
         placement = {} if on_cpu else {"device_map": {"": str(self.device)}}
-        return Loading(self.method, self.dtype, placement, self.trust)
+        return LoadSettings(self.method, self.dtype, placement, self.trust)
 
 
 _WHAT = "what was written"

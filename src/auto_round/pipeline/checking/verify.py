@@ -55,7 +55,7 @@ NEW_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class TunedModel:
-    """What was tuned, as exporters compare it with what they wrote; see `export.verification.Finished`.
+    """What was tuned, as exporters compare it with what they wrote; see `export.verification.WrittenRun`.
 
     Attributes:
         job: the run.

@@ -25,7 +25,7 @@ from auto_round.pipeline.distilling.units import OpenUnit, Rows, Units
 from auto_round.pipeline.running.streams import Home, room_like
 from auto_round.tuning.distill import DistillConfig, take_step
 from auto_round.tuning.predictions import Ends, summed_divergence
-from auto_round.tuning.student import Passed, Rounded
+from auto_round.tuning.student import ForwardPass, RoundedWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,8 @@ class _Going:
     """
 
     here: OpenUnit
-    rounded: Rounded
-    passes: Iterator[tuple[list[int], Passed]]
+    rounded: RoundedWeights
+    passes: Iterator[tuple[list[int], ForwardPass]]
     memory: ExitStack
 
 
@@ -179,7 +179,9 @@ class Sweep:
         rounded = here.student.rounded()
         return _Going(here, rounded, self._passes(here, rounded, inputs), own)
 
-    def _passes(self, here: OpenUnit, rounded: Rounded, inputs: States) -> Iterator[tuple[list[int], Passed]]:
+    def _passes(
+        self, here: OpenUnit, rounded: RoundedWeights, inputs: States
+    ) -> Iterator[tuple[list[int], ForwardPass]]:
         device, samples = here.unit.device, here.samples(inputs)
         for some in samples.passes(range(here.rows.count), here.at_once):
             index = list(some)

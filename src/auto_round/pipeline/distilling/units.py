@@ -28,7 +28,7 @@ from auto_round.pipeline.running.tune_group import make_unit
 from auto_round.pipeline.running.unit import Unit, as_read, bound_formats
 from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.samples import Samples, run_block
-from auto_round.tuning.student import NORM, Source, Student, weight_of
+from auto_round.tuning.student import NORM, Student, UntunedWeight, weight_of
 from auto_round.tuning.weights import Rescaled, Weight, measured
 
 LARGE = 1 << 23
@@ -183,7 +183,7 @@ class Units:
             original = unit.originals[name]
             stats = measured(name, fmt, original)
             dtype = computes_in(unit.group, name)
-            plain = Source(fmt.bind(stats), original, stats, dtype)
+            plain = UntunedWeight(fmt.bind(stats), original, stats, dtype)
             weights[name] = weight_of(name, plain, learned)
         norms: dict[str, Tensor] = {}
         for name, value in flat.items():

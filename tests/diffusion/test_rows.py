@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from auto_round.diffusion.record import Recorder, joined, kept_steps, one_row
-from auto_round.diffusion.rows import Rows, RowWriter
+from auto_round.diffusion.record import PipelineRecorder, joined, kept_steps, one_row
+from auto_round.diffusion.rows import RecordedRows, RowWriter
 from auto_round.errors import UnsupportedError
 
 
@@ -51,15 +51,15 @@ def test_rows_on_disk(tmp_path):
     rows = [{name: one_row(value, i, 2) for name, value in call.items()} for i in range(2)]
     for i, row in enumerate(rows):
         writer.add(i, 5, 7.0, row)
-    assert Rows.open(tmp_path) is None  # not finished
+    assert RecordedRows.open(tmp_path) is None  # not finished
     writer.finish()
-    found = Rows.open(tmp_path)
+    found = RecordedRows.open(tmp_path)
     assert [(entry.caption, entry.step) for entry in found.entries] == [(0, 5), (1, 5)]
     assert all(same(found.read(i), row) for i, row in enumerate(rows))
     turned = found.arranged([1, 0])
     assert same(turned.read(0), rows[1])
     assert turned.fingerprint != found.fingerprint
-    assert Rows.open(tmp_path).fingerprint == found.fingerprint
+    assert RecordedRows.open(tmp_path).fingerprint == found.fingerprint
 
 
 @pytest.mark.parametrize(("total", "kept"), [(28, 4), (50, 4), (3, 2), (10, 1), (4, 4), (4, 9), (20, 0)])
@@ -82,14 +82,18 @@ class Encoder(torch.nn.Module):
 
 def test_an_encoder_is_kept_whatever_the_step(tmp_path):
     """It is told no time; its calls count no step, and what it reads twice is kept once."""
-    encoder, writer, recorder = Encoder(), RowWriter(tmp_path), Recorder(first=6, count=2, total=9, kept=1)
+    encoder, writer, recorder = (
+        Encoder(),
+        RowWriter(tmp_path),
+        PipelineRecorder(first=6, count=2, total=9, kept=1),
+    )
     ids = torch.tensor([[1, 2], [1, 3]])
     recorder.note(encoder, (ids,), {"mask": ids > 1, "scale": 2, "output_hidden_states": True}, writer=writer)
     recorder.note(encoder, (ids[[1, 1]],), {"mask": ids[[1, 1]] > 1, "scale": 2}, writer=writer)
     with pytest.raises(UnsupportedError, match="3 pictures for 2 captions"):
         recorder.note(encoder, (torch.zeros(3, 2),), {}, writer=writer)
     writer.finish()
-    rows = Rows.open(tmp_path)
+    rows = RecordedRows.open(tmp_path)
     assert [(entry.caption, entry.step) for entry in rows.entries] == [(6, 0), (7, 0)]
     assert same(rows.read(1), {"ids": ids[1:], "mask": ids[1:] > 1, "scale": 2})
     assert recorder._step == -1

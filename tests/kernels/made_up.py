@@ -12,7 +12,7 @@ import torch
 
 from auto_round.errors import Refusal
 from auto_round.kernels.kernel import LinearSpec
-from auto_round.kernels.table import Entry
+from auto_round.kernels.table import KernelRow
 from auto_round.numerics.presets import int_format
 from auto_round.numerics.qtensor import QTensor
 
@@ -53,7 +53,7 @@ class SumsKernel:
         return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-ROW = Entry(
+ROW = KernelRow(
     SumsKernel(),
     priority=9,
     aliases=("made_up:sums",),

@@ -19,7 +19,7 @@ from auto_round.pipeline.distilling.units import OpenUnit
 from auto_round.pipeline.dry_run import DryRun, dry_run
 from auto_round.pipeline.estimate import Rates, RunEstimate, estimate
 from auto_round.pipeline.fitting import states
-from auto_round.pipeline.fitting.level import Level, StreamPlace
+from auto_round.pipeline.fitting.level import MemoryLevel, StreamPlace
 from auto_round.pipeline.fitting.together import Together
 from auto_round.pipeline.fitting.work import measure_sizes
 from auto_round.tuning.distill import DistillConfig
@@ -150,7 +150,7 @@ def test_a_step_of_all_blocks_counts_the_passes_that_it_takes(
     given = {"bits": 2, "iters": 1, "distill_steps": 2, "distill_nsamples": 64, **given}
     if room is not None:
         work = workload(planned(model, tmp_path / "out", **given).job)
-        unit = Together.of(work, Level(0, StreamPlace.HOST)).stay()[-1]
+        unit = Together.of(work, MemoryLevel(0, StreamPlace.HOST)).stay()[-1]
         monkeypatch.setattr(states, "STAY_BYTES", unit * room)
         monkeypatch.setattr(states, "SOME_STAY_BYTES", unit * room)
     dry = planned(model, tmp_path / "out", **given)

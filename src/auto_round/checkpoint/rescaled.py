@@ -14,7 +14,7 @@ from auto_round.facts.tensor import TensorSpec
 from auto_round.numerics.smoothing import Rescaling
 
 
-class Rescaled:
+class RescaledTensors:
     """`Tensors` over others; names, shapes and dtypes are theirs."""
 
     def __init__(self, files: Tensors, changes: Mapping[str, Rescaling]) -> None:

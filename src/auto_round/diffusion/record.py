@@ -51,7 +51,7 @@ def kept_steps(caption: int, total: int, kept: int) -> frozenset[int]:
 
 
 @dataclass(slots=True)
-class Recorder:
+class PipelineRecorder:
     """What the components of a pipeline are called with while it draws some captions.
 
     Attributes:
@@ -120,7 +120,7 @@ def record(
     """
     for first in range(0, len(captions), drawing.at_once):
         some = captions[first : first + drawing.at_once]
-        recorder = Recorder(first, len(some), drawing.steps, kept)
+        recorder = PipelineRecorder(first, len(some), drawing.steps, kept)
         with ExitStack() as stack:
             stack.enter_context(suppress(_Enough))
             for name, module in components.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from auto_round.diffusion.rows import Rows
+from auto_round.diffusion.rows import RecordedRows
 from auto_round.diffusion.tune_component import Held
 from auto_round.errors import CheckpointError
 from auto_round.inference.load_folder import failures
@@ -29,7 +29,7 @@ def check_reload(
     job: Job,
     kind: Any,
     folder: Path,
-    tuned: tuple[Rows, Held] | None,
+    tuned: tuple[RecordedRows, Held] | None,
     inputs: Mapping[str, ActivationFormat],
 ) -> dict[str, Any]:
     """Load a component as users do, and compare its predictions.

@@ -13,7 +13,7 @@ from auto_round.checkpoint.disk import atomic_write_bytes, atomic_write_json
 from auto_round.checkpoint.journal import Journal
 from auto_round.checkpoint.record import OURS
 from auto_round.diffusion.prepare import PipelineJob
-from auto_round.diffusion.rows import Rows
+from auto_round.diffusion.rows import RecordedRows
 from auto_round.diffusion.tune_component import Held
 from auto_round.models.pipeline_folder import require_diffusers
 from auto_round.pipeline.deciding.job import Job
@@ -42,7 +42,7 @@ class Made:
     held: Held | None
     nbytes: Mapping[str, int]
     checked: Mapping[str, Any]
-    rows: Rows | None
+    rows: RecordedRows | None
 
 
 def write_reports(

@@ -20,7 +20,7 @@ _TENSOR, _PAIR = "tensor", "tuple"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RowEntry:
     """Where a row comes from.
 
     Attributes:
@@ -43,20 +43,20 @@ class RowWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._entries: list[Entry] = []
+        self._entries: list[RowEntry] = []
         self._seen: set[str] = set()
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, caption: int, step: int, timestep: float, inputs: Mapping[str, Any]) -> None:
-        """Write one row; arguments as for `Entry`, `inputs` by the names of the component's parameters."""
+        """Write one row; arguments as for `RowEntry`, `inputs` by the names of the component's parameters."""
         tensors: dict[str, Tensor] = {}
         tree = _taken_apart(dict(inputs), tensors)
         digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
         for name, tensor in tensors.items():
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(bytes_of(torch.view_as_real(tensor) if tensor.is_complex() else tensor))
-        entry = Entry(caption, step, timestep, tree, digest.hexdigest()[:16])
+        entry = RowEntry(caption, step, timestep, tree, digest.hexdigest()[:16])
         if (
             entry.digest in self._seen
         ):  # an encoder reads "nothing" once for each caption, where there is guidance
@@ -70,20 +70,20 @@ class RowWriter:
         atomic_write_json(self._folder / _LIST, {"rows": [asdict(entry) for entry in self._entries]})
 
 
-class Rows:
+class RecordedRows:
     """Rows in a folder, in the order in which they were written."""
 
-    def __init__(self, folder: Path, entries: Sequence[Entry], numbers: Sequence[int]) -> None:
+    def __init__(self, folder: Path, entries: Sequence[RowEntry], numbers: Sequence[int]) -> None:
         self._folder, self.entries, self._numbers = folder, tuple(entries), tuple(numbers)
 
     @classmethod
-    def open(cls, folder: Path) -> Rows | None:
+    def open(cls, folder: Path) -> RecordedRows | None:
         """The rows of a folder; None where they were not all written."""
         path = folder / _LIST
         with reading(folder):
             if not path.is_file():
                 return None
-            entries = [Entry(**entry) for entry in json.loads(path.read_bytes())["rows"]]
+            entries = [RowEntry(**entry) for entry in json.loads(path.read_bytes())["rows"]]
         return cls(folder, entries, range(len(entries)))
 
     def __len__(self) -> int:
@@ -95,10 +95,10 @@ class Rows:
         inputs: dict[str, Any] = _put_together(self.entries[row].tree, tensors)
         return inputs
 
-    def arranged(self, order: Sequence[int]) -> Rows:
+    def arranged(self, order: Sequence[int]) -> RecordedRows:
         """Some of the rows in another order."""
         entries = [self.entries[i] for i in order]
-        return Rows(self._folder, entries, [self._numbers[i] for i in order])
+        return RecordedRows(self._folder, entries, [self._numbers[i] for i in order])
 
     @property
     def fingerprint(self) -> str:

@@ -18,7 +18,7 @@ from auto_round.diffusion.prepare import PipelineJob
 from auto_round.diffusion.record import record
 from auto_round.diffusion.reload import check_reload
 from auto_round.diffusion.report import Made, write_reports
-from auto_round.diffusion.rows import Rows, RowWriter
+from auto_round.diffusion.rows import RecordedRows, RowWriter
 from auto_round.diffusion.show import Shown, compare_pictures
 from auto_round.diffusion.tune_component import ComponentRun, Held
 from auto_round.log import ProgressSink, ignore_progress, logger
@@ -133,16 +133,18 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _rows(job: PipelineJob, scratch: Path, progress: ProgressSink, clock: Clock) -> dict[str, Rows | None]:
+def _rows(
+    job: PipelineJob, scratch: Path, progress: ProgressSink, clock: Clock
+) -> dict[str, RecordedRows | None]:
     """Rows of each component, those to tune on first; recorded unless an earlier run did."""
     if not job.captions:
         return dict.fromkeys(job.jobs)
     places = {name: scratch / name / "rows" for name in job.jobs}
-    if any(Rows.open(place) is None for place in places.values() if place.is_dir()) or not all(
+    if any(RecordedRows.open(place) is None for place in places.values() if place.is_dir()) or not all(
         place.is_dir() for place in places.values()
     ):
         _record(job, places, progress, clock)
-    found = {name: Rows.open(place) for name, place in places.items()}
+    found = {name: RecordedRows.open(place) for name, place in places.items()}
     return {name: None if rows is None else rows.arranged(_order(job, rows)) for name, rows in found.items()}
 
 
@@ -162,7 +164,7 @@ def _record(job: PipelineJob, places: Mapping[str, Path], progress: ProgressSink
     clock.lap("record")
 
 
-def _order(job: PipelineJob, rows: Rows) -> list[int]:
+def _order(job: PipelineJob, rows: RecordedRows) -> list[int]:
     """Rows to tune on, then those held out: of other captions, or every fourth where there is one caption."""
     if len(job.captions) > 1:
         apart = [entry.caption >= job.tuned for entry in rows.entries]
@@ -171,7 +173,7 @@ def _order(job: PipelineJob, rows: Rows) -> list[int]:
     return sorted(range(len(rows)), key=lambda i: apart[i])
 
 
-def _tuned(job: PipelineJob, rows: Rows) -> int:
+def _tuned(job: PipelineJob, rows: RecordedRows) -> int:
     """How many of the arranged rows are tuned on."""
     if len(job.captions) > 1:
         return sum(entry.caption < job.tuned for entry in rows.entries)
@@ -189,7 +191,7 @@ class _Work:
     progress: ProgressSink
     clock: Clock
 
-    def run(self, folders: Mapping[str, Path], rows: Rows | None) -> Made:
+    def run(self, folders: Mapping[str, Path], rows: RecordedRows | None) -> Made:
         """Tune, write and check the component in every format."""
         part = self.job.jobs[self.name]
         if rows is not None:
@@ -218,7 +220,7 @@ class _Work:
         return Made(part, self.journal, held, nbytes, checked, rows)
 
     def _check(
-        self, part: Job, inside: Mapping[str, Path], rows: Rows | None, held: Held | None
+        self, part: Job, inside: Mapping[str, Path], rows: RecordedRows | None, held: Held | None
     ) -> dict[str, Any]:
         tuned = None if rows is None or held is None else (rows, held)
         with self.clock.stage("verify", f"{self.name}: reload and compare", self.progress):

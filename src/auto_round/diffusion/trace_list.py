@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from auto_round.diffusion.record import joined
-from auto_round.diffusion.rows import Rows
+from auto_round.diffusion.rows import RecordedRows
 from auto_round.facts.flow import States
 from auto_round.models.replay_stem import Replay
 from auto_round.models.replayed_source import ReplayedSource
@@ -24,8 +24,8 @@ Lengths = tuple[int, ...]
 
 
 def trace_list(
-    job: Job, source: ReplayedSource, rows: Rows, scratch: Path, ended: Sequence[Ended]
-) -> tuple[ArgumentTable, Ended]:
+    job: Job, source: ReplayedSource, rows: RecordedRows, scratch: Path, ended: Sequence[ListStreams]
+) -> tuple[ArgumentTable, ListStreams]:
     """Replay every row up to a list of blocks.
 
     Args:
@@ -54,10 +54,10 @@ def trace_list(
             for streams_of, states in ((streams.reference, traced.states), (streams.quantized, begun.states)):
                 for to, state in zip(streams_of, states, strict=True):
                     to[i, : state.shape[1]] = state[0].to(to.device)
-    return table, Ended(streams, lengths)
+    return table, ListStreams(streams, lengths)
 
 
-class Ended:
+class ListStreams:
     """Streams of a list, with how much of them belongs to each row."""
 
     def __init__(self, streams: Streams, lengths: Sequence[Lengths]) -> None:
@@ -70,7 +70,7 @@ class Ended:
 
 
 def outputs(
-    job: Job, source: ReplayedSource, rows: Rows, ended: Sequence[Ended], numbers: Sequence[int]
+    job: Job, source: ReplayedSource, rows: RecordedRows, ended: Sequence[ListStreams], numbers: Sequence[int]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """What the component gives for some rows, unquantized and quantized, float32 on the host."""
     with source.replay(job.device, job.dtype) as replay:
@@ -80,11 +80,11 @@ def outputs(
             yield i, before, after
 
 
-def _ends(ended: Sequence[Ended], row: int, which: int) -> list[States]:
+def _ends(ended: Sequence[ListStreams], row: int, which: int) -> list[States]:
     return [each.row(row, which) for each in ended]
 
 
-def _all(rows: Rows) -> Iterator[dict[str, Any]]:
+def _all(rows: RecordedRows) -> Iterator[dict[str, Any]]:
     for i in range(len(rows)):
         yield rows.read(i)
 
@@ -104,7 +104,7 @@ def _described(value: Any) -> Any:
     return None if isinstance(value, float) else value
 
 
-def _shapes(replay: Replay, rows: Rows, ended: Sequence[Ended]) -> dict[str, list[torch.Size]]:
+def _shapes(replay: Replay, rows: RecordedRows, ended: Sequence[ListStreams]) -> dict[str, list[torch.Size]]:
     """Shapes of what flows, for each kind of row."""
     found: dict[str, list[torch.Size]] = {}
     for i, inputs in enumerate(_all(rows)):
@@ -137,7 +137,7 @@ def _streams(job: Job, room: Sequence[tuple[int, int]], count: int, spill: Path)
     return Streams(make("reference"), make("quantized"), make("targets"), job.tuned)
 
 
-def _axes(replay: Replay, rows: Rows, ended: Sequence[Ended]) -> Mapping[ArgumentPlace, int]:
+def _axes(replay: Replay, rows: RecordedRows, ended: Sequence[ListStreams]) -> Mapping[ArgumentPlace, int]:
     """How the blocks' arguments grow with the batch, by the first row once and twice."""
     inputs, ends = rows.read(0), _ends(ended, 0, 0)
     one = replay.trace(inputs, ends)

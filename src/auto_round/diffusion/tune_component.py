@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from auto_round.checkpoint.journal import Journal
-from auto_round.diffusion.rows import Rows
-from auto_round.diffusion.trace_list import Ended, outputs, trace_list
+from auto_round.diffusion.rows import RecordedRows
+from auto_round.diffusion.trace_list import ListStreams, outputs, trace_list
 from auto_round.log import ProgressSink
 from auto_round.models.replayed_source import ReplayedSource
 from auto_round.pipeline.deciding.job import Job
@@ -54,7 +54,7 @@ class ComponentRun:
 
     job: Job
     source: ReplayedSource
-    rows: Rows | None
+    rows: RecordedRows | None
     scratch: Path
     journal: Journal
     outputs: Outputs
@@ -69,14 +69,14 @@ class ComponentRun:
         ended = self._tune(self.rows)
         return self._measure(self.rows, ended)
 
-    def _tune(self, rows: Rows) -> list[Ended]:
+    def _tune(self, rows: RecordedRows) -> list[ListStreams]:
         job = self.job
         how = GroupTuning(PLAIN, job.options.calibration.seed, job.options.tune.enable_quanted_input)
         lists = [groups_of(blocks, job.options.tune.nblocks) for blocks in job.source.block_lists]
         count, done = sum(map(len, lists)), self.journal.finished
         if skipped := sum(1 for members in lists for unit, _ in members if unit in done):
             self.clock.skip(skipped)
-        before, ended = 0, list[Ended]()
+        before, ended = 0, list[ListStreams]()
         for groups in lists:
             table, begun = trace_list(job, self.source, rows, self.scratch, ended)
             self.clock.lap("trace")
@@ -109,7 +109,7 @@ class ComponentRun:
             written |= self.outputs.put_plain(self.job.source.disk_name(name), value)
         return written
 
-    def _measure(self, rows: Rows, ended: Sequence[Ended]) -> Held:
+    def _measure(self, rows: RecordedRows, ended: Sequence[ListStreams]) -> Held:
         total, kept = dict[int, list[float]](), dict[int, torch.Tensor]()
         numbers = range(self.job.tuned, len(rows)) or range(len(rows))
         for i, reference, quantized in outputs(self.job, self.source, rows, ended, numbers):

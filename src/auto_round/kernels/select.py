@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from auto_round.errors import ConfigError, Refusal, UnsupportedError, nearest
 from auto_round.kernels.check import trial
 from auto_round.kernels.kernel import Kernel, LinearSpec
-from auto_round.kernels.table import ABSENT, KERNELS, STAND_INS, Entry
+from auto_round.kernels.table import ABSENT, KERNELS, STAND_INS, KernelRow
 from auto_round.log import logger
 
 AUTO = "auto"
 """Backend that leaves the choice to the table."""
 
 
-def select_kernel(spec: LinearSpec, backend: str = AUTO, kernels: Mapping[str, Entry] = KERNELS) -> Kernel:
+def select_kernel(
+    spec: LinearSpec, backend: str = AUTO, kernels: Mapping[str, KernelRow] = KERNELS
+) -> Kernel:
     """Kernel for one layer.
 
     Args:
@@ -46,7 +48,7 @@ def select_kernel(spec: LinearSpec, backend: str = AUTO, kernels: Mapping[str, E
     )
 
 
-def describe_kernels(kernels: Mapping[str, Entry] = KERNELS) -> dict[str, str]:
+def describe_kernels(kernels: Mapping[str, KernelRow] = KERNELS) -> dict[str, str]:
     """Kernel -> devices, widths, priority, other names, and whether it can run here, in words."""
     rows = {}
     for name, entry in kernels.items():
@@ -63,7 +65,7 @@ def describe_kernels(kernels: Mapping[str, Entry] = KERNELS) -> dict[str, str]:
     return rows
 
 
-def _candidates(asked: str, kernels: Mapping[str, Entry]) -> list[Entry]:
+def _candidates(asked: str, kernels: Mapping[str, KernelRow]) -> list[KernelRow]:
     if asked == AUTO:
         return list(kernels.values())
     found = [e for name, e in kernels.items() if asked in (name, *e.aliases)]
@@ -88,13 +90,13 @@ def _tell(asked: str) -> None:
     logger.warning('backend "%s" is not here: %s', asked, STAND_INS[asked].reason)
 
 
-def _leaves_inputs(entry: Entry, spec: LinearSpec) -> Refusal | None:
+def _leaves_inputs(entry: KernelRow, spec: LinearSpec) -> Refusal | None:
     if spec.inputs is None or entry.inputs:
         return None
     return Refusal(entry.kernel.name, f"does not round inputs, which this layer wants ({spec.inputs.name})")
 
 
-def _reluctance(entry: Entry, spec: LinearSpec) -> Refusal | None:
+def _reluctance(entry: KernelRow, spec: LinearSpec) -> Refusal | None:
     name = entry.kernel.name
     if entry.named_only:
         return Refusal(name, entry.named_only, f'name it to use it: backend="{name}"')

@@ -27,7 +27,7 @@ from auto_round.numerics.presets_float import fp8_format, mx_format
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class KernelRow:
     """One row.
 
     Attributes:
@@ -67,9 +67,9 @@ def _fp8_sample() -> LinearSpec:
 
 _HALVES = (torch.bfloat16, torch.float16)
 
-KERNELS: Mapping[str, Entry] = MappingProxyType(
+KERNELS: Mapping[str, KernelRow] = MappingProxyType(
     {
-        "marlin": Entry(
+        "marlin": KernelRow(
             MarlinKernel(),
             6,
             (
@@ -86,7 +86,7 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
             named_only="it depends on another package with which this version was not tried",
             tried=True,
         ),
-        "cpu_avx512": Entry(
+        "cpu_avx512": KernelRow(
             CpuAvx512Kernel(),
             6,
             ("auto_round:cpu_avx512",),
@@ -96,7 +96,7 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
             _HALVES,
             tried=True,
         ),
-        "cpu_int4": Entry(
+        "cpu_int4": KernelRow(
             CpuIntKernel(),
             5,
             ("int4pack", "cpu", "auto_round:cpu_int4"),
@@ -105,7 +105,7 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
             _sample(4, "cpu"),
             _HALVES,
         ),
-        "cpu_int8": Entry(
+        "cpu_int8": KernelRow(
             CpuIntKernel("cpu_int8", (5, 6, 7, 8)),
             5,
             ("auto_round:cpu_int8",),
@@ -114,7 +114,7 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
             _sample(8, "cpu"),
             _HALVES,
         ),
-        "cpu_float": Entry(
+        "cpu_float": KernelRow(
             CpuFloatKernel(),
             5,
             ("auto_round:cpu_float",),
@@ -124,7 +124,7 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
             tried=True,
             inputs=True,
         ),
-        "fp8_scaled_mm": Entry(
+        "fp8_scaled_mm": KernelRow(
             ScaledMmKernel(),
             4,
             ("scaled_mm", "auto_round:fp8_scaled_mm"),
@@ -134,7 +134,7 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
             tried=True,
             inputs=True,
         ),
-        "triton": Entry(
+        "triton": KernelRow(
             TritonKernel(),
             2,
             ("tritonv2", "tritonv2_zp", "auto_round:tritonv2", "auto_round:tritonv2_zp", "auto_round:triton"),
@@ -143,7 +143,7 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
             _sample(4, "cuda"),
             tried=True,
         ),
-        "torch_int4": Entry(
+        "torch_int4": KernelRow(
             CudaInt4Kernel(),
             1,
             ("tinygemm", "auto_round:torch_int4"),
@@ -152,7 +152,7 @@ KERNELS: Mapping[str, Entry] = MappingProxyType(
             _sample(4, "cuda"),
             tried=True,
         ),
-        "torch": Entry(
+        "torch": KernelRow(
             TorchKernel(),
             0,
             (

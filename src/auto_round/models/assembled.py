@@ -31,7 +31,7 @@ from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.matrix_experts import matrix_experts
 from auto_round.models.names import Recipe, recipe_for
-from auto_round.models.parts import Parts
+from auto_round.models.parts import ModelParts
 from auto_round.models.recorder import Recorder, make_stubs
 from auto_round.models.rehearsal import Rehearsed, RehearsedBlock, refuse_left_state, widened
 from auto_round.models.role_table import role_table
@@ -47,7 +47,7 @@ from auto_round.models.tried_families import TRIED
 class AssembledSource(ABC):
     """A `ModelSource` over a skeleton; subclasses fetch the weights."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: ModelParts) -> None:
         self._parts = parts
         self._dtypes: dict[torch.dtype, Mapping[str, torch.dtype]] = {}
         self._traceable_by_text: dict[tuple[torch.dtype, str], Traceable] = {}

@@ -22,7 +22,7 @@ from auto_round.models.anatomy import Anatomy
 from auto_round.models.families import LISTS, flow_of
 from auto_round.models.materialize import META
 from auto_round.models.names import DiskTensor, NameMap, Recipe, check_complete
-from auto_round.models.parts import Parts
+from auto_round.models.parts import ModelParts
 from auto_round.models.replayed_source import ReplayedSource
 from auto_round.models.roles import find_block_lists, is_linear
 from auto_round.models.source import CPU, Traceable
@@ -36,7 +36,7 @@ and steer every token of it."""
 class ComponentSource(ReplayedSource):
     """A `ModelSource` over the folder of a component. It reads no text: `replay_stem` has its stem."""
 
-    def __init__(self, files: Checkpoint, parts: Parts) -> None:
+    def __init__(self, files: Checkpoint, parts: ModelParts) -> None:
         super().__init__(parts)
         self._files = files
 
@@ -164,12 +164,12 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **named)
 
 
-def _parts(files: Checkpoint, kind: Any) -> Parts:
+def _parts(files: Checkpoint, kind: Any) -> ModelParts:
     model = _skeleton(files.folder, kind)
     disk = {name: files.spec(name) for name in files.names}
     names = _names(model, disk, files.folder)
     floats = (spec.dtype for spec in disk.values() if spec.dtype.is_floating_point)
-    return Parts(model, next(floats, torch.float32), disk, names, {}, _anatomy(model, disk))
+    return ModelParts(model, next(floats, torch.float32), disk, names, {}, _anatomy(model, disk))
 
 
 def _skeleton(folder: Path, kind: Any) -> Any:
@@ -238,7 +238,7 @@ def _layer(name: str, spec: TensorSpec, index: int | None, *, asked: bool) -> La
     return Layer(name, weight, weight, shape, spec.dtype, index, role, asked=asked)
 
 
-def _dtypes(parts: Parts, dtype: torch.dtype) -> dict[str, torch.dtype]:
+def _dtypes(parts: ModelParts, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Dtype of every tensor; diffusers keeps modules that a class names in float32."""
     kept = set(parts.model._keep_in_fp32_modules or ())
 

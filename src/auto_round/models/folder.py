@@ -13,7 +13,7 @@ from torch import Tensor
 
 from auto_round.checkpoint.header import read_object
 from auto_round.checkpoint.reader import Checkpoint
-from auto_round.checkpoint.rescaled import Rescaled
+from auto_round.checkpoint.rescaled import RescaledTensors
 from auto_round.checkpoint.tensors import Tensors
 from auto_round.errors import Refusal, UnsupportedError
 from auto_round.facts.tensor import TensorSpec
@@ -21,7 +21,7 @@ from auto_round.log import logger
 from auto_round.models.anatomy import dissect
 from auto_round.models.assembled import AssembledSource
 from auto_round.models.names import NameMap, Recipe, check_complete, map_names, missing_tensors
-from auto_round.models.parts import Parts
+from auto_round.models.parts import ModelParts
 from auto_round.models.roles import ONE_EXPERT
 from auto_round.models.skeleton import (
     absent_by_design,
@@ -47,7 +47,7 @@ class FolderSource(AssembledSource):
     matrix at a time.
     """
 
-    def __init__(self, files: Tensors, parts: Parts) -> None:
+    def __init__(self, files: Tensors, parts: ModelParts) -> None:
         super().__init__(parts)
         self._files = files
 
@@ -108,7 +108,7 @@ class FolderSource(AssembledSource):
         Args:
             changes: tensor on disk -> what becomes of it.
         """
-        return FolderSource(Rescaled(self._files, changes), self._parts)
+        return FolderSource(RescaledTensors(self._files, changes), self._parts)
 
     @property
     def folder(self) -> Path:
@@ -149,7 +149,7 @@ class FolderSource(AssembledSource):
 
 def read_parts(
     files: Tensors, config: Any, build: Callable[[torch.dtype], Any], dtype: torch.dtype | None = None
-) -> Parts:
+) -> ModelParts:
     """What a folder holds, and which modules it belongs to.
 
     Args:
@@ -172,7 +172,7 @@ def read_parts(
     excused = absent_by_design(model, missing)
     check_complete(missing - excused, str(files.folder))
     fill_derived(model, excused)
-    return Parts(model, computing, disk, names, tied, dissect(model, names, disk, tied), dtype)
+    return ModelParts(model, computing, disk, names, tied, dissect(model, names, disk, tied), dtype)
 
 
 def _refuse_split_experts(names: NameMap, missing: Collection[str], folder: Path) -> None:

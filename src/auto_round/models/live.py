@@ -15,7 +15,7 @@ from auto_round.models.anatomy import dissect
 from auto_round.models.assembled import AssembledSource
 from auto_round.models.materialize import META
 from auto_round.models.names import Recipe, map_names
-from auto_round.models.parts import Parts
+from auto_round.models.parts import ModelParts
 from auto_round.models.skeleton import as_saved, saved_specs, straighten, tied_weights
 from auto_round.models.source import name_on_disk
 from auto_round.numerics.smoothing import Rescaling
@@ -45,7 +45,7 @@ class LiveSource(AssembledSource):
         disk = saved_specs(skeleton, tied)
         names = map_names(skeleton, disk, straighten(skeleton))
         anatomy = dissect(skeleton, names, disk, tied)
-        super().__init__(Parts(skeleton, dtype or model.dtype, disk, names, tied, anatomy, dtype))
+        super().__init__(ModelParts(skeleton, dtype or model.dtype, disk, names, tied, anatomy, dtype))
         self._recipes = {piece.name: recipe for recipe in names.recipes for piece in recipe.pieces}
         self._places = {layer.tensor: layer for layer in self.layers}
 

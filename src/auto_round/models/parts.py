@@ -14,7 +14,7 @@ from auto_round.models.names import NameMap
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class ModelParts:
     """A model without weights and everything known of it.
 
     Attributes:

@@ -12,7 +12,7 @@ from auto_round.log import ProgressSink
 from auto_round.numerics.qtensor import QTensor
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.distilling.shelf import begin
-from auto_round.pipeline.distilling.stage import FOLDER, Packed, Stage, distill
+from auto_round.pipeline.distilling.stage import FOLDER, DistilledUnit, Stage, distill
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.running.attention_states import read_steps
 from auto_round.pipeline.running.input_ranges import InputRanges
@@ -131,7 +131,7 @@ class AllBlocks:
         self.outputs.sync()
         self.journal.append({"unit": DISTILLED, "tensors": written, DISTILLED: found})
 
-    def _put(self, packed: Packed) -> Written:
+    def _put(self, packed: DistilledUnit) -> Written:
         """Write a unit in every format."""
         written: Written = {}
         for layer, q in packed.layers.values():

@@ -25,7 +25,7 @@ from auto_round.numerics.presets_float import FP8_BLOCK, fp8_format, fp8_powers
 from auto_round.numerics.scale_power import PowerOfTwo
 from auto_round.schemes.scheme import PRESET_SCHEMES, QuantizationScheme
 from auto_round.schemes.vocabulary import SCALE_DTYPE_SPELLINGS
-from auto_round.stored.packed import Packed
+from auto_round.stored.packed import StoredWeight
 
 _SCALES = ("_scale_inv", "_scale")
 _AXES = (2, 3)
@@ -33,7 +33,7 @@ _AXES = (2, 3)
 _GRIDS = {dtype: grid for grid, dtype in FP8_DTYPES.items() if isinstance(grid, FloatGrid)}
 
 
-def read_fp8(config: Mapping[str, Any], files: Checkpoint) -> list[Packed]:
+def read_fp8(config: Mapping[str, Any], files: Checkpoint) -> list[StoredWeight]:
     """Packed weights of a folder.
 
     Raises:
@@ -55,7 +55,7 @@ def _block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return said[0], said[1]
 
 
-def _packed(name: str, block: tuple[int, int] | None, files: Checkpoint) -> Packed:
+def _packed(name: str, block: tuple[int, int] | None, files: Checkpoint) -> StoredWeight:
     info = files.info(name)
     scale = next((name + suffix for suffix in _SCALES if name + suffix in files), None)
     if scale is None or len(info.shape) not in _AXES:
@@ -69,7 +69,7 @@ def _packed(name: str, block: tuple[int, int] | None, files: Checkpoint) -> Pack
     fmt = _format(group, info.dtype, numbers.dtype)
     part = "exponent" if isinstance(fmt.rule, PowerOfTwo) else "step"
     layout = FloatLayout("fp8", _GRIDS[info.dtype], (), ((part, "scale", None),))
-    return Packed(
+    return StoredWeight(
         name,
         (n_out, n_in),
         fmt,

@@ -26,7 +26,7 @@ from auto_round.numerics.group import Group
 from auto_round.numerics.presets_float import fp8_format
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.stored.compressed_words import schemes_of
-from auto_round.stored.packed import Packed
+from auto_round.stored.packed import StoredWeight
 
 _CODES = ("weight_packed", "weight")
 _SHAPE, _ORDER = "weight_shape", "weight_g_idx"
@@ -37,7 +37,7 @@ Args = Mapping[str, Any]
 """What a config group says of weights or of inputs."""
 
 
-def read_compressed(config: Mapping[str, Any], files: Checkpoint) -> list[Packed]:
+def read_compressed(config: Mapping[str, Any], files: Checkpoint) -> list[StoredWeight]:
     """Packed weights of a folder.
 
     Raises:
@@ -103,7 +103,7 @@ class _Finder:
         return target.isidentifier() and target[0].isupper()
 
 
-def _packed(layer: str, group: Args | None, config: Mapping[str, Any], files: Checkpoint) -> Packed:
+def _packed(layer: str, group: Args | None, config: Mapping[str, Any], files: Checkpoint) -> StoredWeight:
     if group is None or not isinstance(group.get("weights"), Mapping):
         raise CheckpointError(f'{files.folder}: layer "{layer}" is packed, but no config group is for it')
     stored = {
@@ -115,7 +115,7 @@ def _packed(layer: str, group: Args | None, config: Mapping[str, Any], files: Ch
         shape = _shape(layer, stored, fmt, files)
         parts = {suffix: f"{layer}.{suffix}" for suffix in layout.spec(fmt, shape)}
         order = f"{layer}.{_ORDER}" if _ORDER in stored else None
-        found = Packed(f"{layer}.weight", shape, fmt, layout, parts, order=order, scheme=scheme)
+        found = StoredWeight(f"{layer}.weight", shape, fmt, layout, parts, order=order, scheme=scheme)
         if not found.mistake(files):
             return found
     weights = group["weights"]

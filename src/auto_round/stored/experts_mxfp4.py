@@ -17,14 +17,14 @@ from auto_round.errors import CheckpointError
 from auto_round.facts.compressed import MXFP4
 from auto_round.layouts.compressed_float import FLOATS
 from auto_round.numerics.presets_float import mx_format
-from auto_round.stored.packed import Packed
+from auto_round.stored.packed import StoredWeight
 
 _CODES, _SCALES = "_blocks", "_scales"
 _FORMAT = mx_format("fp4")
 _AXES = 4
 
 
-def read_mxfp4(config: Mapping[str, Any], files: Checkpoint) -> list[Packed]:
+def read_mxfp4(config: Mapping[str, Any], files: Checkpoint) -> list[StoredWeight]:
     """Packed weights of a folder; the configuration says nothing more of them.
 
     Raises:
@@ -34,7 +34,7 @@ def read_mxfp4(config: Mapping[str, Any], files: Checkpoint) -> list[Packed]:
     return [_packed(name, files) for name in names]
 
 
-def _packed(name: str, files: Checkpoint) -> Packed:
+def _packed(name: str, files: Checkpoint) -> StoredWeight:
     shape = files.info(name + _CODES).shape
     if name + _SCALES not in files or len(shape) != _AXES:
         raise CheckpointError(
@@ -42,7 +42,7 @@ def _packed(name: str, files: Checkpoint) -> Packed:
             f'[experts, out, groups, 16] and "{name + _SCALES}"'
         )
     experts, n_out, groups, _ = shape
-    return Packed(
+    return StoredWeight(
         name,
         (n_out, groups * _FORMAT.group.size),
         _FORMAT,

@@ -13,10 +13,10 @@ from auto_round.schemes.condense import some
 from auto_round.stored.blocks_fp8 import read_fp8
 from auto_round.stored.compressed import read_compressed
 from auto_round.stored.experts_mxfp4 import read_mxfp4
-from auto_round.stored.packed import Packed
+from auto_round.stored.packed import StoredWeight
 from auto_round.stored.packed_words import read_words
 
-Reader = Callable[[Mapping[str, Any], Checkpoint], list[Packed]]
+Reader = Callable[[Mapping[str, Any], Checkpoint], list[StoredWeight]]
 """`quantization_config` and the headers of a folder -> its packed weights.
 
 A reader raises `UnsupportedError` for what it does not know, `CheckpointError` for a damaged folder and
@@ -24,7 +24,7 @@ A reader raises `UnsupportedError` for what it does not know, `CheckpointError` 
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class StorageMethod:
     """One way of storing models.
 
     Attributes:
@@ -37,13 +37,13 @@ class Method:
     spare: tuple[str, ...] = ()
 
 
-_WORDS = Method(read_words, ("input_scale", "input_global_scale", "act_scale"))
+_WORDS = StorageMethod(read_words, ("input_scale", "input_global_scale", "act_scale"))
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, StorageMethod] = {
     "auto-round": _WORDS,
-    "gptq": Method(read_words),
-    "awq": Method(read_words),
-    COMPRESSED_TENSORS: Method(
+    "gptq": StorageMethod(read_words),
+    "awq": StorageMethod(read_words),
+    COMPRESSED_TENSORS: StorageMethod(
         read_compressed,
         (
             "weight_zero_point",  # beside symmetric weights, where older releases wrote zeros
@@ -52,9 +52,9 @@ METHODS: dict[str, Method] = {
             *("q_scale", "k_scale", "v_scale", "q_zero_point", "k_zero_point", "v_zero_point"),
         ),
     ),
-    "fp8": Method(read_fp8, ("activation_scale", "input_scale", "k_scale", "v_scale")),
-    "fbgemm-fp8": Method(read_fp8, ("input_scale_ub",)),
-    "mxfp4": Method(read_mxfp4),
+    "fp8": StorageMethod(read_fp8, ("activation_scale", "input_scale", "k_scale", "v_scale")),
+    "fbgemm-fp8": StorageMethod(read_fp8, ("input_scale_ub",)),
+    "mxfp4": StorageMethod(read_mxfp4),
 }
 """Ways of storing models by `quant_method`, with `-` for `_`."""
 
@@ -62,7 +62,7 @@ _SYNONYMS = {"autoround": "auto-round", "intel/auto-round": "auto-round"}
 """Other words for a method in older folders."""
 
 
-def method_of(config: Mapping[str, Any], where: str) -> Method:
+def method_of(config: Mapping[str, Any], where: str) -> StorageMethod:
     """How a folder with this `quantization_config` is understood.
 
     Raises:
@@ -80,7 +80,7 @@ def method_of(config: Mapping[str, Any], where: str) -> Method:
     return found
 
 
-def understand(config: Mapping[str, Any], files: Checkpoint) -> tuple[list[Packed], set[str]]:
+def understand(config: Mapping[str, Any], files: Checkpoint) -> tuple[list[StoredWeight], set[str]]:
     """Packed weights of a folder, and the tensors that a plain model does without.
 
     Raises:

@@ -28,7 +28,7 @@ _OCTETS = (torch.uint8, torch.float8_e8m0fnu)
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class StoredWeight:
     """A weight that lies on disk as codes and scales.
 
     Attributes:

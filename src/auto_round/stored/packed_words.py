@@ -18,12 +18,12 @@ from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.schemes.vocabulary import SCALE_DTYPE_SPELLINGS
 from auto_round.stored.formats import StoredFormats, StoredLayer
 from auto_round.stored.matrices import Matrix, find_matrices
-from auto_round.stored.packed import Packed
+from auto_round.stored.packed import StoredWeight
 
 _ORDER = "g_idx"
 
 
-def read_words(config: Mapping[str, Any], files: Checkpoint) -> list[Packed]:
+def read_words(config: Mapping[str, Any], files: Checkpoint) -> list[StoredWeight]:
     """Packed weights of a folder.
 
     Raises:
@@ -65,7 +65,7 @@ def _is_filled(layout: Layout) -> bool:
     return isinstance(layout, GPTQ) and layout.filled
 
 
-def _packed(matrix: Matrix, how: StoredLayer) -> Packed:
+def _packed(matrix: Matrix, how: StoredLayer) -> StoredWeight:
     scheme = with_steps(how.scheme, matrix.scale_dtype)
     fmt = scheme.weight_format() or how.format
     layout, order = how.layout, None
@@ -73,7 +73,7 @@ def _packed(matrix: Matrix, how: StoredLayer) -> Packed:
         layout = replace(layout, indexed=False)
         order = f"{matrix.name}.{_ORDER}" if _ORDER in matrix.stored else None
     parts = {suffix: f"{matrix.name}.{suffix}" for suffix in layout.spec(fmt, matrix.shape)}
-    return Packed(f"{matrix.name}.weight", matrix.shape, fmt, layout, parts, order=order, scheme=scheme)
+    return StoredWeight(f"{matrix.name}.weight", matrix.shape, fmt, layout, parts, order=order, scheme=scheme)
 
 
 def with_steps(scheme: QuantizationScheme, dtype: torch.dtype | None) -> QuantizationScheme:

@@ -17,7 +17,7 @@ from auto_round.facts.tensor import TensorSpec
 from auto_round.log import logger
 from auto_round.stored.configuration import dtype_of, is_plain, quantization_of
 from auto_round.stored.methods import understand
-from auto_round.stored.packed import Packed
+from auto_round.stored.packed import StoredWeight
 
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files in which AutoGPTQ and AutoAWQ said what `config.json` says now, and what they mean."""
@@ -35,7 +35,7 @@ class Unpacked:
     """
 
     def __init__(
-        self, files: Checkpoint, packed: Sequence[Packed], spare: Collection[str], dtype: torch.dtype
+        self, files: Checkpoint, packed: Sequence[StoredWeight], spare: Collection[str], dtype: torch.dtype
     ) -> None:
         self.files = files
         self._dtype = dtype

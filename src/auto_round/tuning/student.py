@@ -18,7 +18,7 @@ from auto_round.numerics.ste import cast_ste
 from auto_round.tuning.distill import DistillConfig, Rate
 from auto_round.tuning.samples import leaf, states_of
 from auto_round.tuning.sign_round import TunedBlock
-from auto_round.tuning.weights import Rescaled, Weight, fake_weights
+from auto_round.tuning.weights import RescaledWeight, Weight, fake_weights
 
 OFFSET, LOW, HIGH, RATIO, CODES, NORM = "v.", "lo.", "hi.", "ratio.", "codes.", "norm."
 """What a name among the values begins with."""
@@ -67,7 +67,7 @@ class Student:
     def __init__(
         self,
         block: nn.Module,
-        weights: Mapping[str, Weight | Rescaled],
+        weights: Mapping[str, Weight | RescaledWeight],
         norms: Mapping[str, Tensor],
         own: Mapping[str, torch.dtype],
     ) -> None:
@@ -85,7 +85,7 @@ class Student:
         fixed: set[str] = set()
         for name, weight in weights.items():
             tunable = weight.format.rule.tunable
-            if isinstance(weight, Rescaled):
+            if isinstance(weight, RescaledWeight):
                 self.values |= {RATIO + name: weight.ratio} if tunable else {}
                 continue
             knobs = {LOW + name: weight.knobs.lo, HIGH + name: weight.knobs.hi}
@@ -196,7 +196,7 @@ class UntunedWeight:
     dtype: torch.dtype
 
 
-def weight_of(name: str, source: UntunedWeight, learned: Mapping[str, Tensor]) -> Weight | Rescaled:
+def weight_of(name: str, source: UntunedWeight, learned: Mapping[str, Tensor]) -> Weight | RescaledWeight:
     """A weight with what is learned of it, by the names of `Student.values`; codes that are known stay.
 
     Args:
@@ -214,7 +214,7 @@ def weight_of(name: str, source: UntunedWeight, learned: Mapping[str, Tensor]) -
     ratio = learned.get(RATIO + name)
     if ratio is None:
         ratio = torch.ones_like(stats.lo)
-    return Rescaled(fmt, QTensor(codes, scale, fmt), stats, knobs, ratio, source.dtype)
+    return RescaledWeight(fmt, QTensor(codes, scale, fmt), stats, knobs, ratio, source.dtype)
 
 
 def student_of(tuned: TunedBlock, *, codes_stay: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -170,7 +170,7 @@ class Weight:
 
 
 @dataclass(slots=True)
-class Rescaled:
+class RescaledWeight:
     """One weight whose codes stay while its steps are learned.
 
     Attributes:
@@ -214,7 +214,7 @@ def measured(name: str, fmt: Format, w: Tensor) -> Stats:
         raise NumericsError(f"{name}: {error}") from None
 
 
-def fake_weights(weights: Mapping[str, Weight | Rescaled], *, hold: bool = False) -> dict[str, Tensor]:
+def fake_weights(weights: Mapping[str, Weight | RescaledWeight], *, hold: bool = False) -> dict[str, Tensor]:
     """All weights of a block as they would come back from their codes; see `Weight.fake`."""
     return {name: weight.fake(hold=hold) for name, weight in weights.items()}
 

@@ -12,7 +12,7 @@ from auto_round.config.memory import MemoryOptions
 from auto_round.pipeline.deciding.fit import workload
 from auto_round.pipeline.deciding.prepare import prepare
 from auto_round.pipeline.fitting.choose import Room, choose_plan, wants_files
-from auto_round.pipeline.fitting.level import Level, StreamPlace, levels_of, starts_at
+from auto_round.pipeline.fitting.level import MemoryLevel, StreamPlace, levels_of, starts_at
 from auto_round.pipeline.fitting.together import STAY
 from auto_round.tuning.distill import DistillConfig
 from pipeline.runs import ROWS, SHORT
@@ -125,7 +125,7 @@ def test_what_cannot_be_reloaded_is_not_planned(work):
     assert [[stage.name for stage in plan.stages][-1] for plan in plans] == ["verify", "measure"]
 
 
-HOST = Level(1, StreamPlace.HOST)
+HOST = MemoryLevel(1, StreamPlace.HOST)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ HOST = Level(1, StreamPlace.HOST)
         (HOST, {}, 1 * GIB, None, False),
         (HOST, {}, 3 * GIB, None, True),
         (HOST, {"low_cpu_mem_usage": False}, 3 * GIB, 1 * GIB, False),
-        (Level(1, StreamPlace.FILES), {"low_cpu_mem_usage": False}, 1, 8 * GIB, True),
+        (MemoryLevel(1, StreamPlace.FILES), {"low_cpu_mem_usage": False}, 1, 8 * GIB, True),
     ],
 )
 def test_hidden_states_stay_in_memory_while_they_fit(level, memory, nbytes, room, files):

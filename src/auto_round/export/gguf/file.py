@@ -30,7 +30,7 @@ _PLAIN: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16,
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class GgufPart:
     """What is written in one go: a tensor of the file, or the rows of it that come from one source tensor.
 
     Attributes:
@@ -80,7 +80,7 @@ class GgufFile:
     def __repr__(self) -> str:
         return f"GgufFile({self.name}, {hashlib.sha256(self.head.data).hexdigest()[:16]})"
 
-    def parts_of(self, source: str) -> dict[str, Part]:
+    def parts_of(self, source: str) -> dict[str, GgufPart]:
         """Parts that a tensor of the source becomes, by name; none where the file stores it otherwise."""
         return {name: self.parts[name] for name in self.sources.get(source, ())}
 
@@ -122,7 +122,7 @@ class GgufFile:
             found[name] = rows.to(_PLAIN[part.type.name]).reshape(part.spec.shape).contiguous()
         return found
 
-    def rows_of(self, part: Part, read: Callable[[str], Tensor]) -> Tensor:
+    def rows_of(self, part: GgufPart, read: Callable[[str], Tensor]) -> Tensor:
         """Numbers of a part before they are stored, from the source, a constant or the template."""
         if part.piece is not None:
             return part.tensor.prepare(part.piece, read(part.piece.source))
@@ -152,22 +152,25 @@ class GgufFile:
             found[kind.name] = (count + 1, weights + new, size + kind.nbytes(tensor.shape))
         return found
 
-    def _all_parts(self) -> Iterable[tuple[str, Part]]:
+    def _all_parts(self) -> Iterable[tuple[str, GgufPart]]:
         for tensor in self.tensors:
             kind = TYPES[self.types[tensor.name]]
             begin = self.head.begins[tensor.name]
             if tensor.change is Change.SCALE:
                 for i, piece in enumerate(tensor.pieces):
                     spec = TensorSpec(torch.float32, (1,))
-                    yield f"{tensor.name}/{i}", Part(tensor, piece, kind, begin + 4 * i, spec)
+                    yield f"{tensor.name}/{i}", GgufPart(tensor, piece, kind, begin + 4 * i, spec)
                 continue
             if len(tensor.pieces) < 2:
                 whole = tensor.pieces[0] if tensor.pieces else None
-                yield tensor.name, Part(tensor, whole, kind, begin, _spec(tensor, tensor.rows, kind))
+                yield tensor.name, GgufPart(tensor, whole, kind, begin, _spec(tensor, tensor.rows, kind))
                 continue
             for i, piece in enumerate(tensor.pieces):
                 offset = begin + piece.start * kind.row_bytes(tensor.shape[-1])
-                yield f"{tensor.name}/{i}", Part(tensor, piece, kind, offset, _spec(tensor, piece.rows, kind))
+                yield (
+                    f"{tensor.name}/{i}",
+                    GgufPart(tensor, piece, kind, offset, _spec(tensor, piece.rows, kind)),
+                )
 
 
 def pack_rows(q: QTensor) -> Tensor:

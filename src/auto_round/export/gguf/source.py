@@ -49,7 +49,7 @@ _CLOSE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """One tensor of the file.
 
     Attributes:
@@ -71,7 +71,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedGguf:
     """A file, and where its configuration and tokenizer lie.
 
     Attributes:
@@ -90,8 +90,8 @@ class GgufTensors:
 
     def __init__(
         self,
-        opened: Opened,
-        stored: Mapping[str, Stored],
+        opened: OpenedGguf,
+        stored: Mapping[str, StoredTensor],
         places: Mapping[str, tuple[GgufTensor, TensorRows]],
         specs: Mapping[str, TensorSpec],
     ) -> None:
@@ -255,7 +255,7 @@ def open_gguf(
     _check(file, tensors, stored)
     places = {piece.source: (tensor, piece) for tensor in tensors for piece in tensor.pieces}
     found = {name: spec for name, spec in specs.items() if name in places}
-    files = GgufTensors(Opened(file, folder, expanded), stored, places, found)
+    files = GgufTensors(OpenedGguf(file, folder, expanded), stored, places, found)
     return FolderSource.over(files, config, trust_remote_code=trust_remote_code, dtype=dtype)
 
 
@@ -299,7 +299,7 @@ def _expanded(file: Path, metadata: Mapping[str, Any]) -> tempfile.TemporaryDire
     return expanded
 
 
-def read_head(file: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+def read_head(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     """Tensors of a file, and its metadata.
 
     Raises:
@@ -309,7 +309,7 @@ def read_head(file: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     try:
         reader = module.GGUFReader(file)
         stored = {
-            t.name: Stored(
+            t.name: StoredTensor(
                 t.tensor_type.name.lower(),
                 tuple(int(n) for n in reversed(t.shape)),
                 int(t.data_offset),
@@ -342,7 +342,7 @@ def _same(one: Any, other: Any) -> bool:
     return list(one) == list(other) if isinstance(one, list) else bool(one == other)
 
 
-def _check(file: Path, tensors: Iterable[GgufTensor], stored: Mapping[str, Stored]) -> None:
+def _check(file: Path, tensors: Iterable[GgufTensor], stored: Mapping[str, StoredTensor]) -> None:
     """Refuse a file that lacks tensors of the model, or has others."""
     wanted = {tensor.name: tensor for tensor in tensors}
     scales = {scale_name(name) for name, each in stored.items() if each.kind == KIND}

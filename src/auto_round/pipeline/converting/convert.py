@@ -35,7 +35,7 @@ from auto_round.numerics.format import Format
 from auto_round.numerics.qtensor import QTensor, QuantizedLayer
 from auto_round.pipeline.checking.reload import check_loads
 from auto_round.pipeline.converting.modules import with_modules
-from auto_round.pipeline.converting.source import Stored, open_stored, with_steps
+from auto_round.pipeline.converting.source import QuantizedFolder, open_stored, with_steps
 from auto_round.pipeline.machine.default_device import plain_device
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.vocabulary import SCALE_DTYPE_SPELLINGS
@@ -121,7 +121,7 @@ def convert_folder(
     return Converted(final, exporter.name, len(manifest.encoded), nbytes, verified)
 
 
-def _asked(checkpoint: Checkpoint, stored: Stored, exporter: Exporter) -> str:
+def _asked(checkpoint: Checkpoint, stored: QuantizedFolder, exporter: Exporter) -> str:
     """Digest of what is converted into what."""
     config = json.dumps(stored.config, sort_keys=True, default=repr)
     text = "\n".join([__version__, checkpoint.fingerprint(), config, repr(exporter)])
@@ -149,7 +149,7 @@ def _new_name(source: Path, exporter: Exporter) -> str:
     return f"{source.resolve().name}-{exporter.name.replace(':', '-')}"
 
 
-def _fitting(exporter: Exporter, stored: Stored, loading: Loading | None) -> tuple[Exporter, Plan]:
+def _fitting(exporter: Exporter, stored: QuantizedFolder, loading: Loading | None) -> tuple[Exporter, Plan]:
     """The exporter for what is stored, and the plan that it takes.
 
     Steps are tried as they are stored, then as float16 and in the dtype of the model, on which some formats
@@ -184,7 +184,12 @@ def _refuse_unpacked(exporter: Exporter, reason: str) -> NoReturn:
 
 
 def _write(
-    folder: Path, checkpoint: Checkpoint, stored: Stored, exporter: Exporter, plan: Plan, manifest: Manifest
+    folder: Path,
+    checkpoint: Checkpoint,
+    stored: QuantizedFolder,
+    exporter: Exporter,
+    plan: Plan,
+    manifest: Manifest,
 ) -> int:
     """Write all tensors; returns the bytes of the files."""
     specs = {name: (spec.dtype, tuple(spec.shape)) for name, spec in manifest.specs.items()}
@@ -260,7 +265,7 @@ def _exact(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _write_configs(folder: Path, stored: Stored, exporter: Exporter, plan: Plan) -> None:
+def _write_configs(folder: Path, stored: QuantizedFolder, exporter: Exporter, plan: Plan) -> None:
     plan, layers = with_unplanned(plan, stored.layers, stored.blocks, stored.tensors, stored.parameters)
     quantization = exporter.config(plan, layers, stored.blocks, stored.facts)
     write_configs(folder, stored.config, quantization, dtype=exporter.float_dtype)

@@ -18,10 +18,10 @@ from auto_round.models.loading import loading_of, rebuilding_methods
 from auto_round.models.names import Recipe, map_names
 from auto_round.models.places import Locator
 from auto_round.models.skeleton import build_skeleton, straighten
-from auto_round.pipeline.converting.source import Stored
+from auto_round.pipeline.converting.source import QuantizedFolder
 
 
-def with_modules(stored: Stored) -> tuple[Stored, Loading | None]:
+def with_modules(stored: QuantizedFolder) -> tuple[QuantizedFolder, Loading | None]:
     """The same folder with the module of each layer, and how Transformers loads the model.
 
     Where no model can be built, as of a folder with code of its own, nothing is known and nothing changed.
@@ -44,7 +44,7 @@ def with_modules(stored: Stored) -> tuple[Stored, Loading | None]:
     return replace(stored, layers=layers, parameters=names.parameters), loading_of(model, names)
 
 
-def _config(stored: Stored) -> Any:
+def _config(stored: QuantizedFolder) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(stored.folder, local_files_only=True)

@@ -28,7 +28,7 @@ from auto_round.schemes.plan import Plan
 from auto_round.schemes.vocabulary import SCALE_DTYPE_SPELLINGS
 from auto_round.stored.matrices import Matrix
 from auto_round.stored.methods import understand
-from auto_round.stored.packed import Packed
+from auto_round.stored.packed import StoredWeight
 
 _BLOCK = re.compile(r"(.+?\.(\d+))\.(.+)")
 _MIDDLES = torch.tensor(-0x77777778, dtype=torch.int32, device="cpu")
@@ -39,7 +39,7 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class QuantizedFolder:
     """What an exporter needs of a quantized folder.
 
     Attributes:
@@ -61,11 +61,11 @@ class Stored:
     plan: Plan
     tensors: Mapping[str, TensorSpec]
     facts: TuningFacts
-    packed: Mapping[str, Packed]
+    packed: Mapping[str, StoredWeight]
     parameters: Mapping[str, str] = field(default_factory=dict)
 
 
-def open_stored(path: Path, checkpoint: Checkpoint) -> Stored:
+def open_stored(path: Path, checkpoint: Checkpoint) -> QuantizedFolder:
     """Read a folder's configuration and headers.
 
     Raises:
@@ -85,7 +85,7 @@ def open_stored(path: Path, checkpoint: Checkpoint) -> Stored:
     top = Counter(s for s in schemes.values() if s is not None).most_common(1)[0][0]
     layers = _layers(matrices, packed, getattr(torch, folder.dtype, torch.float16))
     entries = {name: PlanEntry(scheme, "as stored" if scheme else "kept") for name, scheme in schemes.items()}
-    return Stored(
+    return QuantizedFolder(
         path,
         folder.config,
         layers,
@@ -108,7 +108,7 @@ def with_steps(plan: Plan, dtype: str) -> Plan:
     return replace(plan, scheme=replace(plan.scheme, scale_dtype=dtype), entries=entries)
 
 
-def _refuse(path: Path, config: Mapping[str, Any], found: Sequence[Packed]) -> None:
+def _refuse(path: Path, config: Mapping[str, Any], found: Sequence[StoredWeight]) -> None:
     """Refuse what no plan of ours describes.
 
     Raises:
@@ -128,7 +128,7 @@ def _refuse(path: Path, config: Mapping[str, Any], found: Sequence[Packed]) -> N
         raise UnsupportedError(f"{path} cannot be converted", [replace(first, remedy=remedy), *rest])
 
 
-def _is_symmetric_awq(checkpoint: Checkpoint, packed: Sequence[Packed]) -> bool:
+def _is_symmetric_awq(checkpoint: Checkpoint, packed: Sequence[StoredWeight]) -> bool:
     """Whether an AWQ folder holds symmetric weights, which its configuration has no word for.
 
     AWQ readers take zero points from the tensors in any case; symmetric weights have the middle throughout.
@@ -138,7 +138,7 @@ def _is_symmetric_awq(checkpoint: Checkpoint, packed: Sequence[Packed]) -> bool:
     return all(bool((checkpoint.read(each.parts["qzeros"]) == _MIDDLES).all()) for each in packed)
 
 
-def _multiplied(packed: Packed, folder: Folder) -> Packed:
+def _multiplied(packed: StoredWeight, folder: Folder) -> StoredWeight:
     """The same matrix with what its readers round it to before they multiply.
 
     compressed-tensors does so to the model's dtype, which other folders say of weights without steps.
@@ -149,7 +149,7 @@ def _multiplied(packed: Packed, folder: Folder) -> Packed:
     return replace(packed, scheme=replace(packed.scheme, scale_dtype=folder.dtype))
 
 
-def _symmetric(packed: Packed) -> Packed:
+def _symmetric(packed: StoredWeight) -> StoredWeight:
     """The same matrix without zero points, all of which are in the middle."""
     scheme = None if packed.scheme is None else replace(packed.scheme, sym=True)
     fmt = None if scheme is None else scheme.weight_format()
@@ -157,7 +157,7 @@ def _symmetric(packed: Packed) -> Packed:
 
 
 def _layers(
-    matrices: Sequence[Matrix], packed: Mapping[str, Packed], dtype: torch.dtype
+    matrices: Sequence[Matrix], packed: Mapping[str, StoredWeight], dtype: torch.dtype
 ) -> tuple[Layer, ...]:
     counts = [int(found[1]) + 1 for m in matrices if (found := _EXPERT.search(m.name))]
     experts = frozenset({max(counts)} if counts else ())
@@ -190,7 +190,10 @@ def _blocks(matrices: Sequence[Matrix]) -> tuple[Block, ...]:
 
 
 def _tensors(
-    checkpoint: Checkpoint, layers: Sequence[Layer], packed: Mapping[str, Packed], spare: Collection[str]
+    checkpoint: Checkpoint,
+    layers: Sequence[Layer],
+    packed: Mapping[str, StoredWeight],
+    spare: Collection[str],
 ) -> dict[str, TensorSpec]:
     home = {name: layer for layer, each in packed.items() for name in each.tensors}
     by_name = {layer.name: layer for layer in layers}

@@ -26,7 +26,7 @@ from auto_round.pipeline.deciding.kept_dtype import named_dtype
 from auto_round.pipeline.deciding.method import Method, method_of
 from auto_round.pipeline.deciding.placement import Placement
 from auto_round.pipeline.deciding.smoothing import Smoothing
-from auto_round.pipeline.fitting.level import Level, levels_of, starts_at
+from auto_round.pipeline.fitting.level import MemoryLevel, levels_of, starts_at
 from auto_round.pipeline.fitting.plan import MemoryPlan
 from auto_round.ranks.ranks import ALONE, Ranks
 from auto_round.schemes.attention import AttentionPlan
@@ -148,18 +148,18 @@ class Job:
         return self.device if self.placement is None else self.placement.of(layer)
 
     @property
-    def levels(self) -> tuple[Level, ...]:
+    def levels(self) -> tuple[MemoryLevel, ...]:
         """How the run begins and goes on where memory ends: as planned, else as the options say."""
         if self.memory_plan is not None:
             return self.memory_plan.levels[self.memory_plan.chosen :]
         return self.levels_for(self.options.calibration.seqlen)
 
     @property
-    def level(self) -> Level:
+    def level(self) -> MemoryLevel:
         """How the run begins."""
         return self.levels[0]
 
-    def levels_for(self, length: int) -> tuple[Level, ...]:
+    def levels_for(self, length: int) -> tuple[MemoryLevel, ...]:
         """The same for rows of another length, as far as the options say."""
         levels = levels_of(self.device, self.tune.batch_size, length)
         return levels[starts_at(levels, self.memory) :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from auto_round.pipeline.fitting.level import Level
+from auto_round.pipeline.fitting.level import MemoryLevel
 from auto_round.pipeline.fitting.together import Together
 from auto_round.pipeline.fitting.work import Workload, active_weights, moved_by_token
 from auto_round.tuning.distill import rows_of_step
@@ -25,7 +25,7 @@ RESCALED_BYTES = 200
 """The same where codes stay."""
 
 
-def stage_seconds(work: Workload, level: Level, operations: float, bandwidth: float) -> float:
+def stage_seconds(work: Workload, level: MemoryLevel, operations: float, bandwidth: float) -> float:
     """Estimate how long the stage of a run takes; 0 where it is not asked for.
 
     Args:
@@ -48,7 +48,7 @@ def stage_seconds(work: Workload, level: Level, operations: float, bandwidth: fl
     return 2 * products / operations + moved / bandwidth
 
 
-def passes(work: Workload, level: Level) -> float:
+def passes(work: Workload, level: MemoryLevel) -> float:
     """Forward passes that a step costs as much as, mean over the units of blocks.
 
     Args:

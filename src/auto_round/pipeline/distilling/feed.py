@@ -11,7 +11,7 @@ from torch import Tensor
 from auto_round.calibration.row import CalibrationRow
 from auto_round.facts.flow import States
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.distilling.units import Rows
+from auto_round.pipeline.distilling.units import RowBatch
 from auto_round.pipeline.fitting.states import AHEAD_BYTES
 from auto_round.pipeline.fitting.work import row_bytes
 from auto_round.pipeline.running.block_arguments import ArgumentTable
@@ -29,7 +29,7 @@ class StepRows:
         quantized: what flows into the quantized one: another embedding may be stored.
     """
 
-    rows: Rows
+    rows: RowBatch
     reference: States
     quantized: States
 
@@ -92,4 +92,4 @@ def _part(table: ArgumentTable, streams: Streams, first: int, count: int) -> Ste
     reference, quantized = (
         tuple(state[rows] for state in states) for states in (streams.reference, streams.quantized)
     )
-    return StepRows(Rows(table, first, count, masks), reference, quantized)
+    return StepRows(RowBatch(table, first, count, masks), reference, quantized)

@@ -79,7 +79,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class DistilledUnit:
     """What one unit became.
 
     Attributes:
@@ -91,7 +91,9 @@ class Packed:
     norms: Mapping[str, Tensor]
 
 
-def distill(stage: Stage, streams: Streams, put: Callable[[Packed], None], told: Told) -> dict[str, Any]:
+def distill(
+    stage: Stage, streams: Streams, put: Callable[[DistilledUnit], None], told: Told
+) -> dict[str, Any]:
     """Tune all blocks together; what held-out rows find better than before is put.
 
     Args:
@@ -176,7 +178,7 @@ class _Loop:
             "looks": told["looks"],
         }
 
-    def pack(self, put: Callable[[Packed], None]) -> None:
+    def pack(self, put: Callable[[DistilledUnit], None]) -> None:
         """Round the states that are kept, and move the held-out rows of the quantized stream past them."""
         job, flow = self._stage.job, self._held.quantized
         for number in range(len(self._stage.members)):
@@ -184,14 +186,14 @@ class _Loop:
         for to, state in zip(self._streams.quantized, flow, strict=True):
             to[self._streams.tuned :] = state.to(to.device)
 
-    def _packed(self, job: Job, number: int, flow: States) -> Packed:
+    def _packed(self, job: Job, number: int, flow: States) -> DistilledUnit:
         """One unit rounded; the held-out rows are moved past it."""
         with self._units.open(number, self._held.rows) as here:
             codes, parameters = here.quantized()
             here.run_rounded(parameters, flow, flow)
             layers = layers_of(job, self._stage.members[number], codes, here.activations)
             norms = {outside(n, here.prefixes): v for n, v in here.student.kept_norms().items()}
-            return Packed(layers, norms)
+            return DistilledUnit(layers, norms)
 
     def _begin(self) -> dict[str, Any]:
         """Divergence and squared errors before the first step, made durable."""

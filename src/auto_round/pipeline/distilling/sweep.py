@@ -21,7 +21,7 @@ from auto_round.facts.flow import States
 from auto_round.numerics.token_weights import token_energy, token_weights
 from auto_round.pipeline.distilling.feed import StepRows
 from auto_round.pipeline.distilling.shelf import LEARNED, MOMENTS
-from auto_round.pipeline.distilling.units import OpenUnit, Rows, Units
+from auto_round.pipeline.distilling.units import OpenUnit, RowBatch, Units
 from auto_round.pipeline.running.streams import Home, room_like
 from auto_round.tuning.distill import DistillConfig, take_step
 from auto_round.tuning.predictions import Ends, summed_divergence
@@ -147,7 +147,7 @@ class Sweep:
         return staying
 
     def _forward(
-        self, unit: int, rows: Rows, original: tuple[States, States], rounded: tuple[States, States]
+        self, unit: int, rows: RowBatch, original: tuple[States, States], rounded: tuple[States, States]
     ) -> None:
         """Run a unit from what flows in to what flows out; nothing of it is left when the next is opened."""
         with self.units.open(unit, rows) as here:
@@ -157,7 +157,7 @@ class Sweep:
     def _stay(
         self,
         unit: int,
-        rows: Rows,
+        rows: RowBatch,
         original: tuple[States, States],
         rounded: tuple[States, States],
         memory: ExitStack,
@@ -172,7 +172,7 @@ class Sweep:
         going.passes = iter(passes)
         return going
 
-    def _enter(self, unit: int, rows: Rows, inputs: States, memory: ExitStack) -> _Going:
+    def _enter(self, unit: int, rows: RowBatch, inputs: States, memory: ExitStack) -> _Going:
         """Open a unit and round its weights; rows go through when they are asked for."""
         own = memory.enter_context(ExitStack())
         here = own.enter_context(self.units.open(unit, rows))
@@ -191,7 +191,7 @@ class Sweep:
             yield index, passed
 
     def _with_features(
-        self, flowing: Sequence[Tensor | None], room: Boundaries, rows: Rows, unit: int, count: int
+        self, flowing: Sequence[Tensor | None], room: Boundaries, rows: RowBatch, unit: int, count: int
     ) -> list[Tensor | None]:
         """The gradient of what a unit hands on, with that of its own squared error; means over positions."""
         share = self.config.features / len(self.units.members) / max(1, count)

@@ -29,7 +29,7 @@ from auto_round.pipeline.running.unit import Unit, as_read, bound_formats
 from auto_round.tuning.quantized_inputs import quantized_inputs
 from auto_round.tuning.samples import Samples, run_block
 from auto_round.tuning.student import NORM, Student, UntunedWeight, weight_of
-from auto_round.tuning.weights import Rescaled, Weight, measured
+from auto_round.tuning.weights import RescaledWeight, Weight, measured
 
 LARGE = 1 << 23
 """Weights of a unit from which on its memory is given back at once. Smaller ones fit into each other's holes,
@@ -37,7 +37,7 @@ and asking the system for the same pages again would take a tenth of a step."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowBatch:
     """Some rows and what the blocks are called with for them.
 
     Attributes:
@@ -76,7 +76,7 @@ class OpenUnit:
     activations: Mapping[str, ActivationFormat]
     states: Mapping[str, Mapping[str, HeadSteps]]
     prefixes: Mapping[str, str]
-    rows: Rows
+    rows: RowBatch
     at_once: int
 
     def run_original(self, inputs: States, out: States) -> None:
@@ -146,7 +146,7 @@ class Units:
         return len(self.job.source.blocks[self.members[number][0]].flow.taken)
 
     @contextmanager
-    def open(self, number: int, rows: Rows) -> Iterator[OpenUnit]:
+    def open(self, number: int, rows: RowBatch) -> Iterator[OpenUnit]:
         """Read the weights of a unit; they are freed on leaving.
 
         Args:
@@ -178,7 +178,7 @@ class Units:
         """What is learned of a unit; norms begin as the model has them."""
         learned = {n: t.to(unit.device) for n, t in self.shelf.load(number, LEARNED).items()}
         learned |= {n: t.to(unit.device) for n, t in self.shelf.constants(number).items()}
-        weights: dict[str, Weight | Rescaled] = {}
+        weights: dict[str, Weight | RescaledWeight] = {}
         for name, fmt in bound_formats(unit.formats, unit.originals).items():
             original = unit.originals[name]
             stats = measured(name, fmt, original)

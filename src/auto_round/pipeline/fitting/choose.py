@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from auto_round.config.memory import MemoryOptions
 from auto_round.pipeline.fitting.demand import stages_of
-from auto_round.pipeline.fitting.level import Level, StreamPlace, levels_of, starts_at
+from auto_round.pipeline.fitting.level import MemoryLevel, StreamPlace, levels_of, starts_at
 from auto_round.pipeline.fitting.plan import MemoryPlan
 from auto_round.pipeline.fitting.work import Workload, measure_sizes
 
@@ -53,7 +53,7 @@ def choose_plan(work: Workload, room: Room) -> MemoryPlan:
     return plan
 
 
-def _plan(work: Workload, levels: tuple[Level, ...], chosen: int, room: Room) -> MemoryPlan:
+def _plan(work: Workload, levels: tuple[MemoryLevel, ...], chosen: int, room: Room) -> MemoryPlan:
     level = levels[chosen]
     skipped = room.host and RELOADED * work.output_bytes > room.host  # it is said then
     stages = stages_of(replace(work, reloads=False) if skipped else work, level)
@@ -64,7 +64,7 @@ def _plan(work: Workload, levels: tuple[Level, ...], chosen: int, room: Room) ->
     return replace(whole, files=on_host and wants_files(level, work.memory, streams, left))
 
 
-def wants_files(level: Level, memory: MemoryOptions, nbytes: int, room: int | None) -> bool:
+def wants_files(level: MemoryLevel, memory: MemoryOptions, nbytes: int, room: int | None) -> bool:
     """Whether hidden states on the host are backed by files.
 
     Args:

@@ -14,7 +14,7 @@ from auto_round.facts.layer import Layer
 from auto_round.numerics.at_once import weights_at_once
 from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.search import BAND as SEARCH_BAND
-from auto_round.pipeline.fitting.level import Level, StreamPlace
+from auto_round.pipeline.fitting.level import MemoryLevel, StreamPlace
 from auto_round.pipeline.fitting.parts import FLOAT
 from auto_round.pipeline.fitting.plan import STREAMS, StageMemory
 from auto_round.pipeline.fitting.products import kept_products
@@ -56,7 +56,7 @@ WORKSPACE = 12 << 20
 """Buffers of libraries, and small things."""
 
 
-def stages_of(work: Workload, level: Level) -> tuple[StageMemory, ...]:
+def stages_of(work: Workload, level: MemoryLevel) -> tuple[StageMemory, ...]:
     """What each stage of a run holds at a level."""
     return _Demand.of(work, level).stages()
 

@@ -20,7 +20,7 @@ class StreamPlace(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class MemoryLevel:
     """One way to run, with less memory than the one before it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Level:
         return f"{rows}, activations {self.streams.value}{again}"
 
 
-def levels_of(device: torch.device, batch: int, length: int) -> tuple[Level, ...]:
+def levels_of(device: torch.device, batch: int, length: int) -> tuple[MemoryLevel, ...]:
     """All levels of a run, from most memory to least.
 
     Args:
@@ -54,18 +54,18 @@ def levels_of(device: torch.device, batch: int, length: int) -> tuple[Level, ...
     """
     most = rows_at_once(device, length)
     if device.type == "cpu":
-        found = [Level(most, StreamPlace.HOST), Level(most, StreamPlace.HOST, rounds_again=True)]
+        found = [MemoryLevel(most, StreamPlace.HOST), MemoryLevel(most, StreamPlace.HOST, rounds_again=True)]
     else:
         halves = [batch >> i for i in range(1, batch.bit_length())]
         found = [
-            Level(most, StreamPlace.DEVICE),
-            *(Level(rows, StreamPlace.HOST) for rows in (most, *halves)),
+            MemoryLevel(most, StreamPlace.DEVICE),
+            *(MemoryLevel(rows, StreamPlace.HOST) for rows in (most, *halves)),
         ]
-    last = [Level(1, place, rounds_again=True) for place in (StreamPlace.HOST, StreamPlace.FILES)]
+    last = [MemoryLevel(1, place, rounds_again=True) for place in (StreamPlace.HOST, StreamPlace.FILES)]
     return tuple(dict.fromkeys([*found, *last]))
 
 
-def starts_at(levels: tuple[Level, ...], memory: MemoryOptions) -> int:
+def starts_at(levels: tuple[MemoryLevel, ...], memory: MemoryOptions) -> int:
     """The first level that the user's options allow."""
     if memory.memory == "lowest":
         return len(levels) - 1

@@ -19,7 +19,7 @@ from auto_round.numerics.compiled_rounding import can_round
 from auto_round.numerics.grid_float import FloatGrid
 from auto_round.numerics.importance import TILE
 from auto_round.numerics.search import BAND as SEARCH_BAND
-from auto_round.pipeline.fitting.level import Level
+from auto_round.pipeline.fitting.level import MemoryLevel
 from auto_round.pipeline.fitting.logits import VERIFIED_POSITIONS, VERIFIED_ROWS, logits_budget
 from auto_round.pipeline.fitting.work import Sizes, Workload, active_share, measure_sizes
 from auto_round.tuning.steps import sign_move
@@ -49,7 +49,7 @@ inputs and outputs of the products: as gpt-oss has it; others keep up to 4 fewer
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class MemoryParts:
     """Parts of a run at one level.
 
     Attributes:
@@ -63,12 +63,12 @@ class Parts:
 
     work: Workload
     sizes: Sizes
-    level: Level
+    level: MemoryLevel
     parameters: Mapping[tuple[str, object], int]
     experts: Mapping[tuple[str, int | None], int]
 
     @classmethod
-    def of(cls, work: Workload, level: Level) -> Self:
+    def of(cls, work: Workload, level: MemoryLevel) -> Self:
         """Parts of a run at a level."""
         parameters: dict[tuple[str, object], int] = {}
         experts: dict[tuple[str, int | None], int] = {}

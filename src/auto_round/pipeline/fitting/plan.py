@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from auto_round.pipeline.fitting.level import Level
+from auto_round.pipeline.fitting.level import MemoryLevel
 from auto_round.units import size
 
 STREAMS = "hidden states"
@@ -54,7 +54,7 @@ class MemoryPlan:
         device_room: memory of the accelerator in all, bytes; 0 on the host and where nobody tells.
     """
 
-    levels: tuple[Level, ...]
+    levels: tuple[MemoryLevel, ...]
     chosen: int
     stages: tuple[StageMemory, ...]
     held: int
@@ -63,7 +63,7 @@ class MemoryPlan:
     device_room: int
 
     @property
-    def level(self) -> Level:
+    def level(self) -> MemoryLevel:
         """How the run begins."""
         return self.levels[self.chosen]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from auto_round.evaluate.logits import positions_at_once
 from auto_round.facts.layer import Layer
-from auto_round.pipeline.fitting.parts import FLOAT, Parts
+from auto_round.pipeline.fitting.parts import FLOAT, MemoryParts
 from auto_round.pipeline.fitting.products import kept_products
 from auto_round.pipeline.fitting.states import (
     MOMENT_BYTES,
@@ -27,7 +27,7 @@ LOGITS_OF_STEP = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Together(Parts):
+class Together(MemoryParts):
     """What tuning all blocks together holds."""
 
     def stay(self) -> list[int]:

@@ -14,7 +14,7 @@ from auto_round.checkpoint.disk import reserve, writing
 from auto_round.config.memory import MemoryOptions
 from auto_round.facts.flow import States
 from auto_round.pipeline.fitting.choose import wants_files
-from auto_round.pipeline.fitting.level import Level, StreamPlace
+from auto_round.pipeline.fitting.level import MemoryLevel, StreamPlace
 from auto_round.pipeline.machine.memory import available_bytes
 
 SAVED_AS = 2
@@ -34,7 +34,7 @@ class Home(NamedTuple):
 
 
 def home_of_streams(
-    level: Level, memory: MemoryOptions, device: torch.device, nbytes: int, beside: int = 0
+    level: MemoryLevel, memory: MemoryOptions, device: torch.device, nbytes: int, beside: int = 0
 ) -> Home:
     """Where the streams of a run lie.
 

@@ -16,7 +16,7 @@ from auto_round.report.record import REPORT
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class FinishedOutput:
     """What lies under the name of the output.
 
     Attributes:
@@ -37,7 +37,7 @@ def into_folder(
     work: Callable[[OutputFolder], Mapping[str, Any]],
     *,
     source: Path | None,
-) -> Ended:
+) -> FinishedOutput:
     """Do the work of a run in its output folder, unless an earlier run did; draw the page that is asked for.
 
     Args:
@@ -62,7 +62,7 @@ def into_folder(
             folder.seal(asked)
     if wanted.report:
         make_page([folder.out])
-    return Ended(folder.out, report, earlier)
+    return FinishedOutput(folder.out, report, earlier)
 
 
 def _earlier_report(out: Path) -> Mapping[str, Any]:

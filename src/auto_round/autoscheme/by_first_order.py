@@ -80,7 +80,7 @@ class _Pass:
     scratch: Path
 
     def sums(self, start: States) -> Sums:
-        """Score of each part."""
+        """Score of each part, summed over all rows."""
         boundaries = self._forward(start)
         found, gradient = self._at_the_end(boundaries[-1])
         for block in reversed(self.setting.job.source.blocks):

@@ -21,7 +21,7 @@ BitsOf = Callable[[Layer, QuantizationScheme | None], float]
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What can be chosen.
+    """The options, the groups of layers that choose among them, and what the user fixed.
 
     Attributes:
         labels: of the options, for people.
@@ -144,7 +144,7 @@ def stored_bits(layer: Layer, scheme: QuantizationScheme | None) -> float:
 
 
 def code_bits(layer: Layer, scheme: QuantizationScheme | None) -> float:
-    """Bits of codes alone."""
+    """Bits of codes without scales and zero points; of a layer that is kept, its bits on disk."""
     fmt = None if scheme is None else scheme.weight_format()
     return layer.weights * (layer.dtype.itemsize * 8 if fmt is None else fmt.grid.bits)
 

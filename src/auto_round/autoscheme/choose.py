@@ -21,7 +21,7 @@ _ATTEMPTS = 6
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen.
+    """The option chosen for each group of layers, and what that costs and loses.
 
     Attributes:
         picks: option of each group.

@@ -194,7 +194,7 @@ class OpenBlock:
                     to[rows.start : rows.stop] = found.to(to.device)
 
     def batches(self) -> Iterator[range]:
-        """Rows that run together."""
+        """Numbers of the calibration rows, `batch_size` at a time: those that run together."""
         rows = self.setting.job.rows
         count = 0 if rows is None else len(rows.rows)
         for start in range(0, count, self.setting.batch_size):

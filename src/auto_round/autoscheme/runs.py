@@ -331,7 +331,7 @@ def _rows(request: Request, opened: Opened, decided: Decided, given: Given) -> C
 
 
 def _folder(options: Options, target: Target, *, several: bool) -> Path:
-    """Output of one target."""
+    """Output folder of one target: inside of the user's where there are several."""
     folder = Path(options.output.output_dir)
     return folder / target.folder if several else folder
 

@@ -37,7 +37,7 @@ class InputMoments:
         self.count = 0
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Count activations.
+        """Count the tokens of one call, each with its weight (`token_weights`).
 
         Args:
             x: `[..., in]`, any float dtype; multiplied in float32.
@@ -183,7 +183,7 @@ def observe_inputs(
 def observe_extremes(
     block: nn.Module, names: Sequence[str], mask_of: MaskOf | None = None, percentile: float = 100.0
 ) -> Iterator[Mapping[str, InputExtremes]]:
-    """The same for extremes."""
+    """As `observe_inputs`, for the extremes of what flows in."""
     extremes = {name: InputExtremes(percentile) for name in names}
     with _observing(block, extremes, mask_of):
         yield extremes

@@ -106,7 +106,7 @@ def _text(source: ModelSource) -> str:
 
 
 def _plain(source: ModelSource) -> dict[str, Any]:
-    """The same in fields."""
+    """The same as fields, for JSON."""
     kinds = Counter(source.block_classes)
     return {
         "model": f"{source.model_class} ({source.config.model_type}), {source.facts.auto_class}",

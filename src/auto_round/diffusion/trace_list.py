@@ -58,7 +58,7 @@ def trace_list(
 
 
 class ListStreams:
-    """Streams of a list, with how much of them belongs to each row."""
+    """Streams at the begin or the end of a list of blocks, and how much of them belongs to each row."""
 
     def __init__(self, streams: Streams, lengths: Sequence[Lengths]) -> None:
         self.streams, self.lengths = streams, lengths

@@ -81,7 +81,7 @@ def plan_evaluation(
 
 
 def evaluate(plan: Evaluation, progress: ProgressSink = ignore_progress) -> dict[str, Any]:
-    """Do it.
+    """Measure the model of a plan on its text and its tasks.
 
     Returns:
         What `fidelity.measure` gives, with `gate` where there is a bound; `tasks` and `tasks_of_original` as
@@ -121,7 +121,7 @@ def evaluate_output(tasks: Tasks, folder: Path, model: ModelOptions) -> dict[str
 
 
 def failed_tasks(found: Mapping[str, Any]) -> tuple[str, ...]:
-    """Tasks that gave nothing."""
+    """Tasks that failed and so have no result, of the model and of the original."""
     parts = (found.get(name, {}).get("failed", {}) for name in ("tasks", "tasks_of_original"))
     return tuple(dict.fromkeys(task for part in parts for task in part))
 

@@ -76,7 +76,7 @@ class Measurement:
         return TransformersPredictor(open_model(subject, how)), "float32"
 
     def by_llama_cpp(self, subject: Subject) -> bool:
-        """Whether llama.cpp runs it."""
+        """Whether llama.cpp computes the logits of a model: of GGUF files, where the user chose that."""
         return subject.is_gguf and self.options.gguf_engine == "llama_cpp"
 
 

@@ -34,7 +34,7 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A model on tasks.
+    """What a model achieved on tasks.
 
     Attributes:
         parts: results of the harness, of all tasks or task by task.

@@ -25,7 +25,7 @@ class Histogram:
     counts: list[int] = field(default_factory=lambda: [0] * N_BINS)
 
     def add(self, divergence: Tensor) -> None:
-        """Count positions.
+        """Count positions in their bins.
 
         Args:
             divergence: of each position, nats, `[positions]`.

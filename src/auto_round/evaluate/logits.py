@@ -33,7 +33,7 @@ class Comparison:
     def add(
         self, reference: Tensor, candidate: Tensor, following: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """Count positions.
+        """Add some positions to the sums.
 
         Args:
             reference: logits of the first model, `[positions, vocabulary]`.

@@ -27,7 +27,7 @@ _SHOWN = 4
 
 
 class Predictor(Protocol):
-    """A model."""
+    """Whatever computes the logits of a model: Transformers or llama.cpp."""
 
     def logits(self, rows: Tensor) -> Tensor:
         """What follows each token but the last.
@@ -82,7 +82,7 @@ class TransformersPredictor:
 
 @contextmanager
 def _rounded_outputs(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Round what the innermost modules of a model give, while the block runs."""
+    """Round what the innermost modules of a model give, while the context lasts."""
 
     def rounded(module: nn.Module, inputs: Any, output: Any) -> Any:
         del module, inputs

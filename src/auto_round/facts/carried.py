@@ -18,7 +18,7 @@ Path: TypeAlias = "tuple[Any, ...]"
 
 @dataclass(frozen=True, slots=True)
 class CarriedTensor:
-    """One tensor of a value, kept as `[rows, 1, numbers]` whatever its axes.
+    """One tensor of a value that blocks hand on, kept as `[rows, 1, numbers]` whatever its axes.
 
     Attributes:
         path: where it lies in the value.
@@ -42,11 +42,11 @@ class CarriedTensor:
         return hidden.new_zeros(hidden.shape[0], 1, self.numbers, dtype=self.dtype)
 
     def given(self, state: Tensor) -> Tensor:
-        """As blocks read it."""
+        """The tensor with the axes that blocks read, from the form in which it is kept."""
         return state.reshape(-1, *self.shape).movedim(0, self.axis)
 
     def kept(self, tensor: Tensor) -> Tensor:
-        """As it is kept."""
+        """The tensor in the form in which it is kept, `[rows, 1, numbers]`."""
         moved = tensor.movedim(self.axis, 0)
         return moved.reshape(moved.shape[0], 1, self.numbers)
 

@@ -28,7 +28,7 @@ from auto_round.numerics.presets_float import fp8_format, mx_format
 
 @dataclass(frozen=True, slots=True)
 class KernelRow:
-    """One row.
+    """One row of the table: a kernel and when it is taken.
 
     Attributes:
         kernel: the kernel.

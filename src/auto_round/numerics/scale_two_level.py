@@ -134,7 +134,7 @@ class SharedAffine(SelfBound):
         return search_shared(self, task, effort)
 
     def best(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """Those of a line."""
+        """Step and floor of least squared error."""
         return line(moments)
 
     def knobs(self, stats: Stats, grid: Grid, step: Tensor, floor: Tensor | None) -> Knobs:

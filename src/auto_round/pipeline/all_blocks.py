@@ -45,7 +45,7 @@ class TimedSteps:
         self.progress(self.clock.event("distill", step, self.count, "all blocks"))
 
     def step(self, step: int, look: tuple[float, float] | None) -> None:
-        """A step is taken.
+        """Tell how many steps are taken.
 
         Args:
             step: how many were.

@@ -173,7 +173,7 @@ def _listed(packed: Mapping[str, Encoded]) -> dict[tuple[str, str, str], Tensor]
 
 
 def _by_layer(tensors: Mapping[tuple[str, str, str], Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """The opposite of `_listed`."""
+    """Layer -> format -> name -> tensor: the inverse of `_listed`."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for (layer, form, name), tensor in tensors.items():
         found.setdefault(layer, {}).setdefault(form, {})[name] = tensor

@@ -106,7 +106,7 @@ def spread_picture(words: Words, spreads: Mapping[str, Spread]) -> Picture:
 
 @dataclass(frozen=True, slots=True)
 class QuantileBand:
-    """Divergences with their intervals.
+    """Divergences that shares of the predictions stay below, with their intervals.
 
     Attributes:
         names: of the places on the horizontal axis, for example `90 %`.

@@ -115,7 +115,7 @@ def distill_settings(tune: TuneOptions, seed: int) -> DistillConfig:
 
 
 def rows_of_step(seqlen: int) -> int:
-    """Rows of a step."""
+    """How many rows a step sees: about `STEP_TOKENS` tokens, one row at least."""
     return max(1, STEP_TOKENS // seqlen)
 
 

@@ -154,13 +154,13 @@ class GgufFormat(Exporter):
         return self._file.encode_plain(source, value)
 
     def rest(self, name: str, read: Callable[[str], Tensor]) -> Rest:
-        """Embeddings, norms, biases, constants."""
+        """A tensor of the file that holds none of the layers to quantize: embedding, norm, bias, constant."""
         part = self._file.parts[name]
         rows, fmt = self._file.rows_of(part, read), GGUF_FORMATS.get(part.type.name)
         return Rest(rows, fmt) if fmt else Rest(rows.reshape(part.spec.shape).to(part.spec.dtype))
 
     def encode_rest(self, q: QTensor) -> Tensor:
-        """Bytes of rows."""
+        """Bytes of rounded rows, as the file has them."""
         return pack_rows(q)
 
     @property
@@ -197,7 +197,7 @@ class GgufFormat(Exporter):
         return f"llama-cli -m {self.file}"
 
     def histogram(self) -> Mapping[str, tuple[int, int, int]]:
-        """Types of all tensors."""
+        """Type name -> number of tensors, weights and bytes."""
         return self._file.histogram()
 
     @contextmanager

@@ -85,7 +85,7 @@ PROJECTORS: Mapping[str, Projector] = MappingProxyType(
 
 
 def projector_of(config: Any) -> Projector:
-    """Row of a model.
+    """The row of `PROJECTORS` that a model's configuration asks for.
 
     Raises:
         UnsupportedError: no row for it, or for its encoder.

@@ -37,7 +37,7 @@ class RotaryPairs:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """Rows one by one.
+    """Any order of rows, given row by row.
 
     Attributes:
         numbers: rows of the source.

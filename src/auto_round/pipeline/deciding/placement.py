@@ -20,7 +20,7 @@ from auto_round.schemes.rules import find_layers, nearest_layers
 
 @dataclass(frozen=True, slots=True)
 class ExpertsOnDevice:
-    """Some experts of a module.
+    """Those experts of a module that are worked on by one device.
 
     Attributes:
         experts: their numbers, ascending.

@@ -30,7 +30,7 @@ RESCALED = (FolderSource, LiveSource)
 
 @dataclass(frozen=True, slots=True)
 class Smoothing:
-    """What was done.
+    """What smoothing did to a model's tensors, as the report says it.
 
     Attributes:
         strength: see `channel_factors`.

@@ -21,7 +21,7 @@ from auto_round.pipeline.running.trace_rows import trace_rows
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """Rows at the first block.
+    """The rows of one step, as they flow into the first block.
 
     Attributes:
         rows: what the blocks are called with for them.
@@ -63,7 +63,7 @@ class Feed:
         self._traced: tuple[ArgumentTable, Streams] | None = None
 
     def batch(self, step: int) -> StepRows:
-        """Rows of a step."""
+        """The rows of a step (from 0), traced with those of the next steps where they are not yet."""
         first = step - step % self._ahead
         if self._traced is None or self._from != first:
             members = [i for each in self._order[first : first + self._ahead] for i in each]

@@ -24,7 +24,7 @@ _PROGRESS = "progress.json"
 
 
 class Shelf:
-    """States of all units.
+    """What is learned of all units, the moments of the optimizer, and how far the steps are.
 
     Attributes:
         folder: where the files lie.

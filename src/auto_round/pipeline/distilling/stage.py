@@ -80,7 +80,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class DistilledUnit:
-    """What one unit became.
+    """One unit of blocks as all blocks together were tuned: what is written over the earlier result.
 
     Attributes:
         layers: quantized layers by name.
@@ -119,7 +119,7 @@ def distill(
 
 
 def _say(found: Mapping[str, Any]) -> None:
-    """One line for people."""
+    """Tell the user in one line what the stage gave."""
     before, best, kept, steps = (found[name] for name in ("kl_before", "kl_best", "kept_step", "steps"))
     if kept:
         words = "all blocks together: KL on held-out rows %.4g -> %.4g nats per token, kept step %d of %d"

@@ -125,7 +125,7 @@ class Sweep:
         return float(total) / max(1, count)
 
     def forward(self, batch: StepRows, room: Boundaries, memory: ExitStack) -> list[_Going]:
-        """Fill the boundaries.
+        """Send rows through all units, original and rounded; `room` gets what flows between these.
 
         Args:
             batch: rows of a step.

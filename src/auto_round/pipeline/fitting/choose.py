@@ -22,7 +22,7 @@ DEVICE_SHARE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Memory of the machine.
+    """Memory that a plan may count on.
 
     Attributes:
         held: what the process holds already, bytes.

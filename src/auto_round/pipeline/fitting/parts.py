@@ -50,7 +50,7 @@ inputs and outputs of the products: as gpt-oss has it; others keep up to 4 fewer
 
 @dataclass(frozen=True, slots=True)
 class MemoryParts:
-    """Parts of a run at one level.
+    """What the parts of a run hold in memory at one level.
 
     Attributes:
         work: the run.

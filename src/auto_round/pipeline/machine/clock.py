@@ -14,7 +14,7 @@ COUNTED = ("tune", "distill")
 
 
 class Clock:
-    """Starts when made."""
+    """Wall time of a run and of its stages, and the time that is left; starts when made."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()

@@ -16,7 +16,7 @@ TOKENS_AT_ONCE = 1024
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """Devices of a run.
+    """The devices that a run works on, and what lies where by the user's wish.
 
     Attributes:
         main: where what flows is held, and all that is not placed elsewhere.

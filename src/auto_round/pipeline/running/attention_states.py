@@ -33,7 +33,7 @@ class StateRanges:
         self.largest: dict[str, Tensor] = {}
 
     def add(self, states: Mapping[str, Tensor], mask: Tensor | None) -> None:
-        """Look at states.
+        """Take the states of one call into account.
 
         Args:
             states: part -> `[batch, heads, tokens, width]`.

@@ -187,7 +187,7 @@ def room_like(states: States, name: str, home: Home, spill: Path) -> States:
 def storage(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, spill: Path | None, name: str
 ) -> Tensor:
-    """Room for hidden states.
+    """A tensor for hidden states, its numbers not set yet; in memory or backed by a file.
 
     Args:
         shape: of the tensor.

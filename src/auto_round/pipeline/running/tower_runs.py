@@ -82,7 +82,7 @@ class _Watcher:
     parameters: Sequence[str]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note a call."""
+        """Note what a block is called with; block 0 begins a run of the encoder."""
         del module
         try:
             (state,), call = split_call(self.flow.taken, self.parameters, args, kwargs)

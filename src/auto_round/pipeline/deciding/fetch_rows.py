@@ -140,7 +140,6 @@ def _rows(
     wanted = options.calibration
     data = wanted.dataset if dataset is None else dataset
     platform: Platform = "model_scope" if options.model.platform == "model_scope" else "hf"
-
     usual = dataset is None and wanted.dataset == CalibrationOptions().dataset
 
     def load(count: int) -> CalibrationRows:
@@ -171,26 +170,21 @@ def _rows(
     once = isinstance(dataset, Iterator)
     more = None if once else lambda count: load(count + later)
     if later:
-        least = later if options.tune.distill_nsamples else math.ceil(later / MOST_SEEN)
-        found = _with_fresh(rows, wanted.nsamples, beside, least)
-        given = len(found.fresh)
-        if given < later and not quiet:
-            logger.warning(
-                "%s: distill_steps see each of %d rows %.1f times; %d rows would be better (:concat after "
-                "the data set's name cuts all rows out of long texts)",
-                *(rows.summary, given, later / given, later),
-            )
-        return replace(found, more=more)
-    count = len(rows.rows)
-    if count == 1:
-        logger.warning(
-            "%s: one row tunes, and judges what was tuned on it, so figures will look better than they are; "
-            "give more text, a smaller seqlen, or :concat",
-            rows.summary,
-        )
-        return Data(replace(rows, rows=rows.rows * 2), 1)
-    tuned = tuned_of(count, wanted.nsamples)
+        return replace(_with_fresh(rows, options, later, quiet=quiet), more=more)
+    if len(rows.rows) == 1:
+        return _one_row(rows)
+    tuned = tuned_of(len(rows.rows), wanted.nsamples)
     return Data(with_each_kind_held_out(rows, tuned), tuned, more)
+
+
+def _one_row(rows: CalibrationRows) -> Data:
+    """The only row twice: to tune on, and to judge by; tells the user what that is worth."""
+    logger.warning(
+        "%s: one row tunes, and judges what was tuned on it, so figures will look better than they are; "
+        "give more text, a smaller seqlen, or :concat",
+        rows.summary,
+    )
+    return Data(replace(rows, rows=rows.rows * 2), 1)
 
 
 def fresh_rows(options: Options) -> int:
@@ -215,20 +209,22 @@ def _refuse_several_lists(source: ModelSource) -> None:
         )
 
 
-def _with_fresh(rows: CalibrationRows, tuned: int, beside: int, least: int) -> Data:
+def _with_fresh(rows: CalibrationRows, options: Options, wanted: int, *, quiet: bool) -> Data:
     """Rows to tune blocks on, to hold out, and for the stage after block tuning.
 
     Args:
-        rows: all of them, in this order.
-        tuned: rows for blocks.
-        beside: rows held out.
-        least: fewest rows for the stage, which gets all that are left.
+        rows: all of them, in this order; the stage gets all that are left.
+        options: the user's.
+        wanted: rows for the stage, see `fresh_rows`; with fewer, its steps see each row several times.
+        quiet: do not tell the user of that.
 
     Raises:
         ConfigError: there are too few for all three.
         UnsupportedError: some have images.
     """
-    found = len(rows.rows)
+    tuned, found = options.calibration.nsamples, len(rows.rows)
+    beside = held_out_rows(tuned)
+    least = wanted if options.tune.distill_nsamples else math.ceil(wanted / MOST_SEEN)
     if found < tuned + beside + least:
         raise ConfigError(
             f"distill_steps takes rows that blocks are not tuned on: expected {tuned} + {beside} held out + "
@@ -243,6 +239,12 @@ def _with_fresh(rows: CalibrationRows, tuned: int, beside: int, least: int) -> D
             [Refusal("distillation", "some calibration rows have images", "give text, or leave it out")],
         )
     first, fresh = rows.rows[: tuned + beside], rows.rows[tuned + beside :]
+    if len(fresh) < wanted and not quiet:
+        logger.warning(
+            "%s: distill_steps see each of %d rows %.1f times; %d rows would be better (:concat after "
+            "the data set's name cuts all rows out of long texts)",
+            *(rows.summary, len(fresh), wanted / len(fresh), wanted),
+        )
     return Data(replace(rows, rows=first, fingerprint=fingerprint(first)), tuned, fresh=fresh)
 
 

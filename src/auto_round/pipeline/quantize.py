@@ -299,9 +299,9 @@ class _Loop:
     def _round_layers(self) -> None:
         """Plain rounding without data, journaled burst by burst."""
         if self.outputs.share_embedding:
-            _, written = self.outputs.put_embedding() or (None, {})
-            if written:
-                self._done("embedding", written)
+            _, embedding = self.outputs.put_embedding() or (None, {})
+            if embedding:
+                self._done("embedding", embedding)
         layers = self.job.quantized()
         units: dict[str, list[str]] = {}
         for layer, _ in layers.values():

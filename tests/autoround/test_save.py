@@ -88,6 +88,16 @@ def test_a_format_that_would_have_made_another_plan_is_refused_in_words(rows, tm
     assert advised.save_quantized(tmp_path / "gptq") == [tmp_path / "gptq"]
 
 
+def test_a_format_that_wants_scales_of_another_dtype_is_refused_in_words(folder, rows, tmp_path):
+    """llm_compressor stores steps in the model's dtype: that ended in an error about a tensor's dtype."""
+    rounder = quantizer(folder, rows, iters=0, disable_opt_rtn=True)
+    rounder.quantize()
+    match = r"(?s)save it as auto_round, or .*W4 g32 sym instead of W4 g32 sym bfloat16"
+    with pytest.raises(CannotHoldError, match=match):
+        rounder.save_quantized(tmp_path / "other", format="llm_compressor")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_model_in_memory_gives_the_same_as_its_folder_and_stays_as_it_is(folder, rows, tmp_path):
     events = []
     live = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

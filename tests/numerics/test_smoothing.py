@@ -39,3 +39,22 @@ def test_factors_of_channels():
     alone = channel_factors(inputs, None, 0.5)  # a ** 0.5
     assert torch.allclose(alone, torch.tensor([0.5, 2.0, 1.0]))
     assert torch.equal(channel_factors(inputs, None, 0.0), torch.ones(3))
+
+
+@pytest.mark.parametrize("asleep", ["inputs", "columns"])
+def test_channels_that_are_always_0_leave_the_others_as_they_would_be(asleep):
+    """Half of a layer of neurons behind a ReLU may sleep on all rows: they must not push the rest to the end."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, weights = (torch.rand(64, generator=generator) + 0.1 for _ in range(2))
+    alone = channel_factors(inputs, weights, 0.5)
+    nothing, something = torch.zeros(64), torch.ones(64)
+    beside = (inputs, weights), (nothing, something) if asleep == "inputs" else (something, nothing)
+    found = channel_factors(*map(torch.cat, zip(*beside, strict=True)), 0.5)
+    assert torch.allclose(found[:64], alone)
+    assert torch.equal(found[64:], torch.ones(64))
+    assert torch.equal(channel_factors(nothing, None, 0.25), torch.ones(64))
+
+
+def test_numbers_that_are_none_spoil_no_factor():
+    inputs = torch.tensor([1.0, float("nan"), 256.0])
+    assert torch.equal(channel_factors(inputs, None, 0.5), torch.tensor([0.5, 1.0, 2.0]))

@@ -182,6 +182,50 @@ def test_what_gains_is_smoothed_unasked(tiny, scheme, strength):
     assert strength_of(job_of(tiny("llama", **SIZES), **plain, smooth=None)) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        ("mixtral", {"ignore_layers": "self_attn"}),
+        ("llama", {"bits": 8, "quant_lm_head": True, "layer_config": {"lm_head": {"bits": 4}}}),
+    ],
+)
+def test_no_rows_are_run_where_nothing_that_gains_could_be_rescaled(tiny, family, given):
+    """Experts alone, or the head: the unquantized model would be read once more for nothing."""
+    job = job_of(tiny(family, **SIZES), scheme="W4A16", smooth=None, **given)
+    assert any(entry.scheme is not None and entry.scheme.bits == 4 for entry in job.plan.entries.values())
+    assert strength_of(job) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32"), (torch.bfloat16, None)]
+)
+def test_readers_are_multiplied_by_what_the_norm_as_kept_was_divided_by(tiny, tmp_path, own, kept):
+    job = job_of(tiny("gemma2", own), group_size=16, model_dtype=kept)
+    changes = changes_of(job, tmp_path)
+    norms = {name: change for name, change in changes.items() if "layernorm" in name}
+    assert norms
+    for name, change in norms.items():
+        before = job.source.read_tensor(name)
+        stored = change.of(before).to(job.source.kept[name].dtype)
+        product = (stored.double() + change.plus) * change.divided.double()
+        assert torch.allclose(product, before.double() + change.plus, rtol=1e-5, atol=0)
+
+
+def test_weights_never_leave_the_range_of_their_dtype(tmp_path):
+    """Numbers of float16 end at 65,504: a column that holds 40,000 already is not multiplied by 4."""
+    folder = save_tiny_model("llama", tmp_path / "m", **SIZES)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3] *= 100
+        model.model.layers[0].mlp.down_proj.weight[0, 3] = 4e4
+    model.to(torch.float16).save_pretrained(folder)
+    job = job_of(folder, group_size=16)
+    changes = changes_of(job, tmp_path)
+    assert all(change.of(job.source.read_tensor(name)).isfinite().all() for name, change in changes.items())
+    assert "model.layers.0.mlp.down_proj.weight" not in changes
+    assert "model.layers.1.mlp.down_proj.weight" in changes
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(uneven, tmp_path):
     given = {"scheme": "MXFP4", "group_size": None, "verify": False, "format": "fake", "distill_steps": 4}
     given["distill_nsamples"] = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from auto_round.config import Options
@@ -79,12 +79,12 @@ class Finished:
             for text in dict.fromkeys(other.values())
         ]
         raise CannotHoldError(
-            f'{names} cannot hold what quantize() made: save it as auto_round, or say AutoRound(..., format="'
-            f'{names}") before quantize(), or call quantize_and_save(format="{names}")',
+            f"{names} cannot hold what quantize() made: save it as {','.join(self.job.exporters)}, or say "
+            f'AutoRound(..., format="{names}") before quantize(), or call quantize_and_save(format="{names}")',
             refusals,
         )
 
 
 def _label(scheme: QuantizationScheme | None) -> str:
-    """Scheme in words, without the dtype of scales, which a format may store in its own."""
-    return "16 bits" if scheme is None else replace(scheme, scale_dtype="float16").label
+    """Scheme in words; the dtype of scales is among them, for some formats want the model's."""
+    return "16 bits" if scheme is None else scheme.label

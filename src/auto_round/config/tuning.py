@@ -110,7 +110,7 @@ class TuneOptions:
             "before rounding, divide channels of inputs by part of their size and multiply the weights that "
             "read them by it; 0 for not at all, 1 for all of it; when not given 0.5 where inputs become "
             "MXFP4 or whole numbers, 0.2 where they become NVFP4, 0.25 where only weights become whole "
-            "numbers of 3 or 4 bits, else 0",
+            "numbers of 3 or 4 bits, else and for plain rounding 0",
             low=0,
             high=1,
         ),

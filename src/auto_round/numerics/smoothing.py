@@ -19,7 +19,7 @@ from torch import Tensor
 LARGEST = 16.0
 """Largest factor of a channel; its inverse is the smallest."""
 TINY = 1e-12
-"""Mean squares below this count as this: channels that are always 0."""
+"""Mean squares up to this are those of channels that are always 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,23 +56,27 @@ class Rescaling:
 
 
 def channel_factors(inputs: Tensor, weights: Tensor | None, strength: float) -> Tensor:
-    """Factor of each channel, with geometric mean 1.
+    """Factor of each channel, with geometric mean 1 over those that are not always 0.
 
     Where inputs are rounded it is `a ** strength / w ** (1 - strength)`, SmoothQuant's (arXiv 2211.10438,
     equation 4), where `a` and `w` are the largest magnitudes of a channel and of its column. Here they are
     root mean squares: with maxima more is lost (docs/LOG.md). Where only weights are rounded it is
     `a ** strength`, AWQ's (arXiv 2306.00978, equation 5): weights that read large channels become larger,
-    so the step of their group is finer beside them.
+    so the step of their group is finer beside them. Channels that are always 0 (neurons that no row wakes,
+    columns that only pad a matrix) stay as they are and have no say in the mean: as tiny ones they would push all
+    others against `LARGEST`.
 
     Args:
         inputs: mean squares of the channels, `[n] float32`, best with every token scaled to the same size.
         weights: mean squares of the columns, `[n] float32`; None where only weights are rounded.
         strength: 1 makes all channels equally large; 0 all columns, or leaves all as they are.
     """
-    logs = 0.5 * strength * inputs.clamp_min(TINY).log()
+    logs, awake = 0.5 * strength * inputs.clamp_min(TINY).log(), inputs > TINY
     if weights is not None:
         logs -= 0.5 * (1 - strength) * weights.clamp_min(TINY).log()
-    return (logs - logs.mean()).exp().clamp(1 / LARGEST, LARGEST)
+        awake = awake & (weights > TINY)
+    logs = torch.where(awake, logs - logs[awake].mean(), 0.0)
+    return logs.exp().clamp(1 / LARGEST, LARGEST)
 
 
 def held_factors(factors: Tensor, weight: Tensor, dtype: torch.dtype, plus: float) -> Tensor:
@@ -84,13 +88,13 @@ def held_factors(factors: Tensor, weight: Tensor, dtype: torch.dtype, plus: floa
     Args:
         factors: wanted divisors, `[n] float32`.
         weight: of the norm, `[n]`.
-        dtype: in which it is stored.
+        dtype: in which the quotient is stored.
         plus: what the model adds to it.
 
     Returns:
         `[n] float32`; 1 where the stored sum would vanish, or where it is 0.
     """
     whole = weight.float() + plus
-    stored = Rescaling(divided=factors, plus=plus).of(weight.to(dtype)).float() + plus
+    stored = Rescaling(divided=factors, plus=plus).of(weight.float()).to(dtype).float() + plus
     real = whole / stored
     return torch.where(real.isfinite() & (real > 0), real, 1.0)

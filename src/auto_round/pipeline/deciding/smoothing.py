@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from auto_round.errors import ConfigError
+from auto_round.facts.layer import Layer
 from auto_round.log import logger
 from auto_round.models.folder import FolderSource
 from auto_round.models.live import LiveSource
@@ -96,6 +97,12 @@ def gains(plan: Plan, layer: str) -> bool:
     return entry is not None and _suiting(entry.scheme) > 0
 
 
+def is_whole(layer: Layer) -> bool:
+    """A layer is one tensor of a block, axis by axis: only its channels can be rescaled."""
+    own = layer.block is not None and layer.expert is None and layer.rows is None
+    return own and not (layer.fused or layer.transposed)
+
+
 def rounds_inputs(plan: Plan, layer: str) -> bool:
     """Inputs of a layer are rounded, not its weights alone."""
     entry = plan.entries.get(layer)
@@ -106,7 +113,8 @@ def _usual(job: Job) -> float:
     """The strength that suits the layers of a run, the smallest of several; 0 for none."""
     if not (job.tune.iters or job.tune.search):
         return 0.0  # plain rounding gives the codes of other packages' plain rounding
-    found = (_suiting(entry.scheme) for entry in job.plan.entries.values())
+    entries = (job.plan.entries.get(layer.name) for layer in job.source.layers if is_whole(layer))
+    found = (_suiting(entry.scheme) for entry in entries if entry is not None)
     return min((strength for strength in found if strength), default=0.0)
 
 

@@ -24,7 +24,14 @@ from auto_round.models.links import VECTOR, Link, find_links
 from auto_round.models.source import name_on_disk
 from auto_round.numerics.smoothing import Rescaling, channel_factors, held_factors
 from auto_round.pipeline.deciding.job import Job
-from auto_round.pipeline.deciding.smoothing import RESCALED, Smoothing, gains, rounds_inputs, strength_of
+from auto_round.pipeline.deciding.smoothing import (
+    RESCALED,
+    Smoothing,
+    gains,
+    is_whole,
+    rounds_inputs,
+    strength_of,
+)
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.original import OriginalBlock, original_blocks
@@ -139,11 +146,7 @@ class _Names:
     def __init__(self, job: Job, block: Block) -> None:
         self._source, self._block = job.source, block
         layers = [layer for layer in job.source.layers if layer.block == block.index]
-        self._matrices = {
-            layer.parameter
-            for layer in layers
-            if layer.expert is None and layer.rows is None and not (layer.fused or layer.transposed)
-        }
+        self._matrices = {layer.parameter for layer in layers if is_whole(layer)}
         asked = job.options.tune.smooth is not None
         self._gaining = {layer.parameter for layer in layers if asked or gains(job.plan, layer.name)}
         self._inputs = {layer.parameter for layer in layers if rounds_inputs(job.plan, layer.name)}
@@ -166,9 +169,19 @@ class _Names:
         """Whether one that reads a link rounds its inputs, too."""
         return any(f"{self._block.module}.{name}" in self._inputs for name in link.readers)
 
-    def dtype(self, parameter: str) -> torch.dtype:
-        """Dtype of the tensor on disk."""
-        return self._source.tensors[self.of(parameter)].dtype
+    def dtypes(self, parameter: str) -> tuple[torch.dtype, torch.dtype]:
+        """Dtype of the tensor on disk, and that in which outputs keep it: it is rounded to one, then the other."""
+        name = self.of(parameter)
+        return self._source.tensors[name].dtype, self._source.kept[name].dtype
+
+    def read(self, parameter: str) -> Tensor:
+        """A parameter as it lies on disk: the block has it in the dtype in which the run computes."""
+        return self._source.read_tensor(self.of(parameter))
+
+    def holds(self, change: Rescaling, parameter: str, value: Tensor) -> bool:
+        """Whether all numbers of a parameter can still be stored: those of float16 end at 65,504."""
+        own, kept = self.dtypes(parameter)
+        return bool(change.of(value.to(own)).to(kept).isfinite().all())
 
     def _plain(self, parameter: str, value: Tensor) -> bool:
         """Whether the tensor on disk is that parameter, axis by axis."""
@@ -202,10 +215,12 @@ def _of_block(here: OriginalBlock, names: _Names, strength: float) -> Iterator[d
         columns = link.gathered(_columns(block, link)) if names.inputs_rounded(link) else None
         factors = channel_factors(link.gathered(inputs), columns, strength)
         for name, plus in link.makers.items():
-            maker = block.get_parameter(name)
-            if maker.dim() == VECTOR and name.endswith(".weight"):
-                factors = held_factors(factors, maker, names.dtype(name), plus)
-        yield link.changes(factors.cpu())
+            if block.get_parameter(name).dim() == VECTOR and name.endswith(".weight"):
+                for dtype in names.dtypes(name):
+                    factors = held_factors(factors, names.read(name).to(factors.device), dtype, plus)
+        changes = link.changes(factors.cpu())
+        if all(names.holds(change, name, block.get_parameter(name)) for name, change in changes.items()):
+            yield changes
 
 
 def _columns(block: nn.Module, link: Link) -> Tensor:

@@ -123,7 +123,7 @@ def _few(job: Job) -> Sequence[CalibrationRow]:
     """The first rows, of text the beginnings of them, with so many tokens as are to be looked at."""
     routed = any(layer.role is Role.EXPERT for layer in job.source.layers)
     tokens, length = (EXPERTS_TOKENS, EXPERTS_LENGTH) if routed else (TOKENS, LENGTH)
-    rows = job.all_rows[: job.tuned]
+    rows: Sequence[CalibrationRow] = job.all_rows[: job.tuned]
     cut = [row.beginning(max(length, -(-tokens // len(rows)))) for row in rows]
     if all(short.positions and not row.beside_text for row, short in zip(rows, cut, strict=True)):
         rows = cut
@@ -148,7 +148,7 @@ class _Names:
         layers = [layer for layer in job.source.layers if layer.block == block.index]
         self._matrices = {layer.parameter for layer in layers if is_whole(layer)}
         asked = job.options.tune.smooth is not None
-        self._gaining = {layer.parameter for layer in layers if asked or gains(job.plan, layer.name)}
+        self._gaining = {layer.parameter for layer in layers if asked or gains(job.source, job.plan, layer)}
         self._inputs = {layer.parameter for layer in layers if rounds_inputs(job.plan, layer.name)}
         self.own = {n for n in job.source.tensors if n.startswith(f"{block.disk}.")} | {""}
 

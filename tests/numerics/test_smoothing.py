@@ -43,7 +43,7 @@ def test_factors_of_channels():
 
 @pytest.mark.parametrize("asleep", ["inputs", "columns"])
 def test_channels_that_are_always_0_leave_the_others_as_they_would_be(asleep):
-    """Half of a layer of neurons behind a ReLU may sleep on all rows: they must not push the rest to the end."""
+    """Half of the neurons behind a ReLU may sleep on all rows: they must not push the rest to the end."""
     generator = torch.Generator().manual_seed(0)
     inputs, weights = (torch.rand(64, generator=generator) + 0.1 for _ in range(2))
     alone = channel_factors(inputs, weights, 0.5)

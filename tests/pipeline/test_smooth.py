@@ -235,6 +235,19 @@ def test_weights_never_leave_the_range_of_their_dtype(tmp_path):
     assert "model.layers.1.mlp.down_proj.weight" in changes
 
 
+@pytest.mark.parametrize("given", [{"sym": True}, {"sym": False}, {"bits": 3}])
+def test_weights_that_lie_on_the_grid_already_stay_on_it(tiny, tmp_path, given):
+    """Of a model that was trained for it, and lies there in plain numbers: they would be rounded anew."""
+    given = {"scheme": "W4A16", "iters": 0, "disable_opt_rtn": False, "format": "fake", **given}
+    once = quantize(tiny("llama", intermediate_size=128), tmp_path / "once", smooth=0.25, **given)
+    twice = quantize(tmp_path / "once", tmp_path / "twice", **given)
+    assert once.report["smoothing"]["tensors"] == 18
+    assert twice.report["smoothing"]["tensors"] == 0
+    assert twice.report["held_out"]["kl"] < 0.1 * once.report["held_out"]["kl"]
+    others = {**given, "group_size": 64}
+    assert quantize(tmp_path / "once", tmp_path / "wider", **others).report["smoothing"]["tensors"] == 18
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(uneven, tmp_path):
     given = {"scheme": "MXFP4", "group_size": None, "verify": False, "format": "fake", "distill_steps": 4}
     given["distill_nsamples"] = 4

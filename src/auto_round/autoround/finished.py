@@ -68,6 +68,8 @@ class Finished:
         """
         from auto_round.schemes.condense import some
 
+        if next(iter(self.job.exporters.values())).any_plan:
+            return  # rounded weights without codes, as `rewrite` says
         made = self.result.plan
         pairs = {name: (_label(made.scheme_of(name)), _label(plan.scheme_of(name))) for name in made.entries}
         other = {n: f"{was} instead of {wanted}" for n, (was, wanted) in pairs.items() if was != wanted}
@@ -80,7 +82,8 @@ class Finished:
         ]
         raise CannotHoldError(
             f"{names} cannot hold what quantize() made: save it as {','.join(self.job.exporters)}, or say "
-            f'AutoRound(..., format="{names}") before quantize(), or call quantize_and_save(format="{names}")',
+            f'AutoRound(..., format="{names}") before quantize(), or call '
+            f'quantize_and_save(format="{names}")',
             refusals,
         )
 

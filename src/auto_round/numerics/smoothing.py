@@ -63,8 +63,8 @@ def channel_factors(inputs: Tensor, weights: Tensor | None, strength: float) -> 
     root mean squares: with maxima more is lost (docs/LOG.md). Where only weights are rounded it is
     `a ** strength`, AWQ's (arXiv 2306.00978, equation 5): weights that read large channels become larger,
     so the step of their group is finer beside them. Channels that are always 0 (neurons that no row wakes,
-    columns that only pad a matrix) stay as they are and have no say in the mean: as tiny ones they would push all
-    others against `LARGEST`.
+    columns that only pad a matrix) stay as they are and have no say in the mean: as tiny ones they would push
+    all others against `LARGEST`.
 
     Args:
         inputs: mean squares of the channels, `[n] float32`, best with every token scaled to the same size.

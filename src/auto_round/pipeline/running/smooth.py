@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from auto_round.calibration.row import CalibrationRow
 from auto_round.checkpoint.blobs import load_tensors, save_tensors
 from auto_round.errors import InternalError
-from auto_round.facts.layer import Block, Role
+from auto_round.facts.layer import Block, Layer, Role
 from auto_round.log import ProgressSink, logger
 from auto_round.models.links import VECTOR, Link, find_links
 from auto_round.models.source import name_on_disk
@@ -35,6 +35,7 @@ from auto_round.pipeline.deciding.smoothing import (
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.machine.memory import release_freed_memory
 from auto_round.pipeline.running.original import OriginalBlock, original_blocks
+from auto_round.pipeline.running.rounding import round_matrix
 
 TOKENS, LENGTH = 1024, 64
 """Tokens over which channels are measured, as whole rows allow, and of how many tokens rows of text are:
@@ -42,6 +43,11 @@ finding links runs a block a dozen times on one row. With sixteen times as many 
 (docs/LOG.md)."""
 EXPERTS_TOKENS, EXPERTS_LENGTH = 2048, 256
 """The same where there are experts: a row has to reach those that a link counts on."""
+SAMPLED = 16
+"""Rows of a matrix that tell whether its weights lie on a grid already."""
+ON_GRID = 1e-3
+"""Squared error of rounding beside squared weights below which they do: rounding to 4 bits leaves 6e-3, to 3
+bits more, and bfloat16, in which unpacked weights are held, 1e-6."""
 _DIVIDED, _MULTIPLIED, _PLUS = "divided", "multiplied", "plus"
 
 
@@ -144,11 +150,13 @@ class _Names:
     """Where the parameters of a block lie on disk."""
 
     def __init__(self, job: Job, block: Block) -> None:
-        self._source, self._block = job.source, block
+        self._source, self._block, self._job = job.source, block, job
         layers = [layer for layer in job.source.layers if layer.block == block.index]
         self._matrices = {layer.parameter for layer in layers if is_whole(layer)}
-        asked = job.options.tune.smooth is not None
-        self._gaining = {layer.parameter for layer in layers if asked or gains(job.source, job.plan, layer)}
+        self._asked = job.options.tune.smooth is not None
+        self._gaining = {
+            layer.parameter: layer for layer in layers if self._asked or gains(job.source, job.plan, layer)
+        }
         self._inputs = {layer.parameter for layer in layers if rounds_inputs(job.plan, layer.name)}
         self.own = {n for n in job.source.tensors if n.startswith(f"{block.disk}.")} | {""}
 
@@ -169,8 +177,28 @@ class _Names:
         """Whether one that reads a link rounds its inputs, too."""
         return any(f"{self._block.module}.{name}" in self._inputs for name in link.readers)
 
+    def rounded_already(self, link: Link, block: nn.Module) -> bool:
+        """Whether weights that read a link, and they alone are rounded, lie on the grid that they go to.
+
+        So they do where a model was trained for it, or rounded before, and is stored in plain numbers:
+        rounded as they are they lose nothing, rescaled as much as all others.
+        """
+        if self._asked or self.inputs_rounded(link):
+            return False
+        found = ((self._gaining.get(f"{self._block.module}.{name}"), name) for name in link.readers)
+        return any(self._on_grid(layer, block.get_parameter(name)) for layer, name in found if layer)
+
+    def _on_grid(self, layer: Layer, weight: Tensor) -> bool:
+        fmt = self._job.plan.format_of(layer.name)
+        if fmt is None:
+            return False
+        rows = weight.detach()[:: max(1, weight.shape[0] // SAMPLED)][:SAMPLED].float()
+        stored = round_matrix(layer.name, rows, fmt, weight.device, effort=self._job.effort)
+        off = (fmt.dequantize(stored) - rows).square().sum()
+        return bool(off < ON_GRID * rows.square().sum())
+
     def dtypes(self, parameter: str) -> tuple[torch.dtype, torch.dtype]:
-        """Dtype of the tensor on disk, and that in which outputs keep it: it is rounded to one, then the other."""
+        """Dtype of the tensor on disk, and that in which outputs keep it: it is rounded to both, in turn."""
         name = self.of(parameter)
         return self._source.tensors[name].dtype, self._source.kept[name].dtype
 
@@ -211,6 +239,8 @@ def _of_block(here: OriginalBlock, names: _Names, strength: float) -> Iterator[d
     with _squares(block, readers, here.masks) as squares:
         here.run(range(streams.rows))
     for link in links:
+        if names.rounded_already(link, block):
+            continue
         inputs = squares[link.readers[0].removesuffix(".weight")]
         columns = link.gathered(_columns(block, link)) if names.inputs_rounded(link) else None
         factors = channel_factors(link.gathered(inputs), columns, strength)

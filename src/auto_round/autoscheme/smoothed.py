@@ -30,7 +30,7 @@ def smoothing_facts(setting: ScoringSetting) -> dict[str, Any] | None:
     names = sorted(job.plan.entries)
     return {
         "strength": strength,
-        "gain": sorted(layer.name for layer in job.source.layers if gains(job.source, job.plan, layer)),
+        "gain": [name for name in names if gains(job.plan, name)],
         "round_inputs": [name for name in names if rounds_inputs(job.plan, name)],
     }
 
@@ -54,9 +54,8 @@ def smoothed(setting: ScoringSetting, scratch: Path, progress: ProgressSink, clo
 def _gaining(setting: ScoringSetting) -> Job:
     """The job, with a plan that gives each layer an option under which it gains, if any."""
     job, plans = setting.job, setting.candidates.plans
-    entries = dict(job.plan.entries)
-    for layer in job.source.layers:
-        plan = next((plan for plan in plans if gains(job.source, plan, layer)), None)
-        if plan is not None:
-            entries[layer.name] = plan.entries[layer.name]
+    entries = {
+        name: next((plan.entries[name] for plan in plans if gains(plan, name)), entry)
+        for name, entry in job.plan.entries.items()
+    }
     return replace(job, plan=replace(job.plan, entries=entries))

@@ -153,10 +153,6 @@ class Checkpoint:
         """One entry of the first axis, without reading the others; raises what `read_rows` raises."""
         return self.read_rows(name, index, index + 1)[0]
 
-    def stored_bits(self, name: str) -> None:
-        """None: what a folder of plain numbers holds has no codes; see `stored.unpacked` for others."""
-        del name
-
     def copy_into(self, name: str, fd: int, offset: int) -> None:
         """Copy the bytes of a tensor to an open file without passing them through Python.
 

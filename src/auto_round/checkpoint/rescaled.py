@@ -34,10 +34,6 @@ class RescaledTensors:
         """Dtype and shape of a tensor."""
         return self._files.spec(name)
 
-    def stored_bits(self, name: str) -> int | None:
-        """Bits of the codes that a tensor is stored in; None for plain numbers, which rescaled ones are."""
-        return None if name in self._changes else self._files.stored_bits(name)
-
     def read(self, name: str) -> Tensor:
         """A tensor in fresh memory."""
         tensor = self._files.read(name)

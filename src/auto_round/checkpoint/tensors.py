@@ -37,10 +37,6 @@ class Tensors(Protocol):
         """
         ...
 
-    def stored_bits(self, name: str) -> int | None:
-        """Bits of the codes that a tensor is stored in; None where it is stored as plain numbers."""
-        ...
-
     def read(self, name: str) -> Tensor:
         """Tensor in fresh CPU memory that the caller owns.
 

@@ -120,10 +120,6 @@ class FolderSource(AssembledSource):
         """Its tensors as they are copied; see `ModelSource`."""
         return self._files
 
-    def stored_bits(self, name: str) -> int | None:
-        """Bits of the codes that a tensor of `tensors` lies in on disk; None for plain numbers."""
-        return self._files.stored_bits(name)
-
     def read_tensor(self, name: str) -> Tensor:
         """Any tensor of `tensors`."""
         return self._files.read(name)

@@ -30,10 +30,6 @@ class PaperTensors:
         """Dtype and shape of a tensor."""
         return self._specs[name]
 
-    def stored_bits(self, name: str) -> None:
-        """No tensor is stored in codes."""
-        del name
-
     def read(self, name: str) -> Tensor:
         """Nothing is there.
 

@@ -63,11 +63,6 @@ class Unpacked:
         packed = self._packed.get(name)
         return self.files.spec(name) if packed is None else TensorSpec(self._dtype, packed.plain_shape)
 
-    def stored_bits(self, name: str) -> int | None:
-        """Bits of the codes that a tensor is packed in; None where it lies there as plain numbers."""
-        packed = self._packed.get(name)
-        return None if packed is None else packed.format.grid.bits
-
     def read(self, name: str) -> Tensor:
         """A plain tensor, in fresh memory."""
         packed = self._packed.get(name)

@@ -128,13 +128,6 @@ class GgufTensors:
         """Dtype and shape of a plain tensor."""
         return self._specs[name]
 
-    def stored_bits(self, name: str) -> int | None:
-        """Bits of the codes of a tensor's type; None where that has plain numbers, of 16 bits and more."""
-        tensor, _ = self._places[name]
-        stored = self._stored[tensor.name]
-        bits = 8 * stored.nbytes // max(1, math.prod(stored.shape))  # scales and the like are less than one
-        return bits if bits < 16 else None
-
     def read(self, name: str) -> Tensor:
         """A plain tensor, in fresh memory.
 

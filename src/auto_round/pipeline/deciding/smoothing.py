@@ -13,9 +13,9 @@ from auto_round.facts.layer import Layer
 from auto_round.log import logger
 from auto_round.models.folder import FolderSource
 from auto_round.models.live import LiveSource
-from auto_round.models.source import ModelSource
 from auto_round.numerics.smoothing import Rescaling
 from auto_round.schemes.plan import Plan
+from auto_round.schemes.scheme import QuantizationScheme
 
 if TYPE_CHECKING:
     from auto_round.pipeline.deciding.job import Job
@@ -56,7 +56,10 @@ class Smoothing:
     def sentence(self) -> str:
         """One line for people."""
         if not self.tensors:
-            return "smoothing: no channel of this model can be rescaled; it is left as it is"
+            return (
+                "smoothing: the model is left as it is: no channel can be rescaled, or the weights that read "
+                "them lie on the grid to which they go already"
+            )
         return (
             f"smoothing: channels of inputs divided by {self.smallest:.2g} to {self.largest:.2g}, "
             f"{self.tensors} tensors rescaled"
@@ -91,9 +94,10 @@ def refuse_smoothing(job: Job) -> None:
         logger.warning("inputs are not smoothed, which costs accuracy: %s", why)
 
 
-def gains(source: ModelSource, plan: Plan, layer: Layer) -> bool:
+def gains(plan: Plan, layer: str) -> bool:
     """A layer is rounded to numbers that gain by smoothing."""
-    return _suiting(source, plan, layer) > 0
+    entry = plan.entries.get(layer)
+    return entry is not None and _suiting(entry.scheme) > 0
 
 
 def is_whole(layer: Layer) -> bool:
@@ -112,24 +116,17 @@ def _usual(job: Job) -> float:
     """The strength that suits the layers of a run, the smallest of several; 0 for none."""
     if not (job.tune.iters or job.tune.search):
         return 0.0  # plain rounding gives the codes of other packages' plain rounding
-    found = (_suiting(job.source, job.plan, layer) for layer in job.source.layers if is_whole(layer))
+    entries = (job.plan.entries.get(layer.name) for layer in job.source.layers if is_whole(layer))
+    found = (_suiting(entry.scheme) for entry in entries if entry is not None)
     return min((strength for strength in found if strength), default=0.0)
 
 
-def _suiting(source: ModelSource, plan: Plan, layer: Layer) -> float:
-    """The strength that suits a layer; 0 for none.
-
-    Where only weights are rounded, and lie on disk in codes as narrow as theirs already, they may stand on
-    the very grid that they are rounded to. Factors would take them off it.
-    """
-    entry = plan.entries.get(layer.name)
-    scheme = None if entry is None else entry.scheme
+def _suiting(scheme: QuantizationScheme | None) -> float:
+    """The strength that suits one scheme; 0 for none."""
     if scheme is None:
         return 0.0
     if not scheme.act_quantized:
-        bits = source.stored_bits(layer.tensor) if isinstance(source, FolderSource) else None
-        rounded_before = bits is not None and bits <= scheme.bits
-        return 0.0 if rounded_before else WEIGHTS_ALONE.get((scheme.data_type, scheme.bits), 0.0)
+        return WEIGHTS_ALONE.get((scheme.data_type, scheme.bits), 0.0)
     name, width = scheme.act_data_type or scheme.data_type, scheme.act_bits
     rows = STRENGTHS.items()
     return next((s for (begins, bits), s in rows if name.startswith(begins) and width == bits), 0.0)

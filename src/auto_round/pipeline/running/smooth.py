@@ -155,7 +155,7 @@ class _Names:
         self._matrices = {layer.parameter for layer in layers if is_whole(layer)}
         self._asked = job.options.tune.smooth is not None
         self._gaining = {
-            layer.parameter: layer for layer in layers if self._asked or gains(job.source, job.plan, layer)
+            layer.parameter: layer for layer in layers if self._asked or gains(job.plan, layer.name)
         }
         self._inputs = {layer.parameter for layer in layers if rounds_inputs(job.plan, layer.name)}
         self.own = {n for n in job.source.tensors if n.startswith(f"{block.disk}.")} | {""}

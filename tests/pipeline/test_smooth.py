@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,7 +13,7 @@ from auto_round.config import build_options
 from auto_round.errors import ConfigError
 from auto_round.log import ignore_progress, logger
 from auto_round.pipeline.deciding.prepare import prepare
-from auto_round.pipeline.deciding.smoothing import strength_of
+from auto_round.pipeline.deciding.smoothing import refuse_smoothing, strength_of
 from auto_round.pipeline.machine.clock import Clock
 from auto_round.pipeline.running.smooth import find_changes, with_changes
 from auto_round.testing.tiny_models import DENSE, EXPERTS, save_tiny_model
@@ -272,6 +274,20 @@ def test_what_cannot_be_rescaled(tiny, tmp_path, caplog, monkeypatch):
         quantize(folder, tmp_path / "asked", **given, smooth=0.5, save_imatrix=str(tmp_path / "i.gguf"))
     with pytest.raises(ConfigError, match="smooth"):
         quantize(folder, tmp_path / "beyond", **{**MX, "smooth": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"), [("W4A16", "weights are not smoothed: files"), ("MXFP4", "inputs are not smoothed")]
+)
+def test_a_run_with_importances_says_that_it_does_not_smooth(tiny, caplog, monkeypatch, scheme, words):
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("INFO", logger=logger.name)
+    job = job_of(tiny("llama", **SIZES), scheme=scheme, group_size=None, smooth=None, format="fake")
+    caplog.clear()
+    refuse_smoothing(job)
+    assert "smoothed" not in caplog.text
+    refuse_smoothing(replace(job, importance={"model.layers.0.mlp.up_proj.weight": torch.ones(32)}))
+    assert words in caplog.text
 
 
 def test_plain_rounding_smooths_where_it_is_asked_to(uneven, tmp_path):

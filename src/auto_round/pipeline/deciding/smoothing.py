@@ -90,8 +90,11 @@ def refuse_smoothing(job: Job) -> None:
         return
     if asked:
         raise ConfigError(f"smooth {asked:g} is not possible: {why}; leave smooth out")
-    if asked is None and _usual(job) and any(rounds_inputs(job.plan, name) for name in job.plan.entries):
-        logger.warning("inputs are not smoothed, which costs accuracy: %s", why)
+    if asked is None and _usual(job):
+        if any(rounds_inputs(job.plan, name) for name in job.plan.entries):
+            logger.warning("inputs are not smoothed, which costs accuracy: %s", why)
+        else:
+            logger.info("weights are not smoothed: %s", why)
 
 
 def gains(plan: Plan, layer: str) -> bool:

@@ -291,17 +291,19 @@ class _Loop:
 
     def _embedding(self) -> Tensor | None:
         """The token embedding as the output stores it, written first; None where no output rounds it."""
+        return self.job.ranks.first(self._write_embedding())
+
+    def _write_embedding(self) -> Tensor | None:
+        """The same for the rank that writes, which journals it."""
         weight, written = self.outputs.put_embedding() or (None, {})
         if written:
             self._done("embedding", written)
-        return self.job.ranks.first(weight)
+        return weight
 
     def _round_layers(self) -> None:
         """Plain rounding without data, journaled burst by burst."""
         if self.outputs.share_embedding:
-            _, embedding = self.outputs.put_embedding() or (None, {})
-            if embedding:
-                self._done("embedding", embedding)
+            self._write_embedding()
         layers = self.job.quantized()
         units: dict[str, list[str]] = {}
         for layer, _ in layers.values():

@@ -171,13 +171,14 @@ class _Names:
         """
         names = (*link.makers, *link.readers)
         gained = any(f"{self._block.module}.{name}" in self._gaining for name in link.readers)
-        return gained and all(self._plain(name, block.get_parameter(name)) for name in names)
+        plain = gained and all(self._plain(name, block.get_parameter(name)) for name in names)
+        return plain and not self._rounded_already(link, block)
 
     def inputs_rounded(self, link: Link) -> bool:
         """Whether one that reads a link rounds its inputs, too."""
         return any(f"{self._block.module}.{name}" in self._inputs for name in link.readers)
 
-    def rounded_already(self, link: Link, block: nn.Module) -> bool:
+    def _rounded_already(self, link: Link, block: nn.Module) -> bool:
         """Whether weights that read a link, and they alone are rounded, lie on the grid that they go to.
 
         So they do where a model was trained for it, or rounded before, and is stored in plain numbers:
@@ -239,15 +240,14 @@ def _of_block(here: OriginalBlock, names: _Names, strength: float) -> Iterator[d
     with _squares(block, readers, here.masks) as squares:
         here.run(range(streams.rows))
     for link in links:
-        if names.rounded_already(link, block):
-            continue
         inputs = squares[link.readers[0].removesuffix(".weight")]
         columns = link.gathered(_columns(block, link)) if names.inputs_rounded(link) else None
         factors = channel_factors(link.gathered(inputs), columns, strength)
         for name, plus in link.makers.items():
             if block.get_parameter(name).dim() == VECTOR and name.endswith(".weight"):
+                stored = names.read(name).to(factors.device)
                 for dtype in names.dtypes(name):
-                    factors = held_factors(factors, names.read(name).to(factors.device), dtype, plus)
+                    factors = held_factors(factors, stored, dtype, plus)
         changes = link.changes(factors.cpu())
         if all(names.holds(change, name, block.get_parameter(name)) for name, change in changes.items()):
             yield changes

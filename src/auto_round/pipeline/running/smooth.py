@@ -171,14 +171,13 @@ class _Names:
         """
         names = (*link.makers, *link.readers)
         gained = any(f"{self._block.module}.{name}" in self._gaining for name in link.readers)
-        plain = gained and all(self._plain(name, block.get_parameter(name)) for name in names)
-        return plain and not self._rounded_already(link, block)
+        return gained and all(self._plain(name, block.get_parameter(name)) for name in names)
 
     def inputs_rounded(self, link: Link) -> bool:
         """Whether one that reads a link rounds its inputs, too."""
         return any(f"{self._block.module}.{name}" in self._inputs for name in link.readers)
 
-    def _rounded_already(self, link: Link, block: nn.Module) -> bool:
+    def rounded_already(self, link: Link, block: nn.Module) -> bool:
         """Whether weights that read a link, and they alone are rounded, lie on the grid that they go to.
 
         So they do where a model was trained for it, or rounded before, and is stored in plain numbers:
@@ -240,6 +239,8 @@ def _of_block(here: OriginalBlock, names: _Names, strength: float) -> Iterator[d
     with _squares(block, readers, here.masks) as squares:
         here.run(range(streams.rows))
     for link in links:
+        if names.rounded_already(link, block):
+            continue
         inputs = squares[link.readers[0].removesuffix(".weight")]
         columns = link.gathered(_columns(block, link)) if names.inputs_rounded(link) else None
         factors = channel_factors(link.gathered(inputs), columns, strength)

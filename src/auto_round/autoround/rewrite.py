@@ -15,7 +15,6 @@ from auto_round.checkpoint.reader import Checkpoint
 from auto_round.checkpoint.workfolder import OutputFolder
 from auto_round.consumers.lines import judge_outputs
 from auto_round.errors import ConfigError
-from auto_round.export.auto_round_config import PACKING
 from auto_round.export.compressed_cache import scale_name
 from auto_round.export.compressed_config import compressed_layout
 from auto_round.facts.attention import Attention
@@ -23,7 +22,7 @@ from auto_round.facts.compressed import COMPRESSED_TENSORS
 from auto_round.facts.layer import Layer
 from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
-from auto_round.layouts.table import layout_for, layout_of
+from auto_round.layouts.table import PACKING_FORMAT, layout_for, layout_of
 from auto_round.pipeline.checking.verify import verify_all
 from auto_round.pipeline.deciding.job import Job
 from auto_round.pipeline.machine.default_device import plain_device
@@ -149,7 +148,7 @@ def _order_of(config: Mapping[str, Any], job: Job) -> Callable[[Layer], Layout]:
         return lambda layer: compressed_layout(schemes[layer.name])
     top = layout_of(config)
     extra = (config.get("extra_config") or {}) if method == "auto-round" else {}
-    packings = {name: said[PACKING] for name, said in extra.items() if PACKING in said}
+    packings = {name: said[PACKING_FORMAT] for name, said in extra.items() if PACKING_FORMAT in said}
     return lambda layer: layout_for(packings[layer.name]) if layer.name in packings else top
 
 

@@ -29,15 +29,13 @@ from auto_round.export.packed import top_scheme
 from auto_round.export.reader_names import EXPERTS, merged_names
 from auto_round.facts.layer import Block, Layer
 from auto_round.layouts.awq import AWQ
-from auto_round.layouts.table import FP8, layout_for
+from auto_round.layouts.table import FP8, PACKING_FORMAT, layout_for
 from auto_round.schemes.number_types import steps_of, stored_word
 from auto_round.schemes.plan import Plan
 from auto_round.schemes.rules import Kind
 from auto_round.schemes.scheme import QuantizationScheme
 from auto_round.schemes.vocabulary import KEPT_BITS
 from auto_round.version import __version__
-
-PACKING = "packing_format"
 
 KEPT: Mapping[str, Any] = {"bits": KEPT_BITS, "data_type": "float"}
 """Entry of a layer inside the blocks that keeps its weights."""
@@ -95,7 +93,7 @@ def auto_round_config(
     prefixes = _prefixes(plan, layers, blocks)
     config: dict[str, Any] = {
         "quant_method": "auto-round",
-        PACKING: packing_format,
+        PACKING_FORMAT: packing_format,
         **base,
         **(_fp8_words(base) if layout_for(packing_format) is FP8 else {}),
         "autoround_version": __version__,
@@ -104,7 +102,7 @@ def auto_round_config(
         config["block_name_to_quantize"] = prefixes[0] if len(prefixes) == 1 else prefixes
     overrides = {
         layer.name: _override(plan, layer, base, prefixes, fields_of)
-        + (((PACKING, others[layer.name]),) if layer.name in others else ())
+        + (((PACKING_FORMAT, others[layer.name]),) if layer.name in others else ())
         for layer in layers
     }
     extra = _extra_config(plan, overrides)

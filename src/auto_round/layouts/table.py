@@ -34,6 +34,9 @@ COMPRESSED_NUMBERS = ByNumbers("llm_compressor", (*FLOATS.values(), INT_QUANTIZE
 FP8 = ByNumbers("auto_round:fp8", (FP8_LINES,))
 """FP8 weights with a scale for each row, or one."""
 
+PACKING_FORMAT = "packing_format"
+"""Key of a `quantization_config` that says in which order the bytes of packed matrices lie."""
+
 LAYOUTS: dict[str, Layout] = {
     "auto_round:auto_gptq": GPTQ_V1,
     "auto_round:gptq": GPTQ_V1,
@@ -78,7 +81,7 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
     """
     method = config.get("quant_method")
     if method not in ("gptq", "awq"):
-        return layout_for(str(config.get("packing_format", "auto_round:auto_gptq")))
+        return layout_for(str(config.get(PACKING_FORMAT, "auto_round:auto_gptq")))
     key, usual = ("checkpoint_format", "gptq") if method == "gptq" else ("version", "gemm")
     name = str(config.get(key, usual)).casefold()
     known = [n for n, layout in CHECKPOINT_LAYOUTS.items() if isinstance(layout, AWQ) == (method == "awq")]

@@ -14,7 +14,7 @@ from auto_round.layouts.by_numbers import ByNumbers
 from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
-from auto_round.layouts.table import LAYOUTS, layout_for
+from auto_round.layouts.table import LAYOUTS, PACKING_FORMAT, layout_for
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid_float import FloatGrid
@@ -32,7 +32,6 @@ from auto_round.stored.gptq_awq_config import (
 
 _HEAD = "lm_head"
 _BLOCK = re.compile(r"(.+?)\.\d+\.")
-_PACKING = "packing_format"
 _E4M3 = "e4m3"
 _FILLED = "model_free"
 """Mark of folders that auto-round 0.15 and later write without building the model: a short last group is
@@ -211,7 +210,7 @@ class StoredFormats:
         fmt = None if scheme is None else scheme.weight_format()
         if fields is None or scheme is None or fmt is None:
             return None
-        layout = _layout(fields) if _PACKING in fields else self.layout
+        layout = _layout(fields) if PACKING_FORMAT in fields else self.layout
         held = layout.holds(fmt) if isinstance(layout, ByNumbers) else not isinstance(fmt.grid, FloatGrid)
         if not held:
             raise UnsupportedError(
@@ -279,7 +278,7 @@ def _compiled(key: str) -> re.Pattern[str]:
 
 
 def _layout(config: Mapping[str, Any]) -> Layout:
-    packing = str(config.get(_PACKING, "auto_round:auto_gptq"))
+    packing = str(config.get(PACKING_FORMAT, "auto_round:auto_gptq"))
     if packing in LAYOUTS:
         layout = layout_for(packing)
         if config.get(_FILLED) and isinstance(layout, GPTQ):

@@ -156,7 +156,7 @@ def _write_all(
     job = _begin(job, folder.scratch, journal, progress, clock)
     with Outputs.open(job, folders, journal) as outputs:
         clock.lap("prepare")
-        logger.info("plan\n%s", plan_table(job))
+        logger.info("plan\n%s", plan_table(job, warned=True))
         measured = _Loop(job, folder.scratch, journal, outputs, progress, clock).run()
         with clock.stage("write", "remaining tensors", progress):
             outputs.copy_rest()

@@ -22,8 +22,13 @@ def manifests(job: Job) -> dict[str, Manifest]:
     return {name: manifest_of(job, exporter) for name, exporter in job.exporters.items()}
 
 
-def plan_table(job: Job) -> str:
-    """The plan for people, with the bytes of the first format; further formats get a line each."""
+def plan_table(job: Job, *, warned: bool = False) -> str:
+    """The plan for people, with the bytes of the first format; further formats get a line each.
+
+    Args:
+        job: what was decided.
+        warned: its warnings have been logged, so the table leaves them out.
+    """
     first, *others = job.exporters.items()
     name, exporter = first
     size = plan_size(job, exporter)
@@ -32,7 +37,7 @@ def plan_table(job: Job) -> str:
         job.plan.entries,
         job.source.layers,
         size,
-        job.plan.warnings,
+        () if warned else job.plan.warnings,
         manifest_of(job, exporter).layer_bytes() if packs else None,
         CODES if packs else ROUNDED,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from auto_round.consumers.folder import Folder
+from auto_round.layouts.table import PACKING_FORMAT
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def _differs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         "bits",
         "group_size",
         "sym",
-        "packing_format",
+        PACKING_FORMAT,
         "extra_config",
         "block_name_to_quantize",
         "quant_method",

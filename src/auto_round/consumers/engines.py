@@ -22,6 +22,7 @@ from auto_round.consumers.kernels_vllm import vllm_awq, vllm_compressed, vllm_gp
 from auto_round.consumers.modules import Module, fused_modules, split_modules
 from auto_round.consumers.readers import AutoRoundReader, AWQReader, GPTQReader, read_awq_dynamic
 from auto_round.facts.compressed import COMPRESSED_TENSORS
+from auto_round.layouts.table import PACKING_FORMAT
 from auto_round.stored.matrices import AWQ, GPTQ, OTHER, Matrix
 
 VLLM, SGLANG, GPTQMODEL = "vLLM", "SGLang", "GPTQModel"
@@ -54,7 +55,7 @@ class Engine:
     source: str
 
 
-_PACKINGS = ("packing_format", ("auto_round:auto_gptq", "auto_round:auto_awq"))
+_PACKINGS = (PACKING_FORMAT, ("auto_round:auto_gptq", "auto_round:auto_awq"))
 _BACKENDS = ("backend", ("auto", "gptq", "gptq:marlin", "awq", "awq:marlin", "marlin"))
 _INTEGERS = (("data_type", ("int",)), _PACKINGS, _BACKENDS)
 _INC = Demands(("bits", "group_size"), (("bits", (2, 3, 4, 5, 6, 7, 8)), *_INTEGERS), beside=True)
@@ -62,7 +63,7 @@ _INC_FLOATS = Demands(
     ("bits", "group_size"),
     (
         ("data_type", ("mx_fp",)),
-        ("packing_format", ("auto_round:llm_compressor",)),
+        (PACKING_FORMAT, ("auto_round:llm_compressor",)),
         ("bits", (4, 8)),
         ("group_size", (32,)),
         ("sym", (True,)),

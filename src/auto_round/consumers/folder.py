@@ -11,6 +11,7 @@ from auto_round.checkpoint.disk import reading
 from auto_round.checkpoint.header import read_object
 from auto_round.checkpoint.reader import Checkpoint
 from auto_round.errors import CheckpointError, ConfigError, MissingError
+from auto_round.layouts.table import PACKING_FORMAT
 from auto_round.models.hub import refuse_pipeline
 from auto_round.stored.matrices import Matrix, find_matrices
 
@@ -46,7 +47,7 @@ class Folder:
     @property
     def format(self) -> str:
         """Method and what tells its variants apart, for people."""
-        keys = ("packing_format", "checkpoint_format", "format", "version")
+        keys = (PACKING_FORMAT, "checkpoint_format", "format", "version")
         variants = [str(self.quantization[key]) for key in keys if self.quantization.get(key)]
         return f"{self.method} ({variants[0]})" if variants else self.method
 

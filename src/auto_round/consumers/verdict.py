@@ -17,6 +17,7 @@ from auto_round.consumers.kernels import HALF_ONLY, MARLIN
 from auto_round.consumers.kernels_float import remarks_on_floats
 from auto_round.consumers.modules import LM_HEAD
 from auto_round.consumers.ours import TRANSFORMERS, ask_ourselves
+from auto_round.layouts.table import PACKING_FORMAT
 from auto_round.schemes.condense import some
 from auto_round.stored.matrices import AWQ, BLOCKS, GPTQ, OTHER
 
@@ -88,13 +89,13 @@ def _judge(folder: Folder, name: str) -> Verdict:
 
 def _order_agrees(folder: Folder, engine: Engine) -> bool:
     """Whether a row is for the folder's order of bytes, which `packing_format` names where it is there."""
-    packing = folder.quantization.get("packing_format")
+    packing = folder.quantization.get(PACKING_FORMAT)
     known = [order for order in ("gptq", "awq") if order in str(packing)]
     return not engine.order or packing is None or not known or engine.order in known
 
 
 def _order_text(folder: Folder, orders: set[str]) -> str:
-    stated = folder.quantization.get("packing_format", folder.method)
+    stated = folder.quantization.get(PACKING_FORMAT, folder.method)
     if len(orders) > 1 and folder.method == AUTO_ROUND:
         return "it reads one packing_format for a folder, and layers here name another one"
     if orders & {OTHER, BLOCKS}:

@@ -70,6 +70,11 @@ def layout_for(packing_format: str) -> Layout:
     return LAYOUTS[packing_format]
 
 
+def packing_format_of(config: Mapping[str, Any]) -> str:
+    """`packing_format` of a `quantization_config` of quant_method `auto-round`, or what its absence means."""
+    return str(config.get(PACKING_FORMAT, "auto_round:auto_gptq"))
+
+
 def layout_of(config: Mapping[str, Any]) -> Layout:
     """Layout that a `quantization_config` names.
 
@@ -81,7 +86,7 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
     """
     method = config.get("quant_method")
     if method not in ("gptq", "awq"):
-        return layout_for(str(config.get(PACKING_FORMAT, "auto_round:auto_gptq")))
+        return layout_for(packing_format_of(config))
     key, usual = ("checkpoint_format", "gptq") if method == "gptq" else ("version", "gemm")
     name = str(config.get(key, usual)).casefold()
     known = [n for n, layout in CHECKPOINT_LAYOUTS.items() if isinstance(layout, AWQ) == (method == "awq")]

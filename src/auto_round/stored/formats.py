@@ -14,7 +14,7 @@ from auto_round.layouts.by_numbers import ByNumbers
 from auto_round.layouts.gptq import GPTQ
 from auto_round.layouts.layer import LayerLayout
 from auto_round.layouts.layout import Layout
-from auto_round.layouts.table import LAYOUTS, PACKING_FORMAT, layout_for
+from auto_round.layouts.table import LAYOUTS, PACKING_FORMAT, layout_for, packing_format_of
 from auto_round.numerics.activation_float import InputFormat
 from auto_round.numerics.format import Format
 from auto_round.numerics.grid_float import FloatGrid
@@ -278,7 +278,7 @@ def _compiled(key: str) -> re.Pattern[str]:
 
 
 def _layout(config: Mapping[str, Any]) -> Layout:
-    packing = str(config.get(PACKING_FORMAT, "auto_round:auto_gptq"))
+    packing = packing_format_of(config)
     if packing in LAYOUTS:
         layout = layout_for(packing)
         if config.get(_FILLED) and isinstance(layout, GPTQ):

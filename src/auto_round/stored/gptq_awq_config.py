@@ -13,7 +13,7 @@ from typing import Any
 
 from auto_round.errors import ConfigError, Refusal, UnsupportedError
 from auto_round.layouts.layout import Layout
-from auto_round.layouts.table import layout_of
+from auto_round.layouts.table import PACKING_FORMAT, layout_of
 
 GPTQ, AWQ = "gptq", "awq"
 
@@ -32,7 +32,7 @@ Rule = Mapping[str, Any]
 def foreign_method(config: Mapping[str, Any]) -> str | None:
     """`gptq` or `awq` where a configuration is of such a checkpoint, else None."""
     method = str(config.get("quant_method", ""))
-    packing = str(config.get("packing_format", ""))
+    packing = str(config.get(PACKING_FORMAT, ""))
     if method in (GPTQ, AWQ):
         return method
     if packing == f"auto_round:{AWQ}" and any(key in config for key in _AWQ_KEYS):

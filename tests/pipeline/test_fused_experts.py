@@ -29,9 +29,11 @@ _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(FAMILIES)[1
 
 @pytest.mark.parametrize("family", [next(iter(FAMILIES)), *_SLOW])
 def test_tuned_and_loaded_again(saved_family, tmp_path, family):
-    result = quantize(saved_family(family), tmp_path / "out", iters=1)
+    # In float32: a run and the reloaded folder give an expert other numbers of tokens at a time, so their sums
+    # may be added in another order; in bfloat16 that alone is 6e-6 on processors without AVX-512.
+    result = quantize(saved_family(family), tmp_path / "out", iters=1, amp=False)
+    assert result.report["verified"]["auto_round"]["kl"] < 1e-10
     assert FAMILIES[family] in result.plan.quantized
-    assert result.report["verified"]["auto_round"]["kl"] < 1e-6
     with Checkpoint.open(tmp_path / "out") as files:
         assert f"{FAMILIES[family]}.qweight" in files
         assert not [name for name in files.names if name.endswith(("experts.gate_up_proj", "fc1.weight"))]

@@ -29,7 +29,7 @@ _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(FAMILIES)[1
 
 @pytest.mark.parametrize("family", [next(iter(FAMILIES)), *_SLOW])
 def test_tuned_and_loaded_again(saved_family, tmp_path, family):
-    # In float32: a run and the reloaded folder give an expert other numbers of tokens at a time, so their sums
+    # In float32: a run and the reloaded folder give an expert other numbers of tokens at a time, so sums
     # may be added in another order; in bfloat16 that alone is 6e-6 on processors without AVX-512.
     result = quantize(saved_family(family), tmp_path / "out", iters=1, amp=False)
     assert result.report["verified"]["auto_round"]["kl"] < 1e-10

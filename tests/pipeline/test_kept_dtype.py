@@ -61,6 +61,18 @@ def test_formats_of_bfloat16_alone_take_a_model_that_is_stored_in_it(tiny, tmp_p
         quantize(tiny("llama"), tmp_path / "wide", model_dtype="float32", **given)
 
 
+@pytest.mark.parametrize("live", [False, True], ids=["folder", "live"])
+@pytest.mark.parametrize(
+    "given", [{"model_dtype": "float16"}, {"model_dtype": "bfloat16", "amp": False}], ids=["16", "32"]
+)
+def test_blocks_see_the_weights_that_the_folder_keeps(tiny, tmp_path, given, live):
+    """They saw float32 rounded to the dtype in which they compute, the folder float32 rounded to its own."""
+    folder = tiny("llama", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) if live else None
+    result = quantize(folder, tmp_path / "out", live=model, iters=1, **given)
+    assert kl_of(result)["auto_round"] < 1e-9
+
+
 @pytest.mark.parametrize("family", ["llama", "granitemoe"])
 def test_rounded_weights_are_in_the_dtype_of_the_folder(tiny, tmp_path, family):
     """They lay in bfloat16 there: 8 bits of them, in a folder of 24."""
@@ -176,3 +188,15 @@ def _quantized_tensors(folder):
     (file,) = folder.rglob("*.gguf")
     tensors = gguf.GGUFReader(file).tensors
     return {t.name: t.data.tobytes() for t in tensors if t.tensor_type == gguf.GGMLQuantizationType.Q8_0}
+
+
+def test_what_a_model_computes_in_float32_stays_in_float32(tiny, tmp_path):
+    """DeepSeek's corrections of expert scores: loaders read them in float32 whatever the rest is in."""
+    result = quantize(
+        tiny("deepseek_v3", dtype=torch.float32), tmp_path / "out", model_dtype="bfloat16", **PLAIN
+    )
+    stored = weights(result.folders[0])
+    corrections = [t for name, t in stored.items() if name.endswith("e_score_correction_bias")]
+    assert corrections
+    assert {tensor.dtype for tensor in corrections} == {torch.float32}
+    assert stored["model.norm.weight"].dtype == torch.bfloat16

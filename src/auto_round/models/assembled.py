@@ -89,7 +89,7 @@ class AssembledSource(ABC):
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """See `ModelSource`."""
-        return kept_layers(self._parts.anatomy.layers, self._casts)
+        return kept_layers(self._parts.anatomy.layers, self._casts, self._wide)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -130,11 +130,27 @@ class AssembledSource(ABC):
     @cached_property
     def kept(self) -> Mapping[str, TensorSpec]:
         """See `ModelSource`."""
-        return kept_tensors(self._parts.tensors, self._casts)
+        return kept_tensors(self._parts.tensors, self._casts, self._wide)
 
     @cached_property
     def _casts(self) -> Casts:
         return casts_of(self._parts.tensors, self._parts.wanted)
+
+    @cached_property
+    def _wide(self) -> frozenset[str]:
+        """Tensors on disk with which the model computes in another dtype than is asked for: float32."""
+        wanted = self._parts.wanted
+        if not self._casts or wanted is None:
+            return frozenset()
+        dtypes = self._dtypes_for(wanted)
+        recipes = (r for r in self._parts.names.recipes if dtypes[r.targets[0]] != wanted)
+        return frozenset(piece.name for recipe in recipes for piece in recipe.pieces)
+
+    def _kept_dtype(self, recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that a recipe's tensors pass through on their way to `dtype`: that of the outputs."""
+        name = recipe.pieces[0].name
+        kept = self.kept[name].dtype
+        return dtype if kept == self.tensors[name].dtype else kept
 
     @cached_property
     def text_tensors(self) -> Mapping[str, str]:

@@ -106,7 +106,8 @@ class ComponentSource(ReplayedSource):
         return Traceable(frozenset(), dtype or self.dtype)
 
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        return {recipe.targets[0]: self._files.read_as(recipe.pieces[0].name, dtype)}
+        kept = self._kept_dtype(recipe, dtype)  # blocks see what outputs hold
+        return {recipe.targets[0]: self._files.read_as(recipe.pieces[0].name, kept).to(dtype)}
 
     def _dtypes_for(self, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
         if dtype not in self._dtypes:

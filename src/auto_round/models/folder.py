@@ -129,8 +129,10 @@ class FolderSource(AssembledSource):
         return self._files.read_entry(name, index)
 
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        kept = self._kept_dtype(recipe, dtype)  # blocks see what outputs hold
+
         def read(name: str) -> Tensor:
-            return self._files.read_as(name, dtype)
+            return self._files.read_as(name, kept).to(dtype)
 
         return recipe.make(read, self._parts.model)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -35,15 +35,27 @@ def casts_of(tensors: Mapping[str, TensorSpec], wanted: torch.dtype | None) -> C
     return {} if own is None or wanted is None or wanted is own else {own: wanted}
 
 
-def kept_tensors(tensors: Mapping[str, TensorSpec], casts: Casts) -> Mapping[str, TensorSpec]:
-    """Every tensor of a source as an output keeps it."""
+def kept_tensors(tensors: Mapping[str, TensorSpec], casts: Casts, wide: Set[str]) -> Mapping[str, TensorSpec]:
+    """Every tensor of a source as an output keeps it.
+
+    Args:
+        tensors: what the source holds.
+        casts: dtypes that change.
+        wide: tensors with which the model computes in float32, whatever it is loaded in: they stay.
+    """
     if not casts:
         return tensors
-    return {name: replace(spec, dtype=casts.get(spec.dtype, spec.dtype)) for name, spec in tensors.items()}
+    return {
+        name: spec if name in wide else replace(spec, dtype=casts.get(spec.dtype, spec.dtype))
+        for name, spec in tensors.items()
+    }
 
 
-def kept_layers(layers: Sequence[Layer], casts: Casts) -> tuple[Layer, ...]:
-    """Layers in the dtype in which an output keeps them."""
+def kept_layers(layers: Sequence[Layer], casts: Casts, wide: Set[str]) -> tuple[Layer, ...]:
+    """Layers in the dtype in which an output keeps them; the arguments are those of `kept_tensors`."""
     if not casts:
         return tuple(layers)
-    return tuple(replace(layer, dtype=casts.get(layer.dtype, layer.dtype)) for layer in layers)
+    return tuple(
+        layer if layer.tensor in wide else replace(layer, dtype=casts.get(layer.dtype, layer.dtype))
+        for layer in layers
+    )

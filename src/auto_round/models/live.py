@@ -85,7 +85,8 @@ class LiveSource(AssembledSource):
         return weight.to("cpu", copy=True).contiguous()
 
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        found = {t: self._state[t].detach().to(dtype, copy=True) for t in recipe.targets}
+        kept = self._kept_dtype(recipe, dtype)  # blocks see what outputs hold
+        found = {t: self._state[t].detach().to(kept).to(dtype, copy=True) for t in recipe.targets}
         return {t: w.mT.contiguous() for t, w in found.items()} if recipe.transposed else found
 
 

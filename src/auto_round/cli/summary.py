@@ -18,6 +18,7 @@ MANY_BITS = 4
 """Runs with fewer bits are advised to give their worst layers 4 bits, others 8."""
 
 LARGER_BUDGET = "give AutoScheme a larger budget, or options of more bits"
+TOGETHER = "tune all blocks together as well (--distill_steps 100)"
 
 
 def summary(result: Result) -> str:
@@ -81,6 +82,8 @@ def _quality(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _hard_cases(hard)
     if "far_from_the_original" in hard:
         remedy = LARGER_BUDGET if "auto_scheme" in report else _more_bits(report["bits_per_quantized_weight"])
+        if DISTILLED not in report:
+            remedy = f"{remedy}, or {TOGETHER}"
         yield "far off", _far(hard["far_from_the_original"], remedy)
 
 

@@ -26,7 +26,7 @@ from auto_round.models.attention_modules import find_attentions
 from auto_round.models.config_facts import model_facts
 from auto_round.models.families import parameter_names
 from auto_round.models.find_carried import Weightless
-from auto_round.models.kept import Casts, casts_of, kept_layers, kept_tensors
+from auto_round.models.kept import Casts, kept_layers, kept_tensors, main_dtype
 from auto_round.models.loading import loading_of
 from auto_round.models.materialize import freed_on_exit, real_copy
 from auto_round.models.matrix_experts import matrix_experts
@@ -89,7 +89,7 @@ class AssembledSource(ABC):
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """See `ModelSource`."""
-        return kept_layers(self._parts.anatomy.layers, self._casts, self._wide)
+        return kept_layers(self._parts.anatomy.layers, self._casts)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -130,21 +130,16 @@ class AssembledSource(ABC):
     @cached_property
     def kept(self) -> Mapping[str, TensorSpec]:
         """See `ModelSource`."""
-        return kept_tensors(self._parts.tensors, self._casts, self._wide)
+        return kept_tensors(self._parts.tensors, self._casts)
 
     @cached_property
-    def _casts(self) -> Casts:
-        return casts_of(self._parts.tensors, self._parts.wanted)
-
-    @cached_property
-    def _wide(self) -> frozenset[str]:
-        """Tensors on disk with which the model computes in another dtype than is asked for: float32."""
-        wanted = self._parts.wanted
-        if not self._casts or wanted is None:
-            return frozenset()
+    def _casts(self) -> Casts | None:
+        own, wanted = main_dtype(self._parts.tensors), self._parts.wanted
+        if own is None or wanted is None or wanted == own:
+            return None
         dtypes = self._dtypes_for(wanted)
-        recipes = (r for r in self._parts.names.recipes if dtypes[r.targets[0]] != wanted)
-        return frozenset(piece.name for recipe in recipes for piece in recipe.pieces)
+        wide = (recipe for recipe in self._parts.names.recipes if dtypes[recipe.targets[0]] != wanted)
+        return Casts(own, wanted, frozenset(piece.name for recipe in wide for piece in recipe.pieces))
 
     def _kept_dtype(self, recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
         """The dtype that a recipe's tensors pass through on their way to `dtype`: that of the outputs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,48 +14,54 @@ from auto_round.facts.tensor import TensorSpec
 _CAST = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes of weights; those of packed numbers and of indices are never cast."""
 
-Casts = Mapping[torch.dtype, torch.dtype]
-"""Dtype in the source -> the one in its place; without those that stay."""
 
-
-def casts_of(tensors: Mapping[str, TensorSpec], wanted: torch.dtype | None) -> Casts:
-    """What is cast: the dtype of most weights.
-
-    Tensors of another one keep it: a model has them so on purpose (routers in float32).
+def main_dtype(tensors: Mapping[str, TensorSpec]) -> torch.dtype | None:
+    """The dtype of most weights; None without any.
 
     Args:
-        tensors: what the source holds.
-        wanted: the dtype that the user asked for; None for the model's own.
+        tensors: what a source holds.
     """
     sizes: Counter[torch.dtype] = Counter()
     for spec in tensors.values():
         if spec.dtype in _CAST:
             sizes[spec.dtype] += spec.count
-    own = sizes.most_common(1)[0][0] if sizes else None
-    return {} if own is None or wanted is None or wanted is own else {own: wanted}
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
-def kept_tensors(tensors: Mapping[str, TensorSpec], casts: Casts, wide: Set[str]) -> Mapping[str, TensorSpec]:
-    """Every tensor of a source as an output keeps it.
+@dataclass(frozen=True, slots=True)
+class Casts:
+    """What becomes of the dtypes of a source in an output.
 
-    Args:
-        tensors: what the source holds.
-        casts: dtypes that change.
+    Attributes:
+        source: the dtype that is replaced: that of most weights. Tensors of another one keep it, for a model
+            has them so on purpose (routers in float32).
+        output: the one in its place.
         wide: tensors with which the model computes in float32, whatever it is loaded in: they stay.
     """
-    if not casts:
+
+    source: torch.dtype
+    output: torch.dtype
+    wide: Set[str]
+
+    def of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Dtype in which an output keeps a tensor.
+
+        Args:
+            name: on disk.
+            dtype: in the source.
+        """
+        return self.output if dtype == self.source and name not in self.wide else dtype
+
+
+def kept_tensors(tensors: Mapping[str, TensorSpec], casts: Casts | None) -> Mapping[str, TensorSpec]:
+    """Every tensor of a source as an output keeps it; `casts` is None where all stay as they are."""
+    if casts is None:
         return tensors
-    return {
-        name: spec if name in wide else replace(spec, dtype=casts.get(spec.dtype, spec.dtype))
-        for name, spec in tensors.items()
-    }
+    return {name: replace(spec, dtype=casts.of(name, spec.dtype)) for name, spec in tensors.items()}
 
 
-def kept_layers(layers: Sequence[Layer], casts: Casts, wide: Set[str]) -> tuple[Layer, ...]:
-    """Layers in the dtype in which an output keeps them; the arguments are those of `kept_tensors`."""
-    if not casts:
+def kept_layers(layers: Sequence[Layer], casts: Casts | None) -> tuple[Layer, ...]:
+    """Layers in the dtype in which an output keeps them; `casts` is None where all stay as they are."""
+    if casts is None:
         return tuple(layers)
-    return tuple(
-        layer if layer.tensor in wide else replace(layer, dtype=casts.get(layer.dtype, layer.dtype))
-        for layer in layers
-    )
+    return tuple(replace(layer, dtype=casts.of(layer.tensor, layer.dtype)) for layer in layers)

@@ -64,7 +64,7 @@ def job(out: Path, *, overwrite: bool = False) -> None:
                 log.append({"tensors": names})
             writer.seal()
         atomic_write_json(work.folder / "report.json", {OURS: "1", "state": state.tolist()})
-        work.seal()
+        work.seal("the same")
 
 
 def killed_at(step: int, run: Callable[[], None]) -> bool:

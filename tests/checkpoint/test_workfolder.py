@@ -261,6 +261,16 @@ def test_the_same_request_finds_what_is_finished(tmp_path: Path) -> None:
         assert not work.holds("a")
 
 
+def test_a_run_killed_while_it_wrote_the_record_is_found_finished_once_continued(tmp_path: Path) -> None:
+    """What it left under the record's temporary name becomes the record: it is no file of the output."""
+    out = tmp_path / "out"
+    finish(out, "a", "config.json", f".{RECORD}.tmp")
+    assert list(json.loads((out / RECORD).read_text())["files"]) == ["config.json"]
+    with OutputFolder.open(out) as work:
+        assert work.holds("a")
+        work.abandon()
+
+
 def test_another_request_replaces_our_files_and_no_others(tmp_path: Path) -> None:
     out = tmp_path / "out"
     finish(out, "a", "config.json", "gptq/model.safetensors", "awq/model.safetensors", "old.json")

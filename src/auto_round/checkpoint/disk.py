@@ -239,9 +239,6 @@ def sync_folder(folder: Path) -> None:
 def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
     """Yield a descriptor whose bytes become `path` on leaving, all of them or none.
 
-    The temporary name is derived from `path` alone, so that a run continued after a crash replaces what
-    the crash left.
-
     Args:
         path: the file.
         durable: it is to survive a power cut.
@@ -250,7 +247,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
         ConfigError: disk full, no permission.
         CheckpointError: any other failure of the file system.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     with writing(path):
         fd = open_file(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
@@ -266,6 +263,14 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def temporary_of(path: Path) -> Path:
+    """Where the bytes of a file lie until it is whole.
+
+    The name follows from `path` alone, so that a run continued after a crash replaces what the crash left.
+    """
+    return path.with_name(f".{path.name}.tmp")
 
 
 def atomic_write_bytes(path: Path, data: bytes | memoryview) -> None:

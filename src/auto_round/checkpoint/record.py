@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from auto_round.checkpoint.disk import atomic_write_json
+from auto_round.checkpoint.disk import atomic_write_json, temporary_of
 
 OURS = "autoround_version"
 """Key at the top of quantization_config.json or report.json by which a folder of ours is known."""
@@ -43,12 +43,14 @@ def write_record(folder: Path, asked: str) -> None:
     Raises:
         ConfigError: disk full, no permission.
     """
+    own = folder / RECORD
+    itself = (own, temporary_of(own))  # a run that was killed while it wrote the record left these
     files = {
         path.relative_to(folder).as_posix(): _checked_size(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / RECORD
+        if path.is_file() and path not in itself
     }
-    atomic_write_json(folder / RECORD, {"asked": asked, "files": files})
+    atomic_write_json(own, {"asked": asked, "files": files})
 
 
 def add_to_record(folder: Path, name: str) -> None:

@@ -35,3 +35,13 @@ def gain(before: float, after: float) -> str:
     """Write `0.0123 -> 0.0101 (-18 %)`."""
     change = f" ({100 * (after - before) / before:+.0f} %)" if before > 0 else ""
     return f"{before:.4g} -> {after:.4g}{change}"
+
+
+def shrinkage(before: float, after: float) -> str:
+    """Write `2.91 times smaller`, or `1.02 times as large` of what did not shrink.
+
+    Args:
+        before: bytes.
+        after: bytes.
+    """
+    return f"{before / after:.2f} times smaller" if after < before else f"{after / before:.2f} times as large"

@@ -11,6 +11,7 @@ from torch import nn
 
 import auto_round
 from auto_round import AutoRound, AutoScheme, QuantizationScheme
+from auto_round.calibration.grammar import parse_dataset
 from auto_round.config import all_settings
 from auto_round.errors import ConfigError, UnsupportedError
 
@@ -275,3 +276,13 @@ def test_formats_may_be_a_list():
     )
     with pytest.raises(ConfigError, match='"format" cannot be 5'):
         AutoRound("m", format=5)
+
+
+@pytest.mark.parametrize("name", ["plain.txt", "a, b.txt", "c:d.txt", "it's.txt"])
+def test_a_path_is_one_data_set_whatever_is_in_its_name(name, tmp_path):
+    path = tmp_path / name
+    path.write_text("text")
+    scheme = AutoScheme(avg_bits=4, options=("W4A16", "W8A16"), dataset=path)
+    options = AutoRound("model", dataset=path, scheme=scheme).options
+    for text in (options.calibration.dataset, options.auto.score_dataset):
+        assert [item.name for item in parse_dataset(text)] == [str(path)]

@@ -250,6 +250,7 @@ def test_a_tokenizer_that_merges_long_runs_still_fills_the_row(tmp_path: Path) -
         ("none/such.parquet", "no such file"),
         ("NeelNanda/pile-10k;mbpp", "commas divide data sets"),
         ("NeelNanda/pile-10k mbpp", "commas divide data sets"),
+        ("my texts, second half.txt", "a file that has them in its name stands in quotes inside the text"),
         ("audiocaps", "captions or sound"),
         (["some text"], "needs a tokenizer"),
         ([{"a": "x", "b": "y"}], "the given data, record 0 has the fields"),

@@ -99,6 +99,11 @@ def result(folders, **report):
     return Result(folders, Plan(parse_scheme("W4A16"), {}), report, 61.0, 10**9)
 
 
+def test_a_folder_that_grew_is_not_called_smaller(tmp_path):
+    grown = result((tmp_path,), bytes_before=95_000, bytes_after={"auto_round": 97_000})
+    assert "95 kB -> 97 kB (1.02 times as large)" in summary(grown)
+
+
 def test_summary_holds_what_the_report_holds(tmp_path):
     full = summary(
         result(

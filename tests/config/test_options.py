@@ -180,6 +180,34 @@ def test_schemes_to_choose_from_that_cannot_be_read(text, words):
         build_options({"scheme_options": text, "avg_bits": 3})
 
 
+@pytest.mark.parametrize("name", ["lr", "minmax_lr"])
+@pytest.mark.parametrize("value", [-1.0, 0.0, 10.0, float("inf")])
+def test_step_sizes_have_the_same_limits_however_they_are_missed(name, value):
+    with pytest.raises(ConfigError, match=f"^{name} must be above 0 and below 10, got "):
+        build_options({name: value})
+
+
+def test_rows_have_a_token_to_predict():
+    with pytest.raises(ConfigError, match='"seqlen" cannot be 1: expected a whole number, at least 2'):
+        build_options({"seqlen": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{k_proj:{bits:8},k_proj:{bits:2}}", '"k_proj" is given twice'),
+        ('{"k_proj": {"bits": 8}, "k_proj": {"bits": 2}}', '"k_proj" is given twice'),
+        ("{k_proj:{bits:8,bits:2}}", '"bits" is given twice'),
+        ('{"k_proj": {"bits": 8, "bits": 2}}', '"bits" is given twice'),
+        ("", "expected a mapping of layer name to scheme, JSON or a .json file"),
+        (" ", "expected a mapping of layer name to scheme, JSON or a .json file"),
+    ],
+)
+def test_layer_rules_that_would_be_lost(text, said):
+    with pytest.raises(ConfigError, match=said):
+        build_options({"layer_config": text})
+
+
 def test_layer_rules_from_a_file(tmp_path):
     path = tmp_path / "rules.json"
     path.write_text('{"k_proj": "W8A16"}')

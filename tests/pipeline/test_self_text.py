@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,10 +154,15 @@ def test_templates_that_give_no_script_are_refused(template: str | None, dataset
 
 
 def test_rows_with_no_room_for_own_words_are_refused(tiny: ModelMaker, tmp_path: Path):
-    with pytest.raises(
-        ConfigError, match=r"the token that begins texts, which is most of 1; use a larger seqlen$"
-    ):
-        rows_of(tiny("llama"), tmp_path, seqlen=1)
+    talker = shutil.copytree(tiny("llama"), tmp_path / "talker")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(talker)
+    said = (
+        r"begins with 3 tokens of the chat template, which is most of 5; use a larger seqlen, or plain text"
+    )
+    with pytest.raises(ConfigError, match=said):
+        rows_of(talker, tmp_path, seqlen=5)
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_way_out(

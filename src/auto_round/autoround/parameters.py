@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from auto_round.autoround.auto_scheme import AutoScheme
 from auto_round.autoround.pipelines import is_live_pipeline
+from auto_round.calibration.grammar import DatasetItem
 from auto_round.config import (
     GROUPS,
     EvaluationOptions,
@@ -93,6 +94,8 @@ def read_arguments(given: Mapping[str, Any], recipe: str) -> Options:
     """
     if isinstance(scheme := given.get("scheme"), AutoScheme):
         given = _with_auto_scheme({n: v for n, v in given.items() if n != "scheme"}, scheme.arguments())
+    files = {n: given[n] for n in ("dataset", "score_dataset") if isinstance(given.get(n), Path)}
+    given = {**given, **{name: str(DatasetItem(str(path))) for name, path in files.items()}}
     now, later = split_later(given)
     if later:
         raise not_there_yet(later)

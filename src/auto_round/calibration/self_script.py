@@ -30,11 +30,6 @@ class Script:
     ends: frozenset[int]
     unspoken: frozenset[int]
 
-    @property
-    def talks(self) -> bool:
-        """Whether two speak in turns, by a chat template; plain text else."""
-        return len(self.behind) > 1
-
 
 def script_of(tokenizer: Any, config: Any, item: DatasetItem) -> Script:
     """The script of a model: a talk of user and assistant where it has a chat template, else plain text.

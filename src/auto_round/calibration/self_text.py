@@ -133,13 +133,10 @@ class SelfText:
         if len(self.source.block_lists) > 1:
             raise _refused("the model has several lists of blocks, such as an encoder and a decoder")
         script = script_of(self.tokenizer, self.source.facts.text, item)
-        if self.seqlen < 2 * len(script.opening):
-            count = len(script.opening)
-            what = f"{count} tokens of the chat template" if script.talks else "the token that begins texts"
-            remedy = ", or plain text (self:apply_chat_template=false)" if script.talks else ""
+        if self.seqlen < 2 * (count := len(script.opening)):
             raise ConfigError(
-                f'data set "self": every row begins with {what}, which is most of {self.seqlen}; use a '
-                f"larger seqlen{remedy}"
+                f'data set "self": every row begins with {count} tokens of the chat template, which is most '
+                f"of {self.seqlen}; use a larger seqlen, or plain text (self:apply_chat_template=false)"
             )
         return script
 

@@ -140,7 +140,8 @@ def _refuse_no_hub_name(name: str) -> None:
         raise ConfigError(
             f'data set "{name}" is not a registered name ({nearest(name, known_names())}), not a path that '
             f"exists (files end in {', '.join(SUFFIXES)}) and not an owner/name of the hub; commas "
-            "divide data sets"
+            "divide data sets, and colons their options: a file that has them in its name stands in quotes "
+            """inside the text ('"a, b.txt"')"""
         )
 
 

@@ -9,7 +9,7 @@ from auto_round.cli.progress import drawn_progress
 from auto_round.config import Options
 from auto_round.errors import ConfigError
 from auto_round.log import logger
-from auto_round.units import duration, size
+from auto_round.units import duration, shrinkage, size
 
 if TYPE_CHECKING:
     from auto_round.diffusion.prepare import PipelineJob
@@ -67,7 +67,7 @@ def _lines(result: PipelineResult) -> Iterator[tuple[str, str]]:
     for name, part in report["components"].items():
         before = part["bytes_before"]
         for form, after in part["bytes_after"].items():
-            yield name, f"{form}: {size(before)} -> {size(after)} ({before / after:.2f} times smaller)"
+            yield name, f"{form}: {size(before)} -> {size(after)} ({shrinkage(before, after)})"
         if (held := part.get("held_out")) is not None:
             yield (
                 "quality",

@@ -9,7 +9,7 @@ from auto_round.consumers.lines import loading, refusing
 from auto_round.pipeline.running.coverage import coverage_sentence
 from auto_round.report.record import DISTILLED
 from auto_round.report.run import far_off, unchanged
-from auto_round.units import duration, gain, size
+from auto_round.units import duration, gain, shrinkage, size
 
 if TYPE_CHECKING:
     from auto_round.pipeline.result import Result
@@ -31,8 +31,8 @@ def _lines(result: Result) -> Iterator[tuple[str, str]]:
     sizes: Mapping[str, int] = report["bytes_after"]
     for folder, after in zip(result.folders, sizes.values(), strict=True):
         yield "written", str(folder)
-        times = report["bytes_before"] / after
-        yield "size", f"{size(report['bytes_before'])} -> {size(after)} ({times:.2f} times smaller)"
+        before = report["bytes_before"]
+        yield "size", f"{size(before)} -> {size(after)} ({shrinkage(before, after)})"
     if chosen := report.get("auto_scheme"):
         yield "chosen", chosen["reached"]
     yield from _quality(report)

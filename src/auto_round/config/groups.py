@@ -203,7 +203,7 @@ class CalibrationOptions:
         ),
     )
     nsamples: int = option(128, Spec("calibration rows", flags=("nsamples", "nsample"), low=1))
-    seqlen: int = option(2048, Spec("tokens per row", flags=("seqlen", "seq_len"), low=1))
+    seqlen: int = option(2048, Spec("tokens per row", flags=("seqlen", "seq_len"), low=2))
     expert_rows: int = option(
         0,
         Spec(

@@ -37,15 +37,11 @@ class TuneOptions:
         Spec(
             "step size of the rounding offsets; when not given 1/iters (2/iters: bits <= 3, iters >= 1000; "
             "0.087/sqrt(iters): bits >= 4, iters < 133)",
-            low=0,
         ),
     )
     minmax_lr: float | None = option(
         None,
-        Spec(
-            "step size of the range multipliers; when not given lr/2 at 2 bits, lr/4 at 3 and so on",
-            low=0,
-        ),
+        Spec("step size of the range multipliers; when not given lr/2 at 2 bits, lr/4 at 3 and so on"),
     )
     lr_scheduler: Callable[[int, int], float] | None = option(  # noqa: RUF009
         None,
@@ -154,6 +150,9 @@ class TuneOptions:
 
     def __post_init__(self) -> None:
         settle(self)
+        for name in ("lr", "minmax_lr"):
+            if (step := getattr(self, name)) is not None and not 0 < step < 10:
+                raise ConfigError(f"{name} must be above 0 and below 10, got {step:g}")
         if self.enable_alg_ext and not self.iters:
             raise ConfigError(
                 "enable_alg_ext extends tuning, and iters 0 does not tune: leave one of them out"

@@ -144,10 +144,10 @@ def layer_rules(value: Any) -> Mapping[str, Any]:
         return dict(value)
     if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(".json")):
         value = _text_of(Path(value))
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.strip():
         raise TypeError("expected a mapping of layer name to scheme, JSON or a .json file")
     try:
-        rules = json.loads(value)
+        rules = json.loads(value, object_pairs_hook=_each_once)
     except json.JSONDecodeError:
         rules = _relaxed(value)
     if not isinstance(rules, dict):
@@ -160,6 +160,16 @@ def layer_rules(value: Any) -> Mapping[str, Any]:
             'expected a plan of AutoScheme ("made_by") with "layer_config": {"layer name": scheme, ...}'
         )
     return inside
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of names and values; a name that is given twice would lose its first value."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f'"{key}" is given twice; leave one of them out')
+        found[key] = value
+    return found
 
 
 def _text_of(path: Path) -> str:
@@ -221,14 +231,15 @@ def _value(tokens: list[tuple[str, str, int]], at: int) -> tuple[Any, int]:
 
 
 def _mapping(tokens: list[tuple[str, str, int]], at: int) -> tuple[Any, int]:
-    found: dict[str, Any] = {}
+    pairs: list[tuple[str, Any]] = []
     while not _marks(tokens, at, "}"):
         if at >= len(tokens):
             raise ValueError('a closing "}" is missing')
         kind, key, where = tokens[at]
         if kind == "mark" or not _marks(tokens, at + 1, ":"):
             raise ValueError(f'expected "name: value" at character {where + 1}')
-        found[key[1:-1] if kind == "text" else key], at = _value(tokens, at + 2)
+        value, at = _value(tokens, at + 2)
+        pairs.append((key[1:-1] if kind == "text" else key, value))
         if _marks(tokens, at, ","):
             at += 1
         elif not _marks(tokens, at, "}"):
@@ -236,7 +247,7 @@ def _mapping(tokens: list[tuple[str, str, int]], at: int) -> tuple[Any, int]:
                 'expected "," or "}" '
                 + (f"at character {tokens[at][2] + 1}" if at < len(tokens) else "at the end")
             )
-    return found, at + 1
+    return _each_once(pairs), at + 1
 
 
 def _marks(tokens: list[tuple[str, str, int]], at: int, mark: str) -> bool:

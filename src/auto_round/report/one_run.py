@@ -14,7 +14,7 @@ from auto_round.report.record import RunRecord
 from auto_round.report.run import PlanLine, Run, Spread, far_off, unchanged
 from auto_round.report.section import Page, Section, Tile
 from auto_round.report.table import Cell, Table, nbytes, number, seconds, share
-from auto_round.units import duration, size
+from auto_round.units import duration, shrinkage, size
 
 
 def page_of(run: Run) -> Page:
@@ -29,7 +29,7 @@ def page_of(run: Run) -> Page:
 
 
 def _tiles(run: Run) -> Iterator[Tile]:
-    beside = f"from {size(run.bytes_before)}, {run.bytes_before / run.nbytes:.2f} times smaller"
+    beside = f"from {size(run.bytes_before)}, {shrinkage(run.bytes_before, run.nbytes)}"
     yield Tile("Size", nbytes(run.nbytes), beside)
     kept = run.layers.get("kept", 0)
     counts = f"{run.layers.get('quantized', 0)} matrices quantized, {kept} kept"

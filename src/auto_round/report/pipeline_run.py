@@ -12,7 +12,7 @@ from auto_round.report.draw import Picture, Words
 from auto_round.report.run import PlanLine, UnitRecord
 from auto_round.report.section import Page, Section, Tile
 from auto_round.report.table import Table, number, share
-from auto_round.units import size
+from auto_round.units import shrinkage, size
 
 PIPELINE: Final = "pipeline"
 """Key of `report.json` that runs over pipelines have: the class of the pipeline."""
@@ -37,7 +37,7 @@ def page_of_pipeline(report: Mapping[str, Any], folder: Path) -> Page:
 def _tiles(report: Mapping[str, Any]) -> Iterator[Tile]:
     for name, part in report["components"].items():
         before, after = part["bytes_before"], next(iter(part["bytes_after"].values()))
-        yield Tile(f"Size of {name}", size(after), f"from {size(before)}, {before / after:.2f} times smaller")
+        yield Tile(f"Size of {name}", size(after), f"from {size(before)}, {shrinkage(before, after)}")
         if (held := part.get("held_out")) is not None:
             text = f"of the square of what it predicts, {held['rows']} rows of held-out captions"
             yield Tile(f"Error of {name}", share(held["relative_error"]), text)

@@ -109,6 +109,15 @@ def test_missing_weights_are_named(tmp_path):
         FolderSource.open(folder)
 
 
+def test_a_model_saved_without_its_head_is_said_to_be_so(tmp_path):
+    model = tiny_model(tiny_config("llama"))
+    model.model.save_pretrained(tmp_path / "m")
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight; .* holds a LlamaModel .* no LlamaForCausalLM"
+    ):
+        FolderSource.open(tmp_path / "m")
+
+
 @pytest.mark.parametrize("expert", [1, 3])
 def test_a_missing_expert_is_named(tmp_path, expert):
     folder = save_tiny_model("qwen3_moe", tmp_path / "m")

@@ -20,7 +20,7 @@ from auto_round.facts.tensor import TensorSpec
 from auto_round.log import logger
 from auto_round.models.anatomy import dissect
 from auto_round.models.assembled import AssembledSource
-from auto_round.models.names import NameMap, Recipe, check_complete, map_names, missing_tensors
+from auto_round.models.names import LOST, NameMap, Recipe, check_complete, map_names, missing_tensors
 from auto_round.models.parts import ModelParts
 from auto_round.models.roles import ONE_EXPERT
 from auto_round.models.skeleton import (
@@ -172,7 +172,7 @@ def read_parts(
     missing = missing_tensors(model, names, tied)
     _refuse_split_experts(names, missing, files.folder)
     excused = absent_by_design(model, missing)
-    check_complete(missing - excused, str(files.folder))
+    check_complete(missing - excused, str(files.folder), _cause(config, model))
     fill_derived(model, excused)
     return ModelParts(model, computing, disk, names, tied, dissect(model, names, disk, tied), dtype)
 
@@ -197,6 +197,14 @@ def _own_dtype(config: Any, disk: Mapping[str, TensorSpec]) -> torch.dtype:
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     return next((spec.dtype for spec in disk.values() if spec.dtype.is_floating_point), torch.float32)
+
+
+def _cause(config: Any, model: Any) -> str:
+    """Why weights may be missing: most often the folder holds the model without its head."""
+    saved, kind = (getattr(config, "architectures", None) or [None])[0], type(model).__name__
+    if saved is None or saved == kind:
+        return LOST
+    return f"the folder holds a {saved} (config.json, architectures), which is no {kind}: save the latter"
 
 
 def _really_tied(model: Any, names: NameMap, files: Tensors) -> dict[str, str]:

@@ -208,8 +208,17 @@ def missing_tensors(model: Any, names: NameMap, tied: Mapping[str, str]) -> set[
     return {name for name in model.state_dict() if recipe_for(name, names, tied) is None}
 
 
-def check_complete(missing: Iterable[str], where: str) -> None:
+LOST = "a shard is missing or config.json belongs to another model"
+"""Usual cause of missing weights."""
+
+
+def check_complete(missing: Iterable[str], where: str, cause: str = LOST) -> None:
     """Refuse a checkpoint that lacks weights.
+
+    Args:
+        missing: names of the weights.
+        where: the folder.
+        cause: what may have happened, and what to do.
 
     Raises:
         CheckpointError: names them.
@@ -219,5 +228,5 @@ def check_complete(missing: Iterable[str], where: str) -> None:
         more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
         raise CheckpointError(
             f"{where}: {len(absent)} weights of the model are missing: {', '.join(absent[:8])}{more}; "
-            "expected all of them: a shard is missing or config.json belongs to another model"
+            f"expected all of them: {cause}"
         )

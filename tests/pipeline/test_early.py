@@ -136,7 +136,7 @@ def test_a_tokenizer_on_a_hub_out_of_reach_is_refused_at_once(tiny, monkeypatch,
     monkeypatch.setattr(open_model, "is_reachable", lambda *_: False)
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("retried"))
     given = {"model": str(tiny("llama")), "tokenizer": "some/tokenizer", "output_dir": str(tmp_path / "o")}
-    with pytest.raises(ConfigError, match=r"(?s)no tokenizer in some/tokenizer .*--tokenizer"):
+    with pytest.raises(ConfigError, match=r"(?s)no tokenizer in some/tokenizer .*--tokenizer takes a folder"):
         prepare(build_options(given))
 
 

@@ -137,7 +137,10 @@ def load_tokenizer(options: Options, source: ModelSource, *, required: bool) -> 
     except (OSError, ValueError, KeyError, ImportError) as error:
         if not required and options.model.tokenizer is None:
             return None
-        raise ConfigError(f"no tokenizer in {where} ({error}): name one with --tokenizer") from error
+        remedy = "name one with --tokenizer"
+        if options.model.tokenizer is not None:
+            remedy = "--tokenizer takes a folder with the files of a tokenizer, or the name of one on the hub"
+        raise ConfigError(f"no tokenizer in {where} ({error}): {remedy}") from error
 
 
 def within_context(options: Options, source: ModelSource, *, quiet: bool = False) -> Options:

@@ -131,6 +131,14 @@ def test_summary_holds_what_the_report_holds(tmp_path):
     assert "not measured" in bare
 
 
+def summary_of_one_far_off(folder, **more):
+    far = {"bound": 0.3, "largest_errors": {"up": 0.2, "down": 0.1}}
+    held_out = {"perplexity_before": 1.0, "perplexity_after": 2.0, "kl": 0.5}
+    report = {"bytes_before": 2, "bytes_after": {"a": 1}, "bits_per_quantized_weight": 2.25} | more
+    hard = {"far_from_the_original": far}
+    return summary(result((folder,), held_out=held_out, hard_cases=hard, **report))
+
+
 @pytest.mark.parametrize(
     ("more", "remedy"),
     [
@@ -140,21 +148,14 @@ def test_summary_holds_what_the_report_holds(tmp_path):
     ],
 )
 def test_the_remedy_of_a_model_far_off_is_one_of_its_run(tmp_path, more, remedy):
-    far = {"bound": 0.3, "largest_errors": {"up": 0.2, "down": 0.1}}
-    held_out = {"perplexity_before": 1.0, "perplexity_after": 2.0, "kl": 0.5}
-    report = {"bytes_before": 2, "bytes_after": {"a": 1}, "bits_per_quantized_weight": 2.25} | more
-    hard = {"far_from_the_original": far}
-    text = summary(result((tmp_path,), held_out=held_out, hard_cases=hard, **report))
+    text = summary_of_one_far_off(tmp_path, **more)
     assert remedy in text
     assert "--distill_steps" in text
 
 
 def test_a_run_that_tuned_all_blocks_together_is_not_told_to(tmp_path):
-    held_out = {"perplexity_before": 1.0, "perplexity_after": 2.0, "kl": 0.5}
-    hard = {"far_from_the_original": {"bound": 0.3, "largest_errors": {"up": 0.2}}}
     together = {"steps": 20, "kept_step": 18, "kl_before": 0.04, "kl_best": 0.02}
-    report = {"bytes_before": 2, "bytes_after": {"a": 1}, "bits_per_quantized_weight": 2.25}
-    text = summary(result((tmp_path,), held_out=held_out, hard_cases=hard, distillation=together, **report))
+    text = summary_of_one_far_off(tmp_path, distillation=together)
     assert "far off" in text
     assert "--distill_steps" not in text
 

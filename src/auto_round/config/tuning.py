@@ -15,6 +15,20 @@ WANDER = 0.05
 """How far, in codes, an offset may wander whose gradient is noise (measured: docs/LOG.md)."""
 
 
+def check_step_size(name: str, value: float | None) -> None:
+    """Refuse a step size that is not above 0 and below 10.
+
+    Args:
+        name: of the option.
+        value: in codes, or in multipliers of a range; None where it follows from other options.
+
+    Raises:
+        ConfigError: it is out of these bounds.
+    """
+    if value is not None and not 0 < value < 10:
+        raise ConfigError(f"{name} must be above 0 and below 10, got {value:g}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOptions:
     """How the rounding is tuned."""
@@ -151,8 +165,7 @@ class TuneOptions:
     def __post_init__(self) -> None:
         settle(self)
         for name in ("lr", "minmax_lr"):
-            if (step := getattr(self, name)) is not None and not 0 < step < 10:
-                raise ConfigError(f"{name} must be above 0 and below 10, got {step:g}")
+            check_step_size(name, getattr(self, name))
         if self.enable_alg_ext and not self.iters:
             raise ConfigError(
                 "enable_alg_ext extends tuning, and iters 0 does not tune: leave one of them out"

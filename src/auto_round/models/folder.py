@@ -200,11 +200,14 @@ def _own_dtype(config: Any, disk: Mapping[str, TensorSpec]) -> torch.dtype:
 
 
 def _cause(config: Any, model: Any) -> str:
-    """Why weights may be missing: most often the folder holds the model without its head."""
+    """Why weights may be missing: where the folder says that it holds another class, one without a head."""
     saved, kind = (getattr(config, "architectures", None) or [None])[0], type(model).__name__
     if saved is None or saved == kind:
         return LOST
-    return f"the folder holds a {saved} (config.json, architectures), which is no {kind}: save the latter"
+    return (
+        f"a shard is missing, or the folder holds a {saved} (config.json, architectures), which is no "
+        f"{kind}: save the latter"
+    )
 
 
 def _really_tied(model: Any, names: NameMap, files: Tensors) -> dict[str, str]:

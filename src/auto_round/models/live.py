@@ -86,7 +86,7 @@ class LiveSource(AssembledSource):
 
     def _fetch(self, recipe: Recipe, dtype: torch.dtype) -> Mapping[str, Tensor]:
         kept = self._kept_dtype(recipe, dtype)  # blocks see what outputs hold
-        found = {t: self._state[t].detach().to(kept).to(dtype, copy=True) for t in recipe.targets}
+        found = {t: self._state[t].detach().to(kept, copy=True).to(dtype) for t in recipe.targets}
         return {t: w.mT.contiguous() for t, w in found.items()} if recipe.transposed else found
 
 

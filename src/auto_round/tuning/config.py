@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from auto_round.config.tuning import check_step_size
 from auto_round.errors import ConfigError
 
 
@@ -95,11 +96,8 @@ class TuneConfig:
             value = int(getattr(self, name))
             if value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
-        for name in ("lr", "range_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 10:
-                option = {"range_lr": "minmax_lr (range_lr)"}.get(name, name)
-                raise ConfigError(f"{option} must be above 0 and below 10, got {value}")
+        check_step_size("lr", self.lr)
+        check_step_size("minmax_lr (range_lr)", self.range_lr)
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if self.iters and not (self.tune_rounding or self.tune_range or self.tune_norm_bias):
